@@ -74,7 +74,7 @@ def test_a_long_word_is_searched_for_a_photos_name_in_linear_time():
 
 
 def test_a_folder_of_style_packs_with_a_long_name_is_a_problem_and_no_error(tmp_path):
-    assert "no such folder of style packs" in find_style_packs([tmp_path / ("a" * 300)]).problems[0]
+    assert "this folder of style packs does not exist" in find_style_packs([tmp_path / ("a" * 300)]).problems[0]
 
 
 OF_COMMANDS = ("cli", "bench")

@@ -1,4 +1,4 @@
-"""Pictures from a base model and LoRAs: drawing, style packs, batches of headshots, and the pages that show them."""
+"""Draw pictures with a base model and LoRAs: style packs, batches of headshots, groups, and the pages that show them."""
 
 from typing import TYPE_CHECKING
 

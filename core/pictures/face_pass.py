@@ -1,7 +1,7 @@
-"""The face pass, which draws a small face again at a size at which the model knows faces.
+"""The face pass: redraws a small face at a size that the model handles well.
 
-The face is cut out with what is around it, enlarged, drawn again lightly, and blended back under a soft mask. A model
-that works on latents of eight pixels has little more than ten of them for a face of a hundred.
+The face and its surroundings are cut out, enlarged, lightly redrawn, and blended back under a soft mask. Models that work on
+latents of eight pixels have only about ten of them for a face of a hundred pixels.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -21,21 +21,21 @@ from .sizes import size_near
 _Key = TypeVar("_Key", bound=Hashable)
 
 FACE_SHARES = (0.4, 0.85)
-"""The least and the most of its cut-out that a face fills, as a ratio of the square roots of the areas."""
+"""The smallest and largest share of its cut-out that a face fills, as a ratio of the square roots of the areas."""
 MASK_SHARE = 1.25
-"""The axes of the ellipse that is blended, as a multiple of the face's box: with hairline and chin."""
+"""The axes of the blended ellipse as a multiple of the face's box: includes hairline and chin."""
 FEATHER = 0.12
 """The blur of the mask's edge: its standard deviation as a share of the face's size."""
 
 
 @dataclass(frozen=True)
 class FacePass:
-    """The settings of the face pass: which faces are drawn again, and how strongly."""
+    """The settings of the face pass: which faces are redrawn, and how strongly."""
 
     below: float = 0.25
-    """The share of the base model's resolution below which a face is drawn again, 0 to 1; 0 means never."""
+    """Faces smaller than this share of the base model's resolution are redrawn, 0 to 1; 0 means never."""
     denoise: float = 0.35
-    """The share of the sampling steps that is taken again, above 0 and up to 1."""
+    """The share of the sampling steps used to redraw a face, above 0 and up to 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.below <= 1:
@@ -44,13 +44,13 @@ class FacePass:
             raise BadConfig(f"face pass: denoise = {self.denoise}: must be above 0, up to 1")
 
     def wants(self, face: Face, resolution: int) -> bool:
-        """Whether a face is to be drawn again, on a base model of that resolution in pixels."""
+        """Return whether to redraw a face, on a base model of that resolution in pixels."""
         return face.size < self.below * resolution
 
 
 @dataclass(frozen=True)
 class CutOut:
-    """The part of a picture that is drawn again."""
+    """The part of a picture that is redrawn."""
 
     image: Image.Image
     """The part, enlarged to a size that the base model draws well."""
@@ -61,7 +61,7 @@ class CutOut:
 
 
 def face_share(person: Reference) -> float:
-    """The share of its cut-out that a face should fill: that of the person's photos, which the LoRA knows, in FACE_SHARES."""
+    """Return the share of its cut-out that a face should fill: the share in the person's photos, limited to FACE_SHARES."""
     return min(max(person.share, FACE_SHARES[0]), FACE_SHARES[1])
 
 
@@ -74,10 +74,10 @@ def cut_out(
     aspect: str | None = None,
     also_large: bool = False,
 ) -> CutOut | None:
-    """The part of a picture in which the face fills `share`, enlarged to the area that the base model is trained at.
+    """Cut out a part of a picture so that the face fills `share` of it, enlarged to the base model's trained area.
 
-    It has the `aspect`, by default the picture's, and sides that are multiples of `size_multiple` pixels. None where that
-    would enlarge nothing, unless the face is wanted `also_large`, in its own size.
+    It has the `aspect`, by default the picture's, and sides that are multiples of `size_multiple` pixels. Returns None if
+    nothing would be enlarged. With `also_large`, it then returns the face at its own size.
     """
     size = size_near(aspect or f"{picture.width}:{picture.height}", resolution, size_multiple)
     scale = face.size / share / (size[0] * size[1]) ** 0.5
@@ -87,7 +87,7 @@ def cut_out(
             return None
         width, height = size = (width // size_multiple * size_multiple, height // size_multiple * size_multiple)
     left, top, right, bottom = face.box
-    # Where the picture ends the part is moved and not cut, so that the aspect stays.
+    # At the picture's edge the part is moved instead of cut, which keeps its aspect.
     x = min(max(round((left + right - width) / 2), 0), picture.width - width)
     y = min(max(round((top + bottom - height) / 2), 0), picture.height - height)
     box = (x, y, x + width, y + height)
@@ -102,8 +102,8 @@ def drawn_again(
     denoise: float,
     device: torch.device | None,
 ) -> Iterator[tuple[_Key, Image.Image]]:
-    """Each cut-out's key and picture after the last `denoise` of its job's steps have been taken again."""
-    # Without the number, one prompt and seed at two sizes would be the same job here.
+    """Yield each cut-out's key and picture, after repeating the last `denoise` share of its job's steps."""
+    # Without the number, the same prompt and seed at two sizes would be one job here.
     keys = {
         replace(job, size=part.image.size, style=str(number)): key
         for number, (key, (job, part)) in enumerate(parts.items())
@@ -115,7 +115,7 @@ def drawn_again(
 
 
 def blend(picture: Image.Image, part: CutOut, drawn: Image.Image) -> Image.Image:
-    """The picture with the cut-out, as `drawn` shows it, blended in place of the face; nothing changes far from the face."""
+    """Blend the cut-out, as redrawn in `drawn`, into the picture around the face. All else is unchanged."""
     left, top, right, bottom = part.box
     small = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
     mask = Image.new("L", picture.size)

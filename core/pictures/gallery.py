@@ -1,4 +1,4 @@
-"""The page that shows a batch of headshots: an HTML file beside the pictures, which needs no server and no internet."""
+"""The gallery page of a batch of headshots: an HTML file beside the pictures that needs no server and no internet."""
 
 import html
 import os
@@ -11,20 +11,20 @@ from .generate import Job
 from .headshot import Headshot
 
 SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
-"""The likeness by SFace above which is mostly the same person, and that below which is mostly someone else."""
+"""The SFace likeness above which a picture mostly shows the same person, and below which mostly someone else."""
 
 
 VARIATIONS = 4
-"""The pictures that the command for more like one draws: itself again, and others with the next seeds."""
+"""How many pictures the command for similar ones draws: the picture itself, and others with the next seeds."""
 Models = Callable[[Job], Sequence[str]]
-"""Gives the options of `facelora generate` that name a job's base and LoRAs on the page, or none."""
+"""Returns the `facelora generate` options for a job's base model and LoRAs, or none."""
 
 
 def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool, models: Models = lambda job: ()) -> str:
-    """The page's HTML, with the pictures in the order given, the kept ones first.
+    """Return the page's HTML, with the pictures in the order given, kept ones first.
 
-    `summary` stands below the title. `compared` says whether likeness was measured: only then is it shown. A picture for
-    which there are `models` has a command that draws more like it.
+    `summary` is shown below the title. Likeness is shown only if it was measured (`compared`). Pictures with `models` get a
+    command that draws more like them.
     """
     styles = list(dict.fromkeys(shot.job.style for shot in shots if shot.job.style))
     kept, others = [shot for shot in shots if shot.kept], [shot for shot in shots if not shot.kept]
@@ -58,7 +58,7 @@ def _card(shot: Headshot, compared: bool, models: Models) -> str:
     facts += [("LoRA strength", f"× {job.strength:g}"), ("file", shot.path.name)]
     if shot.face_pass:
         change = f"{shot.face_pass.before:.2f} → {_number(shot.face_pass.after)}"
-        facts.append(("face drawn anew", f"likeness {change}, {'taken' if shot.face_pass.kept else 'not taken'}"))
+        facts.append(("face redrawn", f"likeness {change}, {'used' if shot.face_pass.kept else 'not used'}"))
     rows = "".join(f"<dt>{what}</dt><dd>{html.escape(value)}</dd>" for what, value in facts if value)
     title = html.escape(job.style or job.prompt)
     copies = [("Copy prompt", job.prompt)]
@@ -73,7 +73,7 @@ def _card(shot: Headshot, compared: bool, models: Models) -> str:
 
 
 def _command(shot: Headshot, models: Sequence[str]) -> str:
-    """A shell's command that draws the picture again, and variations of it with other seeds."""
+    """Return a shell command that draws the picture again, and variations of it with other seeds."""
     job = shot.job
     settings = {
         "prompt": job.prompt,
@@ -85,7 +85,7 @@ def _command(shot: Headshot, models: Sequence[str]) -> str:
     settings |= {"guidance": f"{job.guidance:g}", "output": f"more/{shot.path.stem}"}
     if job.size:
         settings["size"] = f"{job.size[0]}x{job.size[1]}"
-    # A text that begins with a dash is no option.
+    # With "=", a text that begins with a dash is not read as an option.
     words = ["facelora", "generate", *models, *(f"--{name}={value}" for name, value in settings.items() if value != "")]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
@@ -99,13 +99,13 @@ def _style_buttons(styles: Sequence[str]) -> str:
     )
     return (
         f'<nav>{buttons}<button data-favourites aria-pressed="false">★ Favourites <span>0</span></button>'
-        '<button data-zip disabled title="A page may read no files by itself: the browser asks for the folder of this page. '
+        '<button data-zip disabled title="Pages cannot read files on their own: the browser asks for this folder. '
         'Nothing is sent anywhere.">Download favourites</button><input type="file" webkitdirectory hidden></nav>'
     )
 
 
 def _strip(shots: Sequence[Headshot]) -> str:
-    """An SVG drawing of where the pictures lie between "someone else" and "the same person"."""
+    """Return an SVG chart of the pictures between "someone else" and "the same person"."""
     scores = [(shot.likeness, shot.kept) for shot in shots if shot.likeness is not None]
     low = min([0.0, *(score for score, _ in scores)])
 
@@ -226,8 +226,7 @@ for (const button of filters)
     filter();
   });
 
-// Favourites are in the address, which can be kept as a bookmark; and where the browser lets a file's page store something,
-// there too.
+// Favourites are saved in the address, so a bookmark keeps them, and in local storage where the browser allows it.
 const place = `favourites of ${location.pathname}`;
 function stored() {
   try { return localStorage.getItem(place) ?? ""; } catch { return ""; }
@@ -247,14 +246,14 @@ for (const figure of figures)
     if (!favourites.delete(file)) favourites.add(file);
     const names = [...favourites].sort().join(",");
     history.replaceState(null, "", `#${names}`);
-    try { localStorage.setItem(place, names); } catch { /* the address has them */ }
+    try { localStorage.setItem(place, names); } catch { /* The address keeps them. */ }
     showFavourites();
     filter();
   });
 showFavourites();
 
 function copy(text) {
-  // navigator.clipboard is not there for every page from a file.
+    // navigator.clipboard is not available on all pages opened from a file.
   const area = document.body.appendChild(document.createElement("textarea"));
   area.value = text;
   area.select();
@@ -284,7 +283,7 @@ picker.addEventListener("change", async () => {
   const files = [...picker.files]
     .filter(({ name, webkitRelativePath }) => favourites.has(name) && webkitRelativePath.split("/").length === 2)
     .sort((a, b) => (a.name < b.name ? -1 : 1));
-  if (files.length < favourites.size) alert("This is not the folder of this page: its pictures are not all there.");
+  if (files.length < favourites.size) alert("Some pictures are missing in this folder. Choose the folder of this page.");
   else download(await Promise.all(files.map(async (file) => [file.name, new Uint8Array(await file.arrayBuffer())])));
   picker.value = "";
 });
@@ -296,7 +295,7 @@ function download(files) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
-// A zip file without compression, which pictures do not need (APPNOTE.TXT of PKWARE, 4.3).
+// Write a zip file without compression, which pictures do not need (APPNOTE.TXT of PKWARE, 4.3).
 const crcTable = Uint32Array.from({ length: 256 }, (_, value) => {
   for (let bit = 0; bit < 8; bit++) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
   return value;

@@ -1,4 +1,4 @@
-"""Pictures from a base model and LoRAs."""
+"""Draw pictures with a base model and LoRAs."""
 
 import math
 import operator
@@ -54,24 +54,24 @@ _Item = TypeVar("_Item", bound=Hashable)
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make."""
+    """One picture to draw."""
 
     prompt: str
     seed: int
     negative: str = ""
     size: tuple[int, int] | None = None
-    """The width and height in pixels; None means the square that the base model was trained at."""
+    """The width and height in pixels; None means the square that the base model was trained on."""
     steps: int = 25
     guidance: float = 6.0
     """The scale of classifier-free guidance (CFG), 0 to 100."""
     strength: float = 1.0
-    """The factor by which the strengths of all LoRAs are multiplied."""
+    """A factor that multiplies the strengths of all LoRAs."""
     style: str = ""
-    """The name of the style that the prompt is from, if any."""
+    """The name of the style that the prompt comes from, if any."""
 
     @classmethod
     def from_style(cls, styled: StyledPrompt) -> "Job":
-        """The job that a style pack's prompt stands for."""
+        """Return the job for a style pack's prompt."""
         return cls(
             styled.prompt,
             styled.seed,
@@ -84,14 +84,16 @@ class Job:
         )
 
     def on(self, base: Base) -> "Job":
-        """The job with the steps and the guidance of a base model that was distilled to a few steps; for others as it is."""
+        """Return the job with the steps and guidance of a distilled base model; unchanged for other base models."""
         return replace(self, steps=base.steps, guidance=base.guidance) if base.few_steps else self
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", operator.index(self.seed))  # also numpy's
+        object.__setattr__(self, "seed", operator.index(self.seed))  # Also accepts numpy integers.
         for name in ("prompt", "negative"):
             if not is_text(getattr(self, name)):
-                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it")
+                raise BadConfig(
+                    f"{name} = {getattr(self, name)!r}: contains an invalid character (an unpaired surrogate)"
+                )
             check_length(name, getattr(self, name))
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
@@ -108,10 +110,10 @@ class Job:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """The settings that are common to the pictures of all jobs."""
+    """The settings shared by the pictures of all jobs."""
 
     sampler: str | None = None
-    """A name in `sampling.SAMPLERS`, for FLUX.1 and later in `FLOW_SAMPLERS`; None means the one that suits the family."""
+    """A name in `sampling.SAMPLERS`, or `FLOW_SAMPLERS` for FLUX.1 and later; None means the family's default."""
     clip_skip: int = 1
     batch_size: int = 1
     precision: Precision = "auto"
@@ -119,7 +121,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         known = SAMPLERS | FLOW_SAMPLERS
         if self.sampler is not None and self.sampler not in known:
-            raise BadConfig(f"sampler = {self.sampler!r}: choose one of {', '.join(known)}")
+            raise BadConfig(f"sampler = {self.sampler!r}: must be one of {', '.join(known)}")
         for name in ("batch_size", "clip_skip"):
             if getattr(self, name) < 1:
                 raise BadConfig(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -127,17 +129,17 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Picture:
-    """A generated picture and what it takes to make it again."""
+    """A generated picture, and what is needed to make it again."""
 
     image: Image.Image
     job: Job
     parameters: str
-    """The text that A1111 writes into a PNG, which ComfyUI, Forge and Civitai read."""
+    """The text that A1111 writes into a PNG; ComfyUI, Forge and Civitai read it too."""
 
     def save(self, path: str | os.PathLike[str], texts: Mapping[str, str] | None = None) -> None:
-        """Writes a PNG, whole or not at all, with the parameters and the `texts` (text by name) in it.
+        """Write a PNG, completely or not at all, with the parameters and the `texts` (text by name) in it.
 
-        Raises BadFile when it cannot be written.
+        Raises BadFile if it cannot be written.
         """
         save_png(path, self.image, {"parameters": self.parameters, **(texts or {})})
 
@@ -153,13 +155,14 @@ def generate(
     device: torch.device | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Picture]:
-    """The pictures of all jobs, one by one as each batch is done; jobs of equal strength are drawn together.
+    """Draw the pictures of all jobs, and yield them batch by batch; jobs of equal strength are drawn together.
 
-    `loras` are LoRAs with their strengths. A picture depends on its own job alone, not on its neighbours in a batch (up
-    to rounding). With `starts`, a picture of the job's size for each job, these are drawn again: only the last `denoise`
-    (above 0 to 1) of the steps is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise
-    to cancel. Raises BadConfig for a strength that is not finite and for a size, sampler or clip_skip that the base model
-    does not have, OutOfMemory when the device has too little memory.
+    `loras` are LoRAs with their strengths. A picture depends only on its own job, not on others in the batch (up to rounding).
+    With `starts`, a picture of the job's size for each job, these pictures are redrawn: only the last `denoise` share of the
+    steps (above 0 to 1) is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
+
+    Raises BadConfig for a strength that is not finite, and for a size, sampler or clip_skip that the base model doesn't
+    support. Raises OutOfMemory if the device has too little memory.
     """
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
@@ -195,23 +198,23 @@ def generate(
 
 
 def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig) -> None:
-    """Raises BadConfig for what is no loaded base model or LoRA with a strength, and for a clip_skip that the base lacks."""
+    """Raise BadConfig unless these are a loaded base model and LoRAs with strengths, and the base model supports clip_skip."""
     if not isinstance(base, Base):
-        raise BadConfig(f"base = {base!r}: expected a Base, as load_base(path) gives it")
+        raise BadConfig(f"base = {base!r}: expected a Base, as returned by load_base(path)")
     for pair in loras:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LoraFile)):
             raise BadConfig(
-                f"loras: {pair!r}: expected a pair of a LoraFile, as LoraFile.read(path) gives it, and a strength"
+                f"loras: {pair!r}: expected a pair of a LoraFile, as returned by LoraFile.read(path), and a strength"
             )
         lora, strength = pair
         if not math.isfinite(strength):
             raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
     if config.clip_skip > 1 and not base.family.has_clip_skip:
-        raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
+        raise BadConfig(f"clip_skip = {config.clip_skip}: not supported by {base.family.title}; leave it at 1")
 
 
 def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
-    """The jobs of each strength of the LoRAs."""
+    """Group the jobs by their LoRA strength."""
     groups: dict[float, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.strength, []).append(job)
@@ -219,17 +222,17 @@ def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
 
 
 def are_low_rank(loras: Iterable[LoraFile], parts: Collection[str]) -> bool:
-    """Whether what LoRAs change in these parts can be added to weights that are kept as they are stored."""
+    """Return whether the changes of LoRAs in these parts can be added to weights kept in their stored form."""
     return all(entry.kind in LOW_RANK for lora in loras for entry in lora.of_parts(parts).entries)
 
 
 def load_denoiser(
     base: Base, device: torch.device, dtype: torch.dtype, loras: Sequence[LoraFile], copies: int = 1
 ) -> tuple[nn.Module, MemorySaver]:
-    """The denoiser, and the holder of the plan by which it draws with these LoRAs, for a GPU's free memory.
+    """Load the denoiser; also return the object that holds the memory plan for drawing with these LoRAs on a GPU.
 
-    `copies` is how many times its weights will be in memory at most. Quantised weights stay as they are, unless a LoRA is of a
-    kind whose changes are as large as the weights.
+    `copies` is the largest number of copies of its weights in memory. Quantised weights stay quantised, unless a LoRA's changes
+    are as large as the weights.
     """
     free = free_memory(device) if device.type == "cuda" else None
     as_stored = are_low_rank(loras, {"denoiser"})
@@ -242,7 +245,7 @@ def load_denoiser(
 
 
 def within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-    """What `draw` makes; where memory runs out, it is called again with half of the blocks brought in, and then with all."""
+    """Return what `draw` returns. If memory runs out, call it again with half of the blocks streamed, then with all."""
     while True:
         try:
             return draw()
@@ -260,9 +263,9 @@ def _encode(
     config: GenerateConfig,
     device: torch.device,
 ) -> dict[tuple[float, tuple[str, str]], Pair]:
-    """The conditioning of each (strength, (prompt, negative prompt)).
+    """Return the conditioning of each (strength, (prompt, negative prompt)).
 
-    The text encoders are gone from memory when this returns, before the denoiser is loaded.
+    The text encoders are freed before this returns, so that the denoiser can be loaded.
     """
     as_stored = are_low_rank([lora for lora, _ in loras], base.text_encoders)
     encoders = base.load_text_encoders(device, torch.float32, as_stored)
@@ -283,18 +286,18 @@ def encode_texts(
     texts: Collection[tuple[str, str]],
     config: GenerateConfig,
 ) -> dict[tuple[str, str], Pair]:
-    """The conditioning of each (prompt, negative prompt), as the encoders read it with the LoRAs at that strength."""
+    """Return the conditioning of each (prompt, negative prompt), encoded with the LoRAs applied at that strength."""
     with applied(base, loras, strength, encoders):
         return encode_pairs(base, encoders, texts, config.clip_skip)
 
 
 def _settings(job: Job) -> tuple:
-    """The settings that must be equal for all pictures of a batch."""
+    """Return the settings that all pictures of a batch must share."""
     return job.size, job.steps, job.guidance
 
 
 def texts_of(job: Job, base: Base) -> tuple[str, str]:
-    """The prompt and the negative prompt; the latter is "" where it is not used, so that not even its length matters."""
+    """Return the prompt and the negative prompt; "" replaces an unused negative prompt, so that its length doesn't matter."""
     return job.prompt, job.negative if predictions_per_step(base, job.guidance) == 2 else ""
 
 
@@ -302,7 +305,7 @@ def texts_of(job: Job, base: Base) -> tuple[str, str]:
 def applied(
     base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
 ) -> Iterator[None]:
-    """A context in which the networks have the LoRAs applied, and know the words that the files bring along."""
+    """Apply the LoRAs to the networks within the context, and add the words that the files define."""
     with ExitStack() as contexts:
         for lora, factor in loras:
             present = lora.of_parts(networks)
@@ -314,9 +317,9 @@ def applied(
 def in_batches(
     items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
 ) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
-    """The items and their texts in batches of at most `size`.
+    """Yield the items and their texts in batches of at most `size`.
 
-    The items of a batch have equal values of `alike`, and their texts are of equal length.
+    The items of a batch have equal values of `alike`, and texts of equal length.
     """
     groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
     for item, pair in zip(items, texts, strict=True):
@@ -334,10 +337,10 @@ def parameters_text(
     config: GenerateConfig,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The text in which A1111 describes a picture, and from which the picture can be made again.
+    """Return the text that A1111 uses to describe a picture; the picture can be made again from it.
 
-    The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by; an embedding is in
-    the prompt already, by its word. `more` are settings for which A1111 has no name.
+    LoRAs are in the prompt as `<lora:file name:strength>`, the syntax that A1111 and ComfyUI load. Embeddings are already in
+    the prompt, by their word. `more` are settings that A1111 has no name for.
     """
     width, height = checked_size(base, job.size)
     embeddings = [lora for lora, _ in loras if lora.embedding_keys and not lora.entries]
@@ -345,7 +348,7 @@ def parameters_text(
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     guidance = {"CFG scale": f"{job.guidance:g}"}
-    if base.embeds_guidance:  # these are Forge's names
+    if base.embeds_guidance:  # Forge uses these names.
         guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
     settings = {
         "Steps": f"{job.steps}",
@@ -376,5 +379,5 @@ def parameters_text(
 
 
 def _embedding_hash(lora: LoraFile) -> str:
-    """The hash by which A1111 tells embeddings apart: the SHA-256 of the whole file, or of the tensors without a file."""
+    """Return the hash that A1111 uses for an embedding: the SHA-256 of the file, or of the tensors without a file."""
     return lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash

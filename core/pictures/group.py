@@ -1,9 +1,9 @@
-"""Several people in one picture, each drawn with a LoRA and words of their own in a region of their own.
+"""Draw several people in one picture, each with their own LoRA and words in their own region.
 
-At every sampling step the denoiser is called once for the scene, with nobody's LoRA, and once for each person on the part of
-the latents that is the person's, with that person's LoRA alone; the predictions are blended by soft masks. Blending
-predictions is MultiDiffusion (arXiv:2302.08113), and to give each region words of its own Mixture of Diffusers
-(arXiv:2302.02412). Two LoRAs that are added up instead blend two faces.
+At every sampling step the denoiser is called once for the scene, without anyone's LoRA, and once for each person. A person's
+call covers that person's part of the latents, with only that person's LoRA. Soft masks blend the predictions. Blending
+predictions is MultiDiffusion (arXiv:2302.08113); separate words per region are Mixture of Diffusers (arXiv:2302.02412). Adding
+two LoRAs up would blend the two faces instead.
 """
 
 import hashlib
@@ -48,38 +48,38 @@ Box = tuple[float, float, float, float]
 FEATHER = 0.2
 """The share of a region's shorter side over which it fades into the scene."""
 PORTRAIT = 0.75
-"""The width of a person's region over the base model's resolution, in pictures whose size nobody has said."""
+"""The width of a person's region over the base model's resolution, in pictures without a given size."""
 MOST_PEOPLE = 8
 GROUP_NODE = "FaceLoRAGroup"
-"""The id of the node of ComfyUI that draws a group, which stands in the graph that its pictures hold."""
+"""The id of ComfyUI's group node, which is stored in the graph of its pictures."""
 _NAME = re.compile(r"\{([^{}]*)\}")
 _LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
-"""People who are named one after the other, as in "{anna}, {ben} and {carl}"."""
+"""People named one after another, as in "{anna}, {ben} and {carl}"."""
 _REGION = re.compile(r"(?:^|; )[\d.e-]+(?: [\d.e-]+){3}(?: mask \w+)?: ")
-"""The beginning of a person's region in the parameters of a picture."""
+"""The start of a person's region in the parameters of a picture."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A part of a picture in any form: white where the person is, black where not, grey where the person fades."""
+    """A part of a picture of any shape: white where the person is, black elsewhere, grey where the person fades."""
 
     image: Image.Image
-    """Of any size: it is stretched over the picture."""
+    """Any size: it is stretched over the picture."""
 
     @cached_property
     def box(self) -> Box:
-        """The smallest box around all that is not black; without width where nothing is."""
+        """The smallest box around all pixels that aren't black; of width 0 if all are."""
         left, top, right, bottom = self.image.convert("L").getbbox() or (0, 0, 0, 0)
         width, height = self.image.size
         return left / width, top / height, right / width, bottom / height
 
     @cached_property
     def digest(self) -> str:
-        """By which masks in the parameters of pictures are told apart."""
+        """Identifies the mask in the parameters of pictures."""
         return hashlib.sha256(f"{self.image.size}".encode() + self.image.convert("L").tobytes()).hexdigest()[:10]
 
     def weights(self, size: tuple[int, int]) -> Tensor:
-        """The weights (h, w), 0 to 1, of a picture of `size` (w, h)."""
+        """Return the weights (h, w), 0 to 1, for a picture of `size` (w, h)."""
         stretched = self.image.convert("L").resize(size, Image.Resampling.BOX)
         return torch.frombuffer(bytearray(stretched.tobytes()), dtype=torch.uint8).view(size[1], size[0]) / 255
 
@@ -89,23 +89,23 @@ Area = Box | Mask
 
 @dataclass(frozen=True)
 class GroupMember:
-    """Someone in a group: the LoRA, and the words by which it was taught the person."""
+    """A person in a group: the LoRA, and the words that it was trained with."""
 
     name: str
-    """The name by which prompts call the person, in braces: {anna}."""
+    """The name for the person in prompts, in braces: {anna}."""
     lora: LoraFile
     phrase: str
-    """The words for the person in the person's own prompt: trigger word and class word, "sks woman"."""
+    """The words for the person in their own prompt: trigger word and class word, "sks woman"."""
     strength: float = 1.0
 
     @property
     def class_words(self) -> str:
-        """The words for someone of the person's kind, without the trigger word: "woman"."""
+        """The words for any person of this kind, without the trigger word: "woman"."""
         return self.phrase.partition(" ")[2] or "person"
 
 
 def read_box(name: str, text: str) -> Box:
-    """The region of that person in the form LEFT,TOP,RIGHT,BOTTOM. Raises BadConfig for a text that is none."""
+    """Return a person's region from the text LEFT,TOP,RIGHT,BOTTOM. Raises BadConfig for an invalid text."""
     try:
         left, top, right, bottom = (float(share) for share in text.split(","))
     except ValueError:
@@ -114,7 +114,7 @@ def read_box(name: str, text: str) -> Box:
 
 
 def side_by_side(count: int) -> tuple[Box, ...]:
-    """The regions of `count` people beside each other, from left to right, of equal width and the picture's height."""
+    """Return the regions of `count` people side by side, from left to right, of equal width and the picture's height."""
     return tuple((number / count, 0.0, (number + 1) / count, 1.0) for number in range(count))
 
 
@@ -122,27 +122,27 @@ def side_by_side(count: int) -> tuple[Box, ...]:
 class Group:
     """People and their places in the picture.
 
-    Raises BadConfig for a name that is given twice or cannot stand in braces, for more than MOST_PEOPLE people, and for a
-    layout with another number of regions, or with one that is empty or not inside the picture.
+    Raises BadConfig for a name that is given twice or cannot be used in braces, for more than MOST_PEOPLE people, and for a
+    layout with the wrong number of regions. A region must not be empty or extend outside the picture.
     """
 
     people: tuple[GroupMember, ...]
     layout: tuple[Area, ...] = ()
-    """The region of each person; without any they are side by side, in the order of the people."""
+    """The region of each person; by default, people are side by side in the order given."""
 
     def __post_init__(self) -> None:
         names = [person.name for person in self.people]
         for name in names:
             if not name or re.search(r"[{}\s]", name):
-                raise BadConfig(f"person {name!r}: a name is one word without braces")
+                raise BadConfig(f"person {name!r}: a name must be one word without braces")
             if names.count(name) > 1:
                 raise BadConfig(f"person {name!r} is given twice")
         if not 1 <= len(names) <= MOST_PEOPLE:
-            raise BadConfig(f"{len(names)} people: there can be 1 to {MOST_PEOPLE} in a picture")
+            raise BadConfig(f"{len(names)} people: a picture can have 1 to {MOST_PEOPLE}")
         if not self.layout:
             object.__setattr__(self, "layout", side_by_side(len(names)))
         if len(self.layout) != len(names):
-            raise BadConfig(f"{len(self.layout)} regions for {len(names)} people: each needs one")
+            raise BadConfig(f"{len(self.layout)} regions for {len(names)} people: give one for each person")
         for name, (left, top, right, bottom) in zip(names, self.boxes, strict=True):
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
                 raise BadConfig(
@@ -154,29 +154,29 @@ class Group:
 
     @property
     def listed(self) -> str:
-        """Everyone's names as a list in a prompt: "{anna}, {ben} and {carl}"."""
+        """All names as a list in a prompt: "{anna}, {ben} and {carl}"."""
         *others, last = (f"{{{person.name}}}" for person in self.people)
         return f"{', '.join(others)} and {last}" if others else last
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises BadConfig for a name in braces that is nobody's, and for a person whom the prompt does not name."""
+        """Raise BadConfig if the prompt has an unknown name in braces, or doesn't name everyone."""
         known, named = [person.name for person in self.people], _NAME.findall(prompt)
         for name in named:
             if name not in known:
-                raise BadConfig(f"prompt {prompt!r}: nobody is called {{{name}}}; there is {_in_braces(known)}")
+                raise BadConfig(f"prompt {prompt!r}: {{{name}}} is not in the group; use {_in_braces(known)}")
         if missing := [name for name in known if name not in named]:
-            raise BadConfig(f"prompt {prompt!r}: does not say where {_in_braces(missing)} comes in")
+            raise BadConfig(f"prompt {prompt!r}: {_in_braces(missing)} is missing; name everyone in the prompt")
 
     def scene_words(self, prompt: str) -> str:
-        """The prompt for what is around the people: with the class words in place of each."""
+        """Return the prompt for the surroundings: each name is replaced with the person's class words."""
         return self._filled(prompt, {person.name: person.class_words for person in self.people})
 
     def everyones_words(self, prompt: str) -> str:
-        """The prompt with everyone's own words, as one would write it who adds the LoRAs up."""
+        """Return the prompt with everyone's own words, as used when the LoRAs are simply added up."""
         return self._filled(prompt, {person.name: person.phrase for person in self.people})
 
     def words_of(self, person: GroupMember, prompt: str) -> str:
-        """The prompt for the person's region, where there is nobody else: of a list of names it keeps this one.
+        """Return the prompt for the person's region, without other people: a list of names is reduced to this one.
 
         "{anna} and {ben} in an office" becomes "sks woman in an office".
         """
@@ -191,13 +191,13 @@ class Group:
 
     @property
     def boxes(self) -> list[Box]:
-        """The region of each person, for a mask the box around it."""
+        """The region of each person; for a mask, the box around it."""
         return [place.box if isinstance(place, Mask) else place for place in self.layout]
 
     def size(self, resolution: int, multiple: int) -> tuple[int, int]:
-        """The size in pixels of a picture whose size nobody has said: so wide that each region is a portrait's.
+        """Return the default size of a picture in pixels: wide enough for each region to be a portrait.
 
-        It is for a base model of that resolution, whose pictures have sides that are multiples of `multiple`.
+        It is for a base model of that resolution, with picture sides that are multiples of `multiple`.
         """
         narrowest = min(right - left for left, _, right, _ in self.boxes)
         width, of_all = max(resolution, PORTRAIT * resolution / narrowest), multiple * len(self.people)
@@ -205,9 +205,9 @@ class Group:
         return round(width / of_all) * of_all, resolution // multiple * multiple
 
     def regions(self, size: tuple[int, int], multiple: int) -> list[tuple[int, int, int, int]]:
-        """The (left, top, right, bottom) in pixels of each person's region of a picture, all multiples of `multiple`.
+        """Return each person's region, (left, top, right, bottom) in pixels, all multiples of `multiple`.
 
-        Boxes are rounded, and those around masks enlarged.
+        Boxes are rounded; boxes around masks are enlarged.
         """
         regions = []
         for person, place, box in zip(self.people, self.layout, self.boxes, strict=True):
@@ -217,15 +217,15 @@ class Group:
                 to_whole(share * side) * multiple for to_whole, share, side in zip(roundings, box, sides, strict=True)
             )
             if left >= right or top >= bottom:
-                raise BadConfig(f"region of {person.name}: has no width or height in {size[0]}x{size[1]} pixels")
+                raise BadConfig(f"region of {person.name}: is empty in {size[0]}x{size[1]} pixels; make it larger")
             regions.append((left, top, right, bottom))
         return regions
 
     def soft_masks(self, regions: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
-        """The weights (N + 1, h, w) of these regions of a picture of `size` (w, h), and last that of the scene.
+        """Return the weights (N + 1, h, w) of these regions of a picture of `size` (w, h); the scene is last.
 
-        They add up to 1. A box's weight is 1 in its middle and falls towards those of its edges that are not the picture's; a
-        mask's is the mask. Where regions overlap they share.
+        They add up to 1. A box has weight 1 in its middle and fades towards its edges, except at the picture's edges. A mask is
+        used directly. Overlapping regions share the weight.
         """
         width, height = size
         weights = torch.zeros(len(regions) + 1, height, width)
@@ -247,7 +247,7 @@ def _in_braces(names: Sequence[str]) -> str:
 
 
 def _ramp(start: int, end: int, side: int, feather: float) -> Tensor:
-    """The weights (end - start,) along one side: they fall towards its ends, but not where the picture ends."""
+    """Return the weights (end - start,) along one side: they fall towards its ends, but not at the picture's edge."""
     places = torch.arange(start, end) + 0.5
     rising = torch.ones(end - start) if start == 0 else (places - start) / feather
     falling = torch.ones(end - start) if end == side else (end - places) / feather
@@ -264,14 +264,14 @@ def generate_group(
     device: torch.device | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Picture]:
-    """The pictures of all jobs, one by one, whose prompts name everyone in braces: "{anna} and {ben} in an office".
+    """Draw the pictures of all jobs, one by one; prompts name everyone in braces: "{anna} and {ben} in an office".
 
-    `loras` are LoRAs with their strengths that everything is drawn with, such as a style's. A job's strength multiplies those
-    of all LoRAs. `on_step(done, total)` is called in each sampling step and may raise to cancel. Afterwards, also after an
-    error, nobody's LoRA is applied. Each person's changed weights are kept in memory beside the denoiser's own.
+    `loras` are LoRAs with strengths that everything is drawn with, such as a style's. A job's strength multiplies the strengths
+    of all LoRAs. `on_step(done, total)` is called in each sampling step and may raise to cancel. No person's LoRA stays applied
+    afterwards, even after an error. Each person's changed weights are kept in memory beside the denoiser's own.
 
-    Raises BadConfig for a prompt that names somebody else or not everyone, and as `generate` does; LoraMisfit for a LoRA
-    of another family; OutOfMemory when the device has too little memory.
+    Raises BadConfig for a prompt with an unknown name or without everyone, and as `generate` does. Raises LoraMisfit for a LoRA
+    of another family, and OutOfMemory if the device has too little memory.
     """
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
@@ -305,13 +305,13 @@ def generate_group(
 def check_group(
     base: Base, group: Group, jobs: Sequence[Job], loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig
 ) -> None:
-    """Raises what `generate_group` raises for things that cannot be drawn, before anything is loaded."""
+    """Raise the errors of `generate_group` for invalid arguments, before anything is loaded."""
     check_drawing(base, [*loras, *((person.lora, person.strength) for person in group.people)], config)
     for person in group.people:
         if person.lora.family != base.family.name:
             raise LoraMisfit(
                 f"{person.name}: {person.lora.name} is for {person.lora.family}, "
-                f"and the base model {base.name} is {base.family.name}"
+                f"but the base model {base.name} is {base.family.name}"
             )
     for job in jobs:
         group.check_prompt(job.prompt)
@@ -319,17 +319,17 @@ def check_group(
 
 
 def sized(base: Base, group: Group, job: Job) -> Job:
-    """The job with a size that the base model can draw, the group's own where it has none."""
+    """Return the job with a size that the base model can draw; without a size, with the group's own."""
     return replace(job, size=checked_size(base, job.size or group.size(base.resolution, base.size_multiple)))
 
 
 def group_parameters(
     base: Base, group: Group, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig
 ) -> str:
-    """The text in which A1111 describes the picture, with everyone's words and LoRA.
+    """Return the text that A1111 uses to describe the picture, with everyone's words and LoRA.
 
-    A1111 draws another picture from it, since it adds the LoRAs up: a setting of our own, `Regions`, says what is where.
-    The people's names are not in it.
+    A1111 draws a different picture from it, since it adds the LoRAs up. Our own setting `Regions` describes the regions. The
+    people's names are left out.
     """
     places = [
         f"{_said(place)}: {group.words_of(person, job.prompt)}"
@@ -346,7 +346,7 @@ def _said(place: Area) -> str:
 
 
 def shows_several(said: Parameters) -> bool:
-    """Whether a picture was drawn of several people, by the setting `Regions` of `group_parameters`."""
+    """Return whether a picture was drawn of several people, by the setting `Regions` of `group_parameters`."""
     return len(_REGION.findall(said.settings.get("Regions", ""))) > 1
 
 
@@ -358,7 +358,7 @@ def _encode(
     config: GenerateConfig,
     device: torch.device,
 ) -> dict[Job, list[Pair]]:
-    """The conditioning of each job's texts: the scene's, then each person's, read with that person's LoRA alone."""
+    """Return the conditioning of each job's texts: the scene's, then each person's, encoded with only that person's LoRA."""
     worn_by_some = [lora for lora, _ in loras] + [person.lora for person in group.people]
     encoders = base.load_text_encoders(device, torch.float32, are_low_rank(worn_by_some, base.text_encoders))
     encoded: dict[Job, list[Pair]] = {}
@@ -378,7 +378,7 @@ def _encode(
 
 
 def _at_hand(base: Base, group: Group, strength: float, denoiser: nn.Module) -> list[AppliedLora]:
-    """Everyone's LoRA, computed but not applied; `_worn` puts one on."""
+    """Compute everyone's LoRA without applying it; `_worn` applies one."""
     target = {"family": base.family.name, "denoiser": denoiser}
     people = []
     for person in group.people:
@@ -390,7 +390,7 @@ def _at_hand(base: Base, group: Group, strength: float, denoiser: nn.Module) -> 
 
 @contextmanager
 def _worn(lora: AppliedLora) -> Iterator[None]:
-    """A context in which the LoRA is applied."""
+    """Apply the LoRA within the context."""
     lora.swap()
     try:
         yield
@@ -408,7 +408,7 @@ def _blended(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Prediction:
-    """The predictions for the scene and for each person's region, blended."""
+    """Return the predictions for the scene and for each person's region, blended."""
     assert job.size is not None
     regions = group.regions(job.size, base.size_multiple)
     cell = base.latent_shape.pixels

@@ -1,4 +1,4 @@
-"""A batch of pictures of a group in a folder, as a batch of headshots is of one person."""
+"""Write a batch of group pictures into a folder, as for headshots of one person."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ def make_group_pictures(
     device: torch.device | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Headshot]:
-    """The pictures of all jobs, drawn by `generate_group` and written into `folder` as `make_headshots` does.
+    """Draw the pictures of all jobs with `generate_group`, and write them into `folder` as `make_headshots` does.
 
-    With `reference`, photos of everyone by name, each face that is small or not alike is drawn again by `redraw_faces`, and
-    the pictures are ranked by the likeness of the person who is least alike. Raises as these three do.
+    `reference` has photos of everyone by name. With it, `redraw_faces` redraws faces that are small or not alike, and pictures
+    are ranked by the likeness of the least alike person. Raises the errors of these three functions.
     """
     check_keep(keep, reference is not None)
     config = config or GenerateConfig()
@@ -61,7 +61,7 @@ class _GroupBatch(Batch):
         return group_parameters(self.base, self.group, self.loras, job, self.config)
 
     def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
-        """Draws faces again that are small or not alike, and writes the outcome into each picture."""
+        """Redraw faces that are small or not alike, and write the outcome into each picture."""
         assert isinstance(person, GroupReference)
         pictures = {job: (job, read_picture(path)) for job, path in paths.items()}
         drawn = redraw_faces(
@@ -73,7 +73,7 @@ class _GroupBatch(Batch):
             save_outcome(paths[job], job, faces.image, outcome)
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
-        """As of one person's batch; none where regions are masks, whose files are not known."""
+        """Return the options as for one person's batch; none if regions are masks, since their files are unknown."""
         if any(isinstance(place, Mask) for place in self.group.layout):
             return []
         people = self.group.people

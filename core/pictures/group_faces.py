@@ -1,4 +1,4 @@
-"""The faces of a group: whose is whose, how alike they are, and each drawn again with its own person's LoRA."""
+"""The faces of a group: match them with people, measure likeness, and redraw each with its person's LoRA."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ from .generate import GenerateConfig, Job
 from .group import Group, GroupMember
 
 TRIES = 3
-"""How often at most a face is drawn again that is not alike yet."""
+"""How often a face that isn't alike is redrawn at most."""
 _Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class FoundFace:
-    """A face of a picture that was taken for a person's."""
+    """A face in a picture that was matched with a person."""
 
     face: Face
     likeness: float
@@ -34,12 +34,14 @@ class GroupReference:
     """The photos of everyone in a group, which pictures of the group are compared with."""
 
     def __init__(self, group: Group, photos: Mapping[str, Iterable[Image.Image]], network: FaceNetwork | None = None):
-        """Takes the photos by the people's names. Raises BadConfig where they are not of exactly these people, and as
-        `Reference` does."""
+        """Take the photos by the people's names.
+
+        Raises BadConfig unless they are of exactly these people, and the errors of `Reference`.
+        """
         names = [person.name for person in group.people]
         if differing := sorted({*names} ^ {*photos}):
             raise BadConfig(
-                f"photos to compare with: there must be some of each of {', '.join(names)}, see {differing[0]}"
+                f"photos to compare with: give photos of each of {', '.join(names)} and nobody else; check {differing[0]}"
             )
         self.group = group
         self.people: list[Reference] = []
@@ -48,7 +50,7 @@ class GroupReference:
         self.network: FaceNetwork = self.people[0].network
 
     def find(self, image: Image.Image) -> list[FoundFace | None]:
-        """Each person's face in the picture, and None for a person who has none there."""
+        """Return each person's face in the picture, or None if the person's face was not found."""
         faces = self.network.detect(image)
         alike = [reference.of_faces(image, faces) for reference in self.people]
         places = assign_faces(faces, self.group.regions(image.size, 1), alike)
@@ -58,22 +60,22 @@ class GroupReference:
         ]
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
-        """The likeness of the person who is least alike in each picture; None where somebody's face is missing."""
+        """Return the likeness of the least alike person in each picture; None if someone's face is missing."""
         return [least_alike(self.find(image)) for image in images]
 
 
 def least_alike(found: Sequence[FoundFace | None]) -> float | None:
-    """The smallest likeness of all; None where a face is missing."""
+    """Return the smallest likeness of all; None if a face is missing."""
     return None if None in found else min(one.likeness for one in found if one)
 
 
 def assign_faces(
     faces: Sequence[Face], regions: Sequence[tuple[int, int, int, int]], alike: Sequence[Sequence[float]]
 ) -> list[int | None]:
-    """The number of each person's face, or None; no face is two people's.
+    """Return the index of each person's face, or None; each face is used only once.
 
-    A face whose middle is in a person's region is that person's, the largest of several. A face that is in nobody's region
-    then goes to whoever of the others it is most like, by `alike[person][face]`, but not to someone else than it shows.
+    A face centred in a person's region belongs to that person; the largest one wins. Faces outside all regions then go to the
+    remaining person they are most like, by `alike[person][face]`, unless they look like someone else.
     """
     places: list[int | None] = [None] * len(regions)
     middles = [((face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2) for face in faces]
@@ -92,11 +94,11 @@ def assign_faces(
 
 @dataclass(frozen=True)
 class GroupFaces:
-    """What came of a picture of a group by the face passes."""
+    """The result of the face passes on a group picture."""
 
     image: Image.Image
     before: float
-    """The likeness of the person who was least alike; 0 where a face was missing."""
+    """The lowest likeness of a person before; 0 if a face was missing."""
     after: float
 
 
@@ -111,11 +113,11 @@ def redraw_faces(
     device: torch.device | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[_Key, GroupFaces]:
-    """The pictures with the faces drawn again that the face pass calls small, or that are not alike.
+    """Redraw the faces in the pictures that the face pass considers small, or that are not alike.
 
-    Each face is drawn in a cut-out of its own, with the LoRA and the words of its person alone. A new face is taken where
-    likeness does not fall, and is drawn again with another seed, up to TRIES times, as long as it is not alike.
-    `on_progress(done, total)` is called after each try with each person, and may raise to cancel.
+    Each face is drawn in its own cut-out, with only its person's LoRA and words. A new face is used if likeness doesn't fall. A
+    face that isn't alike is redrawn with another seed, up to TRIES times. `on_progress(done, total)` is called after each try
+    with each person, and may raise to cancel.
     """
     group = reference.group
     found = {key: reference.find(image) for key, (_, image) in pictures.items()}
@@ -143,16 +145,16 @@ def redraw_faces(
 
 
 def _job_of(group: Group, person: GroupMember, job: Job, attempt: int) -> Job:
-    """The job for a try with the person's face."""
+    """Return the job for a try with the person's face."""
     return replace(job, prompt=group.words_of(person, job.prompt), seed=(job.seed + attempt) % 2**64)
 
 
 def _part_of(base: Base, reference: GroupReference, number: int, image: Image.Image, face: Face) -> CutOut:
-    """The cut-out with a person's face, in the aspect of the person's region."""
+    """Return the cut-out with a person's face, in the aspect of the person's region."""
     left, top, right, bottom = reference.group.regions(image.size, 1)[number]
     part = cut_out(
         image, face, face_share(reference.people[number]), base.resolution, base.size_multiple,
         aspect=f"{right - left}:{bottom - top}", also_large=True,
     )  # fmt: skip
-    assert part, "large faces are wanted too"
+    assert part, "also_large always gives a part"
     return part

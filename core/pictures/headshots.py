@@ -1,4 +1,4 @@
-"""A batch of headshots in a folder: drawn, small faces improved, ranked by likeness, the best kept, and shown on a page."""
+"""Make a batch of headshots in a folder: draw, improve small faces, rank by likeness, keep the best, write a page."""
 
 import filecmp
 import json
@@ -33,13 +33,13 @@ OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
 KEPT = "kept"
 PICTURE_NAME = r"\d{3,}-\d+\.png"
-"""The pattern of a picture's file name: its number in the batch and its seed."""
+"""The pattern of a picture's file name: its number in the batch, then its seed."""
 COLUMNS = 10
-"""The number of pictures beside each other on the contact sheet."""
+"""The number of pictures in a row of the contact sheet."""
 TILE = 256
 """The height of a picture on the contact sheet, in pixels."""
 _EMBEDDED_BASE = Path(os.path.abspath(__file__)).parents[1] / "demo" / "base.safetensors"
-"""The base that the commands call demo."""
+"""The base model that the commands call demo."""
 
 
 def make_headshots(
@@ -55,20 +55,20 @@ def make_headshots(
     device: torch.device | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Headshot]:
-    """The pictures of all jobs, written as PNG files into `folder`; most alike first where there is a `reference`.
+    """Draw the pictures of all jobs into `folder` as PNG files, and return them; most alike first with a `reference`.
 
-    With `reference`, photos of the person or what was seen on them, faces that `face_pass` calls small are drawn again, and
-    the new face is kept where likeness does not fall. The `keep` most alike pictures (None: a quarter) are then copied into
-    `folder`/kept, but none whose likeness is below SAME_PERSON.
+    `reference` is photos of the person, or a Reference made from them. With it, faces that `face_pass` considers small are
+    redrawn, and a new face is used if likeness doesn't fall. Then the `keep` most alike pictures (None: a quarter) are copied
+    into `folder`/kept, but none with a likeness below SAME_PERSON.
 
-    A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
-    batch goes on where it was. Another picture of its name moves to `folder`/earlier, from where it comes back when it is
-    asked for again, and what another batch left in `folder`/kept moves to `folder`/kept/earlier. The files
-    contact_sheet.png, gallery.html and headshots.json are written too.
+    A picture that already exists and was made from the same job, models and settings is not drawn again, so an interrupted
+    batch continues where it stopped. A different picture of that name moves to `folder`/earlier, and moves back when it is
+    requested again. Files of another batch in `folder`/kept move to `folder`/kept/earlier. The files contact_sheet.png,
+    gallery.html and headshots.json are written too.
 
-    `on_progress(phase, done, total)` is called with the phases "pictures" and "faces", and may raise to cancel. Raises
-    BadFile when the folder cannot be written, InUse when another batch is drawn into it, BadPhoto when no reference photo
-    shows a face, and BadConfig when two jobs are the same or `keep` is given without `reference` or below 1.
+    `on_progress(phase, done, total)` is called with the phases "pictures" and "faces", and may raise to cancel. Raises BadFile
+    if the folder cannot be written, InUse if another batch is being drawn into it, and BadPhoto if no reference photo shows a
+    face. Raises BadConfig if two jobs are the same, or if `keep` is given without `reference` or below 1.
     """
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
@@ -80,24 +80,24 @@ def make_headshots(
 
 
 def check_keep(keep: int | None, compared: bool) -> None:
-    """Raises BadConfig for a number of pictures to keep that is below 1, or given where nothing is compared."""
+    """Raise BadConfig if the number of pictures to keep is below 1, or given without photos to compare with."""
     if keep is not None and not compared:
-        raise BadConfig("keep needs photos of the person to compare with")
+        raise BadConfig("keep: photos of the person are required to choose the most alike pictures")
     if keep is not None and keep < 1:
         raise BadConfig(f"keep = {keep}: must be at least 1")
 
 
 class Compared(Protocol):
-    """Whoever pictures are compared with: `Reference`, or everyone in a group."""
+    """What pictures are compared with: a `Reference`, or everyone in a group."""
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
-        """The likeness of each picture; None where a face is missing."""
+        """Return the likeness of each picture; None if a face is missing."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The models and settings that the pictures of a batch are drawn with, and who is to be on them."""
+    """The models and settings that a batch is drawn with, and the people it should show."""
 
     base: Base
     loras: Sequence[tuple[LoraFile, float]]
@@ -107,12 +107,12 @@ class Batch:
     person: Compared | None
 
     def make(self, jobs: Sequence[Job], folder: Path, face_pass: FacePass, keep: int | None) -> list[Headshot]:
-        """The pictures of the jobs in the folder, as `make_headshots` says; the jobs have sizes."""
+        """Make the pictures of the jobs in the folder, as described in `make_headshots`; the jobs have sizes."""
         make_folder(folder)
         for job, count in Counter(jobs).items():
             if count > 1:
                 raise BadConfig(
-                    f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
+                    f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; use different seeds"
                 )
         paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
         person = self.person
@@ -132,19 +132,19 @@ class Batch:
 
     @property
     def compared_with(self) -> int:
-        """How many people a picture is compared with."""
+        """The number of people that a picture is compared with."""
         return 0 if self.person is None else 1
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
-        """The pictures of the jobs."""
+        """Draw the pictures of the jobs."""
         return generate(self.base, self.loras, jobs, self.config, device=self.device)
 
     def parameters(self, job: Job) -> str:
-        """The text by which a picture of the job is known."""
+        """Return the text that identifies a picture of the job."""
         return parameters_text(self.base, self.loras, job, self.config)
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
-        """Draws the pictures that are not there yet, or were made otherwise, to their paths."""
+        """Draw pictures that are missing or were made differently, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
@@ -155,7 +155,7 @@ class Batch:
                 self.on_progress("pictures", done, len(paths))
 
     def _is_there(self, job: Job, path: Path, face_pass: FacePass) -> bool:
-        """Whether the job's picture is at its path, or was in the folder `earlier` beside it and is moved back."""
+        """Return whether the job's picture is at its path, or was in the folder `earlier` beside it and has been moved back."""
         if self._is_made(job, path, face_pass):
             return True
         named = sorted((path.parent / EARLIER).glob(f"{path.stem}*{path.suffix}"))
@@ -168,20 +168,20 @@ class Batch:
         return True
 
     def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
-        if not path.is_file():  # nor any other thing of that name: whoever opens a pipe waits
+        if not path.is_file():  # Opening a pipe of that name would wait forever.
             return False
         try:
             with Image.open(path) as image:
-                image.load()  # fails for a file that was cut short
+                image.load()  # Raises for a truncated file.
                 same = image.info.get("parameters") == self.parameters(job)
         except (*DAMAGED, Image.DecompressionBombError):
             return False
         outcome = _face_outcome(path)
-        # A face that was drawn with other settings has to go, and the picture before it is no longer there.
+        # A face drawn with other settings must be replaced, and the picture without it no longer exists.
         return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
 
     def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
-        """Draws the small faces again, and writes the outcome into each picture, also when the picture stays as it was."""
+        """Redraw small faces, and write the outcome into each picture, even into pictures that didn't change."""
         assert isinstance(person, Reference)
         parts: dict[Path, tuple[Job, CutOut]] = {}
         for job, path in paths.items():
@@ -197,20 +197,20 @@ class Batch:
             first = read_picture(path)
             second = blend(first, part, image)
             before, after = person.likeness([first, second])
-            assert before is not None, "the face was found a moment ago"
+            assert before is not None, "the face has just been found"
             outcome = FaceOutcome(face_pass.below, face_pass.denoise, before, after)
             save_outcome(path, job, second if outcome.kept else first, outcome)
             self.on_progress("faces", done, len(parts))
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
-        """The options of `facelora generate` that name a job's models on the folder's page; none where not all are files."""
+        """Return the `facelora generate` options for a job's models, for the folder's page; none unless all are files."""
         named = base_options(self.base, folder, [lora for lora, _ in self.loras])
         loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
         return named and [*named, *(f"--lora={lora}" for lora in loras)]
 
 
 def set_others_aside(shots: Sequence[Headshot], folder: Path, lora: str) -> None:
-    """Moves the pictures in the folder that a LoRA of that name has drawn, but not in this batch, into `folder`/earlier."""
+    """Move pictures by a LoRA of that name that aren't in this batch from the folder into `folder`/earlier."""
     names = {shot.path.name for shot in shots}
     with locked(folder / OVERVIEW), writing(folder):
         for path in sorted(folder.glob("*.png")):
@@ -227,7 +227,7 @@ def _is_drawn_with(lora: str, path: Path) -> bool:
 
 
 def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome) -> None:
-    """Writes what a face pass has made of a picture in place of it, with the outcome."""
+    """Replace a picture with the result of its face pass, and write the outcome into it."""
     with Image.open(path) as first:
         parameters = first.info["parameters"]
     Picture(image, job, parameters).save(path, {"face_pass": json.dumps(asdict(outcome))})
@@ -238,13 +238,13 @@ def _settings(outcome: FaceOutcome) -> FacePass:
 
 
 def _is_passed(path: Path, face_pass: FacePass) -> bool:
-    """Whether the face pass has been done on the picture with these settings."""
+    """Return whether the picture has had the face pass with these settings."""
     outcome = _face_outcome(path)
     return outcome is not None and _settings(outcome) == face_pass
 
 
 def _face_outcome(path: Path) -> FaceOutcome | None:
-    """The outcome of the face pass that a picture has stored; None where there is none, or a text of another program."""
+    """Return the outcome of the face pass stored in a picture; None without one, or for another program's text."""
     with Image.open(path) as image:
         text = image.info.get("face_pass", "")
     try:
@@ -259,15 +259,15 @@ def _face_outcome(path: Path) -> FaceOutcome | None:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The picture in a file, in RGB."""
+    """Read a picture from a file, in RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 def ranked(shots: Sequence[Headshot], person: Compared, keep: int) -> list[Headshot]:
-    """The pictures with their likeness to the person, most alike first and those without a face last.
+    """Return the pictures with their likeness to the person, most alike first and those without a face last.
 
-    The first `keep` are marked as kept, but for those that are somebody else by their likeness, or show no face.
+    The first `keep` are marked as kept, except those without a face or with the likeness of another person.
     """
     scores = person.likeness(read_picture(shot.path) for shot in shots)
     judged = [replace(shot, likeness=score) for shot, score in zip(shots, scores, strict=True)]
@@ -278,15 +278,15 @@ def ranked(shots: Sequence[Headshot], person: Compared, keep: int) -> list[Heads
 
 
 def mean_likeness(shots: Sequence[Headshot]) -> float:
-    """The mean likeness of the pictures, where one without a face counts as 0; 0 without pictures."""
+    """Return the mean likeness of the pictures, counting 0 for those without a face; 0 without pictures."""
     return round(float(np.mean([shot.likeness or 0.0 for shot in shots] or [0.0])), 4)
 
 
 def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
-    """Copies the kept pictures into `folder`, and clears it of pictures of other batches.
+    """Copy the kept pictures into `folder`, and remove pictures of other batches from it.
 
-    A copy of a picture of the batch above `folder` is deleted where it does not belong there any more; a picture that is no
-    such copy moves to `folder`/earlier. Unless the pictures are `ranked`, every copy of this batch's pictures may stay.
+    A copy of a batch picture that no longer belongs there is deleted; any other picture moves to `folder`/earlier. Unless the
+    pictures are `ranked`, all copies of this batch's pictures may stay.
     """
     belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
     with writing(folder):
@@ -304,8 +304,8 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
 
 
 def base_options(base: Base, folder: Path, loras: Sequence[LoraFile]) -> list[str]:
-    """The options that name the base model's files, as `_named` does; none where it or one of the LoRAs is no file."""
-    # Where a tokenizer's folder is, a base does not remember.
+    """Return the options that name the base model's files, as `_named` does; none unless it and all LoRAs are files."""
+    # A base doesn't record the folder of its tokenizer.
     if base.file is None or base.family.tokenizer or not all(Path(lora.name).is_file() for lora in loras):
         return []
     encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
@@ -314,14 +314,14 @@ def base_options(base: Base, folder: Path, loras: Sequence[LoraFile]) -> list[st
 
 
 def lora_option(lora: LoraFile, strength: float, folder: Path) -> str:
-    """The value of an option for the LoRA's file, named as `_named` does, with its strength."""
+    """Return the option value for the LoRA's file, named as `_named` does, with its strength."""
     return f"{_named(Path(lora.name), folder)}:{strength:g}"
 
 
 def _named(path: Path, folder: Path) -> str:
-    """What the command on the page in the folder calls the file, without the folders of this machine: pages are sent to others.
+    """Return the name for a file in commands on the folder's page, without this machine's folders: pages are sent to others.
 
-    That is the path as seen from the folder where the file is in or below it, `demo` for the embedded base, else the name.
+    This is the path relative to the folder if the file is in or below it, `demo` for the embedded base model, else the name.
     """
     path, folder = (Path(os.path.abspath(one)) for one in (path, folder))
     if path == _EMBEDDED_BASE:
@@ -347,22 +347,22 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
 
 
 def batch_summary(shots: Sequence[Headshot], people: int = 0) -> str:
-    """One line on a batch: how many pictures there are, how many were kept, and how alike they are.
+    """Return a line about a batch: how many pictures there are, how many were kept, and how alike they are.
 
-    `people` is the number of those whom they were compared with, by which it says so where no likeness could be measured.
+    `people` is the number of people they were compared with; above 0, the line mentions if no likeness could be measured.
     """
     kept = [shot for shot in shots if shot.kept]
     best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
     if not kept:
         none = ""
         if best is not None:
-            none = f", none of them alike enough: the best has {best:.2f}, the same person {SAME_PERSON}"
+            none = f", none alike enough: the best likeness is {best:.2f}, and the same person needs {SAME_PERSON}"
         elif people:
-            none = f", in none of which {'a face' if people == 1 else 'the face of everyone'} was found"
+            none = f", none with {'a face' if people == 1 else 'a face of everyone'}"
         return f"{counted(len(shots), 'picture')}{none}"
     return (
         f"{counted(len(shots), 'picture')}, the {len(kept)} most alike kept: "
-        f"mean likeness {mean_likeness(kept):.2f}, that of all {mean_likeness(shots):.2f}"
+        f"mean likeness {mean_likeness(kept):.2f}, or {mean_likeness(shots):.2f} for all"
     )
 
 
@@ -373,7 +373,7 @@ def _findings(shot: Headshot) -> dict:
 
 def _tile(path: Path) -> Image.Image:
     image = read_picture(path)
-    image.thumbnail((image.width, TILE), Image.Resampling.LANCZOS)  # all of them are in memory at once
+    image.thumbnail((image.width, TILE), Image.Resampling.LANCZOS)  # All pictures are in memory at once.
     return image
 
 

@@ -1,4 +1,4 @@
-"""The text by which A1111 describes a picture, which ComfyUI, Forge and Civitai read too, and PNG files that have it."""
+"""A1111's text for describing a picture, which ComfyUI, Forge and Civitai also read, and PNG files that contain it."""
 
 import json
 import os
@@ -15,26 +15,26 @@ _SETTING = re.compile(r'\s*(?P<name>\w[\w /-]*):\s*(?P<value>"(?:[^"\\]|\\.)*"|[
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a picture was drawn from. `str()` of it is the text that A1111 writes."""
+    """What a picture was drawn from. `str()` returns the text that A1111 writes."""
 
     prompt: str
     negative: str
     settings: Mapping[str, str]
-    """The other settings by A1111's names, in the order in which they are written."""
+    """The other settings by A1111's names, in the order written."""
 
     def __str__(self) -> str:
         lines = [
             self.prompt,
-            # The line stands there even when it is empty: ComfyUI reads nothing from a text without it.
+            # The line is written even when it is empty: ComfyUI reads nothing from a text without it.
             f"Negative prompt: {self.negative}",
             ", ".join(f"{name}: {_quoted(value)}" for name, value in self.settings.items()),
         ]
-        # File names need not be Unicode text.
+        # File names may not be valid Unicode.
         return "\n".join(lines).encode("utf-8", "replace").decode()
 
     @classmethod
     def read(cls, text: str) -> "Parameters | None":
-        """What such a text says; None where it is none, which its last line tells: it begins with the steps."""
+        """Read the parameters from such a text; None for any other text, whose last line doesn't start with the steps."""
         *lines, last = text.strip().split("\n")
         if not last.startswith("Steps: "):
             return None
@@ -50,7 +50,7 @@ class Parameters:
 
 
 def _quoted(value: str) -> str:
-    """The value as A1111 writes it: in quotes where it would be taken for several values."""
+    """Quote the value as A1111 does if it would otherwise be read as several values."""
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
@@ -62,14 +62,14 @@ def _unquoted(value: str) -> str:
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Writes the picture as a PNG, whole or not at all, with these texts by name in it and nothing else.
+    """Write the picture as a PNG, completely or not at all, with these texts by name in it and nothing else.
 
-    Raises BadFile when it cannot be written.
+    Raises BadFile if it cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
-        # iTXt, which is UTF-8, is written only where it must be: not every program reads it.
+        # iTXt, which is UTF-8, is written only when necessary: not every program reads it.
         (info.add_text if text.isascii() else info.add_itxt)(name, text)
     bare = image.copy()
-    bare.info = {}  # else a colour profile or EXIF data would come along
+    bare.info = {}  # Otherwise a colour profile or EXIF data would be saved too.
     write_file(path, lambda file: bare.save(file, "PNG", pnginfo=info))

@@ -1,4 +1,4 @@
-"""A folder with all that one uploads to a site for models: a LoRA, a page of text and pictures, without anything personal."""
+"""Publish a LoRA: a folder to upload to a model site, with the LoRA, a page of text and pictures, and nothing personal."""
 
 import os
 import re
@@ -33,25 +33,25 @@ from .headshots import CONTACT_SHEET
 from .parameters import Parameters, save_png
 
 PAGE = "page.txt"
-"""The name of the file with the texts to paste."""
+"""The file with the texts to paste."""
 CONSENT = "The person shown has agreed to the training of this model and to its publication."
 _SETTINGS = (
     "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash", "Model",
     "VAE hash", "VAE", "Denoising strength", "Clip skip", "Prediction", "Zero terminal SNR", "Lora hashes", "TI hashes",
 )  # fmt: skip
-"""The settings of a picture that stay; others hold whatever an extension of A1111 writes."""
+"""The settings of a picture that are kept; A1111's extensions may write anything into others."""
 _ADVICE = ("Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
 _DRAWN = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
-"""The names of what A1111, ComfyUI and InvokeAI write into a PNG file that they draw."""
+"""The names under which A1111, ComfyUI and InvokeAI write into the PNG files that they draw."""
 _LORA_TAG = re.compile(r"\s*<lora:([^:>]*):?([^:>]*)[^>]*>")
 _LORA_HASH = re.compile(r"(.+?): (?:0x)?([0-9a-fA-F]+)(?:, |$)")
 _KINDS = {"lora": "LORA", "dora": "DoRA"}
-"""The type that Civitai has for a kind of adapter; all others are LyCORIS there."""
+"""Civitai's types for kinds of adapters; all other kinds are LyCORIS there."""
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What `publish` has made."""
+    """The result of `publish`."""
 
     folder: Path
     lora: Path
@@ -68,9 +68,9 @@ class _Example:
 
     photo: Photo
     said: Parameters | None
-    """What it was drawn from, without names of people; None where the file does not say."""
+    """What it was drawn from, without people's names; None if the file doesn't record it."""
     strength: str = ""
-    """The strength of the published LoRA in its prompt; empty where that LoRA did not draw it."""
+    """The strength of the published LoRA in its prompt; empty if it was drawn without that LoRA."""
 
 
 def publish(
@@ -84,30 +84,31 @@ def publish(
     on_progress: OnProgress = silent,
     on_warning: Callable[[str], None] = warnings.warn,
 ) -> Publication:
-    """The files of a new folder `output`, made for a site such as Civitai: the LoRA, a page of text, and example pictures.
+    """Make a new folder `output` for a site such as Civitai, with the LoRA, a page of text, and example pictures.
 
-    `pictures` are files and folders of them. Their A1111 parameters stay where they have some, with names of LoRA files
-    replaced; all other metadata go, as do those of the LoRA that tell of a person or a computer. `agreed` says that the person
-    shown has agreed to it, which the page then says too. `title` and `description` are else those in the LoRA's metadata.
-    A picture whose parameters say that several people are in it is left out: one of them has not agreed to this.
-    So is one in which nothing says that a program has drawn it, since it may be a photo. `on_warning` is told of these, of
-    other pictures without parameters, of those that were drawn without this LoRA, and of a LoRA that no program loads.
+    `pictures` are files, and folders of files. Their A1111 parameters are kept, with names of LoRA files replaced; all other
+    metadata are removed. The LoRA's metadata about a person or a computer are removed too. `agreed` confirms that the person
+    shown has agreed, which the page then states. `title` and `description` default to those in the LoRA's metadata.
 
-    Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be published names a path, a
-    photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
+    Pictures are left out if their parameters show several people, since only one of them has agreed. They are also left out if
+    nothing shows that a program drew them, since they may be photos. `on_warning` is told of these pictures, of others without
+    parameters or drawn without this LoRA, and of a LoRA that no program loads.
+
+    Raises BadFile if the folder exists, the LoRA has faults, or a text to publish names a path, a photo or this computer's
+    user. Raises BadConfig without a title or the person's agreement, and BadPhoto for an unreadable picture.
     """
     if not agreed:
-        raise BadConfig("nothing is published of anyone who has not agreed; agreed says that the person has")
+        raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed")
     source, folder = LoraFile.read(lora), Path(output)
     if os.path.lexists(folder):
-        raise BadFile(f"{folder}: is there already; choose another output")
+        raise BadFile(f"{folder}: this folder already exists; choose another output")
     if not source.entries:
-        raise BadFile(f"{source.name}: holds vectors of a word and no LoRA; only LoRAs are published")
+        raise BadFile(f"{source.name}: this file is an embedding; only LoRAs can be published")
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
-        raise BadFile(f"{source.name}: {fault.text}; mend it before it is published")
+        raise BadFile(f"{source.name}: {fault.text}; repair it before publishing")
     if _is_loaded_by_none(source):
         on_warning(
-            f"{source.name}: no program that draws pictures loads its {source.scheme} names; publish what this makes of it: "
+            f"{source.name}: no image program loads its {source.scheme} names. Convert it, and publish the result: "
             f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
         )
     texts = {"modelspec.title": title, "modelspec.description": description}
@@ -134,16 +135,16 @@ def publish(
 
 
 def _is_loaded_by_none(lora: LoraFile) -> bool:
-    """Whether none of the programs that draw pictures loads any module of a LoRA for a published model."""
+    """Return whether no program that draws pictures loads any module of a LoRA for a published model."""
     drawing = [reader for reader in READERS if reader not in TRAINERS]
     return bool(lora.identity.models) and all(read_by(reader, lora).verdict == "not at all" for reader in drawing)
 
 
 def _file_name(title: str, lora: str) -> str:
-    """The title as a file's name, of letters, digits, `-` and `_`. Raises BadConfig where nothing is left of it."""
+    """Return the title as a file name of letters, digits, `-` and `_`. Raises BadConfig if nothing is left of it."""
     name = re.sub(r"[^\w-]+", "_", title).strip("_-")[:64]
     if not name:
-        raise BadConfig(f"{lora}: has no title that could name a file; give one (title)")
+        raise BadConfig(f"{lora}: its title contains nothing usable in a file name; set title")
     return name
 
 
@@ -158,7 +159,7 @@ def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: Callable[[st
 
 
 def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str], None]) -> _Example | None:
-    """The picture as an example of the LoRA under its published name; None where it shows other people, or may be a photo."""
+    """Return the picture as an example under the LoRA's published name; None if it shows other people or may be a photo."""
     assert isinstance(photo.source, Path)
     try:
         with Image.open(photo.source) as image:
@@ -168,18 +169,18 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
         text, is_drawn, graph = None, False, ""
     said = Parameters.read(text) if isinstance(text, str) else None
     if said is None and not is_drawn:
-        on_warning(f"{photo.name}: is left out, since nothing in it says that it was drawn, and it may be a photo")
+        on_warning(f"{photo.name}: left out: it may be a photo, since no program is recorded in it")
         return None
     if (said and shows_several(said)) or f'"{GROUP_NODE}"' in graph:
-        on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
+        on_warning(f"{photo.name}: left out: its parameters show several people, but the LoRA is of one person")
         return None
     if said is None:
-        on_warning(f"{photo.name}: has no parameters of A1111 in it, so nobody will see how it was made")
+        on_warning(f"{photo.name}: it has no A1111 parameters, so visitors cannot see how it was made")
         return _Example(photo, None)
     hashes = {stem: number.lower() for stem, number in _LORA_HASH.findall(said.settings.get("Lora hashes", ""))}
     ours = {stem for stem, number in hashes.items() if model_hash.startswith(number)}
     if not ours:
-        on_warning(f"{photo.name}: was drawn without this LoRA, by the hashes in its parameters")
+        on_warning(f"{photo.name}: the hashes in its parameters show that it was drawn without this LoRA")
     # A LoRA's file may be named after a person; sites find it by its hash.
     names = {stem: name if stem in ours else number for stem, number in hashes.items()}
     strengths = [strength or "1" for stem, strength in _LORA_TAG.findall(said.prompt) if stem in ours]
@@ -187,7 +188,7 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
 
 
 def _comment(image: Image.Image) -> str:
-    """The EXIF comment of a picture as A1111 writes it into JPEG and WebP files; empty without one."""
+    """Return a picture's EXIF comment, where A1111 writes parameters in JPEG and WebP files; empty without one."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if not isinstance(comment, bytes) or not comment.startswith(b"UNICODE\0"):
         return ""
@@ -195,14 +196,14 @@ def _comment(image: Image.Image) -> str:
 
 
 def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[str, str]) -> Parameters:
-    """The parameters with LoRAs under these names, without settings that are not known and names without a hash."""
+    """Return the parameters with LoRAs renamed, and without unknown settings and names that have no hash."""
 
     def renamed(tag: re.Match[str]) -> str:
         return f" <lora:{names[tag[1]]}:{tag[2] or 1}>" if tag[1] in names else ""
 
     settings = {key: said.settings[key] for key in _SETTINGS if key in said.settings}
     for key in ("Model", "VAE"):
-        if f"{key} hash" not in settings:  # it is a folder's name
+        if f"{key} hash" not in settings:  # This is the name of a folder.
             settings.pop(key, None)
     if names:
         settings["Lora hashes"] = ", ".join(f"{names[stem]}: {number}" for stem, number in hashes.items())
@@ -211,7 +212,7 @@ def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[s
 
 
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
-    """The texts to paste, each below the name of its field."""
+    """Return the texts to paste, each below the name of its field."""
     table = NAME_TABLES[source.family].listings
     listings = [table[model] for model in source.identity.models if model in table]
     strength, settings = _advice(source if listings else None, examples)
@@ -219,23 +220,23 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
         "Title": metadata["modelspec.title"],
         "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
         "Type": _KINDS.get(source.kind, "LyCORIS"),
-        "Base model": " or ".join(listing.civitai for listing in listings) or "not known",
-        "Trigger words": metadata.get(PHRASE_KEY, "none are known"),
+        "Base model": " or ".join(listing.civitai for listing in listings) or "unknown",
+        "Trigger words": metadata.get(PHRASE_KEY, "none known"),
         "Strength": strength,
-        "Settings": ", ".join(f"{name}: {value}" for name, value in settings.items()) or "not known",
+        "Settings": ", ".join(f"{name}: {value}" for name, value in settings.items()) or "unknown",
         f"Hashes of {path.name}": "\n".join(f"{name}: {value}" for name, value in _hashes(path).items()),
         "Licence of the base model": " or ".join(dict.fromkeys(listing.licence for listing in listings))
-        + "\n(a checkpoint that was made from it may have another one)"
+        + "\n(a checkpoint based on it may have a different licence)"
         if listings
-        else "not known",
+        else "unknown",
     }
     return "\n".join(f"{name}\n{'-' * len(name)}\n{text}\n" for name, text in fields.items())
 
 
 def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str, dict[str, str]]:
-    """The strength and the settings of most of the pictures that the LoRA has drawn, else those that suit the family.
+    """Return the strength and settings that most of the LoRA's pictures have, else the family's usual ones.
 
-    `source` is the LoRA, None where its base model is not known.
+    `source` is the LoRA; None if its base model is unknown.
     """
     drawn = [(example.strength, example.said) for example in examples if example.strength and example.said]
     if drawn:
@@ -250,16 +251,16 @@ def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str,
 
 
 def _hashes(path: Path) -> dict[str, str]:
-    """The hashes of the published file under Civitai's names."""
+    """Return the hashes of the published file under Civitai's names."""
     found = file_hashes(path)
     names = {"AutoV2": "autov2", "AutoV3": "autov3", "CRC32": "crc32", "BLAKE3": "blake3", "SHA256": "sha256"}
     return {name: found[key].upper() for name, key in names.items() if key in found}
 
 
 def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]) -> None:
-    """Raises BadFile when a text in the files, read again, names a path, a photo or the user.
+    """Raise BadFile if a text in the files, read again, names a path, a photo or the user.
 
-    `pictures` has the name that each picture had before, by which the message calls it.
+    `pictures` has each picture's original name, for the message.
     """
     metadata = SafetensorsFile.open(lora).metadata
     texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key not in cover("")]
@@ -267,18 +268,18 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
     for path, name in pictures.items():
         with Image.open(path) as image:
             assert set(image.info) <= {"parameters"}
-            texts += [(f"{name}: what it was drawn from", text) for text in image.info.values()]
+            texts += [(f"{name}, parameters", text) for text in image.info.values()]
     words = [word for phrase in trigger_words(metadata) for word in (phrase, *phrase.split())]
     for what, text in texts:
         if part := personal_part(text, words):
-            raise BadFile(f"{what} has {part} in it, which should not be published; change the text or leave it out")
+            raise BadFile(f"{what}: found {part}, which should not be published; change the text or leave it out")
 
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A context with a folder that is renamed to `folder` at its end, and is gone where something fails.
+    """Make a folder that is renamed to `folder` at the end of the context, or deleted after an error.
 
-    What a killed process left of it is deleted.
+    Remains of a killed process are deleted.
     """
     made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(folder.parent)

@@ -1,6 +1,6 @@
-"""Pictures from a base model: the denoising loop with the samplers that people know, and the VAE's decoder.
+"""Sample pictures from a base model: the denoising loop with common samplers, and the VAE's decoder.
 
-The samplers are diffusers'; conditioning and prediction are the model family's, as in training.
+The samplers come from diffusers; conditioning and prediction come from the model family, as in training.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,9 +22,9 @@ from ..models.packages import import_diffusers
 from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
 
 MOST_LEADING = 150
-"""The number of sampling steps up to which they are spaced as SD's own configs say, "leading"."""
+"""The largest number of sampling steps for the "leading" spacing of SD's own configs."""
 ENCODED_TOGETHER = 16
-"""The number of texts that are encoded at a time."""
+"""The number of texts that are encoded together."""
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
@@ -43,7 +43,7 @@ FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""The samplers for rectified flows by name: the class of diffusers' scheduler, "" for our `FlowEuler`, and its options."""
+"""The samplers for rectified flows by name: the class of diffusers' scheduler ("" for our `FlowEuler`), and its options."""
 SAMPLER_TITLES = {
     "dpmpp_2m_karras": "DPM++ 2M Karras",
     "dpmpp_2m": "DPM++ 2M",
@@ -53,7 +53,7 @@ SAMPLER_TITLES = {
     "unipc": "UniPC",
     "ddim": "DDIM",
 }
-"""The title that each sampler has in A1111, by its name here."""
+"""A1111's title for each sampler, by its name here."""
 
 
 class FlowEuler:
@@ -62,50 +62,50 @@ class FlowEuler:
     init_noise_sigma: float = 1.0
 
     def __init__(self, times: Tensor):
-        """Takes the `times` (steps + 1,) between which the steps lie, falling from 1, which is noise, to 0."""
+        """Take the `times` (steps + 1,) between steps, falling from 1, which is noise, to 0."""
         self.timesteps: Tensor = TIMESTEPS * times[:-1]
         self._times = times
         self._index = 0
 
     def set_begin_index(self, index: int) -> None:
-        """Sets the index of the step at which sampling begins."""
+        """Set the index of the step at which sampling begins."""
         self._index = index
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The latents as they are: a rectified flow's model takes them unscaled."""
+        """Return the latents unchanged: a rectified flow's model takes them unscaled."""
         return latents
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The latents (N, C, h, w) with noise at these timesteps: (1 - t) * latents + t * noise."""
+        """Return the latents (N, C, h, w) with noise at these timesteps: (1 - t) * latents + t * noise."""
         time = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
         return (1 - time) * latents + time * noise
 
     def step(self, velocity: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
-        """The latents at the next time, reached along the velocity; a tuple of one, as from diffusers' schedulers."""
+        """Return the latents at the next time along the velocity, in a tuple of one like diffusers' schedulers."""
         now, then = self._times[self._index], self._times[self._index + 1]
         self._index += 1
         return (latents + (then - now) * velocity,)
 
 
 def sampler_name(name: str | None, base: Base) -> str:
-    """The sampler's name, for None the one that suits the base model's family.
+    """Return the sampler's name; for None, the default of the base model's family.
 
-    Raises BadConfig for a sampler that the family does not have, or that does more with a flow map's steps than take them.
+    Raises BadConfig for a sampler that the family doesn't support, or that doesn't simply take a flow map's steps.
     """
     known, usual = (SAMPLERS, "dpmpp_2m_karras") if base.family.predicts_noise else (FLOW_SAMPLERS, "euler")
     if name is None:
         return usual
     if name not in known:
-        raise BadConfig(f"sampler = {name!r}: {base.family.title} has {', '.join(known)}")
+        raise BadConfig(f"sampler = {name!r}: choose one that {base.family.title} supports: {', '.join(known)}")
     if base.is_flow_map and name != usual:
-        raise BadConfig(f"sampler = {name!r}: {base.name} is a flow map, which is drawn with {usual} alone")
+        raise BadConfig(f"sampler = {name!r}: {base.name} is a flow map, which only supports {usual}")
     return name
 
 
 def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> Any:
-    """A diffusers scheduler, or `FlowEuler`, on the base model's noise schedule, with its steps set for the latents' size.
+    """Return a diffusers scheduler or `FlowEuler` on the base model's noise schedule, with steps set for the latents' size.
 
-    Raises BadConfig for a sampler that the family does not have.
+    Raises BadConfig for a sampler that the family doesn't support.
     """
     diffusers = import_diffusers()
     name = sampler_name(name, base)
@@ -123,7 +123,7 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",
             "prediction_type": base.prediction_type,
-            # Leading steps are a whole number of timesteps apart: many of them would begin far below pure noise.
+            # Leading steps are a whole number of timesteps apart, so with many steps they would start far below pure noise.
             "timestep_spacing": "trailing" if base.zero_terminal_snr or steps > MOST_LEADING else "leading",
             "steps_offset": 1,
             **options,
@@ -142,9 +142,9 @@ def encode_prompts(
     clip_skip: int = 1,
     chunks: int | None = None,
 ) -> list[Conditioning]:
-    """The conditioning of each prompt, as a batch of 1 on the CPU.
+    """Return the conditioning of each prompt, as a batch of 1 on the CPU.
 
-    The prompts are padded to `chunks` chunks of tokens, for None to as many as the longest needs.
+    The prompts are padded to `chunks` chunks of tokens; for None, to the length of the longest.
     """
     if base.caption_encoder:
         return [base.caption_encoder.encode(prompt) for prompt in prompts]
@@ -161,7 +161,7 @@ def encode_prompts(
 def encode_pairs(
     base: Base, encoders: Mapping[str, nn.Module], pairs: Iterable[tuple[str, str]], clip_skip: int = 1
 ) -> dict[tuple[str, str], Pair]:
-    """The conditioning of each (prompt, negative prompt). It does not depend on the length of the other pairs."""
+    """Return the conditioning of each (prompt, negative prompt), independent of the other pairs' length."""
     chunks = {pair: _chunks_of(pair, encoders) for pair in pairs}
     encoded = {}
     for count in set(chunks.values()):
@@ -172,13 +172,13 @@ def encode_pairs(
 
 
 def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
-    """The number of chunks that the longest text needs, where a new word may take many tokens."""
+    """Return the number of chunks that the longest text needs; an added word may take many tokens."""
     return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
 
 
 Prediction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""What a denoiser says of latents (N, C, h, w), scaled as the sampler wants them, in the step from a timestep to another:
-float32 of the same shape."""
+"""A denoiser's prediction for latents (N, C, h, w), scaled as the sampler requires, in a step between two timesteps: float32 of
+the same shape."""
 
 
 def sample_latents(
@@ -199,14 +199,16 @@ def sample_latents(
     denoise: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """The latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
+    """Return the latents (N, C, h, w) of one picture per seed, float32; a picture's noise depends only on its seed.
 
-    The denoiser computes on `device` in `dtype`; its own tensors may be elsewhere between two passes, and in 8 bits. With
-    `autocast` it may have layers whose weights are in float32, which torch then casts.
+    The denoiser computes on `device` in `dtype`; between passes its tensors may be elsewhere, and in 8 bits. With `autocast` it
+    may have layers with float32 weights, which torch then casts.
+
     `guidance` is the scale of classifier-free guidance (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A
-    base model that was distilled takes the scale as an input, and no negative prompt. `size` is (width, height) in pixels.
-    With `start`, latents (N, C, h, w) of pictures, these are drawn again: they are noised to where the last `denoise`
-    (above 0 to 1) of the steps begins, and only those steps are taken. `on_step(done, total)` may raise to cancel.
+    distilled base model takes the scale as an input, and no negative prompt. `size` is (width, height) in pixels.
+
+    With `start`, latents (N, C, h, w) of pictures, these are redrawn. They are noised to the start of the last `denoise` share
+    (above 0 to 1) of the steps, and only those steps are taken. `on_step(done, total)` may raise to cancel.
     """
     predict = guided_prediction(
         base, denoiser, positive, negative, device=device, dtype=dtype, size=size, guidance=guidance
@@ -222,7 +224,7 @@ def sample_latents(
 
 
 def predictions_per_step(base: Base, guidance: float) -> int:
-    """How often the denoiser predicts in a sampling step: with and without the prompt, where guidance needs both."""
+    """Return the denoiser's predictions per sampling step: two if guidance needs the negative prompt too, else one."""
     return 1 if base.embeds_guidance or guidance == 1 else 2
 
 
@@ -237,7 +239,7 @@ def guided_prediction(
     size: tuple[int, int],
     guidance: float,
 ) -> Prediction:
-    """The denoiser's prediction for pictures of that size with these texts, under guidance as in `sample_latents`."""
+    """Return the denoiser's prediction for pictures of that size with these texts and guidance, as in `sample_latents`."""
     picture = base.family.image_conditioning(size, (0, 0), size)
     scale = guidance
     if base.embeds_guidance:
@@ -274,7 +276,7 @@ def denoised(
     denoise: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """The latents that the sampler comes to by the predictions; the arguments are those of `sample_latents`."""
+    """Return the latents that the sampler reaches with the predictions; for the arguments, see `sample_latents`."""
     shape = base.latent_shape
     width, height = (side // shape.pixels for side in size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -284,7 +286,7 @@ def denoised(
     timesteps = scheduler.timesteps
     first = 0 if start is None else len(timesteps) - max(1, round(denoise * len(timesteps)))
     timesteps = timesteps[first:]
-    if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
+    if hasattr(scheduler, "set_begin_index"):  # DDIM only uses the timesteps.
         scheduler.set_begin_index(first)
     if start is None:
         latents = noise * scheduler.init_noise_sigma
@@ -309,9 +311,9 @@ def _stack(
 
 
 def load_vae(base: Base, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The VAE for pictures that are drawn in `dtype`: in bf16 where the denoiser is so on a GPU, else in float32.
+    """Load the VAE for pictures drawn in `dtype`: in bf16 if the denoiser uses it on a GPU, else in float32.
 
-    In bf16 it takes half the memory, and no family's VAE overflows. In fp16 SDXL's does.
+    bf16 halves the memory, and no family's VAE overflows in it. In fp16 SDXL's does.
     """
     narrow = device.type == "cuda" and dtype == torch.bfloat16
     return base.load("vae", device, dtype if narrow else torch.float32)
@@ -319,7 +321,7 @@ def load_vae(base: Base, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -> Tensor:
-    """The latents (N, C, h, w) of RGB pictures of one size, float32: the mean of the encoder's distribution."""
+    """Encode RGB pictures of one size into latents (N, C, h, w), float32: the mean of the encoder's distribution."""
     parameter = next(vae.parameters())
     latents = []
     for image in images:
@@ -331,7 +333,7 @@ def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -
 
 @torch.no_grad()
 def decode_latents(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
-    """The RGB pictures of latents (N, C, h, w), decoded one by one: the decoder needs the most memory of all."""
+    """Decode latents (N, C, h, w) into RGB pictures, one by one, since the decoder needs the most memory of all."""
     parameter = next(vae.parameters())
     images = []
     for latent in latents:

@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures on one, in titled rows."""
+"""Contact sheets: many pictures in one, in titled rows."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 WIDEST_TITLE = 2000
-"""The most pixels by which a sheet is widened to its title: anyone may type one."""
+"""The widest a sheet becomes for its title, in pixels: a title may be any text."""
 
 LONGEST_NAME = 400
-"""The most characters of a row's name that are shown: anyone may type one."""
+"""The most characters shown of a row's name, which may be any text."""
 
 
 def contact_sheet(
@@ -20,10 +20,10 @@ def contact_sheet(
     title: str = "",
     columns: int = 50,
 ) -> Image.Image:
-    """One picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
+    """Return one picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
 
-    A row of more than `columns` images goes on below, as does a name that is wider than the sheet. The sheet is as wide as its
-    title, up to WIDEST_TITLE pixels.
+    Rows of more than `columns` images are wrapped, as are names wider than the sheet. The sheet is as wide as its title, up to
+    WIDEST_TITLE pixels.
     """
     font, small, large = (ImageFont.load_default(size) for size in (18, 13, 22))
     gap, line = 8, 26
@@ -57,9 +57,9 @@ def contact_sheet(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken between words where it can be.
+    """Wrap the text into lines of at most `width` pixels, at words where possible.
 
-    Of more than LONGEST_NAME characters the middle is left out.
+    Above LONGEST_NAME characters, the middle is left out.
     """
     half = LONGEST_NAME // 2
     text = text if len(text) <= LONGEST_NAME else f"{text[:half]} ... {text[-half:]}"

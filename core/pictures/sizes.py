@@ -1,4 +1,4 @@
-"""Which sizes a picture can have."""
+"""The sizes that a picture can have."""
 
 import math
 
@@ -10,10 +10,10 @@ SMALLEST_SIDE, LARGEST_SIDE = 16, 16384
 
 
 def checked_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
-    """The size (width, height) in pixels, or the base model's own square for None.
+    """Return the size (width, height) in pixels; for None, the base model's own square.
 
-    Raises BadConfig, with the nearest size that works, unless both sides are multiples of what the denoiser can halve;
-    and for a side above LARGEST_SIDE.
+    Raises BadConfig, with the nearest valid size, unless the denoiser can halve both sides as often as it needs to. Raises it
+    for a side above LARGEST_SIDE too.
     """
     multiple = base.size_multiple
     if size is None:
@@ -25,18 +25,18 @@ def checked_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
             f"size {size[0]}x{size[1]}: width and height must be multiples of {multiple}, e.g. {near[0]}x{near[1]}"
         )
     if max(size) > LARGEST_SIDE:
-        raise BadConfig(f"size {size[0]}x{size[1]}: width and height may be {LARGEST_SIDE} at most")
+        raise BadConfig(f"size {size[0]}x{size[1]}: width and height must be at most {LARGEST_SIDE}")
     return size
 
 
 def size_near(aspect: str, resolution: int, size_multiple: int) -> tuple[int, int]:
-    """The (width, height) in pixels of a picture near the aspect, with an area of at most resolution².
+    """Return the (width, height) in pixels of a picture near the aspect, with an area of at most resolution².
 
-    Both are multiples of `size_multiple`. The shorter side is rounded and the longer one takes the area that is left: at
-    1024 and 64 these are the sizes that SDXL was trained on (appendix I of arXiv:2307.01952).
+    Both are multiples of `size_multiple`. The shorter side is rounded, and the longer one takes the remaining area. At 1024 and
+    64 these are the sizes that SDXL was trained on (appendix I of arXiv:2307.01952).
     """
     across, down = (int(part) for part in aspect.split(":"))
-    side = resolution // size_multiple  # this and the sides below are in multiples of size_multiple
+    side = resolution // size_multiple  # Sides are in multiples of size_multiple from here on.
     shorter = round(side * math.sqrt(min(across, down) / max(across, down)))
     longer = side * side // shorter
     width, height = (shorter, longer) if across < down else (longer, shorter)

@@ -1,7 +1,7 @@
 """Style packs: headshot styles as data, and their expansion into the prompts of a batch.
 
-A pack is a JSON file (`style_packs/style_pack.schema.json` describes it, docs/style-packs.md explains it). Packs lie in
-this package and in folders of the user, and are read anew each time they are asked for.
+A pack is a JSON file. `style_packs/style_pack.schema.json` describes it, and docs/style-packs.md explains it. Packs are in this
+package and in the user's folders, and are read again on every use.
 """
 
 import json
@@ -30,7 +30,7 @@ PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Subject:
-    """The person in the pictures, by the LoRA's trigger word and the class word that it belongs to."""
+    """The person in the pictures: the LoRA's trigger word, and its class word."""
 
     trigger: str
     class_word: str = "person"
@@ -41,12 +41,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """The settings of a model family for prompts and pictures where a style says nothing."""
+    """A model family's settings for prompts and pictures that a style doesn't set."""
 
     wording: str
-    """The wording of prompts that the family reads best, "tags" or "sentences"."""
+    """The wording of prompts that suits the family, "tags" or "sentences"."""
     resolution: int
-    """The side of the square with the same area as a picture, in pixels."""
+    """The side, in pixels, of the square with a picture's area."""
     size_multiple: int
     """Width and height are multiples of this, in pixels."""
     guidance: float
@@ -76,7 +76,7 @@ class Style:
     name: str
     category: str
     tags: Wording | None
-    """The wording for families that read tags (SD1.5, SDXL). At least one of `tags` and `sentences` is there."""
+    """The wording for families that read tags (SD1.5, SDXL). At least one of `tags` and `sentences` is set."""
     sentences: Wording | None
     """The wording for families that read sentences (FLUX and later)."""
     framing: str = "head-and-shoulders"
@@ -85,15 +85,15 @@ class Style:
     strength: float = 0.8
     """The suggested strength of the LoRA."""
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The placeholders that vary from picture to picture, with the texts that each takes in turn."""
+    """The placeholders that vary between pictures, with the texts that each takes in turn."""
     picture: str | None = None
     """The file name of an example picture, relative to the pack's folder."""
 
     def wording(self, family: str) -> Wording:
-        """The wording for a model family.
+        """Return the wording for a model family.
 
-        A family whose wording is missing takes the prompt of the other one, but not its negative prompt and numbers:
-        a guidance that is right for SDXL burns a FLUX picture. Raises UnknownFamily.
+        Without one, the prompt of the other wording is used, but not its negative prompt and numbers. A guidance for SDXL would
+        burn a FLUX picture. Raises UnknownFamily.
         """
         reads_tags = family_defaults(family).wording == "tags"
         own, other = (self.tags, self.sentences) if reads_tags else (self.sentences, self.tags)
@@ -105,7 +105,7 @@ class Style:
 
 @dataclass(frozen=True)
 class StyledPrompt:
-    """Everything that makes one picture, except the models."""
+    """Everything needed to make one picture, except the models."""
 
     style: str
     prompt: str
@@ -123,14 +123,14 @@ class StyledPrompt:
 
 
 def check_count(count: int) -> None:
-    """Raises BadConfig for a number of pictures that is out of range."""
+    """Raise BadConfig if the number of pictures is out of range."""
     if not 1 <= count <= MOST_PICTURES:
         raise BadConfig(f"count = {count}: must be between 1 and {MOST_PICTURES}")
 
 
 @dataclass(frozen=True)
 class StylePack:
-    """A pack of styles, as one JSON file holds it."""
+    """A pack of styles from one JSON file."""
 
     id: str
     title: str
@@ -138,7 +138,7 @@ class StylePack:
     licence: str
     styles: tuple[Style, ...]
     folder: Path
-    """The folder of the pack's file, to which the names of pictures are relative."""
+    """The folder of the pack's file; names of pictures are relative to it."""
 
     @property
     def names(self) -> list[str]:
@@ -146,16 +146,16 @@ class StylePack:
         return [style.name for style in self.styles]
 
     def style(self, name: str) -> Style:
-        """The style of that name, in upper or lower case. Raises BadStylePack, with the names that there are."""
+        """Return the style of that name, in any case. Raises BadStylePack with the available names."""
         for style in self.styles:
             if style.name.casefold() == name.casefold():
                 return style
-        raise BadStylePack(f"style pack {self.id!r} has no style {name!r}; it has: {', '.join(self.names)}")
+        raise BadStylePack(f"style pack {self.id!r} has no style {name!r}; choose one of: {', '.join(self.names)}")
 
     def picture(self, style: Style) -> Path | None:
-        """The path of a style's example picture; None if it has none or the file is not there.
+        """Return the path of a style's example picture; None without one, or if the file is missing.
 
-        Raises BadStylePack when the path leads out of the pack's folder or cannot be looked up.
+        Raises BadStylePack if the path leads out of the pack's folder or cannot be resolved.
         """
         if style.picture is None:
             return None
@@ -163,12 +163,14 @@ class StylePack:
         try:
             path = (self.folder / style.picture).resolve()
             found = path.is_file()
-        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        except (OSError, RuntimeError) as error:  # The name is too long, or links form a circle.
             raise BadStylePack(
-                f"{at} cannot be looked up: {getattr(error, 'strerror', None) or 'links in a circle'}"
+                f"{at} cannot be resolved: {getattr(error, 'strerror', None) or 'circular links'}"
             ) from error
-        if not path.is_relative_to(self.folder.resolve()):  # a symbolic link; other tricks are refused at reading
-            raise BadStylePack(f"{at} leaves the folder")
+        if not path.is_relative_to(
+            self.folder.resolve()
+        ):  # Only a symbolic link can do this: other ways are refused on reading.
+            raise BadStylePack(f"{at} leads out of the folder")
         return path if found else None
 
     def prompts(
@@ -180,31 +182,31 @@ class StylePack:
         styles: Sequence[str] | None = None,
         resolution: int | None = None,
     ) -> list[StyledPrompt]:
-        """The prompts for `count` pictures in these styles (None: all); the same arguments give the same list.
+        """Return the prompts for `count` pictures in these styles (None: all); the same arguments give the same list.
 
-        Styles come in rounds, each round in a new order, and so do the values of every axis within a style. So at any
-        point of the list two styles, or two values of an axis, have been used equally often or once more; and a longer
-        list starts with the shorter one. Picture i has the seed `seed + i`.
+        Styles are used in rounds, each in a new order, and so are the values of every axis within a style. At any point of the
+        list, two styles, or two values of an axis, differ by at most one use. A longer list starts with the shorter one.
+        Picture i has the seed `seed + i`.
 
         `resolution` is the side in pixels of the square with the pictures' area; None means the family's own. Raises
-        BadStylePack for an unknown style, UnknownFamily for an unknown family, and BadConfig for an empty subject, no
+        BadStylePack for an unknown style and UnknownFamily for an unknown family. Raises BadConfig for an empty subject, no
         styles, or a number out of range.
         """
         if not str(subject):
-            raise BadConfig("the subject is empty; it needs a trigger word, a class word or both")
+            raise BadConfig("the subject is empty; set a trigger word, a class word or both")
         check_count(count)
         defaults = family_defaults(family)
         if resolution is None:
             resolution = defaults.resolution
         if resolution < defaults.size_multiple:
-            raise BadConfig(f"resolution is {resolution}; for {family} it must be {defaults.size_multiple} or more")
+            raise BadConfig(f"resolution = {resolution}: must be at least {defaults.size_multiple} for {family}")
         if not 0 <= seed < 2**64:
-            raise BadConfig(f"seed is {seed}; it must be between 0 and 2**64 - 1")
+            raise BadConfig(f"seed = {seed}: must be between 0 and 2**64 - 1")
         chosen = {style.name: style for style in self.styles}
         if styles is not None:
             chosen = {style.name: style for style in map(self.style, styles)}
         if not chosen:
-            raise BadConfig(f"styles is empty; style pack {self.id!r} has: {', '.join(self.names)}")
+            raise BadConfig(f"styles: must not be empty; style pack {self.id!r} has: {', '.join(self.names)}")
         turns = _in_rounds(list(chosen), count, f"{seed}")
         uses = Counter(turns)
         variations = {name: iter(_variations(style, uses[name], seed)) for name, style in chosen.items()}
@@ -231,27 +233,26 @@ class StylePack:
 
 @dataclass(frozen=True)
 class FoundPacks:
-    """The packs that `find_style_packs` found, and a line for each thing in the folders that could not be used."""
+    """The packs found by `find_style_packs`, and a line for each item in the folders that couldn't be used."""
 
     packs: Mapping[str, StylePack]
     problems: tuple[str, ...]
     clashes: Mapping[str, tuple[Path, ...]]
-    """The files for each id that several files of the user claim: none of these files is used."""
+    """The files for each id that several of the user's files claim; none of them is used."""
 
     def pick(self, name: str) -> StylePack:
-        """The pack of that id. Raises BadStylePack, with the choices or with the files that claim the same id."""
+        """Return the pack of that id. Raises BadStylePack with the choices, or with the files that claim the same id."""
         if name in self.clashes:
             raise BadStylePack(_clash(name, self.clashes[name]))
         if name not in self.packs:
-            raise BadStylePack(f"no style pack {name!r}; there are: {', '.join(sorted(self.packs))}")
+            raise BadStylePack(f"no style pack {name!r}; choose one of: {', '.join(sorted(self.packs))}")
         return self.packs[name]
 
 
 def find_style_packs(user_folders: Iterable[str | Path] = ()) -> FoundPacks:
-    """The packs of the package and of the user's folders, read at each call.
+    """Find the packs in the package and in the user's folders, read again on each call.
 
-    A user's pack replaces a shipped one of the same id. A file that cannot be used is left out, and a line in `problems`
-    says why.
+    A user's pack replaces a shipped one of the same id. Files that cannot be used are skipped, with a line in `problems`.
     """
     problems: list[str] = []
     shipped = _packs_in(PACKAGE_FOLDER, problems)
@@ -268,10 +269,10 @@ def find_style_packs(user_folders: Iterable[str | Path] = ()) -> FoundPacks:
 
 
 def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
-    """The pack in a JSON file, and one line for each style that is left out, with the first fault that it has.
+    """Read a pack from a JSON file; also return a line for each skipped style, with its first fault.
 
-    The list format of sdxl_prompt_styler is read too: `{prompt}` becomes "{framing} portrait of {subject}", and the
-    file's name is the pack's id and title. Raises BadStylePack if the file as a whole, or every style, is unusable.
+    The list format of sdxl_prompt_styler is read too: `{prompt}` becomes "{framing} portrait of {subject}", and the file's name
+    is the pack's id and title. Raises BadStylePack if the whole file, or every style, is unusable.
     """
     path = Path(path)
     document = _read_json(path)
@@ -301,7 +302,7 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
             label = repr(name) if isinstance(name, str) else f"number {number}"
             problems.append(f"{path.name}: style {label}: {fault}")
     if not styles:
-        raise BadStylePack(f"{problems[0]} (no style of the file can be used; problems: {len(problems)})")
+        raise BadStylePack(f"{problems[0]} (no style in this file can be used; problems: {len(problems)})")
     pack = StylePack(
         head["id"],
         head["title"],
@@ -314,17 +315,19 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
 
 
 def family_defaults(family: str) -> FamilyDefaults:
-    """The settings of a model family for prompts and pictures. Raises UnknownFamily, with the choices."""
+    """Return a model family's settings for prompts and pictures. Raises UnknownFamily with the choices."""
     if family not in FAMILY_DEFAULTS:
-        raise UnknownFamily(f"style packs know no family {family!r}; known: {', '.join(FAMILY_DEFAULTS)}")
+        raise UnknownFamily(
+            f"style packs don't support the family {family!r}; choose one of: {', '.join(FAMILY_DEFAULTS)}"
+        )
     return FAMILY_DEFAULTS[family]
 
 
 def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], int], limit: int = 77) -> list[str]:
-    """One line for each style whose longest prompt or negative prompt is over `limit` tokens; [] if all fit.
+    """Return a line for each style whose longest prompt or negative prompt exceeds `limit` tokens; [] if all fit.
 
-    `count_tokens` counts as CLIP's tokenizer does, with the start and end token. Only families that read nothing but CLIP
-    have this limit: T5 and the language models behind the newer families read 256 tokens and more.
+    `count_tokens` counts like CLIP's tokenizer, including the start and end token. Only families that read nothing but CLIP
+    have this limit: T5 and the language models of newer families read 256 tokens or more.
     """
     longest: dict[tuple[str, str], int] = {}
     for styled in prompts:
@@ -340,26 +343,26 @@ def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], 
 
 def _in_rounds(values: Sequence[Any], count: int, key: str) -> list[Any]:
     rng = random.Random(key)
-    # rng.shuffle may change with Python's version: only random() is promised to give the same numbers in each.
+    # rng.shuffle may change with Python's version: only random() is guaranteed to give the same numbers.
     rounds = (sorted(values, key=lambda _: rng.random()) for _ in range(math.ceil(count / len(values))))
     return [value for round_ in rounds for value in round_][:count]
 
 
 def _variations(style: Style, count: int, seed: int) -> list[dict[str, str]]:
-    """The values of a style's axes for each of `count` pictures."""
+    """Return the values of a style's axes for each of `count` pictures."""
     columns = {axis: _in_rounds(texts, count, f"{seed}/{style.name}/{axis}") for axis, texts in style.axes.items()}
     return [{axis: column[i] for axis, column in columns.items()} for i in range(count)]
 
 
 def _fill(template: str, texts: Mapping[str, str]) -> str:
-    # str.format would let a template like "{subject.__class__}" reach into our objects.
+    # str.format would let a template like "{subject.__class__}" access our objects.
     return " ".join(PLACEHOLDER.sub(lambda match: texts[match[1]], template).split())
 
 
 def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]:
-    """The packs of a folder with their paths, by file name. What cannot be used adds a line to `problems`."""
+    """Return the packs of a folder with their paths, by file name. Adds a line to `problems` for each unusable file."""
     if not os.path.isdir(folder):
-        problems.append(f"{folder}: no such folder of style packs")
+        problems.append(f"{folder}: this folder of style packs does not exist")
         return []
     packs = []
     for path in sorted(folder.glob("*.json")):
@@ -376,13 +379,13 @@ def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]
 
 
 def _clash(pack_id: str, paths: Iterable[Path]) -> str:
-    return f"style pack id {pack_id!r} is in several files, keep one: {', '.join(map(str, paths))}"
+    return f"style pack id {pack_id!r} is used by several files; keep one: {', '.join(map(str, paths))}"
 
 
 def _read_json(path: Path) -> Any:
     content = read_bytes(path, MAX_FILE_BYTES, name=path.name, error=BadStylePack)
     try:
-        # utf-8-sig: some editors on Windows begin a file with a byte order mark.
+        # utf-8-sig: some Windows editors start a file with a byte order mark.
         return json.loads(
             content.decode("utf-8-sig"), object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant
         )
@@ -390,14 +393,14 @@ def _read_json(path: Path) -> Any:
         raise BadStylePack(f"{path.name}: not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise BadStylePack(f"{path.name}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a repeated field, NaN, an endless number, endless nesting
-        raise BadStylePack(f"{path.name}: not usable as JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # A repeated field, NaN, a huge number, or deep nesting.
+        raise BadStylePack(f"{path.name}: cannot be used as JSON: {error}") from error
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, uses in Counter(name for name, _ in pairs).items():
-        if uses > 1:  # json would silently keep the last one
-            raise ValueError(f"the field {name!r} is there {uses} times in one object")
+        if uses > 1:  # The json module would silently keep the last one.
+            raise ValueError(f"the field {name!r} appears {uses} times in one object")
     return dict(pairs)
 
 
@@ -405,14 +408,14 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
-# The checks of a pack. style_pack.schema.json says the same to editors, and a test compares the two.
+# The checks of a pack. style_pack.schema.json has the same rules for editors, and a test compares the two.
 
 FRAMINGS = ("close-up", "head-and-shoulders", "chest-up", "waist-up", "full-length")
 ASPECTS = ("1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9")
 _STYLE_FIELDS = ("name", "category", "framing", "aspect", "strength", "prompts", "axes", "picture")
-# What a text has to look like: a pattern, and what a message calls it.
+# The required form of a text: a pattern, and its name in messages.
 _ANY, _TEXT = (r"", "a text"), (r"\S", "a text")
-_NAME = (r"^(?=[^,]*\S)[^,]*\Z", "a name without commas, which stand between styles")
+_NAME = (r"^(?=[^,]*\S)[^,]*\Z", "a name without commas, which separate styles")
 _AXIS = (
     r"^(?!(subject|framing)\Z)[a-z][a-z_]*\Z",
     "a placeholder's name (lower-case letters and _; not subject or framing)",
@@ -430,7 +433,7 @@ _HEAD = {
 
 
 def _read_style(entry: Any, category: str) -> Style:
-    """The style of one entry of a pack. Raises ValueError with what is wrong with it."""
+    """Read the style from an entry of a pack. Raises ValueError with what is wrong."""
     fields = {"category": category, "framing": Style.framing, "aspect": Style.aspect, "strength": Style.strength}
     fields |= _object(entry, "", ("name", "prompts"), _STYLE_FIELDS)
     name = _text(fields["name"], "name", _NAME)
@@ -448,7 +451,7 @@ def _read_style(entry: Any, category: str) -> Style:
         for part, text in (("prompt", wording.prompt), ("negative", wording.negative)):
             used |= _placeholders(text, f"prompts.{kind}.{part}", ["subject", "framing", *axes])
     for axis in axes:
-        _check(axis in used, f"axes.{axis}", f"no prompt says {{{axis}}}")
+        _check(axis in used, f"axes.{axis}", f"no prompt contains {{{axis}}}")
     return Style(
         name,
         _text(fields["category"], "category", _TEXT),
@@ -466,7 +469,7 @@ def _read_wording(value: Any, where: str) -> Wording:
     fields = _object(value, where, ("prompt",), ("prompt", "negative", "guidance", "steps"))
     guidance, steps = f"{where}.guidance", f"{where}.steps"
     return Wording(
-        _text(fields["prompt"], f"{where}.prompt", (r"\{subject\}", "a text with {subject} in it")),
+        _text(fields["prompt"], f"{where}.prompt", (r"\{subject\}", "a text containing {subject}")),
         _text(fields.get("negative", ""), f"{where}.negative", _ANY),
         _number(fields["guidance"], guidance, 0, 30) if "guidance" in fields else None,
         int(_number(fields["steps"], steps, 1, 200, is_whole=True)) if "steps" in fields else None,
@@ -476,14 +479,14 @@ def _read_wording(value: Any, where: str) -> Wording:
 def _read_axis(values: Any, where: str) -> tuple[str, ...]:
     without_braces = (r"^(?=[\s\S]*\S)[^{}]*\Z", "a text without braces")
     texts = tuple(_text(value, f"{where}[{i}]", without_braces) for i, value in enumerate(_list(values, where)))
-    _check(len(set(texts)) == len(texts), where, "a value is there twice")
+    _check(len(set(texts)) == len(texts), where, "a value appears twice")
     return texts
 
 
 def _read_styler_style(entry: Any, category: str) -> Style:
-    """The style of one entry of sdxl_prompt_styler's list. Raises ValueError with what is wrong with it."""
+    """Read the style from an entry of sdxl_prompt_styler's list. Raises ValueError with what is wrong."""
     fields = _object(entry, "", ("name", "prompt"))
-    prompt = _text(fields["prompt"], "prompt", (r"\{prompt\}", "a text with {prompt} in it"))
+    prompt = _text(fields["prompt"], "prompt", (r"\{prompt\}", "a text containing {prompt}"))
     negative = _text(fields.get("negative_prompt", ""), "negative_prompt", _ANY)
     for where, text in (("prompt", prompt), ("negative_prompt", negative)):
         _placeholders(text, where, ["prompt"])
@@ -493,17 +496,17 @@ def _read_styler_style(entry: Any, category: str) -> Style:
 
 
 def _placeholders(text: str, where: str, known: Sequence[str]) -> set[str]:
-    """The placeholders in the text. Raises ValueError when one is not known or a brace stands alone."""
+    """Return the placeholders in the text. Raises ValueError for an unknown one, or an unmatched brace."""
     found = PLACEHOLDER.findall(text)
     for name in found:
         choices = ", ".join(f"{{{choice}}}" for choice in known)
         _check(name in known, where, f"unknown placeholder {{{name}}}; known: {choices}")
-    _check(not re.search(r"[{}]", PLACEHOLDER.sub("", text)), where, "a brace without its partner")
+    _check(not re.search(r"[{}]", PLACEHOLDER.sub("", text)), where, "an unmatched brace")
     return set(found)
 
 
 def _object(value: Any, where: str, required: Sequence[str] = (), known: Sequence[str] = ()) -> dict[str, Any]:
-    """The value, a JSON object with the required fields and no other than the known ones, if any are named."""
+    """Return the value, a JSON object with the required fields and only known ones, if any are given."""
     _check(isinstance(value, dict), where, "is not an object", value)
     faults = [f"the field {name!r} is missing" for name in required if name not in value]
     faults += [f"unknown field {n!r}; known: {', '.join(known)}" for n in value if known and n not in known]
@@ -520,7 +523,7 @@ def _list(value: Any, where: str) -> list[Any]:
 def _text(value: Any, where: str, form: tuple[str, str]) -> str:
     pattern, title = form
     _check(isinstance(value, str), where, "is not a string", value)
-    _check(is_text(value), where, f"{value!a} has half a character in it")
+    _check(is_text(value), where, f"{value!a} contains an invalid character (an unpaired surrogate)")
     _check(re.search(pattern, value), where, f"is not {title}", value)
     return value
 
@@ -534,12 +537,12 @@ def _number(value: Any, where: str, low: float, high: float, is_whole: bool = Fa
 
 
 def _one_of(value: Any, where: str, choices: Sequence[str]) -> str:
-    _check(value in choices, where, f"is none of {', '.join(choices)}", value)
+    _check(value in choices, where, f"is not one of {', '.join(choices)}", value)
     return value
 
 
 def _check(is_right: object, where: str, fault: str, *faulty: Any) -> None:
-    """Raises ValueError, where something is not right, with the field that has the fault, the faulty value and the fault."""
+    """Raise ValueError, if the check fails, with the field, the faulty value and the fault."""
     if not is_right:
         text = " ".join((*map(_shown, faulty), fault))
         raise ValueError(f"{where}: {text}" if where else text)

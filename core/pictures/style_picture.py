@@ -1,6 +1,6 @@
-"""A schematic picture of a style, drawn from its data: shape, framing, surroundings and light.
+"""Draw a schematic picture of a style from its data: shape, framing, surroundings and light.
 
-It is for styles that have no example picture. It shows no person, and promises no more than the words do.
+It is used for styles without an example picture. It shows no person, and only what the texts describe.
 """
 
 import re
@@ -17,7 +17,7 @@ HEIGHT = 120
 HEAD_SIZES = {"close-up": 0.6, "head-and-shoulders": 0.42, "chest-up": 0.32, "waist-up": 0.23}
 """The height of the head for each framing, as a share of the picture's height."""
 
-# The colours at the top and at the bottom for a word in the style's texts. The first word that is found counts.
+# The colours at the top and bottom for each word in the style's texts. The first match is used.
 PLAIN = {
     "white": ("#f6f6f4", "#e6e6e3"), "cream": ("#f3e8d2", "#e4d5b8"), "beige": ("#e6d5bb", "#d1bd9d"),
     "sand": ("#e2cfa9", "#cbb488"), "light grey": ("#d5d7d9", "#bfc2c5"), "pale grey": ("#d5d7d9", "#bfc2c5"),
@@ -51,7 +51,7 @@ Found = TypeVar("Found")
 
 
 def style_picture(style: Style) -> str:
-    """An SVG picture of HEIGHT pixels: a figure without features in the style's frame, surroundings and light."""
+    """Draw an SVG picture of HEIGHT pixels: a featureless figure in the style's frame, surroundings and light."""
     wording = style.tags or style.sentences
     assert wording is not None, "a style has at least one wording"
     first = {axis: values[0] for axis, values in style.axes.items()}
@@ -73,7 +73,7 @@ def style_picture(style: Style) -> str:
 
 
 def _surroundings(style: Style, background: str, said: str) -> tuple[str, str]:
-    """The colours (top, bottom) of the backdrop if one is named, else of the place, else UNKNOWN."""
+    """Return the colours (top, bottom) of the backdrop if one is named, else of the place, else UNKNOWN."""
     plain = re.search(r"backdrop|background|seamless|wall|canvas|paper|plaster", background or said) is not None
     tables = (PLAIN, SCENES) if plain else (SCENES, PLAIN)
     for text in (background.lower(), style.name.lower(), said):
@@ -89,7 +89,7 @@ def _first(table: Mapping[str, Found], text: str) -> Found | None:
 
 
 def _light(text: str) -> tuple[float, float]:
-    """The points between which the light falls off, as shares of the figure's width."""
+    """Return the points between which the light falls off, as shares of the figure's width."""
     if re.search(r"both sides|even|front|diffuse|overcast|shade|flat", text):
         return 0.2, 2.4
     return (1.0, 0.0) if re.search(r"\bright\b", text) else (0.0, 1.0)
@@ -104,10 +104,10 @@ def _gradient(name: str, start: tuple[float, float], end: tuple[float, float], f
 
 
 def _figure(middle: float, head: float) -> str:
-    """The SVG shapes of a head of that height, with neck and shoulders down to the picture's edge."""
+    """Return the SVG shapes of a head of that height, with neck and shoulders down to the picture's edge."""
     above = min(0.3 * head, 0.14 * HEIGHT)
     centre, neck = above + head / 2, above + 1.05 * head
-    # The numbers below are shares of the head's height, from the middle and from the neck's end.
+    # The numbers below are shares of the head's height, from the middle and from the end of the neck.
     x, y = (lambda share: f"{middle + share * head:.1f}"), (lambda share: f"{neck + share * head:.1f}")
     body = (
         f"M{x(-1.3)} {HEIGHT} C{x(-1.3)} {y(0.9)} {x(-1.25)} {y(0.45)} {x(-0.95)} {y(0.32)} L{x(-0.26)} {y(0.06)} "

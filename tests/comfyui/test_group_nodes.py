@@ -213,7 +213,7 @@ def latents_of(server, graph: dict[str, Node], name: str) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "region", "words"),
     [
-        ({"prompt": "{anna} and {bob}"}, "", "nobody is called {bob}; there is {anna}, {ben}"),
+        ({"prompt": "{anna} and {bob}"}, "", "{bob} is not in the group; use {anna}, {ben}"),
         ({}, "0, 0, 0.5, 1", "region: give one to everyone or to nobody; ben has none"),
         ({}, "half", "region of anna: 'half': must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to 1"),
     ],
@@ -261,5 +261,5 @@ def test_the_picture_is_published_as_nobodys_example(server, people, tmp_path):
         people["sd15"][0].lora.name, tmp_path / "out", [picture], agreed=True, title="Sks", on_warning=told.append
     )
     assert made.pictures == () and told[0].startswith(
-        "couple_00001_.png: is left out, since by its parameters it shows"
+        "couple_00001_.png: left out: its parameters show several people"
     )

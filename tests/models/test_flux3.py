@@ -385,7 +385,7 @@ def test_pictures_are_drawn_along_diffusers_steps(flow_map):
 def test_a_flow_map_is_drawn_with_eulers_method_alone():
     base = small_flow_base("flux3", flow_map=True)
     assert sampler_name(None, base) == "euler" and sampler_name("unipc", small_flow_base("flux3")) == "unipc"
-    with pytest.raises(BadConfig, match="is a flow map, which is drawn with euler alone"):
+    with pytest.raises(BadConfig, match="is a flow map, which only supports euler"):
         sampler_name("unipc", base)
 
 

@@ -93,9 +93,9 @@ def test_of_three_in_a_list_one_is_left() -> None:
     ("people", "layout", "said"),
     [
         ((ANNA, replace(BEN, name="anna")), (), "person 'anna' is given twice"),
-        ((ANNA, replace(BEN, name="{ben}")), (), "person '{ben}': a name is one word without braces"),
-        ((), (), f"0 people: there can be 1 to {MOST_PEOPLE} in a picture"),
-        ((ANNA, BEN), side_by_side(3), "3 regions for 2 people: each needs one"),
+        ((ANNA, replace(BEN, name="{ben}")), (), "person '{ben}': a name must be one word without braces"),
+        ((), (), f"0 people: a picture can have 1 to {MOST_PEOPLE}"),
+        ((ANNA, BEN), side_by_side(3), "3 regions for 2 people: give one for each person"),
         ((ANNA, BEN), ((0, 0, 0.5, 1), (0.7, 0, 0.6, 1)), "region of ben: 0.7,0,0.6,1: must be left,top,right,bottom"),
         ((ANNA, BEN), ((0, 0, 0.5, 1), (0.5, 0, float("nan"), 1)), "region of ben: 0.5,0,nan,1: must be"),
     ],
@@ -109,8 +109,8 @@ def test_people_and_layouts_that_make_no_group_are_refused(people, layout, said:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("{anna} and {bob}", "nobody is called {bob}; there is {anna}, {ben}"),
-        ("{anna} at home", "does not say where {ben} comes in"),
+        ("{anna} and {bob}", "{bob} is not in the group; use {anna}, {ben}"),
+        ("{anna} at home", "{ben} is missing; name everyone in the prompt"),
     ],
 )
 def test_a_prompt_that_names_somebody_else_or_not_everyone_is_refused(base, prompt: str, said: str) -> None:
@@ -120,10 +120,10 @@ def test_a_prompt_that_names_somebody_else_or_not_everyone_is_refused(base, prom
 
 def test_what_does_not_fit_the_base_is_refused_before_anything_is_loaded(base) -> None:
     flow = replace(base, family=FAMILIES["flux1"])
-    with pytest.raises(LoraMisfit, match=r"^anna: 1.safetensors is for sd15, and the base model .* is flux1"):
+    with pytest.raises(LoraMisfit, match=r"^anna: 1.safetensors is for sd15, but the base model .* is flux1"):
         next(generate_group(flow, COUPLE, []))
     thin = Group((ANNA, BEN), ((0, 0, 1, 1), (0, 0, 0.01, 1)))
-    with pytest.raises(BadConfig, match="region of ben: has no width or height in 128x80 pixels"):
+    with pytest.raises(BadConfig, match="region of ben: is empty in 128x80 pixels"):
         next(generate_group(base, thin, [JOB]))
 
 
@@ -309,7 +309,7 @@ def test_the_likeness_of_a_group_is_that_of_whoever_is_least_alike(reference: Gr
 
 
 def test_photos_of_nobody_or_not_of_everyone_are_refused() -> None:
-    with pytest.raises(BadConfig, match="there must be some of each of anna, ben, see bob"):
+    with pytest.raises(BadConfig, match="give photos of each of anna, ben and nobody else; check bob"):
         GroupReference(COUPLE, {"anna": person_photos(1)[:1], "ben": person_photos(2)[:1], "bob": []})
 
 
@@ -410,8 +410,8 @@ def test_no_group_style_says_how_many_there_are_since_each_is_drawn_alone() -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--prompt", "{anna} and {bob}"], "prompt '{anna} and {bob}': nobody is called {bob}; there is {anna}, {ben}"),
-        (["--prompt", "{anna}"], "prompt '{anna}': does not say where {ben} comes in"),
+        (["--prompt", "{anna} and {bob}"], "prompt '{anna} and {bob}': {bob} is not in the group; use {anna}, {ben}"),
+        (["--prompt", "{anna}"], "prompt '{anna}': {ben} is missing; name everyone in the prompt"),
         ([], "no --prompt given: it says who does what, as in '{anna} and {ben} in an office'"),
         (["--prompt", PROMPT, "--person", "anna=b.safetensors"], "--person anna: is given twice"),
         (["--prompt", PROMPT, "--person", "carl"], "--person carl: must be NAME=FILE.safetensors"),

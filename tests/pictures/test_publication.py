@@ -83,9 +83,9 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
     hashes = {name: after["hashes"][name.lower()].upper() for name in ("AutoV2", "AutoV3", "CRC32", "BLAKE3")}
     assert all(f"{name}: {number}\n" in page for name, number in hashes.items())
     for text in (
-        "Title\n-----\nsks person\n", "The person shown has agreed", "Base model\n----------\nnot known\n",
+        "Title\n-----\nsks person\n", "The person shown has agreed", "Base model\n----------\nunknown\n",
         "Trigger words\n-------------\nsks person\n", "Strength\n--------\n0.9\n",
-        f"Licence of the base model\n{25 * '-'}\nnot known\n",
+        f"Licence of the base model\n{25 * '-'}\nunknown\n",
         "Sampler: Euler a, Steps: 2, CFG scale: 4.5, Size: 64x64\n",
     ):  # fmt: skip
         assert text in page, text
@@ -129,8 +129,8 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
     made = publish_agreed(path, tmp_path / "out", given, on_warning=told.append)
     assert b"jane" not in contents(made.folder).lower() and b"bob" not in contents(made.folder)
     assert told == [
-        "IMG_2031.jpg: is left out, since nothing in it says that it was drawn, and it may be a photo",
-        "3.png: has no parameters of A1111 in it, so nobody will see how it was made",
+        "IMG_2031.jpg: left out: it may be a photo, since no program is recorded in it",
+        "3.png: it has no A1111 parameters, so visitors cannot see how it was made",
     ]
     assert {"ss_output_name", "ss_optimizer", "modelspec.author", "ot_config"} <= set(made.left_out)
     assert inspect_lora(made.lora)["training"] == {"steps": "40"}
@@ -160,7 +160,7 @@ def test_a_text_with_something_personal_is_refused_by_its_name_and_nothing_is_le
     with pytest.raises(BadFile) as refused:
         publish_agreed(path, tmp_path / "out")
     assert str(refused.value) == (
-        f"the LoRA's modelspec.description has {part} in it, which should not be published; "
+        f"the LoRA's modelspec.description: found {part}, which should not be published; "
         "change the text or leave it out"
     )
     assert list(tmp_path.iterdir()) == [path]
@@ -177,7 +177,7 @@ def test_a_prompt_with_something_personal_is_refused_unless_it_is_the_trigger_wo
         path, tmp_path / "out", [write_picture(tmp_path / "1.png", "janedoe77 person")], on_warning=lambda text: None
     )
     picture = write_picture(tmp_path / "2.png", "as on DSC_0001.jpg")
-    with pytest.raises(BadFile, match=r"^2\.png: what it was drawn from has the file name 'DSC_0001\.jpg' in it"):
+    with pytest.raises(BadFile, match=r"^2\.png, parameters: found the file name 'DSC_0001\.jpg'"):
         publish_agreed(path, tmp_path / "other", [picture], on_warning=lambda text: None)
     assert not (tmp_path / "other").exists()
 
@@ -205,7 +205,7 @@ def test_what_cannot_be_published_is_refused_in_one_line_and_no_file_is_touched(
         assert capsys.readouterr().err.count("\n") == 1
         assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} and not out.exists()
         assert {file.name for file in tmp_path.iterdir() if file.is_dir()} == {"there", "empty"}
-    with pytest.raises(BadConfig, match="nothing is published of anyone who has not agreed"):
+    with pytest.raises(BadConfig, match="the person shown must have agreed"):
         publish(path, out)
     assert not out.exists()
 
@@ -221,7 +221,7 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     path = write_lora(tmp_path / "a.safetensors", 768, 1280)
     made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
     assert [Image.open(picture).info["parameters"][0] for picture in made.pictures] == ["a", "b"]
-    assert told == [f"{name}.png: was drawn without this LoRA, by the hashes in its parameters" for name in "ab"]
+    assert told == [f"{name}.png: the hashes in its parameters show that it was drawn without this LoRA" for name in "ab"]
     # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
     page = made.page.read_text()
     assert "Strength\n--------\n1\n" in page and "Steps: 20, CFG scale: 6, Size: 512x512" in page
@@ -243,7 +243,7 @@ def test_a_picture_of_several_people_is_no_example_of_ones_lora(small_sd15, tmp_
         Picture(Image.new("RGB", (64, 64)), Job("", 1), said).save(folder / f"{name}.png")
     told = []
     made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
-    assert told == ["couple.png: is left out, since by its parameters it shows several people and this is one's LoRA"]
+    assert told == ["couple.png: left out: its parameters show several people, but the LoRA is of one person"]
     (picture,) = made.pictures
     assert Parameters.read(Image.open(picture).info["parameters"]).prompt.startswith("sks person <lora:")  # pyright: ignore
     assert "ohwx" not in made.page.read_text()
@@ -288,7 +288,7 @@ def test_a_lora_that_no_program_would_load_is_published_with_a_warning(tmp_path)
     told = []
     publish_agreed(path, tmp_path / "out", on_warning=told.append)
     (warning,) = told
-    assert "no program that draws pictures loads its peft names" in warning
+    assert "no image program loads its peft names" in warning
     assert "facelora convert a.safetensors --to kohya" in warning
     convert_lora(LoraFile.read(path), "kohya")[0].save(path)
     publish_agreed(path, tmp_path / "loaded", on_warning=told.append)
