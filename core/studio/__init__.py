@@ -1,4 +1,4 @@
-"""The jobs that go from photos to pictures: those of one person, and of many on one base model."""
+"""Complete jobs from photos to pictures, for one person or for many on one base model."""
 
 from typing import TYPE_CHECKING
 

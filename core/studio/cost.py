@@ -1,4 +1,4 @@
-"""What a person has cost, by the clock and by the processor in each phase, and what others will by it."""
+"""Measure what a person has cost, in elapsed and processor time per phase, and estimate the cost of others."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +11,13 @@ from ..device import processor
 from ..training.callbacks import Callbacks, StepReport
 
 PHASES = ("check", "encode", "load", "train", "draw")
-"""What is done for a person, in this order: photos are read and checked, photos and captions encoded, the denoiser brought to
+"""The phases of making a person, in order. Photos are read and checked, photos and captions encoded, the denoiser loaded onto
 the device, the LoRA trained and measured, pictures drawn and ranked."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much there is to do, or has been done."""
+    """The amount of work to do, or done."""
 
     people: int = 0
     photos: int = 0
@@ -31,12 +31,12 @@ class Work:
 
 
 _UNITS = {"check": "photos", "encode": "photos", "load": "people", "train": "steps", "draw": "pictures"}
-"""By what the time of each phase grows."""
+"""What the time of each phase grows with."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a person has cost in the run that made it; what earlier runs had done of it is not in it."""
+    """The cost of a person in the run that made it, without the work of earlier runs."""
 
     device: str
     """`cpu`, `cuda` or `mps`."""
@@ -45,15 +45,15 @@ class Cost:
     base: str
     """The identity of the base model."""
     work: Work
-    """What was done: steps made, and pictures drawn."""
+    """The work done: steps made, and pictures drawn."""
     seconds: Mapping[str, float]
-    """By the clock, of each of PHASES."""
+    """The elapsed time of each of PHASES."""
     processor_seconds: Mapping[str, float]
-    """Of all processors, of each of PHASES."""
+    """The time of all processors in each of PHASES."""
 
     @property
     def gpu_hours(self) -> float | None:
-        """How long the GPU was held; None where there was none."""
+        """How long the GPU was used, in hours; None without a GPU."""
         return None if self.device == "cpu" else sum(self.seconds.values()) / 3600
 
     @property
@@ -62,19 +62,19 @@ class Cost:
 
 
 def cost_of(values: Any) -> Cost:
-    """The cost of which the values were read from a file. Raises TypeError or KeyError where it is damaged."""
+    """Return the cost from values that were read from a file. Raises TypeError or KeyError if they are damaged."""
     cost = Cost(**{**values, "work": Work(**values["work"])})
     numbers = [table[phase] for table in (cost.seconds, cost.processor_seconds) for phase in PHASES]
     numbers += [getattr(cost.work, name) for name in Work.__dataclass_fields__]
     if not all(isinstance(one, str) for one in (cost.device, cost.processor, cost.base)):
-        raise TypeError("a name is of another type")
+        raise TypeError("a name has the wrong type")
     if not all(isinstance(one, (int, float)) for one in numbers):
-        raise TypeError("a number is of another type")
+        raise TypeError("a number has the wrong type")
     return cost
 
 
 def seconds_for(work: Work, costs: Sequence[Cost]) -> float | None:
-    """The seconds that the work will take one device by what others have cost; None where there is nobody to go by."""
+    """Estimate the seconds for the work on one device from the costs of others; None without any."""
     if not costs:
         return None
     done, seconds = Work.sum(cost.work for cost in costs), 0.0
@@ -85,7 +85,7 @@ def seconds_for(work: Work, costs: Sequence[Cost]) -> float | None:
 
 
 class Stopwatch:
-    """Measures the phases of a person by the callbacks that the making of it calls."""
+    """Measures a person's phases through the callbacks of the job."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic, worked: Callable[[], float] = time.process_time):
         self._clocks = (now, worked)
@@ -94,7 +94,7 @@ class Stopwatch:
         self._steps, self._pictures = 0, 0
 
     def enter(self, phase: str) -> None:
-        """Ends the phase that it is in."""
+        """Start a phase, and end the current one."""
         for index, clock in enumerate(self._clocks):
             now = clock()
             self._taken[index][self._phase] += now - self._since[index]
@@ -102,10 +102,10 @@ class Stopwatch:
         self._phase = phase
 
     def listening(self, callbacks: Callbacks) -> Callbacks:
-        """The callbacks, but that what they are told is heard here too."""
+        """Return callbacks that also report to this stopwatch."""
 
         def on_step(report: StepReport) -> None:
-            if self._phase == "load":  # without likeness to measure, the first step is the first that is heard of
+            if self._phase == "load":  # Without likeness, the first step is the first news.
                 self.enter("train")
                 self._move_back(report.seconds_per_step)
             self._steps += 1
@@ -125,14 +125,14 @@ class Stopwatch:
         return replace(callbacks, on_step=on_step, on_phase=on_phase)
 
     def cost(self, device: torch.device, base: str, photos: int) -> Cost:
-        """What has been measured until now."""
+        """Return the measurements so far."""
         self.enter(self._phase)
         rounded = [{phase: round(seconds, 3) for phase, seconds in taken.items()} for taken in self._taken]
         work = Work(1, photos, self._steps, self._pictures)
         return Cost(device.type, processor(device), base, work, *rounded)
 
     def _move_back(self, seconds: float) -> None:
-        """Counts the last seconds of the load as training, by the clock, and of the processor's the same share."""
+        """Count the last seconds of loading as training, and the same share of the processor time."""
         share = min(1.0, seconds / (self._taken[0]["load"] or 1))
         for taken in self._taken:
             taken["train"] += share * taken["load"]

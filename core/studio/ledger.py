@@ -1,4 +1,4 @@
-"""The work of a whole job, part by part, counted before it begins: from encoding the photos to drawing faces again."""
+"""Count the work of a whole job in advance, part by part: from encoding the photos to redrawing faces."""
 
 import math
 import time
@@ -34,8 +34,8 @@ PARTS = (
 EFFICIENCY = 0.4
 """The share of a matrix product's speed that a training step reaches.
 
-On one core of a CPU it was 0.27 with the demo's narrow base model and 0.6 with a UNet of SD1.5's width. It has not been
-measured on a GPU.
+On one CPU core it was 0.27 with the demo's narrow base model and 0.6 with a UNet of SD1.5's width. It has not been measured on
+a GPU.
 """
 _SIDES = {"cpu": 1024, "cuda": 4096, "mps": 2048}
 """The side of the matrices whose product is timed."""
@@ -43,14 +43,14 @@ _SIDES = {"cpu": 1024, "cuda": 4096, "mps": 2048}
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a job takes at most: a run that stops early, and a batch with few small faces, take less."""
+    """The most work a job can take. Training that stops early, or a batch with few small faces, takes less."""
 
     operations: Mapping[str, float]
     """The floating-point operations of each of PARTS. A multiplication with an addition is two."""
     memory: int
-    """The most bytes that the training has in use at a time."""
+    """The most bytes that training uses at once."""
     plan: MemoryPlan
-    """The memory plan that the training starts with."""
+    """The memory plan that training starts with."""
 
     @property
     def total(self) -> float:
@@ -58,14 +58,14 @@ class Ledger:
 
     @classmethod
     def sum(cls, ledgers: Sequence["Ledger"]) -> "Ledger":
-        """The work of several jobs, one after the other."""
+        """Return the work of several jobs, one after the other."""
         largest = max(ledgers, key=lambda one: one.memory)
         return replace(largest, operations={part: sum(one.operations[part] for one in ledgers) for part in PARTS})
 
 
 @dataclass(frozen=True)
 class LikenessPictures:
-    """The pictures that are drawn to measure likeness once."""
+    """The pictures drawn for one measurement of likeness."""
 
     of_base: int
     """The pictures that the base model draws, once for all people."""
@@ -76,7 +76,7 @@ class LikenessPictures:
 
 
 def look(base: Base, config: TrainConfig, photos: Size) -> LikenessPictures:
-    """What a look at likeness takes in a training run on photos of that size."""
+    """Return the pictures for one measurement of likeness, in a training run on photos of that size."""
     of_person, of_class, of_nobody = pictures_at_a_look(config)
     of_base = of_class + of_nobody
     return LikenessPictures(of_base, of_person + of_base, sample_size(base, photos), sampling_steps(base, config))
@@ -84,7 +84,7 @@ def look(base: Base, config: TrainConfig, photos: Size) -> LikenessPictures:
 
 @dataclass(frozen=True)
 class Basis:
-    """What jobs of several people on one base model have in common, as long as their settings differ in words alone."""
+    """What jobs of several people on one base model share, if only words differ in their settings."""
 
     base: Base
     passes: Passes
@@ -99,14 +99,14 @@ class Basis:
         class_photos: int = 0,
         redraws_faces: bool = True,
     ) -> Ledger:
-        """The work of training on the photos and drawing the jobs, where nothing of it has been done yet."""
+        """Return the work of training on the photos and drawing the jobs from scratch."""
         base, passes, dataset = self.base, self.passes, _dataset(photos, self.base, config)
         counts = dataset.bucket_counts()
         prediction = sum(count * passes.predict(size) for size, count in counts.items()) / sum(counts.values())
         classes, side = config.class_images or class_photos, config.resolution or base.resolution
         square = min(bucket_sizes(side, base.size_multiple), key=lambda size: abs(size[0] - size[1]))
         pictures = config.steps * config.batch_size * config.accumulation * prediction
-        # With class images each pass on photos has another one beside it.
+        # With class images, each pass on photos has another pass beside it.
         own, prior = pictures * (2 if classes else 1), pictures * config.prior_prediction
         encoded = sum(passes.encode(image.bucket) for image in dataset.images) + classes * passes.encode(square)
         headshots, faces = _drawn(passes, base, jobs)
@@ -115,7 +115,7 @@ class Basis:
             "encoding": encoded + passes.caption * len(_texts(dataset, base, config, jobs)),
             "class images": config.class_images * passes.draw(base, square, base.steps, base.guidance),
             "training": own * passes.train,
-            "prior prediction": prior * (1 + passes.train),  # the frozen model predicts what the adapted one is held to
+            "prior prediction": prior * (1 + passes.train),  # The frozen model predicts the target.
             "recomputation": (own + prior) * passes.recompute(self.plan.recompute),
             "likeness": likeness,
             "samples": samples,
@@ -132,9 +132,9 @@ def basis(
     device: torch.device | None = None,
     training_adapter: TrainingAdapter | None = None,
 ) -> Basis:
-    """The passes, the memory plan and the memory of a training run on such photos.
+    """Return the passes, the memory plan and the memory of a training run on such photos.
 
-    Nothing is computed: passes are counted, and memory is predicted, on tensors without numbers.
+    Nothing is computed: passes are counted and memory is predicted with tensors without values.
     """
     device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
     base = base.as_distilled() if training_adapter else base
@@ -146,12 +146,12 @@ def basis(
 
 
 def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Dataset:
-    """The photos as they are trained on. Which ones are held out is not known before their faces are compared."""
+    """Return the dataset of the photos. Which ones are held out is unknown until their faces are compared."""
     return dataset_of(photos[config.hold_out :] or photos, base, config)
 
 
 def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job]) -> set[str]:
-    """All that is encoded; nothing of the training where its captions are encoded anew in each step."""
+    """Return all texts to encode; no training captions if they are encoded again in each step."""
     drawn = {text for job in jobs for text in texts_of(job, base)}
     if trains_text(config):
         return drawn
@@ -168,7 +168,7 @@ def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job
 
 
 def _while_training(passes: Passes, counts: Mapping[Size, int], base: Base, config: TrainConfig) -> tuple[float, float]:
-    """The operations of the pictures for likeness, and of those that are shown beside them."""
+    """Return the operations of the likeness pictures, and of the samples shown beside them."""
     if not config.sample_every:
         return 0.0, 0.0
     guidance = base.guidance if config.sample_guidance is None else config.sample_guidance
@@ -177,14 +177,14 @@ def _while_training(passes: Passes, counts: Mapping[Size, int], base: Base, conf
     shown = config.steps // config.sample_every * len(sample_shots(config)) * picture
     if not config.hold_out:
         return 0.0, shown
-    looks = math.ceil(config.steps / config.sample_every)  # after the last step too
+    looks = math.ceil(config.steps / config.sample_every)  # Likeness is measured after the last step too.
     looks += bool(config.merge_best) and looks > 1
-    # The sample of the usual prompt is one of the pictures for likeness.
+    # The sample with the usual prompt is one of the likeness pictures.
     return (one.of_base + looks * one.pictures) * picture, shown if config.sample_prompts else 0.0
 
 
 def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, float]:
-    """The operations of the jobs, and of a face pass on each of their pictures."""
+    """Return the operations of the jobs, and of a face pass on each of their pictures."""
     headshots = faces = 0.0
     for job in jobs:
         size = checked_size(base, job.size)
@@ -196,13 +196,13 @@ def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, floa
 
 
 def device_rate(base: Base, config: TrainConfig, device: torch.device | None = None) -> float:
-    """The operations per second that a training step reaches, by the best of three products of two large matrices."""
+    """Return the operations per second of a training step, estimated by the best of three products of two large matrices."""
     device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
     side = _SIDES.get(device.type, 1024)
     matrix = torch.randn(side, side, device=device).to(dtype)
     best = float("inf")
-    for _ in range(4):  # the first one also loads what it runs on
+    for _ in range(4):  # The first product also loads the kernels.
         started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
+        (matrix @ matrix)[0, 0].item()  # Wait for the device.
         best = min(best, time.perf_counter() - started)
     return EFFICIENCY * 2 * side**3 / best

@@ -1,6 +1,7 @@
-"""Many people on one base model that a process loads once: each one's LoRA and gallery, and a report.
+"""Make many people on one base model that a process loads once: each person's LoRA and gallery, and a report.
 
-On one machine they are made one after the other, on a cluster as many at a time as there are workers. What fails, fails alone.
+On one machine people are made one after the other; on a cluster each worker makes one. One person's failure doesn't affect
+others.
 """
 
 import shutil
@@ -23,7 +24,7 @@ from .report import read_report, write_report
 from .result import CACHE, RECORD, Result, Terms, failed, find, find_or_make
 
 _REPORT_PAUSE = 20
-"""How many times as long as writing the report has taken passes before it is written again: with many people it is long."""
+"""The report is rewritten after this many times the time that writing it took: with many people it is long."""
 
 
 def run(
@@ -36,19 +37,19 @@ def run(
     callbacks: Callbacks = NO_CALLBACKS,
     ray: str | None = None,
 ) -> Iterator[Result]:
-    """The result of each person, as soon as it is there. The report in `output` is written anew now and then, and at the end.
+    """Yield the result of each person as soon as it is made. The report in `output` is updated regularly, and at the end.
 
-    A person's files lie in the folder of that name in `output`. Any error while a person is made is that person's result. What
-    is no Exception, such as the KeyboardInterrupt that a callback raises, ends the run; called again it goes on there.
+    A person's files are in the folder of that name in `output`. An error while a person is made becomes that person's result.
+    Exceptions that aren't an Exception, such as a callback's KeyboardInterrupt, end the call; another call continues from
+    there.
 
-    With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own;
-    with "local" workers of this machine do, on its GPUs.
-    All its machines have photos, base model and `output` under the same paths. Of the callbacks `on_warning` is called, and
-    `on_phase` with ("people", done, all) and ("at work", workers, all).
+    With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on its own device. With
+    "local", workers on this machine's GPUs do. All machines must have photos, base model and `output` under the same paths. Of
+    the callbacks, `on_warning` is called, and `on_phase` with ("people", done, all) and ("at work", workers, all).
     """
     make_folder(output)
-    read_report(output)  # raises for a file of that name which is not a report
-    output = output.absolute()  # a report tells whole paths in a reason from other words, and leaves out the folders
+    read_report(output)  # Raises for a file of that name that isn't a report.
+    output = output.absolute()  # The report only removes the folders of absolute paths.
     people = [replace(person, photos=person.photos.absolute()) for person in people]
     results: list[Result] = []
     made = _here(people, base, output, terms, device, callbacks)
@@ -97,17 +98,19 @@ def _on_cluster(
 
 
 def forget(name: str, output: Path) -> int:
-    """The number of files deleted: all that the studio keeps of a person, and the person's line in the report.
+    """Delete everything that the studio has of a person, including the report's line, and return the number of files.
 
-    Photos elsewhere, such as those that the LoRA was trained on, are not the studio's and stay. Raises BadConfig when there
-    is no such person in the output, InUse while the person is being made, and BadFile when something cannot be deleted, or
-    the report is damaged: then nothing is.
+    Photos elsewhere, such as those that the LoRA was trained on, aren't the studio's and are kept. Raises BadConfig if the
+    output doesn't have the person, and InUse while the person is being made. Raises BadFile, and deletes nothing, if something
+    cannot be deleted or the report is damaged.
     """
     folders = {path.parent.name: path.parent for path in output.glob(f"*/{RECORD}")}
     folders |= {path.parent.name: path.parent for path in output.glob(f"*/{CACHE}")}
     if name not in folders:
-        raise BadConfig(f"{output}: has nothing of {name!r}; it has {', '.join(sorted(folders)) or 'nobody'}")
-    with locked(folders[name] / RECORD):  # not while it is deleted: Windows deletes no lock that is held
+        raise BadConfig(
+            f"{output}: {name!r} was not found; this output contains {', '.join(sorted(folders)) or 'nobody'}"
+        )
+    with locked(folders[name] / RECORD):  # Release it before deleting: Windows cannot delete a held lock.
         left = read_report(output)
     count = sum(path.is_file() for path in folders[name].rglob("*"))
     try:

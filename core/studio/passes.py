@@ -1,4 +1,4 @@
-"""The floating-point operations of single passes through a base model's networks, counted on tensors without numbers."""
+"""Count the floating-point operations of single passes through a base model's networks, on tensors without values."""
 
 import functools
 import math
@@ -36,15 +36,15 @@ class Passes:
     train: float
     """A pass with gradients, as a multiple of a prediction."""
     recompute: Callable[[float], float]
-    """What a memory plan that recomputes this share of the blocks adds to such a pass, as a share of a prediction."""
+    """The extra cost of such a pass when this share of the blocks is recomputed, as a share of a prediction."""
     encode: Callable[[Size], float]
-    """The VAE's encoder for a picture of that size; 0 where the base model has no VAE."""
+    """The VAE's encoder for a picture of that size; 0 if the base model has no VAE."""
     decode: Callable[[Size], float]
     caption: float
     """The text encoders for a caption."""
 
     def draw(self, base: Base, size: Size, steps: int, guidance: float) -> float:
-        """The operations of drawing a picture."""
+        """Return the operations of drawing a picture."""
         return steps * predictions_per_step(base, guidance) * self.predict(size) + self.decode(size)
 
 
@@ -55,16 +55,16 @@ def count_passes(
     training_adapter: TrainingAdapter | None = None,
     text: Conditioning | None = None,
 ) -> tuple[Passes, LatentCache]:
-    """The passes of a training run on pictures of at most that size, and a cache of one such picture and its caption.
+    """Return the passes of a training run on pictures up to that size, and a cache of one such picture and its caption.
 
-    All numbers in the cache are 0. `text` is the conditioning of a caption, for a base model without text encoders.
+    All values in the cache are 0. `text` is the conditioning of a caption, for a base model without text encoders.
 
-    A prediction is counted at three sizes. The operations at all others follow, since they are a polynomial of the second
-    degree in the number of pixels: layers grow with the number, and attention with its square.
+    A prediction is counted at three sizes. The operations at all others follow from a polynomial of the second degree in the
+    number of pixels: layers grow linearly with it, attention with its square.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # What differs in a machine or a batch changes no count for one picture.
+    # Machine and batch settings don't change the count for one picture.
     config = replace(config, precision="fp32", compile=False, batch_size=1, accumulation=1, prior_prediction=0.0)
     sizes = _three_sizes(size, base.size_multiple)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -74,10 +74,10 @@ def count_passes(
     cache = _cache(base, config, size, made)
     with mode, torch.random.fork_rng([]):
         run = Run(cache, faked, config, _CPU, plan=MemoryPlan(), training_adapter=training_adapter)
-        run.convolutions = None  # a processor's shortcuts belong to its speed
+        run.convolutions = None  # Faster CPU convolutions don't change the count.
         if isinstance(run.adapter, LycorisAdapter):
             for layer in run.adapter.layers.values():
-                layer.eval()  # else peft's draw a number to drop layers by, and a fake tensor has none
+                layer.eval()  # peft's layer dropout needs values, and fake tensors have none.
         train = count_flops(run.accumulate)
         predictions = {math.prod(one): _prediction(run, faked, made, one) for one in sizes}
         encode, decode = _vae(faked, sizes)
@@ -95,16 +95,16 @@ def count_passes(
 
 
 def _three_sizes(size: Size, multiple: int) -> list[Size]:
-    """Two other squares, and the size itself."""
+    """Return two other squares, and the size itself."""
     side = math.isqrt(math.prod(size)) // multiple
     sides = (side // 2, 3 * side // 4) if side >= 4 else (side + 1, side + 2)
-    if side >= 24:  # some families fill up rows of positions to a multiple
+    if side >= 24:  # Some families pad rows of positions to a multiple.
         sides = tuple(one // 8 * 8 for one in sides)
     return [*((multiple * one, multiple * one) for one in sides), size]
 
 
 def _polynomial(points: Mapping[int, float]) -> Callable[[Size], float]:
-    """The polynomial of the lowest degree through the points (pixels, operations)."""
+    """Return the polynomial of the lowest degree through the points (pixels, operations)."""
 
     def value(size: Size) -> float:
         pixels = math.prod(size)
@@ -117,7 +117,7 @@ def _polynomial(points: Mapping[int, float]) -> Callable[[Size], float]:
 
 
 def _without_numbers(base: Base) -> Base:
-    """The base model with empty tensors for weights: called with fake tensors they take no memory."""
+    """Return the base model with empty tensors as weights: called with fake tensors, they use no memory."""
     components = {
         part: Component(
             component.config,
@@ -132,7 +132,7 @@ def _without_numbers(base: Base) -> Base:
 
 
 def _caption(base: Base, config: TrainConfig) -> tuple[int, Conditioning]:
-    """The operations of encoding a caption, and the shapes of what comes of it."""
+    """Return the operations of encoding a caption, and the shapes of its conditioning."""
     caption = default_caption(config.trigger_word, config.class_word)
     if base.caption_encoder:
         return 0, base.caption_encoder.encode(caption)
@@ -146,7 +146,7 @@ def _caption(base: Base, config: TrainConfig) -> tuple[int, Conditioning]:
 
 
 def _cache(base: Base, config: TrainConfig, size: Size, text: Conditioning) -> LatentCache:
-    """A picture of that size with a caption, all numbers of which are 0."""
+    """Return a cache of a picture of that size with a caption, with all values 0."""
     shape = base.latent_shape
     latent = torch.zeros(shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
     of_class = class_caption(config.class_word)
@@ -159,7 +159,7 @@ def _cache(base: Base, config: TrainConfig, size: Size, text: Conditioning) -> L
 
 
 def _prediction(run: Run, base: Base, text: Conditioning, size: Size) -> int:
-    """The operations of a prediction without gradients for a picture of that size."""
+    """Return the operations of a prediction without gradients for a picture of that size."""
     predict = guided_prediction(
         base, run.denoiser, [text], [text], device=_CPU, dtype=torch.float32, size=size, guidance=1.0
     )
@@ -170,7 +170,7 @@ def _prediction(run: Run, base: Base, text: Conditioning, size: Size) -> int:
 
 
 def _vae(base: Base, sizes: list[Size]) -> tuple[Callable[[Size], float], Callable[[Size], float]]:
-    """The operations of the VAE's encoder and decoder; 0 where the base model has none."""
+    """Return the operations of the VAE's encoder and decoder; 0 if the base model has none."""
     if "vae" not in base.components:
         return lambda size: 0.0, lambda size: 0.0
     vae, shape = base.load("vae", _CPU, torch.float32), base.latent_shape

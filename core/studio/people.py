@@ -1,4 +1,4 @@
-"""The people of a studio: a folder of folders of photos, or a manifest that names them."""
+"""The people of a studio: a folder with a folder of photos for each, or a manifest that lists them."""
 
 import csv
 import io
@@ -16,47 +16,47 @@ from ..pictures.style_pack import check_count
 from ..storage.files import RESERVED, is_text, read_bytes
 
 PERSON_FILE = "person.toml"
-"""The file in a person's folder that says what is wanted, and that the person agreed."""
+"""The file in a person's folder with that person's settings and agreement."""
 REPORT, PAGE = "report.json", "report.html"
 """The studio's files in its output, beside the people's folders."""
 _MOST_NAME_BYTES = 200
-"""The longest name: a file system takes 255 bytes, and files are called after the person with more behind the name."""
+"""The longest name in bytes: file systems allow 255, and file names add more to the person's name."""
 _MAX_BYTES = 2**24
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
 
 
 @dataclass(frozen=True)
 class Person:
-    """Someone whose photos become a LoRA and headshots."""
+    """A person whose photos become a LoRA and headshots."""
 
     name: str
     """The name of the person's folder in the studio's output."""
     photos: Path
     """The folder of photos."""
     agreed: bool = False
-    """Whether the person has agreed to it; nothing is made of anyone who has not."""
+    """Whether the person has agreed; people who haven't are skipped."""
     class_word: str | None = None
-    """What the person is one of, such as woman; None: what the studio's settings say. So are those below."""
+    """A noun for the person, such as woman; None uses the studio's settings, as for the fields below."""
     trigger_word: str | None = None
     style_pack: str | None = None
     count: int | None = None
     """The number of pictures."""
     problem: str = ""
-    """What is wrong with what is said of the person; empty where nothing is."""
+    """What is wrong with the person's entry; empty if it is valid."""
 
 
 _SAID = {field.name: field for field in fields(Person) if field.name not in ("name", "photos", "problem")}
 
 
 def read_people(place: Path) -> list[Person]:
-    """The people in the order of their names, from a folder of folders, or from a manifest in its own order.
+    """Read the people from a folder of folders, in the order of their names, or from a manifest, in its own order.
 
     Each folder has photos and a `person.toml`, such as `agreed = true` and `class_word = "woman"`. A manifest is a CSV file
-    with the columns `name`, `photos`, `agreed` and, where they are wanted, `class_word`, `trigger_word`, `style_pack` and
-    `count`, or a file of JSON lines with these names. Its `photos` are seen from its own folder.
+    with the columns `name`, `photos`, `agreed` and optionally `class_word`, `trigger_word`, `style_pack` and `count`, or a file
+    of JSON lines with these names. Its `photos` are relative to its own folder.
 
-    What is wrong with one person is that person's `problem` and keeps no other from being made. Raises BadFile or BadConfig
-    for a place that cannot be read at all, and for a name that two people have.
+    A fault in one person's entry becomes that person's `problem`; all others are still made. Raises BadFile or BadConfig if
+    nothing can be read, and for a name that two people have.
     """
     if os.path.isdir(place):
         try:
@@ -69,16 +69,18 @@ def read_people(place: Path) -> list[Person]:
         rows = _json_lines(place, text) if place.suffix in (".jsonl", ".json") else _csv_rows(place, text)
         people = [_of_row(place, number, row) for number, row in enumerate(rows, start=1)]
     if not people:
-        raise BadConfig(f"{place}: names no people; give a folder with a folder for each, or a manifest (.csv, .jsonl)")
+        raise BadConfig(
+            f"{place}: no people found; give a folder with a folder for each person, or a manifest (.csv, .jsonl)"
+        )
     _check_twice(place, people)
     return people
 
 
 def _said_in(folder: Path) -> Mapping[str, Any] | str:
-    """What the folder's file says, or what is wrong with the file."""
+    """Return the settings in the folder's file, or what is wrong with the file."""
     file = folder / PERSON_FILE
     if os.access(folder, os.X_OK) and not os.path.lexists(file):
-        return f"has no {PERSON_FILE}, which says that the person agreed (agreed = true)"
+        return f"{PERSON_FILE} is missing; create it with agreed = true if the person has agreed"
     try:
         return parse_toml(read_bytes(file, _MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig"))
     except (FaceLoraError, UnicodeDecodeError) as error:
@@ -86,13 +88,13 @@ def _said_in(folder: Path) -> Mapping[str, Any] | str:
 
 
 def _csv_rows(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
-    rows = csv.DictReader(io.StringIO(text, newline=None), skipinitialspace=True)  # lines may end in CR alone
+    rows = csv.DictReader(io.StringIO(text, newline=None), skipinitialspace=True)  # Lines may end in a single CR.
     try:
         if missing := {"name", "photos", "agreed"} - {*(rows.fieldnames or ())}:
-            raise BadConfig(f"{place}: has no column {', '.join(sorted(missing))}")
+            raise BadConfig(f"{place}: missing columns: {', '.join(sorted(missing))}")
         return [{key: value for key, value in row.items() if value not in ("", None)} for row in rows]
     except csv.Error as error:
-        raise BadConfig(f"{place}: is no CSV file: {error}") from None
+        raise BadConfig(f"{place}: not a valid CSV file: {error}") from None
 
 
 def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
@@ -103,7 +105,7 @@ def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadConfig(f"{place}, line {number}: is no JSON: {error}") from None
+            raise BadConfig(f"{place}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise BadConfig(f"{place}, line {number}: expected an object with name, photos and agreed")
         rows.append(row)
@@ -113,7 +115,7 @@ def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
 def _of_row(place: Path, number: int, row: Mapping[str, Any]) -> Person:
     name, photos = row.get("name"), row.get("photos")
     if not isinstance(name, str) or not isinstance(photos, str):
-        raise BadConfig(f"{place}, person {number}: needs a name and photos, the folder of photos")
+        raise BadConfig(f"{place}, person {number}: name and photos (the folder of photos) are required")
     said = {key: value for key, value in row.items() if key not in ("name", "photos")}
     return _person(name, place.parent / photos, said)
 
@@ -130,42 +132,45 @@ def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
         return replace(person, problem=f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {known}")
     try:
         return replace(person, **{key: _value(key, value) for key, value in said.items()})
-    except (BadConfig, ValueError) as error:  # the latter for a number of thousands of digits
+    except (BadConfig, ValueError) as error:  # ValueError: a number of thousands of digits.
         return replace(person, problem=str(error))
 
 
 def _value(key: str, value: Any) -> Any:
-    """The value of what is said, from JSON, from TOML or from a text in a CSV file."""
+    """Convert a setting from JSON, from TOML or from a text in a CSV file."""
     if key == "agreed":
         if isinstance(value, bool):
             return value
         if isinstance(value, str) and value.strip().lower() in (*_YES, *_NO):
             return value.strip().lower() in _YES
-        raise BadConfig(f"agreed = {value!r}: choose true or false")
+        raise BadConfig(f"agreed = {value!r}: must be true or false")
     if key == "count":
         number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
         if isinstance(number, bool) or not isinstance(number, int):
-            raise BadConfig(f"count = {value!r}: expected a whole number")
+            raise BadConfig(f"count = {value!r}: must be a whole number")
         check_count(number)
         return number
     if not isinstance(value, str) or not value.strip():
-        raise BadConfig(f"{key} = {value!r}: expected a text")
+        raise BadConfig(f"{key} = {value!r}: must be a text")
     return value
 
 
 def _problem_of(name: str) -> str:
-    """Why the name can be no folder's in the output; empty where it can."""
+    """Return why the name cannot be a folder in the output; empty if it can."""
     if len(name.encode("utf-8", "replace")) > _MOST_NAME_BYTES:
-        return f"its name is longer than {_MOST_NAME_BYTES} bytes; choose another for this person"
+        return f"the name is longer than {_MOST_NAME_BYTES} bytes; choose a shorter one for this person"
     if name.casefold() in (REPORT, PAGE):
-        return f"{name!r} is a file of the studio; choose another name for this person"
+        return f"{name!r} is the name of a studio file; choose another name for this person"
     bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|') or not is_text(name)
-    bad = bad or RESERVED.fullmatch(name)
-    return f"{name!r} can be no folder's name; choose another for this person" if bad or not name.isprintable() else ""
+    return (
+        f"{name!r} is not a valid folder name; choose another one for this person"
+        if bad or not name.isprintable()
+        else ""
+    )
 
 
 def _check_twice(place: Path, people: Iterable[Person]) -> None:
-    """Raises BadConfig for a name that two people have (`Anna` and `anna` may be one)."""
+    """Raise BadConfig for a name that two people have (`Anna` and `anna` may be the same folder)."""
     seen: set[str] = set()
     for person in people:
         if not person.problem and person.name.casefold() in seen:

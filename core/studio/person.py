@@ -1,7 +1,7 @@
-"""One person's job, from photos to a ranked gallery: check, train, draw, improve faces, rank.
+"""Run one person's job, from photos to a ranked gallery: check, train, draw, improve faces, rank.
 
-Every stage leaves on disk what it has made, and takes from there what it, or an earlier call, has made already. Killed at any
-moment and called again with the same, the job makes the same files and does nothing twice but the last steps since a state.
+Every stage saves its results, and reuses those that it or an earlier call has saved. A job that was killed and is called again
+with the same arguments makes the same files. It only repeats the last steps since a saved state.
 """
 
 from collections.abc import Sequence
@@ -28,31 +28,31 @@ from .ledger import Ledger, basis
 
 @dataclass(frozen=True)
 class Order:
-    """What is wanted of one person's photos and a base model."""
+    """What to make from one person's photos on a base model."""
 
     name: str
-    """Of the LoRA's file, without its ending."""
+    """The name of the LoRA's file, without its ending."""
     config: TrainConfig
-    """How it is trained. With `check_photos`, only photos that the report does not reject are."""
+    """The training settings. With `check_photos`, photos that the report rejects are not used."""
     pack: StylePack
     count: int = 20
-    """How many pictures."""
+    """The number of pictures."""
     seed: int = 1
-    """Of the first picture; the next ones count up."""
+    """The seed of the first picture; the next pictures count up."""
     size: tuple[int, int] | None = None
-    """Width and height of the pictures in pixels; None: what each style and the base come to."""
+    """Width and height of the pictures in pixels; None derives them from each style and the base model."""
     training_adapter: TrainingAdapter | None = None
-    """On in the steps of the training alone."""
+    """An adapter that is applied in the training steps only."""
 
     def __post_init__(self) -> None:
         check_count(self.count)
 
     def on(self, base: Base) -> Base:
-        """The base model as it is trained on and drawn with."""
+        """Return the base model as used for training and drawing."""
         return base.as_distilled() if self.training_adapter else base
 
     def jobs(self, base: Base) -> list[Job]:
-        """The pictures to draw, in rounds over the styles of the pack."""
+        """Return the pictures to draw, in rounds over the styles of the pack."""
         base, subject = self.on(base), Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
         return [
@@ -62,21 +62,21 @@ class Order:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has come of an order."""
+    """The result of an order."""
 
     report: SetReport
-    """On the photos."""
+    """The report on the photos."""
     trained: TrainedFile
     shots: Sequence[Headshot]
     """The pictures, most alike first where likeness could be measured."""
     advice: tuple[str, ...]
-    """What would help, in sentences, where no picture is like enough to the person; empty where one is."""
+    """Sentences on how to improve if no picture is like the person; else empty."""
 
 
 def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> Ready:
-    """The photos, looked at once for all of the job. BadPhoto where too few can be used, unless `check_photos` is off.
+    """Check the photos once for the whole job. Raises BadPhoto if too few can be used, unless `check_photos` is off.
 
-    `callbacks.on_warning` hears of the photos that will be left out, and of face networks that are not installed.
+    `callbacks.on_warning` is told which photos will be left out, and if face networks aren't installed.
     """
     return ready_for(photos, base, config, on_warning=callbacks.on_warning, to_rank=True)
 
@@ -90,18 +90,18 @@ def make(
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Outcome:
-    """The pictures of the person on checked photos, in `folder` beside the LoRA that they are drawn with.
+    """Draw pictures of the person with a LoRA trained on checked photos, into `folder`.
 
-    `ready` is what `check` gives. The LoRA is found where it has been trained before, and a training that was interrupted
-    goes on; so does the drawing. Another LoRA of that name, and pictures that are not ordered, move into the folder
-    `earlier`, and come back when they are. Without the face networks the pictures are not ranked, and no small face is drawn
-    again. Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
+    `ready` is the result of `check`. A LoRA that is already trained is reused; interrupted training and drawing continue.
+    Another LoRA of that name, and pictures that aren't in the order, move into the folder `earlier`, and move back when they
+    are ordered again. Without the face networks, pictures aren't ranked, and small faces aren't redrawn. Each callback may
+    raise to cancel. Errors are subclasses of FaceLoraError.
     """
     base = order.on(base)
     job = TrainingJob(order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter)
     trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     jobs = order.jobs(base)
-    callbacks.on_phase("pictures", 0, len(jobs))  # the training has ended, though no picture is drawn yet
+    callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     shots = make_headshots(
         base,
         [(LoraFile.read(trained.path), 1.0)],
@@ -116,23 +116,23 @@ def make(
 
 
 def ledger_of(ready: Ready, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
-    """The work of `make` with the same arguments, where nothing of it has been done yet."""
+    """Return the work of `make` with the same arguments, done from scratch."""
     photos, config = ready.photos, settled(order.config, ready)
     shared = basis(photos, base, config, device, order.training_adapter)
     return shared.ledger(photos, config, order.jobs(base), redraws_faces=ready.network is not None)
 
 
 def _advice(report: SetReport, order: Order, shots: Sequence[Headshot]) -> tuple[str, ...]:
-    """What would help where likeness was measured and no picture was like enough."""
+    """Return how to improve, if likeness was measured and no picture was like the person."""
     if report.network is None or any(shot.kept for shot in shots):
         return ()
-    best = shots[0].likeness  # they are ranked
-    seen = "none of them shows a face" if best is None else f"the most alike has {best:.2f}"
+    best = shots[0].likeness  # The pictures are ranked.
+    seen = "none shows a face" if best is None else f"the best likeness is {best:.2f}"
     steps = order.config.steps
     return (
-        f"No picture is the person: {seen}, and the same person has {SAME_PERSON:.2f} and more.",
+        f"No picture is like the person: {seen}, and the same person needs {SAME_PERSON:.2f} or more.",
         *([f"Add photos: {', '.join(report.wishes)}."] if report.wishes else []),
-        f"Train longer than these {steps} steps."
+        f"Train for more than {steps} steps."
         if order.config.hold_out
-        else f"Train longer than these {steps} steps, or with the recipe best, which keeps the most alike checkpoint.",
+        else f"Train for more than {steps} steps, or use the recipe best, which keeps the checkpoint with the best likeness.",
     )

@@ -1,4 +1,4 @@
-"""What a run of a studio has before it: who is to be made, how much work that is, and how long others have taken."""
+"""Estimate a studio run in advance: who is to be made, how much work that is, and how long others have taken."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -22,30 +22,30 @@ from .result import Terms, is_made
 
 @dataclass(frozen=True)
 class Plan:
-    """What there is to do. Photos are counted and not opened, so it is there at once."""
+    """The planned work. Photos are counted without opening them, so a plan is made instantly."""
 
     to_make: Mapping[str, Work]
-    """Of each person who is to be made, by name. A training that stops early makes fewer steps."""
+    """The work for each person to make, by name. Training that stops early takes fewer steps."""
     made_before: tuple[str, ...]
-    """Who will be found, unless a photo or one of the files has changed."""
+    """People who are finished already, unless a photo or one of the files has changed."""
     refused: tuple[str, ...]
-    """Who will fail, since something is wrong with what is said of them."""
+    """People who will fail because of a fault in their entry."""
     earlier: tuple[Cost, ...]
-    """What people in the output's report have cost on the same base model and processor."""
+    """The costs of people in the output's report on the same base model and processor."""
 
     @property
     def work(self) -> Work:
-        """Of all who are to be made."""
+        """The work for everyone who is to be made."""
         return Work.sum(self.to_make.values())
 
     @property
     def seconds(self) -> float | None:
-        """How long one device will take, as long as those made earlier did; None where there is none of them."""
+        """The estimated time on one device from earlier costs; None without any."""
         return seconds_for(self.work, self.earlier)
 
 
 def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, device: torch.device | None = None) -> Plan:
-    """What `run` has before it with the same arguments."""
+    """Return the plan of a call to `run` with the same arguments."""
     to_make: dict[str, Work] = {}
     made_before, refused = [], []
     for person in people:
@@ -58,11 +58,11 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
                 made_before.append(person.name)
             else:
                 to_make[person.name] = Work(1, photos, order.config.steps, order.count)
-        except Exception:  # which `run` will tell of
+        except Exception:  # `run` will report it.
             refused.append(person.name)
     used = processor(device_and_dtype(TrainConfig(), device)[0])
     earlier: list[Cost] = []
-    with suppress(BadFile):  # it is damaged, and will be written anew
+    with suppress(BadFile):  # A damaged report will be rewritten.
         costs = [result.cost for result in read_report(output) if result.cost]
         earlier = [cost for cost in costs if (cost.base, cost.processor) == (base.identity, used)]
     return Plan(to_make, tuple(made_before), tuple(refused), tuple(earlier))
@@ -76,7 +76,7 @@ def plan_ledger(
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Ledger | None:
-    """The work of all who are to be made, whose photos are opened but not checked; None where nobody is."""
+    """Return the work for everyone who is to be made, whose photos are opened but not checked; None without anyone."""
     shared: dict[str, Basis] = {}
     ledgers: list[Ledger] = []
     for person in people:
@@ -90,5 +90,5 @@ def plan_ledger(
                 shared[alike] = basis(photos, base, order.config, device, order.training_adapter)
             ledgers.append(shared[alike].ledger(photos, order.config, order.jobs(base)))
         except Exception as error:
-            callbacks.on_warning(f"{person.name} is not counted: {error}")
+            callbacks.on_warning(f"{person.name} is not included in the estimate: {error}")
     return Ledger.sum(ledgers) if ledgers else None

@@ -1,4 +1,4 @@
-"""People handed out to workers one at a time. Any worker may die: that costs its person the steps since the last state."""
+"""Hand people out to workers, one each. When a worker dies, its person loses only the steps since the last saved state."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,49 +11,48 @@ from .people import Person
 from .result import Result
 
 MOST_DEATHS = 3
-"""The number of workers that may die with a person, who then fails, and the number that may end before they are ready, one
-after the other, whereupon no more are started."""
+"""A person fails after this many workers died while making them. No more workers are started after this many in a row ended
+before they were ready."""
 PATIENCE = 1.0
-"""The most seconds to wait for news before asking again whether there is room for a worker, and whether the caller goes on."""
+"""The most seconds to wait for news before checking again for room for workers, and returning to the caller."""
 
 
 @dataclass(frozen=True)
 class News:
-    """What is heard of a worker: that it is ready, that it has made a person and is ready again, or that it is no more."""
+    """News of a worker: it is ready, it has made a person and is ready again, or it has ended."""
 
     worker: str
-    """Its name, which also says where it is."""
+    """Its name, which includes its location."""
     result: Result | None = None
     warnings: tuple[str, ...] = ()
     """What the user should know about the person, in sentences."""
     death: str = ""
-    """Why it is no more; empty where it is ready."""
+    """Why the worker has ended; empty if it is ready."""
 
 
 class Crew(Protocol):
-    """The workers of a cluster, each with the base model opened."""
+    """The workers of a cluster, each with the base model loaded."""
 
     def hire(self, wanted: int) -> int:
-        """The number of workers that there are, when some have been started where there was room, up to the wanted number."""
+        """Start workers where there is room, up to the wanted number, and return how many there are."""
         ...
 
     def give(self, worker: str, person: Person, again: bool) -> None:
-        """Has the worker make the person; `again` where another one has died doing so, which may still hold the lock."""
+        """Tell the worker to make the person; `again` if another worker died making them and may still hold the lock."""
         ...
 
     def news(self, seconds: float) -> Sequence[News]:
-        """What has happened since the last call; waits at most so long for the first of it."""
+        """Return what has happened since the last call; wait at most this long for the first news."""
         ...
 
 
 def hand_out(
     people: Iterable[Person], crew: Crew, look: Callable[[Person], Result | None], callbacks: Callbacks = NO_CALLBACKS
 ) -> Iterator[Result]:
-    """The result of each person as soon as it is there: what `look` finds, or else what a worker of the crew makes.
+    """Yield the result of each person as soon as it is ready: what `look` finds, or else what a worker makes.
 
-    The person of a dead worker is the next to be given away. `callbacks.on_phase` is called with ("people", done, all) again
-    and again, and with ("at work", workers, all) where that has changed. Raises FaceLoraError when workers end before they
-    are ready and there is no other.
+    A dead worker's person is handed out next. `callbacks.on_phase` is called repeatedly with ("people", done, all), and with
+    ("at work", workers, all) when that changes. Raises FaceLoraError if workers end before they are ready and none is left.
     """
     unseen = deque(people)
     queue, done, at_work, everybody = _Queue(crew, callbacks), 0, 0, len(unseen)
@@ -75,7 +74,7 @@ def hand_out(
 
 
 class _Queue:
-    """The people whom workers are to make, and those whom they are making."""
+    """The people whom workers have yet to make, and those being made."""
 
     def __init__(self, crew: Crew, callbacks: Callbacks):
         self.waiting: deque[Person] = deque()
@@ -88,10 +87,10 @@ class _Queue:
         """How many workers have ended before they were ready, since the last good news."""
         self._last_words: str = ""
         self._told: bool = False
-        """Whether the user knows that there is no room."""
+        """Whether the user has been told that room is lacking."""
 
     def turn(self, seconds: float) -> list[Result]:
-        """The results that have come in, when the crew has been looked after and has been given people."""
+        """Take care of the crew, hand out people, and return the results that have arrived."""
         results = [result for news in self._news(seconds) if (result := self._hear(news))]
         while self._idle and self.waiting:
             worker, person = self._idle.popleft(), self.waiting.popleft()
@@ -106,14 +105,14 @@ class _Queue:
         may_start = self._failed_starts < MOST_DEATHS
         workers = self._crew.hire(wanted if may_start else 0)
         if not workers and not may_start:
-            raise FaceLoraError(f"no worker becomes ready; the last one: {self._last_words}")
+            raise FaceLoraError(f"no worker could be started; the last one ended with: {self._last_words}")
         if not workers and not self._told:
             self._told = True
-            self._callbacks.on_warning("the cluster has no room for a worker; waiting for some")
+            self._callbacks.on_warning("the cluster has no room for a worker; waiting")
         return self._crew.news(seconds)
 
     def _hear(self, news: News) -> Result | None:
-        """The result in the news; also that of a person with whom too many workers have died."""
+        """Return the result in the news; also the failure of a person with whom too many workers have died."""
         person = self.busy.pop(news.worker, None)
         for warning in news.warnings:
             self._callbacks.on_warning(f"{person.name}: {warning}" if person else warning)
@@ -126,13 +125,15 @@ class _Queue:
         elif person is None:
             self._failed_starts += 1
         self._last_words = news.death
-        self._callbacks.on_warning(f"{news.worker} has ended: {news.death}")
+        self._callbacks.on_warning(f"{news.worker} ended: {news.death}")
         return None if person is None else self._bereave(person, news.death)
 
     def _bereave(self, person: Person, death: str) -> Result | None:
-        """Puts the person of a dead worker back into the queue; the result where that has been done often enough."""
+        """Return a dead worker's person to the queue, or the failed result after too many deaths."""
         self._deaths[person.name] += 1
         if self._deaths[person.name] == MOST_DEATHS:
-            return Result(person.name, "failed", f"{MOST_DEATHS} workers have ended while making it; the last: {death}")
+            return Result(
+                person.name, "failed", f"{MOST_DEATHS} workers ended while making this person; the last one: {death}"
+            )
         self.waiting.appendleft(person)
         return None

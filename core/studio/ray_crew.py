@@ -1,4 +1,4 @@
-"""The workers of a Ray cluster: an actor for each GPU, or for each node of a cluster that has none."""
+"""The workers of a Ray cluster: an actor for each GPU, or for each node if the cluster has no GPU."""
 
 import logging
 import math
@@ -25,38 +25,38 @@ from .queue import News
 from .result import Result, Terms, failed, find_or_make
 
 LOCAL = "local"
-"""In place of an address: a Ray of this machine's own, which begins and ends with the run."""
+"""Use instead of an address for a Ray on this machine, started and stopped with the run."""
 INSTALL_RAY = 'pip install "comfyui-facelora[ray]"'
 _ANSWER = 5.0
-"""Seconds in which a cluster must answer."""
+"""The seconds that a cluster has to answer."""
 _LOOK = 5.0
-"""Seconds between two looks at what nodes there are."""
+"""The seconds between two checks of the cluster's nodes."""
 _LOCK = 150.0
-"""Seconds to wait for the lock of a worker that is no more: NFS releases it after 90."""
+"""The seconds to wait for the lock of a dead worker: NFS releases it after 90."""
 _STORE = 100_000_000
-"""Bytes for what Ray's processes share, of which there is next to nothing, and by itself it takes a third of the memory."""
+"""The bytes of Ray's shared memory, which is hardly used here. Ray's default is a third of the memory."""
 _LAST_STEP = 20.0
-"""Seconds in which workers that are to stop may end their step and write its state."""
+"""The seconds that stopping workers have to finish their step and save its state."""
 
 
 class Stopped(Exception):
-    """The driver has asked the worker to stop."""
+    """Raised in a worker when the driver has asked it to stop."""
 
 
 class Worker:
-    """What an actor does. Its other thread listens whether it is to stop."""
+    """The code of an actor. A second thread waits for the request to stop."""
 
     def __init__(self, base: dict[str, Any], output: Path, terms: Terms):
         self._opened_with, self._output, self._terms = base, output, terms
         self._stop = threading.Event()
 
     def open(self) -> str:
-        """The identity of the base model, which this opens."""
+        """Open the base model, and return its identity."""
         self._base = load_base(**self._opened_with)
         return self._base.identity
 
     def make(self, person: Person, again: bool) -> tuple[Result, list[str]]:
-        """The result of a person, and warnings."""
+        """Make a person, and return the result and warnings."""
         warnings: list[str] = []
         callbacks = Callbacks(on_step=self._check, on_phase=self._check, on_warning=warnings.append)
         deadline = time.monotonic() + (_LOCK if again else 0)
@@ -80,18 +80,18 @@ class Worker:
 
 
 class RayCrew:
-    """The workers of a cluster to which this machine belongs. It is connected to, or begun, when the first worker is wanted."""
+    """The workers of the cluster that this machine belongs to. It is connected to, or started, with the first worker."""
 
     def __init__(self, address: str, base: Base, output: Path, terms: Terms):
-        """`address` is that of the head node, as HOST:PORT, or LOCAL. BadConfig or MissingPackage where it cannot work."""
+        """Take the head node's address, HOST:PORT, or LOCAL. Raises BadConfig or MissingPackage if it cannot work."""
         if find_spec("ray") is None:
-            raise MissingPackage(f"a cluster needs Ray, which is not installed: {INSTALL_RAY}")
+            raise MissingPackage(f"a cluster requires Ray, which is not installed: {INSTALL_RAY}")
         host, _, port = address.rpartition(":")
         if address != LOCAL and (not host or not port.isdecimal() or "/" in address):
             raise BadConfig(f"ray = {address!r}: expected the head node's HOST:PORT, such as 10.0.0.5:6379, or {LOCAL}")
         if base.opened_with is None:
             raise BadConfig(
-                "a cluster's workers open the base model from its files, and this one was not made from files"
+                "a cluster's workers read the base model from its files, but this one was not loaded from files"
             )
         self._address, self._server = address, None if address == LOCAL else (host, int(port))
         self._arguments = (dict(base.opened_with), output.absolute(), terms)
@@ -101,9 +101,9 @@ class RayCrew:
         self._actors: dict[str, Any] = {}
         """The workers by name."""
         self._nodes: dict[str, str] = {}
-        """The node of each."""
+        """The node of each worker."""
         self._calls: dict[Any, str] = {}
-        """The worker of each call that has not been answered."""
+        """The worker of each unanswered call."""
         self._open: set[str] = set()
         """The workers that have opened the base model."""
         self._started, self._looked = 0, -math.inf
@@ -112,7 +112,7 @@ class RayCrew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops the workers, which keep the state of what they are at."""
+        """Stop the workers, which save their current state."""
         if self._ray is None:
             return
         try:
@@ -146,7 +146,7 @@ class RayCrew:
         return [self._read(call) for call in answered]
 
     def _read(self, call: Any) -> News:
-        """The news that a call brings. Raises what a worker has raised, as it would be raised on one machine."""
+        """Return the news from a call. Raises what a worker has raised, as on a single machine."""
         worker = self._calls.pop(call)
         try:
             answer = self._ray.get(call)
@@ -158,18 +158,18 @@ class RayCrew:
             result, warnings = answer
             return News(worker, result, tuple(warnings))
         if answer != self._identity:
-            return self._lose(worker, "its base model is another one")
+            return self._lose(worker, "its base model is a different one")
         self._open.add(worker)
         return News(worker)
 
     def _lose(self, worker: str, why: str) -> News:
-        self._ray.kill(self._actors.pop(worker))  # it may have been out of reach alone
+        self._ray.kill(self._actors.pop(worker))  # It may only have been out of reach.
         self._open.discard(worker)
         del self._nodes[worker]
         return News(worker, death=why)
 
     def _start(self, wanted: int) -> None:
-        """Starts workers on nodes with room for them, until there are as many as are wanted."""
+        """Start workers on nodes with room for them, up to the wanted number."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
@@ -179,7 +179,7 @@ class RayCrew:
             name, resources = node["NodeID"], node["Resources"]
             gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
             room = gpus if has_gpus else min(cpus, 1)
-            # Without GPUs a worker has a whole node, for all of whose CPUs Ray then sets the number of threads.
+            # Without GPUs a worker gets a whole node, and Ray sets the number of threads for all of its CPUs.
             needs = {"num_gpus": 1, "num_cpus": 1} if has_gpus else {"num_cpus": cpus}
             for _ in range(min(room - taken[name], wanted - len(self._actors))):
                 self._started += 1
@@ -195,12 +195,13 @@ class RayCrew:
             return
         if self._server:
             self._check_answer(self._server)
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it tells nobody that it is used
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Set before importing Ray: no usage statistics are sent.
         import ray
 
         if not ray.is_initialized():
             if not self._server:
-                # Else Ray writes a token into the user's home folder, for which clusters that `ray start` begins later ask.
+                # Otherwise Ray writes a token into the user's home folder, and clusters started later with `ray start` require
+                # it.
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             with _own_handler():
                 try:
@@ -213,19 +214,19 @@ class RayCrew:
         self._remote = ray.remote(Worker)
 
     def _check_answer(self, server: tuple[str, int]) -> None:
-        """Raises BadConfig where nobody answers, which takes Ray minutes to say."""
+        """Raise BadConfig at once if the address doesn't answer: Ray takes minutes to report it."""
         try:
             socket.create_connection(server, timeout=_ANSWER).close()
         except OSError as error:
-            begin = "`ray start --head` begins a cluster, and says its address"
+            begin = "start a cluster with `ray start --head`, which prints its address"
             raise BadConfig(
-                f"ray = {self._address!r}: nobody answers there ({error.strerror or error}); {begin}"
+                f"ray = {self._address!r}: the address does not answer ({error.strerror or error}); {begin}"
             ) from None
 
 
 @contextmanager
 def _own_handler() -> Iterator[None]:
-    """Within it SIGTERM's handler may be changed, as Ray does; afterwards it is the one that it was."""
+    """Restore SIGTERM's handler after the context, since Ray may change it."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -235,8 +236,8 @@ def _own_handler() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error of Ray says in one line, or the project's own error that is its cause."""
+    """Return an error of Ray in one line, or the project's own error that caused it."""
     cause = getattr(error, "cause", None)
     lines = [line.strip() for line in str(cause if isinstance(cause, FaceLoraError) else error).strip().splitlines()]
-    # Of memory that has run out the first line says it, and advice follows; others end with what they have to say.
+    # An out-of-memory error starts with its message, followed by advice. Other errors end with their message.
     return (lines[0] if "memory" in lines[0] else lines[-1]) if lines else type(error).__name__

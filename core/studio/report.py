@@ -1,4 +1,4 @@
-"""The report on all people of a studio, as JSON and as a page."""
+"""Write the report on all people of a studio, as JSON and as a page."""
 
 import html
 import json
@@ -19,25 +19,25 @@ from .result import NONE_ALIKE, STATUSES, Result, result_of
 
 
 def read_report(output: Path) -> list[Result]:
-    """The results in the report of the studio's output; none where there is no report.
+    """Read the results from the report of the studio's output; none without a report.
 
-    Raises BadFile when it is damaged or is another program's, or when only another program's page has its name.
+    Raises BadFile if the report or its page is another program's, or the report is damaged.
     """
     report = output / REPORT
     if not report.exists() and (output / PAGE).exists():
-        raise BadFile(f"{output / PAGE}: is not the studio's page; move it, or choose another output")
+        raise BadFile(f"{output / PAGE}: this is not a studio page; move it, or choose another output")
     try:
         return [result_of(one) for one in read_json(report)["people"]] if report.exists() else []
     except (TypeError, KeyError):
         raise BadFile(
-            f"{report}: is not the studio's report, or is damaged; move it, and the next run writes one"
+            f"{report}: this is not a studio report, or it is damaged; move it, and the next run writes a new one"
         ) from None
 
 
 def write_report(output: Path, results: Sequence[Result]) -> None:
-    """Writes the report on the results into the output, as JSON and as a page, those to look at first at the top.
+    """Write the report on the results into the output, as JSON and as a page, with those to check first at the top.
 
-    Reasons are in it without the folders of this machine: reports are sent to others.
+    Reasons in it don't name folders of this machine, since reports are sent to others.
     """
     ranked = sorted((replace(one, reason=_shared(one.reason, output)) for one in results), key=_order)
     write_text(output / REPORT, json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1))
@@ -57,7 +57,7 @@ def write_report(output: Path, results: Sequence[Result]) -> None:
 
 
 def _shared(reason: str, output: Path) -> str:
-    """The reason with paths below the output as they are seen from there, and of others the last part alone."""
+    """Return the reason with paths relative to the output; of other paths, only the last part is kept."""
     return without_folders(reason.replace(f"{output.absolute()}{os.sep}", ""))
 
 
@@ -65,7 +65,7 @@ _TOLD = ("made", "found", NONE_ALIKE, "failed")
 
 
 def _order(result: Result) -> tuple[bool, float]:
-    """Those that failed come first, then those whose likeness is least above what leaks into the class."""
+    """Return a sort key: failed people first, then those whose likeness is least above their leakage."""
     likeness = -1.0 if result.likeness is None else result.likeness
     return result.status != "failed", likeness - max(result.leakage or 0.0, 0.0)
 
@@ -75,7 +75,7 @@ def _count(results: Sequence[Result], status: str) -> int:
 
 
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Counts, and what those who were made now have cost."""
+    """Count the results, and sum the costs of people made in this run."""
     costs = [one.cost for one in results if one.status == "made" and one.cost]
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
     return {
@@ -89,13 +89,13 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _costs(results: Sequence[Result]) -> str:
-    """What those who were made now have cost, in a sentence."""
+    """Return a sentence on the costs of people made in this run."""
     summary = _summary(results)
     if not (made := summary["made"]):
         return ""
     shares = ", ".join(f"{phase} {taken / (summary['seconds'] or 1):.0%}" for phase, taken in summary["phases"].items())
     gpu = "" if summary["gpu_hours"] is None else f"{summary['gpu_hours']:.2f} GPU-hours and "
-    each = f"{summary['seconds'] / made:.0f} s for each of {counted(made, 'person', 'people')} made now"
+    each = f"{summary['seconds'] / made:.0f} s for each of {counted(made, 'person', 'people')} made in this run"
     return f"{each} ({shares}); {gpu}{summary['processor_hours']:.2f} processor hours."
 
 
@@ -119,7 +119,7 @@ def _number(value: float | None) -> str:
 
 
 def _seconds(result: Result, gpu: bool) -> list[str]:
-    """Of the phases, and the hours of the GPU or else of the processor."""
+    """Return the seconds of the phases, and the hours of the GPU, or else of the processor."""
     if result.cost is None:
         return [""] * (len(PHASES) + 1)
     hours = result.cost.gpu_hours if gpu else result.cost.processor_hours
@@ -151,8 +151,7 @@ tbody tr:last-child > * { border-bottom: 0 }
 .failed td:nth-child(3), .none-alike td:nth-child(3) { color: var(--bad) }
 img { height: 3.5rem; border-radius: 4px; display: block }
 </style></head>
-<body><header><h1><!--TITLE--></h1><p><!--COSTS--> Those to look at first are at the top; phases
-are in seconds.</p></header>
+<body><header><h1><!--TITLE--></h1><p><!--COSTS--> People to check first are at the top. Phases are in seconds.</p></header>
 <div class="table"><table><thead><tr><th><th>person<th>status<th class="number">likeness<th class="number">leakage
 <th class="number">kept<!--SECONDS--></thead><tbody>
 <!--ROWS-->

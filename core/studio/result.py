@@ -1,7 +1,7 @@
-"""What has come of a person of a studio: made, or found where it has been made before, and kept in the person's folder.
+"""The result of a person in a studio: newly made, or found from an earlier run, and saved in the person's folder.
 
-Content decides: someone whose photos, wishes, base model and settings are unchanged is found, and an interrupted one goes
-on. All that is kept of a person lies in that person's folder, so that it can be deleted whole.
+Content decides: a person whose photos, settings and base model are unchanged is found, and an interrupted one continues. All
+files of a person are in that person's folder, so that everything can be deleted.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ from .person import Order, Outcome, check, make
 RECORD = "studio.json"
 """A person's record in the person's folder."""
 CACHE = ".facelora-cache"
-"""What is kept of an unfinished person; `.cache` would be any user's, and with it the user's folder a person's."""
+"""The folder for an unfinished person. `.cache` could belong to anyone, and would make a user's folder look like a person's."""
 Status = Literal["made", "found", "failed"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 NONE_ALIKE = "none alike"
-"""What is said of someone of whom all is made, but no picture is like enough to the person."""
+"""The status of a person who is finished, but has no picture that is like them."""
 _MOST_BYTES = 2**33
-"""The most that a LoRA or a picture may have."""
+"""The largest size of a LoRA or a picture, in bytes."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What everybody gets who has no wishes of their own."""
+    """The settings for everyone who has no settings of their own."""
 
     packs: Mapping[str, StylePack]
     """The style packs to choose from, by name."""
@@ -53,15 +53,15 @@ class Terms:
     count: int = 20
     seed: int = 1
     size: tuple[int, int] | None = None
-    """Width and height of the pictures in pixels; None: what each style and the base come to."""
+    """Width and height of the pictures in pixels; None derives them from each style and the base model."""
     recipe: RecipeName = "balanced"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the training that differ from the recipe's."""
+    """Training settings that override the recipe's."""
     training_adapter: TrainingAdapter | None = None
-    """On in the steps of everybody's training alone."""
+    """An adapter that is applied in everyone's training steps only."""
 
     def order(self, person: Person, photos: int, base: Base, callbacks: Callbacks = NO_CALLBACKS) -> Order:
-        """The order for a person with that number of photos. Raises BadConfig for a wish that cannot be met."""
+        """Return the order for a person with that number of photos. Raises BadConfig for an invalid setting."""
         own = {"class_word": person.class_word, "trigger_word": person.trigger_word}
         given = {**self.settings, **{name: value for name, value in own.items() if value is not None}}
         config = recipe_config(self.recipe, base, photos, given, callbacks.on_warning)
@@ -74,34 +74,34 @@ class Terms:
 
 @dataclass(frozen=True)
 class Result:
-    """What has come of a person."""
+    """The result of a person."""
 
     name: str
     status: Status
-    """`found`: all of it had been made before, and nothing was done now."""
+    """`found`: everything had been made before, and nothing was done now."""
     reason: str = ""
-    """Why it failed, or what would help where no picture is like enough to the person."""
+    """Why it failed, or how to improve if no picture is like the person."""
     lora: str | None = None
-    """The LoRA's file, seen from the studio's output, as are the pictures; None where it failed."""
+    """The LoRA's file, relative to the studio's output, as are the pictures; None if it failed."""
     pictures: tuple[str, ...] = ()
     """All pictures, most alike first where likeness could be measured."""
     kept: int = 0
-    """How many of them are kept: those that are most alike, and the person."""
+    """The number of pictures kept: the most alike that show the person."""
     likeness: float | None = None
-    """The mean likeness of the kept pictures, of all where none is kept; None where it was not measured."""
+    """The mean likeness of the kept pictures, or of all if none is kept; None if it was not measured."""
     leakage: float | None = None
-    """How much the class has come to look like the person, measured in the training; None where it was not."""
+    """How much the class has come to look like the person, measured in training; None if it was not measured."""
     cost: Cost | None = None
-    """What making it has cost; None where it failed."""
+    """The cost of making it; None if it failed."""
 
     @property
     def told(self) -> str:
-        """What a person is told of the status: of someone made or found of whom no picture is alike, this."""
+        """The displayed status: "none alike" if the person was made or found, but no picture is like them."""
         return NONE_ALIKE if self.reason and self.status != "failed" else self.status
 
     @property
     def kept_of(self) -> str:
-        """How many of its pictures are kept, such as "4 of 20"; of pictures that could not be ranked that they are not."""
+        """How many pictures are kept, such as "4 of 20", or that they aren't ranked."""
         ranked = self.kept or self.reason
         return f"{self.kept} of {len(self.pictures)}" if ranked else f"{len(self.pictures)}, not ranked"
 
@@ -112,16 +112,15 @@ class Result:
 
 
 def failed(person: Person, error: Exception) -> Result:
-    """The result of a person whose making has raised the error."""
+    """Return the result of a person whose job raised the error."""
     reason = str(error) if isinstance(error, FaceLoraError) else one_line(f"{type(error).__name__}: {error}")
     return Result(person.name, "failed", reason)
 
 
 def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:
-    """The result of someone of whom all has been made; None where something is to do.
+    """Return the result of a person who is finished; None if something is left to do.
 
-    Photos are read only where there is something that has been made. Raises FaceLoraError for what keeps anything from being
-    made.
+    Photos are read only if there is an earlier result. Raises FaceLoraError for anything that keeps the person from being made.
     """
     _check_agreed(person)
     if not (output / person.name / RECORD).exists():
@@ -137,9 +136,9 @@ def find_or_make(
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Result:
-    """The result of a person, whose files lie in the folder of that name in `output`. Raises FaceLoraError.
+    """Return the result of a person, whose files are in the folder of that name in `output`. Raises FaceLoraError.
 
-    InUse is raised while another run is making the person.
+    Raises InUse while another run is making the person.
     """
     watch = Stopwatch()
     asked = _asked(person, base, output, terms, callbacks)
@@ -158,30 +157,31 @@ def find_or_make(
     result = _result(person, outcome, output, watch.cost(used, base.identity, len(asked.photos)))
     record = {"result": asdict(result), "digest": _digest(asked.key, result, output), "planned": planned}
     write_text(folder / RECORD, json.dumps(record, indent=1))
-    shutil.rmtree(folder / CACHE, ignore_errors=True)  # nothing of it is wanted any more
+    shutil.rmtree(folder / CACHE, ignore_errors=True)  # It is no longer needed.
     return result
 
 
 def is_made(order: Order, photos: int, base: Base, output: Path) -> bool:
-    """Whether the record of a person holds this order on the same base, of as many photos, none of which is opened."""
+    """Return whether the person's record matches this order on the same base model and number of photos, without opening
+    them."""
     record = output / order.name / RECORD
     try:
         return record.exists() and read_json(record)["planned"] == _key(order, photos, base)
-    except (FaceLoraError, TypeError, KeyError):  # damaged: it is made anew
+    except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced.
         return False
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked for a person."""
+    """What is to be made of a person."""
 
     photos: Sequence[Photo]
     order: Order
     key: str
-    """A hash that is equal when the same LoRA would be trained, and the same pictures drawn."""
+    """A hash that is equal if the same LoRA would be trained, and the same pictures drawn."""
 
     def recorded(self, output: Path) -> Result | None:
-        """The result that the person's record holds, where it is of this, and its files are there and as they were made."""
+        """Return the result in the person's record, if it is of this order and its files exist and are unchanged."""
         record = output / self.order.name / RECORD
         if not record.exists():
             return None
@@ -190,7 +190,7 @@ class _Asked:
             result = result_of(values["result"])
             unchanged = values["digest"] == _digest(self.key, result, output)
             return replace(result, status="found") if unchanged else None
-        except (FaceLoraError, TypeError, KeyError):  # damaged: it is made anew, of which most is found
+        except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced; most results are found.
             return None
 
 
@@ -198,7 +198,7 @@ def _check_agreed(person: Person) -> None:
     if person.problem:
         raise BadConfig(person.problem)
     if not person.agreed:
-        raise BadConfig("has not agreed (agreed = true says so)")
+        raise BadConfig("the person has not agreed; set agreed = true if they have")
 
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
@@ -207,12 +207,14 @@ def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Ca
     order = terms.order(person, len(photos), base, callbacks)
     folder = output / person.name
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists() and not (folder / CACHE).exists():
-        raise BadFile(f"{folder}: holds files of others; choose another output, or another name for this person")
+        raise BadFile(
+            f"{folder}: this folder has files of another program; choose another output, or another name for this person"
+        )
     return _Asked(photos, order, _key(order, [photo.fingerprint for photo in photos], base))
 
 
 def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
-    """A hash that is equal where the same is ordered, on the same base, of photos with these fingerprints or of as many."""
+    """Return a hash of the order, the base model, and the photos' fingerprints or number."""
     adapter = [order.training_adapter.digest] if order.training_adapter else []
     return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *adapter)
 
@@ -239,19 +241,19 @@ def _seen_from(output: Path, path: Path) -> str:
 
 
 def _digest(key: str, result: Result, output: Path) -> str:
-    """A hash of the result of that key and of its files. Raises BadFile where one is not there, or is no regular file."""
+    """Return a hash of the result of that key and of its files. Raises BadFile if one is missing or not a regular file."""
     files = [read_bytes(output / file, _MOST_BYTES) for file in (result.lora or "", *result.pictures)]
     return content_key(key, result, *(hashlib.sha256(file).hexdigest() for file in files))
 
 
 def result_of(values: Any) -> Result:
-    """The result of which the values were read from a file. Raises TypeError or KeyError where it is damaged."""
+    """Return the result from values that were read from a file. Raises TypeError or KeyError if they are damaged."""
     cost = None if values["cost"] is None else cost_of(values["cost"])
     result = Result(**{**values, "pictures": tuple(values["pictures"]), "cost": cost})
     texts = (result.name, result.status, result.reason, result.lora or "", *result.pictures)
     numbers = (result.kept, result.likeness or 0.0, result.leakage or 0.0)
     if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, (int, float)) for one in numbers):
-        raise TypeError("a value is of another type")
-    if result.status not in STATUSES:  # it is written into a page
+        raise TypeError("a value has the wrong type")
+    if result.status not in STATUSES:  # The status is written into a page.
         raise TypeError(f"status = {result.status!r}")
     return result

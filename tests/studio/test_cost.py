@@ -134,14 +134,14 @@ def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base
     lines = planned(first, workers=False)
     assert lines[0] == (
         "to make: 2 people (1 made before, 4 refused): 10 photos, at most 60 steps, 11 pictures"
-    ) and "known when the first is made" in lines[1]  # fmt: skip
+    ) and "known after the first person" in lines[1]  # fmt: skip
 
     ours, anothers = cost(base=base.identity), cost(1e6, base="another")
     write_report(output, [Result("carl", "made", cost=ours), Result("zoe", "made", cost=anothers)])
     later = plan(everybody, base, output, terms)
     # As carl's: 50 s for 5 photos, 100 steps and 2 pictures, of each phase a fifth.
     assert later.earlier == (ours,) and later.seconds == pytest.approx(2 * (10 + 10 + 10) + 6 + 11 * 5)
-    assert planned(later, workers=True)[1] == "time: about 2 min of one worker, going by 1 made here earlier"
+    assert planned(later, workers=True)[1] == "time: about 2 min of one worker, based on 1 made here before"
     (output / "report.json").write_text("{")
     assert plan(everybody, base, output, terms).seconds is None
     one = plan([replace(anna, count=1)], base, output, terms)

@@ -117,14 +117,14 @@ def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path,
         list(run(people[:1], base, output, terms, callbacks=Callbacks(on_step=stop)))
     assert any(name.endswith(".state.safetensors") for name in files(output / "anna" / ".facelora-cache"))
     mine = [replace(people[1], name="mine")]
-    assert "holds files of others" in next(run(mine, base, output, terms)).reason
+    assert "this folder has files of another program" in next(run(mine, base, output, terms)).reason
     assert [result.status for result in run(people, base, output, terms)] == ["made", "made"]
     assert main(["forget", "anna", "--output", str(output)]) == 0
     assert "files of anna deleted" in capsys.readouterr().out
     assert not (output / "anna").exists() and (output / "ben").exists() and (people[0].photos / "1.png").exists()
     assert "anna" not in (output / "report.json").read_text() + (output / "report.html").read_text()
     for name in ("mine", "nobody", "../people/anna", "."):
-        with pytest.raises(BadConfig, match="has nothing of"):
+        with pytest.raises(BadConfig, match="was not found; this output contains"):
             forget(name, output)
     assert (output / "mine" / "letter.txt").read_text() == "dear"
 
@@ -133,8 +133,8 @@ def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_p
     home = tmp_path / "home"
     (home / "anna" / ".cache").mkdir(parents=True)
     (home / "anna" / "letter.txt").write_text("dear")
-    assert "holds files of others" in next(run(people[:1], base, home, terms)).reason
-    with pytest.raises(BadConfig, match="has nothing of 'anna'"):
+    assert "this folder has files of another program" in next(run(people[:1], base, home, terms)).reason
+    with pytest.raises(BadConfig, match="'anna' was not found"):
         forget("anna", home)
     assert (home / "anna" / "letter.txt").exists() and (home / "anna" / ".cache").exists()
 
@@ -145,7 +145,7 @@ def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, peo
     report.write_text(report.read_text().replace('"status": "failed"', '"status": "<script>1</script>"'))
     (tmp_path / "ben").mkdir()
     (tmp_path / "ben" / "studio.json").touch()
-    with pytest.raises(BadFile, match="is not the studio's report, or is damaged"):
+    with pytest.raises(BadFile, match="this is not a studio report, or it is damaged"):
         forget("ben", tmp_path)
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
@@ -170,7 +170,7 @@ def test_paths_that_were_given_as_seen_from_here_are_not_in_the_report(tmp_path,
     people = [Person("jane", Path("clients/jane"), agreed=True), Person("ben", photos, agreed=True)]
     assert [result.status for result in run(people, base, output, terms)] == ["failed", "failed"]
     report = (output / "report.json").read_text()
-    assert "jane: no readable photo" in report and "ben: holds files of others" in report
+    assert "jane: no readable photo" in report and "ben: this folder has files of another program" in report
     assert "clients" not in report and "jane doe" not in report
 
 
@@ -244,11 +244,11 @@ def test_people_are_read_from_folders_and_manifests(tmp_path, write, expected):
     ("write", "words"),
     [
         (a_folder("agreed"), "person.toml: "),
-        (a_folder("agreed = 1"), "agreed = 1: choose true or false"),
+        (a_folder("agreed = 1"), "agreed = 1: must be true or false"),
         (a_folder("agreed = true\ncount = 0"), "count = 0: must be between 1 and 10000"),
         (a_folder("agreed = true\nage = 3"), "age: unknown; choose from agreed"),
-        (row(name="anna", photos="a", agreed="perhaps"), "agreed = 'perhaps': choose true or false"),
-        (row(name="anna", photos="a", agreed=True, class_word=""), "class_word = '': expected a text"),
+        (row(name="anna", photos="a", agreed="perhaps"), "agreed = 'perhaps': must be true or false"),
+        (row(name="anna", photos="a", agreed=True, class_word=""), "class_word = '': must be a text"),
         (a_folder(f"agreed = {'1' * 5000}"), "person.toml: "),
     ],
 )
@@ -260,9 +260,12 @@ def test_what_is_wrong_with_one_person_is_that_persons_problem(tmp_path, write, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        *((name, "can be no folder's name") for name in ("../anna", ".", ".cache", "a\x1b[2J", "a\0", "\ud800", " ")),
+        *(
+            (name, "is not a valid folder name")
+            for name in ("../anna", ".", ".cache", "a\x1b[2J", "a\0", "\ud800", " ")
+        ),
         ("a" * 300, "its name is longer than 200 bytes"),
-        ("Report.html", "is a file of the studio"),
+        ("Report.html", "is the name of a studio file"),
     ],
 )
 def test_a_name_that_no_folder_can_have_fails_that_person_alone(tmp_path, base, terms, name, words):
@@ -308,8 +311,8 @@ def test_whatever_goes_wrong_with_one_person_the_others_are_made(tmp_path, base,
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (table("name,photos\nanna,a\n"), "has no column agreed"),
-        (table("name,photos,agreed\n"), "names no people"),
+        (table("name,photos\nanna,a\n"), "missing columns: agreed"),
+        (table("name,photos,agreed\n"), "no people found"),
         (table("name,photos,agreed\nAnna,a,yes\nanna,b,yes\n"), "two people are called 'anna'"),
         (row(photos="a"), "person 1: needs a name and photos"),
     ],
@@ -377,6 +380,6 @@ def test_another_programs_report_is_not_replaced(tmp_path, base, terms, people, 
     output = tmp_path / "out"
     output.mkdir()
     (output / name).write_text(text)
-    with pytest.raises(BadFile, match=f"{name}: is not the studio's"):
+    with pytest.raises(BadFile, match=f"{name}: this is not a studio"):
         list(run([replace(people[0], agreed=False)], base, output, terms))
     assert files(output) == {name} and (output / name).read_text() == text

@@ -98,14 +98,14 @@ def test_whoever_has_seen_three_workers_die_fails_and_the_others_are_made():
     crew = FakeCrew(room=2, deadly="b")
     results = {one.name: one for one in hand_out(people("abc"), crew, nobody)}
     assert [name for _, name, _ in crew.given].count("b") == MOST_DEATHS == 3
-    assert results["b"].status == "failed" and "3 workers have ended" in results["b"].reason
+    assert results["b"].status == "failed" and "3 workers ended" in results["b"].reason
     assert "killed" in results["b"].reason and results["a"].status == results["c"].status == "made"
 
 
 def test_workers_that_end_before_they_are_ready_are_started_anew_but_not_for_ever():
     assert len(list(hand_out(people("ab"), FakeCrew(stillborn=2), nobody))) == 2
     crew = FakeCrew(stillborn=99)
-    with pytest.raises(FaceLoraError, match="no worker becomes ready; the last one: no base model here"):
+    with pytest.raises(FaceLoraError, match="no worker could be started; the last one ended with: no base model here"):
         list(hand_out(people("ab"), crew, nobody))
     assert crew.started == 3
 

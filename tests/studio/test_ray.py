@@ -55,7 +55,7 @@ def somebody(tmp_path: Path) -> list[Person]:
 @pytest.mark.parametrize(
     ("address", "words"),
     [("10.0.0.5", "6379, or local"), ("ray://10.0.0.5:10001", "expected the head node's HOST:PORT"),
-     ("127.0.0.1:{free}", "nobody answers there")],
+     ("127.0.0.1:{free}", "the address does not answer")],
 )  # fmt: skip
 def test_an_address_without_a_cluster_is_refused_in_seconds(tmp_path, monkeypatch, address, words):
     monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: name)
@@ -68,7 +68,7 @@ def test_an_address_without_a_cluster_is_refused_in_seconds(tmp_path, monkeypatc
 def test_a_base_that_is_not_from_files_cannot_be_opened_by_other_machines(tmp_path, monkeypatch):
     monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: name)
     base = load_base(dict(SafetensorsFile.open(BASE_FILE)))
-    with pytest.raises(BadConfig, match="was not made from files"):
+    with pytest.raises(BadConfig, match="was not loaded from files"):
         list(run(somebody(tmp_path), base, tmp_path / "out", Terms({}, "none"), ray="127.0.0.1:6379"))
 
 
@@ -86,7 +86,7 @@ def test_without_ray_one_line_says_how_to_install_it(tmp_path, monkeypatch, caps
     command = ["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out")]
     assert main([*command, "--ray", "127.0.0.1:6379"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        'facelora: a cluster needs Ray, which is not installed: pip install "comfyui-facelora[ray]"'
+        'facelora: a cluster requires Ray, which is not installed: pip install "comfyui-facelora[ray]"'
     )
     assert main([*command, "--ray", "127.0.0.1:6379", "--device", "cpu"]) == 1
     assert "--device" in capsys.readouterr().err
