@@ -1,4 +1,4 @@
-"""Measurements: a training step beside those of other programs, what a machine can do, and methods on the same photos."""
+"""Measure: our training step beside other programs', what a machine can do, and training methods on the same photos."""
 
 from typing import TYPE_CHECKING
 

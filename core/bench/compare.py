@@ -1,7 +1,7 @@
-"""A comparison of training methods on the same people, photos and number of steps.
+"""Compare training methods on the same people, photos and number of steps.
 
-Every method is trained at its own learning rate, and pictures of the same prompts and seeds are measured. Likeness is
-measured to photos that were held out from the training.
+Every method is trained at its own learning rate, and pictures of the same prompts and seeds are measured. Likeness is measured
+to reference photos, which are held out from training.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from .report import peak_memory
 PICTURES = 8
 """The number of pictures of the person, and of the class, with seeds 1, 2, ..."""
 SETTINGS = ("left view", "front view", "right view")
-"""The settings that are added to prompts to measure adherence, which is whether pictures show them."""
+"""The settings added to prompts to measure adherence: whether pictures show them."""
 DRAWS = 8
-"""The number of draws of noise and timestep by which the base model classifies a picture."""
+"""The number of noise and timestep samples with which the base model classifies a picture."""
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The measurements of one method on one person, or of the base model itself as the method "base"."""
+    """The measurements of one method on one person; the method "base" is the base model itself."""
 
     person: str
     method: str
@@ -60,23 +60,23 @@ class MethodResult:
     likeness: float
     """The mean cosine of the trigger's pictures to the mean face of the held-out photos; a picture without a face counts 0."""
     seconds: float
-    """The seconds that the steps took: of processor time on a CPU, where other work does not count, else by the clock."""
+    """The seconds of the steps: processor time on a CPU, where other work doesn't count, else elapsed time."""
     file_bytes: int
     adherence: float
     """The share, 0 to 1, of pictures with a setting in the prompt that the base model classifies as that setting."""
     leakage: float
-    """The rise, from the base model's, of the cosine of class pictures to the person."""
+    """The increase, over the base model, of the cosine of class pictures to the person."""
     drift: float
     """The mean absolute change of pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     memory: int
-    """The peak memory of the training in bytes: the allocator's on a GPU, the growth of the process on a CPU."""
+    """The peak memory of training in bytes: the allocator's on a GPU, the growth of the process on a CPU."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that decides the results of a comparison, apart from the people.
+    """Everything that determines the results of a comparison, apart from the people.
 
-    Raises BadConfig for unknown methods, rates of methods that are not compared, and numbers that cannot work.
+    Raises BadConfig for unknown methods, rates of methods that aren't compared, and invalid numbers.
     """
 
     base: Base
@@ -84,25 +84,29 @@ class Comparison:
     config: TrainConfig
     """The settings of every method, apart from `method` and the learning rate."""
     rates: Mapping[str, float] = field(default_factory=dict)
-    """The learning rates of methods (for textual inversion, that of its vectors).
+    """The learning rates of methods (for textual inversion, the rate of its vectors).
 
-    Other methods have the learning rate of the settings times the method's factor."""
+    Other methods use the learning rate of the settings times the method's factor."""
     held_out: int = 2
     settings: tuple[str, ...] = SETTINGS
 
     def __post_init__(self) -> None:
         if unknown := [name for name in (*self.methods, *self.rates) if name not in METHODS]:
-            raise BadConfig(f"method {unknown[0]!r}: choose of {', '.join(METHODS)}")
+            raise BadConfig(f"method {unknown[0]!r}: choose one of {', '.join(METHODS)}")
         if twice := [name for name in self.methods if self.methods.count(name) > 1]:
-            raise BadConfig(f"method {twice[0]!r} is given twice: name each once")
+            raise BadConfig(f"method {twice[0]!r} is given twice; give each method once")
         if absent := [name for name in self.rates if name not in self.methods]:
-            raise BadConfig(f"rate of {absent[0]!r}: the methods are {', '.join(self.methods)}")
+            raise BadConfig(
+                f"rate of {absent[0]!r}: this method is not compared; the methods are {', '.join(self.methods)}"
+            )
         if self.held_out < 1:
-            raise BadConfig(f"held_out = {self.held_out}: likeness is measured to at least 1 photo that is held out")
+            raise BadConfig(
+                f"held_out = {self.held_out}: must be at least 1, since likeness is measured to held-out photos"
+            )
         if len(self.settings) < 2:
-            raise BadConfig(f"scenes {list(self.settings)}: to be told apart there must be two or more")
+            raise BadConfig(f"scenes {list(self.settings)}: give two or more")
         for method in self.methods:
-            self.config_of(method)  # raises for a wrong rate before anything is trained
+            self.config_of(method)  # Raises for an invalid rate before training starts.
 
     def config_of(self, method: str) -> TrainConfig:
         config, rate = replace(self.config, method=method), self.rates.get(method)
@@ -115,8 +119,8 @@ class Comparison:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The settings and the base model as texts, which are equal when results can be compared."""
-        common = replace(self.config, method="lora", check_photos=False)  # nothing is checked here
+        """The settings and the base model as texts; results with an equal identity can be compared."""
+        common = replace(self.config, method="lora", check_photos=False)  # Nothing is checked here.
         settings = {
             **asdict(common), "learning_rate": peak_rate(common),
             "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
@@ -133,10 +137,10 @@ def compare(
     device: torch.device | None = None,
     on_phase: Callable[[str, int, int], None] | None = None,
 ) -> list[MethodResult]:
-    """A MethodResult for each person and each method, the base model included.
+    """Train and measure all methods, and return a MethodResult for each person and method, the base model included.
 
-    Results that `output` has from the same comparison are not made again. It gets compare.json and compare.png, a report for
-    each person, and for each method its files and a row of pictures.
+    Results of the same comparison that `output` already has are not made again. It gets compare.json and compare.png, a report
+    for each person, and for each method its files and a row of pictures.
     """
     device, _ = device_and_dtype(comparison.config, device)
     make_folder(output)
@@ -167,13 +171,13 @@ REPORT = "compare.json"
 
 
 def write_results(path: Path, identity: Mapping[str, str], results: Sequence[MethodResult]) -> None:
-    """Writes the results with the identity of their comparison."""
+    """Write the results with the identity of their comparison."""
     described = {**identity, "results": [asdict(result) for result in results]}
     write_text(path, json.dumps(described, indent=1) + "\n")
 
 
 def known_results(path: Path, identity: Mapping[str, str]) -> list[MethodResult]:
-    """The results in a file from a comparison with this identity; empty when there is no such file."""
+    """Read the results of a comparison with this identity from a file; empty if the file doesn't exist."""
     try:
         found = read_json(path)
         same = all(found[name] == value for name, value in identity.items())
@@ -184,14 +188,14 @@ def known_results(path: Path, identity: Mapping[str, str]) -> list[MethodResult]
 
 
 def _is_sound(result: MethodResult) -> bool:
-    """Whether a result that was read from a file holds texts and finite numbers where it should."""
+    """Return whether a result from a file has texts and finite numbers in the right fields."""
     values = asdict(result)
     texts = [values.pop(name) for name in ("person", "method")]
     return all(isinstance(text, str) for text in texts) and all(map(math.isfinite, values.values()))
 
 
 class MethodTrial:
-    """Trains methods on one person, and measures them by held-out photos and by the base model."""
+    """Trains methods on one person, and measures them with held-out photos and the base model."""
 
     def __init__(
         self,
@@ -209,7 +213,7 @@ class MethodTrial:
         self.training: Sequence[Photo] = training
         self.device: torch.device = device
         centre = mean_face(ready.vectors(ready.held_out))
-        assert centre is not None, "photos are held out for the face that they show"
+        assert centre is not None, "held-out photos show a face"
         self._person = centre
         self._subject = default_caption(config.trigger_word, config.class_word)
         self._class = class_caption(config.class_word)
@@ -222,7 +226,7 @@ class MethodTrial:
         self._before = self._pictures(comparison.base, [])
 
     def result(self, person: str, method: str, output: Path) -> tuple[MethodResult, list[Image.Image]]:
-        """The result of a method, or of "base", and its pictures of the person."""
+        """Return the result of a method, or of "base", and its pictures of the person."""
         if method == "base":
             measured = self._measured(self._before)
             return MethodResult(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[
@@ -241,7 +245,7 @@ class MethodTrial:
             callbacks=Callbacks(on_step=on_step),
         )  # fmt: skip
         used = peak_memory(work, self.device)
-        # Measured from the end of the first step, which also warms up.
+        # Measure from the end of the first step, which also warms up.
         seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)
         file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None
         trained = base if file else load_base(path)
@@ -255,7 +259,7 @@ class MethodTrial:
         )  # fmt: skip
 
     def _pictures(self, base: Base, files: Sequence[tuple[LoraFile, float]]) -> list[list[Image.Image]]:
-        """The pictures of the person, of the class, of the neutral prompts, and of the person in each setting."""
+        """Return the pictures of the person, of the class, of the neutral prompts, and of the person in each setting."""
         config, prompts = self.comparison.config, [self._subject, self._class, *NEUTRAL_PROMPTS]
         counts = [PICTURES, PICTURES, *[1] * len(NEUTRAL_PROMPTS)]
         prompts += [f"{self._subject}, {setting}" for setting in self.comparison.settings]
@@ -286,7 +290,7 @@ class MethodTrial:
         return float(np.nan_to_num(likeness(embed_images(self.faces, images), self._person[None])[:, 0]).mean())
 
     def _adherence(self, images: Sequence[Image.Image]) -> float:
-        """The share of the pictures, ordered by setting, that the base model classifies as their setting.
+        """Return the share of the pictures, ordered by setting, that the base model classifies as their setting.
 
         A noisy picture is predicted best with the prompt that describes it (diffusion classifier, arXiv:2303.16203).
         """
@@ -333,7 +337,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[MethodResult], float], str]] = {
 
 
 def summary_rows(results: Sequence[MethodResult]) -> list[tuple[str, ...]]:
-    """The header, and a row for each method with the mean and the standard deviation over the people."""
+    """Return the header, and a row for each method with the mean and the standard deviation over the people."""
     rows: list[tuple[str, ...]] = [
         ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))
     ]
@@ -347,7 +351,7 @@ def summary_rows(results: Sequence[MethodResult]) -> list[tuple[str, ...]]:
 
 
 def plot_results(results: Sequence[MethodResult]) -> Image.Image:
-    """A picture with a bar chart of the means for each column, and a dot for each person."""
+    """Return a picture with a bar chart of the means for each column, and a dot for each person."""
     methods = list(dict.fromkeys(result.method for result in results))
     width, line, panel = 300, 24, 24 * (len(methods) + 2)
     image = Image.new("RGB", (2 * width + 260, panel * -(-len(_COLUMNS) // 2)), "white")

@@ -1,6 +1,6 @@
-"""What a machine has for training, and how it computes: a report that its user can paste into a discussion.
+"""Report what a machine has for training, and how it computes, for its user to paste into a discussion.
 
-It says no path, no name and nothing of photos, and nothing leaves the machine.
+The report has no paths, no names and nothing about photos. Nothing leaves the machine.
 """
 
 import platform
@@ -49,22 +49,22 @@ OPTIONAL = {
     "pillow-heif": "photos in HEIC",
     "triton": "compile on a GPU",
 }
-"""What is missing where a package is not installed."""
+"""What doesn't work without each package."""
 FAMILY = next(iter(SHAPES))
 """The family whose denoiser, with random weights, is trained for the measurements."""
 SMALL_CHANNELS, SMALL_RESOLUTION = 64, 128
-"""Of the denoiser whose numbers are compared with the CPU's, and of the one that is timed on a CPU."""
+"""The size of the denoiser that is compared with the CPU, and of the one timed on a CPU."""
 LONGEST = 60.0
-"""The seconds after which nothing more is begun to be measured."""
+"""The seconds after which no further measurement starts."""
 DIFFERENCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""How far a gradient may be from the CPU's in float32, as a share of its norm, by the dtype that it is computed in.
+"""The largest allowed distance of a gradient from the CPU's in float32, as a share of its norm, by its dtype.
 
-Rounding each number of the arithmetic to 10 or 7 bits leaves a hundredth or a few; an error in a kernel leaves about 1."""
+Rounding all values to 10 or 7 bits causes differences of one or a few hundredths; an error in a kernel causes about 1."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a device's loss and gradient are from those of the CPU in float32, as shares of these."""
+    """How far a device's loss and gradient are from the CPU's in float32, as shares of the CPU's."""
 
     precision: str
     loss: float
@@ -78,13 +78,13 @@ class Trial:
 
     plan: str
     error: str
-    """The class of the error that ended them, or "out of memory"; "" without one."""
+    """The class of the error that ended the steps, or "out of memory"; "" without one."""
     seconds: float | None
-    """Of a step."""
+    """The seconds of a step."""
     predicted: int | None
-    """The bytes that were predicted."""
+    """The predicted bytes."""
     measured: int | None
-    """The most bytes in use at a time by the device's allocator; None on a CPU, whose processes hold other things too."""
+    """The most bytes in use by the device's allocator; None on a CPU, whose process holds other data too."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """What `facelora doctor` says."""
+    """The report of `facelora doctor`."""
 
     versions: dict[str, str]
     missing: dict[str, str]
@@ -107,7 +107,7 @@ class Report:
     device: str
     processor: str
     threads: Threads
-    """Those that a processor computes with."""
+    """The threads that a processor computes with."""
     precision: str
     total_memory: int | None
     free_memory: int | None
@@ -121,9 +121,9 @@ class Report:
 def examine(
     device: torch.device, measure: bool, own_version: str, on_progress: Callable[[str], None] = lambda what: None
 ) -> Report:
-    """The report on this machine and one of its devices; with `measure` about a minute is spent on computing.
+    """Return the report on this machine and one of its devices; `measure` spends about a minute on computing.
 
-    `own_version` is that of this project, and `on_progress` hears what is being measured.
+    `own_version` is the version of this project, and `on_progress` is told what is being measured.
     """
     dtype, no_kernels = fastest_dtype(device), why_no_kernels(device)
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
@@ -167,11 +167,11 @@ def _version(package: str) -> str | None:
 
 def _advice(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu" and torch.backends.mps.is_available():
-        return ("there is an Apple GPU, which was not asked for",)
+        return ("this machine has an Apple GPU, which was not selected",)
     if device.type == "cpu" and not (torch.version.cuda or torch.version.hip):
-        return ("this torch is built for the CPU alone: for a GPU, install the build that pytorch.org names for it",)
+        return ("this torch only supports the CPU: for a GPU, install the build that pytorch.org lists for it",)
     if device.type == "cpu":
-        return ("torch finds no GPU that it could use: is there one, and its driver?",)
+        return ("torch finds no usable GPU: check the GPU and its driver",)
     return ()
 
 
@@ -182,7 +182,7 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
     inputs = random_cache(small, TrainConfig(resolution=SMALL_RESOLUTION))
     dtypes = [torch.float32, *([dtype] if dtype != torch.float32 else [])]
     agreements = tuple(agreement(small, inputs, device, each) for each in dtypes)
-    # A published model's size would take a CPU minutes a step.
+    # A published model's size would take a CPU minutes per step.
     channels, resolution = (REAL_CHANNELS, 512) if device.type == "cuda" else (SMALL_CHANNELS, SMALL_RESOLUTION)
     config = TrainConfig(resolution=resolution)
     base = random_base(FAMILY, channels, torch.device("cpu"), dtype) if channels != SMALL_CHANNELS else small
@@ -198,7 +198,7 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
 
 
 def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> Agreement:
-    """How the device in that dtype agrees with the CPU in float32, on the same weights, inputs and adapter."""
+    """Compare the device in that dtype with the CPU in float32, on the same weights, inputs and adapter."""
     loss, gradient = loss_and_gradient(base, cache, torch.device("cpu"), torch.float32)
     with exact_arithmetic(tf32=dtype != torch.float32):
         other_loss, other = loss_and_gradient(base, cache, device, dtype)
@@ -208,7 +208,7 @@ def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch
 
 
 def loss_and_gradient(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> tuple[float, Tensor]:
-    """The loss of one prediction for the first picture, and the gradient of the adapter (N,) float64 on the CPU."""
+    """Return the loss of one prediction for the first picture, and the adapter's gradient (N,), float64 on the CPU."""
     image = cache.images[0]
     generator = torch.Generator().manual_seed(1)
     noisy, target = torch.randn(2, 1, *image.mean.shape, generator=generator)
@@ -229,7 +229,7 @@ def loss_and_gradient(base: Base, cache: LatentCache, device: torch.device, dtyp
 def trial(
     cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, dtype: torch.dtype, plan: MemoryPlan
 ) -> Trial:
-    """A few steps under the plan: what they take, and what was predicted."""
+    """Take a few steps under the plan, and return their time and memory beside the prediction."""
     try:
         predicted = predicted_memory(cache, base, config, device, dtype, plan)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -238,14 +238,14 @@ def trial(
         peak = peak_memory(run.train_step, device) if device.type == "cuda" else None
         times = [seconds(run.train_step, device)[0] for _ in range(3)]
         return Trial(str(plan), "", median(times), predicted, None if peak is None else peak - before)
-    except Exception as error:  # whatever a driver may raise is what the report is for
+    except Exception as error:  # The report shows whatever a driver raises.
         name = "out of memory" if is_out_of_memory(error) else type(error).__name__
     release_memory()
     return Trial(str(plan), name, None, None, None)
 
 
 def format_doctor(report: Report) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = [
         f"facelora doctor: {', '.join(f'{name} {number}' for name, number in report.versions.items())}",
         f"{report.device}: {report.processor}, {_memory(report)}precision auto is {report.precision}",
@@ -274,7 +274,7 @@ def _measurements(measured: Measured) -> list[str]:
 
 
 def _memory(report: Report) -> str:
-    """What is known of the device's memory, with a comma and a space behind it."""
+    """Return the device's known memory sizes, each followed by a comma and a space."""
     known = [(report.total_memory, "memory"), (report.free_memory, "free")]
     return "".join(f"{what} {_gib(size)} GiB, " for size, what in known if size is not None)
 

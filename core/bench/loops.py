@@ -1,4 +1,4 @@
-"""The training loops that the benchmark times on the same weights: ours, a plain one of diffusers and peft, and ComfyUI's.
+"""The training loops that the benchmark times on the same weights: ours, a plain diffusers and peft loop, and ComfyUI's.
 
 The denoiser has the family's real architecture and random weights. Latents and conditioning have the real shapes.
 """
@@ -38,7 +38,7 @@ TRAINER = Path(__file__).parents[2] / "tools" / "comfyui_trainer.py"
 
 
 def random_base(family: str, channels: int, device: torch.device, dtype: torch.dtype) -> Base:
-    """A base model with only a denoiser, whose random weights are on the device in that dtype."""
+    """Return a base model with only a denoiser, with random weights on the device in that dtype."""
     spec, config = FAMILIES[family], denoiser_config(family, channels)
     return Base(
         family=spec,
@@ -53,9 +53,9 @@ def random_base(family: str, channels: int, device: torch.device, dtype: torch.d
 def random_component(
     family: FamilySpec, part: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Component:
-    """A part of a base model with random weights, on the device in that dtype.
+    """Return a part of a base model with random weights, on the device in that dtype.
 
-    Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and do not overflow in fp16.
+    Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and don't overflow in fp16.
     """
     shapes = family.build_empty(part, config).state_dict()
     generator = torch.Generator(device).manual_seed(0)
@@ -63,7 +63,7 @@ def random_component(
     for name, place in shapes.items():
         tensor = torch.empty(place.shape, device=device, dtype=dtype)
         if place.ndim < 2:
-            tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)  # of norms, and all biases
+            tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)  # Weights of norms, and all biases.
         else:
             tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
         tensors[name] = tensor
@@ -71,14 +71,14 @@ def random_component(
 
 
 def random_flow(family: str, sizes: SmallFlow, device: torch.device, dtype: torch.dtype) -> Base:
-    """A rectified flow with random weights on the device in that dtype."""
+    """Return a rectified flow with random weights on the device in that dtype."""
     configs = {"denoiser": sizes.denoiser, "vae": sizes.vae}
     parts = {part: random_component(FAMILIES[family], part, configs[part], device, dtype) for part in configs}
     return flow_base(family, sizes, parts)
 
 
 def flow_base(family: str, sizes: SmallFlow, components: Mapping[str, Component]) -> Base:
-    """A rectified flow with these weights, which encodes captions into random numbers."""
+    """Return a rectified flow with these weights, which encodes captions into random values."""
 
     def encode(caption: str) -> Conditioning:
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))
@@ -102,7 +102,7 @@ def flow_base(family: str, sizes: SmallFlow, components: Mapping[str, Component]
 
 
 def random_cache(base: Base, config: TrainConfig) -> LatentCache:
-    """A batch of random latents, and a random conditioning of one caption, in the shapes that the family's encoders make."""
+    """Return a batch of random latents and a random conditioning of one caption, in the shapes of the family's encoders."""
     side, shape = config.resolution or base.resolution, base.latent_shape
     latent = (shape.channels, side // shape.pixels, side // shape.pixels)
     generator = torch.Generator().manual_seed(0)
@@ -131,13 +131,13 @@ class Loop(Protocol):
     """A training loop that the benchmark can time."""
 
     def step(self) -> None:
-        """Makes a whole optimizer step."""
+        """Take a whole optimizer step."""
 
     def gradients(self) -> None:
-        """Makes the forward and backward pass of a step."""
+        """Compute the forward and backward pass of a step."""
 
     def forward(self) -> None:
-        """Makes the forward pass of a step up to its loss, with the adapter and without gradients."""
+        """Compute the forward pass of a step up to its loss, with the adapter and without gradients."""
 
 
 class OurLoop:
@@ -162,15 +162,15 @@ class OurLoop:
 
 
 def of_diffusers(base: Base) -> Base:
-    """The base with its denoiser as diffusers makes it: ours has parts that are faster."""
+    """Return the base model with diffusers' own denoiser: ours has faster parts."""
     network: Any = type(base.family.build_empty("denoiser", base.components["denoiser"].config))
     return replace(base, family=replace(base.family, build=lambda _, config: network.from_config(config)))
 
 
 class PlainLoop:
-    """A loop with the steps of diffusers' DreamBooth-LoRA script, written with diffusers and peft alone.
+    """A loop with the steps of diffusers' DreamBooth-LoRA script, using only diffusers and peft.
 
-    For a fair comparison its latents are encoded before, and it adapts the same layers with the same rank.
+    For a fair comparison, its latents are encoded in advance, and it adapts the same layers with the same rank.
     """
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
@@ -243,25 +243,23 @@ class PlainLoop:
 
 
 def trainer_program() -> Path:
-    """The path of TRAINER. Raises BadFile when it is missing, as in an installation from a wheel."""
+    """Return the path of TRAINER. Raises BadFile if it is missing, as in an installation from a wheel."""
     if not TRAINER.is_file():
-        raise BadFile(
-            f"--comfyui: {TRAINER} is missing; only a clone of the repository has it, so run the benchmark there"
-        )
+        raise BadFile(f"--comfyui: {TRAINER} is missing; run the benchmark in a clone of the repository, which has it")
     return TRAINER
 
 
 class ComfyLoop:
-    """ComfyUI's own trainer on the same weights and inputs, in a process that makes a step at a time on request.
+    """ComfyUI's own trainer on the same weights and inputs, in a process that takes one step per request.
 
-    It adapts all weights of the denoiser, whatever the targets. `step` raises BadConfig when the process ends.
+    It adapts all weights of the denoiser, whatever the targets. `step` raises BadConfig if the process ends.
     """
 
     def __init__(
         self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, comfyui: Path, python: Path
     ):
         _, dtype = device_and_dtype(config, device)
-        # Windows does not delete a file while a process has it mapped.
+        # Windows cannot delete a file while a process has it mapped.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
             folder = Path(name)
             save_file(dict(base.components["denoiser"].tensors), folder / "weights.safetensors")
@@ -276,16 +274,16 @@ class ComfyLoop:
             )  # fmt: skip
             self._log: list[str] = []
             threading.Thread(target=self._read_log, daemon=True).start()
-            self.step()  # after a step it has read the files, which can then be deleted
+            self.step()  # After a step it has read the files, so they can be deleted.
 
     def _read_log(self) -> None:
         assert self._process.stderr
         self._log.extend(self._process.stderr)
 
     def step(self) -> dict[str, Any]:
-        """Makes a whole optimizer step, and returns its seconds, its processor seconds and the peak bytes of the process."""
+        """Take a whole optimizer step, and return its seconds, its processor seconds and the process's peak bytes."""
         assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(OSError):  # the pipe is broken when the process has ended
+        with contextlib.suppress(OSError):  # The pipe is broken if the process has ended.
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
@@ -294,7 +292,7 @@ class ComfyLoop:
         status = self._process.wait()
         killed = " (killed: too little memory?)" if status == -9 else ""
         last = "".join(self._log[-1:]).strip()
-        raise BadConfig(f"--comfyui: its trainer ended with exit status {status}{killed}; last it said: {last}")
+        raise BadConfig(f"--comfyui: its trainer ended with exit status {status}{killed}; its last line: {last}")
 
     def close(self) -> None:
         assert self._process.stdin

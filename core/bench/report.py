@@ -1,7 +1,7 @@
-"""The benchmark of our training step beside those of other programs, in one run on the same weights and inputs.
+"""Time our training step beside other programs', on the same weights and inputs.
 
-The loops take turns, so that a machine that is busy or gets warm slows all of them, and the median of the ratios of
-neighbouring steps is compared.
+The loops take turns, so that a busy or hot machine slows all of them. The median of the ratios of neighbouring steps is
+compared.
 """
 
 import argparse
@@ -49,20 +49,20 @@ from .shapes import REAL_CHANNELS, SHAPES
 WARM_UP = 2
 """The number of steps of each loop before the timed ones. The first is reported as the time to the first step."""
 MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
-"""The largest side of the matrices whose product gives the machine's rate; a product that takes the seconds is enough."""
+"""The largest side of the matrices whose product gives the machine's rate; a product that takes these seconds is enough."""
 LEAST_ROUNDS = 8
-"""The number of rounds below which quartiles mean nothing."""
+"""The fewest rounds for meaningful quartiles."""
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished all its work."""
+    """Wait until the device has finished all its work."""
     getattr(torch, device.type).synchronize()
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:
-    """The seconds of one of `times` runs in a row, the seconds until the host was free again, and the processor seconds.
+    """Return the seconds of one of `times` runs in a row, the seconds until the host was free, and the processor seconds.
 
-    Processor seconds are the sum over all threads, which other work on the machine lengthens far less.
+    Processor seconds are summed over all threads; other work on the machine affects them far less.
     """
     synchronize(device)
     start, used = time.perf_counter(), time.process_time()
@@ -74,7 +74,7 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 1) ->
 
 
 class OperationCount(TorchDispatchMode):
-    """A context that counts the operations that torch is asked for, apart from views of memory."""
+    """Counts the operations requested from torch within the context, apart from views of memory."""
 
     count: int = 0
 
@@ -86,14 +86,14 @@ class OperationCount(TorchDispatchMode):
 
 
 def count_operations(work: Callable[[], object]) -> int:
-    """The number of operations that `work` asks torch for. On a GPU the host starts one or a few kernels for each."""
+    """Count the operations that `work` requests from torch. On a GPU the host starts one or a few kernels for each."""
     with OperationCount() as operations:
         work()
     return operations.count
 
 
 def count_kernels(work: Callable[[], object], device: torch.device) -> int | None:
-    """The number of kernels and copies that `work` starts on a GPU; None on another device."""
+    """Count the kernels and copies that `work` starts on a GPU; None on another device."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -105,7 +105,7 @@ def count_kernels(work: Callable[[], object], device: torch.device) -> int | Non
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """The peak memory in bytes during `work`: the allocator's on a GPU, else the whole process's on Linux, else None."""
+    """Return the peak memory in bytes during `work`: the allocator's on a GPU, else the process's on Linux, else None."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -113,15 +113,15 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
     if libc is None or not hasattr(libc, "malloc_trim"):
         return None
-    libc.malloc_trim(0)  # returns freed memory that the C library still holds, which must not count
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the kernel's record of the peak
+    libc.malloc_trim(0)  # Releases freed memory that the C library holds: it must not count.
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the kernel's record of the peak.
     work()
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(peak[1]) * 1024 if peak else None
 
 
 def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """A function that multiplies two matrices large enough to reach the machine's rate, and its floating-point operations."""
+    """Return a function that multiplies two large matrices at the machine's full rate, and its floating-point operations."""
     size = 256
     while True:
         left, right = torch.randn(2, size, size, device=device).to(dtype)
@@ -143,16 +143,16 @@ def bench(
     comfyui_python: Path = Path(sys.executable),
     until: float = math.inf,
 ) -> dict[str, Any]:
-    """The report of a benchmark: a description of what was timed, and figures of the loops under `ours` and `peer`.
+    """Run a benchmark, and return a description of what was timed, and figures of the loops under `ours` and `peer`.
 
-    Figures are medians over `steps`, in seconds and bytes. `step_over_peer` is the median of the ratios of neighbouring
-    steps, with its quartiles, which are None below LEAST_ROUNDS. No further round begins after `until`, a monotonic time.
-    With the folder of a ComfyUI, and the Python that runs it, its trainer takes turns too, for `comfyui` and
-    `step_over_comfyui`. Raises BadFile when there is no such ComfyUI, and BadConfig for settings that the random model
-    cannot take.
+    Figures are medians over `steps`, in seconds and bytes. `step_over_peer` is the median of the ratios of neighbouring steps,
+    with its quartiles, which are None below LEAST_ROUNDS. No further round starts after `until`, a monotonic time. `comfyui` is
+    the folder of a ComfyUI, and `comfyui_python` the Python that runs it. Its trainer then takes turns too, for `comfyui` and
+    `step_over_comfyui`. Raises BadFile if that ComfyUI is missing, and BadConfig for settings that the random model doesn't
+    support.
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
-        raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
+        raise BadFile(f"--comfyui {comfyui}: this folder has no ComfyUI that can train")
     if comfyui:
         trainer_program()
     device, dtype = device_and_dtype(config, device)
@@ -164,7 +164,7 @@ def bench(
     counts = _counts(loops, config, device)
     product, product_flops = matmul(device, dtype)
     load = _load()
-    # On a GPU the host runs ahead of the device over several steps, as it does in training.
+    # On a GPU the host runs ahead of the device by several steps, as in training.
     block = 1 if device.type == "cpu" else min(5, max(1, steps // LEAST_ROUNDS))
     taken = take_turns(loops, product, device, max(1, steps // block), block, comfy, until)
     if comfy:
@@ -207,7 +207,7 @@ def bench(
 
 
 def _fitting_resolution(family: str, config: TrainConfig) -> int:
-    """The resolution of the settings, else the family's own. Raises BadConfig when the random model cannot take it."""
+    """Return the resolution of the settings, else the family's. Raises BadConfig if the random model doesn't support it."""
     resolution = config.resolution or FAMILIES[family].resolution
     multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
     if resolution % multiple:
@@ -218,7 +218,7 @@ def _fitting_resolution(family: str, config: TrainConfig) -> int:
 def _warm_loops(
     cache: LatentCache, base: Base, config: TrainConfig, device: torch.device
 ) -> tuple[dict[str, Loop], dict[str, float]]:
-    """Our loop and its peer after WARM_UP steps, and the seconds that each took to be built and make its first step."""
+    """Return our loop and its peer after WARM_UP steps, and the seconds that each took to be built and take its first step."""
     loops: dict[str, Loop] = {}
     first: dict[str, float] = {}
     for name, kind in (("ours", OurLoop), ("peer", PlainLoop)):
@@ -235,9 +235,9 @@ def _warm_loops(
 
 
 def _counts(loops: Mapping[str, Loop], config: TrainConfig, device: torch.device) -> dict[str, dict[str, int | None]]:
-    """The counts of each loop for a step: arithmetic, operations, kernels and memory; None for what cannot be counted."""
+    """Return each loop's counts for a step: arithmetic, operations, kernels and memory; None for what cannot be counted."""
     flops = {name: count_flops(loop.step) for name, loop in loops.items()}
-    # The operations inside of compiled blocks cannot be counted.
+    # Operations inside compiled blocks cannot be counted.
     operations = {
         name: None if config.compile and name == "ours" else count_operations(loop.gradients)
         for name, loop in loops.items()
@@ -264,12 +264,12 @@ def take_turns(
     comfy: ComfyLoop | None = None,
     until: float = math.inf,
 ) -> dict[str, list[float]]:
-    """The seconds of each thing that was timed, one number for each round of `block` runs in a row.
+    """Return the seconds of everything that was timed, one number for each round of `block` runs in a row.
 
-    After `until`, a monotonic time, no further round begins.
+    No further round starts after `until`, a monotonic time.
 
-    The keys are "step" and "forward" of each loop, alone and with "host" and "processor"; for ComfyUI's trainer "step" alone
-    and with "processor" and "peak", which is in bytes.
+    The keys are "step" and "forward" of each loop, alone and with "host" and "processor". For ComfyUI's trainer they are "step"
+    alone and with "processor" and "peak", which is in bytes.
     """
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
@@ -291,7 +291,7 @@ def take_turns(
 def _figures(
     name: str, taken: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], batch_size: int, rate: float
 ) -> dict[str, Any]:
-    """The figures of one loop. `rate` is the machine's, in floating-point operations of matrix products a second."""
+    """Return the figures of one loop. `rate` is the machine's, in floating-point operations of matrix products per second."""
     step, flops = median(taken[f"{name} step"]), counts["flops_per_step"]
     assert flops is not None
     return {
@@ -310,7 +310,7 @@ def _figures(
 
 
 def _step_over(name: str, taken: Mapping[str, Sequence[float]], key: str) -> dict[str, Any]:
-    """The median of the ratios of our steps to the neighbouring ones that `taken` has under `key`, and their quartiles."""
+    """Return the median of the ratios of our steps to the neighbouring ones in `taken[key]`, and their quartiles."""
     ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
     return {
         f"step_over_{name}": median(ratios),
@@ -323,12 +323,12 @@ def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def _load() -> float | None:
-    """The mean number of processes that wanted a processor in the last minute; None where the system does not say."""
+    """Return the mean number of processes that were ready to run in the last minute; None if the system doesn't report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The report as a heading and a table in Markdown."""
+    """Return the report as a heading and a table in Markdown."""
     ours, peer = report["ours"], report["peer"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     load = "" if report["load"] is None else f", load {report['load']:.1f}"
@@ -377,19 +377,19 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _quartiles(report: Mapping[str, Any], name: str) -> str:
-    """The quartiles of the ratios, to stand after their median; "" if there are few rounds."""
+    """Return the quartiles of the ratios, formatted to follow their median; "" if there are few rounds."""
     found = report[f"step_over_{name}_quartiles"]
     return f", quartiles {found[0]:.3f} to {found[1]:.3f}" if found else ""
 
 
 def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
-    """Adds the report to a Markdown file, with a title and the command that made it. Raises BadFile when that fails."""
+    """Add the report to a Markdown file, with a title and the command that made it. Raises BadFile if that fails."""
     title = f"{FAMILIES[report['family']].title}, {report['resolution']} px, {report['precision']}, {report['device']}"
     append_text(path, f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n")
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds text to a file. Raises BadFile when that fails."""
+    """Add text to a file. Raises BadFile if that fails."""
     try:
         before = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -398,7 +398,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def run(options: argparse.Namespace, device: torch.device | None = None) -> dict[str, Any]:
-    """The report of a benchmark with the command line's options. Raises BadConfig or BadFile for wrong ones."""
+    """Run a benchmark with the command line's options, and return its report. Raises BadConfig or BadFile for invalid ones."""
     if options.steps < 1:
         raise BadConfig(f"--steps {options.steps}: must be at least 1")
     config = TrainConfig(

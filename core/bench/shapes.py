@@ -1,4 +1,4 @@
-"""The shapes of the denoisers that the benchmark can time, in their published sizes. Importing this loads no torch."""
+"""The shapes of the denoisers that the benchmark can time, in their published sizes. Importing this doesn't load torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Shape:
     heads: tuple[int, ...] | int
     """The attention heads of each level, as multiples of the first level's channels / 64; or one number for all levels."""
     pooled: int | None
-    """The width of the pooled text that the denoiser takes beside the context; None when it takes none."""
+    """The width of the pooled text that the denoiser takes beside the context; None if it doesn't use one."""
 
 
 REAL_CHANNELS = 320
@@ -53,7 +53,7 @@ SHAPES = {
 
 
 def denoiser_config(family: str, channels: int = REAL_CHANNELS) -> dict[str, Any]:
-    """The diffusers config of the family's denoiser, which is smaller with fewer `channels` in its first level.
+    """Return the diffusers config of the family's denoiser; fewer `channels` in its first level make it smaller.
 
     Raises BadConfig unless `channels` is a multiple of 64, since group norm needs 32 and SDXL's heads are 64 wide.
     """

@@ -1,4 +1,4 @@
-"""The sizes of small rectified flows: their denoisers, VAEs and texts. Importing this loads no torch.
+"""The sizes of small rectified flows: their denoisers, VAEs and texts. Importing this doesn't load torch.
 
 Tests train them, and `gpu.py` compares a GPU with the CPU on them.
 """
@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SmallFlow:
-    """Configs of a small model of a rectified flow's family, and what its captions are encoded into."""
+    """The configs of a small model of a rectified flow's family, and the shapes of its encoded captions."""
 
     denoiser: dict[str, Any]
     vae: dict[str, Any]
     context: int
-    """Width of the text's states."""
+    """The width of the text's states."""
     pooled: int = 0
-    """Width of the pooled text; 0: there is none."""
+    """The width of the pooled text; 0 without one."""
     masked: bool = False
-    """Whether texts keep their length, and a mask says what is padding."""
+    """Whether texts keep their length, and a mask marks the padding."""
     unused: str = r"$^"
-    """Pattern of the layers that the prediction does not depend on: what the last block makes of the text."""
+    """The pattern of the layers that don't affect the prediction: the text part of the last block."""
 
 
 def _kl_config(scale: float, shift: float) -> dict[str, Any]:

@@ -116,12 +116,12 @@ def test_folders_that_the_results_would_mix_with_are_refused(photo_folder, tmp_p
     shutil.copytree(photo_folder, photos := tmp_path / "anna")
     options = ["--base", str(BASE_FILE), "--methods", "lora", "--output"]
     assert main(["compare", str(photos), *options, str(photos)]) == 1
-    assert "is a folder that this command reads" in capsys.readouterr().err
+    assert "this command reads this folder" in capsys.readouterr().err
     assert main(["compare", str(photos), *options, str(tmp_path / "out"), "--rate", "lora=1", "--rate", "lora=2"]) == 1
     assert "give each method one rate" in capsys.readouterr().err
     photos = photos.rename(tmp_path / "compare")
     assert main(["compare", str(photos), *options, str(tmp_path / "out")]) == 1
-    assert "one of the folders is called compare" in capsys.readouterr().err
+    assert "one folder is called compare" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -166,7 +166,7 @@ def test_the_plot_has_a_panel_for_each_column_and_takes_values_below_zero(base):
 
 
 def test_an_unknown_method_is_refused_with_the_choices(base):
-    with pytest.raises(BadConfig, match="method 'dreamboth': choose of dora, dreambooth, "):
+    with pytest.raises(BadConfig, match="method 'dreamboth': choose one of dora, dreambooth, "):
         Comparison(base, ("lora", "dreamboth"), CONFIG)
 
 

@@ -229,7 +229,7 @@ def test_comfyuis_trainer_needs_a_program_that_only_a_clone_has(tmp_path, monkey
     (tmp_path / "comfy_extras" / "nodes_train.py").touch()
     assert loops.trainer_program().is_file()
     monkeypatch.setattr(loops, "TRAINER", tmp_path / "comfyui_trainer.py")
-    with pytest.raises(BadFile, match=r"comfyui_trainer\.py is missing; only a clone of the repository has it"):
+    with pytest.raises(BadFile, match=r"comfyui_trainer\.py is missing; run the benchmark in a clone"):
         bench.run(options("--comfyui", str(tmp_path)), CPU)
 
 

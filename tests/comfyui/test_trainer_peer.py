@@ -47,12 +47,12 @@ def test_it_makes_one_step_for_each_turn(base):
 
 
 def test_what_is_no_comfyui_is_named_before_anything_is_timed(tmp_path):
-    with pytest.raises(BadFile, match=r"--comfyui .*: is no folder of a ComfyUI that can train"):
+    with pytest.raises(BadFile, match=r"--comfyui .*: this folder has no ComfyUI that can train"):
         bench("sd15", CONFIG, device=CPU, comfyui=tmp_path)
 
 
 def test_what_its_trainer_says_last_is_shown(base, tmp_path):
     (tmp_path / "comfy_extras").mkdir()
     (tmp_path / "comfy_extras" / "nodes_train.py").touch()
-    with pytest.raises(BadConfig, match=r"exit status 1; last it said: ModuleNotFoundError: No module named 'comfy'"):
+    with pytest.raises(BadConfig, match=r"exit status 1; its last line: ModuleNotFoundError: No module named 'comfy'"):
         ComfyLoop(random_cache(base, CONFIG), base, CONFIG, CPU, tmp_path, PYTHON)
