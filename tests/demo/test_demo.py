@@ -49,7 +49,7 @@ def test_the_demo_replaces_no_file_that_it_has_not_made(tmp_path, capsys, name):
         (tmp_path / name).write_text("mine")
     before = (tmp_path / name).read_bytes()
     assert main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
-    assert f"{name}: was not made by the demo" in capsys.readouterr().err
+    assert f"{name}: the demo would replace this file" in capsys.readouterr().err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
