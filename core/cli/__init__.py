@@ -1,4 +1,4 @@
-"""The command line: `facelora <command>`, or `python -m facelora <command>`. Only modules of the called command are loaded."""
+"""The command line: `facelora <command>`, or `python -m facelora <command>`. Only the called command's modules are loaded."""
 
 import argparse
 import difflib
@@ -18,15 +18,15 @@ from .outputs import checked_outputs
 
 
 class Command(NamedTuple):
-    """A command of `facelora`. Its two functions are named as `module:function` in this package, to be loaded when called."""
+    """A command of `facelora`. Its two functions are given as `module:function` in this package, and loaded when called."""
 
     group: str
-    """The heading under which `facelora --help` lists it."""
+    """The heading for the command in `facelora --help`."""
     help: str
     arguments: str
-    """The function that adds its arguments to a parser. Its module loads no heavy library, so that `--help` answers at once."""
+    """The function that adds its arguments to a parser. Its module loads no heavy library, which keeps `--help` fast."""
     run: str
-    """The function that runs it with the parsed options; it returns the exit code, or None for 0."""
+    """The function that runs it with the parsed options. It returns the exit code, or None for 0."""
 
 
 PICTURES, JUDGING = "from photos to pictures", "check and compare"
@@ -148,22 +148,20 @@ COMMANDS: dict[str, Command] = {
         "clear_cache:run_clear_cache",
     ),
 }
-"""The commands by name, in the order in which `--help` lists them."""
+"""The commands by name, in the order of `--help`."""
 
 
 def function_of(place: str) -> Callable[..., Any]:
-    """The function that `module:function` names, after loading its module."""
+    """Load the module in `module:function`, and return the function."""
     module, _, function = place.partition(":")
     return getattr(import_module(f".{module}", __name__), function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. The exit code: 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Characters that the terminal's encoding lacks are escaped, as on stderr, and don't end the program.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Run a command, and return the exit code: 0 if it succeeded, 1 if it failed with a message on stderr, 2 for wrong
+    usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Before the command there are only --help and --version, which end the program.
+    # Only --help and --version come before the command, and they end the program.
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser, below = build_parser(*([called] if called else ()))
     if called is not None and called not in COMMANDS:
@@ -173,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def refuse(unknown: Sequence[str]) -> NoReturn:
         below.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
 
-    # A mistyped option is told before the option that is then missing.
+    # Report a mistyped option before the required option that is missing because of it.
     after = arguments[arguments.index(called) + 1 :] if called else ()
     names = [argument for argument in takewhile("--".__ne__, after) if argument.startswith("--")]
     if wrong := [name for name in names if not any(one.startswith(name.partition("=")[0]) for one in known)]:
@@ -181,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         refuse(unknown)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Escape characters in names that the terminal's encoding lacks, as on stderr, instead of ending the program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not hasattr(options, "command"):
         parser.print_help()
         return 2
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
             return function_of(options.command.run)(options) or 0
-    except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question
+    except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # EOFError: Ctrl-D at a question.
         end_bars()
         print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
         return 1
@@ -197,26 +198,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, below the short usage of a command that has one."""
+    """A parser that reports errors in one line, below a command's short usage if it has one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._actions[0].help = "Show this help and exit"
 
     def error(self, message: str) -> NoReturn:
-        usage = self.format_usage() if self.usage else ""  # else it lists every option
+        usage = self.format_usage() if self.usage else ""  # Otherwise it lists every option.
         hint = "" if usage else f" ({self.prog} --help lists the options)"
         self.exit(2, f"{usage}{self.prog}: error: {message}{hint}\n")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         values = super()._get_values(action, arg_strings)
-        if values == [] and action.nargs in (None, "+"):  # Python up to 3.12 takes the value away from --rank=--
+        if values == [] and action.nargs in (None, "+"):  # Python up to 3.12 drops the value of --rank=--.
             raise argparse.ArgumentError(action, "expected one argument")
         return values
 
 
 class _ShowVersion(argparse.Action):
-    """Looks the version up only when it is asked for, since that can take a tenth of a second."""
+    """Looks the version up only on request, since that can take a tenth of a second."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"facelora {import_module('.version', __name__).__version__}")
@@ -224,15 +225,15 @@ class _ShowVersion(argparse.Action):
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A question that names at most three of the known words which resemble the given one; empty where none does."""
+    """Return a question that suggests up to three similar known words; empty if none is similar."""
     alike = difflib.get_close_matches(given, known, n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
 def build_parser(*called: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """A parser that knows all commands, and the parser of the called one, which alone has its arguments.
+    """Return a parser for all commands, and the parser of the called one, which is the only one with its arguments.
 
-    Where no command is called, the second one is the first; of several it is the last one's.
+    Without a called command, the second parser is the first; with several, it is the last one's.
     """
     parser = _Parser(
         prog="facelora",

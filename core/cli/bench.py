@@ -12,5 +12,5 @@ from .computing import device_from
 def run_bench(options: argparse.Namespace) -> None:
     report = run(options, device_from(options))
     print(json.dumps(report, indent=1) if options.json else format_report(report))
-    if options.append:  # after printing, so that no measurement is lost when writing fails
+    if options.append:  # Print first: the measurement survives a failed write.
         append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""Helpers of several commands: options for the base model and the device, LoRAs with a strength, and progress reports."""
+"""Shared parts of commands: options for the base model and the device, LoRAs with a strength, and progress reports."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
 
-from .. import models  # the package loads its modules only when a name is used
+from .. import models  # Its modules load only when a name is used.
 from ..errors import BadConfig, one_line
 from ..storage.files import is_text
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from ..training import StepReport
 
 DEMO = "demo"
-"""What `--base` calls the small base model that comes with the package."""
+"""The value of `--base` for the small base model that comes with the package."""
 
 
 class HelpAll(argparse.Action):
-    """The option --help-all, which shows the help with all options, most of which `show_first` has taken out."""
+    """The option --help-all, which shows all options, including those that `show_first` has hidden."""
 
     hidden: Sequence[tuple[argparse.Action, str | None]] = ()
 
     def show(self) -> None:
-        """Takes the options back in."""
+        """Restore the hidden options."""
         for action, text in self.hidden:
             action.help = text
 
@@ -42,7 +42,7 @@ class HelpAll(argparse.Action):
 
 
 def show_first(parser: argparse.ArgumentParser, first: Collection[str]) -> None:
-    """Leaves only the options of these names in --help, and adds --help-all, which shows every option."""
+    """Show only the options of these names in --help, and add --help-all, which shows every option."""
     shown = {"--help", *first}
     hidden = [action for action in parser._actions if action.option_strings and not shown & {*action.option_strings}]
     more = parser.add_argument("--help-all", action=HelpAll, nargs=0, help=f"Show {len(hidden)} more options")
@@ -83,7 +83,7 @@ def base_from(options: argparse.Namespace, **schedule: Any) -> "models.Base":
 
 
 def _source(name: str):
-    """What `load_base` opens: of `demo` the embedded base, else what was named."""
+    """Return the argument for `load_base`: the embedded base model for `demo`, else the given name."""
     if name != DEMO:
         return name
     from ..demo import embedded_base
@@ -96,7 +96,7 @@ def checkpoint(path: Path) -> Path: ...
 @overload
 def checkpoint(path: None) -> None: ...
 def checkpoint(path: Path | None) -> Path | None:
-    """The path of the embedded base for `demo`, else what is given."""
+    """Return the path of the embedded base model for `demo`, else the given path."""
     return None if path is None else Path(_source(str(path)))
 
 
@@ -128,16 +128,16 @@ def add_sidecars_option(parser: argparse.ArgumentParser) -> None:
 
 
 def unicode_text(argument: str) -> str:
-    """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
+    """Return the argument if it is valid Unicode, else raise an error for argparse: file names may be any bytes."""
     if not is_text(argument):
         raise argparse.ArgumentTypeError(f"{argument!r} is not valid UTF-8")
     return argument
 
 
 def split_strength(text: str) -> tuple[str, float]:
-    """The path and the strength in "face.safetensors:0.8"; without a number the strength is 1.
+    """Split "face.safetensors:0.8" into path and strength; without a number the strength is 1.
 
-    Raises BadConfig for a strength that is not finite, and for what is no number after the name of a file.
+    Raises BadConfig for a strength that is not finite, and for text after a file's name that is not a number.
     """
     path, separator, number = text.rpartition(":")
     try:
@@ -146,7 +146,7 @@ def split_strength(text: str) -> tuple[str, float]:
         strength = None
     if strength is None:
         if os.path.isfile(path) and not os.path.exists(text):
-            raise BadConfig(f"{text}: the strength {number!r} is no number")
+            raise BadConfig(f"{text}: the strength {number!r} is not a number")
         return text, 1.0
     if not math.isfinite(strength):
         raise BadConfig(f"{text}: the strength of a LoRA must be finite")
@@ -154,7 +154,7 @@ def split_strength(text: str) -> tuple[str, float]:
 
 
 def terminal_width() -> int | None:
-    """The columns of the terminal that is written to; None for a file or a pipe, whose lines may be of any length."""
+    """Return the columns of the output terminal; None for a file or a pipe, whose lines may have any length."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -163,10 +163,10 @@ def print_warning(message: str) -> None:
 
 
 def progress_bar(name: str) -> Callable[[int, int], None]:
-    """A function that is told (done, total) and shows a bar on a terminal, unless everything is done within a second."""
+    """Return a function that takes (done, total) and shows a bar on a terminal, unless the work ends within a second."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=name, dynamic_ncols=True, delay=1, disable=None)  # None: unless stderr is a terminal
+    bar = tqdm(desc=name, dynamic_ncols=True, delay=1, disable=None)  # None disables it unless stderr is a terminal.
 
     def update(done: int, total: int) -> None:
         bar.total = total
@@ -178,7 +178,7 @@ def progress_bar(name: str) -> Callable[[int, int], None]:
 
 
 class Shown:
-    """A stream in which control characters, but for tabs and ends of lines, are replaced: a terminal obeys those in names."""
+    """A stream that replaces control characters, except tabs and line ends: names could otherwise control the terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -194,7 +194,7 @@ class Shown:
 
 
 def end_bars() -> None:
-    """Ends the lines of bars that an error has interrupted, so that its message stands on one of its own."""
+    """End the lines of bars after an error, so that its message gets its own line."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
@@ -203,7 +203,7 @@ def end_bars() -> None:
 
 
 class Progress(Protocol):
-    """What shows how far a command is."""
+    """Shows the progress of a command."""
 
     def phase(self, name: str, done: int, total: int) -> None: ...
 
@@ -213,7 +213,7 @@ class Progress(Protocol):
 
 
 class SlowSteps:
-    """Notices when steps begin to take many times the processor time of the first ones."""
+    """Detects when steps start to take many times the processor time of the first ones."""
 
     FIRST, TIMES, IN_A_ROW = 5, 5, 3
 
@@ -222,7 +222,7 @@ class SlowSteps:
         self._before, self._slow = time.process_time(), 0
 
     def hint(self) -> str | None:
-        """After each step: a sentence for the user, once, when IN_A_ROW steps were slow. (One may have drawn samples.)"""
+        """Call after each step. Returns a hint for the user, once, after IN_A_ROW slow steps: one may have drawn samples."""
         now = time.process_time()
         taken, self._before = now - self._before, now
         if len(self._first) < self.FIRST:
@@ -240,7 +240,7 @@ class SlowSteps:
 
 
 class BarProgress:
-    """Progress bars on stderr. They read the loss at most twice a second, since that waits for the device."""
+    """Progress bars on stderr. They read the loss at most twice a second, since reading waits for the device."""
 
     def __init__(self) -> None:
         self._bar, self._name, self._shown = None, "", 0.0
@@ -268,8 +268,8 @@ class BarProgress:
     def step(self, report: "StepReport") -> None:
         bar = self._bar_for("training", report.steps)
         if bar.n == 0 and report.step > 1:
-            bar.initial = bar.n = report.step - 1  # resumed: the rate counts the steps of this session alone
-        if not report.memory and (hint := self._slow_steps.hint()):  # on a processor
+            bar.initial = bar.n = report.step - 1  # After resuming, the rate only counts this session's steps.
+        if not report.memory and (hint := self._slow_steps.hint()):  # Only on a CPU.
             self.warning(hint)
         now = time.monotonic()
         if now - self._shown > 0.5 or report.step == report.steps:
@@ -286,12 +286,12 @@ class BarProgress:
 
 
 class JsonProgress:
-    """Progress as lines of JSON on stdout: at most two a second, and one for the last step."""
+    """Progress as lines of JSON on stdout: at most two per second, and one for the last step."""
 
     def __init__(self) -> None:
         self._shown = 0.0
         self._file = sys.stdout
-        """Where it prints, also while what others print is sent elsewhere."""
+        """Where it prints, even while other output to stdout is redirected."""
 
     def __enter__(self) -> "JsonProgress":
         return self

@@ -20,11 +20,11 @@ from .settings import schedule_from, settings_from
 def run_compare(options: argparse.Namespace) -> None:
     names = [folder.resolve().name for folder in options.photos]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise BadConfig(f"two of the folders are called {twice[0]}; the people are told apart by the folders' names")
-    if (reserved := Path(REPORT).stem) in names:
         raise BadConfig(
-            f"one of the folders is called {reserved}, as the report on all people is; give it another name"
+            f"two folders are called {twice[0]}; rename one, since people are identified by their folders' names"
         )
+    if (reserved := Path(REPORT).stem) in names:
+        raise BadConfig(f"one folder is called {reserved}, which is the name of the report; rename it")
     rates = dict(map(_rate, options.rate))
     if len(rates) < len(options.rate):
         raise BadConfig(f"--rate {' --rate '.join(options.rate)}: give each method one rate")
@@ -50,7 +50,7 @@ def run_compare(options: argparse.Namespace) -> None:
         return
     methods = summary_rows(results)
     widths = [max(map(len, method)) for method in methods]
-    for cells in zip(*methods, strict=True):  # a line each, of which there are more than methods
+    for cells in zip(*methods, strict=True):  # Print a line per column, since methods are fewer.
         print(one_line("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()))
     print(f"{options.output / REPORT}, compare.png and a sheet of pictures for each person", file=sys.stderr)
 

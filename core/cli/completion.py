@@ -1,4 +1,4 @@
-"""The command `completion`, which prints what makes a shell complete commands, options and files, by the package shtab."""
+"""The command `completion`, which prints a shell completion script for commands, options and files, made by shtab."""
 
 import argparse
 
@@ -11,10 +11,10 @@ def run_completion(options: argparse.Namespace) -> None:
     try:
         import shtab
     except ImportError:
-        raise MissingPackage("completion needs the package shtab: pip install shtab") from None
+        raise MissingPackage("completion requires the package shtab: pip install shtab") from None
     parser, _ = build_parser(*COMMANDS)
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    commands.help = None  # what is kept out of --help is not completed either
+    commands.help = None  # Hidden commands are not completed either.
     for one in commands.choices.values():
         for action in list(one._actions):
             if isinstance(action, HelpAll):

@@ -15,4 +15,4 @@ def run_demo(options: argparse.Namespace) -> None:
         callbacks = Callbacks(on_step=bar.step, on_phase=bar.phase)
         report = run(options.output, person=options.person, config=config, callbacks=callbacks)
     print(report.text)
-    print(f"look at {options.output / 'contact_sheet.png'}")
+    print(f"pictures: {options.output / 'contact_sheet.png'}")

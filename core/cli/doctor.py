@@ -1,4 +1,4 @@
-"""The command `doctor`, which says what the machine has and, if asked, how it computes."""
+"""The command `doctor`, which reports what the machine has and, on request, tests how it computes."""
 
 import argparse
 import json

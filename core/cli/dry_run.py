@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the work of a job, part by part, and how long it takes on this device."""
+"""The output of `--dry-run`: the work of a job, part by part, and its time on this device."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from .studio_progress import duration
 
 
 def show(ledger: Ledger, rate: float, as_json: bool) -> None:
-    """Prints the ledger, for a device that does `rate` operations per second."""
+    """Print the ledger, for a device that does `rate` operations per second."""
     if as_json:
         print(json.dumps(described(ledger, rate)))
     else:
@@ -16,7 +16,7 @@ def show(ledger: Ledger, rate: float, as_json: bool) -> None:
 
 
 def described(ledger: Ledger, rate: float) -> dict[str, Any]:
-    """The ledger as values for JSON."""
+    """Return the ledger as values for JSON."""
     parts = {part: {"operations": count, "seconds": count / rate} for part, count in ledger.operations.items()}
     return {
         "parts": parts,
@@ -28,12 +28,12 @@ def described(ledger: Ledger, rate: float) -> dict[str, Any]:
 
 
 def in_short(ledger: Ledger, rate: float) -> str:
-    """The sum in one line."""
+    """Return the total in one line."""
     return f"at most about {duration(ledger.total / rate)} and {ledger.memory / 2**30:.1f} GiB of memory"
 
 
 def table(ledger: Ledger, rate: float) -> list[str]:
-    """The parts that there are, and their sum."""
+    """Return the lines of the job's parts and their total."""
     rows = {part: count for part, count in ledger.operations.items() if count} | {"all": ledger.total}
     return [
         f"{'at most':<17}{'TFLOP':>10}{'time':>10}{'share':>8}",

@@ -1,6 +1,6 @@
 """Measure a GPU: `python -m facelora.core.cli.gpu COMMAND`, or `python -m core.cli.gpu COMMAND` in a clone.
 
-It needs only the package and a torch that is built for the GPU.
+Requires only the package and a torch built for the GPU.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu: torch finds no GPU here", file=sys.stderr)
+        print("gpu: torch finds no GPU; install a torch that is built for it", file=sys.stderr)
         return 1
     output = options.output or Path(f"gpu-{options.command}.json")
     session = Session(*device_and_dtype(TrainConfig()), until=time.monotonic() + 60 * options.minutes)

@@ -1,4 +1,4 @@
-"""Who is in a picture of several people, as the options of `facelora generate` say it."""
+"""Read the people in a group picture from the options of `facelora generate`."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +16,19 @@ from .common import split_strength
 
 
 def group_from(options: argparse.Namespace) -> Group:
-    """The people of --person with their regions of --region. Raises BadConfig, naming the option, where that makes no group."""
+    """Return the people of --person with the regions of --region. Raises BadConfig with the option if that is not a group."""
     files = _by_name("--person", options.person, "FILE.safetensors")
     if len(files) == 1:
-        raise BadConfig(f"--person {next(iter(files))}: is alone; for one person there is --lora FILE")
+        raise BadConfig(
+            f"--person {next(iter(files))}: a group needs at least two people; for one person, use --lora FILE"
+        )
     if options.subject:
-        raise BadConfig("--subject is for one person; the people of --person are the subject of a --style-pack")
+        raise BadConfig("--subject is for one person; with --person, those people are the subject of a --style-pack")
     if not (options.prompt or options.style_pack):
-        raise BadConfig(f"no --prompt given: it says who does what, as in {_example(list(files))!r}")
+        raise BadConfig(f"no --prompt given: describe who does what, as in {_example(list(files))!r}")
     boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM or NAME=MASK.png")
     if boxes and (differing := sorted({*files} ^ {*boxes})):
-        raise BadConfig(f"--region: give one for each --person, and for nobody else; see {differing[0]}")
+        raise BadConfig(f"--region: give one for each --person and nobody else; check {differing[0]}")
     group = Group(
         tuple(_person(name, file) for name, file in files.items()),
         tuple(_place(name, boxes[name]) for name in files) if boxes else (),
@@ -39,16 +41,16 @@ def group_from(options: argparse.Namespace) -> Group:
 def photos_from(
     group: Group, references: Sequence[str], on_warning: Callable[[str], None]
 ) -> dict[str, Iterator[Image.Image]]:
-    """The photos of --reference of everyone in the group. Raises BadConfig for photos of nobody or not of everyone."""
+    """Return everyone's photos from --reference. Raises BadConfig unless they are of exactly the people of the group."""
     folders, names = _by_name("--reference", references, "PHOTOS"), [person.name for person in group.people]
     if differing := sorted({*folders} ^ {*names}):
-        raise BadConfig(f"--reference: give NAME=PHOTOS for each --person, and for nobody else; see {differing[0]}")
+        raise BadConfig(f"--reference: give NAME=PHOTOS for each --person and nobody else; check {differing[0]}")
     read = {name: read_photos(folder, on_warning=on_warning) for name, folder in folders.items()}
     return {name: (photo.image() for photo in photos) for name, photos in read.items()}
 
 
 def _place(name: str, text: str) -> Area:
-    """The region in the form LEFT,TOP,RIGHT,BOTTOM, or the mask in the file of that name."""
+    """Return the region from LEFT,TOP,RIGHT,BOTTOM, or the mask from the file of that name."""
     if not text.lower().endswith(PHOTO_SUFFIXES):
         return read_box(name, text)
     (mask,) = read_photo_files([text], strict=True)
@@ -56,14 +58,14 @@ def _place(name: str, text: str) -> Area:
 
 
 def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:
-    """The values by name of an option that is given as NAME=VALUE."""
+    """Return the values by name for an option given as NAME=VALUE."""
     values: dict[str, str] = {}
     for text in given:
         name, _, value = text.partition("=")
         if not (name and value):
             raise BadConfig(f"{option} {text}: must be NAME={what}")
         if name in values:
-            raise BadConfig(f"{option} {name}: is given twice")
+            raise BadConfig(f"{option} {name} is given twice")
         values[name] = value
     return values
 
@@ -78,7 +80,7 @@ def _person(name: str, file: str) -> GroupMember:
     phrase = lora.metadata.get("modelspec.trigger_phrase")
     if not phrase:
         raise BadConfig(
-            f"--person {name}: {Path(path).name} does not say its trigger words; "
-            f"`facelora metadata {path} --trigger-phrase 'sks woman'` writes them into it"
+            f"--person {name}: {Path(path).name} has no trigger phrase in its metadata; "
+            f"`facelora metadata {path} --trigger-phrase 'sks woman'` adds it"
         )
     return GroupMember(name, lora, phrase, strength)

@@ -1,4 +1,4 @@
-"""The command that goes from photos to a gallery: headshots."""
+"""The command `headshots`, which turns photos into a gallery."""
 
 import argparse
 import dataclasses
@@ -22,12 +22,12 @@ from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown, training_adapter_from
 
 STYLE_PACK, COUNT = "corporate", 20
-"""What is drawn where nothing else is asked for; the demo's base knows one style alone."""
+"""The default style pack and number of pictures. The demo's base model knows only one style."""
 Answer = TypeVar("Answer")
 
 
 def run_headshots(options: argparse.Namespace) -> int:
-    """1 where no picture is like enough to the person, else 0."""
+    """Run the command. Returns 1 if no picture is like the person, else 0."""
     place = options.photos.resolve()
     folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(options)
@@ -37,7 +37,7 @@ def run_headshots(options: argparse.Namespace) -> int:
 
     def check_stop() -> None:
         if stop.asked:
-            raise Cancelled("stopped; the same command goes on from here")
+            raise Cancelled("stopped; run the same command again to continue")
 
     callbacks = shown(progress, check_stop)
     with progress:
@@ -45,7 +45,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
         ready = check(photos, base, config, callbacks)
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
-        if asks and len(ready.used) == len(ready.report.photos):  # else the check has said so
+        if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
         order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter)
         if asks or options.dry_run:
@@ -67,7 +67,7 @@ def run_headshots(options: argparse.Namespace) -> int:
 
 
 def _order(options: argparse.Namespace, config: TrainConfig, asks: bool) -> Order:
-    """What is wanted: what the options say, else what is answered, else the usual."""
+    """Return the order from the options, else from answers to questions, else from the defaults."""
     is_demo = options.base == DEMO
     usual = demo.STYLE_PACK if is_demo else STYLE_PACK
     found = find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder])
@@ -80,18 +80,18 @@ def _order(options: argparse.Namespace, config: TrainConfig, asks: bool) -> Orde
     if count is None:
         count = _answer("how many pictures", COUNT, int) if asks else COUNT
     size = demo.PICTURE_SIZE if is_demo else None
-    # The LoRA's name is in its metadata and in each picture, which the name of a private folder should not be.
+    # The LoRA's name is in its metadata and in each picture, so it must not be the name of a private folder.
     name = file_word(config.trigger_word)[:32]
     return Order(name, config, found.pick(pack), count, options.seed, size)
 
 
 def _answer(question: str, usual: Answer, kind: Callable[[str], Answer]) -> Answer:
-    """What is typed at the terminal; the usual where nothing is."""
+    """Return what the user types at the terminal, or the default for an empty line."""
     text = input(f"{question} [{usual}]: ").strip()
     try:
         return kind(text) if text else usual
     except ValueError:
-        raise BadConfig(f"{text!r} is no number") from None
+        raise BadConfig(f"{text!r} is not a number") from None
 
 
 def _summary(outcome: Outcome) -> str:
@@ -99,7 +99,7 @@ def _summary(outcome: Outcome) -> str:
 
 
 def _described(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as values for JSON."""
+    """Return the outcome as values for JSON."""
     return {
         "photos": outcome.report.headline,
         "lora": str(outcome.trained.path),

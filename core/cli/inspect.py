@@ -1,17 +1,17 @@
-"""The command inspect. With --fast it answers without torch, for programs that ask about thousands of files."""
+"""The command `inspect`. With --fast it works without torch, for programs that inspect thousands of files."""
 
 import argparse
 import json
 import os
 from functools import partial
 
-from .. import lora  # the package loads its modules only when a name is used
+from .. import lora  # Its modules load only when a name is used.
 from ..errors import BadFile
 from .common import progress_bar
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    """Prints what is found. Raises BadFile where a file is refused, after all others are looked at."""
+    """Print what is in the files. Raises BadFile for refused files, after all others have been printed."""
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)
     if is_one and not options.fast:
@@ -28,8 +28,8 @@ def run_inspect(options: argparse.Namespace) -> None:
         text = json.dumps(report, indent=1 if is_one else None) if options.json else lora.format_line(report)
         print(text, flush=True)
     if not count:
-        raise BadFile(f"{first}: there is no .safetensors file in it")
+        raise BadFile(f"{first}: this folder has no .safetensors file")
     if refused:
         raise BadFile(
-            refused[0] if is_one else f"{len(refused)} of {count} files are refused, the first is {refused[0]}"
+            refused[0] if is_one else f"{len(refused)} of {count} files were refused; the first: {refused[0]}"
         )

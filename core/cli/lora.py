@@ -1,4 +1,4 @@
-"""The commands that work on LoRA files but inspect and publish: verify, convert, merge, resize, extract and metadata."""
+"""The commands for LoRA files except inspect and publish: verify, convert, merge, resize, extract and metadata."""
 
 import argparse
 import os
@@ -32,8 +32,8 @@ from .lora_arguments import EDITABLE
 
 
 def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[LoraFile] = ()) -> None:
-    """Writes the LoRA, and beside it the words of those that it was made from, where its scheme cannot hold them."""
-    words = [(source, embedding_files(source)) for source in sources]  # where they are broken, nothing is written
+    """Write the LoRA, and beside it the trigger word vectors of its sources if its naming scheme cannot contain them."""
+    words = [(source, embedding_files(source)) for source in sources]  # If they are broken, nothing is written.
     for word in (word for _, files in words for word in files):
         _check_place_of_word(_beside(options.output, word), word)
     lora.save(options.output, PRECISIONS[options.precision], on_progress=progress_bar("writing"))
@@ -49,7 +49,7 @@ def run_verify(options: argparse.Namespace) -> int:
     for fault in faults:
         print(f"{'error' if fault.is_error else 'odd'}: {one_line(fault.text)}")
     if not faults:
-        print("nothing wrong with it")
+        print("no faults found")
     return int(any(fault.is_error for fault in faults))
 
 
@@ -58,7 +58,7 @@ def run_convert(options: argparse.Namespace) -> None:
     lora = LoraFile.read(options.file, options.family)
     if others := lora.other_families:
         print_warning(
-            f"{options.file}: is taken for {lora.family}, but its modules fit {' and '.join(others)} as well, and its metadata "
+            f"{options.file}: treated as {lora.family}, but its modules also fit {' and '.join(others)}, and its metadata "
             "name none of them; choose one with --family"
         )
     weight = None
@@ -79,25 +79,25 @@ def run_convert(options: argparse.Namespace) -> None:
 
 def _save_words(lora, files: Mapping[str, LoraFile], options: argparse.Namespace) -> None:
     for word in sorted({word_of(lora, key) for key in lora.embedding_keys} - files.keys()):
-        print_warning(f"the vectors of {word!r} are left out: there are no files of words for {lora.family}")
+        print_warning(f"the vectors of {word!r} are left out: {lora.family} has no embedding files")
     for word, embedding in files.items():
         beside = _beside(options.output, word)
         embedding.save(beside, PRECISIONS[options.precision])
-        print(f"{beside}  (the vectors of {word!r}, which a LoRA in {options.to} names does not hold)")
+        print(f"{beside}  (the vectors of {word!r}, which a LoRA with {options.to} names cannot contain)")
 
 
 def _beside(output: Path, word: str) -> Path:
-    """The path of the file of a word, beside the output."""
+    """Return the path of a trigger word's embedding file, beside the output."""
     return output.with_name(f"{output.stem}-{file_word(word)}{output.suffix}")
 
 
 def _check_place_of_word(path: Path, word: str) -> None:
-    """Raises BadFile when there is a file, and it does not hold that word."""
+    """Raise BadFile if a file exists that isn't an embedding of that word."""
     holds = None
     with suppress(FaceLoraError):
         holds = LoraFile.read(path).metadata.get(WORD_KEY)
     if holds != word and os.path.lexists(path):
-        raise BadFile(f"{path}: is no file of the word {word!r}, whose vectors would replace it; choose another output")
+        raise BadFile(f"{path}: this file exists and is not an embedding of {word!r}; choose another output")
 
 
 def run_merge(options: argparse.Namespace) -> None:
@@ -150,4 +150,4 @@ def run_metadata(options: argparse.Namespace) -> None:
 
 def run_sidecars(options: argparse.Namespace) -> None:
     written = write_sidecars(options.file, options.picture, on_progress=progress_bar("hashing"))
-    print("\n".join(map(str, written)) or f"everything is beside {options.file} already")
+    print("\n".join(map(str, written)) or f"all files already exist beside {options.file}")

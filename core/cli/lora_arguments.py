@@ -1,4 +1,4 @@
-"""The arguments of the commands that work on LoRA files. Importing this loads no torch, so that --help answers at once."""
+"""The arguments of the commands for LoRA files. Importing this doesn't load torch, which keeps --help fast."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ _SCHEMES_HELP = (
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    from ..config import SavePrecision  # inspect does without: it is called for one file after another
+    from ..config import SavePrecision  # inspect doesn't need this, and is called for many files.
 
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE.safetensors", help="File to write")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The places to which commands write. All of them are checked here, before a command begins."""
+"""Check the places that commands write to, before a command starts."""
 
 import argparse
 import os
@@ -14,17 +14,17 @@ from .common import DEMO, checkpoint
 
 
 def output_file(text: str) -> Path:
-    """The type of an option that names a file to write."""
+    """Convert an option's value to the path of a file to write."""
     return _named(text)
 
 
 def edited_file(text: str) -> Path:
-    """The type of an argument that names a file to change in place, where no output is given."""
+    """Convert an argument to the path of a file that is changed in place, unless an output is given."""
     return _named(text)
 
 
 def output_folder(text: str) -> Path:
-    """The type of an option that names a folder to write into."""
+    """Convert an option's value to the path of a folder to write into."""
     return _named(text)
 
 
@@ -40,11 +40,11 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[None]:
-    """A context in which no other command writes the output files of these options, all of which can be written.
+    """Lock the output files of these options within the context, after checking that all can be written.
 
-    Temporary files of a killed command are deleted. Raises BadFile for a file that this command reads, for a device, pipe or
-    folder in place of a file, and for a file that is there without --overwrite, where the command has that option. InUse
-    while another command writes the file.
+    Temporary files of a killed command are deleted. Raises BadFile for a file that this command reads, and for a device, pipe
+    or folder instead of a file. It is also raised for an existing file without --overwrite, if the command has that option.
+    Raises InUse while another command writes the file.
     """
     kinds = {action.dest: action for action in parser._actions}
     given = {name: value for name, value in vars(options).items() if name in kinds and value is not None}
@@ -60,7 +60,7 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
             _check_file(path, inputs, options)
             edited.append(path)
         for path in map(Path, map(os.path.realpath, edited)):
-            from ..storage.locks import locked  # loads filelock
+            from ..storage.locks import locked  # Loads filelock.
 
             held.enter_context(locked(path))
             clean_place(path)
@@ -75,24 +75,24 @@ def _check_folder(path: Path, inputs: Sequence[Any]) -> None:
     except OSError as error:
         raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
     if os.path.lexists(path) and not stat.S_ISDIR(mode):
-        raise BadFile(f"{path}: is not a folder; give the name of a folder to write into")
+        raise BadFile(f"{path}: this is not a folder; choose a folder to write into")
     if mode and any(one.samefile(path) for one in _paths(inputs)):
-        raise BadFile(f"{path}: is a folder that this command reads; choose another output")
+        raise BadFile(f"{path}: this command reads this folder; choose another output")
 
 
 def _check_file(path: Path, inputs: Sequence[Any], options: argparse.Namespace) -> None:
-    from ..photos import is_sheet  # loads what decodes photos
+    from ..photos import is_sheet  # Loads the decoders of photos.
 
     if not os.path.lexists(path) or is_sheet(path):
         return
     if path.exists() and any(one.samefile(path) for one in _files(_paths(inputs))):
-        raise BadFile(f"{path}: is a file that this command reads; choose another output")
+        raise BadFile(f"{path}: this command reads this file; choose another output")
     if not getattr(options, "overwrite", True):
-        raise BadFile(f"{path}: is there already; choose another output, or have it replaced with --overwrite")
+        raise BadFile(f"{path}: this file already exists; choose another output, or replace it with --overwrite")
 
 
 def _paths(inputs: Sequence[Any]) -> Iterator[Path]:
-    """Everything that is there of what the values may name, as in FILE, FILE:STRENGTH and NAME=FILE:STRENGTH."""
+    """Yield every existing path that the values may name, as in FILE, FILE:STRENGTH and NAME=FILE:STRENGTH."""
     for value in inputs:
         if isinstance(value, (list, tuple)):
             yield from _paths(value)
@@ -103,7 +103,7 @@ def _paths(inputs: Sequence[Any]) -> Iterator[Path]:
 
 
 def _files(paths: Iterator[Path]) -> Iterator[Path]:
-    """The files, and of folders those in them and in folders below: photos lie no deeper, nor do parts of a base model."""
+    """Yield the files, and for folders the files in them and one level below, as deep as photos and base models go."""
     for path in paths:
         if path.is_dir():
             yield from (one for pattern in ("*", "*/*") for one in path.glob(pattern) if os.path.isfile(one))

@@ -1,11 +1,11 @@
-"""The arguments of the commands about pictures and photos. Importing this loads no torch, so that --help answers at once."""
+"""The arguments of the commands about pictures and photos. Importing this doesn't load torch, which keeps --help fast."""
 
 import argparse
 import math
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from .. import photos  # the package loads its modules only when a name is used
+from .. import photos  # Its modules load only when a name is used.
 from ..config import Precision, RecipeName
 from .common import (
     add_base,
@@ -148,7 +148,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the folder of the pictures, and for ranking and redrawing them by likeness to photos."""
+    """Add the options for the folder of the pictures, and for ranking and redrawing them by likeness to photos."""
     parser.add_argument(
         "--output",
         type=output_folder,

@@ -1,4 +1,4 @@
-"""The commands that make pictures or look at them: generate, check and score."""
+"""The commands that draw or measure pictures: generate, check and score."""
 
 import argparse
 import dataclasses
@@ -64,7 +64,7 @@ def run_generate(options: argparse.Namespace) -> None:
     base = base_from(options, **given_settings(options))
     with BarProgress() as progress:
         if options.negative and base.embeds_guidance:
-            progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
+            progress.warning(f"--negative has no effect: this {base.family.title} doesn't use a negative prompt")
         jobs = (
             pack_jobs(options, base, loras, progress, group)
             if options.style_pack
@@ -97,81 +97,81 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def _check_generate(options: argparse.Namespace) -> None:
-    """Raises BadConfig, before anything is loaded, when an option is missing or has no use without another one."""
+    """Raise BadConfig, before loading anything, if an option is missing or is useless without another one."""
     for option, value in (("--base FILE", options.base), ("--output DIR", options.output)):
         if value is None:
             raise BadConfig(f"{option} is missing")
     given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
     if not options.reference and (wanting := [name for name, value in given.items() if value is not None]):
-        raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
+        raise BadConfig(f"--{wanting[0].replace('_', '-')} requires --reference PHOTOS, to measure likeness")
     if len(options.reference) > 1 and not options.person:
-        raise BadConfig("--reference is given twice; photos of several people go with --person")
+        raise BadConfig("--reference is given twice; use --person for photos of several people")
     if options.region and not options.person:
-        raise BadConfig("--region goes with --person")
+        raise BadConfig("--region requires --person")
 
 
 def _print_headshots(shots: Sequence[Headshot], folder: Path, people: int) -> None:
     print(batch_summary(shots, people))
     redrawn = [shot.face_pass for shot in shots if shot.face_pass]
     if redrawn:
-        print(f"faces drawn anew: {len(redrawn)}, of which {sum(one.kept for one in redrawn)} were taken")
+        print(f"faces redrawn: {len(redrawn)}, used: {sum(one.kept for one in redrawn)}")
     if any(shot.kept for shot in shots):
-        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); the kept ones are in {folder / 'kept'}")
+        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); kept pictures are in {folder / 'kept'}")
     print(f"overview: {folder / 'gallery.html'} and contact_sheet.png")
 
 
 def few_steps_hint(options: argparse.Namespace, base: Base) -> str | None:
-    """A line on how a base model draws that is known to be distilled by its name alone; None where nothing follows from it."""
+    """Return a line on how a base model draws if only its name shows that it was distilled; None if nothing changes."""
     own = {"--steps": f"in {base.steps} steps", "--guidance": "without guidance"}
     left = {option: how for option, how in own.items() if getattr(options, option[2:]) is None}
     if not (base.few_steps and left) or base.is_distilled:
         return None
     return (
-        f"{base.name}: by its name was distilled to a few steps, and so draws {' '.join(left.values())}; "
-        f"if it was not, give {' and '.join(left)}"
+        f"{base.name}: its name says that it was distilled to a few steps, so it draws {' '.join(left.values())}; "
+        f"if that is wrong, set {' and '.join(left)}"
     )
 
 
 def unread_syntax(texts: Sequence[str]) -> list[str]:
-    """A warning for each part of the prompts that A1111 and ComfyUI read as more than text, such as `(word:1.3)`."""
+    """Return a warning for each part of the prompts that is special syntax in A1111 and ComfyUI, such as `(word:1.3)`."""
     weights, files = r"[(\[][^()\[\]]*:\s*[\d.]+\s*[)\]]", r"<(?:lora|lyco|hypernet):[^<>]*>"
     found = {match for text in texts for match in re.findall(f"{weights}|{files}", text)}
     return [
-        f"{match!r} is read as these characters: "
-        + ("give the file with --lora" if match.startswith("<") else "words have no weights here")
+        f"{match!r} is read as ordinary text: "
+        + ("use --lora for the file" if match.startswith("<") else "words cannot have weights")
         for match in sorted(found)
     ]
 
 
 def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) -> list[str]:
-    """A warning for each LoRA whose trigger phrase is in none of the prompts."""
+    """Return a warning for each LoRA whose trigger phrase is in none of the prompts."""
     phrases = {lora.name: lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras}
     return [
-        f"no prompt has the trigger phrase of {Path(name).name}, {phrase!r}"
+        f"no prompt contains the trigger phrase of {Path(name).name}, {phrase!r}"
         for name, phrase in phrases.items()
         if phrase and not any(phrase.casefold() in prompt.casefold() for prompt in prompts)
     ]
 
 
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
-    """The trigger phrase of the first LoRA whose metadata state one, else None."""
+    """Return the trigger phrase of the first LoRA whose metadata have one, else None."""
     phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
     return next((phrase for phrase in phrases if phrase), None)
 
 
 def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
     if options.style or options.subject:
-        raise BadConfig("--style and --subject go with --style-pack")
+        raise BadConfig("--style and --subject require --style-pack")
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
     if not prompts:
-        raise BadConfig("no --prompt given, and no LoRA that names a trigger phrase")
+        raise BadConfig("no --prompt given, and no LoRA has a trigger phrase")
     for prompt in prompts:
         if prompts.count(prompt) > 1:
             raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
     check_count(options.count)
     steps = base.steps if options.steps is None else options.steps
     guidance = base.guidance if options.guidance is None else options.guidance
-    # All prompts with one seed, then the next seed: a larger --count then only adds pictures, and renumbers none.
+    # All prompts with one seed, then the next seed: a larger --count only adds pictures, without renumbering any.
     return [
         Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
         for number in range(options.count)
@@ -186,23 +186,23 @@ def pack_jobs(
     progress: BarProgress,
     group: Group | None = None,
 ) -> list[Any]:
-    """The jobs of a style pack; those of a group have the list of names for a subject, and the group's own size."""
+    """Return the jobs of a style pack. For a group, the list of names is the subject, and the size is the group's."""
     if options.prompt:
-        raise BadConfig("--prompt and --style-pack are both given; choose one")
+        raise BadConfig("--prompt and --style-pack are both given; use only one")
     found = find_style_packs(options.style_folder)
     for problem in found.problems:
         progress.warning(problem)
     phrase = options.subject or trigger_phrase(loras)
     if not (phrase or group):
-        raise BadConfig("no --subject given, and no LoRA that names a trigger phrase")
+        raise BadConfig("no --subject given, and no LoRA has a trigger phrase")
     trigger, _, class_word = (phrase or "").partition(" ")
     subject = Subject(group.listed, "") if group else Subject(trigger, class_word)
     styled = found.pick(options.style_pack).prompts(
         subject, base.family.name, options.count, options.seed, options.style, base.resolution
     )
-    if base.family.wording == "tags":  # families with no text encoder but CLIP
+    if base.family.wording == "tags":  # These families only have CLIP as a text encoder.
         for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
-            progress.warning(line + "; it is encoded in several chunks")
+            progress.warning(line + ", so it is encoded in several chunks")
     return [
         dataclasses.replace(
             job,
@@ -275,13 +275,13 @@ def run_score(options: argparse.Namespace) -> None:
 
 
 def _is_sheet(photo: Photo) -> bool:
-    """Whether a file in the folder of pictures is a contact sheet made by this program."""
-    assert isinstance(photo.source, Path), "it is read from a folder"
+    """Return whether a file in the folder of pictures is a contact sheet made by this program."""
+    assert isinstance(photo.source, Path), "photos of a folder have a path"
     return photo.name == CONTACT_SHEET or is_sheet(photo.source)
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """1 where too few photos can be used to train on, else 0."""
+    """Run the command. Returns 1 if too few photos can be used to train on, else 0."""
     resolution = options.resolution
     if resolution is None:
         resolution = base_from(options).resolution if options.base else 1024
@@ -295,7 +295,7 @@ def run_check(options: argparse.Namespace) -> int:
         print(format_report(report, terminal_width()))
         chosen = options.base or options.resolution
         print(
-            f"Judged for a training at {resolution} px{'' if chosen else '; --base or --resolution chooses another size'}."
+            f"Judged for training at {resolution} px{'' if chosen else '. Use --base or --resolution for another size'}."
         )
     if options.sheet:
         save_sheet(report, options.sheet)

@@ -1,4 +1,4 @@
-"""The command publish, which makes a folder to upload."""
+"""The command `publish`, which makes a folder to upload."""
 
 import argparse
 
@@ -19,5 +19,5 @@ def run_publish(options: argparse.Namespace) -> None:
     )
     for path in (made.lora, made.page, *made.pictures):
         print(path)
-    print(f"{len(made.left_out)} of its metadata are left out; {options.file} still has them")
-    print("Read the page and the prompts in the pictures before you upload them: what you wrote yourself is in there.")
+    print(f"{len(made.left_out)} metadata entries were left out; {options.file} is unchanged")
+    print("Before you upload, read the page and the prompts in the pictures: they contain your own texts.")

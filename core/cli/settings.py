@@ -1,4 +1,4 @@
-"""The settings of a training as options of a command, which override those in a TOML file."""
+"""Training settings as options of a command, which override those in a TOML file."""
 
 import argparse
 import dataclasses
@@ -12,17 +12,17 @@ from ..storage.files import read_bytes
 from .common import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
-"""The settings that say how the base model predicts, and that it is therefore loaded with."""
+"""The settings for how the base model predicts, which are needed to load it."""
 MAX_FILE_BYTES = 2**20
 """The largest size of a settings file, in bytes."""
 
 
 def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Adds an option for each field of TrainConfig under the heading of its group, or for the fields in `only` without one.
+    """Add an option for each field of TrainConfig under its group's heading, or only for the fields in `only`, without one.
 
-    Commands with fields in `only` always have a recipe, whose steps take the place of TrainConfig's.
+    Commands with fields in `only` always have a recipe, whose steps replace TrainConfig's.
 
-    An option that is not given does not appear among the parsed options, so that the value in a file stays.
+    Options that are not given are missing from the parsed options, which keeps the values of a file.
     """
     hints = get_type_hints(TrainConfig)
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -39,7 +39,7 @@ def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None =
 def _add_setting(
     group: argparse._ActionsContainer, item: dataclasses.Field, hint: Any, default: str | None = None
 ) -> None:
-    """Adds the option of a field; `default` is what its help says in place of the field's own."""
+    """Add the option of a field; `default` overrides the field's own default in the help."""
     flag = "--" + item.name.replace("_", "-")
     names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
     text = item.metadata["help"]
@@ -80,9 +80,9 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
 
 
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings in the TOML file of --config, overridden by the options given on the command line.
+    """Return the settings in the TOML file of --config, overridden by the options on the command line.
 
-    Raises BadFile or BadConfig when the file cannot be read, is not TOML, or has an unknown setting.
+    Raises BadFile or BadConfig if the file cannot be read, is not TOML, or has an unknown setting.
     """
     settings = read_toml(options.config) if options.config else {}
     try:
@@ -92,7 +92,7 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, by their names in TrainConfig."""
+    """Return the settings given on the command line, by their names in TrainConfig."""
     settings: dict[str, Any] = {}
     for name, value in vars(options).items():
         if name.startswith("setting_"):
@@ -103,7 +103,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in SCHEDULE that are given, as arguments of `load_base`."""
+    """Return the given settings in SCHEDULE, as arguments of `load_base`."""
     return {name: settings[name] for name in SCHEDULE if name in settings}
 
 

@@ -1,4 +1,4 @@
-"""The command that makes LoRAs and headshots of many people: studio."""
+"""The command `studio`, which makes LoRAs and headshots of many people."""
 
 import argparse
 import dataclasses
@@ -22,9 +22,9 @@ from .train import StopOnSignal, shown, training_adapter_from
 
 
 def run_studio(options: argparse.Namespace) -> int:
-    """1 where somebody failed, else 0."""
+    """Run the command. Returns 1 if anyone failed, else 0."""
     if options.ray and options.device:
-        raise BadConfig("--device: each of Ray's workers has its own device; leave it out")
+        raise BadConfig("--device: leave this out, since each of Ray's workers has its own device")
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
@@ -45,22 +45,22 @@ def run_studio(options: argparse.Namespace) -> int:
 
     def check_stop() -> None:
         if stop.asked:
-            raise KeyboardInterrupt  # an error of our own would be the person's
+            raise KeyboardInterrupt  # Our own errors would only fail this person.
 
     callbacks = shown(progress, check_stop)
     if isinstance(progress, JsonProgress):
         progress.print(_described(before))
     else:
-        # Where nobody was measured, a dry run counts.
+        # Without earlier measurements, count the work as in a dry run.
         lines = planned(before, bool(options.ray))[: 1 if options.dry_run and before.seconds is None else 2]
         print(*lines, sep="\n", file=sys.stderr)
     if options.dry_run:
         if ledger := plan_ledger(before, people, base, terms, device, callbacks):
-            # People who were made here are a better measure than a matrix product.
+            # People who were made on this machine are a better measure than a matrix product.
             rate = ledger.total / before.seconds if before.seconds else device_rate(base, TrainConfig(), device)
             dry_run.show(ledger, rate, options.json)
         return 0
-    with stop, progress, redirect_stdout(sys.stderr):  # Ray prints there what ends on the cluster
+    with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
         for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):
             failed |= result.status == "failed"
             if options.sidecars and result.lora:
@@ -75,7 +75,7 @@ def run_studio(options: argparse.Namespace) -> int:
 
 
 def _described(before: Plan) -> dict[str, Any]:
-    """What is before the run as values for JSON."""
+    """Return the planned work as values for JSON."""
     aside = {"made_before": len(before.made_before), "refused": len(before.refused)}
     return {"to_make": dataclasses.asdict(before.work), **aside, "seconds": before.seconds}
 

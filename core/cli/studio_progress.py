@@ -1,4 +1,4 @@
-"""What is seen of a studio at work: one line on a terminal, plain lines elsewhere."""
+"""Show a studio at work: one line on a terminal, plain lines elsewhere."""
 
 import math
 import shutil
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WIDTH = 80
 """The most columns of the line."""
 REDRAWN, PRINTED = 0.5, 60.0
-"""Seconds between two states of the line on a terminal, and between two lines elsewhere."""
+"""The seconds between updates of the line on a terminal, and between two lines elsewhere."""
 
 
 def duration(seconds: float) -> str:
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def planned(plan: Plan, workers: bool) -> list[str]:
-    """The lines on what is before a run."""
+    """Return the lines that describe the planned work."""
     work, aside = plan.work, []
     if plan.made_before:
         aside.append(f"{len(plan.made_before)} made before")
@@ -39,18 +39,18 @@ def planned(plan: Plan, workers: bool) -> list[str]:
         f"at most {counted(work.steps, 'step')}, {counted(work.pictures, 'picture')}"
     ]
     if work.people and plan.seconds is None:
-        lines.append("time: known when the first is made")
+        lines.append("time: known after the first person")
     elif work.people and plan.seconds is not None:
         device = " of one worker" if workers else ""
-        lines.append(f"time: about {duration(plan.seconds)}{device}, going by {len(plan.earlier)} made here earlier")
+        lines.append(f"time: about {duration(plan.seconds)}{device}, based on {len(plan.earlier)} made here before")
     return lines
 
 
 class StudioProgress:
-    """Shows who is done, what is being done, how fast, and how long it will go on."""
+    """Shows who is done, what is in progress, the speed, and the time left."""
 
     def __init__(self, people: Sequence[str], plan: Plan):
-        """The people in their order."""
+        """Take the people in their order."""
         self._people, self._left, self._earlier = people, dict(plan.to_make), plan.earlier
         self._made: list[Cost] = []
         self._failed, self._ended, self._at_work = 0, 0, 1
@@ -73,7 +73,7 @@ class StudioProgress:
 
     @property
     def line(self) -> str:
-        """The state in one line, what matters most first."""
+        """The state in one line, most important first."""
         failed = f", {self._failed} failed" if self._failed else ""
         parts = [f"{self._ended} of {len(self._people)} done{failed}"]
         left = seconds_for(Work.sum(self._left.values()), self._made or self._earlier)
@@ -105,7 +105,7 @@ class StudioProgress:
         print_warning(message)
 
     def ended(self, result: Result) -> None:
-        """Prints the line of a person who has ended."""
+        """Print a finished person's line."""
         self._ended += 1
         self._failed += result.status == "failed"
         self._left.pop(result.name, None)
@@ -119,7 +119,7 @@ class StudioProgress:
 
     @property
     def _person(self) -> str:
-        """Who is being made, on one machine, where people are made in their order."""
+        """The person in progress; on one machine, people are made in order."""
         return self._people[min(self._ended, len(self._people) - 1)]
 
     def _make_room(self) -> None:

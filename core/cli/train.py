@@ -34,7 +34,7 @@ from .settings import schedule_from, settings_from
 
 
 class Cancelled(FaceLoraError):
-    """The user has stopped the command with a signal."""
+    """Raised when the user has stopped the command with a signal."""
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -54,23 +54,23 @@ def run_train(options: argparse.Namespace) -> None:
         if stop.asked:
             raise Cancelled(
                 f"stopped after step {report.step} of {report.steps}; "
-                f"go on with --resume (state: {state_path(options.output)})"
+                f"continue with --resume (state: {state_path(options.output)})"
             )
 
     def on_phase(phase: str, done: int, total: int) -> None:
-        if phase == "samples":  # samples are drawn during the training, whose bar stays
+        if phase == "samples":  # Samples are drawn during training, whose bar stays.
             return
         progress.phase(phase, done, total)
         if stop.asked:
-            raise Cancelled(f"stopped while {phase}; nothing is lost, start again")
+            raise Cancelled(f"stopped while {phase}; nothing is lost; run the command again")
 
     if "learning_rate" in given and METHODS[config.method].makes == "embedding" and config.optimizer != "prodigy":
-        progress.warning(f"learning_rate is that of a denoiser; the vectors of {config.method} have embedding_lr")
+        progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
-        raise BadConfig("--face-network has nothing to look at with --no-check-photos: leave it out")
+        raise BadConfig("--face-network has no effect with --no-check-photos: leave it out")
     if options.judge and not config.hold_out:
-        raise BadConfig("--judge has nothing to judge, since no photos are held out: set --hold-out")
+        raise BadConfig("--judge requires held-out photos: set --hold-out")
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
     class_photos = _class_photos(options, progress)
@@ -81,7 +81,7 @@ def run_train(options: argparse.Namespace) -> None:
         return _show_work(options, base, job.looked_at(base, progress.warning))
     key = None
     with stop, progress:
-        # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
+        # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
         if METHODS[config.method].makes == "lora" and not faces and not judge:
             job = job.looked_at(base, progress.warning)
             key = job.key(base)
@@ -100,7 +100,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def _end(options: argparse.Namespace, metadata: Mapping[str, str], config: TrainConfig, found: bool) -> None:
-    """Write what belongs beside the file, and print what was made."""
+    """Write the files beside the output, and print what was made."""
     if options.sidecars and METHODS[config.method].makes == "lora":
         write_sidecars(options.output)
     size = options.output.stat().st_size
@@ -109,8 +109,8 @@ def _end(options: argparse.Namespace, metadata: Mapping[str, str], config: Train
         print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
     else:
         if found:
-            print("trained before from the same photos and settings; --restart trains it again")
-        print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
+            print("already trained from the same photos and settings; use --restart to train it again")
+        print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); use it in a prompt: a photo of {trigger}")
         if LIKENESS_KEY in metadata:
             print(format_likeness(json.loads(metadata[LIKENESS_KEY])))
 
@@ -128,12 +128,11 @@ def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAd
 
 
 def _check_nothing_is_replaced(options: argparse.Namespace) -> None:
-    """Raises BadConfig where the output is there, and nobody has asked for another one in its place."""
+    """Raise BadConfig if the output exists, unless the user has asked to replace it."""
     goes_on = options.resume and state_path(options.output).exists()
     if os.path.isfile(options.output) and not (options.restart or goes_on):
         raise BadConfig(
-            f"{options.output}: is there already, and this training would replace it; "
-            "let it with --restart, or choose another output"
+            f"{options.output}: this file already exists; replace it with --restart, or choose another output"
         )
 
 
@@ -144,13 +143,13 @@ def _class_photos(options: argparse.Namespace, progress: BarProgress | JsonProgr
 
 
 def format_likeness(measured: dict[str, Any]) -> str:
-    """The likeness curve in a LoRA's metadata (`LIKENESS_KEY`) as a table for people."""
+    """Format the likeness curve in a LoRA's metadata (`LIKENESS_KEY`) as a table."""
     rows = [
         f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
     ]
     judge = measured.get("judge")
     if judge:
-        rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
+        rows.append(f"also measured by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
     rows.append("      step  likeness  copying  leakage  drift" + ("  judged  leakage" if judge else ""))
     for index, point in enumerate(measured["points"]):
         name = "+".join(map(str, point["merged"])) or str(point["step"])
@@ -164,7 +163,7 @@ def format_likeness(measured: dict[str, Any]) -> str:
 
 
 def shown(progress: Progress, check_stop: Callable[[], None]) -> Callbacks:
-    """Callbacks that show progress and look for a stop. Samples are a part of the training, whose bar stays."""
+    """Return callbacks that show progress and check for a stop. Samples are part of training, whose bar stays."""
 
     def on_step(report: StepReport) -> None:
         progress.step(report)
@@ -179,7 +178,7 @@ def shown(progress: Progress, check_stop: Callable[[], None]) -> Callbacks:
 
 
 class StopOnSignal:
-    """A context in which Ctrl-C and SIGTERM only set `asked`, for a stop between two steps. A second signal stops at once."""
+    """Make Ctrl-C and SIGTERM only set `asked` within the context, to stop between two steps. A second signal stops at once."""
 
     asked: bool = False
 

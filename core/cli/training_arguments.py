@@ -1,4 +1,4 @@
-"""The arguments of the commands that train, or time it. Importing this loads no torch, so that --help answers at once."""
+"""The arguments of the commands that train, or time training. Importing this doesn't load torch, which keeps --help fast."""
 
 import argparse
 import sys
@@ -174,7 +174,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `completion`."""
+    """Add the arguments of `completion`."""
     parser.add_argument(
         "shell",
         choices=("bash", "zsh", "tcsh"),
@@ -183,4 +183,4 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing, since the command has no arguments."""
+    """Do nothing, since the command has no arguments."""

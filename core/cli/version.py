@@ -1,4 +1,4 @@
-"""The version of the project, which stands in pyproject.toml."""
+"""The version of the project, from pyproject.toml."""
 
 import re
 from importlib.metadata import version
@@ -8,7 +8,7 @@ _PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def _version() -> str:
-    # A clone may have other files than the package whose metadata are installed, if any are.
+    # A clone's files may differ from an installed package, whose metadata would be wrong.
     if _PROJECT.exists() and (found := re.search(r'^version = "(.+)"', _PROJECT.read_text("utf-8"), re.MULTILINE)):
         return found[1]
     return version("comfyui-facelora")

@@ -208,20 +208,20 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "rank too large": (options("--rank", "999"), r"rank 999 is larger than .* allows\. Use at most 32"),
     "rank 0": (options("--rank", "0"), "rank = 0: must be between 1"),
     "class images twice": (class_photos_twice, "class_images and class_photos are both given"),
-    "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
+    "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "set only one of them"),
     "timesteps crossed": (options("--timestep-min", "800", "--timestep-max", "200"), "800 is above timestep_max = 200"),
-    "all warm-up": (options("--warmup-steps", "5"), "leaves nothing of 1 steps"),
-    "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "finds the rate by itself; leave it"),
+    "all warm-up": (options("--warmup-steps", "5"), "must be less than steps = 1"),
+    "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "finds the rate automatically; leave it"),
     "prodigy's groups": (
-        options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for all"
+        options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for everything"
     ),
-    "samples never": (options("--thumbnail"), "need samples: set sample_every"),
-    "no sample": (options("--thumbnail", "--sample-every", "9", "--steps", "8"), "no sample is drawn in 8 steps"),
+    "samples never": (options("--thumbnail"), "require samples: set sample_every"),
+    "no sample": (options("--thumbnail", "--sample-every", "9", "--steps", "8"), "draws no sample in 8 steps"),
     "more resolution too low": (options("--more-resolution", "12"), "more_resolutions = 12: must be between 16 and 8192"),
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
-    "bad pattern": (options("--rank-pattern", "(a+)+$=4"), r"rank_pattern: '\(a\+\)\+\$' is no pattern: give a part of"),
+    "bad pattern": (options("--rank-pattern", "(a+)+$=4"), r"rank_pattern: '\(a\+\)\+\$' is not a valid pattern: use a"),
     "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0: must be at least 1"),
-    "no such device": (options("--device", "toaster"), "--device toaster: .*; there is .*cpu"),
+    "no such device": (options("--device", "toaster"), "--device toaster: .*; available: .*cpu"),
     "device without a module": (options("--device", "privateuseone"), "--device privateuseone: "),
     "device without numbers": (options("--device", "meta"), "--device meta: "),
     "unknown setting": (toml("learning_rat = 1"), r"toml: unknown setting 'learning_rat'; did you mean learning_rate"),
@@ -301,7 +301,7 @@ def test_the_base_model_is_not_written_over(desk, capsys):
     before = desk.base.read_bytes()
     for option in ("--resume", "--restart"):
         desk.options.append(option)
-        assert_refused(desk, capsys, "is a file that this command reads; choose another output")
+        assert_refused(desk, capsys, "this command reads this file; choose another output")
         desk.options.remove(option)
     with pytest.raises(BadFile, match="is a file of the base model, which the LoRA would replace"):
         train(desk.photos, load_base(desk.base), config_from({"steps": 1}), output=desk.output)

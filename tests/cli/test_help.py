@@ -93,7 +93,7 @@ def test_a_shell_completes_every_command_and_the_options_that_help_leaves_out(ca
 def test_completion_says_which_package_it_lacks(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 1
-    assert capsys.readouterr().err == "facelora: completion needs the package shtab: pip install shtab\n"
+    assert capsys.readouterr().err == "facelora: completion requires the package shtab: pip install shtab\n"
 
 
 def test_a_message_stands_on_a_line_of_its_own_below_a_bar(capsys):

@@ -235,7 +235,7 @@ def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):
         ["extract", small_sd15, base, "--output", base],
     ]:
         assert main([str(argument) for argument in arguments]) == 1
-        assert "is a file that this command reads; choose another output" in capsys.readouterr().err
+        assert "this command reads this file; choose another output" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["merge", str(first), str(second)])
     assert {path: path.read_bytes() for path in before} == before
@@ -259,7 +259,7 @@ def test_no_command_replaces_a_file_unless_it_is_told_to(small_sd15, tmp_path, c
     ]:
         arguments = [*map(str, command), "--output", str(output)]
         assert main(arguments) == 1
-        assert "is there already; choose another output, or have it replaced" in capsys.readouterr().err
+        assert "this file already exists; choose another output, or replace it" in capsys.readouterr().err
         assert output.read_bytes() == second.read_bytes()
         run(*arguments, "--overwrite")
         assert output.read_bytes() != second.read_bytes()
@@ -280,7 +280,7 @@ def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
     loras = [(LoraFile.read(tmp_path / f"{name}.safetensors"), 1.0) for name in ("me", "style")]
     assert without_trigger(loras, ["a man in a hat", "SKS person in a hat"]) == []
     assert without_trigger(loras, ["a man in a hat"]) == [
-        "no prompt has the trigger phrase of me.safetensors, 'sks Person'"
+        "no prompt contains the trigger phrase of me.safetensors, 'sks Person'"
     ]
 
 
@@ -288,7 +288,7 @@ def test_a_strength_that_is_no_number_is_said_to_be_none(tmp_path, capsys):
     write_lora(path := tmp_path / "me.safetensors", 0)
     for strength in ("abc", "0,9"):
         assert main(["merge", f"{path}:{strength}", "--output", str(tmp_path / "out.safetensors")]) == 1
-        assert f"me.safetensors:{strength}: the strength '{strength}' is no number" in capsys.readouterr().err
+        assert f"me.safetensors:{strength}: the strength '{strength}' is not a number" in capsys.readouterr().err
 
 
 def test_nothing_in_a_file_gives_a_terminal_commands_or_a_message_lines(tmp_path, capsys):
@@ -353,9 +353,7 @@ def test_a_file_of_somebody_else_where_that_of_a_word_would_be_stays_and_nothing
     before = beside.read_bytes()
     arguments = ["convert", str(tmp_path / "b.safetensors"), "--output", str(output), "--to", "diffusers"]
     assert main(arguments) == 1
-    assert (
-        "out-sks.safetensors: is no file of the word 'sks', whose vectors would replace it" in capsys.readouterr().err
-    )
+    assert "out-sks.safetensors: this file exists and is not an embedding of 'sks'" in capsys.readouterr().err
     assert beside.read_bytes() == before and not output.exists()
     beside.unlink()
     assert main(arguments) == main([*arguments, "--overwrite"]) == 0  # its own it may replace

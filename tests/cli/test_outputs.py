@@ -103,7 +103,7 @@ def test_a_file_is_not_written_over_an_input_a_folder_a_device_or_a_pipe(command
     os.link(source, named(action, "hard"))
     Path(named(action, "soft")).symlink_to(source)
     for name in ("hard", "soft"):
-        assert "is a file that this command reads" in refused(command, action, named(action, name), capsys)
+        assert "this command reads this file" in refused(command, action, named(action, name), capsys)
 
 
 @pytest.mark.parametrize(("command", "action"), FILES, ids=lambda one: getattr(one, "dest", one))
@@ -124,7 +124,7 @@ def test_a_folder_is_no_file_and_none_that_is_read(command, action, desk, capsys
     if command not in ("demo", "forget"):
         Path("link").symlink_to("photos")
         for name in ("photos", "link"):
-            assert "is a folder that this command reads" in refused(command, action, name, capsys)
+            assert "this command reads this folder" in refused(command, action, name, capsys)
 
 
 def test_an_empty_name_is_wrong_usage(capsys):
@@ -138,7 +138,7 @@ def test_a_sheet_replaces_a_sheet(desk, photo_folder, capsys):
     for _ in range(2):
         main(["check", str(photo_folder), "--sheet", str(sheet)])
         assert is_sheet(sheet)
-    assert "is there already" not in capsys.readouterr().err
+    assert "already exists" not in capsys.readouterr().err
 
 
 def test_a_link_stays_and_a_file_keeps_its_permissions(tmp_path):

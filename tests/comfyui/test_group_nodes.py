@@ -260,6 +260,4 @@ def test_the_picture_is_published_as_nobodys_example(server, people, tmp_path):
     made = publish(
         people["sd15"][0].lora.name, tmp_path / "out", [picture], agreed=True, title="Sks", on_warning=told.append
     )
-    assert made.pictures == () and told[0].startswith(
-        "couple_00001_.png: left out: its parameters show several people"
-    )
+    assert made.pictures == () and told[0].startswith("couple_00001_.png: left out: its parameters show several people")

@@ -219,7 +219,7 @@ def test_a_text_encoder_of_an_unknown_model_is_ambiguous_until_its_family_is_giv
     assert any("fit sdxl and sd3 and flux1 as well as sd15" in fault.text for fault in verify_lora(source))
     command = ["convert", str(source), "--output", str(output), "--overwrite", "--to", "kohya"]
     assert main(command) == 0
-    assert "is taken for sd15, but its modules fit sdxl and sd3 and flux1 as well" in capsys.readouterr().err
+    assert "treated as sd15, but its modules also fit sdxl and sd3 and flux1" in capsys.readouterr().err
     assert main([*command, "--family", "sdxl"]) == 0
     lora = LoraFile.read(output)
     assert (lora.family, lora.metadata["ss_base_model_version"]) == ("sdxl", "sdxl_base_v1-0")

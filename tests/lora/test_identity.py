@@ -158,7 +158,7 @@ def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing_but_is_t
     assert main(["inspect", str(tmp_path), "--fast"]) == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert "1 of 2 files are refused, the first is b.safetensors: " in err and err.count("\n") == 1
+    assert "1 of 2 files were refused; the first: b.safetensors: " in err and err.count("\n") == 1
     assert lines[0].startswith("b.safetensors: ") and str(tmp_path) not in lines[0]
     assert lines[1].startswith("below/a.safetensors: SD 1.5, lora of rank 1, trigger: sks")
     assert main(["inspect", str(tmp_path), "--fast", "--json"]) == 1
@@ -192,7 +192,7 @@ def test_of_several_files_each_has_its_verdict_and_the_exit_code_says_that_some_
         "other model": "is for Wan",
     }.items():
         assert reason in reports[name]["error"]
-    assert f"5 of 6 files are refused, the first is {paths['page']}: " in err
+    assert f"5 of 6 files were refused; the first: {paths['page']}: " in err
     assert main(["inspect", str(paths["good"]), str(paths["good"]), "--fast"]) == 0
     capsys.readouterr()
     assert main(["inspect", str(paths["page"]), "--json"]) == 1

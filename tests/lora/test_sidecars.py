@@ -96,7 +96,7 @@ def test_a_file_that_is_there_is_never_replaced(lora, picture, capsys):
     assert printed == {"face.metadata.json", "face.cm-info.json", "face.png"}
     assert {(lora.parent / name).read_text() for name in ("face.json", "face.preview.png")} == {"mine"}
     assert main(["sidecars", str(lora), "--picture", str(picture)]) == 0
-    assert "everything is beside" in capsys.readouterr().out
+    assert "all files already exist beside" in capsys.readouterr().out
 
 
 def test_only_a_lora_in_a_safetensors_file_gets_some(tmp_path, lora):

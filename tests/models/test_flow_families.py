@@ -374,8 +374,8 @@ def test_the_command_line_draws_a_distilled_model_in_its_steps_unless_they_are_g
 @pytest.mark.parametrize(
     ("name", "steps", "guidance", "hint"),
     [
-        ("z_image_turbo.safetensors", None, None, "in 8 steps without guidance; if it was not, give --steps and --guidance"),
-        ("z_image_turbo.safetensors", 12, None, "draws without guidance; if it was not, give --guidance"),
+        ("z_image_turbo.safetensors", None, None, "in 8 steps without guidance; if that is wrong, set --steps and --guidance"),
+        ("z_image_turbo.safetensors", 12, None, "draws without guidance; if that is wrong, set --guidance"),
         ("z_image_turbo.safetensors", 12, 2.0, None),
         ("z_image.safetensors", None, None, None),
     ],

@@ -417,7 +417,7 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     assert main(["check", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "0 of 7 usable, and 5 are needed; add " in said
-    assert said.endswith("\nJudged for a training at 1024 px; --base or --resolution chooses another size.\n")
+    assert said.endswith("\nJudged for training at 1024 px. Use --base or --resolution for another size.\n")
     assert main(["check", str(tmp_path), "--base", "demo", "--resolution", "1024"]) == 1
     for number in (1, 2, 3):
         (tmp_path / f"{number}.png").unlink()
@@ -428,4 +428,4 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     (tmp_path / "5.png").unlink()
     assert main(["check", str(tmp_path), "--base", "demo"]) == 1
     said = capsys.readouterr().out
-    assert "2 of 2 usable, and 5 are needed; add 3 " in said and said.endswith("\nJudged for a training at 72 px.\n")
+    assert "2 of 2 usable, and 5 are needed; add 3 " in said and said.endswith("\nJudged for training at 72 px.\n")

@@ -412,12 +412,12 @@ def test_no_group_style_says_how_many_there_are_since_each_is_drawn_alone() -> N
     [
         (["--prompt", "{anna} and {bob}"], "prompt '{anna} and {bob}': {bob} is not in the group; use {anna}, {ben}"),
         (["--prompt", "{anna}"], "prompt '{anna}': {ben} is missing; name everyone in the prompt"),
-        ([], "no --prompt given: it says who does what, as in '{anna} and {ben} in an office'"),
-        (["--prompt", PROMPT, "--person", "anna=b.safetensors"], "--person anna: is given twice"),
+        ([], "no --prompt given: describe who does what, as in '{anna} and {ben} in an office'"),
+        (["--prompt", PROMPT, "--person", "anna=b.safetensors"], "--person anna is given twice"),
         (["--prompt", PROMPT, "--person", "carl"], "--person carl: must be NAME=FILE.safetensors"),
-        (["--prompt", PROMPT, "--region", "anna=0,0,1,1"], "--region: give one for each --person, and for nobody else"),
-        (["--style-pack", "groups", "--subject", "sks woman"], "--subject is for one person; the people of --person are"),
-        (["--style-pack", "groups", "--prompt", PROMPT], "--prompt and --style-pack are both given; choose one"),
+        (["--prompt", PROMPT, "--region", "anna=0,0,1,1"], "--region: give one for each --person and nobody else"),
+        (["--style-pack", "groups", "--subject", "sks woman"], "--subject is for one person; with --person"),
+        (["--style-pack", "groups", "--prompt", PROMPT], "--prompt and --style-pack are both given; use only one"),
         (["--prompt", PROMPT, "--reference", "anna=photos"], "--reference: give NAME=PHOTOS for each --person, and for nobody"),
         (["--prompt", PROMPT, "--reference", "photos"], "--reference photos: must be NAME=PHOTOS"),
     ],
@@ -430,9 +430,11 @@ def test_options_that_make_no_group_are_refused(files, options, said: str, tmp_p
 def test_one_person_alone_and_a_lora_without_trigger_words_are_refused(files, tmp_path: Path, capsys) -> None:
     command = ["generate", "--base", "demo", "--output", str(tmp_path / "out"), "--prompt", PROMPT]
     assert main([*command, files[0]]) == 1
-    assert "--person anna: is alone; for one person there is --lora FILE" in capsys.readouterr().err
+    assert (
+        "--person anna: a group needs at least two people; for one person, use --lora FILE" in capsys.readouterr().err
+    )
     lora(2).save(tmp_path / "ben.safetensors")
     assert main([*command, *files]) == 1
-    assert "--person ben: ben.safetensors does not say its trigger words" in capsys.readouterr().err
+    assert "--person ben: ben.safetensors has no trigger phrase in its metadata" in capsys.readouterr().err
     assert main([*command, "--region", "anna=0,0,1,1"]) == 1
-    assert "--region goes with --person" in capsys.readouterr().err
+    assert "--region requires --person" in capsys.readouterr().err

@@ -471,9 +471,9 @@ def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest
     arguments = ["generate", "--base", str(BASE_FILE), "--prompt", "a", "--output", str(tmp_path)]
     for option in ("--keep", "--face-pass", "--face-denoise"):
         assert main([*arguments, option, "1"]) == 1
-        assert capsys.readouterr().err == f"facelora: {option} needs --reference PHOTOS, to measure likeness\n"
+        assert capsys.readouterr().err == f"facelora: {option} requires --reference PHOTOS, to measure likeness\n"
     assert main([*arguments, "--reference", str(tmp_path)]) == 1
-    assert "is a folder that this command reads" in capsys.readouterr().err and not times(tmp_path)
+    assert "this command reads this folder" in capsys.readouterr().err and not times(tmp_path)
 
 
 # The face pass

@@ -98,7 +98,7 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
     # The caption of a photo, the folders, the file's own name.
     for personal in (b"facing", b"jane", photo_folder.parent.name.encode(), tmp_path.name.encode()):
         assert personal not in contents(tmp_path / "out"), personal
-    assert "of its metadata are left out" in capsys.readouterr().out
+    assert "metadata entries were left out" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("nobody")
@@ -221,7 +221,9 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     path = write_lora(tmp_path / "a.safetensors", 768, 1280)
     made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
     assert [Image.open(picture).info["parameters"][0] for picture in made.pictures] == ["a", "b"]
-    assert told == [f"{name}.png: the hashes in its parameters show that it was drawn without this LoRA" for name in "ab"]
+    assert told == [
+        f"{name}.png: the hashes in its parameters show that it was drawn without this LoRA" for name in "ab"
+    ]
     # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
     page = made.page.read_text()
     assert "Strength\n--------\n1\n" in page and "Steps: 20, CFG scale: 6, Size: 512x512" in page

@@ -271,7 +271,10 @@ def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
         ({"name": "GOOD"}, "name: another style of this pack has the same name"),
         ({"name": 7}, "name: 7 is not a string"),
         ({"name": "half \ud83d"}, r"name: 'half \ud83d' contains an invalid character (an unpaired surrogate)"),
-        (tags("{subject} \ud83d"), r"prompts.tags.prompt: '{subject} \ud83d' contains an invalid character (an unpaired surrogate)"),
+        (
+            tags("{subject} \ud83d"),
+            r"prompts.tags.prompt: '{subject} \ud83d' contains an invalid character (an unpaired surrogate)",
+        ),
         ({"name": "Wall, red"}, 'name: "Wall, red" is not a name without commas, which separate styles'),
     ],
 )
@@ -462,12 +465,16 @@ def test_a_users_pack_replaces_the_shipped_one_and_is_seen_without_a_restart(tmp
 
 
 def test_an_unknown_pack_is_an_error_that_lists_the_choices():
-    with pytest.raises(BadStylePack, match="no style pack 'corprate'; choose one of: black-and-white, care-science-law"):
+    with pytest.raises(
+        BadStylePack, match="no style pack 'corprate'; choose one of: black-and-white, care-science-law"
+    ):
         SHIPPED.pick("corprate")
 
 
 def test_an_unknown_style_is_an_error_that_lists_the_choices():
-    with pytest.raises(BadStylePack, match="'outdoor' has no style 'Moon'; choose one of: Park in open shade, Golden hour"):
+    with pytest.raises(
+        BadStylePack, match="'outdoor' has no style 'Moon'; choose one of: Park in open shade, Golden hour"
+    ):
         SHIPPED.pick("outdoor").prompts(SUBJECT, "sdxl", 1, seed=0, styles=["Moon"])
 
 
