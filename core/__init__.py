@@ -4,8 +4,8 @@ from core import train
 
 lora = train("photos", "sd15.safetensors", output="me.safetensors")
 
-More is in its rooms, `lora`, `photos`, `pictures`, `training`, `studio` and others: `core.lora.merge_loras`. Where it is
-installed, `facelora` hands out all of this, as `facelora.train` and `facelora.lora.merge_loras`.
+Its rooms, `lora`, `photos`, `pictures`, `training`, `studio` and others, have more: `core.lora.merge_loras`. In an installed
+package, `facelora` offers all of this, as `facelora.train` and `facelora.lora.merge_loras`.
 
 Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .lazy_names import lazy_names
 
-# Trainings with `deterministic` need it, and torch reads it once, at the first matrix product of the process.
+# Training with `deterministic` needs this, and torch reads it once, at the first matrix product of the process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Runs the command line as `python -m core` in a clone."""
+"""Run the command line as `python -m core` in a clone."""
 
 import sys
 

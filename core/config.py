@@ -1,7 +1,7 @@
 """The settings of a training run, as one frozen value that checks itself.
 
-Every field is declared with `option(default, help, low, high, group)`, from which the command line and the tooltips and
-help pages of ComfyUI are made, and by which every value is checked.
+Every field is declared with `option(default, help, low, high, group)`. The command line's options, ComfyUI's tooltips and help
+pages, and the checks of values are all made from it.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SavePrecision = Literal["fp16", "bf16", "fp32"]
 MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivotal", "textual-inversion"]
-"""The training methods. Each is a file in core/training/methods/, with _ in its name where there is a - here."""
+"""The training methods. Each is a file in core/training/methods/, with _ in its name instead of -."""
 RecipeName = Literal["fast", "balanced", "best"]
-"""The recipes: little, usual and much training."""
+"""The recipes: for a quick, normal or thorough training run."""
 
 Group = Literal["person", "method", "photos", "optimizer", "loss", "prior preservation", "base", "machine", "output"]
-"""The subjects of settings, which are headings in the command line's help."""
+"""The subjects of settings, used as headings in the command line's help."""
 
 
 def option(default: Any, text: str, low: float | None = None, high: float = math.inf, *, group: Group) -> Any:
-    """A dataclass field with its default, the sentence that explains it (unit included), its range and its group.
+    """Return a dataclass field with its default, the sentence that explains it (unit included), its range and its group.
 
-    `low` and `high` are the least and the greatest value that is allowed; for a table they bound each number in it.
+    `low` and `high` are the smallest and largest allowed value; for a table they limit each number in it.
     """
     metadata = {"help": text, "low": low, "high": high, "group": group}
     if isinstance(default, dict):
@@ -40,7 +40,7 @@ def option(default: Any, text: str, low: float | None = None, high: float = math
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run. With the photos and the base model they decide its result.
+    """All settings of a training run. With the photos and the base model they determine its result.
 
     Raises BadConfig for a value of the wrong type or out of range, and for settings that contradict each other.
     """
@@ -319,50 +319,52 @@ class TrainConfig:
             self._check_prodigy()
 
     def _check_together(self) -> None:
-        """Raises BadConfig when two settings contradict each other, or one needs another."""
+        """Raise BadConfig if two settings contradict each other, or one requires another."""
         if not self.trigger_word.strip() or not self.class_word.strip():
             raise BadConfig("trigger_word and class_word must not be empty")
         if self.timestep_min > self.timestep_max:
             raise BadConfig(f"timestep_min = {self.timestep_min} is above timestep_max = {self.timestep_max}")
         if self.debiased and self.min_snr_gamma and self.min_snr_gamma != type(self).min_snr_gamma:
-            raise BadConfig("debiased and min_snr_gamma are both set; they weight the same loss: choose one")
+            raise BadConfig("debiased and min_snr_gamma both weight the loss; set only one of them")
         if not self.sample_every and (self.sample_prompts or self.thumbnail or self.hold_out):
-            raise BadConfig("sample_prompts, thumbnail and hold_out need samples: set sample_every")
+            raise BadConfig("sample_prompts, thumbnail and hold_out require samples: set sample_every")
         if self.thumbnail and self.sample_every > self.steps:
-            raise BadConfig(
-                f"thumbnail: with sample_every = {self.sample_every} no sample is drawn in {self.steps} steps"
-            )
+            raise BadConfig(f"thumbnail: sample_every = {self.sample_every} draws no sample in {self.steps} steps")
         if not self.hold_out and (self.stop_early or self.merge_best):
-            raise BadConfig("stop_early and merge_best go by likeness, which needs photos held out: set hold_out")
+            raise BadConfig("stop_early and merge_best require likeness, and so held-out photos: set hold_out")
         if self.merge_best and self.keep == "last":
-            raise BadConfig("merge_best averages the best checkpoints, keep = 'last' takes the last: choose one")
+            raise BadConfig(
+                "merge_best uses the best intermediate LoRAs, but keep = 'last' the last one: set only one of them"
+            )
         if self.warmup_steps >= self.steps:
-            raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
+            raise BadConfig(f"warmup_steps = {self.warmup_steps} must be less than steps = {self.steps}")
 
     def _check_prodigy(self) -> None:
-        """Raises BadConfig for learning rates that do not suit Prodigy, which finds one rate for all parameters by itself."""
+        """Raise BadConfig for learning rates that Prodigy cannot use, since it finds one rate for all parameters."""
         rate = self.prodigy_rate
         if rate < 0.1:
-            raise BadConfig(f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0")
+            raise BadConfig(
+                f"learning_rate = {rate}: prodigy finds the rate automatically; leave it out, or set it to 1.0"
+            )
         others = {self.text_encoder_lr} - {0, rate} | {self.embedding_lr} - {type(self).embedding_lr, rate}
         if others or self.lora_plus_ratio != 1:
             raise BadConfig(
-                f"prodigy has one rate for all, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
-                "lora_plus_ratio, or set the first two to it"
+                f"prodigy uses one rate for everything, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
+                "lora_plus_ratio, or set the first two to this rate"
             )
 
     @property
     def prodigy_rate(self) -> float:
-        """The factor on the learning rate that Prodigy finds."""
+        """The factor applied to the learning rate that Prodigy finds."""
         return 1.0 if self.learning_rate is None else self.learning_rate
 
     @property
     def embedding_rate(self) -> float:
-        """The peak learning rate of the token vectors of a new word."""
+        """The peak learning rate of a new word's token vectors."""
         return self.prodigy_rate if self.optimizer == "prodigy" else self.embedding_lr
 
     def alpha_for(self, rank: int) -> float:
-        """The alpha of a module of that rank: that of the settings, else the rank itself."""
+        """Return the alpha of a module of that rank: the one in the settings, else the rank."""
         return float(rank if self.alpha is None else self.alpha)
 
 
@@ -392,7 +394,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
-    """The numbers in a setting's value, the value itself or each number of a table or list, as (name for messages, number)."""
+    """Return the numbers in a setting's value, a number, table or list, as pairs (name for messages, number)."""
     if isinstance(value, dict):
         return [(f"{name}: {key}", number) for key, number in value.items()]
     if isinstance(value, tuple):
@@ -413,15 +415,15 @@ def _check_patterns(name: str, patterns: Mapping[str, float]) -> None:
     for pattern in patterns:
         if not _PATTERN.fullmatch(pattern):
             raise BadConfig(
-                f"{name}: {pattern!r} is no pattern: give a part of a module's name, where * is any text, [01] one of these "
+                f"{name}: {pattern!r} is not a valid pattern: use a part of a module's name. * is any text, [01] one of these "
                 "characters, ^ the beginning and $ the end"
             )
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of `rank_pattern` or `alpha_pattern` matches the name of a module.
+    """Return whether a pattern of `rank_pattern` or `alpha_pattern` matches the name of a module.
 
-    `\\.` and `.*` still mean a dot and any text: the patterns were regular expressions once, which may never end.
+    `\\.` and `.*` still mean a dot and any text: patterns used to be regular expressions, which may never end.
     """
     text = pattern.replace(r"\.", ".").replace(".*", "*")
     start, end = "" if text.startswith("^") else "*", "" if text.endswith("$") else "*"
@@ -429,13 +431,13 @@ def name_matches(pattern: str, name: str) -> bool:
 
 
 _MOST_TOML, _MOST_DOTS = 2**18, 100
-"""The most characters of a TOML text, and the most dots in a line: a key takes memory with the square of its parts."""
+"""The most characters of a TOML text, and the most dots in a line: a key's memory grows with the square of its parts."""
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The settings in a TOML text. Raises BadConfig, which says what is wrong with it."""
+    """Parse the settings in a TOML text. Raises BadConfig with what is wrong."""
     if len(text) > _MOST_TOML:
-        raise BadConfig(f"has {len(text):,} characters, and at most {_MOST_TOML:,} are read")
+        raise BadConfig(f"the text has {len(text):,} characters, and the limit is {_MOST_TOML:,}")
     for number, line in enumerate(text.splitlines(), start=1):
         if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
             raise BadConfig(f"line {number} has more than {_MOST_DOTS} dots")
@@ -445,8 +447,8 @@ def parse_toml(text: str) -> dict[str, Any]:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
         settings = tomllib.loads(text)
-        repr(settings)  # fails for what is nested too deeply to be shown in a message
-    except ValueError as error:  # also for a number of thousands of digits
+        repr(settings)  # Raises for values nested too deeply for a message.
+    except ValueError as error:  # Also raised for a number of thousands of digits.
         raise BadConfig(str(error)) from None
     except RecursionError:
         raise BadConfig("values are nested too deeply") from None
@@ -462,15 +464,15 @@ def typed_settings(text: str) -> dict[str, Any]:
 
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
-    """A TrainConfig from plain settings, such as a TOML table.
+    """Return a TrainConfig from plain settings, such as a TOML table.
 
-    Raises BadConfig for a value that cannot work, and for an unknown name, with the nearest known ones in the message.
+    Raises BadConfig for an invalid value, and for an unknown name, with the nearest known ones in the message.
     """
     return TrainConfig(**known_settings(settings))
 
 
 def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by their names in TrainConfig, with _ for -. Raises BadConfig for one that is unknown or given twice."""
+    """Return the settings by their names in TrainConfig, with _ for -. Raises BadConfig for unknown or repeated ones."""
     import difflib
 
     known = [item.name for item in dataclasses.fields(TrainConfig)]
@@ -481,6 +483,6 @@ def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
             raise BadConfig(f"unknown setting {raw!r}; did you mean {', '.join(near)}?")
         if name in cleaned:
-            raise BadConfig(f"{name} is set twice, also as {name.replace('_', '-')}: leave one out")
+            raise BadConfig(f"{name} is set twice, also as {name.replace('_', '-')}: remove one of them")
         cleaned[name] = tuple(value) if isinstance(value, list) else value
     return cleaned

@@ -1,4 +1,4 @@
-"""The device and the precision of a computation, and the handling of a lack of memory."""
+"""Choose the device and precision of a computation, and handle a lack of memory."""
 
 import gc
 import os
@@ -18,27 +18,27 @@ from .errors import BadConfig, OutOfMemory
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
-"""The side, in pixels, of the tiles that a VAE works on where a whole picture does not fit into memory."""
+"""The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
 _OUT_OF_MEMORY = (
-    "out of memory",  # of CUDA, HIP, XPU and MPS, in errors of several classes
+    "out of memory",  # CUDA, HIP, XPU and MPS, in errors of several classes.
     "DefaultCPUAllocator: can't allocate",
-    "DefaultCPUAllocator: not enough memory",  # on Windows
+    "DefaultCPUAllocator: not enough memory",  # On Windows.
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "HOST_ALLOCATION_FAILED",
-    # cuDNN swallows the allocator's error, and then says that no way of computing a convolution was left.
+    # cuDNN hides the allocator's error, and then reports that it has no way of computing a convolution.
     "GET was unable to find an engine to execute this computation",
     "FIND was unable to find an engine to execute this computation",
-    "ERROR_OUT_OF_DEVICE_MEMORY",  # of XPU's drivers: Level Zero, Unified Runtime
+    "ERROR_OUT_OF_DEVICE_MEMORY",  # XPU's drivers: Level Zero, Unified Runtime.
     "ERROR_OUT_OF_HOST_MEMORY",
     "ERROR_OUT_OF_RESOURCES",
 )
-"""What messages say of a lack of memory where the class of the error does not."""
+"""Texts that identify an out-of-memory error if its class doesn't."""
 # From ComfyUI's comfy/model_management.py, version 0.30:
 BROKEN_FP16 = (
     "1660", "1650", "1630", "T500", "T550", "T600", "MX550", "MX450", "CMP 30HX", "T2000", "T1000", "T1200",
 )  # fmt: skip
-"""Parts of the names of NVIDIA's cards of compute capability 7.5 whose fp16 gives NaN."""
+"""Parts of the names of NVIDIA cards of compute capability 7.5 whose fp16 gives NaN."""
 NO_BF16 = ("gfx1030", "gfx1031", "gfx1035", "gfx1010", "gfx1011", "gfx1012", "gfx906", "gfx900", "gfx803")
 """AMD's architectures without bf16, RDNA 2 and older. Their compute capability is the number in the name."""
 _Item = TypeVar("_Item")
@@ -46,18 +46,18 @@ _Result = TypeVar("_Result")
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The name that a dtype of PRECISIONS has in the settings."""
+    """Return the name of a dtype of PRECISIONS in the settings."""
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def device_and_dtype(
     config: TrainConfig, device: torch.device | None = None, overflows_in_fp16: bool = False
 ) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype to compute with.
+    """Return the device and the dtype to compute with.
 
-    Without `device` it is CUDA, else Intel's XPU, else Apple's MPS, else the CPU. The precision "auto" is bf16 where the device
-    has it, else fp16 where the device has it and the model does not overflow in it, else fp32; on a CPU it is always fp32.
-    Raises BadConfig for a GPU for which this torch has no kernels.
+    The default device is CUDA, else Intel's XPU, else Apple's MPS, else the CPU. On a CPU, precision "auto" is always fp32. On
+    other devices it is bf16 if the device supports it, else fp16 if the device supports it and the model doesn't overflow, else
+    fp32. Raises BadConfig for a GPU that this torch has no kernels for.
     """
     if device is None:
         device = best_device()
@@ -69,7 +69,7 @@ def device_and_dtype(
 
 
 def best_device() -> torch.device:
-    """The fastest kind of device that torch finds."""
+    """Return the fastest kind of device that torch finds."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if torch.xpu.is_available():
@@ -78,7 +78,7 @@ def best_device() -> torch.device:
 
 
 def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False) -> torch.dtype:
-    """The fastest dtype whose results on the device are right."""
+    """Return the fastest dtype with correct results on the device."""
     if device.type == "xpu":
         return torch.bfloat16 if torch.xpu.is_bf16_supported() else torch.float32
     if device.type == "mps":
@@ -90,7 +90,7 @@ def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False) -> torc
         has_bf16 = not any(architecture in card.gcnArchName for architecture in NO_BF16)
         has_fp16 = True
     else:
-        # Older cards only emulate bf16, and torch.cuda.is_bf16_supported() says yes to that.
+        # Older cards only emulate bf16, but torch.cuda.is_bf16_supported() returns True for them.
         has_bf16 = card.major >= 8
         has_fp16 = not any(name in card.name for name in BROKEN_FP16)
     if has_bf16:
@@ -99,7 +99,7 @@ def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False) -> torc
 
 
 def why_no_kernels(device: torch.device) -> str | None:
-    """Why nothing can be computed on an NVIDIA card: this torch has no kernels for it. None where it has."""
+    """Return why this torch cannot compute on an NVIDIA card, if it has no kernels for it; None if it can."""
     built_for = torch.cuda.get_arch_list() if device.type == "cuda" and not torch.version.hip else []
     if not built_for:
         return None
@@ -108,24 +108,24 @@ def why_no_kernels(device: torch.device) -> str | None:
         kind, _, number = name.partition("_")
         digits = "".join(filter(str.isdigit, number))
         major, minor = int(digits[:-1]), int(digits[-1])
-        # Kernels run on cards of the same generation; those that are kept as PTX (compute_90) on all later ones.
+        # Kernels run on cards of the same generation; kernels stored as PTX (compute_90) also run on all later ones.
         if (kind == "sm" and card.major == major and card.minor >= minor) or (
             kind == "compute" and (card.major, card.minor) >= (major, minor)
         ):
             return None
     return (
         f"this torch has no kernels for the {card.name} (compute capability {card.major}.{card.minor}): it is built for "
-        f"{', '.join(built_for)}; install a build for the card (older cards need one for an older CUDA), or compute on the cpu"
+        f"{', '.join(built_for)}; install a build for the card (older cards require an older CUDA), or use the device cpu"
     )
 
 
 def keeps_narrow_weights(device: torch.device) -> bool:
-    """Whether weights in fp8 can be on the device. MPS has no such dtype (pytorch#148420)."""
+    """Return whether the device supports weights in fp8. MPS lacks them (pytorch#148420)."""
     return device.type != "mps"
 
 
 def processor(device: torch.device) -> str:
-    """The name of the device's processor, as the system tells it."""
+    """Return the name of the device's processor, as reported by the system."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = Path("/proc/cpuinfo")
@@ -135,10 +135,10 @@ def processor(device: torch.device) -> str:
 
 @contextmanager
 def deterministic_if(wanted: bool) -> Iterator[None]:
-    """A context in which a GPU computes the same numbers from the same inputs each time, if that is wanted.
+    """Make a GPU compute the same numbers from the same inputs within the context, if `wanted`.
 
-    cuBLAS reads its setting, which this package sets when it is imported, once per process. Raises BadConfig for an operation
-    that torch has no such form of.
+    cuBLAS reads its setting once per process; this package sets it when it is imported. Raises BadConfig for an operation that
+    torch has no deterministic form of.
     """
     if not wanted:
         yield
@@ -147,7 +147,7 @@ def deterministic_if(wanted: bool) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    memory.fill_uninitialized_memory = False  # Nothing here reads uninitialized memory.
     try:
         yield
     except RuntimeError as error:
@@ -161,14 +161,14 @@ def deterministic_if(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
-    """A context without the inexact sums and the trials of kernels that ComfyUI's --fast sets for its whole process.
+    """Turn off the inexact sums and kernel trials that ComfyUI's --fast sets for its whole process.
 
-    Without `tf32`, convolutions in float32 are not rounded to TF32 either, as cuDNN does by default.
+    Without `tf32`, float32 convolutions are not rounded to TF32 either, which cuDNN does by default.
     """
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = torch.backends.cudnn
     settings = [(convolutions, "benchmark", False)]
-    if hasattr(products, "allow_fp16_accumulation"):  # torch 2.7 and later
+    if hasattr(products, "allow_fp16_accumulation"):  # Only torch 2.7 and later has this.
         settings.append((products, "allow_fp16_accumulation", False))
     if not tf32:
         settings += [(convolutions, "allow_tf32", False), (products, "allow_tf32", False)]
@@ -183,10 +183,10 @@ def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
 
 
 def stay_within_free_memory(device: torch.device) -> None:
-    """On Windows, makes an allocation fail that does not fit into the GPU's free memory, for the rest of the process.
+    """On Windows, make allocations fail that exceed the GPU's free memory, for the rest of the process.
 
-    There the driver would move memory of the GPU to the computer's without a word, and each step would take many times as
-    long, where a smaller memory plan takes a third more.
+    Otherwise the driver silently moves GPU memory to the computer's memory. Each step then takes many times as long, while a
+    smaller memory plan only takes a third more.
     """
     if sys.platform == "win32" and device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -196,7 +196,7 @@ def stay_within_free_memory(device: torch.device) -> None:
 
 @contextmanager
 def within_free_memory(device: torch.device) -> Iterator[None]:
-    """A context with the bound of `stay_within_free_memory`, for programs that have other work after it."""
+    """Apply the limit of `stay_within_free_memory` within the context, for programs that do other work afterwards."""
     stay_within_free_memory(device)
     try:
         yield
@@ -206,9 +206,9 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """The bytes that can still be allocated on a device; None where the system does not say.
+    """Return the bytes that can still be allocated on a device; None if the system doesn't report them.
 
-    On a GPU they include what torch has reserved but does not use, and what nothing but reference cycles keeps alive.
+    On a GPU they include memory that torch has reserved but doesn't use, or that only reference cycles keep alive.
     """
     if device.type == "cuda":
         gc.collect()
@@ -224,37 +224,37 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error reports a lack of memory, on any device."""
+    """Return whether an error reports a lack of memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items: Sequence[_Item]) -> list[_Result]:
-    """What `compute` makes of the items together; where memory runs out, of each half of them, down to single ones.
+    """Return the results of `compute` for all items together; if memory runs out, for halves, down to single items.
 
-    A lack of memory with a single item is raised as it is.
+    A lack of memory with a single item is raised unchanged.
     """
     try:
         return compute(items)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or len(items) == 1:
             raise
-    # Out of the except clause, where the error no longer holds on to what was computed.
+    # This is outside the except clause, where the error would keep the computed tensors alive.
     release_memory()
     middle = len(items) // 2
     return [result for half in (items[:middle], items[middle:]) for result in in_parts_that_fit(compute, half)]
 
 
 def release_memory() -> None:
-    """Return unused memory to the system: the GPU's, and page-locked memory of the computer.
+    """Return unused memory to the system: the GPU's, and the computer's page-locked memory.
 
     Garbage is collected first, since networks of other libraries contain reference cycles.
     """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        if empty_host_cache := getattr(torch._C, "_host_emptyCache", None):  # in builds for a GPU
+        if empty_host_cache := getattr(torch._C, "_host_emptyCache", None):  # Only in builds for a GPU.
             empty_host_cache()
     if torch.xpu.is_available():
         torch.xpu.empty_cache()
@@ -264,21 +264,21 @@ def release_memory() -> None:
 
 @contextmanager
 def explained_memory_error(advice: str) -> Iterator[None]:
-    """A context in which a lack of memory raises OutOfMemory, with `advice` on what to change."""
+    """Raise OutOfMemory, with `advice` on what to change, for a lack of memory within the context."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        raise OutOfMemory(f"the device has not enough memory ({reason}); use {advice}") from None
+        raise OutOfMemory(f"the device does not have enough memory ({reason}); use {advice}") from None
 
 
 def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
-    """The result of `compute`; where memory runs out, that of a second call with `vae` working on overlapping tiles.
+    """Return the result of `compute`; if memory runs out, call it again with `vae` working on overlapping tiles.
 
-    `vae` is one of diffusers' and keeps working on tiles afterwards. A lack of memory with tiles is raised as it is.
-    Without tiles, the decoders of today's families take about 9 GB for 1024 pixels in float32.
+    `vae` is a diffusers VAE, and keeps working on tiles afterwards. A lack of memory with tiles is raised unchanged. Without
+    tiles, the decoders of today's families need about 9 GB for 1024 pixels in float32.
     """
     try:
         return compute()

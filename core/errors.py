@@ -3,25 +3,25 @@
 import unicodedata
 
 MOST_CHARACTERS = 4000
-"""The most characters of a caption, a prompt, the text of a setting, and a message: text encoders take a few hundred words."""
+"""The most characters of a caption, prompt, text setting or message: text encoders take a few hundred words."""
 
 
 def one_line(text: str) -> str:
-    """The text with unprintable characters replaced: names in files may hold line breaks and terminal commands."""
+    """Replace unprintable characters in a text: file names may contain line breaks and terminal commands."""
     return "".join(character if _is_shown(character) else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _is_shown(character: str) -> bool:
-    return character.isprintable() or unicodedata.category(character) == "Zs"  # macOS writes times with narrow spaces
+    return character.isprintable() or unicodedata.category(character) == "Zs"  # macOS uses narrow spaces in times.
 
 
 def counted(number: int, one: str, more: str = "") -> str:
-    """The number and what it counts, such as "1 photo" or "12 photos". `more` is for what does not just get an s."""
+    """Return a number with its noun, such as "1 photo" or "12 photos". `more` is an irregular plural."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 class FaceLoraError(Exception):
-    """The base of all errors that the user can fix. The command line prints the message and exits with code 1."""
+    """The base class of all errors that the user can fix. The command line prints the message and exits with code 1."""
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -41,7 +41,7 @@ class UnknownFamily(FaceLoraError):
 
 
 class NoLora(UnknownFamily):
-    """A file without a single tensor of an adapter."""
+    """A file without any tensor of an adapter."""
 
 
 class UnmatchedKeys(FaceLoraError):
@@ -49,15 +49,15 @@ class UnmatchedKeys(FaceLoraError):
 
 
 class LoraMisfit(FaceLoraError):
-    """A LoRA that does not fit the base model it is to be applied to."""
+    """A LoRA that does not fit the base model that it would be applied to."""
 
 
 class BadPhoto(FaceLoraError):
-    """A photo that cannot be used, or a set of photos that is not enough."""
+    """A photo that cannot be used, or a set of too few photos."""
 
 
 class BadConfig(FaceLoraError):
-    """An option with a value that cannot work, or options that contradict each other."""
+    """A setting with an invalid value, or settings that contradict each other."""
 
 
 class TrainingDiverged(FaceLoraError):
@@ -69,14 +69,14 @@ class OutOfMemory(FaceLoraError):
 
 
 class MissingPackage(FaceLoraError):
-    """An optional package that the requested feature needs is not installed."""
+    """A missing optional package that the requested feature requires."""
 
 
 class BadStylePack(FaceLoraError):
-    """A style pack or a style that cannot be used, or a name that no pack or style has."""
+    """A style pack or style that cannot be used, or an unknown name of one."""
 
 
 def check_length(what: str, text: str, error: type[FaceLoraError] = BadConfig) -> None:
-    """Raises `error` for a text of more than MOST_CHARACTERS, which `what` names in the message."""
+    """Raise `error` for a text of more than MOST_CHARACTERS; `what` names it in the message."""
     if len(text) > MOST_CHARACTERS:
-        raise error(f"{what}: has {len(text):,} characters, and at most {MOST_CHARACTERS:,} are read")
+        raise error(f"{what}: {len(text):,} characters; the limit is {MOST_CHARACTERS:,}")

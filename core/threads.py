@@ -1,4 +1,4 @@
-"""The number of processor threads to compute with: what the process may use, which is often less than the machine has.
+"""Choose the number of processor threads: what the process may use, which is often less than the machine has.
 
 torch, OpenMP and onnxruntime start a thread for each core of the machine, whatever a container allows. Importing this module
 loads nothing heavy, since OpenMP reads its settings once, when torch is loaded.
@@ -12,34 +12,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPINS = "3000"
-"""The rounds for which a waiting OpenMP thread spins before it sleeps, about a tenth of a millisecond.
+"""The rounds that a waiting OpenMP thread spins before it sleeps, about a tenth of a millisecond.
 
-GNU's library spins for milliseconds by default: beside busy processes most of a step is then spent waiting. Threads that
-sleep at once make the small operations of a small network as slow as one thread does. docs/benchmarks.md has the figures."""
+GNU's library spins for milliseconds by default, and beside busy processes most of a step is then spent waiting. Threads that
+sleep at once make the small operations of a small network as slow as with one thread. See docs/benchmarks.md."""
 FEW = 4
-"""The most threads for small networks: those for faces, and the demo's, whose step two threads make 1.7 times as fast."""
+"""The most threads for small networks: the face networks, and the demo's, whose step is 1.7 times as fast with two threads."""
 
 
 @dataclass(frozen=True)
 class Threads:
-    """A number of threads, and where it comes from."""
+    """A number of threads, and the reason for it."""
 
     count: int
     why: str
 
 
 def usable_threads(root: Path = Path("/")) -> Threads:
-    """The number of threads that this process can keep busy: the fewest of the processors that it may run on, their physical
-    cores, and the cores that its control group may use (cgroup v1 and v2).
+    """Return the number of threads that this process can keep busy.
 
-    `root` is the folder that has `proc` and `sys` in it.
+    It is the smallest of the processors that the process may run on, their physical cores, and the cores that its control group
+    allows (cgroup v1 and v2).
+
+    `root` is the folder that contains `proc` and `sys`.
     """
     quotas = (Threads(max(1, int(quota)), f"its control group may use {quota:g} cores") for quota in _quotas(root))
     return min(*_machine_limits(root), *quotas, key=lambda limit: limit.count)
 
 
 def _machine_limits(root: Path) -> list[Threads]:
-    """The limits that torch knows too. The narrower reason is the first."""
+    """Return the limits that torch also applies. The narrower reason is first."""
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     topology = (f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list" for number in processors)
     cores = {siblings for name in topology if (siblings := _read(root, name))}
@@ -49,7 +51,7 @@ def _machine_limits(root: Path) -> list[Threads]:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The cores that each control group of the process may use, from its own up to the root, where there is a limit."""
+    """Yield the core limit of each control group of the process that has one, from its own up to the root."""
     for line in _read(root, "proc/self/cgroup").splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -63,7 +65,7 @@ def _quotas(root: Path) -> Iterator[float]:
                     limit = [_read(root, name) for name in names]
                 else:
                     limit = _read(root, f"{folder}/cpu.max").split()
-                with suppress(ValueError, ZeroDivisionError):  # no limit is "max" or -1, and a missing file ""
+                with suppress(ValueError, ZeroDivisionError):  # "max" or -1 means no limit; a missing file gives "".
                     quota, period = (float(number) for number in limit)
                     if quota > 0:
                         yield quota / period
@@ -78,24 +80,24 @@ def _read(root: Path, name: str) -> str:
 
 
 def threads_for_small_networks() -> int:
-    """The threads for a network whose operations are too small for more than FEW, at most as many as OMP_NUM_THREADS says."""
+    """Return the threads for a network whose operations are too small for more than FEW, at most OMP_NUM_THREADS."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return min(FEW, int(wanted) if wanted.isdecimal() and int(wanted) else usable_threads().count)
 
 
 def thread_settings(few: bool = False) -> dict[str, str]:
-    """The environment in which libraries compute with the threads that suit this process, at most FEW for `few`."""
+    """Return the environment that makes libraries use the threads that suit this process, at most FEW for `few`."""
     number = str(threads_for_small_networks() if few else usable_threads().count)
-    settings = {"OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number}  # the latter for tokenizers
+    settings = {"OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number}  # RAYON is for tokenizers.
     if "OMP_WAIT_POLICY" not in os.environ:
-        settings |= {"GOMP_SPINCOUNT": SPINS, "KMP_BLOCKTIME": "1"}  # GNU, on Linux; LLVM and Intel, in milliseconds
+        settings |= {"GOMP_SPINCOUNT": SPINS, "KMP_BLOCKTIME": "1"}  # GNU, on Linux; LLVM and Intel, in milliseconds.
     return settings
 
 
 def set_threads(few: bool = False) -> None:
-    """Sets `thread_settings` for a program of our own, before it loads torch. What the user has set stays.
+    """Apply `thread_settings` in our own programs before they load torch. The user's settings are kept.
 
-    A program that has loaded torch is somebody else's, and nothing changes.
+    A process that has already loaded torch belongs to another program, and is left unchanged.
     """
     if "torch" not in sys.modules:
         for name, value in thread_settings(few).items():
@@ -104,9 +106,9 @@ def set_threads(few: bool = False) -> None:
 
 @contextmanager
 def within_quota() -> Iterator[None]:
-    """A context in which torch, loaded by another program, has no more threads than a container's quota has cores.
+    """Limit the threads of torch, loaded by another program, to the cores of a container's quota within the context.
 
-    Only torch's own default is lowered, not a number that the program or its user has chosen.
+    Only torch's own default is lowered, not a number that the program or its user has set.
     """
     import torch
 

@@ -63,7 +63,7 @@ def test_a_pattern_is_a_part_of_a_name(pattern, matches):
 )
 def test_what_is_no_pattern_is_refused(pattern):
     for name in ("rank_pattern", "alpha_pattern"):
-        with pytest.raises(BadConfig, match=f"^{name}: .* is no pattern: give a part of a module's name"):
+        with pytest.raises(BadConfig, match=f"^{name}: .* is not a valid pattern: use a part of a module's name"):
             config_from({name: {pattern: 4}})
 
 
@@ -91,7 +91,7 @@ def test_every_setting_is_an_option_with_its_help():
     [
         (".".join("a" * 2000) + " = 1", "line 1 has more than 100 dots"),
         ("[" + ".".join("a" * 2000) + "]", "line 1 has more than 100 dots"),
-        ("# a\n" * 2**16 + "a", "has 262,145 characters, and at most 262,144 are read"),
+        ("# a\n" * 2**16 + "a", "has 262,145 characters, and the limit is 262,144"),
         ("a = [" * 10_000, "nested too deeply|Invalid"),
         ("a = " + "1" * 5000, "Exceeds the limit"),
     ],

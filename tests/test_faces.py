@@ -139,7 +139,7 @@ def test_embedding_takes_the_face_it_is_told(network):
 def test_a_missing_package_is_named_with_the_command_that_installs_it_and_nothing_else(monkeypatch, package):
     name = package.split()[-1]
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingPackage, match=rf"need {name}, .*: pip install {package}( \(|$)"):
+    with pytest.raises(MissingPackage, match=rf"require {name}, .*: pip install {package}( \(|$)"):
         load_faces()
 
 
@@ -162,11 +162,11 @@ def test_a_network_that_does_not_scale_its_pixels_gets_them_from_minus_one_to_on
 def test_a_file_that_is_no_face_network_is_refused(tmp_path):
     save_mean_colour(tmp_path / "small.onnx", size=64)
     (tmp_path / "noise.onnx").write_bytes(b"not a network" * 99)
-    with pytest.raises(BadFile, match=r"small\.onnx: takes \[\[1, 3, 64, 64\]\]"):
+    with pytest.raises(BadFile, match=r"small\.onnx: its inputs are \[\[1, 3, 64, 64\]\]"):
         load_faces(tmp_path / "small.onnx")
     with pytest.raises(BadFile, match=r"noise\.onnx: onnxruntime cannot run it"):
         load_faces(tmp_path / "noise.onnx")
-    with pytest.raises(BadConfig, match="'arcface': choose sface, dlib, or an ONNX file"):
+    with pytest.raises(BadConfig, match="'arcface': choose sface, dlib, or an existing ONNX file"):
         load_faces("arcface")
 
 

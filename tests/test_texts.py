@@ -32,7 +32,7 @@ LONG = "a" * 4001
     ids=["caption", "trigger word", "sample prompt", "prompt", "negative"],
 )
 def test_a_long_text_is_refused(make: Callable[[], object], error: type[FaceLoraError], words: str):
-    with pytest.raises(error, match=f"^{words}: has 4,001 characters, and at most 4,000 are read$"):
+    with pytest.raises(error, match=f"^{words}: 4,001 characters; the limit is 4,000$"):
         make()
 
 
@@ -42,12 +42,12 @@ def test_a_photo_with_a_long_caption_is_left_out(tmp_path):
         (tmp_path / f"{name}.txt").write_text(caption)
     warnings: list[str] = []
     assert [photo.name for photo in read_photos(tmp_path, on_warning=warnings.append)] == ["a.png"]
-    assert len(warnings) == 1 and "b.png: its caption: has 4,001" in warnings[0]
+    assert len(warnings) == 1 and "b.png: its caption: 4,001" in warnings[0]
 
 
 def test_a_long_prompt_of_a_style_is_refused(tmp_path):
     pack = find_style_packs([write_quick_pack(tmp_path / "packs")]).pick("quick")
-    with pytest.raises(BadStylePack, match=r"has 4,0\d\d characters, and at most"):
+    with pytest.raises(BadStylePack, match=r"4,0\d\d characters; the limit is"):
         pack.prompts(Subject(LONG), "sd15", 1, 1)
 
 

@@ -278,7 +278,7 @@ def test_a_lack_of_memory_is_explained_where_photos_are_encoded_and_pictures_dra
         ({"encode_image": full}, partial(encode, dataset, config=CONFIG, device=CPU)),
         ({"predict": full}, lambda base: list(generate(base, [], [Job("a photo", 1, size=(64, 64))]))),
     ):
-        with pytest.raises(OutOfMemory, match=r"not enough memory \(CUDA .* or the device cpu"):
+        with pytest.raises(OutOfMemory, match=r"enough memory \(CUDA .* or the device cpu"):
             use(base=replace(base, family=replace(base.family, **change)))
 
 

@@ -455,7 +455,10 @@ def test_one_network_selects_and_another_judges_from_the_command_line(tmp_path, 
     training = ["train", str(photos), "--base", str(BASE_FILE), "--output", str(output), "--rank", "4", "--steps", "1"]
     measured = ["--hold-out", "2", "--sample-every", "1", "--sample-steps", "1", "--likeness-pictures", "1"]
     measured += ["--sample-guidance", "1", "--batch-size", "1"]
-    assert main([*training, "--no-check-photos", *network]) == 1 and "nothing to look at" in capsys.readouterr().err
+    assert (
+        main([*training, "--no-check-photos", *network]) == 1
+        and "--face-network has no effect" in capsys.readouterr().err
+    )
     assert main([*training, *measured, *network, "--judge", "sface"]) == 0
     curve = json.loads(LoraFile.read(output).metadata[LIKENESS_KEY])
     assert (curve["network"], curve["judge"]["network"]) == ("mean", "sface")
@@ -479,9 +482,9 @@ def test_one_network_selects_and_another_judges_from_the_command_line(tmp_path, 
 def test_a_judge_that_would_judge_nothing_or_itself_is_refused(tmp_path, watch, capsys):
     photos = str(write_photos(tmp_path / "photos", count=4))
     training = ["train", photos, "--base", str(BASE_FILE), "--output", str(tmp_path / "a.safetensors")]
-    assert main([*training, "--judge", "sface"]) == 1 and "no photos are held out" in capsys.readouterr().err
+    assert main([*training, "--judge", "sface"]) == 1 and "--judge requires held-out photos" in capsys.readouterr().err
     assert main(["score", photos, "--reference", photos, "--judge", "sface"]) == 1
-    assert "judge sface: is the network that it is to judge beside" in capsys.readouterr().err
+    assert "judge sface: a judge must be a different network" in capsys.readouterr().err
     with pytest.raises(BadConfig, match="judge sface"):
         watch_on(watch.network, photos_of(36)[:6], photos_of(36)[6:8], judge=watch)
 

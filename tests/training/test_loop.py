@@ -349,9 +349,9 @@ def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, meth
     run.train_step()
     assert {group["peak"] for group in run.optimizer.param_groups} == {1.0}
     assert capsys.readouterr().out == ""  # where reports in JSON go
-    with pytest.raises(BadConfig, match=r"prodigy has one rate for all, here 1: leave out .*embedding_lr"):
+    with pytest.raises(BadConfig, match=r"prodigy uses one rate for everything, here 1: leave out .*embedding_lr"):
         replace(PLAIN, optimizer="prodigy", method=method, embedding_lr=0.5)
-    with pytest.raises(BadConfig, match="prodigy has one rate for all"):
+    with pytest.raises(BadConfig, match="prodigy uses one rate for everything"):
         replace(PLAIN, optimizer="prodigy", text_encoder_lr=PLAIN.embedding_lr)
 
 

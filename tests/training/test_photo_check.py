@@ -93,7 +93,9 @@ def test_photos_that_were_asked_to_be_held_out_are_and_a_recipes_where_enough_ar
     )  # fmt: skip
     assert len(ready.used) == count - 1 and len(ready.held_out) == kept
     config = settled(replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True), ready)
-    assert config.stop_early == bool(kept) and any("likeness is not measured" in text for text in warnings) == (not kept)
+    assert config.stop_early == bool(kept) and any("likeness is not measured" in text for text in warnings) == (
+        not kept
+    )
 
 
 def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos):
@@ -117,14 +119,14 @@ def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatc
     warnings: list[str] = []
     lora = train(photos, BASE_FILE, CONFIG, callbacks=Callbacks(on_warning=warnings.append))
     assert isinstance(lora, LoraFile) and trained_on(lora) == 6
-    assert "only the size, the light and exact copies" in warnings[0] and "pip install" in warnings[0]
+    assert "only checked for size, light and exact copies" in warnings[0] and "pip install" in warnings[0]
     assert warnings[1:] == [
         "copy.png is left out: the same picture as 1.png",
         "photos: 6 of 7 usable by size and brightness (no face was looked for)",
     ]
     assert main(["check", str(photos), "--base", str(BASE_FILE), "--json"]) == 0
     checked = capsys.readouterr()
-    assert "only the size" in checked.err and json.loads(checked.out)["network"] is None
+    assert "only checked for size" in checked.err and json.loads(checked.out)["network"] is None
 
 
 def test_photos_without_a_face_are_named_where_likeness_is_to_be_measured(photos):

@@ -156,7 +156,8 @@ def test_a_signal_in_a_step_stops_the_run_after_it(tmp_path, small_sd15, photo_f
     assert signal.getsignal(number) is before
     errors = capsys.readouterr().err
     assert (
-        errors.startswith("facelora: stopped after step 2 of 100000; go on with --resume") and errors.count("\n") == 1
+        errors.startswith("facelora: stopped after step 2 of 100000; continue with --resume")
+        and errors.count("\n") == 1
     )
     assert SafetensorsFile.open(tmp_path / "face.state.safetensors").metadata["step"] == "2"
     assert [path.name for path in tmp_path.iterdir()] == ["face.state.safetensors"]

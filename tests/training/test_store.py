@@ -122,7 +122,7 @@ def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
     assert run("--steps", "1", "--restart") == (False, 1)
     again = output.read_bytes()
     for options in ((), ("--resume",)):  # there is no state to go on from
-        assert main([*command, "--steps", "2", *options]) == 1 and "would replace it" in capsys.readouterr().err
+        assert main([*command, "--steps", "2", *options]) == 1 and "already exists" in capsys.readouterr().err
     assert output.read_bytes() == again
     assert run("--steps", "2", "--restart") == (False, 2)
     next(folder.iterdir()).unlink()
