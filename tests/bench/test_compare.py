@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_is_refused(base):
         Comparison(base, ("lora",), CONFIG, settings=("left",))
     with pytest.raises(BadConfig, match="method 'lora' is given twice"):
         Comparison(base, ("lora", "dora", "lora"), CONFIG)
-    with pytest.raises(BadConfig, match="rate of 'oft': the methods are lora"):
+    with pytest.raises(BadConfig, match="rate of 'oft': this method is not compared; the methods are lora"):
         Comparison(base, ("lora",), CONFIG, {"oft": 1e-3})
     with pytest.raises(BadConfig, match="learning_rate = -1"):
         Comparison(base, ("lora", "oft"), CONFIG, {"oft": -1.0})
