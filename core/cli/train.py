@@ -149,7 +149,7 @@ def format_likeness(measured: dict[str, Any]) -> str:
     ]
     judge = measured.get("judge")
     if judge:
-        rows.append(f"also measured by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
+        rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
     rows.append("      step  likeness  copying  leakage  drift" + ("  judged  leakage" if judge else ""))
     for index, point in enumerate(measured["points"]):
         name = "+".join(map(str, point["merged"])) or str(point["step"])

@@ -210,7 +210,9 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
         if not math.isfinite(strength):
             raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
     if config.clip_skip > 1 and not base.family.has_clip_skip:
-        raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} does not let you choose the layer. Leave it at 1")
+        raise BadConfig(
+            f"clip_skip = {config.clip_skip}: {base.family.title} does not let you choose the layer. Leave it at 1"
+        )
 
 
 def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
