@@ -247,7 +247,7 @@ def load_denoiser(
 
 
 def within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-    """Return what `draw` returns. If memory runs out, call it again with half of the blocks streamed, then with all."""
+    """Return what `draw` returns. If memory runs out, call it again with half of the blocks offloaded, then with all."""
     while True:
         try:
             return draw()

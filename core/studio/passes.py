@@ -74,7 +74,7 @@ def count_passes(
     cache = _cache(base, config, size, made)
     with mode, torch.random.fork_rng([]):
         run = Run(cache, faked, config, _CPU, plan=MemoryPlan(), training_adapter=training_adapter)
-        run.convolutions = None  # Faster CPU convolutions don't change the count.
+        run.convolutions = None  # Count without a CPU's faster convolutions, which are part of its speed.
         if isinstance(run.adapter, LycorisAdapter):
             for layer in run.adapter.layers.values():
                 layer.eval()  # peft's layer dropout needs values, and fake tensors have none.
