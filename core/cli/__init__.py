@@ -158,8 +158,10 @@ def function_of(place: str) -> Callable[..., Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and return the exit code: 0 if it succeeded, 1 if it failed with a message on stderr, 2 for wrong
-    usage."""
+    """Run a command, and return the exit code: 0 for success, 1 for a failure with a message on stderr, 2 for wrong usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Escape characters in names that the terminal's encoding lacks, as on stderr, instead of ending the program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     # Only --help and --version come before the command, and they end the program.
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -179,9 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         refuse(unknown)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Escape characters in names that the terminal's encoding lacks, as on stderr, instead of ending the program.
-        sys.stdout.reconfigure(errors="backslashreplace")
     if not hasattr(options, "command"):
         parser.print_help()
         return 2

@@ -162,6 +162,7 @@ def _problem_of(name: str) -> str:
     if name.casefold() in (REPORT, PAGE):
         return f"{name!r} is the name of a studio file; choose another name for this person"
     bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|') or not is_text(name)
+    bad = bad or RESERVED.fullmatch(name)
     return (
         f"{name!r} is not a valid folder name; choose another one for this person"
         if bad or not name.isprintable()
