@@ -89,8 +89,8 @@ def test_the_person_of_a_dead_worker_is_the_next_one_of_another():
     ]  # fmt: skip
     assert [one.name for one in results] == ["a", "b", "c"] and {one.status for one in results} == {"made"}
     assert [line for line in said if "ended" in line] == [
-        "worker 1 has ended: killed",
-        "worker 2 has ended: killed",
+        "worker 1 ended: killed",
+        "worker 2 ended: killed",
     ]
 
 

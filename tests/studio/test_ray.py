@@ -209,7 +209,7 @@ class Watch:
             time.sleep(0.01)
 
     def ended(self) -> list[dict[str, Any]]:
-        """What it has printed, when it has ended: results and warnings."""
+        """What it has printed, when it ended: results and warnings."""
         self.process.wait()
         return [json.loads(line) for line in self._printed.read_text().splitlines()]
 
