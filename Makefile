@@ -54,9 +54,9 @@ test-with-%: $(STAMP)
 	$(VENV)-$*/$(BIN)/python -m core demo --steps 5 --output demo_output
 	OMP_NUM_THREADS=1 $(VENV)-$*/$(BIN)/python -m pytest -m "$(FAST)" $(ENDS)
 
-# A deprecation warning, of this project or of a package, is an error.
+# What core calls, and a package has deprecated, is an error. Packages that call each other's are not ours to mend.
 test-deprecations: $(STAMP)
-	$(PYTEST) -m "$(FAST)" -W error::DeprecationWarning -W error::FutureWarning $(ENDS)
+	$(PYTEST) -m "$(FAST)" -o 'filterwarnings=error::DeprecationWarning:core\.' $(ENDS)
 
 # How much of each room the fast tests run, in percent. No figure is a goal.
 coverage: $(STAMP)

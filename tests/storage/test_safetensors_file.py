@@ -47,8 +47,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_the_safetensors_library_writes_the_same_bytes(tensors, tmp_path):
     metadata = {'quotes " and \\': "line\nbreak, tab\t, é, \x01, \x7f"}
-    if tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 6):
-        del tensors["of C64"]
+    if tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 6):  # which has fewer types
+        tensors = {name: tensor for name, tensor in tensors.items() if name in ("of F32", "of BF16", "flag", "empty")}
     save_safetensors(tmp_path / "a", tensors, metadata)
     assert (tmp_path / "a").read_bytes() == safetensors.torch.save(tensors, metadata)
 
