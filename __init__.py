@@ -1,10 +1,12 @@
-"""ComfyUI-FaceLoRA: a node pack in ComfyUI; installed the package `facelora`, which hands out the library `facelora.core`.
+"""ComfyUI-FaceLoRA: a node pack in ComfyUI and InvokeAI; installed the package `facelora`, which hands out the library `facelora.core`.
 
 import facelora
 
 lora = facelora.train("photos", "sd15.safetensors", output="me.safetensors")
 """
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +17,10 @@ elif __package__:  # pytest also imports this file by itself, as a module of no 
     from .core.lazy_names import lazy_names
 
     __getattr__, __dir__, __all__ = lazy_names(__name__, {".core": _core.__all__})
+
+    # InvokeAI imports the pack and then has the nodes. A wheel has none.
+    if "invokeai.app.invocations.load_custom_nodes" in sys.modules and Path(__file__).with_name("nodes").is_dir():
+        from .nodes import invokeai as invokeai
 
 WEB_DIRECTORY = "web"
 """Scripts for ComfyUI's pages, and the help pages of the nodes."""

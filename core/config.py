@@ -453,6 +453,14 @@ def parse_toml(text: str) -> dict[str, Any]:
     return settings
 
 
+def typed_settings(text: str) -> dict[str, Any]:
+    """The settings that a user typed into a node as lines of TOML. Raises BadConfig, which says how lines must look."""
+    try:
+        return parse_toml(text)
+    except BadConfig as error:
+        raise BadConfig(f"settings: {error}; each line is NAME = VALUE, text in quotes") from None
+
+
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
     """A TrainConfig from plain settings, such as a TOML table.
 

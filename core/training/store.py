@@ -32,6 +32,7 @@ from ..pictures.sheet import contact_sheet
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import (
     EARLIER,
+    RESERVED,
     check_writable,
     read_json,
     remove_leftovers,
@@ -64,6 +65,19 @@ _OUTPUT = "lora.safetensors"
 
 Curve = list[tuple[int, float]]
 """A list of (step, value), in the order of the steps."""
+
+
+def lora_path(name: str) -> str:
+    """The name of a LoRA that a user typed, NAME or FOLDER/NAME, without the ending `.safetensors`.
+
+    Raises BadConfig for a name that leads out of the folder or that some operating system does not allow.
+    """
+    parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
+    if any(part.strip() in ("", ".", "..") or RESERVED.fullmatch(part) for part in parts) or re.search(
+        r'[<>:"|?*\x00-\x1f]', name
+    ):
+        raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the folder of LoRAs")
+    return "/".join(parts)
 
 
 @dataclass(frozen=True)

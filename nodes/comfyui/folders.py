@@ -18,24 +18,11 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ...core.errors import BadConfig, FaceLoraError
+from ...core.errors import FaceLoraError
 from ...core.lora.embeddings import embedding_files, file_word
 from ...core.lora.file import LoraFile
 from ...core.storage.cache_folder import cache_folder
-from ...core.storage.files import RESERVED, make_folder
-
-
-def lora_path(name: str) -> str:
-    """The name of a LoRA that a user typed, NAME or FOLDER/NAME, without the ending `.safetensors`.
-
-    Raises BadConfig for a name that leads out of the folder or that some operating system does not allow.
-    """
-    parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
-    if any(part.strip() in ("", ".", "..") or RESERVED.fullmatch(part) for part in parts) or re.search(
-        r'[<>:"|?*\x00-\x1f]', name
-    ):
-        raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the loras folder")
-    return "/".join(parts)
+from ...core.storage.files import make_folder
 
 
 def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:

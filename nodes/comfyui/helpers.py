@@ -24,9 +24,9 @@ from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.pictures.sheet import contact_sheet
 from ...core.storage.files import write_file
 from ...core.tensor_names import SCHEMES
-from ...core.training.store import drawn_sample
+from ...core.training.store import drawn_sample, lora_path
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
-from .folders import lora_path, says_no_server_paths, without_server_paths
+from .folders import says_no_server_paths, without_server_paths
 from .plot import score_plot
 
 AUTOMATIC = "automatic"

@@ -17,21 +17,21 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ...core.config import TrainConfig, config_from, parse_toml
+from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.base import Base
 from ...core.models.families import FAMILIES
-from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.threads import within_quota
 from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from ...core.training.progress import likeness_word, step_line
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
-from ...core.training.store import TrainedFile, TrainingJob, find_or_train
+from ...core.training.store import TrainedFile, TrainingJob, find_or_train, lora_path
 from ...core.training.training_adapter import TrainingAdapter
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
-from .folders import lora_path, says_no_server_paths, without_server_paths, write_embedding
+from .folders import says_no_server_paths, without_server_paths, write_embedding
 from .plot import loss_plot
 from .runs import Run
 
@@ -134,7 +134,9 @@ class TrainFaceLora(io.ComfyNode):
         # The lines may be valid only beside a certain recipe or widget: with many steps, samples or photos held out.
         plenty = {"steps": 100_000, "sample_every": 1}
         try:
-            config_from(recipe_settings("best", next(iter(FAMILIES.values())).recipes, plenty | _toml(text or "")))
+            config_from(
+                recipe_settings("best", next(iter(FAMILIES.values())).recipes, plenty | typed_settings(text or ""))
+            )
         except FaceLoraError as problem:
             return str(problem)
         return True
@@ -237,7 +239,7 @@ def _config(
     given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed}
     if use == ALL:
         given["check_photos"] = False
-    given |= {**clip_skip, **_toml(settings)}
+    given |= {**clip_skip, **typed_settings(settings)}
     chosen = recipe_settings(recipe, FAMILIES[family].recipes, given, photos, on_warning)
     if samples and "sample_every" not in given:
         chosen["sample_every"] = max(1, -(-chosen["steps"] // samples))
@@ -260,13 +262,6 @@ def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
     if layer == -2:  # the layer that SDXL always uses
         return {}
     raise BadConfig(f"clip: CLIP Set Last Layer is at {layer}, and {spec.title} is trained on layer -2 alone; set that")
-
-
-def _toml(text: str) -> dict[str, Any]:
-    try:
-        return parse_toml(text)
-    except BadConfig as error:
-        raise BadConfig(f"settings: {error}; each line is NAME = VALUE, text in quotes") from None
 
 
 def _check_parts(model: Any, clip: Any, vae: Any) -> None:
@@ -397,13 +392,11 @@ class Watch:
 
     def point(self, report: StepReport) -> None:
         self._move_bar("training", report.step, report.steps)
-        text, measured = f"step {report.step} of {report.steps}, loss {report.loss:.4f}", {}
+        measured = {}
         if report.measured:
             word = likeness_word(report.measured.likeness)
             measured = {"likeness": report.measured.likeness, "likeness_word": word}
-            text += f", likeness {report.measured.likeness:.2f} ({word})"
-        elapsed = time.monotonic() - self._begun
-        text += f", {duration(elapsed)} so far, {duration(report.seconds_left)} left"
+        text = step_line(report, time.monotonic() - self._begun)
         self.log(text, always=report.step == report.steps or bool(measured))
         self.show(
             phase="training", step=report.step, steps=report.steps, loss=report.loss, learning_rate=report.learning_rate,
@@ -419,17 +412,3 @@ class Watch:
         self.show(samples=panel.data_urls(images, panel.SAMPLE_SIDE), samples_step=step)
         if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
             self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
-
-
-def likeness_word(likeness: float) -> str:
-    """The meaning of a likeness in words, by the limits of the default face network."""
-    return "the same person" if likeness >= SAME_PERSON else "perhaps" if likeness >= SOMEONE_ELSE else "someone else"
-
-
-def duration(seconds: float) -> str:
-    """A number of seconds in words: "1 min 15 s" for 75."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,102 @@
+"""The node Headshots, which draws a batch of pictures with a LoRA and ranks them by likeness."""
+
+# pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
+
+import shutil
+
+import torch
+from invokeai.invocation_api import (
+    BaseInvocationOutput,
+    ImageField,
+    InputField,
+    InvocationContext,
+    MetadataField,
+    ModelIdentifierField,
+    OutputField,
+    WithBoard,
+    invocation,
+    invocation_output,
+)
+
+from ...core.device import within_free_memory
+from ...core.lora.file import LoraFile
+from ...core.models.base import Base
+from ...core.pictures.generate import Job
+from ...core.pictures.headshot import Headshot
+from ...core.pictures.headshots import make_headshots, read_picture
+from ...core.storage.cache_folder import content_key, made_folder
+from ...core.threads import within_quota
+from . import services
+from .models import LORA_MODEL, base_of, lora_of
+from .photos import PhotosInvocation
+from .progress import Progress
+from .style_pack import StylesInvocation
+
+
+@invocation_output("facelora_headshots_output")
+class HeadshotsOutput(BaseInvocationOutput):
+    pictures: list[ImageField] = OutputField(description="The pictures, most alike first.")
+    likenesses: list[float] = OutputField(
+        description="Their likeness to the photos: 0.55 and more is mostly the same person. -1: no face, or no photos."
+    )
+
+
+@invocation(
+    "facelora_headshots",
+    title="Headshots",
+    tags=["facelora", "headshot", "portrait", "lora"],
+    category="FaceLoRA",
+    version="1.0.0",
+    use_cache=False,
+)
+class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
+    """Draw headshots with a LoRA. With photos of the person, sort them by likeness."""
+
+    lora: ModelIdentifierField = InputField(
+        description="The LoRA, from Train Face LoRA or your models.", title="LoRA", **LORA_MODEL
+    )
+    weight: float = InputField(
+        default=1.0, ge=-2, le=2, description="Factor on the LoRA weight that each style suggests."
+    )
+
+    def invoke(self, context: InvocationContext) -> HeadshotsOutput:
+        progress = Progress(context)
+        base, (lora, phrase) = base_of(context, self.model), lora_of(context, self.lora)
+        jobs = [Job.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
+        shots = self._draw(base, lora, jobs, context, progress)
+        # The most alike is saved last: the gallery shows new pictures first.
+        names = [self._save(shot, context) for shot in reversed(shots)]
+        shutil.rmtree(shots[0].path.parent)
+        return HeadshotsOutput(
+            pictures=[ImageField(image_name=name) for name in reversed(names)],
+            likenesses=[-1.0 if shot.likeness is None else shot.likeness for shot in shots],
+        )
+
+    def _draw(
+        self, base: Base, lora: LoraFile, jobs: list[Job], context: InvocationContext, progress: Progress
+    ) -> list[Headshot]:
+        """The pictures in a folder of the cache, where they stay until all are drawn, most alike first."""
+        folder = made_folder("headshots", content_key("headshots", base.identity, lora.model_hash, jobs))
+        services.make_room(context)
+        device = services.device()
+        with torch.inference_mode(False), torch.no_grad(), within_quota(), within_free_memory(device):
+            return make_headshots(
+                base,
+                [(lora, self.weight)],
+                jobs,
+                folder,
+                reference=self.reference(context, progress),
+                device=device,
+                on_progress=progress.phase,
+            )
+
+    def _save(self, shot: Headshot, context: InvocationContext) -> str:
+        """InvokeAI's name of the picture, saved with the values that its page can recall."""
+        image, job = read_picture(shot.path), shot.job
+        values = {
+            "positive_prompt": job.prompt, "negative_prompt": job.negative, "seed": job.seed, "steps": job.steps,
+            "cfg_scale": job.guidance, "width": image.width, "height": image.height, "likeness": shot.likeness,
+            "model": self.model.model_dump(mode="json"),
+            "loras": [{"model": self.lora.model_dump(mode="json"), "weight": self.weight * job.strength}],
+        }  # fmt: skip
+        return context.images.save(image, metadata=MetadataField(values)).image_name

@@ -1,0 +1,59 @@
+"""The node Likeness, which sorts pictures by how much they look like a person."""
+
+# pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
+
+from invokeai.invocation_api import (
+    BaseInvocationOutput,
+    ImageField,
+    InputField,
+    InvocationContext,
+    OutputField,
+    invocation,
+    invocation_output,
+)
+
+from ...core.errors import BadPhoto
+from ...core.faces import Reference
+from .photos import FACE_SIDE, PhotosInvocation
+from .progress import Progress
+
+
+@invocation_output("facelora_likeness_output")
+class LikenessOutput(BaseInvocationOutput):
+    pictures: list[ImageField] = OutputField(description="The pictures, most alike first.")
+    best: ImageField = OutputField(description="The first of them.")
+    likenesses: list[float] = OutputField(
+        description="Their likeness: the same person mostly has 0.55 and more, others less than 0.40. -1: no face."
+    )
+
+
+@invocation(
+    "facelora_likeness",
+    title="Likeness",
+    tags=["facelora", "face", "likeness", "rank"],
+    category="FaceLoRA",
+    version="1.0.0",
+    use_cache=False,
+)
+class LikenessInvocation(PhotosInvocation):
+    """Sort pictures by how much their faces look like the person in the photos."""
+
+    pictures: list[ImageField] = InputField(description="The pictures to compare with the photos.")
+
+    def invoke(self, context: InvocationContext) -> LikenessOutput:
+        if not self.pictures:
+            raise BadPhoto("no pictures: add those to compare with the photos")
+        progress = Progress(context)
+        photos = self.read_photos(context, progress)
+        person = Reference.on(photo.image(shorter_side=FACE_SIDE) for photo in photos)
+        scores = []
+        for done, picture in enumerate(self.pictures):
+            progress.phase("pictures", done, len(self.pictures))
+            (score,) = person.likeness([context.images.get_pil(picture.image_name, "RGB")])
+            scores.append(-1.0 if score is None else score)
+        ranked = sorted(zip(scores, self.pictures, strict=True), key=lambda pair: -pair[0])
+        return LikenessOutput(
+            pictures=[picture for _, picture in ranked],
+            best=ranked[0][1],
+            likenesses=[score for score, _ in ranked],
+        )

@@ -1,0 +1,117 @@
+"""The photos that nodes take, from a board or as a list, and the node Photo Report."""
+
+# pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
+
+from invokeai.invocation_api import (
+    BaseInvocation,
+    BaseInvocationOutput,
+    BoardField,
+    ImageField,
+    Input,
+    InputField,
+    InvocationContext,
+    ModelIdentifierField,
+    OutputField,
+    WithBoard,
+    invocation,
+    invocation_output,
+)
+from PIL import Image
+
+from ...core.errors import BadPhoto, counted
+from ...core.faces import Reference, faces_if_installed
+from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files
+from ...core.photos.report import VERDICTS
+from ...core.pictures.sheet import contact_sheet
+from .models import MAIN_MODEL, base_of
+from .progress import Progress
+
+FACE_SIDE = 640
+"""The shorter side of a photo as the face networks see it, in pixels."""
+TILE = 256
+"""The height of a photo on a sheet, in pixels."""
+
+
+class PhotosInvocation(BaseInvocation):
+    """A node that takes photos of a person."""
+
+    photos: list[ImageField] | None = InputField(
+        default=None, description="Photos of one person. You can drop files here."
+    )
+    photo_board: BoardField | None = InputField(
+        default=None, description="A board with photos of the person, in addition to those above.", input=Input.Direct
+    )
+
+    def image_names(self, context: InvocationContext) -> list[str]:
+        """InvokeAI's names of the photos, each once."""
+        names = [photo.image_name for photo in self.photos or ()]
+        if self.photo_board:
+            names += context.boards.get_all_image_names_for_board(self.photo_board.board_id)
+        return list(dict.fromkeys(names))
+
+    def read_photos(self, context: InvocationContext, progress: Progress) -> list[Photo]:
+        """The photos. Raises BadPhoto when there are none, or none can be read."""
+        names = self.image_names(context)
+        if not names:
+            raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a board that has them")
+        paths = [context.images.get_path(name) for name in names]
+        photos = read_photo_files(paths, on_warning=progress.warning)
+        if not photos:
+            raise BadPhoto(f"none of the {counted(len(names), 'photo')} can be read")
+        return photos
+
+    def reference(self, context: InvocationContext, progress: Progress) -> Reference | None:
+        """The person to compare pictures with; None without photos or face networks."""
+        if not self.image_names(context):
+            return None
+        network = faces_if_installed(progress.warning)
+        photos = self.read_photos(context, progress)
+        return network and Reference.on((photo.image(shorter_side=FACE_SIDE) for photo in photos), network)
+
+
+@invocation_output("facelora_photo_report_output")
+class PhotoReportOutput(BaseInvocationOutput):
+    report: str = OutputField(description="The verdict on each photo with its reasons, and what to add.")
+    sheet: ImageField = OutputField(description="The photos with their verdicts, best first.")
+    good_photos: list[ImageField] = OutputField(description="The photos that are not rejected.")
+
+
+@invocation(
+    "facelora_photo_report",
+    title="Photo Report",
+    tags=["facelora", "lora", "face", "photos"],
+    category="FaceLoRA",
+    version="1.0.0",
+    use_cache=False,
+)
+class PhotoReportInvocation(PhotosInvocation, WithBoard):
+    """Check photos of a person: which help, which don't, and what to add."""
+
+    model: ModelIdentifierField | None = InputField(
+        default=None,
+        description="The base model to train on. Without it, faces are judged for 1024 pixels.",
+        **MAIN_MODEL,
+    )
+
+    def invoke(self, context: InvocationContext) -> PhotoReportOutput:
+        progress = Progress(context)
+        progress.show("looking at the photos")
+        photos, names = self.read_photos(context, progress), self.image_names(context)
+        resolution = base_of(context, self.model).resolution if self.model else 1024
+        network = faces_if_installed(progress.warning)
+        report = check_photos(photos, network, Thresholds.for_resolution(resolution))
+        if network and not any(item.faces for item in report.photos):
+            raise BadPhoto(f"of {counted(len(photos), 'photo')} none shows a face")
+        good = {item.photo.name for item in report.usable}
+        return PhotoReportOutput(
+            report="\n".join([*progress.notes, format_report(report)]),
+            sheet=ImageField(image_name=context.images.save(sheet_of(report)).image_name),
+            good_photos=[ImageField(image_name=name) for name in names if name in good],
+        )
+
+
+def sheet_of(report: SetReport) -> Image.Image:
+    """The photos of a report with their verdicts, the best first."""
+    items = sorted(report.photos, key=lambda item: VERDICTS.index(item.verdict))
+    images = [item.photo.image(shorter_side=TILE) for item in items]
+    return contact_sheet([(report.headline, images)], tile=TILE, labels=[[item.verdict for item in items]], columns=6)

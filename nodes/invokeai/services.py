@@ -1,0 +1,89 @@
+"""What the nodes need of InvokeAI beyond its public `invocation_api`. Only this file knows private names.
+
+Each was seen in version SEEN_IN. Where another version lacks one, the error says which.
+"""
+
+# invokeai is importable only inside InvokeAI.
+# pyright: reportMissingImports=false
+
+from pathlib import Path
+from typing import Any
+
+from invokeai.invocation_api import InvocationContext, ModelIdentifierField, ModelType, __version__
+from PIL import Image
+
+from ...core.errors import BadFile, MissingPackage
+
+SEEN_IN = "6.14.2"
+_ADVICE = f"these nodes were made for InvokeAI {SEEN_IN}, and this is {__version__}: update this pack, or InvokeAI"
+
+try:
+    from invokeai.app.services.config.config_default import get_config
+    from invokeai.app.services.model_records.model_records_base import ModelRecordChanges
+    from invokeai.app.services.session_processor.session_processor_common import CanceledException
+    from invokeai.backend.util.devices import TorchDevice
+except ImportError as problem:
+    raise ImportError(f"{problem}; {_ADVICE}") from problem
+
+ALL_MEMORY = 2**60
+"""More bytes than any device has, so that every model which is not in use makes room."""
+REGISTERING = 300
+"""The most seconds that registering a LoRA may take; it reads one small file."""
+
+
+def root_folder() -> Path:
+    """InvokeAI's root folder."""
+    return get_config().root_path
+
+
+def device() -> Any:
+    """The torch device that InvokeAI computes on, in this thread."""
+    return TorchDevice.choose_torch_device()
+
+
+def raise_if_cancelled(context: InvocationContext) -> None:
+    """Raises what InvokeAI takes for a cancelled node, when the user has cancelled it."""
+    if context.util.is_canceled():
+        raise CanceledException
+
+
+def make_room(context: InvocationContext) -> None:
+    """Moves InvokeAI's models off the GPU. It loads them again when it needs them."""
+    context.models.make_room_in_vram(ALL_MEMORY)
+
+
+def register_lora(
+    context: InvocationContext, path: Path, trigger_phrase: str, description: str, cover: Image.Image | None
+) -> ModelIdentifierField:
+    """The LoRA among InvokeAI's models: the record of that file, or a new one with words and a cover picture.
+
+    Raises BadFile when InvokeAI does not take the file for a LoRA.
+    """
+    install, images = _service(context, "model_manager", "install"), _service(context, "model_images")
+    models = context.config.get().models_path
+    stored = path.relative_to(models) if path.is_relative_to(models) else path  # as InvokeAI writes it into its records
+    found = context.models.search_by_path(Path(stored.as_posix()))
+    if found:
+        return ModelIdentifierField.from_config(found[0])
+    words = ModelRecordChanges(
+        name=path.stem, description=description, trigger_phrases={trigger_phrase} if trigger_phrase else None
+    )
+    # A job of its installer: its pages list the new model at once.
+    job = install.wait_for_job(install.heuristic_import(str(path), config=words, inplace=True), REGISTERING)
+    if job.config_out is None:
+        raise BadFile(f"{path.name} is trained, but InvokeAI could not register it: {job.error}")
+    if job.config_out.type != ModelType.LoRA:
+        raise BadFile(f"{path.name} is trained, but InvokeAI {__version__} does not recognise it as a LoRA")
+    if cover:
+        images.save(cover, job.config_out.key)
+    return ModelIdentifierField.from_config(job.config_out)
+
+
+def _service(context: InvocationContext, *names: str) -> Any:
+    """One of InvokeAI's services. Raises MissingPackage where this version does not have it."""
+    found: Any = context._services
+    for name in names:
+        found = getattr(found, name, None)
+    if found is None:
+        raise MissingPackage(f"InvokeAI has no service {'.'.join(names)}: {_ADVICE}")
+    return found

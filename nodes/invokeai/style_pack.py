@@ -1,0 +1,112 @@
+"""The style packs that nodes offer, and the node Headshot Style Pack."""
+
+# pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
+
+from typing import Any, Literal
+
+from invokeai.invocation_api import (
+    BaseInvocation,
+    BaseInvocationOutput,
+    InputField,
+    InvocationContext,
+    ModelIdentifierField,
+    OutputField,
+    invocation,
+    invocation_output,
+)
+
+from ...core.models.base import Base
+from ...core.pictures.style_pack import MOST_PICTURES, FoundPacks, StyledPrompt, Subject, find_style_packs
+from . import services
+from .models import MAIN_MODEL, base_of
+
+
+def find_packs() -> FoundPacks:
+    """The packs that come along, and the user's own in the folder `style_packs` of InvokeAI's root folder."""
+    folder = services.root_folder() / "style_packs"
+    return find_style_packs([folder] if folder.is_dir() else [])
+
+
+_TITLES = {name: pack.title for name, pack in find_packs().packs.items()}
+PackName: Any = Literal[tuple(_TITLES)]
+"""The ids of the packs that there are when InvokeAI starts."""
+
+
+class StylesInvocation(BaseInvocation):
+    """A node that takes prompts from a style pack."""
+
+    model: ModelIdentifierField = InputField(description="The base model: SD1.5 or SDXL.", **MAIN_MODEL)
+    style_pack: PackName = InputField(
+        default="corporate", description="The pack of headshot styles.", ui_choice_labels=_TITLES
+    )
+    styles: str = InputField(default="", description="Names of styles in the pack, separated by commas. Empty: all.")
+    count: int = InputField(default=8, ge=1, le=MOST_PICTURES, description="Number of pictures.")
+    first_seed: int = InputField(default=1, ge=0, description="Seed of the first picture. The next ones count up.")
+    resolution: int = InputField(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Side of the square with a picture's area, in pixels. 0: set by the model.",
+    )
+
+    def prompts(self, base: Base, phrase: str) -> list[StyledPrompt]:
+        """The prompts of the pictures of a person who has that trigger phrase."""
+        styles = [name.strip() for name in self.styles.split(",") if name.strip()]
+        return find_packs().pick(self.style_pack).prompts(
+            Subject(phrase, class_word=""), base.family.name, self.count, self.first_seed,
+            styles=styles or None, resolution=self.resolution or base.resolution,
+        )  # fmt: skip
+
+
+@invocation_output("facelora_style_pack_output")
+class HeadshotStylePackOutput(BaseInvocationOutput):
+    prompt: str = OutputField(description="The prompt of picture `number`.")
+    negative_prompt: str = OutputField(description="Its negative prompt.")
+    width: int = OutputField(description="Its width in pixels.")
+    height: int = OutputField(description="Its height in pixels.")
+    seed: int = OutputField(description="Its seed.")
+    steps: int = OutputField(description="Its number of denoising steps.")
+    cfg_scale: float = OutputField(description="Its guidance scale.", title="CFG Scale")
+    weight: float = OutputField(description="The LoRA weight that its style suggests.")
+    prompts: list[str] = OutputField(description="The prompts of all pictures.")
+    negative_prompts: list[str] = OutputField(description="Their negative prompts.")
+    widths: list[int] = OutputField(description="Their widths in pixels.")
+    heights: list[int] = OutputField(description="Their heights in pixels.")
+    seeds: list[int] = OutputField(description="Their seeds.")
+
+
+@invocation(
+    "facelora_style_pack",
+    title="Headshot Style Pack",
+    tags=["facelora", "headshot", "style", "prompt"],
+    category="FaceLoRA",
+    version="1.0.0",
+    use_cache=False,
+)
+class HeadshotStylePackInvocation(StylesInvocation):
+    """Prompts, sizes and seeds of a batch of headshots, for InvokeAI's own nodes.
+
+    Connect an Iterate node over an Integer Range to `number` to draw all pictures in turn.
+    """
+
+    subject: str = InputField(default="sks person", description="The trigger phrase of the LoRA.")
+    number: int = InputField(default=0, ge=0, description="Which picture the single outputs describe, from 0 on.")
+
+    def invoke(self, context: InvocationContext) -> HeadshotStylePackOutput:
+        found = self.prompts(base_of(context, self.model), self.subject.strip())
+        one = found[self.number % len(found)]
+        return HeadshotStylePackOutput(
+            prompt=one.prompt,
+            negative_prompt=one.negative,
+            width=one.width,
+            height=one.height,
+            seed=one.seed,
+            steps=one.steps,
+            cfg_scale=one.guidance,
+            weight=one.strength,
+            prompts=[item.prompt for item in found],
+            negative_prompts=[item.negative for item in found],
+            widths=[item.width for item in found],
+            heights=[item.height for item in found],
+            seeds=[item.seed for item in found],
+        )

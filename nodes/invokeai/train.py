@@ -1,0 +1,137 @@
+"""The node Train Face LoRA, which trains a LoRA on photos of a person, or finds the one trained before."""
+
+# pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
+
+from dataclasses import replace
+
+import torch
+from invokeai.invocation_api import (
+    BaseInvocationOutput,
+    ImageField,
+    InputField,
+    InvocationContext,
+    ModelIdentifierField,
+    OutputField,
+    UIComponent,
+    invocation,
+    invocation_output,
+)
+
+from ...core.config import RecipeName, TrainConfig, typed_settings
+from ...core.device import within_free_memory
+from ...core.lora.file import LoraFile
+from ...core.lora.words import trigger_words
+from ...core.models.base import Base
+from ...core.threads import within_quota
+from ...core.training.recipes import MEASUREMENTS, recipe_config
+from ...core.training.store import TrainedFile, TrainingJob, find_or_train, lora_path
+from . import services
+from .models import MAIN_MODEL, base_of
+from .photos import PhotosInvocation
+from .progress import Progress
+
+FOLDER = "facelora"
+"""The folder of trained LoRAs, in InvokeAI's folder of models."""
+
+
+@invocation_output("facelora_train_output")
+class TrainFaceLoraOutput(BaseInvocationOutput):
+    lora: ModelIdentifierField = OutputField(description="The LoRA, for Apply LoRA or Headshots.", title="LoRA")
+    trigger_phrase: str = OutputField(description="The words that call up the person in a prompt.")
+    photos: list[ImageField] = OutputField(description="The photos, for Headshots or Likeness.")
+    report: str = OutputField(description="What was trained, and what was noticed about the photos.")
+
+
+@invocation(
+    "facelora_train",
+    title="Train Face LoRA",
+    tags=["facelora", "lora", "train", "dreambooth", "face"],
+    category="FaceLoRA",
+    version="1.0.0",
+    use_cache=False,
+)
+class TrainFaceLoraInvocation(PhotosInvocation):
+    """Train a LoRA of one person, and add it to the models. Cancelled, it continues when queued again.
+
+    Train only people who have agreed to it.
+    """
+
+    model: ModelIdentifierField = InputField(description="The base model to train on: SD1.5 or SDXL.", **MAIN_MODEL)
+    name: str = InputField(
+        default="my-face", description="Name of the LoRA. If another LoRA has it already, a number is added."
+    )
+    trigger_word: str = InputField(default="sks", description="Word that stands for the person in prompts.")
+    class_word: str = InputField(default="person", description="Noun for the person: person, woman, man, …")
+    recipe: RecipeName = InputField(
+        default="balanced", description="fast for a first look, balanced for most people, best for more time."
+    )
+    steps: int = InputField(default=0, ge=0, le=100_000, description="Optimizer steps. 0: set by the recipe.")
+    training_seed: int = InputField(default=1, ge=0, description="Seed of everything random in the training run.")
+    check_photos: bool = InputField(
+        default=True,
+        description="Leave out photos that the photo report rejects. Off: train on all photos.",
+    )
+    cover: bool = InputField(
+        default=True, description="Show the last sample, a picture of the person, as the model's picture."
+    )
+    settings: str = InputField(
+        default="",
+        description="Any other setting of the training run as lines of TOML, such as rank = 32.",
+        ui_component=UIComponent.Textarea,
+    )
+
+    def invoke(self, context: InvocationContext) -> TrainFaceLoraOutput:
+        progress = Progress(context)
+        photos = self.read_photos(context, progress)
+        base = base_of(context, self.model)
+        job = TrainingJob(lora_path(self.name), self._config(base, len(photos), progress), photos)
+        progress.show("looking at the photos")
+        job = job.looked_at(base, progress.warning)
+        services.make_room(context)
+        made = _train(job, base, context, progress)
+        metadata, samples = LoraFile.read(made.path).metadata, made.run.samples()
+        phrase = next(iter(trigger_words(metadata)), "")
+        cover = samples[max(samples)][0] if self.cover and samples else None
+        lora = services.register_lora(context, made.path, phrase, metadata.get("modelspec.description", ""), cover)
+        return TrainFaceLoraOutput(
+            lora=lora,
+            trigger_phrase=phrase,
+            photos=[ImageField(image_name=name) for name in self.image_names(context)],
+            report="\n".join([_summary(made), *progress.notes]),
+        )
+
+    def _config(self, base: Base, photos: int, progress: Progress) -> TrainConfig:
+        """The settings: the recipe's, overridden by the fields, and those by `settings`."""
+        given = {
+            "trigger_word": self.trigger_word,
+            "class_word": self.class_word,
+            "seed": self.training_seed,
+            "check_photos": self.check_photos,
+            **({"steps": self.steps} if self.steps else {}),
+            **typed_settings(self.settings),
+        }
+        config = recipe_config(self.recipe, base, photos, given, progress.warning)
+        if config.sample_every or "sample_every" in given:
+            return config
+        return replace(config, sample_every=-(-config.steps // MEASUREMENTS))
+
+
+def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: Progress) -> TrainedFile:
+    """The trained file in FOLDER."""
+    device = services.device()
+    with torch.inference_mode(False), torch.enable_grad(), within_quota(), within_free_memory(device):
+        return find_or_train(
+            job,
+            base,
+            [context.config.get().models_path / FOLDER],
+            device=device,
+            on_point=progress.point,
+            callbacks=progress.callbacks(),
+        )
+
+
+def _summary(made: TrainedFile) -> str:
+    """One line about the LoRA: its name, whether it was found, and its best likeness where that was measured."""
+    likenesses = [likeness for _, likeness in made.likenesses()]
+    best = f", likeness {max(likenesses):.2f}" if likenesses else ""
+    return f"{made.path.stem}: {'trained before' if made.found else 'trained'}{best}"
