@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
 import shutil
+from dataclasses import replace
 
 import torch
 from invokeai.invocation_api import (
@@ -62,6 +63,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
     def invoke(self, context: InvocationContext) -> HeadshotsOutput:
         progress = Progress(context)
         base, (lora, phrase) = base_of(context, self.model), lora_of(context, self.lora)
+        base = replace(base, resolution=self.resolution or base.resolution)  # at which small faces are drawn again
         jobs = [Job.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
         shots = self._draw(base, lora, jobs, context, progress)
         # The most alike is saved last: the gallery shows new pictures first.
