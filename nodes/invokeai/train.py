@@ -37,6 +37,7 @@ FOLDER = "facelora"
 @invocation_output("facelora_train_output")
 class TrainFaceLoraOutput(BaseInvocationOutput):
     lora: ModelIdentifierField = OutputField(description="The LoRA, for Apply LoRA or Headshots.", title="LoRA")
+    model: ModelIdentifierField = OutputField(description="The base model, for Headshots.")
     trigger_phrase: str = OutputField(description="The words that call up the person in a prompt.")
     photos: list[ImageField] = OutputField(description="The photos, for Headshots or Likeness.")
     report: str = OutputField(description="What was trained, and what was noticed about the photos.")
@@ -95,6 +96,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         lora = services.register_lora(context, made.path, phrase, metadata.get("modelspec.description", ""), cover)
         return TrainFaceLoraOutput(
             lora=lora,
+            model=self.model,
             trigger_phrase=phrase,
             photos=[ImageField(image_name=name) for name in self.image_names(context)],
             report="\n".join([_summary(made), *progress.notes]),
