@@ -65,7 +65,7 @@ coverage: $(STAMP)
 
 # Everything: full-size models, many killed runs, all files in all programs; then what measures time and memory, by itself.
 test-all: lint setup-test
-	$(RUN) tests/comfyui/setup_invokeai.py
+	$(RUN) tests/invokeai/setup_invokeai.py
 	$(RUN) tests/setup_comfy_cli.py
 	$(PYTEST) -m "not clock" --hypothesis-profile random
 	$(RUN) -m pytest -m clock

@@ -22,8 +22,9 @@ def base_of(context: InvocationContext, model: ModelIdentifierField) -> Base:
     """The base model. Raises BadConfig for one of another kind, and what `load_base` raises."""
     config = context.models.get_config(model)
     if config.type != ModelType.Main or config.base not in TRAINED:
-        kind = getattr(config.base, "value", config.base)
-        raise BadConfig(f"model: {config.name} is a model for {kind}; choose one for {' or '.join(TRAINED.values())}")
+        kind = f"{config.base.value} {config.type.value}"
+        wanted = f"choose a main model for {' or '.join(TRAINED.values())}"
+        raise BadConfig(f"model: {config.name} is a {kind}; {wanted}")
     return load_base(context.models.get_absolute_path(config))
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.tensor_names import NAME_TABLES, ModuleId
+from tests.invokeai.setup_invokeai import PYTHON as INVOKEAI
 from tests.small_models import IN_DIFFUSERS
 
 from .setup_comfyui import COMFYUI, PYTHON
-from .setup_invokeai import INVOKEAI
 
 EXACT = 1e-3
 """Relative deviation that float32 sums of thousands of products can have, where they cancel."""
@@ -313,11 +312,11 @@ def run_invokeai(files: Iterable[tuple[str, Path]], root: Path) -> list[dict]:
     """What invokeai_reader.py says of each file; `root` is a folder for what InvokeAI itself may write."""
     result = subprocess.run(
         [
-            sys.executable,
+            str(INVOKEAI),
             str(Path(__file__).with_name("invokeai_reader.py")),
             *(str(v) for pair in files for v in pair),
         ],
-        env={**os.environ, "PYTHONPATH": str(INVOKEAI), "OMP_NUM_THREADS": "1", "INVOKEAI_ROOT": str(root)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "INVOKEAI_ROOT": str(root)},
         capture_output=True,
         text=True,
     )
