@@ -59,21 +59,22 @@ def register_lora(
 
     Raises BadFile when InvokeAI does not take the file for a LoRA.
     """
-    install, images = _service(context, "model_manager", "install"), _service(context, "model_images")
+    install, records = _service(context, "model_manager", "install"), _service(context, "model_manager", "store")
+    images = _service(context, "model_images")
     models = context.config.get().models_path
     stored = path.relative_to(models) if path.is_relative_to(models) else path  # as InvokeAI writes it into its records
     found = context.models.search_by_path(Path(stored.as_posix()))
     if found:
         return ModelIdentifierField.from_config(found[0])
-    words = ModelRecordChanges(
-        name=path.stem, description=description, trigger_phrases={trigger_phrase} if trigger_phrase else None
-    )
+    named = ModelRecordChanges(name=path.stem, description=description)
     # A job of its installer: its pages list the new model at once.
-    job = install.wait_for_job(install.heuristic_import(str(path), config=words, inplace=True), REGISTERING)
+    job = install.wait_for_job(install.heuristic_import(str(path), config=named, inplace=True), REGISTERING)
     if job.config_out is None:
         raise BadFile(f"{path.name} is trained, but InvokeAI could not register it: {job.error}")
     if job.config_out.type != ModelType.LoRA:
         raise BadFile(f"{path.name} is trained, but InvokeAI {__version__} does not recognise it as a LoRA")
+    if trigger_phrase:  # which the installer does not take
+        records.update_model(job.config_out.key, ModelRecordChanges(trigger_phrases={trigger_phrase}))
     if cover:
         images.save(cover, job.config_out.key)
     return ModelIdentifierField.from_config(job.config_out)

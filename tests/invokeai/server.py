@@ -123,7 +123,7 @@ class InvokeServer:
     def wait(self, item: int) -> Item:
         self.wait_for(lambda: self.call("GET", f"/api/v1/queue/default/i/{item}")["status"] in ENDED)
         found = self.call("GET", f"/api/v1/queue/default/i/{item}")
-        error = f"{found['error_type']}: {found['error_message']}" if found["error_type"] else ""
+        error = f"{found['error_type']}: {found['error_message']}" if found.get("error_type") else ""
         session = found["session"]
         names = session["prepared_source_mapping"]
         return Item(found["status"], error, {names[one]: output for one, output in session["results"].items()})

@@ -1,0 +1,169 @@
+"""The nodes for InvokeAI beside a stand-in for it: their fields, their workflow, and what they do with a model and photos."""
+
+import json
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from core.demo import BASE_FILE
+from core.errors import FaceLoraError
+from tests.tooling import write_photos
+
+from . import standin
+from .standin import NODES, ROOT, BaseModelType, BoardField, ImageField, InvocationContext, ModelType, fields_of
+
+WORKFLOW = ROOT / "nodes" / "invokeai" / "photos_to_headshots.json"
+QUICK = {
+    "recipe": "fast", "steps": 3, "name": "anna", "check_photos": False,
+    "settings": "batch_size = 1\nprior_prediction = 0\nhold_out = 0\nsample_every = 3\nsample_steps = 2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory) -> Iterator[Any]:
+    before = set(sys.modules)
+    yield standin.import_pack(tmp_path_factory.mktemp("root"))
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("invokeai", "ComfyUI-FaceLoRA"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def desk(pack, tmp_path) -> SimpleNamespace:
+    """A context with the demo's base model and five photos."""
+    context = InvocationContext(tmp_path)
+    (tmp_path / "base.safetensors").symlink_to(BASE_FILE)
+    write_photos(tmp_path / "person", count=5, scale=3)
+    photos = [ImageField(str(path.relative_to(tmp_path))) for path in sorted((tmp_path / "person").glob("*.png"))]
+    model = context.add_model("base.safetensors", BaseModelType.StableDiffusion1, ModelType.Main)
+    return SimpleNamespace(
+        context=context, model=model, photos=photos, errors=sys.modules["ComfyUI-FaceLoRA.core.errors"]
+    )
+
+
+def train(desk: SimpleNamespace, **fields: Any) -> Any:
+    node = NODES["facelora_train"](**{"model": desk.model, "photos": desk.photos, **QUICK, **fields})
+    return node.invoke(desk.context)
+
+
+def test_the_pack_registers_its_nodes_where_invokeai_imports_it_and_nowhere_else(pack):
+    assert set(NODES) == {
+        "facelora_train", "facelora_headshots", "facelora_style_pack", "facelora_photo_report", "facelora_likeness",
+    }  # fmt: skip
+    assert {one.__module__.partition(".")[0] for one in NODES.values()} == {"ComfyUI-FaceLoRA"}
+
+
+def test_every_field_says_what_it_is_in_a_sentence_that_fits_a_tooltip(pack):
+    outputs = [kind.invoke.__annotations__["return"] for kind in NODES.values()]
+    for kind in (*NODES.values(), *outputs):
+        for name, one in fields_of(kind).items():
+            assert 10 < len(one.options["description"]) < 200 and one.options["description"][-1] in ".…", (kind, name)
+
+
+def test_the_workflow_fits_the_nodes_and_shows_five_of_their_fields(pack):
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    kinds = {node["id"]: NODES[node["data"]["type"]] for node in workflow["nodes"]}
+    for node in workflow["nodes"]:
+        fields, inputs = fields_of(kinds[node["id"]]), node["data"]["inputs"]
+        assert set(inputs) == set(fields) and node["data"]["version"] == kinds[node["id"]].version
+        given = {name: one["value"] for name, one in inputs.items() if "value" in one}
+        assert given == {
+            name: one.default for name, one in fields.items() if one.default not in (None, standin.REQUIRED)
+        }
+    for edge in workflow["edges"]:
+        output = kinds[edge["source"]].invoke.__annotations__["return"]
+        assert edge["sourceHandle"] in fields_of(output) and edge["targetHandle"] in fields_of(kinds[edge["target"]])
+    shown = [
+        one["data"]["fieldIdentifier"] for one in workflow["form"]["elements"].values() if one["type"] == "node-field"
+    ]
+    assert len(shown) == 5 and all(one["fieldName"] in fields_of(kinds[one["nodeId"]]) for one in shown)
+
+
+def test_invokeai_takes_no_other_file_of_the_pack_for_a_workflow():
+    """It imports every JSON with nodes and edges."""
+    folders = [ROOT / name for name in ("core", "docs", "locales", "nodes", "subgraphs", "tools", "web", "workflows")]
+    files = [file for folder in folders for file in folder.rglob("*.json")]
+    read = {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    assert [
+        file for file, content in read.items() if isinstance(content, dict) and {"nodes", "edges"} <= content.keys()
+    ] == [WORKFLOW]
+
+
+def test_a_trained_lora_is_registered_with_its_words_and_a_cover_and_then_found(desk):
+    made = train(desk, class_word="man")
+    config = desk.context.configs[made.lora.key]
+    assert config.path == "facelora/anna.safetensors" and config.trigger_phrases == {"sks man"} == {made.trigger_phrase}
+    assert config.key in desk.context.covers and made.photos == desk.photos
+    assert [share for message, share, _ in desk.context.shown if message.startswith("step 3 of 3, loss")] == [1.0]
+    assert desk.context.shown[-1][2] is not None, "no sample was shown"
+    again = train(desk, class_word="man")
+    assert again.lora == made.lora and again.report.startswith("anna: trained before")
+
+
+def test_a_cancelled_run_ends_as_cancelled_and_goes_on(desk):
+    desk.context.cancel_at = "step 1 of"
+    with pytest.raises(standin.CanceledException):
+        train(desk, steps=4)
+    assert not list(desk.context.folder.glob("facelora/*.safetensors"))
+    desk.context.cancel_at, desk.context.shown = "", []
+    assert train(desk, steps=4).lora.name == "anna"
+    assert not any(message.startswith("step 1 of") for message, *_ in desk.context.shown)
+
+
+def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
+    lora = train(desk, cover=False).lora
+    assert not desk.context.covers
+    node = NODES["facelora_headshots"](
+        model=desk.model, lora=lora, count=2, styles="", resolution=72, photos=desk.photos, first_seed=7
+    )
+    drawn = node.invoke(desk.context)
+    assert [one.image_name for one in drawn.pictures] == list(reversed(desk.context.saved))
+    assert drawn.likenesses == sorted(drawn.likenesses, reverse=True)
+    assert {values["seed"] for values in desk.context.saved.values()} == {7, 8}
+    assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
+
+
+def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
+    desk.context.on_boards["b"] = [photo.image_name for photo in desk.photos[1:]]
+    node = NODES["facelora_photo_report"](photos=desk.photos[:2], photo_board=BoardField("b"))
+    assert node.image_names(desk.context) == [photo.image_name for photo in desk.photos]
+    report = node.invoke(desk.context)
+    assert report.sheet.image_name in desk.context.saved and "usable" in report.report
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"photos": None}, "no photos: add 10 to 20 photos of one person, or choose a board that has them"),
+        ({"photos": [ImageField("grey.png")] * 2, "check_photos": True}, "0 of 1 usable"),
+        ({"settings": "rnk = 3"}, "rank"),
+        ({"settings": "rank 3"}, "each line is NAME = VALUE"),
+        ({"name": "../anna"}, "give a file name"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(desk, fields, message):
+    Image.new("RGB", (200, 200), "grey").save(desk.context.folder / "grey.png")
+    with pytest.raises(desk.errors.FaceLoraError, match=message):
+        train(desk, **fields)
+
+
+def test_a_model_of_another_kind_is_refused_by_name(desk):
+    other = desk.context.add_model("dev.safetensors", BaseModelType.Flux, ModelType.Main)
+    with pytest.raises(desk.errors.BadConfig, match=r"dev is a flux main; choose a main model for SD1\.5 or SDXL"):
+        train(desk, model=other)
+
+
+def test_a_service_that_invokeai_lacks_is_named_with_the_version_that_has_it(desk):
+    desk.context._services.model_images = None
+    with pytest.raises(
+        desk.errors.MissingPackage, match=r"no service model_images: these nodes were made for InvokeAI 6\.14\.2"
+    ):
+        train(desk)
+
+
+def test_the_packs_errors_are_not_those_of_another_copy_of_the_library(desk):
+    assert not issubclass(desk.errors.FaceLoraError, FaceLoraError)
