@@ -93,7 +93,8 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         metadata, samples = LoraFile.read(made.path).metadata, made.run.samples()
         phrase = next(iter(trigger_words(metadata)), "")
         cover = samples[max(samples)][0] if self.cover and samples else None
-        lora = services.register_lora(context, made.path, phrase, metadata.get("modelspec.description", ""), cover)
+        described = metadata.get("modelspec.description") or f"A person. Prompts call up the person by: {phrase}"
+        lora = services.register_lora(context, made.path, phrase, described, cover)
         return TrainFaceLoraOutput(
             lora=lora,
             model=self.model,

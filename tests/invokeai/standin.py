@@ -168,7 +168,7 @@ class InvocationContext:
         self.boards = SimpleNamespace(get_all_image_names_for_board=lambda board_id: self.on_boards[board_id])
         self.models = SimpleNamespace(
             get_config=lambda identifier: self.configs[identifier.key],
-            get_absolute_path=lambda config: folder / config.path,
+            get_absolute_path=lambda config_or_path: folder / config_or_path.path,
             search_by_path=lambda path: [one for one in self.configs.values() if one.path == str(path)],
             make_room_in_vram=lambda vram_bytes_needed: 0,
         )

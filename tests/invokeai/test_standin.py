@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .setup_invokeai import PYTHON, STAMP
-from .standin import MODULES, InvocationContext
+from .standin import MODULES, CanceledException, InvocationContext
 
 CONTEXT = {
     "ImagesInterface": "images", "BoardsInterface": "boards", "ModelsInterface": "models", "UtilInterface": "util",
@@ -40,7 +40,7 @@ def lacks(name, wanted):
         return [f"{name}: {problem}"]
     if isinstance(wanted, dict):
         return [f"{name}.{key}" for key, value in wanted.items() if getattr(found, key).value != value]
-    known = inspect.signature(found).parameters
+    known = inspect.signature(found).parameters if wanted else {}
     return [f"{name}({one})" for one in wanted if one not in known]
 
 import invokeai.app.services.shared.graph
@@ -52,10 +52,9 @@ def wanted(thing: Any) -> Any:
     """What the real one must have: an enum's values, or the names of parameters."""
     if isinstance(thing, type) and issubclass(thing, Enum):
         return {member.name: member.value for member in thing}
-    if not callable(thing) or (isinstance(thing, type) and thing.__init__ is object.__init__):
+    if not callable(thing) or thing in (CanceledException, InvocationContext):
         return []
-    names = [name for name, one in inspect.signature(thing).parameters.items() if one.kind != one.VAR_KEYWORD]
-    return [] if thing is InvocationContext else names
+    return [name for name, one in inspect.signature(thing).parameters.items() if one.kind != one.VAR_KEYWORD]
 
 
 @pytest.mark.slow
