@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page
 
 from .server import PATIENCE, InvokeServer
 
@@ -11,8 +11,18 @@ SIZE: Any = {"width": 1360, "height": 800}
 TITLE = "Photos to headshots"
 
 
+def change_workflow(server: InvokeServer, values: dict[str, dict[str, Any]]) -> None:
+    """Gives fields of the imported workflow, by node, other values than it comes with."""
+    (found,) = server.call("GET", "/api/v1/workflows/?categories=user")["items"]
+    workflow = server.call("GET", f"/api/v1/workflows/i/{found['workflow_id']}")["workflow"]
+    for node in workflow["nodes"]:
+        for name, value in values.get(node["id"], {}).items():
+            node["data"]["inputs"][name]["value"] = value
+    server.call("PATCH", f"/api/v1/workflows/i/{found['workflow_id']}", {"workflow": workflow})
+
+
 class Form:
-    """One open page with the form. `problems` are errors that the page's console has told."""
+    """A page on which the form was opened from the library for the first time."""
 
     def __init__(self, browser: Browser, server: InvokeServer):
         self.page: Page = browser.new_page(viewport=SIZE)
@@ -23,22 +33,22 @@ class Form:
         self.page.get_by_text("Your Workflows").click()
         self.page.get_by_text(TITLE).first.click()
         load = self.page.get_by_role("button", name="Load", exact=True)
-        expect(load.or_(self.page.get_by_text("Workflow Loaded")).first).to_be_visible()
+        load.or_(self.page.get_by_text("Workflow Loaded")).first.wait_for()
         if load.is_visible():  # the page asks where an empty workflow counts as unsaved
             load.click()
-        expect(self.page.get_by_role("heading", name=TITLE)).to_be_visible()
+        self.page.get_by_text("Workflow Loaded").wait_for()
 
     def add_photos(self, photos: list[Path]) -> None:
         with self.page.expect_file_chooser() as chooser:
-            self.page.get_by_label("Upload").first.click()
+            self.page.locator("button[aria-label*=pload]").first.click()
         chooser.value.set_files(photos)
 
-    def choose(self, label: str, choice: str) -> None:
-        """Chooses from the list of a field."""
-        self.page.get_by_text(label, exact=True).locator(
-            "xpath=following::*[@role='combobox' or self::select][1]"
-        ).click()
-        self.page.get_by_text(choice, exact=True).last.click()
+    def choose_model(self, name: str) -> None:
+        self.page.get_by_role("combobox").first.click(force=True)
+        self.page.get_by_text(name, exact=True).last.click()
+
+    def choose_styles(self, title: str) -> None:
+        self.page.locator("select").last.select_option(label=title)
 
     def invoke(self) -> None:
         self.page.get_by_role("button", name="Invoke", exact=True).click()

@@ -18,6 +18,8 @@ NEVER_LOADED = ("bitsandbytes", "imageio", "mediapipe", "pypatchmatch", "torch")
 """Packages that bring along others which the server does not load, or that are installed apart."""
 LOADED = ("absl-py", "attrs", "flatbuffers", "imageio", "matplotlib", "protobuf>=4.25.3,<5", "torchvision")
 """What the server loads of those that they bring along."""
+PAGES = "starlette<1.4"
+"""With later releases the compression of answers fails, and no page gets a connection."""
 
 DOWNLOADS = Path(__file__).resolve().parents[1] / ".downloads"
 ENVIRONMENT = DOWNLOADS / "invokeai-environment"
@@ -30,7 +32,7 @@ def main() -> None:
     if sys.version_info[:2] not in PYTHONS:
         print("InvokeAI runs in Python 3.11 and 3.12 alone: its tests are left out")
         return
-    wanted = f"{PACKAGE} torch {version('torch')}\n"
+    wanted = f"{PACKAGE} {PAGES} torch {version('torch')}\n"
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
     DOWNLOADS.mkdir(exist_ok=True)
@@ -45,7 +47,7 @@ def main() -> None:
     )
     needed = [line.partition(";")[0] for line in asked.splitlines() if "extra ==" not in line]
     needed = [one for one in needed if re.split(r"[^\w-]", one)[0] not in NEVER_LOADED]
-    install(*needed, *LOADED, "--constraint", str(constraints))
+    install(*needed, *LOADED, PAGES, "--constraint", str(constraints))
     STAMP.write_text(wanted)
 
 
