@@ -42,9 +42,13 @@ class PhotosInvocation(BaseInvocation):
         default=None, description="A board with photos of the person, in addition to those above.", input=Input.Direct
     )
 
+    photo_names: list[str] | None = InputField(
+        default=None, description="Photos from Train Face LoRA or Photo Report.", input=Input.Connection
+    )
+
     def image_names(self, context: InvocationContext) -> list[str]:
         """InvokeAI's names of the photos, each once."""
-        names = [photo.image_name for photo in self.photos or ()]
+        names = [*(photo.image_name for photo in self.photos or ()), *(self.photo_names or ())]
         if self.photo_board:
             names += context.boards.get_all_image_names_for_board(self.photo_board.board_id)
         return list(dict.fromkeys(names))
@@ -73,7 +77,8 @@ class PhotosInvocation(BaseInvocation):
 class PhotoReportOutput(BaseInvocationOutput):
     report: str = OutputField(description="The verdict on each photo with its reasons, and what to add.")
     sheet: ImageField = OutputField(description="The photos with their verdicts, best first.")
-    good_photos: list[ImageField] = OutputField(description="The photos that are not rejected.")
+    # Names, since the page takes every image of a result for a new one.
+    photo_names: list[str] = OutputField(description="The photos that are not rejected, for Train Face LoRA.")
 
 
 @invocation(
@@ -106,7 +111,7 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
         return PhotoReportOutput(
             report="\n".join([*progress.notes, format_report(report)]),
             sheet=ImageField(image_name=context.images.save(sheet_of(report)).image_name),
-            good_photos=[ImageField(image_name=name) for name in names if name in good],
+            photo_names=[name for name in names if name in good],
         )
 
 

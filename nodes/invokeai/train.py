@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from invokeai.invocation_api import (
     BaseInvocationOutput,
-    ImageField,
     InputField,
     InvocationContext,
     ModelIdentifierField,
@@ -39,7 +38,7 @@ class TrainFaceLoraOutput(BaseInvocationOutput):
     lora: ModelIdentifierField = OutputField(description="The LoRA, for Apply LoRA or Headshots.", title="LoRA")
     model: ModelIdentifierField = OutputField(description="The base model, for Headshots.")
     trigger_phrase: str = OutputField(description="The words that call up the person in a prompt.")
-    photos: list[ImageField] = OutputField(description="The photos, for Headshots or Likeness.")
+    photo_names: list[str] = OutputField(description="The photos, for Headshots or Likeness.")
     report: str = OutputField(description="What was trained, and what was noticed about the photos.")
 
 
@@ -99,7 +98,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
             lora=lora,
             model=self.model,
             trigger_phrase=phrase,
-            photos=[ImageField(image_name=name) for name in self.image_names(context)],
+            photo_names=self.image_names(context),
             report="\n".join([_summary(made), *progress.notes]),
         )
 

@@ -97,6 +97,7 @@ class ModelType(Enum):
 
 
 class Input(Enum):
+    Connection = "connection"
     Direct = "direct"
 
 

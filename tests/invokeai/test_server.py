@@ -169,7 +169,8 @@ def test_photos_are_reported_on_and_pictures_sorted_by_likeness(invoke, photos, 
     item = invoke.run(nodes)
     assert item.status == "completed", item.error
     report, likeness = item.outputs["report"], item.outputs["likeness"]
-    assert "no face" in report["report"] and grey not in report["good_photos"] and report["good_photos"]
+    assert "no face" in report["report"] and report["photo_names"]
+    assert grey["image_name"] not in report["photo_names"]
     assert likeness["pictures"] == [photos[0], grey] and likeness["likenesses"][0] > 0.5 > 0 > likeness["likenesses"][1]
 
 
