@@ -30,7 +30,7 @@ from tests.test_readme import SCRIPTS
 ROOT = Path(__file__).parent.parent
 LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
 HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbytes", "prodigyopt")
-COMFYUI = ("comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
+COMFYUI = ("invokeai", "comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
 PACKAGES = (
     "core",
     *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "training")),
