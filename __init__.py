@@ -1,4 +1,4 @@
-"""ComfyUI-FaceLoRA: a node pack in ComfyUI and InvokeAI; installed the package `facelora`, which hands out the library `facelora.core`.
+"""ComfyUI-FaceLoRA: a node pack in ComfyUI and InvokeAI; installed the package `facelora`, which hands out `facelora.core`.
 
 import facelora
 

@@ -69,8 +69,10 @@ class PhotosInvocation(BaseInvocation):
         if not self.image_names(context):
             return None
         network = faces_if_installed(progress.warning)
+        if network is None:
+            return None
         photos = self.read_photos(context, progress)
-        return network and Reference.on((photo.image(shorter_side=FACE_SIDE) for photo in photos), network)
+        return Reference.on((photo.image(shorter_side=FACE_SIDE) for photo in photos), network)
 
 
 @invocation_output("facelora_photo_report_output")

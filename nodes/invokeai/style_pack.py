@@ -2,7 +2,7 @@
 
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from invokeai.invocation_api import (
     BaseInvocation,
@@ -28,8 +28,10 @@ def find_packs() -> FoundPacks:
 
 
 _TITLES = {name: pack.title for name, pack in find_packs().packs.items()}
-PackName: Any = Literal[tuple(_TITLES)]
-"""The ids of the packs that there are when InvokeAI starts."""
+if TYPE_CHECKING:
+    PackName = str
+else:
+    PackName = Literal[tuple(_TITLES)]  # those that there are when InvokeAI starts
 
 
 class StylesInvocation(BaseInvocation):
