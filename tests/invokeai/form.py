@@ -48,7 +48,7 @@ class Form:
         self.page.get_by_text(name, exact=True).last.click()
 
     def choose_styles(self, title: str) -> None:
-        self.page.locator("select").last.select_option(label=title)
+        self.page.get_by_role("combobox").nth(1).select_option(label=title)
 
     def invoke(self) -> None:
         self.page.get_by_role("button", name="Invoke", exact=True).click()
