@@ -36,7 +36,7 @@ from .style_pack import StylesInvocation
 
 @invocation_output("facelora_headshots_output")
 class HeadshotsOutput(BaseInvocationOutput):
-    pictures: list[ImageField] = OutputField(description="The pictures, most alike first.")
+    pictures: list[ImageField] = OutputField(description="The pictures, most alike last.")
     likenesses: list[float] = OutputField(
         description="Their likeness to the photos: 0.55 and more is mostly the same person. -1: no face, or no photos."
     )
@@ -66,11 +66,11 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         base = replace(base, resolution=self.resolution or base.resolution)  # at which small faces are drawn again
         jobs = [Job.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
         shots = self._draw(base, lora, jobs, context, progress)
-        # The most alike is saved last: the gallery shows new pictures first.
-        names = [self._save(shot, context) for shot in reversed(shots)]
+        shots = shots[::-1]  # the page shows the last of a result, and the gallery new pictures first
+        names = [self._save(shot, context) for shot in shots]
         shutil.rmtree(shots[0].path.parent)
         return HeadshotsOutput(
-            pictures=[ImageField(image_name=name) for name in reversed(names)],
+            pictures=[ImageField(image_name=name) for name in names],
             likenesses=[-1.0 if shot.likeness is None else shot.likeness for shot in shots],
         )
 

@@ -39,9 +39,14 @@ class Form:
         self.page.get_by_text("Workflow Loaded").wait_for()
 
     def add_photos(self, photos: list[Path]) -> None:
+        uploads: list[str] = []
+        self.page.on("response", lambda answer: uploads.append(answer.url) if "/images/upload" in answer.url else None)
         with self.page.expect_file_chooser() as chooser:
             self.page.locator("button[aria-label*=pload]").first.click()
         chooser.value.set_files(photos)
+        while len(uploads) < len(photos):
+            self.page.wait_for_timeout(200)
+        self.page.wait_for_timeout(1000)  # for the field to take them
 
     def choose_model(self, name: str) -> None:
         self.page.get_by_role("combobox").first.click(force=True)

@@ -21,7 +21,7 @@ PICTURE = REPOSITORY / "docs" / "images" / "invokeai.jpg"
 BASE = "Small faces"
 VALUES = {
     "train": {
-        "steps": 200,
+        "steps": 100,
         "settings": "rank = 16\nlearning_rate = 3e-3\nresolution = 72\nbatch_size = 4\ntargets = 'transformer+conv'\n"
         "prior_loss_weight = 2.0\nmin_snr_gamma = 0.0\nsample_guidance = 2.5\nsample_steps = 10",
     },
@@ -46,10 +46,10 @@ def main() -> None:
             form.choose_model(BASE)
             form.choose_styles("What the demo's base model knows")
             form.page.get_by_role("textbox").first.fill("woman")
-            form.page.wait_for_function("() => document.querySelectorAll('img').length >= 9")
             form.invoke()
             server.wait_for(lambda: server.call("GET", "/api/v1/queue/default/status")["queue"]["completed"] == 1)
             form.page.get_by_role("tab", name="Images").or_(form.page.get_by_text("Images/Videos")).first.click()
+            form.page.mouse.move(700, 780)
             form.page.wait_for_timeout(5000)
             form.page.screenshot(path=PICTURE, type="jpeg", quality=80)
 

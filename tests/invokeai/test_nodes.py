@@ -121,8 +121,8 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
         model=desk.model, lora=lora, count=2, styles="", resolution=72, photos=desk.photos, first_seed=7
     )
     drawn = node.invoke(desk.context)
-    assert [one.image_name for one in drawn.pictures] == list(reversed(desk.context.saved))
-    assert drawn.likenesses == sorted(drawn.likenesses, reverse=True)
+    assert [one.image_name for one in drawn.pictures] == list(desk.context.saved)
+    assert drawn.likenesses == sorted(drawn.likenesses)
     assert {values["seed"] for values in desk.context.saved.values()} == {7, 8}
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
 

@@ -68,7 +68,7 @@ def test_the_workflow_makes_a_lora_and_headshots_and_tells_how_far_it_is(invoke,
     assert model["description"] and invoke.read("GET", f"/api/v2/models/i/{model['key']}/image")
     drawn = item.outputs["headshots"]
     assert len(drawn["pictures"]) == len(drawn["likenesses"]) == 2
-    assert drawn["likenesses"] == sorted(drawn["likenesses"], reverse=True)
+    assert drawn["likenesses"] == sorted(drawn["likenesses"])
     name = drawn["pictures"][0]["image_name"]
     kept = invoke.call("GET", f"/api/v1/images/i/{name}/metadata")
     assert "sks man" in kept["positive_prompt"] and kept["loras"][0]["model"]["key"] == model["key"]
