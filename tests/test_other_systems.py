@@ -109,7 +109,7 @@ def test_no_file_of_the_cache_needs_a_long_path():
 def test_names_that_windows_keeps_for_devices_name_no_folder_and_no_file(tmp_path, name):
     write_photos(tmp_path / "people" / name, count=1)
     (person,) = read_people(tmp_path / "people")
-    assert "can be no folder's name" in person.problem
+    assert "is not a valid folder name" in person.problem
     assert not files.RESERVED.fullmatch(f"{file_word(name)}.safetensors")
 
 

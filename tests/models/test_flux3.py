@@ -479,7 +479,7 @@ def test_inspect_says_that_comfyui_030_does_not_have_it_and_what_diffusers_loads
     assert set(not_loaded_by("ComfyUI", lora).values()) == {"flux3 at all"}
     assert len(not_loaded_by("diffusers", lora)) == (3 if scheme == "kohya" else 0)
     faults = [fault.text for fault in verify_lora(tmp_path / f"{scheme}.safetensors")]
-    assert "ComfyUI 0.30 does not have flux3; later versions may" in faults
+    assert "ComfyUI 0.30 does not support flux3; later versions may" in faults
     assert not any("convert it" in fault for fault in faults)
 
 

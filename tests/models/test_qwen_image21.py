@@ -343,7 +343,7 @@ def test_inspect_says_that_comfyui_030_does_not_have_it_and_what_diffusers_loads
     assert set(not_loaded_by("ComfyUI", lora).values()) == {"qwen-image-21 at all"}
     assert len(not_loaded_by("diffusers", lora)) == (scheme == "kohya")
     faults = [fault.text for fault in verify_lora(tmp_path / f"{scheme}.safetensors")]
-    assert "ComfyUI 0.30 does not have qwen-image-21; later versions may" in faults
+    assert "ComfyUI 0.30 does not support qwen-image-21; later versions may" in faults
     assert not any("convert it" in fault for fault in faults)
 
 

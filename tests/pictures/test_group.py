@@ -418,7 +418,7 @@ def test_no_group_style_says_how_many_there_are_since_each_is_drawn_alone() -> N
         (["--prompt", PROMPT, "--region", "anna=0,0,1,1"], "--region: give one for each --person and nobody else"),
         (["--style-pack", "groups", "--subject", "sks woman"], "--subject is for one person; with --person"),
         (["--style-pack", "groups", "--prompt", PROMPT], "--prompt and --style-pack are both given; use only one"),
-        (["--prompt", PROMPT, "--reference", "anna=photos"], "--reference: give NAME=PHOTOS for each --person, and for nobody"),
+        (["--prompt", PROMPT, "--reference", "anna=photos"], "--reference: give NAME=PHOTOS for each --person and nobody else"),
         (["--prompt", PROMPT, "--reference", "photos"], "--reference photos: must be NAME=PHOTOS"),
     ],
 )  # fmt: skip

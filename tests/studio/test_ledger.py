@@ -188,7 +188,7 @@ def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder
     Image.new("RGB", (4, 4)).save(folder / "people" / "carl" / "a.png")
     assert main(["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr()
-    assert "carl is not counted: a.png: " in printed.err and "likeness " in printed.out
+    assert "carl is not included in the estimate: a.png: " in printed.err and "likeness " in printed.out
 
 
 @pytest.mark.parametrize("command", ["headshots", "studio", "train"])

@@ -270,7 +270,7 @@ def wrong_files(folder: Path, base: Base) -> dict[str, tuple[Path, type[FaceLora
     LoraFile("zimage", random_lora(base).metadata, tensors).save(norm)
     return {
         "pickle": (pickle, BadFile, "pickle"),
-        "another family": (other, LoraMisfit, ", the base model is zimage"),
+        "another family": (other, LoraMisfit, ", but the base model is zimage"),
         "unknown names": (unknown, UnknownFamily, "something"),
         "a norm": (norm, LoraMisfit, "which is neither a linear layer nor a convolution"),
     }
