@@ -205,6 +205,16 @@ class TrainedFile:
         """Return the likeness measured during its training, empty if it wasn't measured."""
         return [(point["step"], point["likeness"]) for point in self._curve()["points"]]
 
+    def kept_step(self) -> int:
+        """The step that the file is of."""
+        curve = self._curve()
+        return curve["points"][curve["kept"]]["step"] if curve["points"] else self._steps()
+
+    def kept_samples(self) -> tuple[int, list[Image.Image]] | None:
+        """The step and the samples that were drawn with the file, else last before its step; None where there are none."""
+        drawn = {step: images for step, images in self.run.samples().items() if step <= self.kept_step()}
+        return max(drawn.items(), default=None, key=lambda item: item[0])
+
     def leakage(self) -> float | None:
         """Return how much the class came to look like the person during training, or None if it wasn't measured."""
         curve = self._curve()
@@ -236,6 +246,9 @@ class TrainedFile:
             copy_with_metadata(file, path, file.metadata | {KEY: key, "ss_output_name": path.stem})
         return path
 
+    def _steps(self) -> int:
+        return int(LoraFile.read(self.path).metadata.get("ss_steps", 0))
+
     def _curve(self) -> dict[str, Any]:
         """Read the measurements from its metadata. Without any, the list of points is empty."""
         return json.loads(LoraFile.read(self.path).metadata.get(LIKENESS_KEY, '{"points": []}'))
@@ -249,6 +262,12 @@ def drawn_sample(lora: LoraFile) -> Image.Image | None:
     step = int(lora.metadata.get("ss_steps", 0))
     drawn = [images[0] for at, images in RunFolder(folder).samples().items() if at <= step]
     return drawn[-1] if drawn else None
+
+
+def is_trained(job: TrainingJob, base: Base, folders: Sequence[Path]) -> bool:
+    """Whether `find_or_train` would find what the run of this job, whose photos have been looked at, has trained."""
+    folder = cache_folder() / "runs" / job.key(base)
+    return folder.is_dir() and _trained_before(RunFolder(folder), folders) is not None
 
 
 def find_or_train(
