@@ -3,13 +3,15 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, make, makeRoom, readReport, showLarge, whenChanged, widgetOf } from "./dom.js"
+import { addElement, after, forgetCheckpoint, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
+import { showPeople } from "./people.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const IDLE_HEIGHT = 28
 const TRAINING = new Set(["training", "samples"])
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
@@ -29,7 +31,7 @@ function duration(seconds) {
 function statusText(state) {
   if (state.stopping && TRAINING.has(state.phase)) 
     return say("ending after step {}, keeping what is learned", state.step ?? 1)
-  if (state.phase === "done") return say("done: {}", state.file)
+  if (state.phase === "done") return [say("done: {}", state.file), verdictText(state)].filter(Boolean).join(" · ")
   if (state.phase === "failed") return say("failed: {}", state.error)
   if (state.phase === "stopped") return say("stopped; queued again, it goes on from there")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
@@ -42,6 +44,16 @@ function statusText(state) {
   if (sampling) parts.push(counted())
   return parts.join(" · ")
 }
+
+/** What the likeness of the kept step means, and what would help. */
+function verdictText({ kept_step, kept_likeness, kept_word }) {
+  if (kept_likeness == null) return ""
+  const found = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
+  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add closer photos")}`
+}
+
+/** Of a training that is done: good, doubtful or rejected; "" where likeness was not measured. */
+const verdictOf = ({ phase, kept_word }) => (phase === "done" && VERDICTS[kept_word]) || ""
 
 function timeText(state) {
   const parts = state.seconds == null ? [] : [duration(state.seconds)]
@@ -64,6 +76,9 @@ class Panel {
     this.machine = make("button", "facelora-machine", say("This machine"))
     this.machine.title = say("What it has for training and what is missing, to paste into a question")
     this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
+    this.people = make("button", "facelora-machine facelora-all", say("Trained people"))
+    this.people.title = say("All trainings, running and done: open one, or delete a person")
+    this.people.addEventListener("click", showPeople)
     this.keep = make("button", "facelora-keep", say("Stop and keep"))
     this.keep.title = say("Ends the training now and keeps what it has learned")
     this.cancel = make("button", "facelora-cancel", say("Cancel"))
@@ -79,16 +94,19 @@ class Panel {
     this.samplesTitle = make("div", "facelora-quiet")
     this.pictures = make("div", "facelora-pictures",
       make("div", "facelora-quiet", say("photos")), this.samplesTitle, this.photos, this.samples)
+    this.headshots = make("div", "facelora-headshots")
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      make("div", "facelora-row", this.status, this.machine), make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
-      this.likeness, this.checkpoints, this.pictures)
+      make("div", "facelora-row", this.status, this.people, this.machine), make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
+      this.likeness, this.checkpoints, this.pictures, this.headshots)
     this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // and of no other prompt
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
-      this.pictures]) part.hidden = true
+      this.pictures, this.headshots]) part.hidden = true
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
+    for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
+      whenSet(widget, () => forgetCheckpoint(node))
     this.height = IDLE_HEIGHT
   }
 
@@ -109,7 +127,8 @@ class Panel {
     this.state = state
     const active = !ENDED.has(state.phase)
     this.status.textContent = this.status.title = statusText(state)
-    this.status.classList.remove("facelora-quiet")
+    this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
+    this.bar.className = `facelora-is-${verdictOf(state)}`
     this.progress.hidden = false
     this.time.textContent = timeText(state)
     this.bar.style.width = `${100 * doneShare(state)}%`
@@ -136,6 +155,8 @@ class Panel {
     fill(this.photos, state.photos)
     fill(this.samples, state.samples)
     this.samplesTitle.textContent = state.samples?.length ? say("samples, step {}", state.samples_step) : say("samples")
+    this.headshots.hidden = !state.headshots?.length
+    this.headshots.replaceChildren(...(state.headshots ?? []).map((shot) => headshot(shot, state.limits)))
     this.grow(active)
   }
 
@@ -172,13 +193,26 @@ class Panel {
     this.root.style.setProperty("--facelora-strip", `${part}px`)
     let height = active ? 62 : 44
     const sizes = [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.checkpoints, 30],
-      [this.pictures, part + 28]]
+      [this.pictures, part + 28], [this.headshots, 110 * Math.ceil((this.state.headshots?.length ?? 0) / 3)]]
     for (const [element, size] of sizes)
       if (!element.hidden) height += size
     if (height === this.height) return
     this.height = height
     makeRoom(this.node)
   }
+}
+
+/** A headshot with its likeness to the person, in words on the mouse. */
+function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson] = []) {
+  const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
+  const image = Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" })
+  image.addEventListener("click", () => showLarge(image.cloneNode()))
+  if (score == null) return make("div", "facelora-headshot", image)
+  const word = score >= samePerson ? "the same person" : score >= someoneElse ? "perhaps" : "someone else"
+  const shown = make("div", `facelora-headshot facelora-${VERDICTS[word]}`, image,
+    make("span", "facelora-word", score < 0 ? say("no face") : score.toFixed(2)))
+  shown.title = score < 0 ? say("no face") : say("likeness {}: {}", score.toFixed(2), say(word))
+  return shown
 }
 
 /** Shows pictures given as data URLs; those that are shown already are left alone. */

@@ -318,43 +318,36 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
     share = face.share_of(look.photo.size)
 
     findings = []
+
+    def reject(sentence: str, cause: str) -> None:
+        findings.append(Finding(REJECT, sentence, cause))
+
     if face.size < limits.face_pixels_reject:
-        findings.append(
-            Finding(
-                REJECT,
-                f"the face is {face.size:.0f} pixels large; {limits.face_pixels_reject:.0f} are needed",
-                "too small",
-            )
-        )
+        needed = f"{limits.face_pixels_reject:.0f} are needed"
+        reject(f"the face is {face.size:.0f} pixels large; {needed}", "too small")
     elif face.size < limits.face_pixels_review:
         findings.append(
             Finding(REVIEW, f"the face is {face.size:.0f} pixels large; {limits.face_pixels_review:.0f} are better")
         )
     if not measure.features_in_frame(look.photo.size, face):
-        findings.append(Finding(REJECT, "an eye, the nose or the mouth is cut off", "cut off"))
+        reject("an eye, the nose or the mouth is cut off", "cut off")
     elif in_frame < limits.in_frame_review:
         findings.append(Finding(REVIEW, "part of the face is outside the picture"))
     if sharp < limits.sharpness_reject:
-        findings.append(Finding(REJECT, "the face is blurred", "blurred"))
+        reject("the face is blurred", "blurred")
     elif sharp < limits.sharpness_review:
         findings.append(Finding(REVIEW, "the face is not quite sharp"))
     if bright < limits.highlights_reject:
-        findings.append(Finding(REJECT, "the face is too dark", "too dark"))
+        reject("the face is too dark", "too dark")
     elif bright < limits.highlights_review:
         findings.append(Finding(REVIEW, "the face is rather dark"))
     if middle > limits.midtone_reject:
-        findings.append(Finding(REJECT, "the face is overexposed", "overexposed"))
+        reject("the face is overexposed", "overexposed")
     elif middle > limits.midtone_review:
         findings.append(Finding(REVIEW, "the face is rather bright"))
     if alike is not None and alike < limits.likeness_reject:
         if majority:
-            findings.append(
-                Finding(
-                    REJECT,
-                    f"this seems to be someone else (likeness {alike:.2f} to the other photos)",
-                    "of someone else",
-                )
-            )
+            reject(f"this seems to be someone else (likeness {alike:.2f} to the other photos)", "of someone else")
         else:
             findings.append(Finding(REVIEW, "the photos show different people, and no one is in most of them"))
     elif alike is not None and alike < limits.likeness_review:

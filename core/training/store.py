@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -473,6 +474,32 @@ def has_key(path: Path, key: str) -> bool:
         return lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
     except FaceLoraError:
         return False
+
+
+def files_of(key: str, folders: Sequence[Path]) -> list[Path]:
+    """The files that a job has made, by its key, in and below the folders: the LoRA, and its steps beside it."""
+    found = {path: _metadata(path) for path in _files(folders)}
+    mine = [path for path, metadata in found.items() if metadata.get(KEY, "").startswith(key)]
+    names = {(path.parent, path.stem) for path in mine}
+    steps = [
+        path
+        for path, metadata in found.items()
+        if path not in mine
+        and re.search(r"-step\d{6,}$", path.stem)
+        and (path.parent, metadata.get("ss_output_name")) in names
+    ]
+    return mine + steps
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with suppress(FaceLoraError):
+        return dict(SafetensorsFile.open(path).metadata)
+    return {}
+
+
+def forget_run(key: str) -> None:
+    """Deletes the run's folder of a job, by its key: its state, samples, history and measured steps."""
+    shutil.rmtree(cache_folder() / "runs" / key, ignore_errors=True)
 
 
 def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:

@@ -163,7 +163,7 @@ def test_the_likeness_that_a_training_measures_is_drawn_in_both_designs(page, se
     assert page.widgets("FaceLoRATrain")["checkpoint"] == other + 1
     assert server.wait(page.queue(), 900).status == "success"
     page.wait_for(
-        f"() => document.querySelector('{STATUS}').textContent === 'done: measured-step00000{other + 1}.safetensors'"
+        f"() => document.querySelector('{STATUS}').textContent.startsWith('done: measured-step00000{other + 1}.safetensors')"
     )
     assert (server.folder / "models" / "loras" / f"measured-step00000{other + 1}.safetensors").exists()
     offered.nth(1 - other).click()
@@ -199,6 +199,23 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
     hear(page, prompt="a script's", step=50, workflow=None, **news)
     assert status(page) == "step 30 of 60 · loss 0.1 · rate 1e-4 · likeness 0.52: perhaps"
     assert page.page.text_content(".facelora-time") == "1 h 1 min · 1 min 15 s left"
+
+
+@pytest.mark.parametrize(
+    ("likeness", "word", "verdict", "advice"),
+    [
+        (0.61, "the same person", "good", ""),
+        (0.45, "perhaps", "doubtful", "Train longer"),
+        (0.07, "someone else", "rejected", "Train longer"),
+    ],
+)
+def test_the_end_says_in_words_and_colour_whether_it_is_the_person(page, likeness, word, verdict, advice):
+    page.run(BUILD, train_node(seed=19))
+    hear(page, prompt="ours", phase="done", file="x.safetensors", kept_likeness=likeness, kept_word=word, kept_step=125)
+    assert status(page).startswith(f"done: x.safetensors · step 125, likeness {likeness:.2f}: {word}")
+    assert advice in status(page)
+    assert page.page.locator(f"{STATUS}.facelora-says-{verdict}").count() == 1
+    assert page.page.locator(f".facelora-bar .facelora-is-{verdict}").count() == 1
 
 
 def test_no_button_of_a_narrow_panel_breaks_into_lines(page):

@@ -48,7 +48,8 @@ FILLED = """(names) => {
         const pictures = node.widgets.find((widget) => widget.name === "pictures")
         pictures.value = names.join("\\n")
         pictures.callback()
-        node.onExecuted({ facelora_photos: names.map((name) => ({ name, verdict: "good" })), facelora_headline: ["20 usable"] })
+        const photos = names.map((name) => ({ name, verdict: "good" }))
+        node.onExecuted({ facelora_photos: [{ photos, headline: "20 usable", verdict: "good" }] })
     }
 }"""
 OVERLAPS = """() => {
@@ -207,7 +208,7 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     hands.open_template()
     opened = hands.actions
     hands.add_photos(files)
-    hands.type(page.page.get_by_role("textbox").first, "woman")
+    hands.type(page.page.get_by_role("textbox").nth(1), "woman")
     hands.choose_style()
     assert hands.actions - opened <= 3, "answers"
     asked = hands.press_run(page.page.get_by_role("button", name="Run").last, server)

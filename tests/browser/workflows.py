@@ -128,7 +128,7 @@ def transformer(title: str, denoiser: dict[str, str], clip: Node, vae: dict[str,
 
 def photos(title: str = "", model: str = "") -> Node:
     return Node(
-        "photos", "FaceLoRALoadPhotos", {"folder": "(no folder)"}, {"model": model} if model else {}, height=430, title=title,
+        "photos", "FaceLoRALoadPhotos", {"folder": "(no folder)"}, {"model": model} if model else {}, height=580, title=title,
         labels={"folder": "Or photos in a folder"},
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
         base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
-        labels={"class_word": "Class word, e.g. woman", "use": "Train on"},
+        labels={"name": "Name", "class_word": "Class word, e.g. woman", "use": "Train on"},
     )  # fmt: skip
 
 
@@ -226,11 +226,11 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str, *, any_fi
                 note("""## 5 Run: the headshots come here, the most alike first
 
                 ## Another first_seed makes others"""),
-                [draw(base, reference="photos.photos"), headshots(f"headshots/{lora}", "ranked.images")],
+                [draw(base, reference="photos.photos"), headshots("headshots/%FaceLoRATrain.name%", "ranked.images")],
             ),
         ],
         app=[
-            ("train", "training"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
+            ("train", "training"), ("train", "name"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
             ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
         ],
         any_file=any_file,
@@ -466,7 +466,7 @@ WORKFLOWS = [
                 Drop them onto the node."""),
                 [
                     Node("class", "FaceLoRALoadPhotos", {"folder": "(no folder)", "check": False},
-                         title="Load class images", height=430),
+                         title="Load class images", height=580),
                 ],
             ),
             Step(
