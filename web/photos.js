@@ -229,7 +229,7 @@ class Pictures {
     const own = this.ownNames[name] ?? name.split("/").at(-1)
     const word = photo?.person ? say("person {}", photo.person) : say(WORDS[photo?.verdict] ?? "")
     const verdict = photo?.person ? "rejected" : photo?.verdict ?? "unknown"
-    const tile = make("div", `facelora-tile facelora-${verdict}`, image, make("span", "facelora-word", word))
+    const tile = make("div", `facelora-tile facelora-${verdict} ${photo?.person ? "facelora-person-of" : ""}`, image, make("span", "facelora-word", word))
     tile.title = [own, photo?.reason].filter(Boolean).join("\n")
     image.addEventListener("click", () => showLarge(make("figure", "", image.cloneNode(), make("figcaption", "", `${word} ${tile.title}`))))
     if (!removable) return tile
