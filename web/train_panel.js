@@ -41,7 +41,7 @@ function statusText(state) {
   if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
   if ("step" in state && !sampling) parts.push(say("rate {}", short(state.learning_rate)))
   if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
-  if (sampling) parts.push(counted())
+  if (sampling) parts.push(say("samples: sampling step {} of {}", state.done, state.total))
   return parts.join(" · ")
 }
 
@@ -55,10 +55,11 @@ function verdictText({ kept_step, kept_likeness, kept_word }) {
 /** Of a training that is done: good, doubtful or rejected; "" where likeness was not measured. */
 const verdictOf = ({ phase, kept_word }) => (phase === "done" && VERDICTS[kept_word]) || ""
 
-function timeText(state) {
-  const parts = state.seconds == null ? [] : [duration(state.seconds)]
-  if (TRAINING.has(state.phase) && state.seconds_left != null) 
-    parts.push(say("{} left", duration(state.seconds_left)))
+/** The time that has passed and that is left, `since` seconds after the server has told the state. */
+function timeText(state, since = 0) {
+  const parts = state.seconds == null ? [] : [duration(state.seconds + since)]
+  if (TRAINING.has(state.phase) && state.seconds_left != null && !state.stopping)
+    parts.push(say("{} left", duration(Math.max(0, state.seconds_left - since))))
   return parts.join(" · ")
 }
 
@@ -131,6 +132,7 @@ class Panel {
     this.bar.className = `facelora-is-${verdictOf(state)}`
     this.progress.hidden = false
     this.time.textContent = timeText(state)
+    this.told = performance.now()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
     this.machine.hidden = state.phase !== "failed"
@@ -158,6 +160,12 @@ class Panel {
     this.headshots.hidden = !state.headshots?.length
     this.headshots.replaceChildren(...(state.headshots ?? []).map((shot) => headshot(shot, state.limits)))
     this.grow(active)
+  }
+
+  /** Lets the clock go on until the server tells more, where it has told this page anything. */
+  tick() {
+    const { state } = this
+    if (state && !ENDED.has(state.phase)) this.time.textContent = timeText(state, (performance.now() - this.told) / 1000)
   }
 
   /** Buttons for the measured checkpoints, of which the node's input chooses one; 0 there means the one that was kept. */
@@ -259,6 +267,7 @@ app.registerExtension({
       merge(detail)
       panels.forEach(refresh)
     })
+    setInterval(() => panels.forEach((panel) => panel.tick()), 1000)
     api.addEventListener("reconnected", readStates)
     api.addEventListener("status", () => known === api.clientId || readStates())
     await readStates()

@@ -45,6 +45,7 @@ const ZH = {
   "encoding": "编码",
   "class images": "类别图片",
   "samples": "样图",
+  "samples: sampling step {} of {}": "样图：采样第 {} / {} 步",
   "samples, step {}": "样图，第 {} 步",
   "photos": "照片",
   "loss": "损失",

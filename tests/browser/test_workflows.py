@@ -215,7 +215,9 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     assert hands.actions <= 7
     assert asked["FaceLoRATrain"]["class_word"] == "woman"
     assert asked["FaceLoRAStylePack"]["styles"] == find_style_packs().pick("corporate").names[1]
-    rejected = page.page.locator(".facelora-rejected").evaluate_all("(all) => all.map((one) => one.title)")
+    rejected = page.page.locator(".facelora-tile.facelora-rejected").evaluate_all(
+        "(all) => all.map((one) => one.title)"
+    )
     assert [title.split("\n")[0] for title in rejected] == ["friend.png"]
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
