@@ -40,9 +40,16 @@ export function fedBy(node, type) {
 }
 
 /** The node that feeds an input of the node; undefined where none does. */
-export function feeding(node, input) {
+function feeding(node, input) {
   const link = node.graph?.links.get(node.inputs?.find(({ name }) => name === input)?.link)
   return link && node.graph.getNodeById(link.origin_id)
+}
+
+/** The file of the base model that feeds a node, as its loader names it; "" where none is found. */
+export function baseOf(node) {
+  const model = feeding(node, "model"), names = ["ckpt_name", "unet_name"]
+  if (!model) return ""
+  return names.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
 }
 
 /** Has ComfyUI note that a value of the node has changed, so that it is there after F5. */

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  addElement, after, choose, fedBy, feeding, forgetCheckpoint, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
+  addElement, after, baseOf, choose, fedBy, forgetCheckpoint, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { say } from "./words.js"
 
@@ -31,13 +31,6 @@ const isNoise = ({ name }) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini
 const WORDS = { good: "✓ good", doubtful: "! look", rejected: "✕ left out" }
 
 const NO_FOLDER = "(no folder)", ALL = "all photos"
-
-/** The file of the base model that feeds a node, as its loader names it; "" where none is found. */
-function baseOf(node) {
-  const model = feeding(node, "model"), names = ["ckpt_name", "unet_name"]
-  if (!model) return ""
-  return names.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
-}
 
 /** The resolution that the training of a node's photos names; 0 where it leaves it to the base model. */
 const resolutionOf = (node) => fedBy(node, TRAIN).map((train) => widgetOf(train, "resolution").value)[0] ?? 0

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, forgetCheckpoint, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
+import { addElement, after, baseOf, forgetCheckpoint, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
 import { showPeople } from "./people.js"
 import { say } from "./words.js"
 
@@ -108,7 +108,20 @@ class Panel {
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
       whenSet(widget, () => forgetCheckpoint(node))
+    whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
+    after(node, "onConnectionsChange", () => this.explain())
     this.height = IDLE_HEIGHT
+  }
+
+  /** Says what the recipe does for the base model, as long as no training is shown. */
+  async explain() {
+    const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
+    const asked = (this.asked = `${recipe} ${base}`)
+    const answer = await api.fetchApi(`/facelora/recipe?${new URLSearchParams({ name: recipe, base })}`)
+    const { steps, batch_size = 1, rank, learning_rate, resolution } = answer.ok ? await answer.json() : {}
+    if (!steps || this.state || asked !== this.asked) return
+    this.status.textContent = say("{}: {} steps × {}, rank {}, rate {}, {} px", recipe, steps, batch_size ?? 1, rank,
+      short(learning_rate), resolution)
   }
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */
@@ -284,5 +297,6 @@ app.registerExtension({
   // Only now do the nodes and the graph have their ids.
   afterConfigureGraph() {
     panels.forEach(refresh)
+    panels.forEach((panel) => panel.explain())
   },
 })

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"
 const ZH = {
   // Train Face LoRA
   "The training shows here: loss, samples, likeness.": "训练情况显示在这里：损失、样图、相似度。",
+  "{}: {} steps × {}, rank {}, rate {}, {} px": "{}：{} 步 × {}，秩 {}，学习率 {}，{} 像素",
   "This machine": "本机",
   "What it has for training and what is missing, to paste into a question": "本机可用于训练的条件和缺少的组件，可粘贴到提问中",
   "Trained people": "训练过的人物",

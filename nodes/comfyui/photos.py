@@ -18,6 +18,7 @@ from server import PromptServer
 
 from ...core.errors import BadFile, BadPhoto, FaceLoraError, counted
 from ...core.faces import faces_if_installed
+from ...core.models.base import Base
 from ...core.models.families import FAMILIES
 from ...core.models.opening import load_base
 from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
@@ -280,13 +281,13 @@ def _thumbnail(name: str, user: str | None) -> bytes:
     return buffer.getvalue()
 
 
-def _resolution_of(base: str) -> int:
-    """The resolution of a base model's file, by its name in a loader; DEFAULT_RESOLUTION where it cannot be told."""
+def opened(base: str) -> Base | None:
+    """The base model in a file, by its name in a loader; None where there is no such file, or it is none of a known family."""
     for kind in ("checkpoints", "diffusion_models"):
         if base in folder_paths.get_filename_list(kind):
             with suppress(FaceLoraError):
-                return load_base(folder_paths.get_full_path_or_raise(kind, base)).resolution
-    return DEFAULT_RESOLUTION
+                return load_base(folder_paths.get_full_path_or_raise(kind, base))
+    return None
 
 
 def add_routes() -> None:
@@ -327,7 +328,8 @@ def add_routes() -> None:
         except (AttributeError, TypeError, ValueError):
             return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution"}'}, status=400)
         try:
-            resolution = given or await asyncio.to_thread(_resolution_of, base)
+            found = None if given else await asyncio.to_thread(opened, base)
+            resolution = found.resolution if found else given or DEFAULT_RESOLUTION
             seen = await asyncio.to_thread(look, folder, pictures, user, resolution)
         except FaceLoraError as problem:
             return _refusal(problem, 200)  # browsers report other answers as faults of the page

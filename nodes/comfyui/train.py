@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import asyncio
 import logging
 import math
 import time
@@ -14,8 +15,10 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from aiohttp import web
 from comfy_api.latest import io
 from PIL import Image
+from server import PromptServer
 
 from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
@@ -33,6 +36,7 @@ from . import panel, people
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .dropped import input_folder
 from .folders import says_no_server_paths, without_server_paths, write_embedding
+from .photos import opened
 from .plot import loss_plot
 from .runs import Run
 
@@ -447,3 +451,19 @@ class Watch:
         self.show(samples=panel.data_urls(images, panel.SAMPLE_SIDE), samples_step=step)
         if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
             self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
+
+
+def add_routes() -> None:
+    """Adds GET /facelora/recipe?name=NAME&base=FILE: what a recipe sets for a base model, by its file's name in a loader."""
+
+    @PromptServer.instance.routes.get("/facelora/recipe")
+    async def recipe(request: web.Request) -> web.Response:
+        base = await asyncio.to_thread(opened, request.query.get("base", ""))
+        if base is None:
+            return web.json_response({})
+        try:
+            chosen = recipe_settings(request.query.get("name", ""), base.family.recipes)
+        except BadConfig as problem:
+            return web.json_response({"error": str(problem)}, status=400)
+        shown = {name: chosen.get(name) for name in ("steps", "batch_size", "rank", "learning_rate")}
+        return web.json_response(shown | {"resolution": chosen.get("resolution") or base.resolution})

@@ -43,6 +43,11 @@ def status(page) -> str:
     return page.page.text_content(STATUS) or ""
 
 
+def is_idle(page) -> bool:
+    """Whether no training is shown."""
+    return not re.search(r"step \d+ of|done|stopped|failed", status(page))
+
+
 def wait_for_step(page, step: int, seconds: float = 900) -> None:
     page.wait_for(
         f"() => Number(/step (\\d+) of/.exec(document.querySelector('{STATUS}')?.textContent)?.[1]) >= {step}", seconds
@@ -63,7 +68,7 @@ def wait_for_points(page, line: str, count: int) -> None:
 
 def test_a_training_is_followed_on_two_pages_through_a_reload_and_kept(page, browser, server):
     page.run(BUILD, train_node(seed=11))
-    assert "shows here" in status(page)
+    assert is_idle(page)
     page.run("""() => {
         window.bars = new Set()
         window.comfyAPI.api.api.addEventListener("progress", ({ detail }) => window.bars.add(detail.max))
@@ -177,7 +182,7 @@ def test_a_freshly_opened_template_is_a_workflow_of_its_own(page):
     for name in ("first", "second"):
         page.open(template, name)
         ids.add(page.run("() => window.app.graph.id"))
-        assert "shows here" in status(page)
+        assert is_idle(page)
     assert len(ids) == 2 and not any(graph_id.startswith("00000000") for graph_id in ids)
 
 
@@ -199,6 +204,15 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
     hear(page, prompt="a script's", step=50, workflow=None, **news)
     assert status(page) == "step 30 of 60 · loss 0.1 · rate 1e-4 · likeness 0.52: perhaps"
     assert re.fullmatch(r"1 h 1 min · 1 min 1\d s left", page.page.text_content(".facelora-time") or "")
+
+
+def test_what_a_recipe_does_is_said_before_a_training(page):
+    page.run(BUILD, train_node(seed=21))
+    for recipe, does in (("fast", "500 steps × 1, rank 16"), ("balanced", "1000 steps × 1, rank 32")):
+        page.set_widgets({"FaceLoRATrain": {"recipe": recipe}})
+        page.wait_for(
+            f"() => document.querySelector('{STATUS}').textContent.startsWith('{recipe}: {does}, rate 1e-4, ')"
+        )
 
 
 def test_the_clock_goes_on_between_two_reports_and_tells_no_time_left_after_a_stop(page):
