@@ -39,8 +39,9 @@ function row(person, root, leave) {
 }
 
 async function deletePerson(person, root, leave) {
-  const what = say("This deletes the LoRA, {} headshots, what the cache keeps, and the photos that were dropped for it. "
-    + "Photos and files that another training uses stay.", person.headshots)
+  const what = say(
+    "This deletes the LoRA, {} headshots, what the cache keeps, and the photos that were dropped for it. What another training uses stays.",
+    person.headshots)
   if ((await choose(say("Delete {}?", person.name), [{ title: what, images: [] }], say("Delete"))) === undefined) return
   const { error } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
   await listPeople(root, leave)

@@ -77,7 +77,7 @@ class Panel {
     this.machine = make("button", "facelora-machine", say("This machine"))
     this.machine.title = say("What it has for training and what is missing, to paste into a question")
     this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
-    this.people = make("button", "facelora-machine facelora-all", say("Trained people"))
+    this.people = make("button", "facelora-all", say("Trained people"))
     this.people.title = say("All trainings, running and done: open one, or delete a person")
     this.people.addEventListener("click", showPeople)
     this.keep = make("button", "facelora-keep", say("Stop and keep"))

@@ -19,8 +19,7 @@ const ZH = {
   "Close": "关闭",
   "Delete": "删除",
   "Delete {}?": "删除 {}？",
-  "This deletes the LoRA, {} headshots, what the cache keeps, and the photos that were dropped for it. Photos and files that another training uses stay.":
-    "这会删除 LoRA、{} 张头像、缓存内容以及为它拖入的照片。其他训练也使用的照片和文件会保留。",
+  "This deletes the LoRA, {} headshots, what the cache keeps, and the photos that were dropped for it. What another training uses stays.": "这会删除 LoRA、{} 张头像、缓存内容以及为它拖入的照片。其他训练也使用的照片和文件会保留。",
   "no face": "没有人脸",
   "Stop and keep": "停止并保留",
   "Ends the training now and keeps what it has learned": "立即结束训练，并保留已学到的内容",

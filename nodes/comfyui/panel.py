@@ -62,12 +62,16 @@ def begin(node_id: str) -> Run:
 
 def _running(node_id: str) -> Run:
     (_, prompt, _, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
-    workflow = None
+    nobody = None if args.multi_user else "default"  # of a prompt that another pack has put into the queue
+    return Run(extra.get(USER, nobody), prompt, _workflow_of(extra), node_id)
+
+
+def _workflow_of(extra: Any) -> str | None:
+    """The id of the page's graph in a prompt's extra data; None for a prompt that no page has sent."""
     match extra:
         case {"extra_pnginfo": {"workflow": {"id": str(workflow)}}}:
-            pass
-    nobody = None if args.multi_user else "default"  # of a prompt that another pack has put into the queue
-    return Run(extra.get(USER, nobody), prompt, workflow, node_id)
+            return workflow
+    return None
 
 
 def running_user() -> str | None:
@@ -95,7 +99,7 @@ stop_is_wanted = _runs.stop_is_wanted
 def remember(run: Run, key: str, **facts: Any) -> None:
     """Begins the record of a training, by the key of its job, with the graph that its page shows."""
     (_, _, graph, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
-    workflow = (extra.get("extra_pnginfo") or {}).get("workflow") if run.workflow else None
+    workflow = extra["extra_pnginfo"]["workflow"] if run.workflow else None
     place = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node}
     people.note(run.user, key, phase=people.RUNNING, begun=time.time(), graph=workflow, run=place, **facts)
     if sum(node["class_type"] == TRAIN for node in graph.values()) == 1:
@@ -112,15 +116,14 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
     _, prompt_id, graph, extra, *_ = prompt
     scores = _scores.pop(prompt_id, [])
     trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
-    workflow = ((extra.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
-    run, key = _trained.get(workflow or prompt_id, (None, None))
+    run, key = _trained.get(_workflow_of(extra) or prompt_id, (None, None))
     if len(trains) != 1 or run is None or key is None or extra.get(USER, run.user) != run.user:
         return
     images = [
         image
         for node, shown in outputs.items()
         for image in shown.get("images", ())
-        if image.get("type") == "output" and trains[0] in _ancestors(graph, node)
+        if isinstance(image, dict) and image.get("type") == "output" and trains[0] in _ancestors(graph, node)
     ]
     if images:
         people.add_headshots(

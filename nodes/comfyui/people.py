@@ -43,6 +43,7 @@ def note(user: str | None, key: str, **facts: Any) -> None:
             _live.add(key)
         record = {"user": user, "key": key, "begun": time.time(), "headshots": []} | _read(_file(user, key)) | facts
         with suppress(BadFile):  # a full disk is no reason to end a training
+            made_folder("panels")
             write_text(_file(user, key), json.dumps(record))
 
 
@@ -130,7 +131,7 @@ def _delete_photos(record: Record, kept: Sequence[str]) -> list[str]:
 
 
 def _file(user: str | None, key: str) -> Path:
-    return made_folder("panels") / f"{content_key('person', user, key)}.json"
+    return cache_folder() / "panels" / f"{content_key('person', user, key)}.json"
 
 
 def _read(file: Path) -> Record:
