@@ -26,6 +26,7 @@ ROOT = "photos"
 """The folder of all dropped photos, below ComfyUI's input folder."""
 NAMES = ".names.json"
 """The file in a person's folder that has the files' own names, by those that they were given."""
+_NOT_IN_NAMES = re.compile(r'[<>:"|?*\\/\x00-\x1f]')
 _NUMBER = re.compile(r"photo (\d+)")
 
 
@@ -82,7 +83,7 @@ def add(user: str | None, person: str, folder: str, file_name: str, content: byt
     stem, ending = _split(file_name)
     if not ending:
         raise BadPhoto(f"{file_name}: is not a photo")
-    if not folder.startswith(f"{own_root(user)}/") or ".." in folder.split("/"):
+    if not _is_own(folder, user):
         folder = _new_folder(user, person)
     path = input_folder() / folder
     names = _own_names(path)
@@ -120,9 +121,14 @@ def _number(stem: str, ending: str, names: dict[str, str]) -> int:
     return max(halves.values(), default=0) + 1
 
 
+def _is_own(folder: str, user: str | None) -> bool:
+    root, _, word = folder.rpartition("/")
+    return root == own_root(user) and word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word)
+
+
 def _new_folder(user: str | None, person: str) -> str:
     """The name of a folder that is not there yet: the person's, with -2 and so on where that is taken."""
-    word = re.sub(r'[<>:"|?*\\/\x00-\x1f]', "_", person).strip(" .")[:60] or "person"
+    word = _NOT_IN_NAMES.sub("_", person)[:60].strip(" .") or "person"
     first = f"{own_root(user)}/{word}"
     names = (first if number == 1 else f"{first}-{number}" for number in range(1, 10_000))
     return next(name for name in names if not (input_folder() / name).exists())

@@ -5,6 +5,7 @@
 import asyncio
 import base64
 import io
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -119,6 +120,8 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
     run, key = _trained.get(_workflow_of(extra) or prompt_id, (None, None))
     if len(trains) != 1 or run is None or key is None or extra.get(USER, run.user) != run.user:
         return
+    if all(state["prompt"] != run.prompt for state in _runs.of(run.user)):  # the training was deleted
+        return
     images = [
         image
         for node, shown in outputs.items()
@@ -141,7 +144,10 @@ def _hear_of_ends() -> None:
     def task_done(item_id: int, history_result: Mapping[str, Any], *rest: Any, **named: Any) -> None:
         prompt = queue.currently_running[item_id]
         done(item_id, history_result, *rest, **named)
-        _note_headshots(prompt, history_result.get("outputs", {}))
+        try:
+            _note_headshots(prompt, history_result.get("outputs", {}))
+        except Exception:  # it would end the thread in which ComfyUI runs prompts
+            logging.exception("FaceLoRA: the headshots of a prompt were not noted")
 
     queue.task_done = task_done
 

@@ -198,7 +198,7 @@ def test_a_dropped_file_that_is_no_photo_is_refused_by_its_own_name_and_not_kept
     assert not (server.folder / "input" / "photos" / "Emil").exists()
 
 
-@pytest.mark.parametrize("folder", ["photos/../clara", "clara", "/tmp"])
+@pytest.mark.parametrize("folder", ["photos/../clara", "photos/..", r"photos/a\\..\\clara", "clara", "/tmp"])
 def test_a_photo_is_dropped_into_no_folder_of_other_photos(server, tmp_path, folder):
     photos = write_photos(tmp_path / "mine", count=1, person=37)
     assert server.drop(photos / "0.png", "Fritz", folder=folder)["name"].startswith("photos/Fritz")

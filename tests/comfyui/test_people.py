@@ -83,6 +83,18 @@ def test_photos_of_two_trainings_are_deleted_with_the_last_of_them(server, tmp_p
     assert not any(photo.exists() for photo in photos)
 
 
+def test_a_graph_whose_training_was_deleted_is_run_again_without_a_record(server, tmp_path):
+    trained(server, tmp_path, "rosa", 8, training_seed=57)
+    photos = [f"photos/rosa/photo {number:02}.png" for number in (1, 2, 3)]
+    record, *_ = server.get("/facelora/people")
+    graph = headshots_of(server, "rosa", photos, training_seed=57)
+    server.delete(f"/facelora/people/{record['key']}")
+    mark = server.mark()
+    server.run(graph)
+    assert server.run({"photos": load_photos("anna")}).status == "success", "ComfyUI still runs prompts"
+    assert "not noted" not in server.log(mark)
+
+
 def test_photos_of_a_folder_that_the_user_made_are_not_deleted(server):
     assert server.run(training(name="anna-of-a-folder", training_seed=56)).status == "success"
     record, *_ = server.get("/facelora/people")
