@@ -70,8 +70,8 @@ class Thresholds:
     def for_resolution(cls, resolution: int, network: str = "sface") -> Thresholds:
         """Return the thresholds for training at a resolution, in pixels, with likeness measured by a face network.
 
-        The defaults are for 1024 pixels; face sizes grow in proportion. A photo that is soft at its own size can be sharp at the
-        size at which it is trained. A network that is not in LIKENESS_LIMITS is treated like SFace. Raises BadConfig for a
+        The defaults are for 1024 pixels; face sizes grow in proportion. A photo that is soft at its own size can be sharp at
+        the size at which it is trained. A network that is not in LIKENESS_LIMITS is treated like SFace. Raises BadConfig for a
         resolution below 1.
         """
         if resolution < 1:
