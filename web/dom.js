@@ -30,7 +30,34 @@ export function addElement(node, name, element, height) {
   return widget
 }
 
-export const widgetOf = (node, name) => node.widgets.find((widget) => widget.name === name)
+export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
+
+/** The nodes of a type that an output of the node goes to. */
+export function fedBy(node, type) {
+  const links = (node.outputs ?? []).flatMap((output) => output.links ?? [])
+  const targets = links.map((id) => node.graph?.getNodeById(node.graph.links.get(id)?.target_id))
+  return [...new Set(targets)].filter((target) => target?.comfyClass === type)
+}
+
+/** The node that feeds an input of the node; undefined where none does. */
+function feeding(node, input) {
+  const link = node.graph?.links.get(node.inputs?.find(({ name }) => name === input)?.link)
+  return link && node.graph.getNodeById(link.origin_id)
+}
+
+/** The file of the base model that feeds a node, as its loader names it; "" where none is found. */
+export function baseOf(node) {
+  const model = feeding(node, "model"), names = ["ckpt_name", "unet_name"]
+  if (!model) return ""
+  return names.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
+}
+
+/** Has ComfyUI note that a value of the node has changed, so that it is there after F5. */
+export function remember(node) {
+  node.graph?.change?.()
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker
+  ;(tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker)
+}
 
 /** Shows an element in the middle of the page, until the next click or key; a text, which can be copied, until one beside it. */
 export function showLarge(element) {
@@ -59,15 +86,57 @@ export function after(node, event, then) {
   }
 }
 
-/** Calls a function whenever a widget has a new value: typed, chosen, or from a workflow that was opened. */
-export function whenChanged(node, widget, then) {
+/** Calls a function whenever a widget is given a new value: typed, or chosen. */
+export function whenSet(widget, then) {
   const before = widget.callback
   widget.callback = function () {
     const result = before?.apply(this, arguments)
     then()
     return result
   }
+}
+
+/** The same, and when a workflow that has a value is opened. */
+export function whenChanged(node, widget, then) {
+  whenSet(widget, then)
   after(node, "onConfigure", then)
+}
+
+/** Has Train Face LoRA give the checkpoint that it keeps: another one was chosen of another training. */
+export function forgetCheckpoint(train) {
+  const widget = widgetOf(train, "checkpoint")
+  if (!widget.value) return
+  widget.value = 0
+  widget.callback?.(0)
+}
+
+/**
+ * Asks in a dialog with a row of pictures for each {title, images, button, answer}. Resolves to the answer of the row that is
+ * chosen, to null by the button below, and to undefined where the user cancels.
+ */
+export function choose(question, rows, button) {
+  return new Promise((done) => {
+    const dialog = make("dialog", "facelora-dialog facelora-panel", make("h3", "", question))
+    const answering = (text, answer) => {
+      const made = make("button", "", text)
+      made.addEventListener("click", () => {
+        done(answer)
+        dialog.close()
+      })
+      return made
+    }
+    for (const row of rows) {
+      const head = make("div", "facelora-row", make("b", "", row.title), ...(row.button ? [answering(row.button, row.answer)] : []))
+      dialog.append(head, make("div", "facelora-row", ...row.images))
+    }
+    dialog.append(make("div", "facelora-row facelora-end", answering(say("Cancel")), answering(button, null)))
+    dialog.addEventListener("close", () => {
+      done(undefined)
+      dialog.remove()
+    })
+    document.body.append(dialog)
+    dialog.showModal()
+  })
 }
 
 /** Makes the node as tall as its widgets need now. */
@@ -75,8 +144,4 @@ export function makeRoom(node) {
   const wanted = node.computeSize()[1]
   if (node.size[1] < wanted) node.setSize([node.size[0], wanted])
   node.setDirtyCanvas?.(true, true)
-}
-
-export function complain(summary, detail) {
-  app.extensionManager.toast.add({ severity: "error", summary, detail, life: 8000 })
 }

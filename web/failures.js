@@ -8,8 +8,8 @@ app.registerExtension({
   setup() {
     api.addEventListener("execution_error", ({ detail }) => {
       if (!detail.node_type?.startsWith("FaceLoRA")) return
-      const summary = LiteGraph.registered_node_types[detail.node_type]?.title ?? detail.node_type
-      app.extensionManager.toast.add({ severity: "error", summary, detail: detail.exception_message.trim() }) // until it is closed
+      const summary = app.graph.getNodeById(detail.node_id)?.title ?? LiteGraph.registered_node_types[detail.node_type]?.title
+      app.extensionManager.toast.add({ severity: "error", summary, detail: detail.exception_message.trim(), life: 15000 })
     })
   },
 })

@@ -2,16 +2,14 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { addElement, after, complain, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import {
+  addElement, after, baseOf, choose, fedBy, forgetCheckpoint, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
+} from "./dom.js"
 import { say } from "./words.js"
 
-const NODE = "FaceLoRALoadPhotos"
-const TILE = 54, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
+const NODE = "FaceLoRALoadPhotos", TRAIN = "FaceLoRATrain"
+const TILE = 76, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
 const MASK = /-masklabel\.png$/i // of the photo of the same name, which the server finds beside it
-const NUMBER = /\/photo (\d+)[^/]*$/
-const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
-
-const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
 
 /** The file of something that was dropped, or the files of a folder. */
 async function filesOf(entry) {
@@ -28,20 +26,40 @@ async function dropped({ items, files }) {
   return entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : [...files]
 }
 
-/** A folder below the input folder that no other photos are in: "photos/2026-11-26 13.05.59.123", in UTC. */
-const newFolder = () => `photos/${new Date().toISOString().slice(0, 23).replace("T", " ").replaceAll(":", ".")}`
-
 const folderOf = (name) => name.split("/").slice(0, -1).join("/")
+const isNoise = ({ name }) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini)$/i.test(name) // of a dropped folder
+const WORDS = { good: "✓ good", doubtful: "! look", rejected: "✕ left out" }
 
-/** The name in the input folder of a file uploaded under a name; the server gives another if that is taken by other content. */
-async function upload(file, folder, as) {
+const NO_FOLDER = "(no folder)", ALL = "all photos"
+
+/** The resolution that the training of a node's photos names; 0 where it leaves it to the base model. */
+const resolutionOf = (node) => fedBy(node, TRAIN).map((train) => widgetOf(train, "resolution").value)[0] ?? 0
+
+/** The answer of the server as JSON; an error with its sentence where it refuses. */
+async function ask(address, options) {
+  const answer = await api.fetchApi(address, { method: "POST", ...options })
+  const said = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }))
+  if (said.error) throw new Error(said.error)
+  return said
+}
+
+/** The name in the input folder of a file that the server has taken for a photo of the person. */
+async function upload(file, person, folder) {
   const body = new FormData()
-  body.append("image", file, as)
-  body.append("subfolder", folder)
-  const answer = await api.fetchApi("/upload/image", { method: "POST", body })
-  if (!answer.ok) throw new Error(`${file.name}: ${answer.status} ${answer.statusText}`)
-  const { name, subfolder } = await answer.json()
-  return subfolder ? `${subfolder}/${name}` : name
+  for (const [name, value] of Object.entries({ person, folder, file })) body.append(name, value)
+  return (await ask("/facelora/photos", { body })).name
+}
+
+const thumbnails = new Map() // by names in the input folder
+
+/** The address of a photo's thumbnail, which the server gives to the photo's user alone, and so not to an <img> by itself. */
+function thumbnail(name) {
+  const read = async () => {
+    const answer = await api.fetchApi(`/facelora/photo?name=${encodeURIComponent(name)}`)
+    return answer.ok ? URL.createObjectURL(await answer.blob()) : ""
+  }
+  if (!thumbnails.has(name)) thumbnails.set(name, read())
+  return thumbnails.get(name)
 }
 
 class Pictures {
@@ -53,32 +71,32 @@ class Pictures {
     this.button.title = say("Or drop them onto the node, or paste them")
     this.clear = make("button", "facelora-remove-all", say("Remove all"))
     this.clear.title = say("The files stay in ComfyUI's input folder, where folder offers them")
-    this.clear.addEventListener("click", () => (this.names = []))
+    this.clear.addEventListener("click", () => {
+      this.refused.replaceChildren()
+      this.names = []
+    })
     this.note = make("span", "facelora-quiet")
     this.headline = make("div", "facelora-headline")
-    this.reports = []
-    this.numbers = new Map() // of photos by their names without endings
-    this.originals = new Map() // the files' own names, by those in the input folder
+    this.refused = make("div", "facelora-refused")
+    this.seen = { photos: [] }
+    this.ownNames = {} // the files' own, by those in the input folder
     this.tiles = make("div", "facelora-tiles")
     const accept = "image/*,.heic,.heif,.avif"
     this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
     this.button.addEventListener("click", () => this.chooser.click())
     this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
     const row = make("div", "facelora-row", this.button, this.clear, this.note)
-    const root = make("div", "facelora-panel", row, this.headline, this.tiles)
+    const root = make("div", "facelora-panel", row, this.headline, this.refused, this.tiles)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
     // ComfyUI asks the node about what is over the canvas alone, and opens what is dropped elsewhere as a workflow.
     root.addEventListener("dragover", (event) => event.preventDefault())
-    root.addEventListener("drop", async (event) => {
-      event.preventDefault()
-      event.stopPropagation()
-      this.add(await dropped(event.dataTransfer))
-    })
+    root.addEventListener("drop", (event) => this.take(event))
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
-    node.onDragDrop = async (event) => this.add(await dropped(event.dataTransfer))
+    node.onDragDrop = (event) => this.take(event)
     node.pasteFiles = (files) => this.add([...files])
-    whenChanged(node, this.value, () => this.show())
-    after(node, "onExecuted", (output) => this.report(output))
+    for (const name of ["pictures", "folder", "check"]) whenChanged(node, widgetOf(node, name), () => this.changed())
+    for (const name of ["pictures", "folder"]) whenSet(widgetOf(node, name), () => fedBy(node, TRAIN).forEach(forgetCheckpoint))
+    after(node, "onExecuted", ({ facelora_photos: [seen] = [] }) => seen && this.report(seen))
     this.show()
   }
 
@@ -88,60 +106,109 @@ class Pictures {
 
   set names(names) {
     this.value.value = names.join("\n")
-    this.headline.textContent = "" // it was on other photos
-    this.show()
-    this.node.graph?.change?.()
-  }
-
-  /** A name that does not say the file's own: ComfyUI writes the graph, and so these names, into pictures that it saves. */
-  nameFor(file) {
-    const [, stem, ending] = /^(.*?)(-masklabel\.png|\.[^.]*)?$/i.exec(file.name)
-    const last = Math.max(0, ...this.numbers.values(), ...this.names.map((name) => NUMBER.exec(name)?.[1] ?? 0))
-    if (!this.numbers.has(stem)) this.numbers.set(stem, last + 1)
-    return `photo ${String(this.numbers.get(stem)).padStart(2, "0")}${ending ?? ""}`
+    this.value.callback?.(this.value.value)
+    remember(this.node)
   }
 
   height() {
     const width = this.node.size[0] - 30 + GAP
     const columns = Math.max(1, Math.floor(width / (TILE + GAP)))
-    const letters = this.headline.textContent.length
-    const headline = letters ? GAP + LINE * Math.ceil((letters * LETTER) / width) : 0
-    return 36 + headline + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
+    const lines = [this.headline, ...this.refused.children].map(({ textContent }) => Math.ceil((textContent.length * LETTER) / width))
+    const text = lines.reduce((sum, count) => sum + (count && GAP + LINE * count), 0)
+    return 36 + text + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
   }
 
-  /** Shows what a run has found: a verdict and its reason for each photo, and those of the folder too. */
-  report({ facelora_photos = [], facelora_headline = [] } = {}) {
-    this.reports = facelora_photos
-    this.headline.textContent = facelora_headline[0] ?? ""
+  /** Has the photos checked that the node has now, once nothing has changed for a moment. */
+  changed() {
+    this.seen = { photos: this.seen.photos.filter(({ name }) => this.names.includes(name)) }
+    this.show()
+    clearTimeout(this.soon)
+    this.soon = setTimeout(() => this.check(), 300)
+  }
+
+  async check() {
+    const [folder, check] = ["folder", "check"].map((name) => widgetOf(this.node, name).value)
+    if (!check || (!this.names.length && folder === NO_FOLDER)) return
+    const asked = (this.asked = { folder, pictures: this.value.value, base: baseOf(this.node), resolution: resolutionOf(this.node) })
+    this.note.textContent = say("checking")
+    const seen = await ask("/facelora/check", { body: JSON.stringify(asked) })
+      .catch(({ message }) => ({ photos: [], headline: message, verdict: "rejected" }))
+    if (asked === this.asked) this.report(seen)
+  }
+
+  /** Shows what was seen: a verdict and its reason for each photo, those of the folder too, and one headline. */
+  report(seen) {
+    this.asked = undefined
+    this.seen = seen
+    Object.assign(this.ownNames, seen.own_names)
     this.show()
   }
 
-  /** Uploads what is a picture among the files; true if anything was. */
+  /** Adds what was dropped, once, however many elements hear of it. */
+  async take(event) {
+    event.preventDefault()
+    if (!event.isTaken) {
+      event.isTaken = true
+      this.add(await dropped(event.dataTransfer))
+    }
+    return true
+  }
+
+  /** Uploads the files, and says of each that is no photo why not. */
   async add(files) {
-    const pictures = files.filter(isPicture)
-    const folder = folderOf(this.names.at(-1) ?? "") || newFolder()
-    for (const [index, file] of pictures.entries()) {
-      this.note.textContent = say("uploading {} of {}", index + 1, pictures.length)
+    const wanted = files.filter((file) => !isNoise(file))
+    const [train] = fedBy(this.node, TRAIN)
+    const person = train ? widgetOf(train, "name").value : ""
+    this.refused.replaceChildren()
+    for (const [index, file] of wanted.entries()) {
+      this.note.textContent = say("uploading {} of {}", index + 1, wanted.length)
       try {
-        const name = await upload(file, folder, this.nameFor(file))
-        this.originals.set(name, file.name)
+        const name = await upload(file, person, folderOf(this.names.at(-1) ?? ""))
+        this.ownNames[name] = file.name
         if (!MASK.test(name) && !this.names.includes(name)) this.names = [...this.names, name]
       } catch (error) {
-        complain(say("The photo was not uploaded"), error.message)
+        this.refused.append(make("div", "", `✕ ${error.message}`))
       }
     }
     this.chooser.value = ""
-    const folders = widgetOf(this.node, "folder").options.values
-    if (this.names.some((name) => folderOf(name) === folder) && !folders.includes(folder)) folders.push(folder)
+    const folder = folderOf(this.names.at(-1) ?? ""), folders = widgetOf(this.node, "folder").options.values
+    if (folder && !folders.includes(folder)) folders.push(folder)
     this.show()
-    return pictures.length > 0
+  }
+
+  /** Whether Run may go on: where the photos show different people, once the user has said what to do. */
+  async agreed() {
+    const trains = fedBy(this.node, TRAIN).filter((train) => widgetOf(train, "use").value !== ALL)
+    if (!this.seen.mixed || !trains.length) return true
+    const answer = await choose(say("These photos show different people"), this.people(), say("Train on all of them"))
+    if (answer === undefined) return false
+    if (answer) this.names = this.names.filter((name) => answer.has(name))
+    else for (const train of trains) widgetOf(train, "use").value = ALL
+    return true
+  }
+
+  /** For each person the photos that can be kept, as a row of pictures with a button. */
+  people() {
+    const numbers = [...new Set(this.seen.photos.map(({ person }) => person))].filter(Boolean).sort()
+    return numbers.map((number) => {
+      const names = this.seen.photos.filter(({ person }) => person === number).map(({ name }) => name)
+      const images = names.map((name) => {
+        const image = make("img", "")
+        thumbnail(name).then((address) => (image.src = address))
+        return image
+      })
+      const can = names.every((name) => this.names.includes(name)) // those of a folder stay in it
+      return { title: say("person {}", number), images, button: can && say("Keep only these"), answer: new Set(names) }
+    })
   }
 
   show() {
-    const { names } = this
+    const { names, seen } = this
     this.note.textContent = names.length ? say("{} added", names.length) : say("or drop them here")
     this.clear.hidden = !names.length
-    const reports = new Map(this.reports.map((report) => [report.name, report]))
+    this.headline.textContent = seen.headline ?? ""
+    this.headline.className = `facelora-headline facelora-says-${seen.verdict ?? "nothing"}`
+    const reports = new Map(seen.photos.map((photo) => [photo.name, photo]))
     const { value: folder } = widgetOf(this.node, "folder")
     const others = [...reports.keys()].filter((name) => !names.includes(name) && name.startsWith(`${folder}/`))
     const tiles = (some, removable) => some.map((name) => this.tile(name, reports.get(name), removable))
@@ -149,16 +216,20 @@ class Pictures {
     makeRoom(this.node)
   }
 
-  tile(name, report, removable) {
-    const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
-    const image = Object.assign(make("img", ""), { src, alt: name })
+  tile(name, photo, removable) {
+    const image = Object.assign(make("img", ""), { alt: "" })
+    thumbnail(name).then((address) => (image.src = address))
+    const own = this.ownNames[name] ?? name.split("/").at(-1)
+    const word = photo?.person ? say("person {}", photo.person) : say(WORDS[photo?.verdict] ?? "")
+    const verdict = photo?.person ? "rejected" : photo?.verdict ?? "unknown"
+    const tile = make("div", `facelora-tile facelora-${verdict} ${photo?.person ? "facelora-person-of" : ""}`, image, make("span", "facelora-word", word))
+    tile.title = [own, photo?.reason].filter(Boolean).join("\n")
+    image.addEventListener("click", () => showLarge(make("figure", "", image.cloneNode(), make("figcaption", "", `${word} ${tile.title}`))))
+    if (!removable) return tile
     const remove = make("button", "", "×")
-    const original = this.originals.get(name) ?? name
-    remove.title = say("Take out {}", original)
+    remove.title = say("Take out {}", own)
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
-    const tile = make("div", `facelora-tile facelora-${report?.verdict ?? "unknown"}`, image)
-    if (removable) tile.append(remove)
-    tile.title = [original, report?.reason].filter(Boolean).join("\n")
+    tile.append(remove)
     return tile
   }
 }
@@ -175,6 +246,24 @@ app.registerExtension({
   },
   /** The outputs of a workflow that is shown again. */
   onNodeOutputsUpdated(outputs) {
-    for (const shown of panels) shown.report(outputs[shown.node.id])
+    for (const shown of panels) {
+      const [seen] = outputs[shown.node.id]?.facelora_photos ?? []
+      if (seen) shown.report(seen)
+    }
   },
 })
+
+// What is dropped anywhere on an app's page is for its photos, as long as it is no workflow.
+document.body.addEventListener("drop", (event) => {
+  const [shown, ...others] = panels, isApp = !document.querySelector("#graph-canvas")?.checkVisibility()
+  const { files } = event.dataTransfer
+  if (isApp && shown && !others.length && files.length && ![...files].some(({ name }) => name.endsWith(".json"))) shown.take(event)
+  if (event.isTaken) event.stopPropagation()
+})
+
+/** Run asks first where a training's photos show different people. */
+const queue = app.queuePrompt
+app.queuePrompt = async function () {
+  for (const shown of panels) if (!(await shown.agreed())) return false
+  return queue.apply(this, arguments)
+}

@@ -31,8 +31,16 @@ class StylePicker {
     const answer = await api.fetchApi(`/facelora/styles?pack=${encodeURIComponent(pack)}`)
     const names = answer.ok ? await answer.json() : []
     if (pack !== this.shown) return
+    if (answer.ok) this.keep(names)
     this.grid.replaceChildren(...names.map((name) => this.card(pack, name)))
     this.mark()
+  }
+
+  /** Takes out styles that were chosen in another pack. */
+  keep(names) {
+    const { chosen } = this
+    const kept = chosen.filter((name) => names.some((other) => same(name, other)))
+    if (kept.length < chosen.length) this.styles.value = kept.join(", ")
   }
 
   card(pack, name) {

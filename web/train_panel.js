@@ -3,13 +3,15 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, make, makeRoom, readReport, showLarge, whenChanged, widgetOf } from "./dom.js"
+import { addElement, after, baseOf, forgetCheckpoint, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
+import { showPeople } from "./people.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const IDLE_HEIGHT = 28
 const TRAINING = new Set(["training", "samples"])
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
@@ -29,7 +31,7 @@ function duration(seconds) {
 function statusText(state) {
   if (state.stopping && TRAINING.has(state.phase)) 
     return say("ending after step {}, keeping what is learned", state.step ?? 1)
-  if (state.phase === "done") return say("done: {}", state.file)
+  if (state.phase === "done") return [say("done: {}", state.file), verdictText(state)].filter(Boolean).join(" · ")
   if (state.phase === "failed") return say("failed: {}", state.error)
   if (state.phase === "stopped") return say("stopped; queued again, it goes on from there")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
@@ -39,14 +41,25 @@ function statusText(state) {
   if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
   if ("step" in state && !sampling) parts.push(say("rate {}", short(state.learning_rate)))
   if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
-  if (sampling) parts.push(counted())
+  if (sampling) parts.push(say("samples: sampling step {} of {}", state.done, state.total))
   return parts.join(" · ")
 }
 
-function timeText(state) {
-  const parts = state.seconds == null ? [] : [duration(state.seconds)]
-  if (TRAINING.has(state.phase) && state.seconds_left != null) 
-    parts.push(say("{} left", duration(state.seconds_left)))
+/** What the likeness of the kept step means, and what would help. */
+function verdictText({ kept_step, kept_likeness, kept_word }) {
+  if (kept_likeness == null) return ""
+  const found = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
+  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add closer photos")}`
+}
+
+/** Of a training that is done: good, doubtful or rejected; "" where likeness was not measured. */
+const verdictOf = ({ phase, kept_word }) => (phase === "done" && VERDICTS[kept_word]) || ""
+
+/** The time that has passed and that is left, `since` seconds after the server has told the state. */
+function timeText(state, since = 0) {
+  const parts = state.seconds == null ? [] : [duration(state.seconds + since)]
+  if (TRAINING.has(state.phase) && state.seconds_left != null && !state.stopping)
+    parts.push(say("{} left", duration(Math.max(0, state.seconds_left - since))))
   return parts.join(" · ")
 }
 
@@ -64,6 +77,9 @@ class Panel {
     this.machine = make("button", "facelora-machine", say("This machine"))
     this.machine.title = say("What it has for training and what is missing, to paste into a question")
     this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
+    this.people = make("button", "facelora-all", say("Trained people"))
+    this.people.title = say("All trainings, running and done: open one, or delete a person")
+    this.people.addEventListener("click", showPeople)
     this.keep = make("button", "facelora-keep", say("Stop and keep"))
     this.keep.title = say("Ends the training now and keeps what it has learned")
     this.cancel = make("button", "facelora-cancel", say("Cancel"))
@@ -79,17 +95,33 @@ class Panel {
     this.samplesTitle = make("div", "facelora-quiet")
     this.pictures = make("div", "facelora-pictures",
       make("div", "facelora-quiet", say("photos")), this.samplesTitle, this.photos, this.samples)
+    this.headshots = make("div", "facelora-headshots")
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      make("div", "facelora-row", this.status, this.machine), make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
-      this.likeness, this.checkpoints, this.pictures)
+      make("div", "facelora-row", this.status, this.people, this.machine), make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
+      this.likeness, this.checkpoints, this.pictures, this.headshots)
     this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // and of no other prompt
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
-      this.pictures]) part.hidden = true
+      this.pictures, this.headshots]) part.hidden = true
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
+    for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
+      whenSet(widget, () => forgetCheckpoint(node))
+    whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
+    after(node, "onConnectionsChange", () => this.explain())
     this.height = IDLE_HEIGHT
+  }
+
+  /** Says what the recipe does for the base model, as long as no training is shown. */
+  async explain() {
+    const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
+    const asked = (this.asked = `${recipe} ${base}`)
+    const answer = await api.fetchApi(`/facelora/recipe?${new URLSearchParams({ name: recipe, base })}`)
+    const { steps, batch_size = 1, rank, learning_rate, resolution } = answer.ok ? await answer.json() : {}
+    if (!steps || this.state || asked !== this.asked) return
+    this.status.textContent = say("{}: {} steps × {}, rank {}, rate {}, {} px", recipe, steps, batch_size ?? 1, rank,
+      short(learning_rate), resolution)
   }
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */
@@ -109,9 +141,11 @@ class Panel {
     this.state = state
     const active = !ENDED.has(state.phase)
     this.status.textContent = this.status.title = statusText(state)
-    this.status.classList.remove("facelora-quiet")
+    this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
+    this.bar.className = `facelora-is-${verdictOf(state)}`
     this.progress.hidden = false
     this.time.textContent = timeText(state)
+    this.told = performance.now()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
     this.machine.hidden = state.phase !== "failed"
@@ -136,7 +170,15 @@ class Panel {
     fill(this.photos, state.photos)
     fill(this.samples, state.samples)
     this.samplesTitle.textContent = state.samples?.length ? say("samples, step {}", state.samples_step) : say("samples")
+    this.headshots.hidden = !state.headshots?.length
+    this.headshots.replaceChildren(...(state.headshots ?? []).map((shot) => headshot(shot, state.limits)))
     this.grow(active)
+  }
+
+  /** Lets the clock go on until the server tells more, where it has told this page anything. */
+  tick() {
+    const { state } = this
+    if (state && !ENDED.has(state.phase)) this.time.textContent = timeText(state, (performance.now() - this.told) / 1000)
   }
 
   /** Buttons for the measured checkpoints, of which the node's input chooses one; 0 there means the one that was kept. */
@@ -172,13 +214,26 @@ class Panel {
     this.root.style.setProperty("--facelora-strip", `${part}px`)
     let height = active ? 62 : 44
     const sizes = [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.checkpoints, 30],
-      [this.pictures, part + 28]]
+      [this.pictures, part + 28], [this.headshots, 110 * Math.ceil((this.state.headshots?.length ?? 0) / 3)]]
     for (const [element, size] of sizes)
       if (!element.hidden) height += size
     if (height === this.height) return
     this.height = height
     makeRoom(this.node)
   }
+}
+
+/** A headshot with its likeness to the person, in words on the mouse. */
+function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson] = []) {
+  const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
+  const image = Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" })
+  image.addEventListener("click", () => showLarge(image.cloneNode()))
+  if (score == null) return make("div", "facelora-headshot", image)
+  const word = score >= samePerson ? "the same person" : score >= someoneElse ? "perhaps" : "someone else"
+  const shown = make("div", `facelora-headshot facelora-${VERDICTS[word]}`, image,
+    make("span", "facelora-word", score < 0 ? say("no face") : score.toFixed(2)))
+  shown.title = score < 0 ? say("no face") : say("likeness {}: {}", score.toFixed(2), say(word))
+  return shown
 }
 
 /** Shows pictures given as data URLs; those that are shown already are left alone. */
@@ -225,6 +280,7 @@ app.registerExtension({
       merge(detail)
       panels.forEach(refresh)
     })
+    setInterval(() => panels.forEach((panel) => panel.tick()), 1000)
     api.addEventListener("reconnected", readStates)
     api.addEventListener("status", () => known === api.clientId || readStates())
     await readStates()
@@ -241,5 +297,6 @@ app.registerExtension({
   // Only now do the nodes and the graph have their ids.
   afterConfigureGraph() {
     panels.forEach(refresh)
+    panels.forEach((panel) => panel.explain())
   },
 })

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import free_memory, keeps_narrow_weights
-from ..errors import BadFile, FaceLoraError
+from ..errors import BadFile, FaceLoraError, MissingPackage
 from ..storage.lazy import dtype_and_shape, narrow_in
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
@@ -152,7 +152,10 @@ class Base:
         return any(narrow_in(tensors, name, read=False) for name in tensors)
 
     def _empty(self, part: str) -> nn.Module:
-        """Build the network of a part without weights. Raises BadFile when the part is missing or its config is invalid."""
+        """Build the network of a part without weights.
+
+        Raises BadFile when the part is missing or its config is invalid, MissingPackage when a library is not installed.
+        """
         component = self._component(part)
         what = f"{self.name}: the config of the {part.replace('_', ' ')}"
         named = {key: count for key, count in component.config.items() if "layers" in key and "window" not in key}
@@ -162,6 +165,11 @@ class Base:
             return self.family.build_empty(part, component.config)
         except FaceLoraError:
             raise
+        except ImportError as error:
+            package = (error.name or str(error)).partition(".")[0]
+            raise MissingPackage(
+                f"the package {package} cannot be imported ({error}); install it with: pip install {package}"
+            ) from error
         except Exception as error:  # diffusers and transformers raise many kinds of errors for an odd config
             reason = next(iter(str(error).splitlines()), "")
             raise BadFile(f"{what} is invalid: {type(error).__name__}: {reason}") from error

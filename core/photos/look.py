@@ -43,11 +43,12 @@ class Look:
 
 def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
     """Return the measurements of a photo."""
-    # The detector works at 640 pixels, and a face is judged at SHARPNESS_SIDE. Decoding more would waste time.
+    side = thresholds.sharpness_side
+    # The detector works at 640 pixels, and a face is judged at `side`. Decoding more would waste time.
     image = photo.image(shorter_side=640)
     faces = network.detect(image)
-    if faces and faces[0].size < measure.SHARPNESS_SIDE and image.size != photo.size:
-        needed = min(image.size) * measure.SHARPNESS_SIDE / max(faces[0].size, 1)
+    if faces and faces[0].size < side and image.size != photo.size:
+        needed = min(image.size) * side / max(faces[0].size, 1)
         larger = photo.image(shorter_side=int(min(needed, *photo.size)))
         faces = [_scaled(face, image, larger.size) for face in faces]
         image = larger
@@ -60,7 +61,7 @@ def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
         turn,
         [_scaled(face, image, photo.size) for face in faces],
         network.embed([image] * len(faces), faces),
-        [measure.face_luma(image, face) for face in faces],
+        [measure.face_luma(image, face, side) for face in faces],
         [measure.light(image, face) for face in faces],
         [measure.background(image, face) for face in faces],
     )

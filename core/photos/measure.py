@@ -7,9 +7,6 @@ from PIL import Image
 
 from ..faces import Face
 
-SHARPNESS_SIDE = 256
-"""The face size, in pixels, at which sharpness is judged: the size a close-up is trained at, whatever the camera."""
-
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
     """Return the perceptual hash, bool (64,): which of the 8 x 8 lowest frequencies of the 32 x 32 picture exceed the median.
@@ -29,13 +26,13 @@ def hash_distance(a: np.ndarray, b: np.ndarray) -> int:
     return int((a != b).sum())
 
 
-def face_luma(image: Image.Image, face: Face) -> np.ndarray:
+def face_luma(image: Image.Image, face: Face, side: float) -> np.ndarray:
     """Return the brightness of a face, float64 (h, w) in 0 to 255.
 
-    It covers the part of the face's box inside the picture, shrunk to at most SHARPNESS_SIDE pixels on the long side.
+    It covers the part of the face's box inside the picture, shrunk to at most `side` pixels on the long side.
     """
     crop = image.crop(_inside(image, face)).convert("L")
-    crop.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE), Image.Resampling.LANCZOS)
+    crop.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(crop, np.float64)
 
 

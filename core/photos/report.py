@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import counted
 from ..faces import Face, FaceNetwork, likeness
 from . import measure
 from .look import TURNS, Look, look_at
@@ -28,6 +29,8 @@ class Finding:
     verdict: str
     """One of VERDICTS."""
     sentence: str
+    cause: str = ""
+    """The fact in a word or two, as in "blurred", to be counted in a set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,11 @@ class PhotoReport:
     def verdict(self) -> str:
         """The worst of the findings' verdicts; "use" without findings."""
         return max((finding.verdict for finding in self.findings), key=VERDICTS.index, default=USE)
+
+    @property
+    def cause(self) -> str:
+        """Why the photo is rejected, in a word or two; "" for one that is not."""
+        return next((finding.cause for finding in self.findings if finding.verdict == REJECT), "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report without pixels, as values for JSON."""
@@ -103,14 +111,25 @@ class SetReport:
     """Sentences on what to add, and on problems of the set as a whole."""
     wishes: tuple[str, ...] = ()
     """What to add, each with a count, as in "2 in other light"."""
+    people: tuple[int, ...] = ()
+    """The number of the person on each photo, from 1, or 0 without a face. Empty unless the photos show different people and
+    no one is in most of them."""
 
     @property
     def headline(self) -> str:
         """The report in one line, as in "5 of 6 usable; add 1 with the head turned to a side".
 
-        Without a face network it mentions that faces were not looked for.
+        If none is usable, it names what is wrong with them. Without a face network it mentions that faces were not looked for.
         """
+        if self.people:
+            found = Counter(number for number in self.people if number)
+            each = ", ".join(f"person {number} on {counted(count, 'photo')}" for number, count in sorted(found.items()))
+            return f"different people: {each}. Keep the photos of one"
         usable, needed = len(self.usable), self.thresholds.photos_needed
+        causes = Counter(report.cause for report in self.photos if report.cause)
+        if not usable and causes:
+            each = [f"{count if len(causes) > 1 else 'all'} {cause}" for cause, count in causes.most_common()]
+            return f"0 of {len(self.photos)} usable: {', '.join(each)}"
         few = "" if self.enough else f", and {needed} are needed"
         wish = next(iter(self.wishes), "")
         if not self.enough and (not wish or int(wish.split()[0]) < needed - usable):
@@ -125,8 +144,8 @@ class SetReport:
 
     @property
     def enough(self) -> bool:
-        """Whether there are enough usable photos to train on."""
-        return len(self.usable) >= self.thresholds.photos_needed
+        """Whether there are enough usable photos of one person to train on."""
+        return not self.people and len(self.usable) >= self.thresholds.photos_needed
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as values for JSON."""
@@ -135,6 +154,7 @@ class SetReport:
             "network": self.network,
             "usable": len(self.usable),
             "enough": self.enough,
+            "people": list(self.people),
             "verdicts": dict(Counter(report.verdict for report in self.photos)),
             "views": dict(Counter(report.view for report in self.usable if report.view)),
             "framings": dict(Counter(report.framing for report in self.usable if report.framing)),
@@ -175,8 +195,9 @@ def check_photos(
     lights = measure.kinds([look.lights[index] for look, index in usable])
     backgrounds = measure.kinds([look.backgrounds[index] for look, index in usable])
     wishes = _wishes([report for report in reports if report.verdict != REJECT], lights, backgrounds, thresholds)
-    advice = _advise(len(usable), wishes, several_people=len(matches) > 2 and not majority, limits=thresholds)
-    return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes)
+    people = _people(looks, [index for index, _ in chosen], thresholds) if len(matches) > 2 and not majority else ()
+    advice = _advise(len(usable), wishes, several_people=bool(people), limits=thresholds)
+    return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes, people)
 
 
 def unseen(photos: Sequence[Photo], thresholds: Thresholds) -> SetReport:
@@ -192,14 +213,18 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
         findings = []
         if math.prod(photo.size) ** 0.5 < limits.face_pixels_reject:
             findings.append(
-                Finding(REJECT, f"the picture is too small for a face of {limits.face_pixels_reject:.0f} pixels")
+                Finding(
+                    REJECT,
+                    f"the picture is too small for a face of {limits.face_pixels_reject:.0f} pixels",
+                    "too small",
+                )
             )
-        if measure.highlights(np.asarray(photo.image(shorter_side=measure.SHARPNESS_SIDE).convert("L"))) < (
+        if measure.highlights(np.asarray(photo.image(shorter_side=int(limits.sharpness_side)).convert("L"))) < (
             limits.highlights_reject
         ):
-            findings.append(Finding(REJECT, "the picture is too dark"))
+            findings.append(Finding(REJECT, "the picture is too dark", "too dark"))
         if photo.digest in first:
-            findings.append(Finding(REJECT, f"the same picture as {first[photo.digest]}"))
+            findings.append(Finding(REJECT, f"the same picture as {first[photo.digest]}", "twice"))
         else:
             first[photo.digest] = photo.name
         reports.append(PhotoReport(photo, tuple(findings), faces=0, face=None))
@@ -230,6 +255,22 @@ def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
     return chosen
 
 
+def _people(looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds) -> tuple[int, ...]:
+    """The number of the person on each photo, from 1 for the one on most of them; 0 where no face was found."""
+    numbers = [0] * len(looks)
+    left = [i for i, look in enumerate(looks) if look.faces]
+    for number in range(1, len(looks) + 1):
+        if not left:
+            break
+        vectors = np.stack([looks[i].vectors[chosen[i]] for i in left])
+        alike = likeness(vectors, vectors) >= limits.likeness_reject
+        same = alike[alike.sum(1).argmax()]
+        for i, is_same in zip(left, same, strict=True):
+            numbers[i] = number if is_same else 0
+        left = [i for i in left if not numbers[i]]
+    return tuple(numbers)
+
+
 def _mark_copies(
     reports: Sequence[PhotoReport], looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds
 ) -> list[PhotoReport]:
@@ -251,7 +292,7 @@ def _mark_copies(
         distance, nearest = min(copies, default=(64, -1))
         if distance <= limits.same_picture:
             stays = "" if reports[nearest].verdict == REJECT else ", which is kept"
-            finding = Finding(REJECT, f"the same picture as {looks[nearest].photo.name}{stays}")
+            finding = Finding(REJECT, f"the same picture as {looks[nearest].photo.name}{stays}", "twice")
         elif distance <= limits.similar_picture:
             finding = Finding(REVIEW, f"almost the same picture as {looks[nearest].photo.name}")
         else:
@@ -266,7 +307,7 @@ def _mark_copies(
 def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
     if not look.faces:
         nothing = "no face was found; make sure that the whole face can be seen"
-        nobody = Finding(REJECT, TURNS.get(look.turn, nothing))
+        nobody = Finding(REJECT, TURNS.get(look.turn, nothing), "turned" if look.turn else "without a face")
         return PhotoReport(look.photo, (nobody,), faces=0, face=None, turn=look.turn)
 
     face, luma = look.faces[index], look.lumas[index]
@@ -277,35 +318,36 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
     share = face.share_of(look.photo.size)
 
     findings = []
+
+    def reject(sentence: str, cause: str) -> None:
+        findings.append(Finding(REJECT, sentence, cause))
+
     if face.size < limits.face_pixels_reject:
-        findings.append(
-            Finding(REJECT, f"the face is {face.size:.0f} pixels large; {limits.face_pixels_reject:.0f} are needed")
-        )
+        needed = f"{limits.face_pixels_reject:.0f} are needed"
+        reject(f"the face is {face.size:.0f} pixels large; {needed}", "too small")
     elif face.size < limits.face_pixels_review:
         findings.append(
             Finding(REVIEW, f"the face is {face.size:.0f} pixels large; {limits.face_pixels_review:.0f} are better")
         )
     if not measure.features_in_frame(look.photo.size, face):
-        findings.append(Finding(REJECT, "an eye, the nose or the mouth is cut off"))
+        reject("an eye, the nose or the mouth is cut off", "cut off")
     elif in_frame < limits.in_frame_review:
         findings.append(Finding(REVIEW, "part of the face is outside the picture"))
     if sharp < limits.sharpness_reject:
-        findings.append(Finding(REJECT, "the face is blurred"))
+        reject("the face is blurred", "blurred")
     elif sharp < limits.sharpness_review:
         findings.append(Finding(REVIEW, "the face is not quite sharp"))
     if bright < limits.highlights_reject:
-        findings.append(Finding(REJECT, "the face is too dark"))
+        reject("the face is too dark", "too dark")
     elif bright < limits.highlights_review:
         findings.append(Finding(REVIEW, "the face is rather dark"))
     if middle > limits.midtone_reject:
-        findings.append(Finding(REJECT, "the face is overexposed"))
+        reject("the face is overexposed", "overexposed")
     elif middle > limits.midtone_review:
         findings.append(Finding(REVIEW, "the face is rather bright"))
     if alike is not None and alike < limits.likeness_reject:
         if majority:
-            findings.append(
-                Finding(REJECT, f"this seems to be someone else (likeness {alike:.2f} to the other photos)")
-            )
+            reject(f"this seems to be someone else (likeness {alike:.2f} to the other photos)", "of someone else")
         else:
             findings.append(Finding(REVIEW, "the photos show different people, and no one is in most of them"))
     elif alike is not None and alike < limits.likeness_review:

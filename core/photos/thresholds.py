@@ -18,6 +18,9 @@ class Thresholds:
     in_frame_review: float = 0.95
     """The share of the face's box inside the picture below which it is reviewed. Two photos cut beside an eye (package
     face_recognition) have 0.87 and 0.92, whole faces 0.98 or more. A photo with an eye or the mouth cut off is rejected."""
+    sharpness_side: float = 256
+    """The face size, in pixels, at which sharpness is judged, whatever the camera: 40 % of the resolution, the size at which a
+    close-up is trained, and at most this."""
     sharpness_reject: float = 0.015
     """The `measure.sharpness` below which a face is rejected. Blurring by 2 pixels or enlarging 6 times gives 0.006 to
     0.015."""
@@ -67,8 +70,9 @@ class Thresholds:
     def for_resolution(cls, resolution: int, network: str = "sface") -> Thresholds:
         """Return the thresholds for training at a resolution, in pixels, with likeness measured by a face network.
 
-        The defaults are for 1024 pixels; face sizes grow in proportion. A network that is not in LIKENESS_LIMITS is treated
-        like SFace. Raises BadConfig for a resolution below 1.
+        The defaults are for 1024 pixels; face sizes grow in proportion. A photo that is soft at its own size can be sharp at
+        the size at which it is trained. A network that is not in LIKENESS_LIMITS is treated like SFace. Raises BadConfig for a
+        resolution below 1.
         """
         if resolution < 1:
             raise BadConfig(f"resolution = {resolution}: must be at least 1")
@@ -78,12 +82,15 @@ class Thresholds:
             default,
             face_pixels_reject=default.face_pixels_reject * resolution / 1024,
             face_pixels_review=default.face_pixels_review * resolution / 1024,
+            sharpness_side=min(default.sharpness_side, max(LEAST_SHARPNESS_SIDE, 0.4 * resolution)),
             likeness_reject=reject,
             likeness_review=review,
             same_picture_likeness=same_picture,
         )
 
 
+LEAST_SHARPNESS_SIDE = 48
+"""The size of a face, in pixels, below which sharpness says little: detail and edges of the face are the same."""
 LIKENESS_LIMITS = {
     "sface": (Thresholds.likeness_reject, Thresholds.likeness_review, Thresholds.same_picture_likeness),
     "dlib": (0.93, 0.95, 0.985),

@@ -91,7 +91,11 @@ class Checkpoints:
 
     def look_when_due(self) -> None:
         """Draw pictures with the checkpoint every `sample_every` steps, for `on_sample` and for measuring likeness."""
-        if self._samples is None or not _is_due(self.run.step, self.config.sample_every):
+        if _is_due(self.run.step, self.config.sample_every):
+            self._look()
+
+    def _look(self) -> None:
+        if self._samples is None:
             return
         on_sample, selection = self._callbacks.on_sample, self._selection
         measured = selection.watch.shots if selection and not selection.has(self.run.step) else []
@@ -114,7 +118,9 @@ class Checkpoints:
         selection = self._selection
         if selection is None:
             return
-        if not selection.has(self.run.step):
+        if self.run.step < self.config.steps and not selection.has(self.run.step):
+            self._look()  # it was stopped, and may keep this step: with samples of it
+        elif not selection.has(self.run.step):
             self._measure(self._draw(selection.watch.shots, self.run.trained()), self.run.trained())
         if self.config.merge_best and (average := selection.average(self.config.merge_best)):
             steps, values = average

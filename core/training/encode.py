@@ -2,9 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -156,7 +158,7 @@ def _encode_images(
             found = {name: tensor.clone() for name, tensor in found.items()}
             # tiles change the result a little, and a later run may have enough memory for whole pictures
             if not vae.use_tiling:
-                _write("latents", key, found)
+                _write("latents", key, found, {_PHOTO: image.photo.digest})
         results.append((found["mean"], found["deviation"]))
         progress(index + 1)
     return results, keys
@@ -191,6 +193,16 @@ def _encode_prompts(
 
 _CHECKSUM = "checksum"
 """The key of the checksum in the metadata of a cache file."""
+_PHOTO = "photo"
+"""The key of the photo's digest in the metadata of its latents."""
+
+
+def forget_latents(digests: Set[str]) -> None:
+    """Deletes the latents of the photos with these digests from the cache folder."""
+    for path in (cache_folder() / "latents").glob("*.safetensors"):
+        with suppress(BadFile):
+            if SafetensorsFile.open(path).metadata.get(_PHOTO) in digests:
+                path.unlink()
 
 
 def _read(kind: str, key: str) -> dict[str, Tensor] | None:
@@ -204,8 +216,9 @@ def _read(kind: str, key: str) -> dict[str, Tensor] | None:
     return tensors if as_written and all(tensor.isfinite().all() for tensor in tensors.values()) else None
 
 
-def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
-    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, {_CHECKSUM: _checksum(key, tensors)})
+def _write(kind: str, key: str, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    written = {_CHECKSUM: _checksum(key, tensors), **metadata}
+    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, written)
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:

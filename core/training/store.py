@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -205,6 +206,16 @@ class TrainedFile:
         """Return the likeness measured during its training, empty if it wasn't measured."""
         return [(point["step"], point["likeness"]) for point in self._curve()["points"]]
 
+    def kept_step(self) -> int:
+        """The step that the file is of."""
+        curve = self._curve()
+        return curve["points"][curve["kept"]]["step"] if curve["points"] else self._steps()
+
+    def kept_samples(self) -> tuple[int, list[Image.Image]] | None:
+        """The step and the samples that were drawn with the file, else last before its step; None where there are none."""
+        drawn = {step: images for step, images in self.run.samples().items() if step <= self.kept_step()}
+        return max(drawn.items(), default=None, key=lambda item: item[0])
+
     def leakage(self) -> float | None:
         """Return how much the class came to look like the person during training, or None if it wasn't measured."""
         curve = self._curve()
@@ -236,6 +247,9 @@ class TrainedFile:
             copy_with_metadata(file, path, file.metadata | {KEY: key, "ss_output_name": path.stem})
         return path
 
+    def _steps(self) -> int:
+        return int(LoraFile.read(self.path).metadata.get("ss_steps", 0))
+
     def _curve(self) -> dict[str, Any]:
         """Read the measurements from its metadata. Without any, the list of points is empty."""
         return json.loads(LoraFile.read(self.path).metadata.get(LIKENESS_KEY, '{"points": []}'))
@@ -249,6 +263,12 @@ def drawn_sample(lora: LoraFile) -> Image.Image | None:
     step = int(lora.metadata.get("ss_steps", 0))
     drawn = [images[0] for at, images in RunFolder(folder).samples().items() if at <= step]
     return drawn[-1] if drawn else None
+
+
+def is_trained(job: TrainingJob, base: Base, folders: Sequence[Path]) -> bool:
+    """Whether `find_or_train` would find what the run of this job, whose photos have been looked at, has trained."""
+    folder = cache_folder() / "runs" / job.key(base)
+    return folder.is_dir() and _trained_before(RunFolder(folder), folders) is not None
 
 
 def find_or_train(
@@ -454,6 +474,32 @@ def has_key(path: Path, key: str) -> bool:
         return lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
     except FaceLoraError:
         return False
+
+
+def files_of(key: str, folders: Sequence[Path]) -> list[Path]:
+    """The files that a job has made, by its key, in and below the folders: the LoRA, and its steps beside it."""
+    found = {path: _metadata(path) for path in _files(folders)}
+    mine = [path for path, metadata in found.items() if metadata.get(KEY, "").startswith(key)]
+    names = {(path.parent, path.stem) for path in mine}
+    steps = [
+        path
+        for path, metadata in found.items()
+        if path not in mine
+        and re.search(r"-step\d{6,}$", path.stem)
+        and (path.parent, metadata.get("ss_output_name")) in names
+    ]
+    return mine + steps
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with suppress(FaceLoraError):
+        return dict(SafetensorsFile.open(path).metadata)
+    return {}
+
+
+def forget_run(key: str) -> None:
+    """Deletes the run's folder of a job, by its key: its state, samples, history and measured steps."""
+    shutil.rmtree(cache_folder() / "runs" / key, ignore_errors=True)
 
 
 def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:

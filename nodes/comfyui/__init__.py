@@ -6,7 +6,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ...core import errors
-from . import helpers, panel, photos, style_pack
+from . import helpers, panel, photos, style_pack, train
 from .apply import ApplyLora
 from .group import GroupPerson, GroupPortrait
 from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
@@ -35,7 +35,7 @@ for kind in vars(errors).values():
 
 class FaceLoraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        for module in (panel, photos, style_pack, helpers):
+        for module in (panel, photos, style_pack, helpers, train):
             module.add_routes()
 
     async def get_node_list(self) -> list[type]:

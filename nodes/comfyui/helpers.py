@@ -25,6 +25,7 @@ from ...core.pictures.sheet import contact_sheet
 from ...core.storage.files import write_file
 from ...core.tensor_names import SCHEMES
 from ...core.training.store import drawn_sample, lora_path
+from . import panel
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .folders import says_no_server_paths, without_server_paths
 from .plot import score_plot
@@ -212,6 +213,7 @@ class LikenessScore(io.ComfyNode):
             found, title = [None] * len(judged), f"not compared: {problem}"
         scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        panel.scored([scores[index] for index in order])
         labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
         sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[labels])
         return io.NodeOutput(

@@ -5,6 +5,8 @@
 import asyncio
 import base64
 import io
+import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,10 +19,14 @@ from comfy.model_management import get_torch_device
 from PIL import Image
 from server import PromptServer
 
+from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
+
 from ...core import __version__
 from ...core.bench import examine, format_doctor
+from ...core.errors import BadConfig
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from . import people
 from .runs import Run, Runs
 
 EVENT = "facelora.training"
@@ -32,10 +38,15 @@ PHOTOS = 8
 """The number of photos that the panel shows beside the samples."""
 LIMITS = (SOMEONE_ELSE, SAME_PERSON)
 """The likeness below which a picture is of someone else, and that from which it is of the same person."""
+LOAD_PHOTOS, TRAIN = "FaceLoRALoadPhotos", "FaceLoRATrain"
 USER = "facelora_user"
 """The name, in a prompt's extra data, of the user who has queued it."""
 
 _runs = Runs()
+_trained: dict[str, tuple[Run, str]] = {}
+"""The last training of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
+_scores: dict[str, list[float]] = {}
+"""The likeness of the pictures of a prompt, until it ends."""
 _pages: dict[str, str] = {}
 """The user of each open page, by the page's client id: what it said when it asked for the states."""
 _asking: ContextVar[str | None] = ContextVar("asking", default=None)
@@ -52,12 +63,26 @@ def begin(node_id: str) -> Run:
 
 def _running(node_id: str) -> Run:
     (_, prompt, _, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
-    workflow = None
+    nobody = None if args.multi_user else "default"  # of a prompt that another pack has put into the queue
+    return Run(extra.get(USER, nobody), prompt, _workflow_of(extra), node_id)
+
+
+def _workflow_of(extra: Any) -> str | None:
+    """The id of the page's graph in a prompt's extra data; None for a prompt that no page has sent."""
     match extra:
         case {"extra_pnginfo": {"workflow": {"id": str(workflow)}}}:
-            pass
-    nobody = None if args.multi_user else "default"  # of a prompt that another pack has put into the queue
-    return Run(extra.get(USER, nobody), prompt, workflow, node_id)
+            return workflow
+    return None
+
+
+def running_user() -> str | None:
+    """The user who has queued the prompt that is running now."""
+    return _running("").user
+
+
+def asking_user() -> str | None:
+    """The user whose request is being answered; None where there is none."""
+    return _asking.get()
 
 
 def publish(run: Run, news: Mapping[str, Any]) -> None:
@@ -70,6 +95,61 @@ def publish(run: Run, news: Mapping[str, Any]) -> None:
 
 
 stop_is_wanted = _runs.stop_is_wanted
+
+
+def remember(run: Run, key: str, **facts: Any) -> None:
+    """Begins the record of a training, by the key of its job, with the graph that its page shows."""
+    (_, _, graph, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
+    workflow = extra["extra_pnginfo"]["workflow"] if run.workflow else None
+    place = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node}
+    people.note(run.user, key, phase=people.RUNNING, begun=time.time(), graph=workflow, run=place, **facts)
+    if sum(node["class_type"] == TRAIN for node in graph.values()) == 1:
+        _trained[run.workflow or run.prompt] = (run, key)
+
+
+def scored(scores: Sequence[float]) -> None:
+    """Notes the likeness of the pictures that the prompt that is running now has drawn, in the order in which they go on."""
+    _scores[_running("").prompt] = list(scores)
+
+
+def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
+    """Adds the pictures that a prompt has saved to the training whose LoRA drew them, and shows them in its panel."""
+    _, prompt_id, graph, extra, *_ = prompt
+    scores = _scores.pop(prompt_id, [])
+    trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
+    run, key = _trained.get(_workflow_of(extra) or prompt_id, (None, None))
+    if len(trains) != 1 or run is None or key is None or extra.get(USER, run.user) != run.user:
+        return
+    if all(state["prompt"] != run.prompt for state in _runs.of(run.user)):  # the training was deleted
+        return
+    images = [
+        image
+        for node, shown in outputs.items()
+        for image in shown.get("images", ())
+        if isinstance(image, dict) and image.get("type") == "output" and trains[0] in _ancestors(graph, node)
+    ]
+    if images:
+        people.add_headshots(
+            run.user, key, [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
+        )
+        judged = scores if len(scores) == len(images) else [None] * len(images)
+        publish(run, {"headshots": [image | {"score": score} for image, score in zip(images, judged, strict=True)]})
+
+
+def _hear_of_ends() -> None:
+    """Has `_note_headshots` called with each prompt that ends: ComfyUI tells only the page that has queued it."""
+    queue = PromptServer.instance.prompt_queue
+    done = queue.task_done
+
+    def task_done(item_id: int, history_result: Mapping[str, Any], *rest: Any, **named: Any) -> None:
+        prompt = queue.currently_running[item_id]
+        done(item_id, history_result, *rest, **named)
+        try:
+            _note_headshots(prompt, history_result.get("outputs", {}))
+        except Exception:  # it would end the thread in which ComfyUI runs prompts
+            logging.exception("FaceLoRA: the headshots of a prompt were not noted")
+
+    queue.task_done = task_done
 
 
 def data_urls(images: Sequence[Image.Image], side: int) -> list[str]:
@@ -89,7 +169,7 @@ def photo_urls(photos: Sequence[Photo]) -> list[str]:
     return data_urls([photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]], PHOTO_SIDE)
 
 
-def _user_of(request: web.Request) -> str | None:
+def user_of(request: web.Request) -> str | None:
     """The user as ComfyUI knows them, without --multi-user always the same one; None for a stranger."""
     try:
         return PromptServer.instance.user_manager.get_request_user_id(request)
@@ -101,7 +181,7 @@ def _user_of(request: web.Request) -> str | None:
 async def _note_user(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    _asking.set(_user_of(request))
+    _asking.set(user_of(request))
     return await handler(request)
 
 
@@ -113,21 +193,57 @@ def _sign(queued: dict[str, Any]) -> dict[str, Any]:
     return queued
 
 
+def _aim(queued: dict[str, Any]) -> dict[str, Any]:
+    """The prompt without targets that others follow, so that it is refused where none of these can be made.
+
+    ComfyUI would run the training, which is an output itself, and leave out the headshots whose style is wrong, say.
+    """
+    graph = queued.get("prompt")
+    if not isinstance(graph, dict) or "partial_execution_targets" in queued:
+        return queued
+    outputs = {key for key, node in graph.items() if _is_output(node)}
+    before = set().union(*(_ancestors(graph, key) for key in outputs))
+    if any(graph[key]["class_type"] in (LOAD_PHOTOS, TRAIN) for key in outputs & before):
+        queued["partial_execution_targets"] = sorted(outputs - before)
+    return queued
+
+
+def _is_output(node: Any) -> bool:
+    kind = NODE_CLASS_MAPPINGS.get(node.get("class_type")) if isinstance(node, dict) else None
+    return bool(getattr(kind, "OUTPUT_NODE", False))
+
+
+def _ancestors(graph: Mapping[str, Any], key: str) -> set[str]:
+    """The ids of the nodes that a node depends on."""
+    found: set[str] = set()
+    waiting = [key]
+    while waiting:
+        match graph.get(waiting.pop()):
+            case {"inputs": dict(inputs)}:
+                links = {value[0] for value in inputs.values() if isinstance(value, list) and len(value) == 2}
+                waiting += links - found
+                found |= links
+    return found
+
+
 def add_routes() -> None:
     """Adds what the panel asks for.
 
     GET /facelora/training: the user's runs; POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result;
+    GET /facelora/people: a record of each of the user's trainings; with /KEY the graph of one, or with DELETE its end;
     GET /facelora/machine: the text of `facelora doctor`.
     """
     server = PromptServer.instance
+    _hear_of_ends()
     server.app.middlewares.append(_note_user)
     server.add_on_prompt_handler(_sign)
+    server.add_on_prompt_handler(_aim)
     # Where earlier versions kept small pictures of everybody's photos.
     (Path(folder_paths.get_user_directory()) / "facelora-training.json").unlink(missing_ok=True)
 
     @server.routes.get("/facelora/training")
     async def training(request: web.Request) -> web.Response:
-        user, page = _user_of(request), request.query.get("client")
+        user, page = user_of(request), request.query.get("client")
         if user is not None and page in server.sockets:
             for gone in _pages.keys() - server.sockets.keys():
                 del _pages[gone]
@@ -143,11 +259,29 @@ def add_routes() -> None:
             prompt, node = str(asked["prompt"]), str(asked["node"])
         except (ValueError, TypeError, KeyError):
             return web.json_response({"error": 'send {"prompt": ID, "node": ID}'}, status=400)
-        run = _runs.stop(_user_of(request), prompt, node)
+        run = _runs.stop(user_of(request), prompt, node)
         if run is None:
             return web.json_response({"error": f"you have no training in node {node} of prompt {prompt}"}, status=404)
         publish(run, {"stopping": True})
         return web.json_response({"stopping": node})
+
+    @server.routes.get("/facelora/people")
+    async def trained(request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(people.of, user_of(request)))
+
+    @server.routes.get("/facelora/people/{key}")
+    async def graph(request: web.Request) -> web.Response:
+        return web.json_response(people.graph_of(user_of(request), request.match_info["key"]))
+
+    @server.routes.delete("/facelora/people/{key}")
+    async def delete(request: web.Request) -> web.Response:
+        user, key = user_of(request), request.match_info["key"]
+        try:
+            place, deleted = await asyncio.to_thread(people.delete, user, key)
+        except BadConfig as problem:
+            return web.json_response({"error": str(problem)}, status=409)
+        _runs.forget(Run(user, **place))
+        return web.json_response({"deleted": deleted})
 
     @server.routes.get("/facelora/machine")
     async def machine(request: web.Request) -> web.Response:

@@ -1,10 +1,12 @@
-"""The node Load Face Photos, and the address that serves its thumbnails."""
+"""The node Load Face Photos, and what its page asks for: photos added, checked, and their thumbnails."""
 
 # pyright: reportMissingImports=false
 
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,27 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ...core.errors import BadPhoto, counted
+from ...core.errors import BadFile, BadPhoto, FaceLoraError, counted
 from ...core.faces import faces_if_installed
+from ...core.models.base import Base
 from ...core.models.families import FAMILIES
+from ...core.models.opening import load_base
 from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
 from ...core.photos.reading import MASK_ENDING
 from ...core.photos.report import CROP, REJECT, REVIEW, USE
+from . import panel
 from .convert import FacePhotos, image_tensor, trained_family
+from .dropped import NAMES, add, folders_for, input_folder, is_hidden, own_name
 from .folders import says_no_server_paths, without_server_paths
 
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
 THUMBNAIL_SIDE = 160
 """Longest side of an uploaded picture as its node shows it, in pixels."""
+DEFAULT_RESOLUTION = 1024
+"""The resolution for which photos are judged where the base model is not known, in pixels."""
+HIDDEN = ".not-yours"
+"""A name below the input folder that no file has."""
 NO_FOLDER = "(no folder)"
 COLOURS = {USE: "good", CROP: "good", REVIEW: "doubtful", REJECT: "rejected"}
 """Verdict of the report -> how the photo's tile looks."""
@@ -45,7 +55,7 @@ class LoadFacePhotos(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=[NO_FOLDER, *folder_paths.get_input_subfolders()],
+                    options=[NO_FOLDER, *folders_for(panel.asking_user())],
                     tooltip="Folder below ComfyUI's input folder. NAME.txt beside a photo is its caption, "
                     "NAME-masklabel.png its mask; '10_name' folders in it count ten times.",
                 ),
@@ -90,6 +100,7 @@ class LoadFacePhotos(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What is good and bad about the photos."),
             ],
             has_intermediate_output=True,
+            is_output_node=True,  # so that it can be run by itself
         )
 
     @classmethod
@@ -103,59 +114,100 @@ class LoadFacePhotos(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, pictures: str, **_: object) -> str:
         digest = hashlib.sha256()
-        for name, file in _files(folder, pictures):
+        for name, file in _files(folder, pictures, panel.running_user()):
             digest.update(name.encode("utf-8", "surrogateescape") + file.read_bytes())
         return digest.hexdigest()
 
     @classmethod
     @says_no_server_paths
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str, model: Any = None) -> io.NodeOutput:
-        if folder == NO_FOLDER and not _names(pictures):
-            raise BadPhoto("no photos: add some to the node, or choose a folder below ComfyUI's input folder")
-        list(_files(folder, pictures))  # what is not there is said before anything is read
-        notes: list[str] = []
-        photos, unread = _read(folder, pictures, strict=strict, on_warning=notes.append)
-        tiles, headline = [{"name": _name_below_input(photo)} for photo in photos], _in_short(notes)
-        if check:
-            resolution = FAMILIES[trained_family(model)].resolution if model else 1024
-            checked = _checked(photos, resolution, notes.append)
-            notes.append(format_report(checked))
-            headline = "; ".join(filter(None, (checked.headline, headline)))
-            for tile, item in zip(tiles, checked.photos, strict=True):
-                reasons = "; ".join(finding.sentence for finding in item.findings)
-                tile |= {"verdict": COLOURS[item.verdict], "reason": reasons}
-        tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": reason} for name, reason in unread.items()]
-        images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
+        resolution = FAMILIES[trained_family(model)].resolution if model else DEFAULT_RESOLUTION
+        seen = look(folder, pictures, panel.running_user(), resolution if check else None, strict=strict)
+        if seen.report and seen.report.network and not any(item.faces for item in seen.report.photos):
+            raise BadPhoto(
+                f"of {counted(len(seen.photos), 'photo')} none shows a face; to use them anyway, switch check off, and "
+                "choose 'all photos' in Train Face LoRA"
+            )
+        images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in seen.photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        report = without_server_paths("\n".join([counted(len(photos), "photo"), *notes]))
+        lines = [counted(len(seen.photos), "photo"), *seen.notes]
         return io.NodeOutput(
-            photos,
+            seen.photos,
             [image_tensor(image) for image in images],
-            [photo.caption or "" for photo in photos],
-            report,
-            ui={"facelora_photos": tiles, "facelora_headline": [without_server_paths(headline)]},
+            [photo.caption or "" for photo in seen.photos],
+            without_server_paths("\n".join(lines + ([format_report(seen.report)] if seen.report else []))),
+            ui={"facelora_photos": [seen.shown()]},
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Photos, and what was seen of them."""
+
+    photos: list[Photo]
+    unread: dict[str, str]
+    """The added pictures that cannot be read: name -> why."""
+    notes: list[str]
+    report: SetReport | None
+    """None where they were only read."""
+
+    def shown(self) -> dict[str, Any]:
+        """What the node shows: a tile for each photo, one headline, and how good all of it is."""
+        tiles: list[dict[str, Any]] = [{"name": _name_below_input(photo)} for photo in self.photos]
+        tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": why} for name, why in self.unread.items()]
+        headline, verdict = _in_short(self.notes), "doubtful" if self.unread else "good"
+        if self.report:
+            headline = "; ".join(filter(None, (self.report.headline, headline)))
+            all_used = len(self.report.usable) == len(self.photos) and not self.unread
+            verdict = "rejected" if not self.report.enough else "good" if all_used else "doubtful"
+            people = self.report.people or [0] * len(self.photos)
+            for tile, item, person in zip(tiles, self.report.photos, people, strict=False):
+                reasons = "; ".join(finding.sentence for finding in item.findings)
+                tile |= {"verdict": COLOURS[item.verdict], "reason": reasons, "person": person}
+        text = without_server_paths(headline)
+        return {
+            "photos": tiles,
+            "headline": text,
+            "verdict": verdict,
+            "mixed": bool(self.report and self.report.people),
+        }
+
+
+def look(folder: str, pictures: str, user: str | None, resolution: int | None, *, strict: bool = False) -> Seen:
+    """The photos of a folder and added ones, checked for a training at the resolution, or only read where that is None.
+
+    Raises BadPhoto when there is none, and with `strict` for one that cannot be read.
+    """
+    if folder == NO_FOLDER and not _names(pictures):
+        raise BadPhoto("no photos: add some to the node, or choose a folder below ComfyUI's input folder")
+    list(_files(folder, pictures, user))  # report a missing file before anything is read
+    notes: list[str] = []
+    photos, unread = _read(folder, pictures, user, strict=strict, on_warning=notes.append)
+    if resolution is None:
+        return Seen(photos, unread, notes, None)
+    network = faces_if_installed(notes.append)
+    return Seen(photos, unread, notes, check_photos(photos, network, Thresholds.for_resolution(resolution)))
+
+
 def _read(
-    folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str], None]
+    folder: str, pictures: str, user: str | None, *, strict: bool, on_warning: Callable[[str], None]
 ) -> tuple[list[Photo], dict[str, str]]:
     """The photos, and the added pictures that cannot be read: name -> why. `on_warning` hears of all that is left out."""
     photos: list[Photo] = []
     unread: dict[str, str] = {}
-    if _is_left_out(folder, pictures):
+    if _is_left_out(folder, pictures, user):
         on_warning(f"{folder}: there is no such folder below ComfyUI's input folder; the added photos alone are taken")
     elif folder != NO_FOLDER:
-        photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
+        photos += read_photos(_path(folder, user), strict=strict, on_warning=on_warning)
     for name in _names(pictures):
         problems: list[str] = []
-        photos += read_photo_files([_path(name)], strict=strict, on_warning=problems.append)
+        photos += read_photo_files([_path(name, user)], strict=strict, on_warning=problems.append)
         for problem in problems:
             unread[name] = problem
             on_warning(problem)
     if not photos:
-        raise BadPhoto(f"no readable photo among {', '.join(_names(pictures))}")
+        raise BadPhoto(next(iter(unread.values()), f"{folder}: no photo in this folder can be read"))
     return photos, unread
 
 
@@ -169,29 +221,34 @@ def _names(pictures: str) -> list[str]:
     return [line.strip() for line in pictures.splitlines() if line.strip()]
 
 
-def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
+def _files(folder: str, pictures: str, user: str | None) -> Iterator[tuple[str, Path]]:
     """The (name, path) of each file that the node reads: photos, captions and masks. Raises BadPhoto when one is not there."""
-    if folder != NO_FOLDER and not _is_left_out(folder, pictures):
-        path = _path(folder)
+    if folder != NO_FOLDER and not _is_left_out(folder, pictures, user):
+        path = _path(folder, user)
         if not path.is_dir():
             raise BadPhoto(f"{folder}: there is no such folder below ComfyUI's input folder")
-        yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())
+        files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != NAMES)
+        yield from ((str(file.relative_to(path)), file) for file in files)
     for name in _names(pictures):
-        picture = _path(name)
+        picture = _path(name, user)
         if not picture.is_file():
             raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
         yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
 
 
-def _is_left_out(folder: str, pictures: str) -> bool:
+def _is_left_out(folder: str, pictures: str, user: str | None) -> bool:
     """Whether the folder is ignored: it does not exist, as one that a template names may not, and photos were added."""
-    return folder != NO_FOLDER and bool(_names(pictures)) and not _path(folder).exists()
+    return folder != NO_FOLDER and bool(_names(pictures)) and not _path(folder, user).exists()
 
 
-def _path(name: str) -> Path:
-    """The path of a folder or picture below the input folder. Raises BadPhoto for a path elsewhere or an impossible name."""
-    root = Path(folder_paths.get_input_directory()).resolve()
+def _path(name: str, user: str | None) -> Path:
+    """The path of a folder or picture below the input folder.
+
+    One of another user's dropped photos is a path at which there is nothing. Raises BadPhoto for a path elsewhere or an
+    impossible name.
+    """
+    root = input_folder()
     try:
         path = (root / name).resolve()
         path.exists()
@@ -199,33 +256,21 @@ def _path(name: str) -> Path:
         raise BadPhoto(f"{name[:80]!r}: no file can have this name ({problem})") from None
     if not path.is_relative_to(root):
         raise BadPhoto(f"{name}: is not below ComfyUI's input folder")
-    return path
+    return root / HIDDEN if is_hidden(path.relative_to(root).as_posix(), user) else path
 
 
 def _name_below_input(photo: Photo) -> str:
     """What GET /facelora/photo takes for it."""
     assert isinstance(photo.source, Path)
-    return photo.source.relative_to(Path(folder_paths.get_input_directory()).resolve()).as_posix()
+    return photo.source.relative_to(input_folder()).as_posix()
 
 
-def _checked(photos: list[Photo], resolution: int, on_warning: Callable[[str], None]) -> SetReport:
-    """The report on the photos for a training at the resolution. BadPhoto when there is no face at all."""
-    network = faces_if_installed(on_warning)
-    checked = check_photos(photos, network, Thresholds.for_resolution(resolution))
-    if network and not any(item.faces for item in checked.photos):
-        raise BadPhoto(
-            f"of {counted(len(photos), 'photo')} none shows a face; to use them all the same, switch check off, and "
-            "choose 'all photos' in Train Face LoRA"
-        )
-    return checked
-
-
-def _thumbnail(name: str) -> bytes:
+def _thumbnail(name: str, user: str | None) -> bytes:
     """A JPEG of a picture in the input folder, turned upright, its longer side at most THUMBNAIL_SIDE pixels.
 
     Raises BadPhoto when the file is missing or no picture.
     """
-    path = _path(name)
+    path = _path(name, user)
     if not path.is_file():
         raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
     (photo,) = read_photo_files([path], strict=True, on_warning=lambda _: None)
@@ -236,13 +281,63 @@ def _thumbnail(name: str) -> bytes:
     return buffer.getvalue()
 
 
-def add_routes() -> None:
-    """Adds GET /facelora/photo?name=NAME, which answers with a JPEG thumbnail of a picture in the input folder."""
+def opened(base: str) -> Base | None:
+    """The base model in a file, by its name in a loader; None where there is no such file, or it is none of a known family."""
+    for kind in ("checkpoints", "diffusion_models"):
+        if base in folder_paths.get_filename_list(kind):
+            with suppress(FaceLoraError):
+                return load_base(folder_paths.get_full_path_or_raise(kind, base))
+    return None
 
-    @PromptServer.instance.routes.get("/facelora/photo")
+
+def add_routes() -> None:
+    """Adds what the node's page asks for.
+
+    POST /facelora/photos, a form of person, folder and file: adds a dropped photo; GET /facelora/photo?name=NAME: its
+    thumbnail, a JPEG; POST /facelora/check {"folder", "pictures", "base", "resolution"}: what is seen on the node's photos.
+    """
+    routes = PromptServer.instance.routes
+
+    @routes.get("/facelora/photo")
     async def photo(request: web.Request) -> web.Response:
         try:
-            small = await asyncio.to_thread(_thumbnail, request.query.get("name", ""))
+            small = await asyncio.to_thread(_thumbnail, request.query.get("name", ""), panel.user_of(request))
         except BadPhoto as problem:
-            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
+            return _refusal(problem, 404)
         return web.Response(body=small, content_type="image/jpeg")
+
+    @routes.post("/facelora/photos")
+    async def photos(request: web.Request) -> web.Response:
+        user, form = panel.user_of(request), await request.post()
+        if user is None or not isinstance(file := form.get("file"), web.FileField):
+            return web.json_response({"error": "send a user's form of person, folder and file"}, status=400)
+        person, folder = (str(form.get(name, "")) for name in ("person", "folder"))
+        try:
+            name = await asyncio.to_thread(add, user, person, folder, Path(file.filename).name, file.file.read())
+        except (BadFile, BadPhoto) as problem:
+            return _refusal(problem, 200)  # browsers report other answers as faults of the page
+        return web.json_response({"name": name})
+
+    @routes.post("/facelora/check")
+    async def check(request: web.Request) -> web.Response:
+        user = panel.user_of(request)
+        try:
+            asked = await request.json()
+            folder, pictures, base = (str(asked.get(name, "")) for name in ("folder", "pictures", "base"))
+            given = int(asked.get("resolution", 0))
+        except (AttributeError, TypeError, ValueError):
+            return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution"}'}, status=400)
+        try:
+            found = None if given else await asyncio.to_thread(opened, base)
+            resolution = found.resolution if found else given or DEFAULT_RESOLUTION
+            seen = await asyncio.to_thread(look, folder, pictures, user, resolution)
+        except FaceLoraError as problem:
+            return _refusal(problem, 200)  # browsers report other answers as faults of the page
+        shown = seen.shown()
+        # A node's own output has no file names: with --multi-user everybody can read the history.
+        shown["own_names"] = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
+        return web.json_response(shown)
+
+
+def _refusal(problem: FaceLoraError, status: int) -> web.Response:
+    return web.json_response({"error": without_server_paths(str(problem))}, status=status)

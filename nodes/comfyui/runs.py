@@ -89,6 +89,14 @@ class Runs:
                 self._save(run.user)
         return points
 
+    def forget(self, run: Run) -> None:
+        """Drops the state of a run, where it is still the last one in its place."""
+        with self._lock:
+            states = self._of(run.user)
+            if states.get(run.place, {}).get("prompt") == run.prompt:
+                del states[run.place]
+                self._save(run.user)
+
     def stop(self, user: str | None, prompt: str, node: str) -> Run | None:
         """The run, asked to stop and keep its LoRA; None where the user has no such run, or it is not training."""
         for state in self.of(user):

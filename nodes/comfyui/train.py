@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import asyncio
 import logging
 import math
 import time
@@ -14,8 +15,10 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from aiohttp import web
 from comfy_api.latest import io
 from PIL import Image
+from server import PromptServer
 
 from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
@@ -27,11 +30,13 @@ from ...core.threads import within_quota
 from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from ...core.training.progress import likeness_word, step_line
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
-from ...core.training.store import TrainedFile, TrainingJob, find_or_train, lora_path
+from ...core.training.store import TrainedFile, TrainingJob, find_or_train, is_trained, lora_path
 from ...core.training.training_adapter import TrainingAdapter
-from . import panel
+from . import panel, people
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
+from .dropped import input_folder
 from .folders import says_no_server_paths, without_server_paths, write_embedding
+from .photos import opened
 from .plot import loss_plot
 from .runs import Run
 
@@ -150,9 +155,9 @@ class TrainFaceLora(io.ComfyNode):
     @classmethod
     @says_no_server_paths
     def execute(
-        cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate,
-        resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
-        continue_from=None, use=(GOOD,), checkpoint=(0,), training_adapter=None,
+        cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps=(0,), rank=(0,),
+        learning_rate=(0.0,), resolution=(0,), training_seed=(1,), sample_prompts=("",), settings=("",), captions=None,
+        class_photos=None, masks=None, continue_from=None, use=(GOOD,), checkpoint=(0,), training_adapter=None,
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
@@ -180,40 +185,41 @@ class TrainFaceLora(io.ComfyNode):
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
         return io.NodeOutput(
-            lora_model(LoraFile.read(made.path)), relative, image_tensor(plot), image_tensor(made.run.sample_sheet())
-        )
+            lora_model(LoraFile.read(made.path)), relative, image_tensor(plot), image_tensor(made.run.sample_sheet()),
+            ui={"lora_name": [relative]},
+        )  # fmt: skip
 
 
 def _settings_inputs() -> list[Any]:
     """The advanced inputs, whose defaults suit most people."""
     return [
         io.Int.Input(
-            "steps", default=0, min=0, max=100_000, advanced=True,
+            "steps", default=0, min=0, max=100_000, optional=True, advanced=True,
             tooltip="Optimizer steps; 0: what the recipe says.",
         ),
         io.Int.Input(
-            "rank", default=0, min=0, max=1024, advanced=True,
+            "rank", default=0, min=0, max=1024, optional=True, advanced=True,
             tooltip="Rank, the size of the LoRA; 0: what the recipe says.",
         ),
         io.Float.Input(
-            "learning_rate", default=0.0, min=0.0, max=10.0, step=1e-6, round=1e-7, advanced=True,
+            "learning_rate", default=0.0, min=0.0, max=10.0, step=1e-6, round=1e-7, optional=True, advanced=True,
             tooltip="Peak learning rate; 0: what the recipe says.",
         ),
         io.Int.Input(
-            "resolution", default=0, min=0, max=4096, step=8, advanced=True,
+            "resolution", default=0, min=0, max=4096, step=8, optional=True, advanced=True,
             tooltip="Side of the square with a picture's area, in pixels; 0: the model's own (512 or 1024).",
         ),
         io.Int.Input(
-            "training_seed", default=1, min=0, max=2**63 - 1, control_after_generate=False, advanced=True,
+            "training_seed", default=1, min=0, max=2**63 - 1, control_after_generate=False, optional=True, advanced=True,
             tooltip="Seed of everything random. The same inputs with the same seed give the same LoRA.",
         ),
         io.String.Input(
-            "sample_prompts", default="", multiline=True, advanced=True,
+            "sample_prompts", default="", multiline=True, optional=True, advanced=True,
             placeholder="prompts of the samples, one a line",
             tooltip="Prompts of the sample pictures, one a line; empty: a photo of the trigger and class word.",
         ),
         io.String.Input(
-            "settings", default="", multiline=True, advanced=True,
+            "settings", default="", multiline=True, optional=True, advanced=True,
             placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
             tooltip="Any setting of the training as lines of TOML; it wins over the recipe. The node's help page lists them.",
         ),
@@ -279,13 +285,22 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
 
     Its path is that of the measured step `checkpoint`, where that is not 0.
     """
-    run = panel.begin(node_id)
+    run, key = panel.begin(node_id), None
     watch = Watch(run, job.name)
     for note in notes:
         watch.warning(note)
     try:
         job = _looked_at(job, base, watch)
-        watch.show(photos=panel.photo_urls(job.used))
+        folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+        if checkpoint and not is_trained(job, base, folders):
+            raise BadConfig(
+                f"checkpoint = {checkpoint}: nothing is trained yet with these photos and settings, so there is no step to "
+                "choose; set checkpoint to 0"
+            )
+        photos = panel.photo_urls(job.used)
+        watch.show(photos=photos)
+        key = job.key(base)
+        panel.remember(run, key, name=job.name, picture=next(iter(photos), None), **_photos_of(job))
         callbacks = Callbacks(
             on_step=watch.step,
             on_phase=watch.phase,
@@ -298,7 +313,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
             made = find_or_train(
                 job,
                 base,
-                [Path(folder) for folder in folder_paths.get_folder_paths("loras")],
+                folders,
                 device=device,
                 on_history=watch.history,
                 on_point=watch.point,
@@ -309,15 +324,35 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name} {'was trained before' if made.found else 'is trained'}")
-        watch.show(phase="done", file=made.path.name, **_looks(made))
+        looks = _looks(made)
+        watch.show(phase="done", file=made.path.name, **looks)
+        likeness = {"likeness": looks.get("kept_likeness"), "likeness_word": looks.get("kept_word")}
+        people.note(run.user, key, phase="done", file=made.path.name, **likeness)
     except Exception as error:  # the panel shows the user any error
         watch.show(phase="failed", error=without_server_paths(str(error)))
+        _ended(run, key, "failed")
         raise
     except BaseException:  # cancelled
         watch.log("stopped; queued again, it goes on from there")
         watch.show(phase="stopped")
+        _ended(run, key, "stopped")
         raise
     return made
+
+
+def _ended(run: Run, key: str | None, phase: str) -> None:
+    if key:
+        people.note(run.user, key, phase=phase)
+
+
+def _photos_of(job: TrainingJob) -> dict[str, list[str]]:
+    """What a training's record says of its photos: their digests, and the names of those that are in the input folder."""
+    root, sources = input_folder(), [photo.source for photo in job.used]
+    files = [path for path in sources if isinstance(path, Path) and path.is_relative_to(root)]
+    return {
+        "digests": [photo.digest for photo in job.used],
+        "photos": [path.relative_to(root).as_posix() for path in files],
+    }
 
 
 def _looked_at(job: TrainingJob, base: Base, watch: "Watch") -> TrainingJob:
@@ -325,7 +360,10 @@ def _looked_at(job: TrainingJob, base: Base, watch: "Watch") -> TrainingJob:
     try:
         return job.looked_at(base, watch.warning)
     except BadPhoto as error:
-        raise BadPhoto(str(error).replace("check_photos = false", f"use = {ALL}")) from None
+        over = " (check_photos = false trains on all that there are)"
+        raise BadPhoto(
+            str(error).replace(over, f". To train on them anyway, choose '{ALL}' in Train on (use)")
+        ) from None
 
 
 def _choices(made: TrainedFile) -> list[dict[str, Any]]:
@@ -338,13 +376,14 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
 
 
 def _looks(made: TrainedFile) -> dict[str, Any]:
-    """The panel's news about a training that may have been done before, all of it or its beginning: likeness, last samples."""
-    shown: dict[str, Any] = {}
+    """The panel's news about what came out, also of a training that was done before: likeness, and the samples of its step."""
+    shown: dict[str, Any] = {"kept_step": made.kept_step()}
     if likenesses := made.likenesses():
-        shown["likenesses"] = likenesses
-    if samples := made.run.samples():
-        step = max(samples)
-        shown |= {"samples": panel.data_urls(samples[step], panel.SAMPLE_SIDE), "samples_step": step}
+        likeness = dict(likenesses)[made.kept_step()]
+        shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": likeness_word(likeness)}
+    if drawn := made.kept_samples():
+        step, images = drawn
+        shown |= {"samples": panel.data_urls(images, panel.SAMPLE_SIDE), "samples_step": step}
     return shown
 
 
@@ -412,3 +451,19 @@ class Watch:
         self.show(samples=panel.data_urls(images, panel.SAMPLE_SIDE), samples_step=step)
         if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
             self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
+
+
+def add_routes() -> None:
+    """Adds GET /facelora/recipe?name=NAME&base=FILE: what a recipe sets for a base model, by its file's name in a loader."""
+
+    @PromptServer.instance.routes.get("/facelora/recipe")
+    async def recipe(request: web.Request) -> web.Response:
+        base = await asyncio.to_thread(opened, request.query.get("base", ""))
+        if base is None:
+            return web.json_response({})
+        try:
+            chosen = recipe_settings(request.query.get("name", ""), base.family.recipes)
+        except BadConfig as problem:
+            return web.json_response({"error": str(problem)}, status=400)
+        shown = {name: chosen.get(name) for name in ("steps", "batch_size", "rank", "learning_rate")}
+        return web.json_response(shown | {"resolution": chosen.get("resolution") or base.resolution})

@@ -11,7 +11,7 @@ from tests.comfyui.server import ComfyServer
 from tests.tooling import write_photos
 
 from .page import ComfyPage, prepare, running_browser
-from .workflows import FLOWS, FRIEND, LORA, SD15, SDXL
+from .workflows import FLOWS, LORA, SD15, SDXL
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +28,10 @@ def site(server) -> ComfyServer:
 
 @pytest.fixture(scope="session")
 def lora(site) -> str:
-    """The name of a trained LoRA in the server's folder, where it is a friend's too."""
+    """The name of a trained LoRA in the server's folder."""
     graph = training(SD15["name"], "my-photos", name=LORA.removesuffix(".safetensors"), training_seed=2)
     result = site.run(graph)
     assert result.status == "success", result.error
-    (site.folder / "models" / "loras" / FRIEND).symlink_to(site.folder / "models" / "loras" / LORA)
     return LORA
 
 

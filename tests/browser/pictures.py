@@ -114,7 +114,7 @@ def press_run(page: ComfyPage, photos: list[Path]) -> str:
     page.reload()
     hands.open_template()
     hands.add_photos(photos)
-    hands.type(page.page.get_by_role("textbox").first, "woman")
+    hands.type(page.page.get_by_role("textbox").nth(1), "woman")
     page.set_widgets(RECIPE)
     page.run(TYPE_SIZE, DRAWN)
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:

@@ -6,13 +6,14 @@ import pytest
 from PIL import Image, ImageFilter
 
 from core.pictures.style_pack import find_style_packs
+from tests.tooling import write_photos
 
 from .pictures import write_drawn_photos
 from .workflows import BUILD, SD15
 
 pytestmark = pytest.mark.browser
 
-PHOTOS, STYLES = "FaceLoRALoadPhotos", "FaceLoRAStylePack"
+PHOTOS, STYLES, TRAIN = "FaceLoRALoadPhotos", "FaceLoRAStylePack", "FaceLoRATrain"
 
 
 def node(key: str, node_type: str, widgets: dict, links: dict) -> dict:
@@ -48,8 +49,9 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     assert folder.startswith("photos/")
     # ComfyUI writes the graph into saved pictures: it says no file's own name.
     kept = [f"photo {number:02}.png" for number in (1, 2, 3)]
-    assert basenames(page) == kept == sorted(file.name for file in (server.folder / "input" / folder).iterdir())
+    assert basenames(page) == kept == sorted(file.name for file in (server.folder / "input" / folder).glob("*.png"))
     assert "holiday 0.png" in page.run("() => document.querySelector('.facelora-tile').title")
+    assert page.page.locator(".facelora-refused").inner_text() == "✕ notes.txt: is not a photo"
     Image.new("RGB", (300, 200)).save(files[0].with_name("another.webp"))
     page.drop(PHOTOS, [files[0], files[0].with_name("another.webp")])  # the first is there already
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 4")
@@ -82,8 +84,9 @@ def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_
     page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
     assert server.wait(page.queue()).status == "success"
     page.wait_for("() => document.querySelectorAll('.facelora-rejected').length === 1")
+    assert page.page.locator(".facelora-rejected .facelora-word").inner_text() == "✕ left out"
     name, _, reasons = (page.page.get_attribute(".facelora-rejected", "title") or "").partition("\n")
-    assert name == "ines/4.png" and "the face is blurred" in reasons
+    assert name == "4.png" and "the face is blurred" in reasons
     assert page.page.locator(".facelora-headline").inner_text().startswith("7 of 8 usable; add ")
     assert page.complaints() == []
 
@@ -109,6 +112,99 @@ def test_the_pictures_of_a_dropped_folder_are_its_photos_and_a_mask_is_none(page
     masked = page.widgets(PHOTOS)["pictures"].split("\n")[titles.index("holiday 1.png")]
     assert (server.folder / "input" / masked.replace(".png", "-masklabel.png")).exists()
     assert page.complaints() == []
+
+
+def mixed(folder: Path) -> list[Path]:
+    """Three photos of one person and three of another."""
+    return [
+        file
+        for person in (2, 5)
+        for file in sorted(write_photos(folder / str(person), count=3, scale=2, person=person).glob("*.png"))
+    ]
+
+
+def photos_and_training(page, **widgets) -> None:
+    """A checkpoint, Load Face Photos and Train Face LoRA, connected."""
+    links = {"model": "base.MODEL", "clip": "base.CLIP", "vae": "base.VAE", "photos": "photos.photos"}
+    steps = [[node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
+              node("photos", PHOTOS, {}, {"model": "base.MODEL"})], [node("train", TRAIN, widgets, links)]]  # fmt: skip
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes} for nodes in steps])
+
+
+def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page, tmp_path):
+    photos_and_training(page, name="Gerda", resolution=64)
+    files = sorted(write_photos(tmp_path / "mine", count=6, scale=2, person=37).glob("*.png"))
+    (tmp_path / "mine" / "garbage.jpg").write_bytes(b"no picture")
+    page.drop(PHOTOS, [*files, tmp_path / "mine" / "garbage.jpg"])
+    page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('6 of 6 usable')")
+    assert page.page.locator(".facelora-refused").inner_text() == "✕ garbage.jpg: is not a picture that can be read"
+    assert page.widgets(PHOTOS)["pictures"].startswith("photos/Gerda/photo 01.png\n")
+    page.page.wait_for_timeout(1500)  # the frontend writes its draft
+    page.reload()
+    page.wait_for("() => document.querySelector('.facelora-headline')?.textContent.startsWith('6 of 6 usable')")
+    titles = page.page.locator(".facelora-tile").evaluate_all("(all) => all.map((one) => one.title.split('\\n')[0])")
+    assert titles == [f"{number}.png" for number in range(6)]
+    assert page.complaints() == []
+
+
+def test_run_asks_which_person_where_the_photos_show_two(page, server, tmp_path):
+    photos_and_training(page, name="Hilde", resolution=64, steps=1, samples=0)
+    page.drop(PHOTOS, mixed(tmp_path / "two"))
+    page.wait_for("() => document.querySelector('.facelora-says-rejected.facelora-headline')")
+    assert (
+        page.page.locator(".facelora-headline")
+        .inner_text()
+        .startswith("different people: person 1 on 3 photos, person 2")
+    )
+    words = page.page.locator(".facelora-tile .facelora-word").all_inner_texts()
+    assert words == ["person 1"] * 3 + ["person 2"] * 3
+    page.run("() => { window.app.queuePrompt(0) }")
+    dialog = page.page.locator(".facelora-dialog[open]")
+    dialog.get_by_role("button", name="Cancel").click()
+    assert server.get("/queue")["queue_running"] == [], "nothing was queued"
+    page.run("() => { window.app.queuePrompt(0) }")
+    with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
+        dialog.get_by_role("button", name="Keep only these").nth(1).click()
+    assert page.widgets(PHOTOS)["pictures"].count("photo") == 2 * 3
+    result = server.wait(answered.value.json()["prompt_id"])
+    assert "3 of 3 usable, and 5 are needed" in result.error
+
+
+def test_mixed_photos_are_an_error_on_the_server_unless_it_is_overruled(page, server, tmp_path):
+    photos_and_training(page, name="Ida", resolution=64, steps=1, samples=0, settings="batch_size = 1")
+    page.drop(PHOTOS, mixed(tmp_path / "two"))
+    page.wait_for("() => document.querySelector('.facelora-says-rejected.facelora-headline')")
+    graph = page.prompt()
+    result = server.run(graph)
+    assert "different people: person 1 on 3 photos, person 2 on 3 photos" in result.error
+    assert "choose 'all photos' in Train on" in result.error
+    page.run("() => { window.app.queuePrompt(0) }")
+    with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
+        page.page.locator(".facelora-dialog[open]").get_by_role("button", name="Train on all").click()
+    assert server.wait(answered.value.json()["prompt_id"]).status == "success"
+
+
+def test_a_checkpoint_is_forgotten_when_photos_or_settings_change(page, files):
+    photos_and_training(page, name="Jutta")
+    for change in (
+        lambda: page.drop(PHOTOS, files[:1]),
+        lambda: page.set_widgets({TRAIN: {"class_word": "woman"}}),
+    ):
+        page.set_widgets({TRAIN: {"checkpoint": 250}})
+        change()
+        page.wait_for("() => app.graph.nodes.find((one) => one.type === 'FaceLoRATrain').widgets"
+                      ".find((one) => one.name === 'checkpoint').value === 0")  # fmt: skip
+    page.set_widgets({TRAIN: {"checkpoint": 250}})
+    page.open(page.saved(), "again")
+    assert page.widgets(TRAIN)["checkpoint"] == 250, "opening a file changes nothing"
+
+
+def test_styles_of_another_pack_are_forgotten_when_the_pack_is_changed(page):
+    page.add(STYLES)
+    page.set_widgets({STYLES: {"styles": find_style_packs().pick("corporate").names[0]}})
+    page.set_widgets({STYLES: {"pack": "outdoor"}})
+    page.wait_for("() => document.querySelector('[data-name=Seaside]')")
+    assert page.widgets(STYLES)["styles"] == ""
 
 
 def test_pictures_chosen_with_the_button_are_added_to_those_that_are_there(page, files):

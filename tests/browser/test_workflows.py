@@ -19,7 +19,7 @@ from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
 
 from .page import ComfyPage, drop_files, prepare
-from .workflows import BLUEPRINTS, FOLDER, WORKFLOWS, subgraphs
+from .workflows import BLUEPRINTS, CONNECTED, FOLDER, WORKFLOWS, subgraphs
 
 pytestmark = pytest.mark.browser
 
@@ -48,7 +48,8 @@ FILLED = """(names) => {
         const pictures = node.widgets.find((widget) => widget.name === "pictures")
         pictures.value = names.join("\\n")
         pictures.callback()
-        node.onExecuted({ facelora_photos: names.map((name) => ({ name, verdict: "good" })), facelora_headline: ["20 usable"] })
+        const photos = names.map((name) => ({ name, verdict: "good" }))
+        node.onExecuted({ facelora_photos: [{ photos, headline: "20 usable", verdict: "good" }] })
     }
 }"""
 OVERLAPS = """() => {
@@ -73,6 +74,19 @@ def check_all(page: ComfyPage) -> None:
 def test_every_workflow_opens_without_a_warning_and_with_room_for_20_photos(page, server, lora, flows):
     page.reload()  # so that the loaders' lists have all files
     check_all(page)
+
+
+def test_templates_for_a_lora_name_no_checkpoint_and_no_lora_and_ask_for_one_lora_once(page, server, lora):
+    page.reload()
+    there = {file.name for folder in ("checkpoints", "loras") for file in (server.folder / "models" / folder).iterdir()}
+    for name in [name for name in NAMES if name[0] in "6789I"]:
+        page.open(workflow_file(name), name)
+        chosen = page.run("""() => app.graph.nodes.flatMap(({ widgets = [] }) =>
+            widgets.filter(({ name }) => /^(ckpt|lora)_name$/.test(name)).map(({ value }) => value))""")
+        assert set(chosen) <= there | {CONNECTED}, name
+    assert types(workflow_file("9 Compare strengths and checkpoints")).count("FaceLoRAInspect") == 1
+    assert "safetensors" not in json.dumps([node.get("widgets_values") for name in NAMES[5:]
+                                            for node in workflow_file(name)["nodes"]])  # fmt: skip
 
 
 @pytest.mark.slow
@@ -207,14 +221,16 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     hands.open_template()
     opened = hands.actions
     hands.add_photos(files)
-    hands.type(page.page.get_by_role("textbox").first, "woman")
+    hands.type(page.page.get_by_role("textbox").nth(1), "woman")
     hands.choose_style()
     assert hands.actions - opened <= 3, "answers"
     asked = hands.press_run(page.page.get_by_role("button", name="Run").last, server)
     assert hands.actions <= 7
     assert asked["FaceLoRATrain"]["class_word"] == "woman"
     assert asked["FaceLoRAStylePack"]["styles"] == find_style_packs().pick("corporate").names[1]
-    rejected = page.page.locator(".facelora-rejected").evaluate_all("(all) => all.map((one) => one.title)")
+    rejected = page.page.locator(".facelora-tile.facelora-rejected").evaluate_all(
+        "(all) => all.map((one) => one.title)"
+    )
     assert [title.split("\n")[0] for title in rejected] == ["friend.png"]
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
@@ -258,6 +274,8 @@ def test_a_workflow_runs(name, page, server, lora, request):
     page.open(workflow, name)
     assert page.complaints() == []
     page.set_widgets(QUICK)
+    for node_type in {"FaceLoRAApply", "FaceLoRAPerson"} & set(types(workflow)):
+        page.set_widgets({node_type: {"lora_name": lora}})  # where one is connected it stays without effect
     result = server.wait(page.queue(), 900)
     assert result.status == "success", result.error + result.log
     assert "not loaded" not in result.log

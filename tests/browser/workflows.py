@@ -12,7 +12,7 @@ from typing import Any
 from tests.comfyui.server import PACK, running_server
 
 FOLDER, BLUEPRINTS = PACK / "workflows", PACK / "subgraphs"
-LORA, FRIEND = "my-face.safetensors", "my-friend.safetensors"
+LORA = "my-face.safetensors"
 HUB = "https://huggingface.co/"
 
 
@@ -27,6 +27,8 @@ SD15 = file(
 )
 SDXL = file("checkpoints", "stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors")
 CONNECTED = "(the connected LoRA)"
+OF_ANY_FILE = ("CheckpointLoaderSimple", "FaceLoRAInspect")
+"""Nodes that open with whichever file of the user's own comes first, instead of one by name."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,6 @@ class Workflow:
     steps: list[Step]
     app: list[tuple[str, str]] = field(default_factory=list)
     """The inputs of its app: (key of a node, widget). None: it opens as a graph."""
-    any_file: bool = False
-    """Whether the checkpoint is whichever of the user's own comes first, instead of one by name."""
 
 
 def note(text: str) -> str:
@@ -128,7 +128,7 @@ def transformer(title: str, denoiser: dict[str, str], clip: Node, vae: dict[str,
 
 def photos(title: str = "", model: str = "") -> Node:
     return Node(
-        "photos", "FaceLoRALoadPhotos", {"folder": "(no folder)"}, {"model": model} if model else {}, height=430, title=title,
+        "photos", "FaceLoRALoadPhotos", {"folder": "(no folder)"}, {"model": model} if model else {}, height=580, title=title,
         labels={"folder": "Or photos in a folder"},
     )  # fmt: skip
 
@@ -137,13 +137,13 @@ def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
         base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
-        labels={"class_word": "Class word, e.g. woman", "use": "Train on"},
+        labels={"name": "Name", "class_word": "Class word, e.g. woman", "use": "Train on"},
     )  # fmt: skip
 
 
-def apply(base: Base, key: str = "apply", strength: float = 0.8, lora_name: str = CONNECTED, **links: str) -> Node:
+def apply(base: Base, key: str = "apply", strength: float = 0.8, **links: str) -> Node:
     return Node(
-        key, "FaceLoRAApply", {"lora_name": lora_name, "strength_model": strength, "strength_clip": strength},
+        key, "FaceLoRAApply", {"lora_name": CONNECTED, "strength_model": strength, "strength_clip": strength},
         base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=420,
     )  # fmt: skip
 
@@ -195,7 +195,7 @@ def headshots(prefix: str, drawn: str) -> Node:
     return Node("saved", "SaveImage", {"filename_prefix": prefix}, {"images": drawn}, "Headshots", height=500)
 
 
-def photos_to_headshots(name: str, base: Base, lora: str, advice: str, *, any_file: bool = False) -> Workflow:
+def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workflow:
     """The whole way, as an app: its inputs are what a person has to say, all others have a value that works."""
     return Workflow(
         name,
@@ -226,14 +226,13 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str, *, any_fi
                 note("""## 5 Run: the headshots come here, the most alike first
 
                 ## Another first_seed makes others"""),
-                [draw(base, reference="photos.photos"), headshots(f"headshots/{lora}", "ranked.images")],
+                [draw(base, reference="photos.photos"), headshots("headshots/%FaceLoRATrain.name%", "ranked.images")],
             ),
         ],
         app=[
-            ("train", "training"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
+            ("train", "training"), ("train", "name"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
             ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
         ],
-        any_file=any_file,
     )  # fmt: skip
 
 
@@ -247,10 +246,10 @@ def comparison() -> Workflow:
         branches.append(
             Step(
                 f"Strength {strength}",
-                note("""The same prompt and the same seeds in every column; only the LoRA differs. To compare steps instead of
-                strengths, choose another file of the same training in each column."""),
+                note("""The same prompt and the same seeds in every column; only the strength differs. To compare steps instead,
+                disconnect `lora` and choose another file of the same training in each column."""),
                 [
-                    apply(BASE, f"apply{index}", strength, LORA),
+                    apply(BASE, f"apply{index}", strength, lora="inspect.lora"),
                     Node(f"positive{index}", "CLIPTextEncode", {},
                          {"clip": f"apply{index}.clip", "text": f"apply{index}.prompt"}, "Prompt"),
                     Node(f"sampler{index}", "KSampler",
@@ -270,9 +269,10 @@ def comparison() -> Workflow:
                 note("""**Which strength is best?** The pictures of each column are ranked by how much their faces are the
                 person's.
 
-                As reference take photos that were *not* trained on, if you have some."""),
+                Choose the LoRA in **Inspect LoRA**. As reference take photos that were *not* trained on, if you have some."""),
                 [
                     *BASE.nodes,
+                    Node("inspect", "FaceLoRAInspect", {}, height=200),
                     Node("negative", "CLIPTextEncode", {"text": "blurry, deformed"}, {"clip": "base.CLIP"}, "Negative"),
                     Node("empty", "EmptyLatentImage", {"width": 512, "height": 640, "batch_size": 2}),
                     photos(title="Reference photos"),
@@ -301,7 +301,7 @@ def comparison() -> Workflow:
 
 def group_portrait() -> Workflow:
     """Two people in one picture, by two LoRAs that one has."""
-    people = {"anna": LORA, "ben": FRIEND}
+    people = ("anna", "ben")
     return Workflow(
         "7 Several people in one picture",
         [
@@ -314,8 +314,8 @@ def group_portrait() -> Workflow:
                 [
                     *BASE.nodes,
                     *(
-                        Node(key, "FaceLoRAPerson", {"lora_name": file, "name": key}, title=f"Person {number}", height=280)
-                        for number, (key, file) in enumerate(people.items(), 1)
+                        Node(key, "FaceLoRAPerson", {"name": key}, title=f"Person {number}", height=280)
+                        for number, key in enumerate(people, 1)
                     ),
                 ],
                 note_height=190,
@@ -404,7 +404,7 @@ FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE, "krea2": KREA2}
 WORKFLOWS = [
     photos_to_headshots(
         "1 Photos to headshots.app", BASE, "my-face",
-        "Choose a checkpoint: SD1.5, or SDXL with 12 GB of graphics memory", any_file=True,
+        "Choose a checkpoint: SD1.5, or SDXL with 12 GB of graphics memory",
     ),
     photos_to_headshots(
         "2 Photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
@@ -432,7 +432,7 @@ WORKFLOWS = [
                 error instead of a line in the log.
 
                 The trigger words come from the file. If it has none, type them into `subject` of the style pack."""),
-                [*BASE.nodes, apply(BASE, lora_name=LORA)],
+                [*BASE.nodes, apply(BASE)],
             ),
             Step(
                 "Styles",
@@ -466,7 +466,7 @@ WORKFLOWS = [
                 Drop them onto the node."""),
                 [
                     Node("class", "FaceLoRALoadPhotos", {"folder": "(no folder)", "check": False},
-                         title="Load class images", height=430),
+                         title="Load class images", height=580),
                 ],
             ),
             Step(
@@ -526,7 +526,7 @@ WORKFLOWS = [
                 note("""**Inspect LoRA** says what a file is: family, rank, trigger words, how it was trained, its hashes, and
                 which keys ComfyUI would not load."""),
                 [
-                    Node("inspect", "FaceLoRAInspect", {"lora_name": LORA}, height=780),
+                    Node("inspect", "FaceLoRAInspect", {}, height=780),
                 ],
                 width=560,
             ),
@@ -644,9 +644,9 @@ def save_all() -> None:
             if workflow.app:
                 inputs = [[ids[key], widget] for key, widget in workflow.app]
                 saved["extra"] = {"linearMode": True, "linearData": {"inputs": inputs, "outputs": [ids["saved"]]}}
-            if workflow.any_file:
-                (loader,) = [node for node in saved["nodes"] if node["id"] == ids["base"]]
-                del loader["widgets_values"]
+            for node in saved["nodes"]:
+                if node["type"] in OF_ANY_FILE:
+                    del node["widgets_values"]
             write(saved, FOLDER / f"{workflow.name}.json")
             for drawn in (part for part in subgraphs(saved) if workflow.app):
                 write(blueprint(saved, drawn), BLUEPRINTS / f"{drawn['name']}.json")

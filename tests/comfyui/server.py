@@ -75,12 +75,29 @@ class ComfyServer:
             answer = error.read()
         return json.loads(answer) if answer else None
 
+    def delete(self, path: str) -> Any:
+        """The answer's JSON, also of a refusal."""
+        request = urllib.request.Request(self.url + path, headers=self._user, method="DELETE")
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return json.loads(error.read())
+
     def upload(self, file: Path, name: str) -> str:
         """The name in the input folder, after an upload as the frontend does it."""
-        boundary = uuid.uuid4().hex
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
+        return self._form("/upload/image", {}, "image", file, name)["name"]
+
+    def drop(self, file: Path, person: str, folder: str = "", name: str = "") -> dict[str, str]:
+        """The answer to a photo that is dropped on a page."""
+        return self._form("/facelora/photos", {"person": person, "folder": folder}, "file", file, name or file.name)
+
+    def _form(self, path: str, fields: Mapping[str, str], key: str, file: Path, name: str) -> Any:
+        boundary, disposition = uuid.uuid4().hex, 'Content-Disposition: form-data; name="'
+        head = "".join(f'--{boundary}\r\n{disposition}{field}"\r\n\r\n{value}\r\n' for field, value in fields.items())
+        head += f'--{boundary}\r\n{disposition}{key}"; filename="{name}"\r\n\r\n'
         body = head.encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        return json.loads(self._answer("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
+        return json.loads(self._answer(path, body, f"multipart/form-data; boundary={boundary}"))
 
     def _answer(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
         request = urllib.request.Request(self.url + path, body, self._user | ({"Content-Type": kind} if kind else {}))

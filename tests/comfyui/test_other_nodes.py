@@ -139,10 +139,10 @@ def test_photos_are_reported_on_and_counted(server):
     assert "verdict" in report
     assert "a photo of sks person, facing the camera" in texts(result, "captions")
     assert len(result.outputs["images"]["images"]) == 3
-    shown = result.outputs["photos"]
-    assert [tile["name"] for tile in shown["facelora_photos"]] == [f"clara/{index}.png" for index in range(3)]
-    assert {tile["verdict"] for tile in shown["facelora_photos"]} <= {"good", "doubtful", "rejected"}
-    assert re.search(r"of 3 usable.*; left out: broken\.jpg: ", shown["facelora_headline"][0])
+    (shown,) = result.outputs["photos"]["facelora_photos"]
+    assert [tile["name"] for tile in shown["photos"]] == [f"clara/{index}.png" for index in range(3)]
+    assert {tile["verdict"] for tile in shown["photos"]} <= {"good", "doubtful", "rejected"}
+    assert re.search(r"of 3 usable.*; left out: broken\.jpg: ", shown["headline"])
 
 
 def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server):
@@ -153,11 +153,55 @@ def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server
             "photos": load_photos(pictures="hugo/broken.jpg\nhugo/0.png", check=check),
             "report": node("PreviewAny", source=["photos", 3]),
         })  # fmt: skip
-        shown = result.outputs["photos"]
-        assert [tile["name"] for tile in shown["facelora_photos"]] == ["hugo/0.png", "hugo/broken.jpg"]
-        broken = shown["facelora_photos"][-1]
+        (shown,) = result.outputs["photos"]["facelora_photos"]
+        assert [tile["name"] for tile in shown["photos"]] == ["hugo/0.png", "hugo/broken.jpg"]
+        broken = shown["photos"][-1]
         assert broken["verdict"] == "rejected" and broken["reason"].startswith("left out: broken.jpg: ")
-        assert broken["reason"] in shown["facelora_headline"][0]
+        assert broken["reason"] in shown["headline"]
+
+
+def test_load_face_photos_can_be_run_by_itself(server):
+    write_photos(server.folder / "input" / "clara", count=3, person=37)
+    result = server.run({"photos": load_photos("clara", check=True)})
+    assert result.status == "success", result.error
+    assert len(result.outputs["photos"]["facelora_photos"][0]["photos"]) == 3
+
+
+def test_where_no_photo_can_be_read_the_reason_is_said(server):
+    file = server.folder / "input" / "alone.jpg"
+    file.write_bytes(b"no picture")
+    result = server.run({"photos": load_photos(pictures="alone.jpg", check=True)})
+    assert "alone.jpg: is not a picture that can be read" in result.error
+
+
+def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_names_on_the_page(server, tmp_path):
+    photos = write_photos(tmp_path / "mine", count=3, person=37)
+    Image.new("L", Image.open(photos / "0.png").size, 255).save(photos / "0-masklabel.png")
+    order = ("0-masklabel.png", "1.png", "0.png", "1.png")  # a mask before its photo, and one photo twice
+    names = [server.drop(photos / order[0], "Dora")["name"]]
+    names += [server.drop(photos / name, "Dora", folder="photos/Dora")["name"] for name in order[1:]]
+    kept = ["photo 01-masklabel.png", "photo 02.png", "photo 01.png", "photo 02.png"]
+    assert names == [f"photos/Dora/{name}" for name in kept]
+    assert server.drop(photos / "2.png", "Dora")["name"] == "photos/Dora-2/photo 01.png", "another Dora"
+    seen = server.post("/facelora/check", {"folder": "(no folder)", "pictures": "\n".join(names[1:3])})
+    assert [seen["own_names"][name] for name in names[1:3]] == ["1.png", "0.png"]
+    assert "0.png" not in json.dumps(server.run({"photos": load_photos("photos/Dora", check=True)}).outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("a.pdf", "is not a photo"), ("garbage.jpg", "is not a picture"), ("../up.png", "is not a picture")],
+)
+def test_a_dropped_file_that_is_no_photo_is_refused_by_its_own_name_and_not_kept(server, tmp_path, name, why):
+    (tmp_path / "file").write_bytes(b"no picture")
+    assert server.drop(tmp_path / "file", "Emil", name=name)["error"].startswith(f"{name.removeprefix('../')}: {why}")
+    assert not (server.folder / "input" / "photos" / "Emil").exists()
+
+
+@pytest.mark.parametrize("folder", ["photos/../clara", "photos/..", r"photos/a\\..\\clara", "clara", "/tmp"])
+def test_a_photo_is_dropped_into_no_folder_of_other_photos(server, tmp_path, folder):
+    photos = write_photos(tmp_path / "mine", count=1, person=37)
+    assert server.drop(photos / "0.png", "Fritz", folder=folder)["name"].startswith("photos/Fritz")
 
 
 def test_uploaded_pictures_are_photos_too(server):

@@ -72,7 +72,8 @@ def test_the_widgets_say_nothing_that_has_no_chinese_text_and_no_text_is_left_ov
     said = {text for script in scripts.values() for text in re.findall(r'\bsay\(\s*"(.+?)"', script)}
     said |= set(re.findall(r'name: "([a-z ]+)"', scripts["train_panel.js"]))  # of the curves
     said |= set(re.findall(r'\w+: "(\w+)"', re.search("LABELS = .*", scripts["dom.js"])[0]))  # pyright: ignore
-    said |= {"the same person", "perhaps", "someone else"}
+    said |= {"the same person", "perhaps", "someone else", "✓ good", "! look", "✕ left out"}
+    said |= {"training", "stopped", "failed", "done"}
     said |= {"reading the model", "encoding", "class images", "samples"}  # phases
     assert len(texts) == len(set(texts)) and set(texts) == said
 

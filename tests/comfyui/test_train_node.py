@@ -376,6 +376,52 @@ def test_the_panel_shows_the_photos_that_are_trained_on(server):
     assert len(training_state(server)["photos"]) == 6
 
 
+def test_a_checkpoint_of_what_is_not_trained_yet_is_refused_before_the_training(server, trained):
+    graph = training(name="too-early", training_seed=91)
+    graph["train"]["inputs"]["checkpoint"] = 1
+    result = server.run(graph)
+    assert "checkpoint = 1: nothing is trained yet with these photos and settings" in result.error
+    assert not (loras(server) / "too-early.safetensors").exists()
+
+
+def test_a_training_whose_headshots_cannot_be_drawn_is_refused(server):
+    styles = {"pack": "corporate", "styles": "baroque", "count": 1, "first_seed": 1, "family": "sd15", "resolution": 64}
+    graph = training(name="for-nothing", training_seed=92) | {
+        "apply": node("FaceLoRAApply", lora=["train", 0], lora_name=CONNECTED, **APPLY),
+        "styles": node("FaceLoRAStylePack", subject=["apply", 2], **styles),
+        "shown": node("PreviewAny", source=["styles", 0]),
+    }
+    assert "no style 'baroque'" in server.refusal(graph)
+    graph["styles"]["inputs"]["styles"] = ""
+    assert server.run(graph).status == "success"
+
+
+def test_the_panel_ends_with_the_likeness_and_samples_of_the_kept_step(server, trained):
+    write_photos(server.folder / "input" / "frida", count=8, person=37, scale=2)
+    settings = "sample_steps = 1\nlikeness_pictures = 1\nsample_guidance = 1.0\nsample_every = 50"
+    graph = training(folder="frida", name="kept", recipe="best", steps=ENDLESS, settings=settings)
+    prompt_id = server.queue(graph)
+    wait_for(lambda: training_state(server).get("step", 0) >= 3, "some steps")
+    stop(server)
+    assert server.wait(prompt_id).status == "success"
+    state = training_state(server)
+    points = json.loads(LoraFile.read(loras(server) / "kept.safetensors").metadata[LIKENESS_KEY])
+    kept = points["points"][points["kept"]]
+    assert (state["kept_step"], state["samples_step"]) == (kept["step"], kept["step"])
+    assert state["kept_likeness"] == pytest.approx(kept["likeness"], abs=1e-4)
+    assert state["kept_word"] in ("the same person", "perhaps", "someone else")
+
+
+def test_a_script_leaves_out_the_advanced_inputs_and_finds_the_loras_name_in_the_history(server):
+    graph = training(name="short")
+    given = graph["train"]["inputs"]
+    for name in ("rank", "learning_rate", "training_seed", "sample_prompts"):
+        del given[name]
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert result.outputs["train"]["lora_name"] == ["short.safetensors"]
+
+
 def test_a_training_adapter_is_beside_the_model_while_it_is_trained_on(server, trained):
     graph = training(name="adapted", training_adapter=["train before", 0]) | {"train before": training()["train"]}
     result = server.run(graph)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
+from core.errors import BadConfig, BadFile, MissingPackage, UnknownFamily, UnmatchedKeys
 from core.models import Base, load_base
 from core.storage.safetensors_file import SafetensorsFile
 from tests.tooling import SMALL_SD15, UNETS, write_checkpoint
@@ -247,3 +247,14 @@ def test_a_weight_without_the_axes_of_a_layer_is_named(small_sd15, tmp_path):
     save_file(load_file(small_sd15) | {name: torch.zeros(64)}, tmp_path / "a.safetensors")
     with pytest.raises(UnmatchedKeys, match=rf"{name} of the denoiser has shape \[64\]"):
         load_base(tmp_path / "a.safetensors")
+
+
+def test_a_missing_library_is_named_as_such_and_not_as_a_fault_of_the_checkpoint(small_sd15, monkeypatch):
+    base = load_base(small_sd15)
+
+    def without_diffusers(part, config):
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    monkeypatch.setattr(type(base.family), "build_empty", staticmethod(without_diffusers), raising=False)
+    with pytest.raises(MissingPackage, match=r"the package diffusers cannot be imported .* pip install diffusers"):
+        base.load("denoiser", CPU, torch.float32)

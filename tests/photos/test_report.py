@@ -26,8 +26,8 @@ from tools.photo_tables import (
     try_real_photos,
 )
 
-SMALL = Thresholds.for_resolution(64)
-"""ORL's faces are some 80 pixels large."""
+SMALL = dataclasses.replace(Thresholds.for_resolution(64), sharpness_side=256)
+"""ORL's faces are some 80 pixels large, and are judged at that size."""
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,27 @@ def test_an_intruder_is_not_named_when_no_one_has_the_majority(network):
     report = check_photos([photo(orl(person, 1), f"{person}") for person in (1, 2, 3, 4)], network, SMALL)
     assert {item.verdict for item in report.photos} <= {"use", "review"}
     assert report.advice[0] == "The photos show different people, and no one is in most of them: sort them first."
+    assert report.people == (1, 2, 3, 4) and not report.enough
+
+
+def test_two_people_mixed_half_and_half_are_the_headline_and_who_is_which(network):
+    mixed = [photo(orl(person, number), f"{person}-{number}") for number in range(1, 7) for person in (5, 6)]
+    report = check_photos([*mixed, photo(Image.new("RGB", (100, 100), "teal"))], network, SMALL)
+    assert report.people == (*(1, 2) * 6, 0)
+    assert not report.enough
+    assert report.headline == "different people: person 1 on 6 photos, person 2 on 6 photos. Keep the photos of one"
+
+
+def test_where_nothing_is_usable_the_headline_says_why_and_not_what_else_to_add(network):
+    soft = [photo(item.image().filter(ImageFilter.GaussianBlur(2)), item.name) for item in seven_of(5)]
+    assert check_photos(soft, network, SMALL).headline == "0 of 7 usable: all blurred"
+
+
+def test_sharpness_is_judged_at_the_size_at_which_a_photo_is_trained(network):
+    large = [photo(orl(5, n).resize((552, 672), Image.Resampling.BICUBIC), f"{n}") for n in range(1, 8)]
+    at = {side: check_photos(large, network, Thresholds.for_resolution(side)) for side in (1024, 72)}
+    assert {item.verdict for item in at[1024].photos} == {"reject"}
+    assert len(at[72].usable) == 7
 
 
 def test_a_single_photo_has_nothing_to_compare_with(network):
@@ -416,7 +437,7 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     assert (said["usable"], said["resolution"]) == (7, 72)
     assert main(["check", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "0 of 7 usable, and 5 are needed; add " in said
+    assert "0 of 7 usable: all too small" in said
     assert said.endswith("\nJudged for training at 1024 px. Use --base or --resolution for another size.\n")
     assert main(["check", str(tmp_path), "--base", "demo", "--resolution", "1024"]) == 1
     for number in (1, 2, 3):

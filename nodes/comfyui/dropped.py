@@ -1,0 +1,138 @@
+"""Photos that were dropped on a page: the folder of each person's below ComfyUI's input folder, and whose it is.
+
+They are numbered, since ComfyUI writes the graph, and so their names, into every picture that it saves. The files' own names
+are beside them, and go to their user's pages alone.
+"""
+
+# pyright: reportMissingImports=false
+
+import hashlib
+import json
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+
+from ...core.errors import BadFile, BadPhoto
+from ...core.photos import read_photo_files
+from ...core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
+from ...core.storage.cache_folder import content_key
+from ...core.storage.files import make_folder, read_json, write_file, write_text
+
+ROOT = "photos"
+"""The folder of all dropped photos, below ComfyUI's input folder."""
+NAMES = ".names.json"
+"""The file in a person's folder that has the files' own names, by those that they were given."""
+_NOT_IN_NAMES = re.compile(r'[<>:"|?*\\/\x00-\x1f]')
+_NUMBER = re.compile(r"photo (\d+)")
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory()).resolve()
+
+
+def own_root(user: str | None) -> str:
+    """The folder, below the input folder, of all photos that the user has dropped.
+
+    With --multi-user each has one, whose name others cannot guess.
+    """
+    return f"{ROOT}/{content_key('photos', user, _secret())[:20]}" if args.multi_user else ROOT
+
+
+def _secret() -> str:
+    """Random text, made once, in ComfyUI's folder of users, none of whom is given it."""
+    file = Path(folder_paths.get_user_directory()) / "facelora-secret.txt"
+    if not file.exists():
+        write_text(file, secrets.token_hex())
+    return file.read_text()
+
+
+def is_hidden(name: str, user: str | None) -> bool:
+    """Whether a folder or file below the input folder is another user's, for which it is as if it did not exist."""
+    if not args.multi_user or not f"{name}/".casefold().startswith(f"{ROOT}/"):
+        return False
+    return user is None or not name.startswith(f"{own_root(user)}/")
+
+
+def folders_for(user: str | None) -> list[str]:
+    """The folders below the input folder that the user may choose."""
+    return [name for name in folder_paths.get_input_subfolders() if not is_hidden(name, user)]
+
+
+def own_name(name: str) -> str:
+    """The name that a dropped photo had, by its name below the input folder, which is that of any other photo."""
+    path = input_folder() / name
+    return _own_names(path.parent).get(path.name, name)
+
+
+def _own_names(folder: Path) -> dict[str, str]:
+    with suppress(BadFile):
+        return read_json(folder / NAMES)
+    return {}
+
+
+def add(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
+    """Writes a dropped photo or mask, and returns its name below the input folder.
+
+    It goes into `folder` where that is one of the user's, else into a new one that is called after the person. What is
+    in the folder already is not written again. Raises BadPhoto, with the file's own name, for what cannot be read.
+    """
+    stem, ending = _split(file_name)
+    if not ending:
+        raise BadPhoto(f"{file_name}: is not a photo")
+    if not _is_own(folder, user):
+        folder = _new_folder(user, person)
+    path = input_folder() / folder
+    names = _own_names(path)
+    for name in names:
+        if (path / name).is_file() and _digest((path / name).read_bytes()) == _digest(content):
+            return f"{folder}/{name}"
+    name = f"photo {_number(stem, ending, names):02}{ending}"
+    make_folder(path)
+    write_file(path / name, lambda stream: stream.write(content))
+    try:
+        if ending != MASK_ENDING:
+            read_photo_files([path / name], strict=True, on_warning=lambda _: None)
+    except BadPhoto as problem:
+        (path / name).unlink()
+        with suppress(OSError):  # it holds other photos
+            path.rmdir()
+        raise BadPhoto(str(problem).replace(name, file_name)) from None
+    write_text(path / NAMES, json.dumps(names | {name: file_name}))
+    return f"{folder}/{name}"
+
+
+def _split(file_name: str) -> tuple[str, str]:
+    """The name and the ending of a photo or mask; no ending for anything else."""
+    ending = next((end for end in (MASK_ENDING, *PHOTO_SUFFIXES) if file_name.lower().endswith(end)), "")
+    return file_name[: len(file_name) - len(ending)], ending
+
+
+def _number(stem: str, ending: str, names: dict[str, str]) -> int:
+    """The number of a photo: that of its mask, where the mask came first, and the other way round; else the next."""
+    halves = {(_split(own)[0], _split(own)[1] == MASK_ENDING): int(match[1])
+              for name, own in names.items() if (match := _NUMBER.match(name))}  # fmt: skip
+    is_mask = ending == MASK_ENDING
+    if (stem, is_mask) not in halves and (stem, not is_mask) in halves:
+        return halves[stem, not is_mask]
+    return max(halves.values(), default=0) + 1
+
+
+def _is_own(folder: str, user: str | None) -> bool:
+    root, _, word = folder.rpartition("/")
+    return root == own_root(user) and word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word)
+
+
+def _new_folder(user: str | None, person: str) -> str:
+    """The name of a folder that is not there yet: the person's, with -2 and so on where that is taken."""
+    word = _NOT_IN_NAMES.sub("_", person)[:60].strip(" .") or "person"
+    first = f"{own_root(user)}/{word}"
+    names = (first if number == 1 else f"{first}-{number}" for number in range(1, 10_000))
+    return next(name for name in names if not (input_folder() / name).exists())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

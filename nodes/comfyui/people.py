@@ -1,0 +1,148 @@
+"""The people whom each user has trained: a record of every training, until its user deletes it and all that it made."""
+
+# pyright: reportMissingImports=false
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ...core.errors import BadConfig, BadFile
+from ...core.lora.embeddings import embedding_files
+from ...core.lora.file import LoraFile
+from ...core.storage.cache_folder import cache_folder, content_key, made_folder
+from ...core.storage.files import read_json, write_text
+from ...core.training.encode import forget_latents
+from ...core.training.store import files_of, forget_run
+from .dropped import input_folder, own_root
+from .folders import embedding_name
+
+Record = dict[str, Any]
+RUNNING = "running"
+PUBLIC = ("key", "name", "phase", "begun", "picture", "file", "likeness", "likeness_word")
+"""The fields of a record that the list shows."""
+_live: set[str] = set()
+"""The keys of the trainings that are running in this process."""
+_lock = threading.RLock()
+
+
+def note(user: str | None, key: str, **facts: Any) -> None:
+    """Adds facts to the user's record of a training, by the key of its job. One of nobody has none."""
+    if user is None:
+        return
+    with _lock:
+        if "phase" in facts:
+            _live.discard(key)
+        if facts.get("phase") == RUNNING:
+            _live.add(key)
+        record = {"user": user, "key": key, "begun": time.time(), "headshots": []} | _read(_file(user, key)) | facts
+        with suppress(BadFile):  # a full disk is no reason to end a training
+            made_folder("panels")
+            write_text(_file(user, key), json.dumps(record))
+
+
+def add_headshots(user: str | None, key: str, files: Sequence[str]) -> None:
+    """Adds pictures, by their names below the output folder, to the record of the training whose LoRA drew them."""
+    record = _read(_file(user, key)) if user is not None else {}
+    if record:
+        note(user, key, headshots=list(dict.fromkeys([*record["headshots"], *files])))
+
+
+def of(user: str | None) -> list[Record]:
+    """What the list shows of the user's trainings, the last begun first."""
+    records = [record for record in _all() if user is not None and record["user"] == user]
+    shown = []
+    for record in sorted(records, key=lambda record: -record["begun"]):
+        stopped = record.get("phase") == RUNNING and record["key"] not in _live
+        counts = {"photos": len(record["photos"]), "headshots": len(record["headshots"])}
+        shown.append({name: record.get(name) for name in PUBLIC} | counts | ({"phase": "stopped"} if stopped else {}))
+    return shown
+
+
+def graph_of(user: str | None, key: str) -> Any:
+    """The page's graph that a training of the user was queued with; None where there is none."""
+    return None if user is None else _read(_file(user, key)).get("graph")
+
+
+def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
+    """Deletes a training of the user: its LoRA, headshots, what the cache has of it, and the photos that were dropped for it.
+
+    What another training has too stays. Returns the prompt, workflow and node of its run, and what was deleted. Raises
+    BadConfig where the user has no such training, or it is running.
+    """
+    with _lock:
+        record = _read(_file(user, key)) if user is not None else {}
+        if not record:
+            raise BadConfig("you have no such training")
+        if key in _live:
+            raise BadConfig(f"{record['name']} is being trained; cancel that first")
+        others = [other for other in _all() if (other["user"], other["key"]) != (user, key)]
+        deleted = list(_delete_headshots(record))
+        if all(other["key"] != key for other in others):
+            deleted += _delete_loras(key)
+            forget_run(key)
+        kept = {digest for other in others for digest in other["digests"]}
+        forget_latents(set(record["digests"]) - kept)
+        deleted += _delete_photos(record, [photo for other in others for photo in other["photos"]])
+        _file(user, key).unlink()
+        return record["run"], deleted
+
+
+def _delete_headshots(record: Record) -> Iterator[str]:
+    root = Path(folder_paths.get_output_directory()).resolve()
+    for name in record["headshots"]:
+        path = (root / name).resolve()
+        if path.is_relative_to(root) and path.is_file():
+            path.unlink()
+            yield f"output/{name}"
+
+
+def _delete_loras(key: str) -> list[str]:
+    """Deletes the files of a training from the folders of LoRAs, of embeddings, and of Save Face LoRA."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+    words = Path(folder_paths.get_folder_paths("embeddings")[0])
+    deleted = []
+    for path in files_of(key, [*folders, Path(folder_paths.get_output_directory()) / "loras"]):
+        lora = LoraFile.read(path)
+        names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
+        del lora  # Windows deletes no file that is still read
+        for file in (path, path.with_suffix(".preview.png"), *(words / name for name in names)):
+            if file.is_file():
+                file.unlink()
+                deleted.append(file.name)
+    return deleted
+
+
+def _delete_photos(record: Record, kept: Sequence[str]) -> list[str]:
+    """Deletes the folders of photos that were dropped for a training, but for those that others are trained on."""
+    root, deleted = own_root(record["user"]), []
+    for folder in {name.rpartition("/")[0] for name in record["photos"]}:
+        is_own = folder.rpartition("/")[0] == root and not (input_folder() / folder).is_symlink()
+        if is_own and not any(name.startswith(f"{folder}/") for name in kept):
+            shutil.rmtree(input_folder() / folder, ignore_errors=True)
+            deleted.append(f"input/{folder}")
+    return deleted
+
+
+def _file(user: str | None, key: str) -> Path:
+    return cache_folder() / "panels" / f"{content_key('person', user, key)}.json"
+
+
+def _read(file: Path) -> Record:
+    with suppress(BadFile):
+        record = read_json(file)
+        if isinstance(record, Mapping) and {"user", "key", "begun", "run", "photos", "digests"} <= record.keys():
+            return dict(record)
+    return {}
+
+
+def _all() -> list[Record]:
+    """The records of all users; what else is in the folder is none."""
+    files = (cache_folder() / "panels").glob("*.json")
+    return [record for record in map(_read, files) if record]

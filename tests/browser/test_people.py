@@ -1,0 +1,32 @@
+"""The list of trained people: in another browser of the same user, opened, and deleted with a question first."""
+
+import pytest
+
+from .page import ComfyPage
+from .test_panel import STATUS, train_node
+from .workflows import BUILD
+
+pytestmark = pytest.mark.browser
+
+
+def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, browser, server):
+    page.run(BUILD, train_node(seed=61, name="petra", steps=2, samples=0, settings=""))
+    assert server.wait(page.queue()).status == "success"
+    other = ComfyPage(browser, server)
+    other.page.get_by_role("button", name="Trained people").first.click()
+    person = other.page.locator(".facelora-sidebar .facelora-person", has_text="petra")
+    assert "done" in person.inner_text() and person.locator("img").evaluate("(image) => image.naturalWidth > 0")
+    person.get_by_role("button", name="Open").click()
+    other.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done: petra')")
+    other.page.locator(".facelora-all").click()
+    person = other.page.locator(".facelora-dialog .facelora-person", has_text="petra")
+    person.get_by_role("button", name="Delete").click()
+    other.page.locator(".facelora-dialog[open]").last.get_by_role("button", name="Cancel").click()
+    file = server.folder / "models" / "loras" / "petra.safetensors"
+    assert file.exists()
+    person.get_by_role("button", name="Delete").click()
+    other.page.locator(".facelora-dialog[open]").last.get_by_role("button", name="Delete").click()
+    person.wait_for(state="detached")
+    assert not file.exists()
+    assert other.complaints() == [f"dialog: {text}" for text in other.dialogs()]
+    other.close()

@@ -1,0 +1,102 @@
+"""What is kept of each training, and that a person is deleted with all that is theirs and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tooling import write_photos
+
+from .graphs import drawing, load_photos, node, training
+from .test_train_node import APPLY, CONNECTED, loras
+
+pytestmark = pytest.mark.comfyui
+
+
+def headshots_of(server, name: str, photos: list[str], **changes) -> dict:
+    """The graph of photos to headshots on dropped photos."""
+    ranked = {
+        "photos": load_photos(pictures="\n".join(photos)),
+        "apply": node("FaceLoRAApply", lora=["train", 0], lora_name=CONNECTED, **APPLY),
+        "ranked": node("FaceLoRALikeness", images=["decoded", 0], reference=["photos", 0], required=False),
+        "saved": node("SaveImage", images=["ranked", 0], filename_prefix=f"headshots/{name}"),
+    }
+    drawn = drawing(["apply", 0], ["apply", 1], ["base", 2], prompt=["apply", 3])
+    del drawn["picture"]
+    return training(name=name, **changes) | ranked | drawn
+
+
+def trained(server, tmp_path: Path, name: str, person: int, **changes) -> dict:
+    """The record of a person whose photos were dropped, and of whom a headshot was drawn."""
+    files = sorted(write_photos(tmp_path / name, count=3, scale=2, person=person).glob("*.png"))
+    first = server.drop(files[0], name)["name"]
+    photos = [first, *(server.drop(file, name, first.rpartition("/")[0])["name"] for file in files[1:])]
+    result = server.run(headshots_of(server, name, photos, **changes))
+    assert result.status == "success", result.error
+    return next(one for one in server.get("/facelora/people") if one["name"] == name)
+
+
+def all_files(server) -> set[Path]:
+    """All that is about people, but for the logs."""
+    folders = ("input/photos", "output", "models/loras", "cache/runs", "cache/latents", "cache/panels")
+    return {file for folder in folders for file in (server.folder / folder).rglob("*") if file.is_file()}
+
+
+def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opened_with_its_graph(server, tmp_path):
+    graph = {"id": "of the page of lina", "nodes": []}
+    files = sorted(write_photos(tmp_path / "lina", count=3, scale=2, person=2).glob("*.png"))
+    photos = [server.drop(file, "lina", "photos/lina")["name"] for file in files[:1]]
+    photos += [server.drop(file, "lina", photos[0].rpartition("/")[0])["name"] for file in files[1:]]
+    prompt = headshots_of(server, "lina", photos, training_seed=51)
+    answer = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": graph}}})
+    assert server.wait(answer["prompt_id"]).status == "success"
+    record, *_ = server.get("/facelora/people")
+    assert (record["name"], record["phase"], record["file"]) == ("lina", "done", "lina.safetensors")
+    assert record["picture"].startswith("data:image/jpeg") and record["begun"] > 1.6e9
+    assert (record["photos"], record["headshots"]) == (3, 1)
+    assert server.get(f"/facelora/people/{record['key']}") == graph
+    (state,) = [one for one in server.get("/facelora/training") if one["workflow"] == graph["id"]]
+    (shot,) = state["headshots"]
+    assert shot["filename"].startswith("lina_") and -1 <= shot["score"] <= 1
+
+
+def test_a_person_is_deleted_with_all_that_is_theirs_and_nothing_else(server, tmp_path):
+    trained(server, tmp_path, "maria", 5, training_seed=52)
+    before = all_files(server)
+    record = trained(server, tmp_path, "nora", 6, training_seed=53)
+    assert (loras(server) / "nora.safetensors").exists()
+    assert len(all_files(server)) > len(before) + 8
+    said = server.delete(f"/facelora/people/{record['key']}")
+    assert {"nora.safetensors", "input/photos/nora", "output/headshots/nora_00001_.png"} <= set(said["deleted"])
+    assert all_files(server) == before
+    assert "you have no such training" in server.delete(f"/facelora/people/{record['key']}")["error"]
+
+
+def test_photos_of_two_trainings_are_deleted_with_the_last_of_them(server, tmp_path):
+    first = trained(server, tmp_path, "olga", 7, training_seed=54)
+    photos = sorted((server.folder / "input" / "photos" / "olga").glob("*.png"))
+    names = [f"photos/olga/{photo.name}" for photo in photos]
+    assert server.run(headshots_of(server, "olga-again", names, training_seed=55)).status == "success"
+    second, *_ = server.get("/facelora/people")
+    server.delete(f"/facelora/people/{first['key']}")
+    assert all(photo.exists() for photo in photos) and not (loras(server) / "olga.safetensors").exists()
+    server.delete(f"/facelora/people/{second['key']}")
+    assert not any(photo.exists() for photo in photos)
+
+
+def test_a_graph_whose_training_was_deleted_is_run_again_without_a_record(server, tmp_path):
+    trained(server, tmp_path, "rosa", 8, training_seed=57)
+    photos = [f"photos/rosa/photo {number:02}.png" for number in (1, 2, 3)]
+    record, *_ = server.get("/facelora/people")
+    graph = headshots_of(server, "rosa", photos, training_seed=57)
+    server.delete(f"/facelora/people/{record['key']}")
+    mark = server.mark()
+    server.run(graph)
+    assert server.run({"photos": load_photos("anna")}).status == "success", "ComfyUI still runs prompts"
+    assert "not noted" not in server.log(mark)
+
+
+def test_photos_of_a_folder_that_the_user_made_are_not_deleted(server):
+    assert server.run(training(name="anna-of-a-folder", training_seed=56)).status == "success"
+    record, *_ = server.get("/facelora/people")
+    server.delete(f"/facelora/people/{record['key']}")
+    assert len(list((server.folder / "input" / "anna").glob("*.png"))) == 3

@@ -1,0 +1,76 @@
+/** All trainings of the user, running and done: in the sidebar, and from the panel of Train Face LoRA. */
+
+import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
+import { choose, make } from "./dom.js"
+import { say } from "./words.js"
+
+const PHASES = { running: "training", stopped: "stopped", failed: "failed", done: "done" }
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+
+const read = async (address, options) => (await api.fetchApi(address, options)).json()
+
+/** Puts the list into an element. `leave` is called when a training is opened. */
+export async function listPeople(root, leave = () => {}) {
+  const people = await read("/facelora/people")
+  root.replaceChildren(...people.map((person) => row(person, root, leave)))
+  if (!people.length) root.append(make("div", "facelora-quiet", say("Nobody is trained yet.")))
+}
+
+function row(person, root, leave) {
+  const picture = make("img", "")
+  if (person.picture) picture.src = person.picture
+  const date = new Date(1000 * person.begun).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })
+  const likeness = make("div", `facelora-says-${VERDICTS[person.likeness_word] ?? "nothing"}`)
+  if (person.likeness != null) likeness.textContent = say("likeness {}: {}", person.likeness.toFixed(2), say(person.likeness_word))
+  const facts = make("div", "facelora-facts", make("b", "", person.name), likeness,
+    make("div", "facelora-quiet", `${say(PHASES[person.phase])} · ${date}`))
+  const open = make("button", "", say("Open"))
+  open.addEventListener("click", async () => {
+    const graph = await read(`/facelora/people/${person.key}`)
+    if (!graph) return
+    leave()
+    await app.loadGraphData(graph, true, true, person.name)
+  })
+  const remove = make("button", "", say("Delete"))
+  remove.disabled = person.phase === "running"
+  remove.addEventListener("click", () => deletePerson(person, root, leave))
+  return make("div", "facelora-person", picture, facts, open, remove)
+}
+
+async function deletePerson(person, root, leave) {
+  const what = say(
+    "This deletes the LoRA, {} headshots, what the cache keeps, and the photos that were dropped for it. What another training uses stays.",
+    person.headshots)
+  if ((await choose(say("Delete {}?", person.name), [{ title: what, images: [] }], say("Delete"))) === undefined) return
+  const { error } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
+  await listPeople(root, leave)
+  if (error) root.prepend(make("div", "facelora-refused", error))
+}
+
+/** Shows the list in a dialog. */
+export function showPeople() {
+  const list = make("div", "facelora-people")
+  const close = make("button", "", say("Close"))
+  const dialog = make("dialog", "facelora-dialog facelora-panel", make("h3", "", say("Trained people")), list,
+    make("div", "facelora-row facelora-end", close))
+  close.addEventListener("click", () => dialog.close())
+  dialog.addEventListener("close", () => dialog.remove())
+  document.body.append(dialog)
+  dialog.showModal()
+  listPeople(list, () => dialog.close())
+}
+
+app.registerExtension({
+  name: "facelora.people",
+  setup() {
+    app.extensionManager.registerSidebarTab({
+      id: "facelora", icon: "pi pi-users", title: "Face LoRAs", tooltip: say("Trained people"), type: "custom",
+      render: (root) => {
+        const list = make("div", "facelora-people")
+        root.replaceChildren(make("div", "facelora-panel facelora-sidebar", make("h3", "", say("Trained people")), list))
+        listPeople(list)
+      },
+    })
+  },
+})
