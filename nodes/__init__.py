@@ -1,1 +1,1 @@
-"""Nodes for other programs: a package for each, none of which the library imports."""
+"""Nodes for other programs, in a package for each. The library imports none of them."""

@@ -19,9 +19,9 @@ PAGES = (
 LONGEST = 30
 """Words in a sentence."""
 HABITS = re.compile(
-    r"\b(?:of|to|for|in|from|on) (?:which|whom)\b|\b(?:is|are) no\b|\bthere (?:is|are) no(?:ne)?\b|\bno such\b"
-    r"|\bas (?:it|they) stands?\b|\bin (?:the|its|their) place of\b|\bin place of\b|\ball the same\b|\bby itself\b"
-    r"|\bso it is\b|\bthe one before\b|\bthose that are\b|\bhears? of\b",
+    r"\b(?:of|to|for|from|on) (?:which|whom)\b|(?<!there )\b(?:is|are) no\b|\bas (?:it|they) stands?\b"
+    r"|\bin (?:the |its |their )?place of\b|\ball the same\b|\bby itself\b|\bso it is[.,;]|\bthe one before\b"
+    r"|\bthose that are\b|\bhears? of\b",
     re.IGNORECASE,
 )
 """Turns of phrase that a reader has to read twice."""

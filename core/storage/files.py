@@ -28,7 +28,7 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 IS_WINDOWS = sys.platform == "win32"
 READ_ON_WINDOWS = 512 << 20
-"""The size in bytes up to which a file is read on Windows, not mapped: a mapped file can't be replaced or deleted there."""
+"""Files of up to this many bytes are read on Windows, not mapped: a mapped file can't be replaced or deleted there."""
 
 
 def map_file(file: BinaryIO) -> mmap.mmap | bytearray:

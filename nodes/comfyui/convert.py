@@ -55,7 +55,7 @@ def style_family(model: Any) -> str:
     kind = _class_name(model)
     if kind not in FAMILY_OF_CLASS:
         known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
-        raise UnknownFamily(f"MODEL is {kind}, for which style packs have no words; choose one of: {known}")
+        raise UnknownFamily(f"MODEL is {kind}, and style packs have no words for it; choose one of: {known}")
     return FAMILY_OF_CLASS[kind]
 
 
@@ -372,7 +372,7 @@ def lora_model(lora: LoraFile) -> LoraTensors:
 
 
 def lora_file(value: Mapping[str, Tensor]) -> LoraFile:
-    """The LoraFile of a LORA_MODEL, which any node may have made. Raises UnknownFamily when it is no known LoRA."""
+    """Return the LoraFile of a LORA_MODEL from any node. Raises UnknownFamily when it is not a known LoRA."""
     return LoraFile.from_tensors(value, getattr(value, "metadata", {}), getattr(value, "name", "LoRA"))
 
 

@@ -43,7 +43,7 @@ def own_root(user: str | None) -> str:
 
 
 def _secret() -> str:
-    """Random text, made once, in ComfyUI's folder of users, none of whom is given it."""
+    """Return random text. It is made once and kept in ComfyUI's folder of users, where no user can read it."""
     file = Path(folder_paths.get_user_directory()) / "facelora-secret.txt"
     if not file.exists():
         write_text(file, secrets.token_hex())
@@ -51,7 +51,7 @@ def _secret() -> str:
 
 
 def is_hidden(name: str, user: str | None) -> bool:
-    """Whether a folder or file below the input folder is another user's, for which it is as if it did not exist."""
+    """Return whether a folder or file below the input folder is another user's. Such a file is treated as missing."""
     if not args.multi_user or not f"{name}/".casefold().startswith(f"{ROOT}/"):
         return False
     return user is None or not name.startswith(f"{own_root(user)}/")

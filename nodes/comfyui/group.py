@@ -233,7 +233,7 @@ def _begin_in_places(executor: Any, noise: Tensor, *rest: Any, **others: Any) ->
 
 
 def _in_place(entry: Mapping[str, Any], noise: Tensor) -> dict[str, Any] | None:
-    """The entry with area and mask as ComfyUI reads them; None for a scene of which nothing is seen."""
+    """Return the entry with area and mask as ComfyUI reads them; None for a scene that is wholly covered."""
     place: Slot = entry[PLACE]
     height, width = noise.shape[-2:]
     multiple = 1 if width % place.multiple or height % place.multiple else place.multiple

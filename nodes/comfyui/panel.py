@@ -37,7 +37,7 @@ PHOTO_SIDE = 256
 PHOTOS = 8
 """The number of photos that the panel shows beside the samples."""
 LIMITS = (SOMEONE_ELSE, SAME_PERSON)
-"""The likeness below which a picture is of someone else, and that from which it is of the same person."""
+"""A picture with less likeness than the first shows someone else, one with more than the second the same person."""
 LOAD_PHOTOS, TRAIN = "FaceLoRALoadPhotos", "FaceLoRATrain"
 USER = "facelora_user"
 """The name, in a prompt's extra data, of the user who has queued it."""
@@ -227,11 +227,12 @@ def _ancestors(graph: Mapping[str, Any], key: str) -> set[str]:
 
 
 def add_routes() -> None:
-    """Adds what the panel asks for.
+    """Add the routes of the panel.
 
-    GET /facelora/training: the user's runs; POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result;
-    GET /facelora/people: a record of each of the user's trainings; with /KEY the graph of one, or with DELETE its end;
-    GET /facelora/machine: the text of `facelora doctor`.
+    - GET /facelora/training: the user's runs.
+    - POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result.
+    - GET /facelora/people: a record of each of the user's trainings. With /KEY the graph of one; DELETE deletes it.
+    - GET /facelora/machine: the text of `facelora doctor`.
     """
     server = PromptServer.instance
     _hear_of_ends()

@@ -34,7 +34,7 @@ PREVIEW_SIDE = 1024
 THUMBNAIL_SIDE = 160
 """Longest side of an uploaded picture as its node shows it, in pixels."""
 DEFAULT_RESOLUTION = 1024
-"""The resolution for which photos are judged where the base model is not known, in pixels."""
+"""The resolution that photos are judged for when the base model is unknown, in pixels."""
 HIDDEN = ".not-yours"
 """A name below the input folder that no file has."""
 NO_FOLDER = "(no folder)"
@@ -193,7 +193,7 @@ def look(folder: str, pictures: str, user: str | None, resolution: int | None, *
 def _read(
     folder: str, pictures: str, user: str | None, *, strict: bool, on_warning: Callable[[str], None]
 ) -> tuple[list[Photo], dict[str, str]]:
-    """The photos, and the added pictures that cannot be read: name -> why. `on_warning` hears of all that is left out."""
+    """The photos, and the added pictures that cannot be read: name -> why. `on_warning` is told about everything left out."""
     photos: list[Photo] = []
     unread: dict[str, str] = {}
     if _is_left_out(folder, pictures, user):
@@ -291,10 +291,11 @@ def opened(base: str) -> Base | None:
 
 
 def add_routes() -> None:
-    """Adds what the node's page asks for.
+    """Add the routes of the node's page.
 
-    POST /facelora/photos, a form of person, folder and file: adds a dropped photo; GET /facelora/photo?name=NAME: its
-    thumbnail, a JPEG; POST /facelora/check {"folder", "pictures", "base", "resolution"}: what is seen on the node's photos.
+    - POST /facelora/photos, a form of person, folder and file: add a dropped photo.
+    - GET /facelora/photo?name=NAME: its thumbnail, a JPEG.
+    - POST /facelora/check {"folder", "pictures", "base", "resolution"}: check the node's photos.
     """
     routes = PromptServer.instance.routes
 

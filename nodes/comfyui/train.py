@@ -346,7 +346,7 @@ def _ended(run: Run, key: str | None, phase: str) -> None:
 
 
 def _photos_of(job: TrainingJob) -> dict[str, list[str]]:
-    """What a training's record says of its photos: their digests, and the names of those that are in the input folder."""
+    """Return the digests of a training run's photos, and the names of the photos in the input folder."""
     root, sources = input_folder(), [photo.source for photo in job.used]
     files = [path for path in sources if isinstance(path, Path) and path.is_relative_to(root)]
     return {

@@ -43,11 +43,12 @@ def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any
 
 
 class ComputedChange(comfy.weight_adapter.WeightAdapterBase):
-    """A change of a weight that `core` computes, in the place of ComfyUI's own code, which differs from it in these cases.
+    """A change of a weight that `core` computes, because ComfyUI's own code differs in these cases.
 
-    ComfyUI's OFT and BOFT grow with the square of the strength. It reads only one layout of a DoRA's magnitude as intended,
-    (1, in): it divides a magnitude for each output by the norm of the weight without the LoRA, skips that of a convolution
-    written as (out, 1) with a line in the log, and does not know peft's `lora_magnitude_vector`.
+    - OFT and BOFT grow with the square of the strength.
+    - Of a DoRA's magnitudes, only the layout (1, in) is read as intended. A magnitude for each output is divided by the norm of
+      the weight without the LoRA. That of a convolution, written as (out, 1), is skipped with a line in the log.
+    - peft's `lora_magnitude_vector` is not known.
     """
 
     name = "facelora"
@@ -76,8 +77,8 @@ class ComputedChange(comfy.weight_adapter.WeightAdapterBase):
 class BypassAdapters:
     """Adapters whose change is added to the outputs of their modules, in a range of the sampling steps.
 
-    They use PyTorch's forward hooks. ComfyUI's own bypass mode replaces `forward`, from which a second LoRA cannot be
-    removed again, and its scheduled hooks do not work with weights that are streamed to the device.
+    They use PyTorch's forward hooks. ComfyUI's own bypass mode replaces `forward`, so a second LoRA cannot be
+    removed again. Its scheduled hooks do not work with weights that are streamed to the device.
     """
 
     def __init__(self, sigmas: tuple[float, float] | None):
