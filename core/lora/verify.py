@@ -91,13 +91,14 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
         faults.append(
             Fault(True, f"{counted(len(twice), 'module is', 'modules are')} changed twice, e.g. {twice[0][1]}")
         )
-    refused = list(not_loaded_by("ComfyUI", lora))
+    refused = not_loaded_by("ComfyUI", lora)
     if refused and not NAME_TABLES[lora.family].loaded.comfyui:
         faults.append(Fault(False, f"ComfyUI 0.30 does not support {lora.family}; later versions may"))
     elif refused:
         # If no published model has these modules, other names would not help.
         advice = "; convert it" if lora.identity.models else ""
-        which = f"{counted(len(refused), 'module')}, e.g. {refused[0]}"
+        name, reason = next(iter(refused.items()))
+        which = f"{counted(len(refused), 'module')}, e.g. {name} ({reason})"
         faults.append(Fault(False, f"ComfyUI would not load {which}{advice}"))
     return faults
 

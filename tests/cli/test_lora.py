@@ -215,6 +215,7 @@ def test_the_small_base_is_called_demo_wherever_a_checkpoint_is_named(tmp_path, 
     assert main(["verify", str(lora), "--base", "demo"]) == 0
     said = capsys.readouterr().out
     assert "ComfyUI would not load 1 module," in said and "convert it" not in said
+    assert "(a module that no published sd15 model has)" in said
     run("merge", lora, "--into", "demo", "--output", tmp_path / "merged.safetensors")
     assert "1 tensor of base.safetensors changed" in capsys.readouterr().out
 
