@@ -16,5 +16,7 @@ def test_it_has_no_sentence_to_rewrite(path: Path) -> None:
 
 def test_what_has_to_be_rewritten_is_found() -> None:
     long = " ".join(["word"] * 31)
-    found = faults(f"# Title\n\nGood.\n\n{long}.\n\n| {long} |\n\n```\n{long}\n```\n\n- a file of which nothing is known")
+    found = faults(
+        f"# Title\n\nGood.\n\n{long}.\n\n| {long} |\n\n```\n{long}\n```\n\n- a file of which nothing is known"
+    )
     assert [fault.partition(":")[0] for fault in found] == ["31 words", "'of which'"]
