@@ -95,13 +95,17 @@ def make_ready(
     return Ready(report, network, used, held_out)
 
 
+OVERRULE = " (check_photos = false trains on all photos anyway)"
+"""The end of the error that too few photos can be used. An interface replaces it by its own way to train anyway."""
+
+
 def _good(report: SetReport, on_warning: Callable[[str], None]) -> tuple[PhotoReport, ...]:
     """Return the photos that the report does not reject. Raises BadPhoto if too few remain."""
     rejected = [item for item in report.photos if item.verdict == REJECT]
     for item in rejected:
         on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
     if not report.enough:
-        raise BadPhoto(f"{report.headline} (check_photos = false trains on all photos anyway)")
+        raise BadPhoto(f"{report.headline}{OVERRULE}")
     if rejected:
         on_warning(f"photos: {report.headline}")
     return report.usable

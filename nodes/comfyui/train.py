@@ -26,6 +26,7 @@ from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.base import Base
 from ...core.models.families import FAMILIES
+from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota
 from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from ...core.training.progress import likeness_word, step_line
@@ -360,10 +361,8 @@ def _looked_at(job: TrainingJob, base: Base, watch: "Watch") -> TrainingJob:
     try:
         return job.looked_at(base, watch.warning)
     except BadPhoto as error:
-        over = " (check_photos = false trains on all that there are)"
-        raise BadPhoto(
-            str(error).replace(over, f". To train on them anyway, choose '{ALL}' in Train on (use)")
-        ) from None
+        anyway = f". To train on them anyway, choose '{ALL}' in Train on (use)"
+        raise BadPhoto(str(error).replace(OVERRULE, anyway)) from None
 
 
 def _choices(made: TrainedFile) -> list[dict[str, Any]]:

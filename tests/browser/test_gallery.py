@@ -47,7 +47,7 @@ def test_kept_pictures_come_first_each_with_its_likeness_and_facts(gallery) -> N
     assert gallery.locator("figure img").evaluate_all("(all) => all.every((image) => image.naturalWidth === 64)")
     gallery.locator("summary").nth(1).click()
     facts = gallery.locator("figure").nth(1).inner_text()
-    assert "a <b>photo</b> in Park" in facts and "likeness 0.41 → 0.50, taken" in facts
+    assert "a <b>photo</b> in Park" in facts and "likeness 0.41 → 0.50, used" in facts
 
 
 def test_a_style_can_be_looked_at_alone(gallery) -> None:

@@ -137,7 +137,7 @@ def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page,
     (tmp_path / "mine" / "garbage.jpg").write_bytes(b"no picture")
     page.drop(PHOTOS, [*files, tmp_path / "mine" / "garbage.jpg"])
     page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('6 of 6 usable')")
-    assert page.page.locator(".facelora-refused").inner_text() == "✕ garbage.jpg: is not a picture that can be read"
+    assert page.page.locator(".facelora-refused").inner_text() == "✕ garbage.jpg: this picture cannot be read"
     assert page.widgets(PHOTOS)["pictures"].startswith("photos/Gerda/photo 01.png\n")
     page.page.wait_for_timeout(1500)  # the frontend writes its draft
     page.reload()

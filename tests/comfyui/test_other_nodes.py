@@ -171,7 +171,7 @@ def test_where_no_photo_can_be_read_the_reason_is_said(server):
     file = server.folder / "input" / "alone.jpg"
     file.write_bytes(b"no picture")
     result = server.run({"photos": load_photos(pictures="alone.jpg", check=True)})
-    assert "alone.jpg: is not a picture that can be read" in result.error
+    assert "alone.jpg: this picture cannot be read" in result.error
 
 
 def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_names_on_the_page(server, tmp_path):
@@ -190,7 +190,11 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("a.pdf", "is not a photo"), ("garbage.jpg", "is not a picture"), ("../up.png", "is not a picture")],
+    [
+        ("a.pdf", "is not a photo"),
+        ("garbage.jpg", "this picture cannot be read"),
+        ("../up.png", "this picture cannot be read"),
+    ],
 )
 def test_a_dropped_file_that_is_no_photo_is_refused_by_its_own_name_and_not_kept(server, tmp_path, name, why):
     (tmp_path / "file").write_bytes(b"no picture")

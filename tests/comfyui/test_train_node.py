@@ -265,7 +265,7 @@ def test_a_setting_that_needs_the_recipe_or_the_widgets_is_not_refused(server, s
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "../anna"}, ["name", "loras folder"]),
+        ({"name": "../anna"}, ["name", "folder of LoRAs"]),
         ({"trigger_word": " "}, ["trigger_word"]),
         ({"captions": "only one"}, ["1 captions for 3 photos"]),
     ],
