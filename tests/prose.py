@@ -19,7 +19,7 @@ PAGES = (
 LONGEST = 30
 """Words in a sentence."""
 HABITS = re.compile(
-    r"\b(?:of|to|for|from|on) (?:which|whom)\b|(?<!there )\b(?:is|are) no\b|\bas (?:it|they) stands?\b"
+    r"\b(?:of|to|for|from|on) (?:which|whom)\b|(?<!there )\b(?:is|are) no\b(?! longer)|\bas (?:it|they) stands?\b"
     r"|\bin (?:the |its |their )?place of\b|\ball the same\b|\bby itself\b|\bso it is[.,;]|\bthe one before\b"
     r"|\bthose that are\b|\bhears? of\b",
     re.IGNORECASE,
