@@ -32,13 +32,14 @@ def main() -> None:
     if sys.version_info[:2] not in PYTHONS:
         print("InvokeAI runs in Python 3.11 and 3.12 alone: its tests are left out")
         return
-    wanted = f"{PACKAGE} {PAGES} torch {version('torch')}\n"
+    shared = sysconfig.get_path("purelib") + "\n"
+    wanted = f"{PACKAGE} {PAGES} torch {version('torch')} {shared}"
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
     DOWNLOADS.mkdir(exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
     (packages,) = ENVIRONMENT.glob("[Ll]ib/**/site-packages")
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (packages / "shared.pth").write_text(shared)
     constraints = DOWNLOADS / "invokeai-constraints.txt"
     constraints.write_text(f"torch=={version('torch')}\n")
     install("--no-deps", PACKAGE, "mediapipe==0.10.14", "pypatchmatch")
