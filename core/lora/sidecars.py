@@ -20,8 +20,11 @@ from .words import PHRASE_KEY, trigger_words
 
 PICTURE_SIDE = 768
 """The longest side of a picture beside a LoRA in pixels."""
+_TEXTS = (".json", ".metadata.json", ".cm-info.json")
 _PICTURES = (".png", ".preview.png")
 """InvokeAI only reads the first, Stability Matrix the second. All others accept either."""
+SIDECARS = (*_TEXTS, *_PICTURES)
+"""The endings of the files beside a LoRA, instead of its own."""
 
 
 def write_sidecars(
@@ -123,4 +126,4 @@ def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str,
         "Hashes": {name: hashes[name.lower()] for name in ("SHA256", "CRC32", "BLAKE3") if name.lower() in hashes},
         "TrainedWords": words,
     }
-    return {".json": a1111, ".metadata.json": lora_manager, ".cm-info.json": stability_matrix}
+    return dict(zip(_TEXTS, (a1111, lora_manager, stability_matrix), strict=True))

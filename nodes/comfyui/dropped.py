@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,8 @@ ROOT = "photos"
 """The folder of all dropped photos, below ComfyUI's input folder."""
 NAMES = ".names.json"
 """The file in a person's folder that has the files' own names, by those that they were given."""
+_adding = threading.Lock()
+"""Held while a photo is added, so that two pages don't give two photos the same number."""
 _NOT_IN_NAMES = re.compile(r'[<>:"|?*\\/\x00-\x1f]')
 _NUMBER = re.compile(r"photo (\d+)")
 
@@ -74,12 +77,34 @@ def _own_names(folder: Path) -> dict[str, str]:
     return {}
 
 
-def add(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
-    """Writes a dropped photo or mask, and returns its name below the input folder.
+def delete_folder(folder: str) -> list[str]:
+    """Delete the dropped photos and masks in a folder below the input folder, and return their names below it.
 
-    It goes into `folder` where that is one of the user's, else into a new one that is called after the person. What is
-    in the folder already is not written again. Raises BadPhoto, with the file's own name, for what cannot be read.
+    All other files stay, and so does the folder as long as it has any. A folder that is a link stays unchanged.
     """
+    path = input_folder() / folder
+    names = [] if path.is_symlink() else [name for name in _own_names(path) if (path / name).is_file()]
+    for name in names:
+        (path / name).unlink()
+    if names:
+        (path / NAMES).unlink()
+        with suppress(OSError):  # It still has other files.
+            path.rmdir()
+    return [f"{folder}/{name}" for name in names]
+
+
+def add(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
+    """Write a dropped photo or mask, and return its name below the input folder.
+
+    It is written into `folder` if that folder is for the user's dropped photos. Otherwise a new folder is named after the
+    person. A photo that is in the folder already is not written again. Raises BadPhoto, with the file's own name, for a file
+    that cannot be read.
+    """
+    with _adding:
+        return _added(user, person, folder, file_name, content)
+
+
+def _added(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
     stem, ending = _split(file_name)
     if not ending:
         raise BadPhoto(f"{file_name}: is not a photo")
@@ -123,7 +148,9 @@ def _number(stem: str, ending: str, names: dict[str, str]) -> int:
 
 def _is_own(folder: str, user: str | None) -> bool:
     root, _, word = folder.rpartition("/")
-    return root == own_root(user) and word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word)
+    path = input_folder() / folder
+    is_name = word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word)
+    return root == own_root(user) and is_name and ((path / NAMES).exists() or not path.exists())
 
 
 def _new_folder(user: str | None, person: str) -> str:

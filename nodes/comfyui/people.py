@@ -2,8 +2,8 @@
 
 # pyright: reportMissingImports=false
 
+import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +16,12 @@ import folder_paths
 from ...core.errors import BadConfig, BadFile
 from ...core.lora.embeddings import embedding_files
 from ...core.lora.file import LoraFile
+from ...core.lora.sidecars import SIDECARS
 from ...core.storage.cache_folder import cache_folder, content_key, made_folder
 from ...core.storage.files import read_json, write_text
 from ...core.training.encode import forget_latents
 from ...core.training.store import files_of, forget_run
-from .dropped import input_folder, own_root
+from .dropped import delete_folder, own_root
 from .folders import embedding_name
 
 Record = dict[str, Any]
@@ -41,8 +42,8 @@ def note(user: str | None, key: str, **facts: Any) -> None:
             _live.discard(key)
         if facts.get("phase") == RUNNING:
             _live.add(key)
-        record = {"user": user, "key": key, "begun": time.time(), "headshots": []} | _read(_file(user, key)) | facts
-        with suppress(BadFile):  # a full disk is no reason to end a training
+        record = {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _read(_file(user, key)) | facts
+        with suppress(BadFile):  # Training continues on a full disk.
             made_folder("panels")
             write_text(_file(user, key), json.dumps(record))
 
@@ -51,7 +52,7 @@ def add_headshots(user: str | None, key: str, files: Sequence[str]) -> None:
     """Adds pictures, by their names below the output folder, to the record of the training whose LoRA drew them."""
     record = _read(_file(user, key)) if user is not None else {}
     if record:
-        note(user, key, headshots=list(dict.fromkeys([*record["headshots"], *files])))
+        note(user, key, headshots=record["headshots"] | {name: _digest_of(name) for name in files})
 
 
 def of(user: str | None) -> list[Record]:
@@ -95,12 +96,17 @@ def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _delete_headshots(record: Record) -> Iterator[str]:
-    root = Path(folder_paths.get_output_directory()).resolve()
-    for name in record["headshots"]:
-        path = (root / name).resolve()
-        if path.is_relative_to(root) and path.is_file():
-            path.unlink()
+    for name, digest in record["headshots"].items():
+        if digest and _digest_of(name) == digest:  # ComfyUI gives the name of a deleted picture to another one.
+            (Path(folder_paths.get_output_directory()) / name).unlink()
             yield f"output/{name}"
+
+
+def _digest_of(name: str) -> str:
+    """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    path = (root / name).resolve()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
 
 
 def _delete_loras(key: str) -> list[str]:
@@ -112,7 +118,7 @@ def _delete_loras(key: str) -> list[str]:
         lora = LoraFile.read(path)
         names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
         del lora  # Windows deletes no file that is still read
-        for file in (path, path.with_suffix(".preview.png"), *(words / name for name in names)):
+        for file in (path, *map(path.with_suffix, SIDECARS), *(words / name for name in names)):
             if file.is_file():
                 file.unlink()
                 deleted.append(file.name)
@@ -120,13 +126,11 @@ def _delete_loras(key: str) -> list[str]:
 
 
 def _delete_photos(record: Record, kept: Sequence[str]) -> list[str]:
-    """Deletes the folders of photos that were dropped for a training, but for those that others are trained on."""
+    """Delete the photos that were dropped for a training run, except from folders that other runs use."""
     root, deleted = own_root(record["user"]), []
-    for folder in {name.rpartition("/")[0] for name in record["photos"]}:
-        is_own = folder.rpartition("/")[0] == root and not (input_folder() / folder).is_symlink()
-        if is_own and not any(name.startswith(f"{folder}/") for name in kept):
-            shutil.rmtree(input_folder() / folder, ignore_errors=True)
-            deleted.append(f"input/{folder}")
+    for folder in sorted({name.rpartition("/")[0] for name in record["photos"]}):
+        if folder.rpartition("/")[0] == root and not any(name.startswith(f"{folder}/") for name in kept):
+            deleted += [f"input/{name}" for name in delete_folder(folder)]
     return deleted
 
 

@@ -18,9 +18,11 @@ from invokeai.invocation_api import (
 
 from ...core.config import RecipeName, TrainConfig, typed_settings
 from ...core.device import within_free_memory
+from ...core.errors import BadPhoto
 from ...core.lora.file import LoraFile
 from ...core.lora.words import trigger_words
 from ...core.models.base import Base
+from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota
 from ...core.training.recipes import MEASUREMENTS, recipe_config
 from ...core.training.store import TrainedFile, TrainingJob, find_or_train, lora_path
@@ -86,7 +88,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         base = base_of(context, self.model)
         job = TrainingJob(lora_path(self.name), self._config(base, len(photos), progress), photos)
         progress.show("looking at the photos")
-        job = job.looked_at(base, progress.warning)
+        job = _looked_at(job, base, progress)
         services.make_room(context)
         made = _train(job, base, context, progress)
         metadata, samples = LoraFile.read(made.path).metadata, made.run.samples()
@@ -116,6 +118,14 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         if config.sample_every or "sample_every" in given:
             return config
         return replace(config, sample_every=-(-config.steps // MEASUREMENTS))
+
+
+def _looked_at(job: TrainingJob, base: Base, progress: Progress) -> TrainingJob:
+    """Return the job with its photos looked at. Raises BadPhoto with the field that trains anyway if too few can be used."""
+    try:
+        return job.looked_at(base, progress.warning)
+    except BadPhoto as error:
+        raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, switch off Check Photos")) from None
 
 
 def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: Progress) -> TrainedFile:

@@ -66,7 +66,9 @@ def test_a_person_is_deleted_with_all_that_is_theirs_and_nothing_else(server, tm
     assert (loras(server) / "nora.safetensors").exists()
     assert len(all_files(server)) > len(before) + 8
     said = server.delete(f"/facelora/people/{record['key']}")
-    assert {"nora.safetensors", "input/photos/nora", "output/headshots/nora_00001_.png"} <= set(said["deleted"])
+    assert {"nora.safetensors", "input/photos/nora/photo 01.png", "output/headshots/nora_00001_.png"} <= set(
+        said["deleted"]
+    )
     assert all_files(server) == before
     assert "you have no such training" in server.delete(f"/facelora/people/{record['key']}")["error"]
 
@@ -100,3 +102,44 @@ def test_photos_of_a_folder_that_the_user_made_are_not_deleted(server):
     record, *_ = server.get("/facelora/people")
     server.delete(f"/facelora/people/{record['key']}")
     assert len(list((server.folder / "input" / "anna").glob("*.png"))) == 3
+
+
+def test_own_photos_in_the_folder_of_dropped_ones_are_neither_deleted_nor_replaced(server, tmp_path):
+    own = server.folder / "input" / "photos" / "holiday"
+    write_photos(own, count=3, scale=2, person=9)
+    (own / "photo 01.png").write_bytes((own / "1.png").read_bytes())
+    before = {file: file.read_bytes() for file in own.iterdir()}
+    names = [f"photos/holiday/{file.name}" for file in sorted(own.iterdir())]
+    other = sorted(write_photos(tmp_path, count=1, scale=2, person=10).glob("*.png"))[0]
+    assert server.drop(other, "holiday", "photos/holiday")["name"] == "photos/holiday-2/photo 01.png"
+    assert server.run(headshots_of(server, "holiday", names, training_seed=58)).status == "success"
+    record, *_ = server.get("/facelora/people")
+    server.delete(f"/facelora/people/{record['key']}")
+    assert {file: file.read_bytes() for file in own.iterdir()} == before
+
+
+def test_a_file_beside_dropped_photos_stays_with_its_folder(server, tmp_path):
+    record = trained(server, tmp_path, "petra", 11, training_seed=59)
+    note = server.folder / "input" / "photos" / "petra" / "notes.txt"
+    note.write_text("mine")
+    server.delete(f"/facelora/people/{record['key']}")
+    assert [file.name for file in note.parent.iterdir()] == ["notes.txt"]
+
+
+def test_sidecars_of_a_lora_are_deleted_with_it(server, tmp_path):
+    record = trained(server, tmp_path, "vera", 12, training_seed=60)
+    lora = loras(server) / "vera.safetensors"
+    beside = [lora.with_suffix(ending) for ending in (".json", ".png", ".preview.png")]
+    for file in beside:
+        file.write_text("of vera")
+    server.delete(f"/facelora/people/{record['key']}")
+    assert not any(file.exists() for file in (lora, *beside))
+
+
+def test_a_picture_that_has_got_the_name_of_a_headshot_is_not_deleted_with_it(server, tmp_path):
+    record = trained(server, tmp_path, "wilma", 13, training_seed=61)
+    (shot,) = (server.folder / "output" / "headshots").glob("wilma_*.png")
+    shot.write_bytes(b"of somebody else")
+    server.delete(f"/facelora/people/{record['key']}")
+    assert shot.read_bytes() == b"of somebody else"
+    shot.unlink()

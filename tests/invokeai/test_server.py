@@ -190,7 +190,9 @@ def test_what_is_wrong_is_an_error_of_the_node_in_one_sentence(invoke, photos, l
     def error(**fields: Any) -> str:
         return invoke.run({"train": train(invoke, photos) | fields}).error
 
-    assert error(photos=no_faces, check_photos=True).startswith("BadPhoto: 0 of 3 usable, and 5 are needed")
+    assert error(photos=no_faces, check_photos=True) == (
+        "BadPhoto: 0 of 3 usable: all without a face. To train on them anyway, switch off Check Photos"
+    )
     assert (
         error(photos=None) == "BadPhoto: no photos: add 10 to 20 photos of one person, or choose a board that has them"
     )
