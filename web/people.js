@@ -65,7 +65,7 @@ app.registerExtension({
   name: "facelora.people",
   setup() {
     app.extensionManager.registerSidebarTab({
-      id: "facelora", icon: "pi pi-users", title: "Face LoRAs", tooltip: say("Trained people"), type: "custom",
+      id: "facelora", icon: "pi pi-users", title: say("Trained people"), tooltip: say("Trained people"), type: "custom",
       render: (root) => {
         const list = make("div", "facelora-people")
         root.replaceChildren(make("div", "facelora-panel facelora-sidebar", make("h3", "", say("Trained people")), list))

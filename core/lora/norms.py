@@ -83,7 +83,7 @@ def _norm(factor: Product | Tensor) -> float:
         return factor.norm().item()
     left, right, core = factor
     if core is None and left.shape[1] >= min(left.shape[0], right.shape[1]):
-        return (left @ right).norm().item()  # The product is no larger than its factors.
+        return (left @ right).norm().item()  # The product is at most as large as its factors.
     if core is not None:
         # Multiplying the core by a factor whose inner side is the longer one makes it no larger either.
         if left.shape[1] > left.shape[0]:

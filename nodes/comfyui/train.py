@@ -83,8 +83,8 @@ class TrainFaceLora(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
-                    tooltip="How many times sample pictures are drawn during the training; 0: never (where photos are held "
-                    f"out: {MEASUREMENTS} times all the same).",
+                    tooltip="How many times sample pictures are drawn during training; 0: never. If photos are held out, 0 "
+                    f"means {MEASUREMENTS}, because likeness is measured on samples.",
                 ),
                 *_settings_inputs(),
                 io.String.Input(
