@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
-from .server import PATIENCE, InvokeServer
+from .server import InvokeServer
 
 SIZE: Any = {"width": 1360, "height": 800}
 TITLE = "Photos to headshots"
+PAGE_PATIENCE = 120_000
+"""Milliseconds for whatever the page does without a training run."""
 
 
 def change_workflow(server: InvokeServer, values: dict[str, dict[str, Any]]) -> None:
@@ -26,7 +28,7 @@ class Form:
 
     def __init__(self, browser: Browser, server: InvokeServer):
         self.page: Page = browser.new_page(viewport=SIZE)
-        self.page.set_default_timeout(PATIENCE * 1000)
+        self.page.set_default_timeout(PAGE_PATIENCE)
         self.page.goto(server.url)
         self.page.get_by_label("Workflows").first.click()
         self.page.get_by_text("Browse and load existing workflows").click()
@@ -39,18 +41,19 @@ class Form:
         self.page.get_by_text("Workflow Loaded").wait_for()
 
     def add_photos(self, photos: list[Path]) -> None:
-        uploads: list[str] = []
-        self.page.on("response", lambda answer: uploads.append(answer.url) if "/images/upload" in answer.url else None)
         with self.page.expect_file_chooser() as chooser:
             self.page.locator("button[aria-label*=pload]").first.click()
         chooser.value.set_files(photos)
-        while len(uploads) < len(photos):
-            self.page.wait_for_timeout(200)
-        self.page.wait_for_timeout(1000)  # for the field to take them
+        expect(self.page.get_by_label("Remove Image from Collection")).to_have_count(len(photos), timeout=PAGE_PATIENCE)
 
     def choose_model(self, name: str) -> None:
-        self.page.get_by_role("combobox").first.click(force=True)
-        self.page.get_by_text(name, exact=True).last.click()
+        option = self.page.get_by_role("option", name=name)
+        for _ in range(60):  # a form that is still loading drops the list that it has just opened
+            self.page.get_by_role("combobox").first.press("ArrowDown")
+            self.page.wait_for_timeout(500)
+            if option.is_visible():
+                break
+        option.click()
 
     def choose_styles(self, title: str) -> None:
         self.page.get_by_role("combobox").nth(1).select_option(label=title)

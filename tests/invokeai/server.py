@@ -20,7 +20,7 @@ from .setup_invokeai import PYTHON
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENDED = ("completed", "failed", "canceled")
-PATIENCE = 900
+PATIENCE = 300
 """Seconds for anything that takes some where nothing else is running."""
 Nodes = Mapping[str, Mapping[str, Any]]
 """Node id -> type and fields."""
