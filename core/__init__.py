@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from . import studio as studio
     from . import tensor_names as tensor_names
     from . import training as training
-    from .cli.version import __version__ as __version__
     from .config import TrainConfig as TrainConfig
     from .errors import FaceLoraError as FaceLoraError
     from .lora import LoraFile as LoraFile
@@ -52,11 +51,12 @@ if TYPE_CHECKING:
     from .training import train as train
     from .training import train_lora as train_lora
     from .training.encode import encode as encode
+    from .version import __version__ as __version__
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            ".cli.version": ("__version__",),
+            ".version": ("__version__",),
             ".config": ("TrainConfig",),
             ".errors": ("FaceLoraError",),
             ".lora": ("LoraFile", "LoraModule"),

@@ -219,7 +219,7 @@ class _ShowVersion(argparse.Action):
     """Looks the version up only on request, since that can take a tenth of a second."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(f"facelora {import_module('.version', __name__).__version__}")
+        print(f"facelora {import_module('..version', __name__).__version__}")
         parser.exit()
 
 

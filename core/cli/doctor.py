@@ -6,8 +6,8 @@ import sys
 
 from ..bench import examine, format_doctor
 from ..device import stay_within_free_memory
+from ..version import __version__
 from .computing import named_or_best
-from .version import __version__
 
 
 def run_doctor(options: argparse.Namespace) -> None:

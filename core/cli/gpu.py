@@ -14,8 +14,8 @@ from ..bench.gpu import COMMANDS, Session, as_markdown, measure
 from ..bench.report import append_text
 from ..config import TrainConfig
 from ..device import device_and_dtype
+from ..version import __version__
 from .outputs import checked_outputs, output_file
-from .version import __version__
 
 
 def main() -> int:

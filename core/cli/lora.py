@@ -11,6 +11,7 @@ from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, FaceLoraError, counted, one_line
 from ..lora import (
     WORD_KEY,
+    BaseWeights,
     LoraFile,
     convert_for,
     convert_lora,
@@ -26,7 +27,6 @@ from ..lora import (
     word_of,
     write_sidecars,
 )
-from ..models import BaseWeights
 from .common import checkpoint, print_warning, progress_bar, split_strength
 from .lora_arguments import EDITABLE
 

@@ -6,6 +6,7 @@ from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .apply import AppliedLora as AppliedLora
+    from .base_weights import BaseWeights as BaseWeights
     from .blocks import BLOCK_LISTS as BLOCK_LISTS
     from .blocks import block_strengths as block_strengths
     from .checkpoints import extract_lora as extract_lora
@@ -41,6 +42,7 @@ else:
         __name__,
         {
             ".apply": ("AppliedLora",),
+            ".base_weights": ("BaseWeights",),
             ".blocks": ("BLOCK_LISTS", "block_strengths"),
             ".checkpoints": ("extract_lora", "merge_into_checkpoint"),
             ".convert": ("NewLora", "convert_for", "convert_lora", "merge_loras", "resize_lora"),

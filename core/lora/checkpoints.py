@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraMisfit, UnmatchedKeys, counted
-from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place
+from .base_weights import BaseWeights, bias_name
 from .convert import NewLora, check_rank, metadata_for
 from .file import LoraFile, fit
 from .low_rank import factorise

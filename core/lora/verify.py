@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import counted
-from ..models.base_weights import BaseWeights
 from ..tensor_names import NAME_TABLES
+from .base_weights import BaseWeights
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base

@@ -6,7 +6,6 @@ from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .base import Base as Base
-    from .base_weights import BaseWeights as BaseWeights
     from .clip import caption_tokens as caption_tokens
     from .clip import chunk_count as chunk_count
     from .clip import load_tokenizer as load_tokenizer
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from .memory_plan import MemoryCount as MemoryCount
     from .memory_plan import MemoryPlan as MemoryPlan
     from .opening import load_base as load_base
-    from .original_checkpoint import Checkpoint as Checkpoint
-    from .original_checkpoint import original_tensors as original_tensors
     from .spec import Component as Component
     from .spec import Conditioning as Conditioning
     from .spec import FamilySpec as FamilySpec
@@ -25,12 +22,10 @@ else:
         __name__,
         {
             ".base": ("Base",),
-            ".base_weights": ("BaseWeights",),
             ".clip": ("caption_tokens", "chunk_count", "load_tokenizer"),
             ".families": ("FAMILIES",),
             ".memory_plan": ("MemoryCount", "MemoryPlan"),
             ".opening": ("load_base",),
-            ".original_checkpoint": ("Checkpoint", "original_tensors"),
             ".spec": ("Component", "Conditioning", "FamilySpec", "Pair"),
         },
     )

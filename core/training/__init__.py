@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .memory_prediction import predicted_memory as predicted_memory
     from .methods import METHODS as METHODS
     from .methods import peak_rate as peak_rate
+    from .methods.original_checkpoint import Checkpoint as Checkpoint
     from .recipes import MEASUREMENTS as MEASUREMENTS
     from .recipes import RECIPES as RECIPES
     from .recipes import recipe_config as recipe_config
@@ -40,6 +41,7 @@ else:
             ".loop": ("train_lora",),
             ".memory_prediction": ("predicted_memory",),
             ".methods": ("METHODS", "peak_rate"),
+            ".methods.original_checkpoint": ("Checkpoint",),
             ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_config", "recipe_settings"),
             ".store": ("TrainedFile", "TrainingJob", "find_or_train", "has_key"),
             ".training_adapter": ("TrainingAdapter",),

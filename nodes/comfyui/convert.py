@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ...core.config import TrainConfig
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
+from ...core.lora.base_weights import BaseLayers
 from ...core.lora.convert import convert_lora
 from ...core.lora.file import LoraFile, fit
 from ...core.lora.names import Entry
 from ...core.models.base import Base, CaptionEncoder
-from ...core.models.base_weights import BaseLayers
 from ...core.models.families import FAMILIES
 from ...core.models.opening import load_base
 from ...core.models.spec import Conditioning

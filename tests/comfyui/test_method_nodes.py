@@ -10,8 +10,8 @@ from core.lora.embeddings import WORD_KEY, embedding_tensors, embeddings_of
 from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models import load_base
-from core.models.original_checkpoint import original_tensors
 from core.storage.safetensors_file import SafetensorsFile
+from core.training.methods.original_checkpoint import original_tensors
 
 from .graphs import drawing, node, training
 

@@ -15,12 +15,12 @@ from core.lora.file import LoraFile
 from core.lora.modules import name_kinds, stands_alone
 from core.models import load_base
 from core.models.memory_plan import plans_for
-from core.models.original_checkpoint import original_tensors
 from core.tensor_names import NAME_TABLES
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
+from core.training.methods.original_checkpoint import original_tensors
 from core.training.step import Run
 from tests.tooling import SMALL_SDXL, mostly_slow, write_checkpoint
 

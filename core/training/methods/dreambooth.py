@@ -18,10 +18,10 @@ from ...lora.modules import LoraModule
 from ...models.base import Base
 from ...models.memory_plan import OPTIMIZER_BYTES
 from ...models.opening import load_base
-from ...models.original_checkpoint import Checkpoint, original_tensors
 from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId, blocks_in_a_level
 from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
+from .original_checkpoint import Checkpoint, original_tensors
 
 _PLAIN_BYTES = 8
 """The bytes of a float32 weight and its gradient."""

@@ -18,9 +18,9 @@ from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...lora.modules import stands_alone
 from ...models.base import Base
-from ...models.original_checkpoint import Checkpoint
 from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId
+from .original_checkpoint import Checkpoint
 
 PEFT_NAME = "facelora"
 """The name under which peft keeps our adapter in its layers."""

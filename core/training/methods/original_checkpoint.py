@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import BadConfig
-from ..storage.safetensors_file import cast_tensor, layout_in, write_safetensors
-from ..tensor_names.unet import blocks_in_a_level, ldm_unet_path
-from .base import Base
-from .clip import OPENCLIP_LAYER
-from .ldm import ldm_vae_path
+from ...errors import BadConfig
+from ...models.base import Base
+from ...models.clip import OPENCLIP_LAYER
+from ...models.ldm import ldm_vae_path
+from ...storage.safetensors_file import cast_tensor, layout_in, write_safetensors
+from ...tensor_names.unet import blocks_in_a_level, ldm_unet_path
 
 _OPENCLIP_OUTSIDE = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ..errors import BadFile, UnknownFamily, counted
+from ..models.clip import OPENCLIP_LAYER
+from ..models.quantised import sign_of_quantisation
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, Fusion, ModuleId, NameTable, Place, families_of, other_model
 from ..tensor_names.unet import diffusers_unet_path
-from .clip import OPENCLIP_LAYER
-from .quantised import sign_of_quantisation
 
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 _TEXT_ENCODERS = {
