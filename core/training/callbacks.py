@@ -1,4 +1,4 @@
-"""Callbacks through which a training run reports to its caller. The caller can stop the run by raising from one."""
+"""Callbacks through which a training run reports to its caller, who can stop it by raising, and reports in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from functools import partial
 from PIL import Image
 from torch import Tensor
 
+from ..pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from .likeness import LikenessPoint
 from .methods.method import Trained
 
@@ -72,3 +73,25 @@ class Callbacks:
 
 NO_CALLBACKS = Callbacks()
 """The default: reports are ignored, and nothing cancels."""
+
+
+def likeness_word(likeness: float) -> str:
+    """The meaning of a likeness in words, by the limits of the default face network."""
+    return "the same person" if likeness >= SAME_PERSON else "perhaps" if likeness >= SOMEONE_ELSE else "someone else"
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds in words: "1 min 15 s" for 75."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def step_line(report: StepReport, elapsed: float) -> str:
+    """The step, the loss, the likeness if it was measured after this step, and the seconds passed and left, in one line."""
+    line = f"step {report.step} of {report.steps}, loss {report.loss:.4f}"
+    if report.measured:
+        line += f", likeness {report.measured.likeness:.2f} ({likeness_word(report.measured.likeness)})"
+    return f"{line}, {duration(elapsed)} so far, {duration(report.seconds_left)} left"

@@ -9,6 +9,7 @@ import torch
 
 from ..config import TrainConfig
 from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error
+from ..errors import BadConfig
 from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -21,7 +22,7 @@ from .memory_prediction import choose_plan
 from .methods import METHODS, what_is_left_out
 from .methods.method import Trained
 from .samples import Samples
-from .state_file import StateFile
+from .state import read_state
 from .step import Run
 from .training_adapter import METADATA_KEY, TrainingAdapter
 
@@ -145,3 +146,53 @@ def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint |
         likeness=likeness,
         _loss=run.loss,
     )
+
+
+class StateFile:
+    """The file that an interrupted run continues from: when it is written, and how the run is restored.
+
+    Without a path, nothing is written or restored.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, str], checkpoints: Checkpoints):
+        """`identity` is the result of `run_identity`. A run can only continue from a state with an equal identity."""
+        self._path = path
+        self._identity, self._checkpoints = identity, checkpoints
+        self._last = time.monotonic()
+
+    def restore(self) -> None:
+        """Restore the run from the file, if it exists. Raises BadConfig for the state of a different or longer run."""
+        if self._path is None or not self._path.exists():
+            return
+        state, steps = read_state(self._path, self._identity), self._checkpoints.config.steps
+        if state.step > steps:
+            raise BadConfig(
+                f"{self._path.name}: is already at step {state.step}, beyond steps = {steps}. Raise steps, or restart"
+            )
+        self._checkpoints.restore(state)
+
+    def save(self) -> None:
+        """Write the state, except before the first step. Raises TrainingDiverged without writing when it is not finite."""
+        run = self._checkpoints.run
+        if self._path is not None and run.step:
+            run.check_finite()
+            self._checkpoints.state(self._identity).save(self._path)
+
+    def save_when_due(self) -> None:
+        """Write the state between two steps if the last write was at least `state_interval` seconds ago."""
+        config = self._checkpoints.config
+        if self._checkpoints.run.step < config.steps and time.monotonic() - self._last >= config.state_interval:
+            self.save()
+            self._last = time.monotonic()
+
+    @contextmanager
+    def saved_when_cancelled(self) -> Iterator[None]:
+        """Write the state when anything but StopAndKeep is raised in this context, and raise it again."""
+        try:
+            yield
+        except StopAndKeep:
+            raise
+        except BaseException:
+            # BaseException, since ComfyUI's cancel and Ctrl-C are not Exceptions.
+            self.save()
+            raise

@@ -21,8 +21,7 @@ from ..models.convolution import FrozenConvolutions
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.objective import Schedule, draw_noise, sample_losses
 from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
-from .batches import Batches
-from .encode import EncodedImage, LatentCache
+from .encode import Batches, EncodedImage, LatentCache
 from .methods import METHODS, attach, peak_rate, trains_text
 from .methods.method import Adapter
 from .optimizer import build_optimizer, learning_rate_factor

@@ -28,8 +28,7 @@ from ...core.models.base import Base
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota
-from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep
-from ...core.training.progress import likeness_word, step_line
+from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import TrainedFile, TrainingJob, find_or_train, is_trained, lora_path
 from ...core.training.training_adapter import TrainingAdapter

@@ -10,8 +10,7 @@ from invokeai.invocation_api import InvocationContext
 from PIL import Image
 
 from ...core.pictures.sheet import contact_sheet
-from ...core.training.callbacks import Callbacks, StepReport
-from ...core.training.progress import step_line
+from ...core.training.callbacks import Callbacks, StepReport, step_line
 from .services import raise_if_cancelled
 
 SHOW_INTERVAL = 0.5

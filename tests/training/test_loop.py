@@ -21,8 +21,8 @@ from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo
 from core.storage.safetensors_file import SafetensorsFile
-from core.training.batches import Batches
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from core.training.encode import Batches
 from core.training.identity import run_identity
 from core.training.job import train
 from core.training.loop import train_lora
