@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..device import free_memory, keeps_narrow_weights
 from ..errors import BadFile, FaceLoraError, MissingPackage
-from ..storage.lazy import dtype_and_shape, narrow_in
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
+from ..storage.stored import dtype_and_shape, narrow_in
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
 from .memory_plan import MemoryPlan, MemorySaver
 from .objective import FlowSchedule, Schedule

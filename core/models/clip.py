@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
-from ..storage.lazy import LazyTensors, Stored, shape_of
+from ..storage.stored import LazyTensors, Stored, shape_of
 from .ldm import count_children
 from .spec import Component, replace_module
 

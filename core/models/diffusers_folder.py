@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import BadFile, UnknownFamily
 from ..storage.files import read_json
-from ..storage.lazy import LazyTensors, Stored
 from ..storage.safetensors_file import SafetensorsFile
+from ..storage.stored import LazyTensors, Stored
 from . import text
 from .families import FAMILIES
 from .ldm import current_vae_path

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnknownFamily, UnmatchedKeys
-from ..storage.lazy import LazyTensors, Stored, shape_of
+from ..storage.stored import LazyTensors, Stored, shape_of
 from ..tensor_names.unet import diffusers_unet_path, inverse, ldm_unet_path, replace_head
 from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, LatentShape

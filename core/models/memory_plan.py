@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..device import free_memory
-from .eight_bit import narrow_weights
+from .narrow_layers import narrow_weights
 from .spec import holds_numbers
 
 RESERVE = 0.9
@@ -47,7 +47,7 @@ class MemoryPlan:
     Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost.
     """
     weights: Literal["full", "8 bits"] = "full"
-    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/eight_bit.py).
+    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/narrow_layers.py).
 
     Weights that are narrow in the model's own file are kept that way, and only support "full".
     """

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from ..storage.gguf_file import SUFFIX, open_gguf
-from ..storage.lazy import LazyTensors, Stored
 from ..storage.safetensors_file import SafetensorsFile
+from ..storage.stored import LazyTensors, Stored
 from . import text
 from .base import Base, CaptionEncoder
 from .diffusers_folder import download, is_hub_id, read_folder

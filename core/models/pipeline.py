@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import BadConfig, MissingPackage
-from ..storage.lazy import LazyTensors, Stored
+from ..storage.stored import LazyTensors, Stored
 from . import text
 from .clip import TOKENIZER_FOLDER, without_prefix
 from .objective import FlowSchedule, Schedule

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
-from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
-from ..storage.narrow import NarrowTensor, Widen, outline
 from ..storage.safetensors_file import SafetensorsFile
+from ..storage.stored import LazyTensors, NarrowTensor, Stored, Widen, dtype_and_shape, outline
 from .spec import UNQUANTISED
 
 Shape = tuple[int, ...]

@@ -11,8 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..device import keeps_narrow_weights
 from ..errors import BadFile, UnmatchedKeys, counted
-from ..storage.lazy import narrow_in
-from ..storage.narrow import NarrowTensor
+from ..storage.stored import NarrowTensor, narrow_in
 from ..tensor_names import NameTable
 from .narrow_layers import can_be_narrow, make_narrow
 from .objective import FlowSchedule, NoiseSchedule, Schedule

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import BadFile, UnknownFamily, UnmatchedKeys
 from ..storage.gguf_file import GgufTensors
-from ..storage.lazy import LazyTensors, Stored, shape_of
+from ..storage.stored import LazyTensors, Stored, shape_of
 from . import clip
 from .ldm import VAE_PREFIXES, build_vae, count_children
 from .spec import Component, Conditioning, FamilySpec, stack_conditioning

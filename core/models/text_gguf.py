@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..errors import UnknownFamily
 from ..storage.gguf_file import GgufTensors
-from ..storage.lazy import LazyTensors, Stored, shape_of
-from ..storage.narrow import NarrowTensor
+from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of
 
 _T5 = {
     "token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm",

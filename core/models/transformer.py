@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MissingPackage, UnmatchedKeys
-from ..storage.lazy import LazyTensors, Stored, shape_of
-from ..storage.narrow import NarrowTensor
+from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, vae_component
 from .packages import import_diffusers

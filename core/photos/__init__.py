@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from .buckets import assign_bucket as assign_bucket
-    from .buckets import bucket_sizes as bucket_sizes
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption
     from .captions import trigger_hint as trigger_hint
@@ -15,6 +13,8 @@ if TYPE_CHECKING:
     from .dataset import Dataset as Dataset
     from .dataset import Region as Region
     from .dataset import TrainingImage as TrainingImage
+    from .dataset import assign_bucket as assign_bucket
+    from .dataset import bucket_sizes as bucket_sizes
     from .dataset import prepare as prepare
     from .reading import DAMAGED as DAMAGED
     from .reading import Photo as Photo

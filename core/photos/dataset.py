@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import BadPhoto
-from .buckets import assign_bucket
+from ..errors import BadConfig, BadPhoto
 from .captions import class_caption, default_caption, names_trigger, tag_counts
 from .reading import Photo
 
@@ -165,3 +165,44 @@ def _to_tensor(image: Image.Image) -> Tensor:
     """Return the picture's values, float32 (channels, height, width) in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy())
+
+
+MAX_ASPECT = 2.0
+"""The largest ratio of longer to shorter side. Base models are trained up to about this: most of SDXL's sizes are below 2."""
+
+SMALLEST_SIDE = 16
+"""The shortest side of a photo in pixels, even when it is enlarged."""
+
+Size = tuple[int, int]
+
+
+def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> list[Size]:
+    """Return the sizes (width, height) to choose from, in pixels: multiples of `multiple`, at most resolution² in area.
+
+    These are the largest sizes with an aspect of at most 2:1 and within `within`, if given: none of them could grow in any
+    direction. One area with many aspects is the idea of NovelAI's aspect-ratio bucketing.
+    """
+    area = resolution * resolution
+    max_width, max_height = within or (math.inf, math.inf)
+    sizes = []
+    for width in range(multiple, int(min(max_width, resolution * math.sqrt(MAX_ASPECT))) + 1, multiple):
+        height = int(min(area // width, max_height, width * MAX_ASPECT)) // multiple * multiple
+        if height * MAX_ASPECT >= width and height > 0:
+            sizes.append((width, height))
+    return [a for a in sizes if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in sizes)]
+
+
+def assign_bucket(size: Size, resolution: int, multiple: int, upscale: bool = False) -> Size:
+    """Return the bucket (width, height) whose aspect is closest to the photo's `size`; the larger one of a tie.
+
+    The bucket is never larger than the photo, unless `upscale` is set. Raises BadPhoto when a side of the photo is
+    shorter than `multiple` (with `upscale`, shorter than SMALLEST_SIDE), and BadConfig when the resolution is.
+    """
+    if resolution < multiple:
+        raise BadConfig(f"resolution {resolution} is below {multiple}, the smallest that this model family can draw")
+    sizes = bucket_sizes(resolution, multiple, within=None if upscale else size)
+    if not sizes or min(size) < SMALLEST_SIDE:
+        least = SMALLEST_SIDE if upscale else multiple
+        raise BadPhoto(f"{size[0]}x{size[1]} pixels are too few: each side needs at least {least}")
+    aspect = math.log(size[0] / size[1])
+    return min(sizes, key=lambda bucket: (round(abs(math.log(bucket[0] / bucket[1]) - aspect), 9), -math.prod(bucket)))

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import counted
 from ..faces import Face, FaceNetwork, likeness
 from . import measure
-from .look import TURNS, Look, look_at
+from .measure import TURNS, Look, look_at
 from .reading import Photo
 from .thresholds import Thresholds
 

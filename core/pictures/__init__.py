@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from .face_pass import FacePass as FacePass
     from .gallery import SAME_PERSON as SAME_PERSON
     from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
     from .generate import GenerateConfig as GenerateConfig
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from .group_batch import make_group_pictures as make_group_pictures
     from .group_faces import GroupReference as GroupReference
     from .group_faces import redraw_faces as redraw_faces
+    from .headshot import FacePass as FacePass
     from .headshot import Headshot as Headshot
     from .headshots import CONTACT_SHEET as CONTACT_SHEET
     from .headshots import OVERVIEW as OVERVIEW

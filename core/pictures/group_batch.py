@@ -9,11 +9,10 @@ from PIL import Image
 
 from ..lora.file import LoraFile
 from ..models.base import Base
-from .face_pass import FacePass
 from .generate import GenerateConfig, Job, Picture
 from .group import Group, Mask, check_group, generate_group, group_parameters, sized
 from .group_faces import GroupReference, redraw_faces
-from .headshot import FaceOutcome, Headshot
+from .headshot import FaceOutcome, FacePass, Headshot
 from .headshots import Batch, Compared, base_options, check_keep, lora_option, read_picture, save_outcome
 
 

@@ -11,10 +11,10 @@ from ..errors import BadConfig
 from ..faces import Face, FaceNetwork, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
-from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, SOMEONE_ELSE
 from .generate import GenerateConfig, Job
 from .group import Group, GroupMember
+from .headshot import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 
 TRIES = 3
 """How often a face that isn't alike is redrawn at most."""

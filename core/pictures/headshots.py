@@ -22,10 +22,9 @@ from ..models.base import Base
 from ..photos.reading import DAMAGED
 from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
-from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
-from .headshot import FaceOutcome, Headshot
+from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
 from .sheet import contact_sheet
 from .sizes import checked_size
 
@@ -38,8 +37,8 @@ COLUMNS = 10
 """The number of pictures in a row of the contact sheet."""
 TILE = 256
 """The height of a picture on the contact sheet, in pixels."""
-_EMBEDDED_BASE = Path(os.path.abspath(__file__)).parents[1] / "demo" / "base.safetensors"
-"""The base model that the commands call demo."""
+_PACKAGE = Path(os.path.abspath(__file__)).parents[1]
+"""The folder of the package. Commands call a base model in it by the name of its folder."""
 
 
 def make_headshots(
@@ -321,11 +320,12 @@ def lora_option(lora: LoraFile, strength: float, folder: Path) -> str:
 def _named(path: Path, folder: Path) -> str:
     """Return the name for a file in commands on the folder's page, without this machine's folders: pages are sent to others.
 
-    This is the path relative to the folder if the file is in or below it, `demo` for the embedded base model, else the name.
+    This is the path relative to the folder if the file is in or below it, its folder's name for a base model of this package,
+    else its own name.
     """
     path, folder = (Path(os.path.abspath(one)) for one in (path, folder))
-    if path == _EMBEDDED_BASE:
-        return "demo"
+    if path.is_relative_to(_PACKAGE):
+        return path.parent.name
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from .files import write_file as write_file
     from .files import write_text as write_text
     from .files import writing as writing
-    from .lazy import LazyTensors as LazyTensors
-    from .lazy import Stored as Stored
-    from .lazy import dtype_and_shape as dtype_and_shape
-    from .lazy import shape_of as shape_of
     from .safetensors_file import Layout as Layout
     from .safetensors_file import SafetensorsFile as SafetensorsFile
     from .safetensors_file import cast_tensor as cast_tensor
@@ -29,6 +25,10 @@ if TYPE_CHECKING:
     from .safetensors_file import save_safetensors as save_safetensors
     from .safetensors_file import tensor_bytes as tensor_bytes
     from .safetensors_file import write_safetensors as write_safetensors
+    from .stored import LazyTensors as LazyTensors
+    from .stored import Stored as Stored
+    from .stored import dtype_and_shape as dtype_and_shape
+    from .stored import shape_of as shape_of
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,

@@ -5,12 +5,10 @@ Everywhere else in the project a module is `(part, path)`, with the paths that d
 Each family has one `NameTable` with its names in every scheme, which families.py registers in `NAME_TABLES`.
 """
 
-from .families import NAME_TABLES, families_of, family_named, plain_name
+from .families import NAME_TABLES, families_of, family_named, other_model, plain_name
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, bundled_name, parse_key
 from .models import Identity, identify, is_published
-from .numbered import NUMBERED, numbered_paths
-from .others import other_model
-from .stable_diffusion import families_of_embedding
+from .stable_diffusion import NUMBERED, families_of_embedding, numbered_paths
 from .table import (
     PUBLISHED_BLOCKS,
     SCHEMES,

@@ -32,11 +32,9 @@ from ...core.models.opening import load_base
 from ...core.models.spec import Conditioning
 from ...core.models.text import pooled_width
 from ...core.photos import Photo
-from ...core.storage.gguf_file import dequantised, dtype_of
-from ...core.storage.gguf_types import narrow_gguf
-from ...core.storage.lazy import LazyTensors, Stored
-from ...core.storage.narrow import NarrowTensor, outline
+from ...core.storage.gguf_file import dequantised, dtype_of, narrow_gguf
 from ...core.storage.safetensors_file import tensor_bytes
+from ...core.storage.stored import LazyTensors, NarrowTensor, Stored, outline
 from ...core.tensor_names import NAME_TABLES
 
 FacePhotos = io.Custom("FACE_PHOTOS")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from core.bench.small_flows import SMALL_FLOWS
 from core.config import TrainConfig
 from core.models import Base, load_base
 from core.models.alike_blocks import StandIn
@@ -20,6 +19,7 @@ from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
 from tools.memory_tables import MODELS, base_of, cache_of, config_of
+from tools.small_flows import SMALL_FLOWS
 
 CPU = torch.device("cpu")
 TRIED = (MemoryPlan(), MemoryPlan(0.5), MemoryPlan(1.0), MemoryPlan(0.0, "8 bits"), PLANS[-3], PLANS[-1])
@@ -63,7 +63,7 @@ def assert_predicted_alike(
 
 @pytest.fixture
 def small(request, monkeypatch) -> Base:
-    monkeypatch.setattr("core.models.eight_bit.SMALLEST", 1)
+    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
     if request.param in UNETS:
         return load_base(request.getfixturevalue(f"small_{request.param}"))
     return deep_flow(request.param)

@@ -30,8 +30,8 @@ from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear
 from core.pictures.generate import Job, generate
-from core.storage.lazy import LazyTensors
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
+from core.storage.stored import LazyTensors
 from core.training.step import Run
 from tests.models.quantised_weights import stored
 from tests.tooling import (

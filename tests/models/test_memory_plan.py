@@ -26,9 +26,8 @@ from core.errors import OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import Base, load_base
-from core.models.eight_bit import narrow_weights, narrowed
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of
-from core.models.narrow_layers import NarrowConv2d, NarrowLinear
+from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights, narrowed
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
@@ -285,7 +284,7 @@ def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, c
 @pytest.mark.parametrize("kind", mostly_slow(["sd15", *SMALL_FLOWS], "sd15", "flux1"))
 def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     """Its first parameters may be 8-bit ones, which say nothing of the precision that it computes in."""
-    monkeypatch.setattr("core.models.eight_bit.SMALLEST", 1)
+    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
     base = base if kind == "sd15" else small_flow_base(kind)
     shape = (base.latent_shape.channels, 8, 8)
     cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
@@ -305,7 +304,7 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     "method", mostly_slow([name for name, method in METHODS.items() if method.freezes_weights], "lora", "dora")
 )
 def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monkeypatch):
-    monkeypatch.setattr("core.models.eight_bit.SMALLEST", 1)
+    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
     run = Run(cache, base, replace(CONFIG, method=method), CPU)
     full = [weakref.ref(p) for p in run.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
     run.memory.adopt(NARROW)

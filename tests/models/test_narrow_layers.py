@@ -15,7 +15,7 @@ from core.models import load_base, quantised
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate
-from core.storage.lazy import narrow_in
+from core.storage.stored import narrow_in
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY

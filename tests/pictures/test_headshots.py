@@ -31,10 +31,9 @@ from core.errors import BadConfig, BadPhoto, InUse
 from core.faces import Face, Reference
 from core.lora.hashes import file_hashes
 from core.models.clip import caption_tokens
-from core.pictures.face_pass import FacePass, blend, cut_out
 from core.pictures.gallery import SAME_PERSON
 from core.pictures.generate import Picture, generate, parameters_text
-from core.pictures.headshot import Headshot
+from core.pictures.headshot import FacePass, Headshot, blend, cut_out
 from core.pictures.headshots import batch_summary, make_headshots
 from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from core.errors import BadFile, MissingPackage
-from core.storage.gguf_file import open_gguf
-from core.storage.gguf_types import narrow_gguf
-from core.storage.lazy import dtype_and_shape
+from core.storage.gguf_file import narrow_gguf, open_gguf
+from core.storage.stored import dtype_and_shape
 from tests.tooling import write_gguf
 
 WEIGHT = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))

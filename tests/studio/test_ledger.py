@@ -26,8 +26,8 @@ from core.models.base import Base
 from core.models.memory_plan import MemoryPlan
 from core.photos import Photo, prepare, read_photos
 from core.pictures import find_style_packs
-from core.pictures.face_pass import FacePass
 from core.pictures.generate import Job, generate
+from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
 from core.studio import PARTS, Cost, Ledger, Order, Result, Work, basis, check, device_rate, ledger_of, make
 from core.studio.cost import PHASES
@@ -229,7 +229,7 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
     config = recipe_config("fast", base, len(photos), given)
     report = check(photos, base, config)
     order = Order("anna", config, find_style_packs([demo.FOLDER]).pick(demo.STYLE_PACK), 3, 1, demo.PICTURE_SIZE)
-    rate, ledger = device_rate(base, config, CPU), ledger_of(report, base, order, CPU)
+    rate, ledger = device_rate(base, CPU, config.precision), ledger_of(report, base, order, CPU)
     taken, since = defaultdict[str, float](float), time.monotonic()
 
     def until_now(part: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import core.models.eight_bit as eight_bit
+import core.models.narrow_layers as narrow_layers
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
@@ -175,7 +175,7 @@ def test_samples_are_drawn_without_it():
 
 def test_layers_in_8_bits_keep_it(monkeypatch):
     """Those in the place of layers that the method does not train; the others stay inside of the method's."""
-    monkeypatch.setattr(eight_bit, "SMALLEST", 1)
+    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
     base = small_flow_base("zimage")
     lora = random_lora(base, r"(?!layers\.\d+\.(attention|feed_forward)).*")
     plan = next(plan for plan in PLANS if plan.weights == "8 bits")

@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from torch import Tensor
 
 from ...errors import UnknownFamily, counted
-from ...storage.lazy import LazyTensors, Stored
+from ...storage.stored import LazyTensors, Stored
 from ...tensor_names import NAME_TABLES
 from ..spec import DENOISER_PREFIX, FamilySpec
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnmatchedKeys
-from ...storage.lazy import LazyTensors, Stored, shape_of
+from ...storage.stored import LazyTensors, Stored, shape_of
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, kl_pixels, vae_component

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...storage.lazy import LazyTensors, Stored
+from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.krea import KREA2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children

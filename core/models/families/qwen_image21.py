@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnmatchedKeys
-from ...storage.lazy import LazyTensors, Stored, shape_of
+from ...storage.stored import LazyTensors, Stored, shape_of
 from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
 from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
