@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..config import TrainConfig
 from ..device import device_and_dtype, explained_memory_error
 from ..errors import BadConfig, LoraMisfit, one_line
 from ..lora.apply import AppliedLora, apply
@@ -50,8 +49,6 @@ FEATHER = 0.2
 PORTRAIT = 0.75
 """The width of a person's region over the base model's resolution, in pictures without a given size."""
 MOST_PEOPLE = 8
-GROUP_NODE = "FaceLoRAGroup"
-"""The id of ComfyUI's group node, which is stored in the graph of its pictures."""
 _NAME = re.compile(r"\{([^{}]*)\}")
 _LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
 """People named one after another, as in "{anna}, {ben} and {carl}"."""
@@ -276,7 +273,7 @@ def generate_group(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     jobs = [sized(base, group, job) for job in jobs]
-    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device, base.family.overflows_in_fp16)
+    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
     with explained_memory_error("smaller pictures or the device cpu"):
         encoded = _encode(base, group, loras, by_strength(jobs), config, device)
         denoiser, memory = load_denoiser(

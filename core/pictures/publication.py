@@ -28,7 +28,7 @@ from ..storage.files import clean_place, make_folder, write_text, writing
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
-from .group import GROUP_NODE, shows_several
+from .group import shows_several
 from .headshots import CONTACT_SHEET
 from .parameters import Parameters, save_png
 
@@ -43,6 +43,8 @@ _SETTINGS = (
 _ADVICE = ("Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
 _DRAWN = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
 """The names under which A1111, ComfyUI and InvokeAI write into the PNG files that they draw."""
+_GROUP_IN_GRAPH = '"FaceLoRAGroup"'
+"""The text in the graph of a picture that ComfyUI has drawn of several people: the type of our node, which is fixed."""
 _LORA_TAG = re.compile(r"\s*<lora:([^:>]*):?([^:>]*)[^>]*>")
 _LORA_HASH = re.compile(r"(.+?): (?:0x)?([0-9a-fA-F]+)(?:, |$)")
 _KINDS = {"lora": "LORA", "dora": "DoRA"}
@@ -171,7 +173,7 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
     if said is None and not is_drawn:
         on_warning(f"{photo.name}: left out: it may be a photo, since no program is recorded in it")
         return None
-    if (said and shows_several(said)) or f'"{GROUP_NODE}"' in graph:
+    if (said and shows_several(said)) or _GROUP_IN_GRAPH in graph:
         on_warning(f"{photo.name}: left out: its parameters show several people, but the LoRA is of one person")
         return None
     if said is None:

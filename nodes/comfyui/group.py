@@ -24,7 +24,7 @@ from torch import Tensor
 from ...core.errors import BadConfig, LoraMisfit
 from ...core.lora.words import trigger_words
 from ...core.models.families import FAMILIES
-from ...core.pictures.group import GROUP_NODE, MOST_PEOPLE, Area, Group, GroupMember, Mask, read_box
+from ...core.pictures.group import MOST_PEOPLE, Area, Group, GroupMember, Mask, read_box
 from .apply import CONNECTED, chosen_lora, file_state, patch_clip
 from .convert import LoraModel, loadable, mask_picture, trained_family
 from .folders import prompt_phrase, says_no_server_paths
@@ -127,7 +127,7 @@ class GroupPortrait(io.ComfyNode):
             prefix="person", min=1, max=MOST_PEOPLE,
         )  # fmt: skip
         return io.Schema(
-            node_id=GROUP_NODE,
+            node_id="FaceLoRAGroup",
             display_name="Group Portrait",
             category="FaceLoRA",
             description="Several people in one picture, each drawn with a LoRA and words of their own in a region of their "
