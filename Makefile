@@ -89,7 +89,7 @@ gpu:
 	$(MAKE) --keep-going -j1 $(GPU)
 
 $(GPU):
-	$(PYTHON) -m core.cli.gpu $(@:gpu-%=%) --append docs/benchmarks.md
+	$(PYTHON) -m tools.gpu $(@:gpu-%=%) --append docs/benchmarks.md
 
 # The pages of docs/ and the library's docstrings as a site, in site/.
 docs: $(STAMP)

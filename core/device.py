@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .config import TrainConfig
+from .config import Precision
 from .errors import BadConfig, OutOfMemory
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,21 +51,28 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def device_and_dtype(
-    config: TrainConfig, device: torch.device | None = None, overflows_in_fp16: bool = False
+    precision: Precision = "auto", device: torch.device | None = None, overflows_in_fp16: bool = False
 ) -> tuple[torch.device, torch.dtype]:
     """Return the device and the dtype to compute with.
 
-    The default device is CUDA, else Intel's XPU, else Apple's MPS, else the CPU. On a CPU, precision "auto" is always fp32. On
-    other devices it is bf16 if the device supports it, else fp16 if the device supports it and the model doesn't overflow, else
-    fp32. Raises BadConfig for a GPU that this torch has no kernels for.
+    The device is that of `usable_device`. On a CPU, precision "auto" is always fp32. On other devices it is bf16 if the device
+    supports it, else fp16 if the device supports it and the model doesn't overflow, else fp32.
     """
-    if device is None:
-        device = best_device()
+    device = usable_device(device)
+    if precision != "auto":
+        return device, PRECISIONS[precision]
+    return device, fastest_dtype(device, overflows_in_fp16)
+
+
+def usable_device(device: torch.device | None = None) -> torch.device:
+    """Return the device, by default CUDA, else Intel's XPU, else Apple's MPS, else the CPU.
+
+    Raises BadConfig for a GPU that this torch has no kernels for.
+    """
+    device = device or best_device()
     if reason := why_no_kernels(device):
         raise BadConfig(reason)
-    if config.precision != "auto":
-        return device, PRECISIONS[config.precision]
-    return device, fastest_dtype(device, overflows_in_fp16)
+    return device
 
 
 def best_device() -> torch.device:

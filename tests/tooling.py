@@ -20,8 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.bench.loops import flow_base
-from core.bench.small_flows import SMALL_FLOWS
 from core.config import TrainConfig
 from core.demo.people import person_photos
 from core.lora.file import LoraFile
@@ -38,6 +36,7 @@ from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetens
 from core.tensor_names.unet import ldm_unet_path
 from core.training.encode import EncodedImage, LatentCache
 from core.training.step import Run
+from tools.small_flows import SMALL_FLOWS, flow_base
 
 
 @dataclass(frozen=True)

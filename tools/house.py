@@ -31,7 +31,6 @@ FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.")
 """Where families may be known by name."""
 FAMILY_EXCEPTIONS = {
     "core.bench.shapes": "the shapes of two published models, which the bench builds without weights",
-    "core.bench.small_flows": "the sizes of small models, on which tests train and a GPU is compared with the CPU",
 }
 """Modules elsewhere that name a family, and why. Nothing that a user runs needs a new one in them."""
 MOST_LINES, MOST_BRANCHES = 80, 25

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import TrainConfig
-from ..device import device_and_dtype
+from ..device import device_and_dtype, usable_device
 from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, mean_face
 from ..lora.file import LoraFile
@@ -142,7 +142,7 @@ def compare(
     Results of the same comparison that `output` already has are not made again. It gets compare.json and compare.png, a report
     for each person, and for each method its files and a row of pictures.
     """
-    device, _ = device_and_dtype(comparison.config, device)
+    device = usable_device(device)
     make_folder(output)
     results, methods = [], ("base", *comparison.methods)
     for number, (person, photos) in enumerate(people.items()):
@@ -295,7 +295,7 @@ class MethodTrial:
         A noisy picture is predicted best with the prompt that describes it (diffusion classifier, arXiv:2303.16203).
         """
         base, config, settings = self.comparison.base, self.comparison.config, self.comparison.settings
-        device, dtype = device_and_dtype(config, self.device, base.family.overflows_in_fp16)
+        device, dtype = device_and_dtype(config.precision, self.device, base.family.overflows_in_fp16)
         latents = encode_pictures(base, base.load("vae", device, torch.float32), images)
         encoders = base.load_text_encoders(device, torch.float32)
         texts = encode_prompts(base, encoders, [f"{self._class}, {setting}" for setting in settings], config.clip_skip)

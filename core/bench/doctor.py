@@ -35,6 +35,7 @@ from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
 from ..training.methods import attach
 from ..training.step import Run
+from ..version import __version__
 from .loops import random_base, random_cache
 from .report import peak_memory, seconds
 from .shapes import REAL_CHANNELS, SHAPES
@@ -118,16 +119,14 @@ class Report:
         return asdict(self)
 
 
-def examine(
-    device: torch.device, measure: bool, own_version: str, on_progress: Callable[[str], None] = lambda what: None
-) -> Report:
+def examine(device: torch.device, measure: bool, on_progress: Callable[[str], None] = lambda what: None) -> Report:
     """Return the report on this machine and one of its devices; `measure` spends about a minute on computing.
 
-    `own_version` is the version of this project, and `on_progress` is told what is being measured.
+    `on_progress` is told what is being measured.
     """
     dtype, no_kernels = fastest_dtype(device), why_no_kernels(device)
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
-    versions = {"facelora": own_version, "python": platform.python_version(), "system": platform.system()}
+    versions = {"facelora": __version__, "python": platform.python_version(), "system": platform.system()}
     versions |= {name: number for name, number in found.items() if number}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda

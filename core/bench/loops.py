@@ -4,12 +4,10 @@ The denoiser has the family's real architecture and random weights. Latents and 
 """
 
 import contextlib
-import hashlib
 import json
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,14 +20,13 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..device import device_and_dtype, precision_name
 from ..errors import BadConfig, BadFile
-from ..models.base import Base, CaptionEncoder
+from ..models.base import Base
 from ..models.families import FAMILIES
 from ..models.spec import Component, Conditioning, FamilySpec
 from ..training.encode import EncodedImage, LatentCache
 from ..training.methods import peak_rate
 from ..training.step import Run
 from .shapes import SHAPES, denoiser_config
-from .small_flows import SmallFlow
 
 CAPTION = "a photo of sks person"
 LATENT_SIZE, TOKENS = 8, 77
@@ -68,37 +65,6 @@ def random_component(
             tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
         tensors[name] = tensor
     return Component(config, tensors)
-
-
-def random_flow(family: str, sizes: SmallFlow, device: torch.device, dtype: torch.dtype) -> Base:
-    """Return a rectified flow with random weights on the device in that dtype."""
-    configs = {"denoiser": sizes.denoiser, "vae": sizes.vae}
-    parts = {part: random_component(FAMILIES[family], part, configs[part], device, dtype) for part in configs}
-    return flow_base(family, sizes, parts)
-
-
-def flow_base(family: str, sizes: SmallFlow, components: Mapping[str, Component]) -> Base:
-    """Return a rectified flow with these weights, which encodes captions into random values."""
-
-    def encode(caption: str) -> Conditioning:
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))
-        length = 4 + len(caption.split()) if sizes.masked else 16
-        conditioning = {"context": torch.randn(1, length, sizes.context, generator=generator)}
-        if sizes.pooled:
-            conditioning["pooled"] = torch.randn(1, sizes.pooled, generator=generator)
-        if sizes.masked:
-            conditioning["context_mask"] = torch.ones(1, length)
-        return conditioning
-
-    return Base(
-        family=FAMILIES[family],
-        name=f"small-{family}.safetensors",
-        components=components,
-        prediction_type="flow",
-        zero_terminal_snr=False,
-        resolution=64,
-        caption_encoder=CaptionEncoder(encode, "random"),
-    )
 
 
 def random_cache(base: Base, config: TrainConfig) -> LatentCache:
@@ -180,7 +146,7 @@ class PlainLoop:
 
         self.device: torch.device
         self.dtype: torch.dtype
-        self.device, self.dtype = device_and_dtype(config, device)
+        self.device, self.dtype = device_and_dtype(config.precision, device)
         self.family: FamilySpec = base.family
         self.max_grad_norm: float = config.max_grad_norm
         self.denoiser: Any = of_diffusers(base).load("denoiser", self.device, self.dtype)
@@ -258,7 +224,7 @@ class ComfyLoop:
     def __init__(
         self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, comfyui: Path, python: Path
     ):
-        _, dtype = device_and_dtype(config, device)
+        _, dtype = device_and_dtype(config.precision, device)
         # Windows cannot delete a file while a process has it mapped.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
             folder = Path(name)

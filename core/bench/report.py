@@ -155,7 +155,7 @@ def bench(
         raise BadFile(f"--comfyui {comfyui}: this folder has no ComfyUI that can train")
     if comfyui:
         trainer_program()
-    device, dtype = device_and_dtype(config, device)
+    device, dtype = device_and_dtype(config.precision, device)
     config = replace(config, resolution=_fitting_resolution(family, config))
     base = random_base(family, channels, device, dtype)
     cache = random_cache(base, config)

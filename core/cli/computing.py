@@ -4,8 +4,7 @@ import argparse
 
 import torch
 
-from ..config import TrainConfig
-from ..device import best_device, device_and_dtype, stay_within_free_memory
+from ..device import best_device, stay_within_free_memory, usable_device
 from ..errors import BadConfig
 
 
@@ -14,7 +13,7 @@ def device_from(options: argparse.Namespace) -> torch.device:
 
     On Windows, the process's use of GPU memory is limited to what is free.
     """
-    device, _ = device_and_dtype(TrainConfig(), named_or_best(options.device))
+    device = usable_device(named_or_best(options.device))
     stay_within_free_memory(device)
     return device
 

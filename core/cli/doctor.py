@@ -6,7 +6,6 @@ import sys
 
 from ..bench import examine, format_doctor
 from ..device import stay_within_free_memory
-from ..version import __version__
 from .computing import named_or_best
 
 
@@ -16,5 +15,5 @@ def run_doctor(options: argparse.Namespace) -> None:
 
     device = named_or_best(options.device)
     stay_within_free_memory(device)
-    report = examine(device, options.measure, __version__, say)
+    report = examine(device, options.measure, say)
     print(json.dumps(report.as_dict(), indent=1) if options.json else format_doctor(report))

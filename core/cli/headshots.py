@@ -49,7 +49,7 @@ def run_headshots(options: argparse.Namespace) -> int:
             print(f"photos: {ready.report.headline}")
         order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter)
         if asks or options.dry_run:
-            ledger, rate = ledger_of(ready, base, order, device), device_rate(base, order.config, device)
+            ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
             if options.dry_run:
                 show(ledger, rate, options.json)
                 return 0

@@ -7,7 +7,6 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from .. import demo
-from ..config import TrainConfig
 from ..errors import BadConfig
 from ..lora import write_sidecars
 from ..pictures import find_style_packs
@@ -57,7 +56,7 @@ def run_studio(options: argparse.Namespace) -> int:
     if options.dry_run:
         if ledger := plan_ledger(before, people, base, terms, device, callbacks):
             # People who were made on this machine are a better measure than a matrix product.
-            rate = ledger.total / before.seconds if before.seconds else device_rate(base, TrainConfig(), device)
+            rate = ledger.total / before.seconds if before.seconds else device_rate(base, device)
             dry_run.show(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.

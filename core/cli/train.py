@@ -120,7 +120,7 @@ def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> Non
     device = device_from(options)
     shared = basis(job.used, base, job.config, device, job.training_adapter)
     ledger = shared.ledger(job.used, job.config, class_photos=len(job.class_photos))
-    show(ledger, device_rate(base, job.config, device), options.json)
+    show(ledger, device_rate(base, device, job.config.precision), options.json)
 
 
 def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:

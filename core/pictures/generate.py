@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..config import Precision, TrainConfig
+from ..config import Precision
 from ..device import (
     device_and_dtype,
     explained_memory_error,
@@ -167,7 +167,7 @@ def generate(
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device, base.family.overflows_in_fp16)
+    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
     groups = by_strength(jobs)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
         encoded = _encode(base, loras, groups, config, device)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import TrainConfig
-from ..device import device_and_dtype, processor
+from ..device import processor, usable_device
 from ..errors import BadFile
 from ..models.base import Base
 from ..photos import count_photos, read_photos
@@ -60,7 +59,7 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
                 to_make[person.name] = Work(1, photos, order.config.steps, order.count)
         except Exception:  # `run` will report it.
             refused.append(person.name)
-    used = processor(device_and_dtype(TrainConfig(), device)[0])
+    used = processor(usable_device(device))
     earlier: list[Cost] = []
     with suppress(BadFile):  # A damaged report will be rewritten.
         costs = [result.cost for result in read_report(output) if result.cost]

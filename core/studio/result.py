@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..config import RecipeName
-from ..device import device_and_dtype
+from ..device import usable_device
 from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..models.base import Base
 from ..photos import Photo, count_photos, read_photos
@@ -153,7 +153,7 @@ def find_or_make(
     make_folder(folder)
     with locked(folder / RECORD), cache_in(folder / CACHE):
         outcome = make(ready, base, asked.order, folder, device=device, callbacks=callbacks)
-    used = device_and_dtype(asked.order.config, device)[0]
+    used = usable_device(device)
     result = _result(person, outcome, output, watch.cost(used, base.identity, len(asked.photos)))
     record = {"result": asdict(result), "digest": _digest(asked.key, result, output), "planned": planned}
     write_text(folder / RECORD, json.dumps(record, indent=1))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory
+from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device
 from ..errors import BadConfig, BadFile, BadPhoto
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
@@ -104,7 +104,7 @@ def train(
         base = base.as_distilled() if adapter else base
         for hint in _hints(base, config, adapted=adapter is not None):
             callbacks.on_warning(hint)
-        device, _ = device_and_dtype(config, device)
+        device = usable_device(device)
         ready = ready_for(given, base, config, held_out, faces, callbacks.on_warning)
         config = config if held_out else settled(config, ready)
         watch = _watch(ready, held_out, faces, judge, config)
@@ -364,7 +364,7 @@ def _prepared(
     size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
     size = sample_size(base, size)
     sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
-    dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
+    dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)[1]
     settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
     return cache, Samples(sampler, shots, watch, drawn_as)

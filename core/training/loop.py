@@ -61,7 +61,7 @@ def train_lora(
     A step that does not fit into memory is repeated with a smaller memory plan, and `on_warning` is called. Raises OutOfMemory
     when no plan fits. Raises TrainingDiverged when the loss is not finite; a saved state is from before that.
     """
-    device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
+    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
     with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
         run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter)

@@ -26,8 +26,7 @@ from ..models.memory_plan import (
     first_that_fits,
     unique_bytes,
 )
-from ..storage.lazy import LazyTensors, Stored, narrow_in
-from ..storage.narrow import NarrowTensor
+from ..storage.stored import LazyTensors, NarrowTensor, Stored, narrow_in
 from .encode import LatentCache
 from .methods import METHODS, trains_text
 from .methods.lycoris import LycorisAdapter

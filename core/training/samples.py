@@ -68,7 +68,7 @@ def training_sampler(
     called with (done, total) at each sampling step.
     """
     width_height = checked_size(base, size)
-    dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
+    dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)[1]
     steps_of_each = sampling_steps(base, config)
 
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:

@@ -78,7 +78,7 @@ class Run:
         self.family: FamilySpec = base.family
         self.device: torch.device
         self.dtype: torch.dtype
-        self.device, self.dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
+        self.device, self.dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
         self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.

@@ -21,7 +21,6 @@ from server import PromptServer
 
 from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 
-from ...core import __version__
 from ...core.bench import examine, format_doctor
 from ...core.errors import BadConfig
 from ...core.photos import Photo
@@ -286,5 +285,5 @@ def add_routes() -> None:
 
     @server.routes.get("/facelora/machine")
     async def machine(request: web.Request) -> web.Response:
-        report = await asyncio.to_thread(examine, get_torch_device(), False, __version__)
+        report = await asyncio.to_thread(examine, get_torch_device(), False)
         return web.Response(text=format_doctor(report))

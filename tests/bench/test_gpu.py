@@ -1,4 +1,4 @@
-"""core/bench/gpu.py without a GPU: failures are recorded, and the time is kept. tests/gpu/ runs the measurements."""
+"""tools/gpu.py without a GPU: failures are recorded, and the time is kept. tests/gpu/ runs the measurements."""
 
 import json
 import time
@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from core.bench import gpu, report
-from core.bench.gpu import Session
+from core.bench import report
+from tools import gpu
+from tools.gpu import Session
 
 CPU = torch.device("cpu")
 

@@ -49,7 +49,7 @@ def small_base(family: str, dtype: torch.dtype) -> Base:
 def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
     """Our loop and the peer's on one small denoiser, as the benchmark makes them."""
     config = TrainConfig(rank=4, resolution=RESOLUTION, precision=precision, gradient_checkpointing="off")
-    _, dtype = bench.device_and_dtype(config, CPU)
+    _, dtype = bench.device_and_dtype(config.precision, CPU)
     base = small_base(family, dtype)
     images = loops.random_cache(base, config)
     return loops.OurLoop(images, base, config, CPU), loops.PlainLoop(images, base, config, CPU)

@@ -13,8 +13,8 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.models.quantised import dequantised
 from core.storage.gguf_file import open_gguf
-from core.storage.lazy import dtype_and_shape, narrow_in
 from core.storage.safetensors_file import SafetensorsFile, tensor_bytes
+from core.storage.stored import dtype_and_shape, narrow_in
 from tests.tooling import write_gguf
 
 from .graphs import node

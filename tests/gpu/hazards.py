@@ -25,8 +25,8 @@ from core.errors import FaceLoraError
 from core.faces import Face
 from core.lora.file import LoraFile
 from core.models.memory_plan import PLANS, MemoryPlan, drawing_plan
-from core.pictures.face_pass import cut_out, drawn_again
 from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.headshot import cut_out, drawn_again
 from core.training.callbacks import Callbacks, StepReport
 from core.training.job import train
 from core.training.memory_prediction import choose_plan, predicted_memory
@@ -103,7 +103,7 @@ def room_for_one(case: Case, settings: Mapping[str, Any]) -> float:
     """The GiB of a card on which the fastest plan of a run fits, but not beside what another one has left."""
     with fake_cuda():
         base, config = case.base(), TrainConfig(**settings)
-        dtype = device_and_dtype(config, DEVICE)[1]
+        dtype = device_and_dtype(config.precision, DEVICE)[1]
         shape = (base.latent_shape.channels, 8, 8)
         cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
         return 1.25 * predicted_memory(cache, base, config, DEVICE, dtype, PLAIN) / memory_plan.RESERVE / 2**30
@@ -176,7 +176,7 @@ def card_without_kernels() -> tuple[str, str]:
     built_for = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
     with fake_cuda(8, (6, 1), "NVIDIA GeForce GTX 1080", built_for):
         try:
-            device_and_dtype(TrainConfig())
+            device_and_dtype()
         except FaceLoraError as raised:
             return str(raised), doctor.format_doctor(doctor.examine(DEVICE, False, "1.2.3"))
     return "", ""
@@ -185,7 +185,7 @@ def card_without_kernels() -> tuple[str, str]:
 def dtypes_of_card(capability: tuple[int, int], name: str) -> tuple[torch.dtype, torch.dtype]:
     """What `auto` chooses on an NVIDIA card, and what for a model that overflows in fp16."""
     with fake_cuda(capability=capability, name=name):
-        return tuple(device_and_dtype(TrainConfig(), None, overflows)[1] for overflows in (False, True))  # pyright: ignore
+        return tuple(device_and_dtype("auto", None, overflows)[1] for overflows in (False, True))  # pyright: ignore
 
 
 def share_on_windows_in_comfyui(size: float, used: float, own: float) -> tuple[float | None, float | None]:

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from core.bench.gpu import COMMANDS
 from core.models.memory_plan import PLANS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
 from tests.tooling import SMALL_FLOWS, UNETS, mostly_slow
+from tools.gpu import COMMANDS
 
 MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "sample_every": 2, "sample_steps": 1, "resolution": 64}

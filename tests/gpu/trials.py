@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import core.bench.doctor as doctor
-import core.bench.gpu as gpu
-import core.models.eight_bit as eight_bit
 import core.models.memory_plan as memory_plan
+import core.models.narrow_layers as narrow_layers
+import tools.gpu as gpu
 from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
@@ -43,7 +43,7 @@ SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "resolution": 64}
 
 def begin() -> None:
     """What the process does first."""
-    eight_bit.SMALLEST = 1  # so that the small networks have weights in 8 bits
+    narrow_layers.SMALLEST = 1  # so that the small networks have weights in 8 bits
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def step(case: Case) -> Step:
     with fake_cuda(case.size, case.capability) as card:
         base, config = case.base(), case.config()
         cache = cached(base, case)
-        dtype = device_and_dtype(config, DEVICE)[1]
+        dtype = device_and_dtype(config.precision, DEVICE)[1]
         adapter = TrainingAdapter.open(random_lora(base), base) if case.adapted else None
         predicted = predicted_memory(cache, base, config, DEVICE, dtype, case.plan, adapter)
         before = card.live
@@ -316,7 +316,7 @@ def dtypes_of(family: str, capability: tuple[int, int]) -> tuple[torch.dtype, to
     """The dtype that the family is computed in on a card, and that of its VAE when pictures are drawn."""
     base = small_flow_base(family)
     with fake_cuda(capability=capability):
-        device, dtype = device_and_dtype(TrainConfig(), None, base.family.overflows_in_fp16)
+        device, dtype = device_and_dtype("auto", None, base.family.overflows_in_fp16)
         return dtype, next(load_vae(base, device, dtype).parameters()).dtype
 
 
@@ -362,7 +362,7 @@ def examined() -> tuple[str, int, list[str]]:
 
 
 def measured_on_a_gpu(command: str, output: Path) -> list[tuple[str, str]]:
-    """The errors in a rehearsal of a command of core/bench/gpu.py, each with its stage."""
+    """The errors in a rehearsal of a command of tools/gpu.py, each with its stage."""
     # There is no profiler that could count the fake card's kernels, and another process has no fake card.
     own = patch.multiple(gpu, apart=lambda work, *args: work(*args))
     with fake_cuda(), own, patch("core.bench.report.count_kernels", return_value=0):

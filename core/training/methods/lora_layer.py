@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...models.narrow_layers import as_under_autocast, narrow_of
-from ...storage.narrow import Widen
+from ...storage.stored import Widen
 
 _Form = tuple[float, Widen, int]
 """The factor on a layer's change, the function that widens its weight, and the number of the weight's parts."""

@@ -1,10 +1,19 @@
-"""The sizes of small rectified flows: their denoisers, VAEs and texts. Importing this doesn't load torch.
+"""Small rectified flows with random weights: the sizes of their denoisers, VAEs and texts.
 
-Tests train them, and `gpu.py` compares a GPU with the CPU on them.
+Tests train them, and `tools/gpu.py` compares a GPU with the CPU on them.
 """
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+
+from core.bench.loops import random_component
+from core.models.base import Base, CaptionEncoder
+from core.models.families import FAMILIES
+from core.models.spec import Component, Conditioning
 
 
 @dataclass(frozen=True)
@@ -118,3 +127,34 @@ WIDE_FLOW = replace(
     context=4096, pooled=768,
 )  # fmt: skip
 """FLOW in its published width, with a quarter of its blocks."""
+
+
+def random_flow(family: str, sizes: SmallFlow, device: torch.device, dtype: torch.dtype) -> Base:
+    """Return a rectified flow with random weights on the device in that dtype."""
+    configs = {"denoiser": sizes.denoiser, "vae": sizes.vae}
+    parts = {part: random_component(FAMILIES[family], part, configs[part], device, dtype) for part in configs}
+    return flow_base(family, sizes, parts)
+
+
+def flow_base(family: str, sizes: SmallFlow, components: Mapping[str, Component]) -> Base:
+    """Return a rectified flow with these weights, which encodes captions into random values."""
+
+    def encode(caption: str) -> Conditioning:
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))
+        length = 4 + len(caption.split()) if sizes.masked else 16
+        conditioning = {"context": torch.randn(1, length, sizes.context, generator=generator)}
+        if sizes.pooled:
+            conditioning["pooled"] = torch.randn(1, sizes.pooled, generator=generator)
+        if sizes.masked:
+            conditioning["context_mask"] = torch.ones(1, length)
+        return conditioning
+
+    return Base(
+        family=FAMILIES[family],
+        name=f"small-{family}.safetensors",
+        components=components,
+        prediction_type="flow",
+        zero_terminal_snr=False,
+        resolution=64,
+        caption_encoder=CaptionEncoder(encode, "random"),
+    )

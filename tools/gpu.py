@@ -1,9 +1,11 @@
-"""Measure a GPU in four commands, each within a time limit: COMMANDS, which `core/cli/gpu.py` runs.
+"""Measure a GPU in four commands, each within a time limit: `python -m tools.gpu COMMAND`, with one of COMMANDS.
 
-A command runs stages, and a stage yields its measurements, the most important first. Each result is written to a file as soon
-as it is measured. A measurement that fails is recorded with its error, and the next one starts.
+It requires a torch that is built for the GPU, and what core requires. A command runs stages, and a stage yields its
+measurements, the most important first. Each result is written to a file as soon as it is measured. A measurement that fails is
+recorded with its error, and the next one starts.
 """
 
+import argparse
 import functools
 import gc
 import json
@@ -21,23 +23,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
-from ..device import deterministic_if, precision_name, release_memory, whole_or_in_tiles
-from ..errors import BadConfig
-from ..models.base import Base, CaptionEncoder
-from ..models.families import FAMILIES
-from ..models.memory_plan import PLANS, MemoryPlan, blocks_of
-from ..pictures.generate import Job, generate
-from ..pictures.sampling import load_vae
-from ..storage.files import write_text
-from ..training.encode import LatentCache
-from ..training.memory_prediction import choose_plan, predicted_memory
-from ..training.step import Run
-from .doctor import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, examine, trial
-from .loops import CAPTION, OurLoop, random_base, random_cache, random_component, random_flow
-from .report import LEAST_ROUNDS, bench, format_report, matmul, peak_memory, seconds, take_turns
-from .shapes import REAL_CHANNELS, SHAPES
-from .small_flows import FLOW, SMALL_FLOWS, WIDE_FLOW
+from core.bench.doctor import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, examine, trial
+from core.bench.loops import CAPTION, OurLoop, random_base, random_cache, random_component
+from core.bench.report import LEAST_ROUNDS, append_text, bench, format_report, matmul, peak_memory, seconds, take_turns
+from core.bench.shapes import REAL_CHANNELS, SHAPES
+from core.config import TrainConfig
+from core.device import deterministic_if, device_and_dtype, precision_name, release_memory, whole_or_in_tiles
+from core.errors import BadConfig
+from core.models.base import Base, CaptionEncoder
+from core.models.families import FAMILIES
+from core.models.memory_plan import PLANS, MemoryPlan, blocks_of
+from core.pictures.generate import Job, generate
+from core.pictures.sampling import load_vae
+from core.storage.files import write_text
+from core.training.encode import LatentCache
+from core.training.memory_prediction import choose_plan, predicted_memory
+from core.training.step import Run
+from tools.small_flows import FLOW, SMALL_FLOWS, WIDE_FLOW, random_flow
 
 T = TypeVar("T")
 Measurements = Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]
@@ -412,15 +414,15 @@ COMMANDS: Mapping[str, Mapping[str, Stage]] = {
 
 
 def measure(
-    session: Session, command: str, output: Path, own_version: str, say: Callable[[str], None] = lambda what: None
+    session: Session, command: str, output: Path, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
     """Run a command's stages, and return the date, the machine and the results, which are also written to `output`.
 
-    No measurement starts if the longest one of its stage so far would not fit into the time left. `own_version` is this
-    project's version, and `say` is told what is being measured.
+    No measurement starts if the longest one of its stage so far would not fit into the time left. `say` is told what is
+    being measured.
     """
     stages: dict[str, dict[str, Any]] = {}
-    machine = examine(session.device, False, own_version).as_dict()
+    machine = examine(session.device, False).as_dict()
     found = {"command": command, "date": date.today().isoformat(), "machine": machine, "stages": stages}
     for name, stage in COMMANDS[command].items():
         rows, longest = stages.setdefault(name, {}), LONGEST
@@ -489,3 +491,30 @@ def _cell(value: Any) -> str:
     if isinstance(value, int) and value >= 2**20:
         return f"{value / 2**30:.2f} GiB"
     return f"{value:.3g}" if isinstance(value, float) else str(value or "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure a GPU.")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--minutes", type=float, default=8, help="Minutes to spend (default: %(default)s)")
+    parser.add_argument("--append", type=Path, metavar="FILE.md", help="Also append the results to this Markdown file")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="File for the results (default: gpu-COMMAND.json)"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu: torch finds no GPU; install a torch that is built for it", file=sys.stderr)
+        return 1
+    output = options.output or Path(f"gpu-{options.command}.json")
+    session = Session(*device_and_dtype(), until=time.monotonic() + 60 * options.minutes)
+    found = measure(session, options.command, output, lambda what: print(what, file=sys.stderr))
+    text = as_markdown(found, f"python -m tools.gpu {options.command} --minutes {options.minutes:g}")
+    if options.append:
+        append_text(options.append, text)
+    print(text)
+    rows = [row for stage in found["stages"].values() for row in stage.values()]
+    return int(any("error" in row or row.get("is_good") is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
