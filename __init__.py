@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from .core import __version__ as __version__
 elif __package__:  # pytest also imports this file by itself, as a module of no package
     from . import core as _core
-    from .core.lazy_names import lazy_names
 
-    __getattr__, __dir__, __all__ = lazy_names(__name__, {".core": _core.__all__})
+    __getattr__, __dir__, __all__ = _core.__getattr__, _core.__dir__, _core.__all__
 
     # InvokeAI imports the pack and then has the nodes. A wheel has none.
     if "invokeai.app.invocations.load_custom_nodes" in sys.modules and Path(__file__).with_name("nodes").is_dir():

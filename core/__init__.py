@@ -53,33 +53,4 @@ if TYPE_CHECKING:
     from .training.encode import encode as encode
     from .version import __version__ as __version__
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".version": ("__version__",),
-            ".config": ("TrainConfig",),
-            ".errors": ("FaceLoraError",),
-            ".lora": ("LoraFile", "LoraModule"),
-            ".lora.apply": ("apply",),
-            ".models": ("Base", "load_base"),
-            ".photos": ("Photo", "prepare", "read_photos"),
-            ".pictures": ("contact_sheet",),
-            ".pictures.generate": ("GenerateConfig", "Job", "generate"),
-            ".storage": ("clear_cache",),
-            ".training": ("Callbacks", "StepReport", "recipe_config", "train", "train_lora"),
-            ".training.encode": ("encode",),
-        },
-        modules=(
-            "bench",
-            "demo",
-            "faces",
-            "lora",
-            "models",
-            "photos",
-            "pictures",
-            "storage",
-            "studio",
-            "tensor_names",
-            "training",
-        ),
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

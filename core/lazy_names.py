@@ -1,33 +1,33 @@
 """Names that a package offers without loading the modules that define them until one is used."""
 
+import ast
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
-def lazy_names(
-    package: str, names: Mapping[str, Collection[str]], modules: Collection[str] = ()
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return the `__getattr__`, `__dir__` and `__all__` of a package (PEP 562) that offers these names.
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return the `__getattr__`, `__dir__` and `__all__` (PEP 562) of the package whose `__init__` is that file.
 
-    `names` has the names by their module, relative to the package as in an import statement (".file"). `modules` are submodules
-    that are offered themselves. A name must not also be the name of a submodule, which would replace it when loaded.
+    It offers what the file imports for type checkers, so each name is listed once: `from .file import LoraFile as LoraFile`
+    below `if TYPE_CHECKING:`, and `from . import lora as lora` for a module. A name must not also be the name of a submodule,
+    which would replace it when loaded.
     """
-    home = {name: module for module, inside in names.items() for name in inside}
-    known = sorted({*home, *modules})
+    block = next(node for node in ast.parse(Path(file).read_text("utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    home = {alias.name: node.module for node in imports for alias in node.names}
 
     def get(name: str) -> Any:
-        if name in home:
-            value = getattr(import_module(home[name], package), name)
-        elif name in modules:
-            value = import_module(f".{name}", package)
-        else:
+        if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = import_module(f".{home[name] or name}", package)
+        value = getattr(module, name) if home[name] else module
         setattr(sys.modules[package], name, value)  # Python finds it directly next time.
         return value
 
     def names_there() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *known})
+        return sorted({*vars(sys.modules[package]), *home})
 
-    return get, names_there, known
+    return get, names_there, sorted(home)

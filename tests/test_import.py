@@ -33,7 +33,10 @@ HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbyte
 COMFYUI = ("invokeai", "comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
 PACKAGES = (
     "core",
-    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "training")),
+    *(
+        f"core.{room}"
+        for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
+    ),
 )
 """Those that load a name when it is asked for."""
 

@@ -19,12 +19,4 @@ if TYPE_CHECKING:
     from .shapes import SHAPES as SHAPES
     from .shapes import denoiser_config as denoiser_config
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".compare": ("Comparison", "REPORT", "MethodResult", "SETTINGS", "summary_rows"),
-            ".doctor": ("examine", "format_doctor"),
-            ".report": ("append_report", "format_report", "run"),
-            ".shapes": ("REAL_CHANNELS", "SHAPES", "denoiser_config"),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

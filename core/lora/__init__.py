@@ -38,24 +38,4 @@ if TYPE_CHECKING:
     from .words import trigger_words as trigger_words
     from .words import word_of as word_of
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".apply": ("AppliedLora",),
-            ".base_weights": ("BaseWeights",),
-            ".blocks": ("BLOCK_LISTS", "block_strengths"),
-            ".checkpoints": ("extract_lora", "merge_into_checkpoint"),
-            ".convert": ("NewLora", "convert_for", "convert_lora", "merge_loras", "resize_lora"),
-            ".embeddings": ("embedding_files", "file_word"),
-            ".file": ("LoraFile", "fit"),
-            ".hashes": ("model_hash",),
-            ".inspect": ("inspect_lora",),
-            ".metadata": ("edit_metadata",),
-            ".modules": ("LoraModule", "name_kinds"),
-            ".names": ("Entry", "LoraHeader"),
-            ".report": ("format_inspection", "format_line", "inspect_files", "inspect_header"),
-            ".sidecars": ("write_sidecars",),
-            ".verify": ("Fault", "verify_lora"),
-            ".words": ("WORD_KEY", "trigger_words", "word_of"),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

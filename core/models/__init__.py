@@ -18,14 +18,4 @@ if TYPE_CHECKING:
     from .spec import FamilySpec as FamilySpec
     from .spec import Pair as Pair
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".base": ("Base",),
-            ".clip": ("caption_tokens", "chunk_count", "load_tokenizer"),
-            ".families": ("FAMILIES",),
-            ".memory_plan": ("MemoryCount", "MemoryPlan"),
-            ".opening": ("load_base",),
-            ".spec": ("Component", "Conditioning", "FamilySpec", "Pair"),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

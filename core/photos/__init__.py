@@ -35,25 +35,4 @@ if TYPE_CHECKING:
     from .sheet import save_sheet as save_sheet
     from .thresholds import Thresholds as Thresholds
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".buckets": ("assign_bucket", "bucket_sizes"),
-            ".captions": ("class_caption", "default_caption", "trigger_hint"),
-            ".crops": ("face_regions", "with_masks"),
-            ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
-            ".reading": (
-                "DAMAGED",
-                "Photo",
-                "PhotoLike",
-                "as_photo",
-                "count_photos",
-                "read_photo_files",
-                "read_photos",
-            ),
-            ".ready": ("Ready", "make_ready"),
-            ".report": ("PhotoReport", "REJECT", "SetReport", "check_photos"),
-            ".sheet": ("SHEET_KEY", "format_report", "is_sheet", "save_sheet"),
-            ".thresholds": ("Thresholds",),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

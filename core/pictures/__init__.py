@@ -41,29 +41,4 @@ if TYPE_CHECKING:
     from .style_pack import find_style_packs as find_style_packs
     from .style_pack import long_prompts as long_prompts
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".face_pass": ("FacePass",),
-            ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
-            ".generate": ("GenerateConfig", "Job", "Picture"),
-            ".group": ("Box", "Group", "Mask", "GroupMember", "generate_group", "side_by_side"),
-            ".group_batch": ("make_group_pictures",),
-            ".group_faces": ("GroupReference", "redraw_faces"),
-            ".headshot": ("Headshot",),
-            ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
-            ".publication": ("Publication", "publish"),
-            ".sampling": ("decode_latents", "encode_pictures", "encode_prompts", "sample_latents"),
-            ".sheet": ("contact_sheet",),
-            ".style_pack": (
-                "FAMILY_DEFAULTS",
-                "FoundPacks",
-                "StylePack",
-                "StyledPrompt",
-                "Subject",
-                "check_count",
-                "find_style_packs",
-                "long_prompts",
-            ),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

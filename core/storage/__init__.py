@@ -30,31 +30,4 @@ if TYPE_CHECKING:
     from .stored import dtype_and_shape as dtype_and_shape
     from .stored import shape_of as shape_of
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".cache_folder": ("clear_cache", "content_key", "made_folder"),
-            ".files": (
-                "check_output",
-                "check_writable",
-                "is_text",
-                "make_folder",
-                "read_json",
-                "remove_leftovers",
-                "write_file",
-                "write_text",
-                "writing",
-            ),
-            ".lazy": ("LazyTensors", "Stored", "dtype_and_shape", "shape_of"),
-            ".safetensors_file": (
-                "Layout",
-                "SafetensorsFile",
-                "cast_tensor",
-                "layout_in",
-                "layout_of",
-                "save_safetensors",
-                "tensor_bytes",
-                "write_safetensors",
-            ),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -27,15 +27,4 @@ if TYPE_CHECKING:
     from .result import Result as Result
     from .result import Terms as Terms
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".cost": ("Cost", "Work", "seconds_for"),
-            ".ledger": ("PARTS", "Ledger", "basis", "device_rate"),
-            ".many": ("forget", "run"),
-            ".people": ("Person", "read_people"),
-            ".person": ("Order", "Outcome", "check", "ledger_of", "make"),
-            ".plans": ("Plan", "plan", "plan_ledger"),
-            ".result": ("Result", "Terms"),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

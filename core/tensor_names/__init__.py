@@ -5,51 +5,38 @@ Everywhere else in the project a module is `(part, path)`, with the paths that d
 Each family has one `NameTable` with its names in every scheme, which families.py registers in `NAME_TABLES`.
 """
 
-from .families import NAME_TABLES, families_of, family_named, other_model, plain_name
-from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, bundled_name, parse_key
-from .models import Identity, identify, is_published
-from .stable_diffusion import NUMBERED, families_of_embedding, numbered_paths
-from .table import (
-    PUBLISHED_BLOCKS,
-    SCHEMES,
-    T5_PATHS,
-    Fusion,
-    ModuleId,
-    NameTable,
-    Place,
-    Sign,
-    is_text_path,
-    text_encoder_path,
-)
-from .unet import blocks_in_a_level, shows_other_blocks
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "EMBEDDING_KEYS",
-    "NAME_TABLES",
-    "NUMBERED",
-    "PUBLISHED_BLOCKS",
-    "SCHEMES",
-    "T5_PATHS",
-    "Fusion",
-    "Identity",
-    "ModuleId",
-    "NameTable",
-    "NamedTensor",
-    "Place",
-    "Sign",
-    "blocks_in_a_level",
-    "bundled_embedding",
-    "bundled_name",
-    "families_of",
-    "families_of_embedding",
-    "family_named",
-    "identify",
-    "is_published",
-    "is_text_path",
-    "numbered_paths",
-    "other_model",
-    "parse_key",
-    "plain_name",
-    "shows_other_blocks",
-    "text_encoder_path",
-]
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .families import NAME_TABLES as NAME_TABLES
+    from .families import families_of as families_of
+    from .families import family_named as family_named
+    from .families import other_model as other_model
+    from .families import plain_name as plain_name
+    from .keys import EMBEDDING_KEYS as EMBEDDING_KEYS
+    from .keys import NamedTensor as NamedTensor
+    from .keys import bundled_embedding as bundled_embedding
+    from .keys import bundled_name as bundled_name
+    from .keys import parse_key as parse_key
+    from .models import Identity as Identity
+    from .models import identify as identify
+    from .models import is_published as is_published
+    from .stable_diffusion import NUMBERED as NUMBERED
+    from .stable_diffusion import families_of_embedding as families_of_embedding
+    from .stable_diffusion import numbered_paths as numbered_paths
+    from .table import PUBLISHED_BLOCKS as PUBLISHED_BLOCKS
+    from .table import SCHEMES as SCHEMES
+    from .table import T5_PATHS as T5_PATHS
+    from .table import Fusion as Fusion
+    from .table import ModuleId as ModuleId
+    from .table import NameTable as NameTable
+    from .table import Place as Place
+    from .table import Sign as Sign
+    from .table import is_text_path as is_text_path
+    from .table import text_encoder_path as text_encoder_path
+    from .unet import blocks_in_a_level as blocks_in_a_level
+    from .unet import shows_other_blocks as shows_other_blocks
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -31,19 +31,4 @@ if TYPE_CHECKING:
     from .store import has_key as has_key
     from .training_adapter import TrainingAdapter as TrainingAdapter
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            ".callbacks": ("Callbacks", "StepReport", "StopAndKeep"),
-            ".encode": ("EncodedImage", "LatentCache"),
-            ".job": ("ready_for", "state_path", "train"),
-            ".likeness": ("LIKENESS_KEY", "Score", "picture_change"),
-            ".loop": ("train_lora",),
-            ".memory_prediction": ("predicted_memory",),
-            ".methods": ("METHODS", "peak_rate"),
-            ".methods.original_checkpoint": ("Checkpoint",),
-            ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_config", "recipe_settings"),
-            ".store": ("TrainedFile", "TrainingJob", "find_or_train", "has_key"),
-            ".training_adapter": ("TrainingAdapter",),
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)
