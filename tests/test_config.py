@@ -7,8 +7,7 @@ from typing import get_args
 
 import pytest
 
-from core.cli.common import HelpAll
-from core.cli.training_arguments import add_train
+from core.cli.arguments import HelpAll, add_train
 from core.config import Group, TrainConfig, config_from, name_matches, parse_toml
 from core.errors import BadConfig
 

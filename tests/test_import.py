@@ -21,7 +21,7 @@ from typing import get_args
 import pytest
 
 import core
-from core.cli import COMMANDS, function_of, main
+from core.cli import COMMANDS, function_of, main, run_of
 from core.config import RecipeName, SavePrecision
 from core.device import PRECISIONS
 from core.training import RECIPES
@@ -98,7 +98,7 @@ def test_help_needs_no_library(arguments):
 
 
 def test_every_command_has_the_function_that_runs_it():
-    assert all(callable(function_of(command.run)) for command in COMMANDS.values())
+    assert all(callable(function_of(run_of(name))) for name in COMMANDS)
 
 
 def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():

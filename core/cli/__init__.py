@@ -18,15 +18,14 @@ from .outputs import checked_outputs
 
 
 class Command(NamedTuple):
-    """A command of `facelora`. Its two functions are given as `module:function` in this package, and loaded when called."""
+    """A command of `facelora`. The function add_NAME of arguments.py adds its arguments to a parser."""
 
     group: str
     """The heading for the command in `facelora --help`."""
     help: str
-    arguments: str
-    """The function that adds its arguments to a parser. Its module loads no heavy library, which keeps `--help` fast."""
-    run: str
-    """The function that runs it with the parsed options. It returns the exit code, or None for 0."""
+    module: str
+    """The module of this package with its function run_NAME, which takes the parsed options and returns the exit code, or None
+    for 0. It is loaded when the command is called."""
 
 
 PICTURES, JUDGING = "from photos to pictures", "check and compare"
@@ -34,121 +33,54 @@ FILES, MACHINE = "LoRA files", "this machine"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        PICTURES,
-        "run the whole job on the small base model of the package, without GPU or download",
-        "training_arguments:add_demo",
-        "demo:run_demo",
+        PICTURES, "run the whole job on the small base model of the package, without GPU or download", "demo"
     ),
     "headshots": Command(
-        PICTURES,
-        "turn photos of one person into a gallery of headshots; run it again to continue",
-        "picture_arguments:add_headshots",
-        "headshots:run_headshots",
+        PICTURES, "turn photos of one person into a gallery of headshots; run it again to continue", "headshots"
     ),
     "studio": Command(
-        PICTURES,
-        "make LoRAs and headshots of many people on one base model, with a report on all",
-        "picture_arguments:add_studio",
-        "studio:run_studio",
+        PICTURES, "make LoRAs and headshots of many people on one base model, with a report on all", "studio"
     ),
-    "train": Command(
-        PICTURES,
-        "train a LoRA on a folder of photos of one person",
-        "training_arguments:add_train",
-        "train:run_train",
-    ),
+    "train": Command(PICTURES, "train a LoRA on a folder of photos of one person", "train"),
     "compare": Command(
-        JUDGING,
-        "train several methods on the same photos, and measure likeness and cost of each",
-        "training_arguments:add_compare",
-        "compare:run_compare",
+        JUDGING, "train several methods on the same photos, and measure likeness and cost of each", "compare"
     ),
     "generate": Command(
-        PICTURES,
-        "draw pictures with a base model and LoRAs, from prompts or the styles of a pack",
-        "picture_arguments:add_generate",
-        "pictures:run_generate",
+        PICTURES, "draw pictures with a base model and LoRAs, from prompts or the styles of a pack", "generate"
     ),
-    "check": Command(
-        JUDGING,
-        "check the photos: which ones help, which ones don't, and what to add",
-        "picture_arguments:add_check",
-        "pictures:run_check",
-    ),
-    "score": Command(
-        JUDGING,
-        "measure how much pictures look like the person in your photos",
-        "picture_arguments:add_score",
-        "pictures:run_score",
-    ),
-    "inspect": Command(FILES, "show what is in a LoRA file", "lora_arguments:add_inspect", "inspect:run_inspect"),
-    "verify": Command(FILES, "check a LoRA file for faults", "lora_arguments:add_verify", "lora:run_verify"),
-    "convert": Command(
-        FILES,
-        "write a LoRA with the tensor names that another program needs",
-        "lora_arguments:add_convert",
-        "lora:run_convert",
-    ),
-    "merge": Command(
-        FILES, "merge LoRAs into one LoRA or into a checkpoint", "lora_arguments:add_merge", "lora:run_merge"
-    ),
-    "resize": Command(FILES, "reduce the rank of a LoRA", "lora_arguments:add_resize", "lora:run_resize"),
-    "extract": Command(
-        FILES,
-        "make a LoRA from the difference between two checkpoints",
-        "lora_arguments:add_extract",
-        "lora:run_extract",
-    ),
+    "check": Command(JUDGING, "check the photos: which ones help, which ones don't, and what to add", "photos"),
+    "score": Command(JUDGING, "measure how much pictures look like the person in your photos", "photos"),
+    "inspect": Command(FILES, "show what is in a LoRA file", "inspect"),
+    "verify": Command(FILES, "check a LoRA file for faults", "lora"),
+    "convert": Command(FILES, "write a LoRA with the tensor names that another program needs", "lora"),
+    "merge": Command(FILES, "merge LoRAs into one LoRA or into a checkpoint", "lora"),
+    "resize": Command(FILES, "reduce the rank of a LoRA", "lora"),
+    "extract": Command(FILES, "make a LoRA from the difference between two checkpoints", "lora"),
     "metadata": Command(
-        FILES,
-        "change title, author, trigger phrase, thumbnail and other metadata of a LoRA file",
-        "lora_arguments:add_metadata",
-        "lora:run_metadata",
+        FILES, "change title, author, trigger phrase, thumbnail and other metadata of a LoRA file", "lora"
     ),
-    "sidecars": Command(
-        FILES,
-        "write files beside a LoRA that tell other programs its words and picture",
-        "lora_arguments:add_sidecars",
-        "lora:run_sidecars",
-    ),
+    "sidecars": Command(FILES, "write files beside a LoRA that tell other programs its words and picture", "lora"),
     "publish": Command(
-        FILES,
-        "make a folder to upload: a LoRA, a page of text and pictures, without personal data",
-        "lora_arguments:add_publish",
-        "publish:run_publish",
+        FILES, "make a folder to upload: a LoRA, a page of text and pictures, without personal data", "lora"
     ),
     "bench": Command(
-        MACHINE,
-        "time training steps on a full-size denoiser, compared with a plain diffusers and peft loop",
-        "training_arguments:add_bench",
-        "bench:run_bench",
+        MACHINE, "time training steps on a full-size denoiser, compared with a plain diffusers and peft loop", "bench"
     ),
-    "forget": Command(
-        MACHINE,
-        "delete everything that a studio keeps of a person",
-        "picture_arguments:add_forget",
-        "studio:run_forget",
-    ),
+    "forget": Command(MACHINE, "delete everything that a studio keeps of a person", "studio"),
     "doctor": Command(
-        MACHINE,
-        "show what this machine has for training and what is missing; --measure also tests it",
-        "training_arguments:add_doctor",
-        "doctor:run_doctor",
+        MACHINE, "show what this machine has for training and what is missing; --measure also tests it", "bench"
     ),
-    "completion": Command(
-        MACHINE,
-        "print a shell completion script",
-        "training_arguments:add_completion",
-        "completion:run_completion",
-    ),
+    "completion": Command(MACHINE, "print a shell completion script", "machine"),
     "clear-cache": Command(
-        MACHINE,
-        "delete everything in the cache folder that was kept of photos and captions",
-        "training_arguments:add_clear_cache",
-        "clear_cache:run_clear_cache",
+        MACHINE, "delete everything in the cache folder that was kept of photos and captions", "machine"
     ),
 }
 """The commands by name, in the order of `--help`."""
+
+
+def run_of(name: str) -> str:
+    """Return the place, as for `function_of`, of the function that runs a command."""
+    return f"{COMMANDS[name].module}:run_{name.replace('-', '_')}"
 
 
 def function_of(place: str) -> Callable[..., Any]:
@@ -181,13 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         refuse(unknown)
-    if not hasattr(options, "command"):
+    if called is None:
         parser.print_help()
         return 2
     set_threads(few=DEMO in (called, getattr(options, "base", None)))
     try:
         with redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
-            return function_of(options.command.run)(options) or 0
+            return function_of(run_of(called))(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # EOFError: Ctrl-D at a question.
         end_bars()
         print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
@@ -248,10 +180,9 @@ def build_parser(*called: str) -> tuple[argparse.ArgumentParser, argparse.Argume
     for name, command in COMMANDS.items():
         text = command.help
         one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        one.set_defaults(command=command)
         if name in called:
             below = one
-            function_of(command.arguments)(below)
+            function_of(f"arguments:add_{name.replace('-', '_')}")(below)
     return parser, below
 
 

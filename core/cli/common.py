@@ -1,4 +1,4 @@
-"""Shared parts of commands: options for the base model and the device, LoRAs with a strength, and progress reports."""
+"""Shared parts of commands: opening the base model, LoRAs with a strength, and progress reports."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
 
@@ -23,58 +23,6 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 """The value of `--base` for the small base model that comes with the package."""
-
-
-class HelpAll(argparse.Action):
-    """The option --help-all, which shows all options, including those that `show_first` has hidden."""
-
-    hidden: Sequence[tuple[argparse.Action, str | None]] = ()
-
-    def show(self) -> None:
-        """Restore the hidden options."""
-        for action, text in self.hidden:
-            action.help = text
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        self.show()
-        parser.print_help()
-        parser.exit()
-
-
-def show_first(parser: argparse.ArgumentParser, first: Collection[str]) -> None:
-    """Show only the options of these names in --help, and add --help-all, which shows every option."""
-    shown = {"--help", *first}
-    hidden = [action for action in parser._actions if action.option_strings and not shown & {*action.option_strings}]
-    more = parser.add_argument("--help-all", action=HelpAll, nargs=0, help=f"Show {len(hidden)} more options")
-    assert isinstance(more, HelpAll)
-    more.hidden = [(action, action.help) for action in hidden]
-    for action in hidden:
-        action.help = argparse.SUPPRESS
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Print the work of each part, the time and the memory, then exit"
-    )
-
-
-def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--base", required=required, help="Base model: checkpoint file, diffusers folder, hub id, "
-                        "or demo, the small one of the package")  # fmt: skip
-    parser.add_argument("--vae", metavar="FILE", help="VAE, if the base model's file has only the denoiser")
-    parser.add_argument(
-        "--text-encoder", action="append", default=[], metavar="FILE",
-        help="Text encoder, if the base model's file has none; repeat it for each (FLUX.1: CLIP-L and T5)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokenizer", metavar="DIR",
-        help="Folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or ComfyUI's "
-        "comfy/text_encoders",
-    )  # fmt: skip
 
 
 def base_from(options: argparse.Namespace, **schedule: Any) -> "models.Base":
@@ -98,33 +46,6 @@ def checkpoint(path: None) -> None: ...
 def checkpoint(path: Path | None) -> Path | None:
     """Return the path of the embedded base model for `demo`, else the given path."""
     return None if path is None else Path(_source(str(path)))
-
-
-def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
-    parser.add_argument(
-        "--face-network", default=default, metavar="NAME|FILE.onnx",
-        help="Face network that tells people apart: sface, dlib, or a file in ArcFace's format (default: sface)",
-    )  # fmt: skip
-
-
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--judge", metavar="NAME|FILE.onnx",
-        help="Second face network. It only reports likeness, and selects or sorts nothing",
-    )  # fmt: skip
-
-
-def add_training_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--training-adapter", type=Path, metavar="FILE",
-        help="LoRA that undoes the distillation of a base model (Turbo, schnell). Used only during training steps",
-    )  # fmt: skip
-
-
-def add_sidecars_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sidecars", action="store_true", help="Also write files that tell other programs the LoRA's words"
-    )
 
 
 def unicode_text(argument: str) -> str:

@@ -1,4 +1,4 @@
-"""The commands for LoRA files except inspect and publish: verify, convert, merge, resize, extract and metadata."""
+"""The commands for LoRA files except inspect: verify, convert, merge, resize, extract, metadata, sidecars and publish."""
 
 import argparse
 import os
@@ -27,8 +27,9 @@ from ..lora import (
     word_of,
     write_sidecars,
 )
+from ..pictures import publish
+from .arguments import EDITABLE
 from .common import checkpoint, print_warning, progress_bar, split_strength
-from .lora_arguments import EDITABLE
 
 
 def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[LoraFile] = ()) -> None:
@@ -151,3 +152,20 @@ def run_metadata(options: argparse.Namespace) -> None:
 def run_sidecars(options: argparse.Namespace) -> None:
     written = write_sidecars(options.file, options.picture, on_progress=progress_bar("hashing"))
     print("\n".join(map(str, written)) or f"all files already exist beside {options.file}")
+
+
+def run_publish(options: argparse.Namespace) -> None:
+    made = publish(
+        options.file,
+        options.output,
+        options.pictures,
+        agreed=options.agreed,
+        title=options.title,
+        description=options.description,
+        on_progress=progress_bar("hashing"),
+        on_warning=print_warning,
+    )
+    for path in (made.lora, made.page, *made.pictures):
+        print(path)
+    print(f"{len(made.left_out)} metadata entries were left out; {options.file} is unchanged")
+    print("Before you upload, read the page and the prompts in the pictures: they contain your own texts.")

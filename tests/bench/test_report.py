@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from core.bench import loops, shapes
 from core.bench import report as bench
 from core.cli import main
-from core.cli.training_arguments import add_bench
+from core.cli.arguments import add_bench
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
 from core.models.base import Base

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from core.cli import COMMANDS, build_parser, main
-from core.cli.common import BarProgress, HelpAll, end_bars
+from core.cli.arguments import HelpAll
+from core.cli.common import BarProgress, end_bars
 from tests.prose import faults
 
 
@@ -111,7 +112,7 @@ def test_control_d_and_control_c_stop_a_command_in_one_line(end, capsys, monkeyp
     def asks(_: object) -> None:
         raise end
 
-    monkeypatch.setattr("core.cli.clear_cache.run_clear_cache", asks)
+    monkeypatch.setattr("core.cli.machine.run_clear_cache", asks)
     assert main(["clear-cache"]) == 1
     assert capsys.readouterr().err == "facelora: stopped\n"
 

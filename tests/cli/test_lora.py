@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from core.cli import main
-from core.cli.pictures import without_trigger
+from core.cli.generate import without_trigger
 from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule

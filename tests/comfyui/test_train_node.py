@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.cli.training_arguments import add_train
+from core.cli.arguments import add_train
 from core.config import config_from
 from core.lora.file import KEY, LoraFile
 from core.lora.hashes import model_hash

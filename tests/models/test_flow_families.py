@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from core.cli.pictures import few_steps_hint, prompt_jobs
+from core.cli.generate import few_steps_hint, prompt_jobs
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
 from core.lora.apply import apply

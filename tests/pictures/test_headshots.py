@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from core import GenerateConfig, Job, LoraFile, load_base, train
 from core.cli import build_parser, main
 from core.cli.common import BarProgress
-from core.cli.pictures import pack_jobs
+from core.cli.generate import pack_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto, InUse

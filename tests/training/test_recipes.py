@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from core.cli import main
+from core.cli.arguments import add_train
 from core.cli.train import run_train
-from core.cli.training_arguments import add_train
 from core.config import TrainConfig, config_from
 from core.demo.people import person_photos
 from core.errors import BadConfig

@@ -1,51 +1,43 @@
-"""The commands that draw or measure pictures: generate, check and score."""
+"""The command `generate`, which draws pictures of one person, or of several with --person."""
 
 import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from ..errors import BadConfig, BadStylePack, one_line
-from ..faces import Reference, check_judge, faces_if_installed, load_faces
 from ..lora import LoraFile
 from ..models import Base, caption_tokens
 from ..photos import (
-    SHEET_KEY,
-    Photo,
-    Thresholds,
-    check_photos,
-    format_report,
-    is_sheet,
+    read_photo_files,
     read_photos,
-    save_sheet,
 )
+from ..photos.reading import PHOTO_SUFFIXES
 from ..pictures import (
-    CONTACT_SHEET,
     OVERVIEW,
     FacePass,
     GenerateConfig,
     Group,
+    GroupMember,
     Headshot,
     Job,
+    Mask,
     Subject,
     batch_summary,
     check_count,
-    contact_sheet,
     find_style_packs,
     long_prompts,
     make_group_pictures,
     make_headshots,
 )
-from ..storage import write_file
-from ..training import Score
-from .common import BarProgress, base_from, print_warning, split_strength, terminal_width
+from ..pictures.group import Area, read_box
+from .common import BarProgress, base_from, print_warning, split_strength
 from .computing import device_from
-from .group import group_from, photos_from
 from .settings import given_settings
 
 
@@ -239,64 +231,72 @@ def list_style_packs(options: argparse.Namespace) -> None:
         print_warning(problem)
 
 
-def run_score(options: argparse.Namespace) -> None:
-    images = [
-        photo for photo in read_photos(options.images, repeats=False, on_warning=print_warning) if not _is_sheet(photo)
-    ]
-    reference = read_photos(options.reference, on_warning=print_warning)
-    network = load_faces(options.face_network)
-    person = Reference.on((photo.image() for photo in reference), network)
-    found = person.compare(photo.image() for photo in images)
-    judged: Sequence[float | None] = [None] * len(images)
-    if options.judge:
-        judge = load_faces(options.judge)
-        check_judge(judge, network)
-        judged = Reference.on((photo.image() for photo in reference), judge).likeness(photo.image() for photo in images)
-    scores = [
-        Score.of(photo.name, *seen, by_judge) for photo, seen, by_judge in zip(images, found, judged, strict=True)
-    ]
-    order = sorted(
-        range(len(images)), key=lambda index: -2.0 if (score := scores[index].likeness) is None else score, reverse=True
-    )
-    if options.json:
-        print(json.dumps([dataclasses.asdict(scores[index]) for index in order], indent=1))
-    else:
-        print("\n".join(f"{scores[index]}  {scores[index].image}" for index in order))
-    if options.sheet:
-        tiles = [(images[index].image(shorter_side=256), str(scores[index])) for index in order]
-        rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
-        sheet = contact_sheet(
-            [(f"{6 * number + 1} to {6 * number + len(row)}", [image for image, _ in row]) for number, row in enumerate(rows)],
-            tile=224, labels=[[label for _, label in row] for row in rows], title="likeness, the most alike first",
-        )  # fmt: skip
-        marked = PngInfo()
-        marked.add_text(SHEET_KEY, "score")
-        write_file(options.sheet, lambda file: sheet.save(file, "PNG", pnginfo=marked))
-
-
-def _is_sheet(photo: Photo) -> bool:
-    """Return whether a file in the folder of pictures is a contact sheet made by this program."""
-    assert isinstance(photo.source, Path), "photos of a folder have a path"
-    return photo.name == CONTACT_SHEET or is_sheet(photo.source)
-
-
-def run_check(options: argparse.Namespace) -> int:
-    """Run the command. Returns 1 if too few photos can be used to train on, else 0."""
-    resolution = options.resolution
-    if resolution is None:
-        resolution = base_from(options).resolution if options.base else 1024
-    photos = read_photos(options.photos, on_warning=print_warning)
-    network = faces_if_installed(print_warning, options.face_network)
-    thresholds = Thresholds.for_resolution(resolution, network.name if network else "sface")
-    report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
-    if options.json:
-        print(json.dumps(report.to_dict() | {"resolution": resolution}, indent=1))
-    else:
-        print(format_report(report, terminal_width()))
-        chosen = options.base or options.resolution
-        print(
-            f"Judged for training at {resolution} px{'' if chosen else '. Use --base or --resolution for another size'}."
+def group_from(options: argparse.Namespace) -> Group:
+    """Return the people of --person with the regions of --region. Raises BadConfig with the option if that is not a group."""
+    files = _by_name("--person", options.person, "FILE.safetensors")
+    if len(files) == 1:
+        raise BadConfig(
+            f"--person {next(iter(files))}: a group needs at least two people; for one person, use --lora FILE"
         )
-    if options.sheet:
-        save_sheet(report, options.sheet)
-    return 0 if report.enough else 1
+    if options.subject:
+        raise BadConfig("--subject is for one person; with --person, those people are the subject of a --style-pack")
+    if not (options.prompt or options.style_pack):
+        raise BadConfig(f"no --prompt given: describe who does what, as in {_example(list(files))!r}")
+    boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM or NAME=MASK.png")
+    if boxes and (differing := sorted({*files} ^ {*boxes})):
+        raise BadConfig(f"--region: give one for each --person and nobody else; check {differing[0]}")
+    group = Group(
+        tuple(_person(name, file) for name, file in files.items()),
+        tuple(_place(name, boxes[name]) for name in files) if boxes else (),
+    )
+    for prompt in options.prompt:
+        group.check_prompt(prompt)
+    return group
+
+
+def photos_from(
+    group: Group, references: Sequence[str], on_warning: Callable[[str], None]
+) -> dict[str, Iterator[Image.Image]]:
+    """Return everyone's photos from --reference. Raises BadConfig unless they are of exactly the people of the group."""
+    folders, names = _by_name("--reference", references, "PHOTOS"), [person.name for person in group.people]
+    if differing := sorted({*folders} ^ {*names}):
+        raise BadConfig(f"--reference: give NAME=PHOTOS for each --person and nobody else; check {differing[0]}")
+    read = {name: read_photos(folder, on_warning=on_warning) for name, folder in folders.items()}
+    return {name: (photo.image() for photo in photos) for name, photos in read.items()}
+
+
+def _place(name: str, text: str) -> Area:
+    """Return the region from LEFT,TOP,RIGHT,BOTTOM, or the mask from the file of that name."""
+    if not text.lower().endswith(PHOTO_SUFFIXES):
+        return read_box(name, text)
+    (mask,) = read_photo_files([text], strict=True)
+    return Mask(mask.image())
+
+
+def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:
+    """Return the values by name for an option given as NAME=VALUE."""
+    values: dict[str, str] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise BadConfig(f"{option} {text}: must be NAME={what}")
+        if name in values:
+            raise BadConfig(f"{option} {name} is given twice")
+        values[name] = value
+    return values
+
+
+def _example(names: Sequence[str]) -> str:
+    return " and ".join(f"{{{name}}}" for name in names) + " in an office"
+
+
+def _person(name: str, file: str) -> GroupMember:
+    path, strength = split_strength(file)
+    lora = LoraFile.read(path)
+    phrase = lora.metadata.get("modelspec.trigger_phrase")
+    if not phrase:
+        raise BadConfig(
+            f"--person {name}: {Path(path).name} has no trigger phrase in its metadata; "
+            f"`facelora metadata {path} --trigger-phrase 'sks woman'` adds it"
+        )
+    return GroupMember(name, lora, phrase, strength)

@@ -1,10 +1,11 @@
-"""The command `completion`, which prints a shell completion script for commands, options and files, made by shtab."""
+"""The commands `completion` and `clear-cache`, which compute nothing and load no heavy library."""
 
 import argparse
 
 from ..errors import MissingPackage
+from ..storage.cache_folder import cache_folder, clear_cache
 from . import COMMANDS, build_parser
-from .common import HelpAll
+from .arguments import HelpAll
 
 
 def run_completion(options: argparse.Namespace) -> None:
@@ -22,3 +23,7 @@ def run_completion(options: argparse.Namespace) -> None:
             if action.nargs != 0 and not action.choices:
                 action.complete = shtab.FILE  # pyright: ignore
     print(shtab.complete(parser, options.shell))
+
+
+def run_clear_cache(options: argparse.Namespace) -> None:
+    print(f"{clear_cache()} files deleted from {cache_folder()}")
