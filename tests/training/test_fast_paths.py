@@ -160,8 +160,8 @@ def test_layers_that_work_together_are_given_one_input(family, small_sd15, small
     base = load_base(checkpoint) if checkpoint else small_flow_base(family)
     run = Run(cache_of(base), base, replace(CONFIG, batch_size=1), CPU)
     computed: list[SharedInput] = []
-    outputs = SharedInput._outputs
-    monkeypatch.setattr(SharedInput, "_outputs", lambda shared, x: (computed.append(shared), outputs(shared, x))[1])
+    outputs = SharedInput.outputs
+    monkeypatch.setattr(SharedInput, "outputs", lambda shared, x: (computed.append(shared), outputs(shared, x))[1])
     run.accumulate()
     layers = [module for module in run.denoiser.modules() if isinstance(module, LoraLayer) and module.down.ndim == 2]
     assert len(computed) == len({layer.together for layer in layers}) < 0.8 * len(layers)

@@ -1,4 +1,10 @@
-"""The layer that replaces a frozen one in LoRA. It passes over its activations as few times as possible."""
+"""LoRA's layers (arXiv:2106.09685): a frozen layer with a trained low-rank change, and groups of them with one input.
+
+    y = W x + b + s B A x        s = alpha / rank
+
+`LoraLayer` is one layer. `SharedInput` is a group, such as q, k and v of an attention: it computes the equation for all its
+layers at once, with as few passes over the activations as possible.
+"""
 
 import math
 import weakref
@@ -15,11 +21,11 @@ from ...models.narrow_layers import as_under_autocast, narrow_of
 from ...storage.stored import Widen
 
 _Form = tuple[float, Widen, int]
-"""The factor on a layer's change, the function that widens its weight, and the number of the weight's parts."""
+"""The scale s of a layer, the function that widens its weight, and the number of the weight's parts."""
 
 
 class LoraLayer(nn.Module):
-    """A frozen Linear or Conv2d whose weight W is replaced by W + scale * B A (arXiv:2106.09685).
+    """A frozen Linear or Conv2d whose weight W becomes W + s B A.
 
     `down` is A, (rank, in) or (rank, in, height, width), and `up` is B, (out, rank) or (out, rank, 1, 1). Both are float32
     whatever the dtype of W. The arithmetic is in the dtype of the input.
@@ -34,14 +40,11 @@ class LoraLayer(nn.Module):
         self.dropout = dropout
         self.enabled = True
         self.together: SharedInput = SharedInput([self])
-        """The layers that get the same input, including this one."""
-        self.down: nn.Parameter = nn.Parameter(
-            torch.empty(rank, *weight.shape[1:], device=weight.device, dtype=torch.float32)
-        )
-        ones = (1,) * (weight.ndim - 2)
-        self.up: nn.Parameter = nn.Parameter(
-            torch.zeros(weight.shape[0], rank, *ones, device=weight.device, dtype=torch.float32)
-        )
+        """The group of this layer, which may be the only one in it."""
+        outputs, inputs, *kernel = weight.shape
+        wide = {"device": weight.device, "dtype": torch.float32}
+        self.down: nn.Parameter = nn.Parameter(torch.empty(rank, inputs, *kernel, **wide))
+        self.up: nn.Parameter = nn.Parameter(torch.zeros(outputs, rank, *(1 for _ in kernel), **wide))
 
     @property
     def weight(self) -> Tensor:
@@ -65,10 +68,10 @@ class LoraLayer(nn.Module):
 
 
 class SharedInput:
-    """Linear layers that get the same tensor one after another, like q, k and v, or a single layer.
+    """Linear layers that a network calls with the same x, one after another: q, k and v of an attention, or one layer alone.
 
-    The first one called with a tensor computes the outputs of all, and the others then return theirs. So one product with the
-    matrices A serves all of them, and the gradients of the input are added up by the products that compute them.
+    The matrices A of its layers are stacked, so that one product A x serves all of them. The network still calls each layer
+    by itself. The first call with an x computes the outputs of all layers, and each other call takes its own.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]):
@@ -77,8 +80,9 @@ class SharedInput:
         self._layers: tuple[weakref.ref[LoraLayer], ...] = tuple(map(weakref.ref, layers))
         self.copies: tuple[Tensor, list[Tensor]] | None = None
         """What `matrices` returns while the adapter keeps it up to date (`cast_once`)."""
-        self._ahead: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
-        """The input, and the outputs that have not been requested yet."""
+        self._x: Tensor | None = None
+        self._not_taken: dict[LoraLayer, Tensor] = {}
+        """The outputs for `_x` that no call has taken yet."""
 
     @property
     def layers(self) -> list[LoraLayer]:
@@ -98,19 +102,19 @@ class SharedInput:
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """Return the output of one of the layers."""
-        if self._ahead is None or self._ahead[0] is not x or layer not in self._ahead[1]:
-            self._ahead = x, dict(zip(self.layers, self._outputs(as_under_autocast(x)), strict=True))
-        outputs = self._ahead[1]
-        result = outputs.pop(layer)
-        if not outputs:
-            self._ahead = None
-        return result
+        if x is not self._x or layer not in self._not_taken:
+            self._x, self._not_taken = x, dict(zip(self.layers, self.outputs(as_under_autocast(x)), strict=True))
+        output = self._not_taken.pop(layer)
+        if not self._not_taken:
+            self.forget()
+        return output
 
     def forget(self) -> None:
-        """Release what an interrupted pass has left."""
-        self._ahead = None
+        """Release the input and the outputs that an interrupted pass has left."""
+        self._x, self._not_taken = None, {}
 
-    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of all layers, in their order."""
         down, ups = self.matrices(x.dtype)
         layers = self.layers
         bases: list[Any] = [layer.base_layer for layer in layers]
@@ -122,7 +126,7 @@ class SharedInput:
 
 
 class _AdaptedLinears(torch.autograd.Function):
-    """x W^T + bias + factor * (x A^T) B^T for several layers. Changes are added in place, and only x and x A^T are kept.
+    """The equation y = W x + b + s B (A x) for layers with one x, and its gradients. Of the activations, x and A x are kept.
 
     `down` is the stacked matrices A, or the one that all layers share. The other arguments are all matrices B, all biases, and
     the parts of all weights. The weights are widened for a product and again for the backward pass. Everything but their parts
@@ -132,17 +136,17 @@ class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forms: Sequence[_Form], down: Tensor, *others: Any) -> tuple[Tensor, ...]:
         ups, biases, parts = others[: len(forms)], others[len(forms) : 2 * len(forms)], others[2 * len(forms) :]
-        low = F.linear(x, down)
-        results = []
-        for column, (factor, widen, _), up, weight, bias in zip(
+        low = F.linear(x, down)  # A x of all layers, side by side
+        outputs = []
+        for column, (scale, widen, _), up, weight, bias in zip(
             _columns(low, ups), forms, ups, _by_layer(parts, forms), biases, strict=True
         ):
-            result = F.linear(x, widen(weight, x.dtype), bias)
-            result.view(-1, result.shape[-1]).addmm_(column, up.t(), alpha=factor)
-            results.append(result)
+            y = F.linear(x, widen(weight, x.dtype), bias)  # W x + b
+            y.view(-1, y.shape[-1]).addmm_(column, up.t(), alpha=scale)  # + s B (A x), in place
+            outputs.append(y)
         ctx.save_for_backward(x, low, down, *ups, *parts)
         ctx.forms = forms
-        return tuple(results)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -152,16 +156,16 @@ class _AdaptedLinears(torch.autograd.Function):
         x, low, down, *others = ctx.saved_tensors
         forms: Sequence[_Form] = ctx.forms
         ups, weights = others[: len(forms)], _by_layer(others[len(forms) :], forms)
-        low_gradient = torch.empty_like(low)
+        low_gradient = torch.empty_like(low)  # the gradient of A x
         parts, low_gradients = _columns(low, ups), _columns(low_gradient, ups)
         x_gradient, up_gradients = None, []
-        for number, (gradient, (factor, widen, _)) in enumerate(zip(gradients, forms, strict=True)):
+        for number, (gradient, (scale, widen, _)) in enumerate(zip(gradients, forms, strict=True)):
             gradient, up = gradient.flatten(0, -2), ups[number]
             # With beta = 0 addmm ignores the values of its first argument, and multiplies a product by alpha in one kernel.
             summed = number > 0 and len(down) == up.shape[1]  # the layers share one matrix A
-            low_gradients[number].addmm_(gradient, up, beta=int(summed), alpha=factor)
-            up_gradients.append(torch.addmm(up, gradient.t(), parts[number], beta=0, alpha=factor))
-            if ctx.needs_input_grad[0]:
+            low_gradients[number].addmm_(gradient, up, beta=int(summed), alpha=scale)  # s g B
+            up_gradients.append(torch.addmm(up, gradient.t(), parts[number], beta=0, alpha=scale))  # s g^T (A x)
+            if ctx.needs_input_grad[0]:  # g W, summed over the layers
                 x_gradient = _plus_product(x_gradient, gradient, widen(weights[number], x.dtype))
         low_gradient = low_gradient.flatten(0, -2)
         down_gradient = low_gradient.t() @ x.flatten(0, -2)
