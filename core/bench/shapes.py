@@ -8,7 +8,7 @@ from ..errors import BadConfig
 
 
 @dataclass(frozen=True)
-class Shape:
+class UnetShape:
     """The shape of a family's denoiser in its published size."""
 
     config: Mapping[str, Any]
@@ -24,7 +24,7 @@ class Shape:
 REAL_CHANNELS = 320
 """The channels of the first level in the published models."""
 SHAPES = {
-    "sd15": Shape(
+    "sd15": UnetShape(
         config={
             "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
             "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
@@ -34,7 +34,7 @@ SHAPES = {
         heads=8,
         pooled=None,
     ),
-    "sdxl": Shape(
+    "sdxl": UnetShape(
         config={
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

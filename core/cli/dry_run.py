@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ..studio import Ledger
-from .studio_progress import duration
+from .studio_progress import rough_duration
 
 
 def show(ledger: Ledger, rate: float, as_json: bool) -> None:
@@ -29,7 +29,7 @@ def described(ledger: Ledger, rate: float) -> dict[str, Any]:
 
 def in_short(ledger: Ledger, rate: float) -> str:
     """Return the total in one line."""
-    return f"at most about {duration(ledger.total / rate)} and {ledger.memory / 2**30:.1f} GiB of memory"
+    return f"at most about {rough_duration(ledger.total / rate)} and {ledger.memory / 2**30:.1f} GiB of memory"
 
 
 def table(ledger: Ledger, rate: float) -> list[str]:
@@ -38,7 +38,7 @@ def table(ledger: Ledger, rate: float) -> list[str]:
     return [
         f"{'at most':<17}{'TFLOP':>10}{'time':>10}{'share':>8}",
         *(
-            f"{part:<17}{_number(count / 1e12):>10}{duration(count / rate):>10}{count / ledger.total:>8.0%}"
+            f"{part:<17}{_number(count / 1e12):>10}{rough_duration(count / rate):>10}{count / ledger.total:>8.0%}"
             for part, count in rows.items()
         ),
         f"memory: {ledger.memory / 2**30:.1f} GiB ({ledger.plan})",

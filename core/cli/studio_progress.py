@@ -20,7 +20,7 @@ REDRAWN, PRINTED = 0.5, 60.0
 """The seconds between updates of the line on a terminal, and between two lines elsewhere."""
 
 
-def duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -42,7 +42,9 @@ def planned(plan: Plan, workers: bool) -> list[str]:
         lines.append("time: known after the first person")
     elif work.people and plan.seconds is not None:
         device = " of one worker" if workers else ""
-        lines.append(f"time: about {duration(plan.seconds)}{device}, based on {len(plan.earlier)} made here before")
+        lines.append(
+            f"time: about {rough_duration(plan.seconds)}{device}, based on {len(plan.earlier)} made here before"
+        )
     return lines
 
 
@@ -78,7 +80,7 @@ class StudioProgress:
         parts = [f"{self._ended} of {len(self._people)} done{failed}"]
         left = seconds_for(Work.sum(self._left.values()), self._made or self._earlier)
         if left:
-            parts.append(f"{duration(left / max(1, self._at_work))} left")
+            parts.append(f"{rough_duration(left / max(1, self._at_work))} left")
         if self._rate:
             parts.append(f"{self._rate:.3g} steps/s")
         return " | ".join([*parts, *([self._doing] if self._doing else [])])
@@ -144,6 +146,6 @@ def _line(result: Result) -> str:
     if result.status == "failed":
         return f"{result.name}: failed: {result.reason}"
     likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
-    seconds = f", {duration(result.seconds)}" if result.status == "made" else ""
+    seconds = f", {rough_duration(result.seconds)}" if result.status == "made" else ""
     why = f": {result.reason}" if result.reason else ""
     return f"{result.name}: {result.told}, pictures kept: {result.kept_of}{likeness}{seconds}{why}"

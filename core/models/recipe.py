@@ -37,6 +37,17 @@ class Recipe:
     """Other settings that differ from the defaults of TrainConfig and from `training.recipes.COMMON`."""
 
 
+STARTING_POINTS: Mapping[str, Recipe] = {
+    "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+    "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
+    "best": Recipe(2400, 1e-4, 32),
+}
+"""The recipes of Qwen-Image, based on the settings in ai-toolkit and diffusers.
+
+Families without a known comparison start with them.
+"""
+
+
 def read_recipes(text: str) -> dict[str, Recipe]:
     """Read the recipes in the value of RECIPES_KEY, by name: some or all of RECIPES.
 

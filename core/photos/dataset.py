@@ -174,6 +174,7 @@ SMALLEST_SIDE = 16
 """The shortest side of a photo in pixels, even when it is enlarged."""
 
 Size = tuple[int, int]
+"""(width, height) in pixels."""
 
 
 def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> list[Size]:

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from .generate import GenerateConfig as GenerateConfig
     from .generate import Job as Job
     from .generate import Picture as Picture
-    from .group import Box as Box
     from .group import Group as Group
     from .group import GroupMember as GroupMember
     from .group import Mask as Mask
+    from .group import RelativeBox as RelativeBox
     from .group import generate_group as generate_group
     from .group import side_by_side as side_by_side
     from .group_batch import make_group_pictures as make_group_pictures

@@ -42,7 +42,7 @@ from .parameters import Parameters
 from .sampling import Prediction, decode_latents, denoised, guided_prediction, load_vae
 from .sizes import checked_size
 
-Box = tuple[float, float, float, float]
+RelativeBox = tuple[float, float, float, float]
 """A part of a picture: left, top, right and bottom as shares of its width and height, 0 to 1."""
 FEATHER = 0.2
 """The share of a region's shorter side over which it fades into the scene."""
@@ -64,7 +64,7 @@ class Mask:
     """Any size: it is stretched over the picture."""
 
     @cached_property
-    def box(self) -> Box:
+    def box(self) -> RelativeBox:
         """The smallest box around all pixels that aren't black; of width 0 if all are."""
         left, top, right, bottom = self.image.convert("L").getbbox() or (0, 0, 0, 0)
         width, height = self.image.size
@@ -81,7 +81,7 @@ class Mask:
         return torch.frombuffer(bytearray(stretched.tobytes()), dtype=torch.uint8).view(size[1], size[0]) / 255
 
 
-Area = Box | Mask
+Area = RelativeBox | Mask
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class GroupMember:
         return self.phrase.partition(" ")[2] or "person"
 
 
-def read_box(name: str, text: str) -> Box:
+def read_box(name: str, text: str) -> RelativeBox:
     """Return a person's region from the text LEFT,TOP,RIGHT,BOTTOM. Raises BadConfig for an invalid text."""
     try:
         left, top, right, bottom = (float(share) for share in text.split(","))
@@ -110,7 +110,7 @@ def read_box(name: str, text: str) -> Box:
     return left, top, right, bottom
 
 
-def side_by_side(count: int) -> tuple[Box, ...]:
+def side_by_side(count: int) -> tuple[RelativeBox, ...]:
     """Return the regions of `count` people side by side, from left to right, of equal width and the picture's height."""
     return tuple((number / count, 0.0, (number + 1) / count, 1.0) for number in range(count))
 
@@ -187,7 +187,7 @@ class Group:
     # --- places ---
 
     @property
-    def boxes(self) -> list[Box]:
+    def boxes(self) -> list[RelativeBox]:
         """The region of each person; for a mask, the box around it."""
         return [place.box if isinstance(place, Mask) else place for place in self.layout]
 

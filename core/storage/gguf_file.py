@@ -112,7 +112,7 @@ class _GgufTensor(Stored):
     def __call__(self) -> Tensor:
         if narrow := self.narrow():
             return narrow.widened(torch.bfloat16)
-        return dequantised(self.stored.data, self.stored.tensor_type, self.shape, self.name)
+        return dequantised_array(self.stored.data, self.stored.tensor_type, self.shape, self.name)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype_of(self.stored.tensor_type), self.shape
@@ -130,7 +130,7 @@ def dtype_of(kind: Any) -> torch.dtype:
     return _PLAIN.get(kind.name, torch.bfloat16)
 
 
-def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:
+def dequantised_array(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:
     """Dequantise a numpy array of the package's type `kind` to bf16. Unquantised arrays keep their type.
 
     Raises BadFile, with the tensor's `name`, for a quantisation that the package does not support.

@@ -15,6 +15,7 @@ from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..models.spec import Component, Conditioning
 from ..photos.captions import class_caption, default_caption
+from ..photos.dataset import Size
 from ..pictures.sampling import guided_prediction, predictions_per_step
 from ..training.encode import EncodedImage, LatentCache
 from ..training.methods import trains_text
@@ -22,8 +23,6 @@ from ..training.methods.lycoris import LycorisAdapter
 from ..training.step import Run
 from ..training.training_adapter import TrainingAdapter
 
-Size = tuple[int, int]
-"""Width and height of a picture in pixels."""
 _CPU = torch.device("cpu")
 
 

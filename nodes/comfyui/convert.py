@@ -32,7 +32,7 @@ from ...core.models.opening import load_base
 from ...core.models.spec import Conditioning
 from ...core.models.text import pooled_width
 from ...core.photos import Photo
-from ...core.storage.gguf_file import dequantised, dtype_of, narrow_gguf
+from ...core.storage.gguf_file import dequantised_array, dtype_of, narrow_gguf
 from ...core.storage.safetensors_file import tensor_bytes
 from ...core.storage.stored import LazyTensors, NarrowTensor, Stored, outline
 from ...core.tensor_names import NAME_TABLES
@@ -261,7 +261,7 @@ def _widened(name: str, weight: Any) -> Tensor:
         return weight.dequantize()
     if getattr(weight, "tensor_type", None) is not None:
         data = weight.as_subclass(Tensor).cpu().numpy()
-        return dequantised(data, weight.tensor_type, tuple(weight.tensor_shape), name)
+        return dequantised_array(data, weight.tensor_type, tuple(weight.tensor_shape), name)
     return weight
 
 

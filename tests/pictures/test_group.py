@@ -32,7 +32,7 @@ from core.pictures import (
     redraw_faces,
 )
 from core.pictures.generate import Picture
-from core.pictures.group import MOST_PEOPLE, Box, group_parameters, shows_several, side_by_side
+from core.pictures.group import MOST_PEOPLE, RelativeBox, group_parameters, shows_several, side_by_side
 from core.pictures.group_faces import assign_faces
 from core.pictures.parameters import Parameters
 from tests.tooling import small_flow_base
@@ -132,7 +132,7 @@ def test_what_does_not_fit_the_base_is_refused_before_anything_is_loaded(base) -
 
 def weights_of(regions: list[tuple[int, int, int, int]], size: tuple[int, int]) -> torch.Tensor:
     width, height = size
-    boxes: list[Box] = [
+    boxes: list[RelativeBox] = [
         (left / width, top / height, right / width, bottom / height) for left, top, right, bottom in regions
     ]
     return Group((ANNA, BEN)[: len(boxes)], tuple(boxes)).soft_masks(regions, size)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...tensor_names.ernie import ERNIE_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, FewSteps
 from . import flux2
 
@@ -89,12 +89,7 @@ ERNIE_IMAGE = FamilySpec(
     wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=50,
-    recipes={
-        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,
     pipeline_class="ErnieImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec
 from . import flux2, qwen_image21
 
@@ -245,12 +245,7 @@ IDEOGRAM4 = FamilySpec(
     wording="sentences",
     guidance=7.0,  # the authors', as are the steps
     steps=20,
-    recipes={
-        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,
     pipeline_class="Ideogram4Pipeline",
     text_encoders=TEXT,
     context_from={"text_encoder": len(TEXT_LAYERS)},

@@ -19,7 +19,7 @@ from ...tensor_names.krea import KREA2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, holds_numbers
 from . import qwen_image
 
@@ -185,12 +185,7 @@ KREA2 = FamilySpec(
     # diffusers' default, as are the steps. diffusers writes 4.5, which is added to a guidance of 1.
     guidance=5.5,
     steps=28,
-    recipes={
-        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,
     pipeline_class="Krea2Pipeline",
     text_encoders=TEXT,
     context_from={"text_encoder": len(TEXT_LAYERS)},

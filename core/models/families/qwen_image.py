@@ -17,7 +17,7 @@ from ...tensor_names.qwen import QWEN_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
@@ -197,12 +197,7 @@ QWEN_IMAGE = FamilySpec(
     wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=50,
-    recipes={
-        # Based on the settings in ai-toolkit and diffusers.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,
     pipeline_class="QwenImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),

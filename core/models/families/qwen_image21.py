@@ -19,7 +19,7 @@ from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
 from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, LatentShape
 from . import qwen_image
 
@@ -258,12 +258,7 @@ QWEN_IMAGE_21 = FamilySpec(
     wording="sentences",
     guidance=1.0,  # the authors', as are the steps
     steps=40,
-    recipes={
-        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,
     pipeline_class="QwenImage21Pipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
