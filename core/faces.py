@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import BadConfig, BadFile, BadPhoto, MissingPackage, counted
+from .progress import OnWarning
 from .threads import threads_for_small_networks
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def check_judge(judge: FaceNetwork, network: FaceNetwork) -> None:
         )
 
 
-def faces_if_installed(on_warning: Callable[[str], None], network: str = "sface") -> FaceNetwork | None:
+def faces_if_installed(on_warning: OnWarning, network: str = "sface") -> FaceNetwork | None:
     """Return the face network of `load_faces`, or None if it isn't installed; `on_warning` is told what is then not checked."""
     try:
         return load_faces(network)

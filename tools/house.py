@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("errors", "lazy_names", "threads", "version", "config", "device", "storage"),
+    ("errors", "lazy_names", "threads", "progress", "version", "config", "device", "storage"),
     ("tensor_names",),
     ("faces",),
     ("photos", "models"),

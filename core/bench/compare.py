@@ -32,6 +32,7 @@ from ..photos.captions import class_caption, default_caption
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sampling import encode_pictures, encode_prompts
 from ..pictures.sheet import contact_sheet
+from ..progress import OnPhase
 from ..storage.cache_folder import content_key
 from ..storage.files import make_folder, read_json, write_file, write_text
 from ..training.callbacks import Callbacks, StepReport
@@ -135,7 +136,7 @@ def compare(
     faces: FaceNetwork,
     *,
     device: torch.device | None = None,
-    on_phase: Callable[[str, int, int], None] | None = None,
+    on_phase: OnPhase | None = None,
 ) -> list[MethodResult]:
     """Train and measure all methods, and return a MethodResult for each person and method, the base model included.
 

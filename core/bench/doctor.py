@@ -30,6 +30,7 @@ from ..models.base import Base
 from ..models.compiled import why_not_compiled
 from ..models.memory_plan import PLANS, MemoryPlan
 from ..models.spec import on_device, placed
+from ..progress import silent
 from ..threads import Threads, usable_threads
 from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
@@ -119,7 +120,7 @@ class Report:
         return asdict(self)
 
 
-def examine(device: torch.device, measure: bool, on_progress: Callable[[str], None] = lambda what: None) -> Report:
+def examine(device: torch.device, measure: bool, on_progress: Callable[[str], None] = silent) -> Report:
     """Return the report on this machine and one of its devices; `measure` spends about a minute on computing.
 
     `on_progress` is told what is being measured.

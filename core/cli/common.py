@@ -10,12 +10,13 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
 
 from .. import models  # Its modules load only when a name is used.
 from ..errors import BadConfig, one_line
+from ..progress import OnProgress
 from ..storage.files import is_text
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def print_warning(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
-def progress_bar(name: str) -> Callable[[int, int], None]:
+def progress_bar(name: str) -> OnProgress:
     """Return a function that takes (done, total) and shows a bar on a terminal, unless the work ends within a second."""
     from tqdm import tqdm
 

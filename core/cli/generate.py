@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..pictures import (
     make_headshots,
 )
 from ..pictures.group import Area, read_box
+from ..progress import OnWarning
 from .common import BarProgress, base_from, print_warning, split_strength
 from .computing import device_from
 from .settings import given_settings
@@ -254,9 +255,7 @@ def group_from(options: argparse.Namespace) -> Group:
     return group
 
 
-def photos_from(
-    group: Group, references: Sequence[str], on_warning: Callable[[str], None]
-) -> dict[str, Iterator[Image.Image]]:
+def photos_from(group: Group, references: Sequence[str], on_warning: OnWarning) -> dict[str, Iterator[Image.Image]]:
     """Return everyone's photos from --reference. Raises BadConfig unless they are of exactly the people of the group."""
     folders, names = _by_name("--reference", references, "PHOTOS"), [person.name for person in group.people]
     if differing := sorted({*folders} ^ {*names}):

@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraMisfit, UnmatchedKeys, counted
+from ..progress import OnProgress, OnWarning, silent
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place
 from .base_weights import BaseWeights, bias_name
@@ -17,7 +18,6 @@ from .file import LoraFile, fit
 from .low_rank import factorise
 from .modules import LoraModule, name_modules
 from .names import Entry
-from .progress import OnProgress, silent
 from .words import word_of
 
 
@@ -26,7 +26,7 @@ def extract_lora(
     tuned: str | os.PathLike[str],
     rank: int,
     on_progress: OnProgress = silent,
-    on_warning: Callable[[str], None] = lambda message: None,
+    on_warning: OnWarning = silent,
 ) -> NewLora:
     """Extract the difference of two checkpoints as a LoRA, and return its largest relative error in a module.
 
@@ -110,7 +110,7 @@ def merge_into_checkpoint(
     loras: Sequence[tuple[LoraFile, float]],
     output: str | os.PathLike[str],
     on_progress: OnProgress = silent,
-    on_warning: Callable[[str], None] = lambda message: None,
+    on_warning: OnWarning = silent,
 ) -> int:
     """Merge LoRAs, each times its strength, into a checkpoint, write it to `output` and return the number of changed tensors.
 

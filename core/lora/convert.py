@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
+from ..progress import OnProgress, silent
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
 from .changes import bias_change, scale_of
 from .file import KEY, LoraFile
@@ -23,7 +24,6 @@ from .low_rank import Factorised, decomposed, factorise
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 from .names import Entry
-from .progress import OnProgress, silent
 from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 from .words import PHRASE_KEY, trigger_words
 

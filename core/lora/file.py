@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys, counted
+from ..progress import OnProgress, silent
 from ..storage.safetensors_file import (
     Layout,
     SafetensorsFile,
@@ -279,7 +280,7 @@ class LoraFile(LoraNames):
         self,
         path: str | os.PathLike[str] | BinaryIO,
         dtype: torch.dtype = torch.float16,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: OnProgress = silent,
     ) -> None:
         """Write the file atomically, with its hashes in the metadata. `path` may also be a stream, such as a BytesIO.
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ..progress import OnProgress, silent, steps
 from .file import LoraFile
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
 from .names import Entry
 from .norms import change_norm
-from .progress import OnProgress, silent, steps
 from .report import inspect_header
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from ..errors import BadConfig, BadFile, BadPhoto, NoLora, UnknownFamily
 from ..photos.reading import read_photo_files
+from ..progress import OnProgress, silent, steps
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
 from .names import LoraHeader
-from .progress import OnProgress, silent, steps
 
 MODELSPEC_VERSION = "1.0.1"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
+from ..progress import OnProgress, silent, steps
 from ..storage.files import read_json, write_file, write_text
 from ..tensor_names import NAME_TABLES
 from .hashes import chunks, file_hashes
 from .metadata import opened_picture
 from .names import LoraHeader
-from .progress import OnProgress, silent, steps
 from .words import PHRASE_KEY, trigger_words
 
 PICTURE_SIDE = 768

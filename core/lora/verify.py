@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import counted
+from ..progress import OnProgress, silent, steps
 from ..tensor_names import NAME_TABLES
 from .base_weights import BaseWeights
 from .file import LoraFile, fit
@@ -17,7 +18,6 @@ from .hashes import chunks, file_hashes
 from .kinds import needs_base
 from .names import shortened
 from .norms import LARGEST_VALUE, change_norm, largest_change
-from .progress import OnProgress, silent, steps
 from .readers import not_loaded_by
 from .report import counts
 from .words import trigger_words

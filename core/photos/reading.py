@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from ..errors import BadPhoto, check_length, counted, one_line
+from ..progress import OnWarning
 from ..storage.files import read_bytes
 
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -190,7 +191,7 @@ def read_photos(
     *,
     repeats: bool = True,
     strict: bool = False,
-    on_warning: Callable[[str], None] = warnings.warn,
+    on_warning: OnWarning = warnings.warn,
 ) -> list[Photo]:
     """Read the photos of a folder in the order of their names, then those of its Kohya-style `N_name` folders.
 
@@ -217,7 +218,7 @@ def read_photos(
 
 
 def read_photo_files(
-    paths: Iterable[str | Path], *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
+    paths: Iterable[str | Path], *, strict: bool = False, on_warning: OnWarning = warnings.warn
 ) -> list[Photo]:
     """Read the photos in these files, in the order given, with the captions and masks beside them.
 
@@ -235,7 +236,7 @@ def count_photos(folder: Path) -> int:
         return 0
 
 
-def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
+def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: OnWarning) -> list[Photo]:
     photos = []
     for path, repeats in paths:
         try:
@@ -247,7 +248,7 @@ def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Call
     return photos
 
 
-def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
+def _photo_paths(folder: Path, repeats: bool, on_warning: OnWarning) -> Iterator[tuple[Path, int]]:
     """Yield the path and the repeats of every file that looks like a photo."""
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in entries:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import BadPhoto, counted
 from ..faces import FaceNetwork, Reference, likeness, mean_face
+from ..progress import OnWarning, silent
 from .measure import hash_distance
 from .reading import Photo
 from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
@@ -70,7 +71,7 @@ def make_ready(
     check: bool,
     hold_out: int = 0,
     at_least: int = 0,
-    on_warning: Callable[[str], None] = lambda message: None,
+    on_warning: OnWarning = silent,
 ) -> Ready:
     """Check the photos once with the network; without one, `check` only looks at their size and light.
 
@@ -99,7 +100,7 @@ OVERRULE = " (check_photos = false trains on all photos anyway)"
 """The end of the error that too few photos can be used. An interface replaces it by its own way to train anyway."""
 
 
-def _good(report: SetReport, on_warning: Callable[[str], None]) -> tuple[PhotoReport, ...]:
+def _good(report: SetReport, on_warning: OnWarning) -> tuple[PhotoReport, ...]:
     """Return the photos that the report does not reject. Raises BadPhoto if too few remain."""
     rejected = [item for item in report.photos if item.verdict == REJECT]
     for item in rejected:

@@ -31,6 +31,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair, stacked_with
+from ..progress import OnProgress
 from ..storage.files import is_text
 from ..storage.safetensors_file import SafetensorsFile
 from .parameters import Parameters, save_png
@@ -153,7 +154,7 @@ def generate(
     starts: Mapping[Job, Image.Image] | None = None,
     denoise: float = 1.0,
     device: torch.device | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnProgress | None = None,
 ) -> Iterator[Picture]:
     """Draw the pictures of all jobs, and yield them batch by batch; jobs of equal strength are drawn together.
 

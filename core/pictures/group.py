@@ -9,7 +9,7 @@ two LoRAs up would blend the two faces instead.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from ..lora.apply import AppliedLora, apply
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.spec import Pair
+from ..progress import OnProgress
 from .generate import (
     GenerateConfig,
     Job,
@@ -259,7 +260,7 @@ def generate_group(
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),
     device: torch.device | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnProgress | None = None,
 ) -> Iterator[Picture]:
     """Draw the pictures of all jobs, one by one; prompts name everyone in braces: "{anna} and {ben} in an office".
 

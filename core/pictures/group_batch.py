@@ -1,6 +1,6 @@
 """Write a batch of group pictures into a folder, as for headshots of one person."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..lora.file import LoraFile
 from ..models.base import Base
+from ..progress import OnPhase, silent
 from .generate import GenerateConfig, Job, Picture
 from .group import Group, Mask, check_group, generate_group, group_parameters, sized
 from .group_faces import GroupReference, redraw_faces
@@ -28,7 +29,7 @@ def make_group_pictures(
     face_pass: FacePass | None = None,
     keep: int | None = None,
     device: torch.device | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnPhase | None = None,
 ) -> list[Headshot]:
     """Draw the pictures of all jobs with `generate_group`, and write them into `folder` as `make_headshots` does.
 
@@ -40,7 +41,7 @@ def make_group_pictures(
     check_group(base, group, jobs, loras, config)
     people = None if reference is None else GroupReference(group, reference)
     batch = _GroupBatch(
-        base, loras, config, device, on_progress or (lambda phase, done, total: None), people, group
+        base, loras, config, device, on_progress or silent, people, group
     )  # fmt: skip
     return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
 

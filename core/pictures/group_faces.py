@@ -1,6 +1,6 @@
 """The faces of a group: match them with people, measure likeness, and redraw each with its person's LoRA."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from ..errors import BadConfig
 from ..faces import Face, FaceNetwork, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
+from ..progress import OnProgress
 from .gallery import SAME_PERSON, SOMEONE_ELSE
 from .generate import GenerateConfig, Job
 from .group import Group, GroupMember
@@ -111,7 +112,7 @@ def redraw_faces(
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),
     device: torch.device | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[_Key, GroupFaces]:
     """Redraw the faces in the pictures that the face pass considers small, or that are not alike.
 

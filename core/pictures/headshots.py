@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
+from ..progress import OnPhase, silent
 from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
 from .gallery import SAME_PERSON, Models, gallery_page
@@ -52,7 +53,7 @@ def make_headshots(
     face_pass: FacePass | None = None,
     keep: int | None = None,
     device: torch.device | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnPhase | None = None,
 ) -> list[Headshot]:
     """Draw the pictures of all jobs into `folder` as PNG files, and return them; most alike first with a `reference`.
 
@@ -72,9 +73,7 @@ def make_headshots(
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    batch = Batch(
-        base, loras, config or GenerateConfig(), device, on_progress or (lambda phase, done, total: None), person
-    )
+    batch = Batch(base, loras, config or GenerateConfig(), device, on_progress or silent, person)
     return batch.make(jobs, folder, face_pass or FacePass(), keep)
 
 
@@ -102,7 +101,7 @@ class Batch:
     loras: Sequence[tuple[LoraFile, float]]
     config: GenerateConfig
     device: torch.device | None
-    on_progress: Callable[[str, int, int], None]
+    on_progress: OnPhase
     person: Compared | None
 
     def make(self, jobs: Sequence[Job], folder: Path, face_pass: FacePass, keep: int | None) -> list[Headshot]:

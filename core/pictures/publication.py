@@ -6,7 +6,7 @@ import shutil
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,12 @@ from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
 from ..lora.metadata import copy_with_hashes, cover, small_picture
 from ..lora.personal import personal_part, shared_metadata
-from ..lora.progress import OnProgress, silent
 from ..lora.readers import READERS, TRAINERS, read_by
 from ..lora.verify import verify_lora
 from ..lora.words import PHRASE_KEY, trigger_words
 from ..models.families import FAMILIES
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
+from ..progress import OnProgress, OnWarning, silent
 from ..storage.files import clean_place, make_folder, write_text, writing
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
@@ -84,7 +84,7 @@ def publish(
     title: str | None = None,
     description: str | None = None,
     on_progress: OnProgress = silent,
-    on_warning: Callable[[str], None] = warnings.warn,
+    on_warning: OnWarning = warnings.warn,
 ) -> Publication:
     """Make a new folder `output` for a site such as Civitai, with the LoRA, a page of text, and example pictures.
 
@@ -150,7 +150,7 @@ def _file_name(title: str, lora: str) -> str:
     return name
 
 
-def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: Callable[[str], None]) -> Iterator[Photo]:
+def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: OnWarning) -> Iterator[Photo]:
     for path in map(Path, pictures):
         found = (
             read_photos(path, repeats=False, on_warning=on_warning)
@@ -160,7 +160,7 @@ def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: Callable[[st
         yield from (photo for photo in found if photo.name != CONTACT_SHEET)
 
 
-def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str], None]) -> _Example | None:
+def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) -> _Example | None:
     """Return the picture as an example under the LoRA's published name; None if it shows other people or may be a photo."""
     assert isinstance(photo.source, Path)
     try:

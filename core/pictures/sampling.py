@@ -20,6 +20,7 @@ from ..models.convolution import FrozenConvolutions
 from ..models.objective import TIMESTEPS, FlowSchedule
 from ..models.packages import import_diffusers
 from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
+from ..progress import OnProgress
 
 MOST_LEADING = 150
 """The largest number of sampling steps for the "leading" spacing of SD's own configs."""
@@ -197,7 +198,7 @@ def sample_latents(
     sampler: str | None = None,
     start: Tensor | None = None,
     denoise: float = 1.0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnProgress | None = None,
 ) -> Tensor:
     """Return the latents (N, C, h, w) of one picture per seed, float32; a picture's noise depends only on its seed.
 
@@ -274,7 +275,7 @@ def denoised(
     sampler: str | None = None,
     start: Tensor | None = None,
     denoise: float = 1.0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnProgress | None = None,
 ) -> Tensor:
     """Return the latents that the sampler reaches with the predictions; for the arguments, see `sample_latents`."""
     shape = base.latent_shape

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
+from ..progress import OnProgress, silent
 from .files import map_file, write_file
 from .header import TYPES, Header, parse_header
 
@@ -276,7 +277,7 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
     digests: Mapping[str, Digest] | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> None:
     """Write a safetensors file atomically, one tensor at a time. `read` returns a tensor by its name.
 

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ..progress import OnPhase, OnProgress, OnWarning, silent
 from .likeness import LikenessPoint
 from .methods.method import Trained
 
@@ -43,17 +44,13 @@ class StopAndKeep(Exception):
     """Raise this from `on_step` to end the training run after the current step. The LoRA trained so far is the result."""
 
 
-def _nothing(*_: object) -> None:
-    """Accept any arguments and do nothing."""
-
-
 @dataclass(frozen=True)
 class Callbacks:
     """The functions that a training run calls. Each may raise any exception, including a BaseException, to cancel the run."""
 
-    on_step: Callable[[StepReport], None] = _nothing
+    on_step: Callable[[StepReport], None] = silent
     """Called after every optimizer step. Raise StopAndKeep from it to end the run and keep what has been learned."""
-    on_phase: Callable[[str, int, int], None] = _nothing
+    on_phase: OnPhase = silent
     """Called with (phase, done, total) while photos and captions are encoded, and class images and samples are drawn."""
     on_sample: Callable[[int, list[Image.Image]], None] | None = None
     """Called with (step, pictures) every `sample_every` steps. If None, `train` saves the pictures in `<name>-samples`."""
@@ -61,12 +58,12 @@ class Callbacks:
     """Called with (step, LoRA) every `save_every` steps. If None, `train` saves the LoRA beside its output."""
     on_measured: Callable[[int, Trained], None] | None = None
     """Called at the end with (step, LoRA) for each of the most alike measured checkpoints, except the result."""
-    on_warning: Callable[[str], None] = _nothing
+    on_warning: OnWarning = silent
     """Called with a sentence about anything the user should know that doesn't stop the training run."""
     check_cancelled: Callable[[], None] | None = None
     """Called many times within each step and sample, which can take long. It raises to cancel. None means never called."""
 
-    def progress(self, phase: str) -> Callable[[int, int], None]:
+    def progress(self, phase: str) -> OnProgress:
         """Return a function of (done, total) that calls `on_phase` with this phase."""
         return partial(self.on_phase, phase)
 

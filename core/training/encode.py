@@ -24,6 +24,7 @@ from ..models.objective import shrink_mask
 from ..models.spec import Conditioning, Pair
 from ..photos import Dataset, TrainingImage
 from ..photos.captions import class_caption
+from ..progress import OnProgress
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.safetensors_file import SafetensorsFile, save_safetensors, tensor_bytes
 from .methods import trains_text
@@ -72,7 +73,7 @@ def encode(
     *,
     device: torch.device,
     extra_prompts: Sequence[str] = (),
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> LatentCache:
     """Compute the latents and the text conditioning of a data set, or read them from the cache folder.
 

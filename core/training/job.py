@@ -36,6 +36,7 @@ from ..photos import (
     trigger_hint,
     with_masks,
 )
+from ..progress import OnWarning, silent
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
@@ -130,7 +131,7 @@ def train(
 
 
 def _usual_config(
-    base: Base, photos: Ready | Sequence[Photo], held_out: Sequence[Photo], on_warning: Callable[[str], None]
+    base: Base, photos: Ready | Sequence[Photo], held_out: Sequence[Photo], on_warning: OnWarning
 ) -> TrainConfig:
     """Return the default settings: those of the recipe `balanced`."""
     count = len(photos.used if isinstance(photos, Ready) else photos)
@@ -223,7 +224,7 @@ def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
 def _read(
     photos: str | os.PathLike[str] | Sequence[PhotoLike],
     strict: bool,
-    on_warning: Callable[[str], None],
+    on_warning: OnWarning,
 ) -> list[Photo]:
     """Return the photos as a list. If `photos` is a folder, they are read from it."""
     if isinstance(photos, str | os.PathLike):
@@ -254,7 +255,7 @@ def ready_for(
     config: TrainConfig,
     held_out: Sequence[Photo] = (),
     faces: FaceNetwork | None = None,
-    on_warning: Callable[[str], None] = lambda message: None,
+    on_warning: OnWarning = silent,
     *,
     to_rank: bool = False,
 ) -> Ready:

@@ -26,6 +26,7 @@ from ..models.memory_plan import (
     first_that_fits,
     unique_bytes,
 )
+from ..progress import OnWarning
 from ..storage.stored import LazyTensors, NarrowTensor, Stored, narrow_in
 from .encode import LatentCache
 from .methods import METHODS, trains_text
@@ -249,7 +250,7 @@ def choose_plan(
     config: TrainConfig,
     device: torch.device,
     dtype: torch.dtype,
-    on_warning: Callable[[str], None],
+    on_warning: OnWarning,
     training_adapter: TrainingAdapter | None = None,
 ) -> MemoryPlan:
     """Choose the first plan that fits into `memory_limit`, or else into a GPU's free memory. If none fits, choose the last.

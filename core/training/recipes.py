@@ -5,7 +5,7 @@ own, in its file in core/models/families/. The settings shared by all recipes we
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import RecipeName, TrainConfig, config_from, known_settings
@@ -13,6 +13,7 @@ from ..errors import BadConfig
 from ..faces import why_no_faces
 from ..models.base import Base
 from ..models.recipe import RECIPES, Recipe, read_recipes
+from ..progress import OnWarning, silent
 from .methods import METHODS
 
 COMMON = {"prior_prediction": 0.5}
@@ -35,7 +36,7 @@ def recipe_config(
     base: Base,
     photos: int,
     given: Mapping[str, Any] | None = None,
-    on_warning: Callable[[str], None] = lambda message: None,
+    on_warning: OnWarning = silent,
 ) -> TrainConfig:
     """Build the TrainConfig of a recipe for a number of photos, overridden by the settings `given`.
 
@@ -46,7 +47,7 @@ def recipe_config(
     return config_from(recipe_settings(name, recipes_of(base, on_warning), given, photos, on_warning))
 
 
-def recipes_of(base: Base, on_warning: Callable[[str], None]) -> Mapping[str, Recipe]:
+def recipes_of(base: Base, on_warning: OnWarning) -> Mapping[str, Recipe]:
     """Return the recipes by name: the base model's own, or its family's where it has none or its own cannot be used."""
     try:
         return {**base.family.recipes, **read_recipes(base.own_recipes)}
@@ -60,7 +61,7 @@ def recipe_settings(
     recipes: Mapping[str, Recipe],
     given: Mapping[str, Any] | None = None,
     photos: int = ENOUGH,
-    on_warning: Callable[[str], None] = lambda message: None,
+    on_warning: OnWarning = silent,
 ) -> dict[str, Any]:
     """Return the settings of one of `recipes` for a number of photos, overridden by those `given`.
 
@@ -97,7 +98,7 @@ def recipe_settings(
     return settings
 
 
-def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: Callable[[str], None]) -> bool:
+def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: OnWarning) -> bool:
     """Return whether a recipe holds out photos: there must be enough. If the face networks are missing, warn about it."""
     if photos < ENOUGH or "hold_out" in given or given.get("sample_every") == 0:
         return False

@@ -1,7 +1,7 @@
 """The pictures drawn during training: samples with the current adapter, and class images with the base model alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..photos.reading import DAMAGED
 from ..pictures.generate import Job, generate, in_batches
 from ..pictures.sampling import decode_latents, encode_pairs, load_vae, sample_latents
 from ..pictures.sizes import checked_size
+from ..progress import OnProgress
 from ..storage.cache_folder import content_key, made_folder
 from .likeness import LikenessWatch
 from .methods import METHODS
@@ -59,7 +60,7 @@ def training_sampler(
     encoded: Mapping[str, Pair],
     device: torch.device,
     size: tuple[int, int] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Sampler:
     """Return a function that draws shots with the networks of a run.
 
@@ -85,9 +86,7 @@ def training_sampler(
                 if on_progress:
                     on_progress(earlier * steps + step, len(batches) * steps)
 
-            def draw(
-                part: Sequence[tuple[Shot, Pair]], on_step: Callable[[int, int], None] = drawn
-            ) -> list[Image.Image]:
+            def draw(part: Sequence[tuple[Shot, Pair]], on_step: OnProgress = drawn) -> list[Image.Image]:
                 latents = sample_latents(
                     base, denoiser, [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
                     device=device, dtype=dtype, autocast=not METHODS[config.method].keeps_dtype,
@@ -121,7 +120,7 @@ def make_class_images(
     *,
     resolution: int | None = None,
     device: torch.device | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Photo]:
     """Draw `count` pictures of "a photo of CLASS" with the base model, for prior preservation.
 

@@ -21,6 +21,7 @@ from ..models.convolution import FrozenConvolutions
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.objective import Schedule, draw_noise, sample_losses
 from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
+from ..progress import OnWarning
 from .encode import Batches, EncodedImage, LatentCache
 from .methods import METHODS, attach, peak_rate, trains_text
 from .methods.method import Adapter
@@ -158,7 +159,7 @@ class Run:
         with blocks.in_use() if blocks else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
             yield
 
-    def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:
+    def accumulate_within_memory(self, on_warning: OnWarning) -> Tensor:
         """Return the loss of `accumulate`, using smaller memory plans until it fits. Raises OutOfMemory when none does."""
         while True:
             try:
@@ -170,7 +171,7 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
             self._save_memory(f"step {self.step + 1}", on_warning)
 
-    def _save_memory(self, what: str, on_warning: Callable[[str], None]) -> None:
+    def _save_memory(self, what: str, on_warning: OnWarning) -> None:
         """Switch to the next smaller memory plan, since `what` does not fit.
 
         Raises OutOfMemory when there isn't a smaller plan.
@@ -321,7 +322,7 @@ class Run:
         self,
         sampler: Sampler,
         shots: Sequence[Shot],
-        on_warning: Callable[[str], None],
+        on_warning: OnWarning,
         values: Mapping[str, Tensor] | None = None,
     ) -> list[Image.Image]:
         """Draw an image of each shot with the adapter as it would be saved now, or with other `values` in it.

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from ...errors import BadConfig
 from ...models.base import Base
 from ...models.clip import OPENCLIP_LAYER
 from ...models.ldm import ldm_vae_path
+from ...progress import OnProgress, silent
 from ...storage.safetensors_file import cast_tensor, layout_in, write_safetensors
 from ...tensor_names.unet import blocks_in_a_level, ldm_unet_path
 
@@ -38,7 +39,7 @@ class Checkpoint:
         self,
         path: str | os.PathLike[str],
         dtype: torch.dtype = torch.float16,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: OnProgress = silent,
     ) -> None:
         """Write the whole file or nothing, with floating-point tensors in that dtype. Raises BadFile when that fails."""
         layout = layout_in(self.tensors, dtype)

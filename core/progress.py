@@ -1,0 +1,21 @@
+"""How long operations report to their caller: functions that they call, and may raise from to cancel."""
+
+import itertools
+from collections.abc import Callable
+
+OnProgress = Callable[[int, int], None]
+"""A function that is called with (steps done, total steps)."""
+OnPhase = Callable[[str, int, int], None]
+"""A function that is called with (phase, steps done, total steps)."""
+OnWarning = Callable[[str], None]
+"""A function that is called with a sentence about something that the user should know."""
+
+
+def silent(*_: object) -> None:
+    """Do nothing: a function of any of these kinds for callers that want no reports."""
+
+
+def steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
+    """Return a function to call after each step, which reports how many of the `total` steps are done."""
+    done = itertools.count(1)
+    return lambda: on_progress(next(done), total)
