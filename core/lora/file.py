@@ -30,9 +30,9 @@ from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
 from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
+from .low_rank import LARGEST_VALUE, largest_change
 from .modules import LoraModule, name_modules
 from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised, shortened
-from .norms import LARGEST_VALUE, largest_change
 
 KEY = "facelora.key"
 """The metadata key with the hash of everything that the LoRA was trained from. Changed copies of the LoRA don't have it."""

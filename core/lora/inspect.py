@@ -10,8 +10,8 @@ from ..progress import OnProgress, silent, steps
 from .file import LoraFile
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
+from .low_rank import change_norm
 from .names import Entry
-from .norms import change_norm
 from .report import inspect_header
 
 

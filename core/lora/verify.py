@@ -16,8 +16,8 @@ from .base_weights import BaseWeights
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
+from .low_rank import LARGEST_VALUE, change_norm, largest_change
 from .names import shortened
-from .norms import LARGEST_VALUE, change_norm, largest_change
 from .readers import not_loaded_by
 from .report import counts
 from .words import trigger_words

@@ -14,9 +14,8 @@ from core.lora.changes import weight_change
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
 from core.lora.file import LoraFile
 from core.lora.inspect import inspect_lora
-from core.lora.low_rank import decomposed, factorise
+from core.lora.low_rank import change_norm, decomposed, factorise, largest_change
 from core.lora.modules import LoraModule
-from core.lora.norms import change_norm, largest_change
 from core.lora.report import format_inspection
 from core.lora.verify import verify_lora
 from core.storage.safetensors_file import save_safetensors
