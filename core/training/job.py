@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -93,7 +94,7 @@ def train(
     output = None if output is None else Path(output)
     given = photos if isinstance(photos, Ready) else _read(photos, strict, callbacks.on_warning)
     if config is None:
-        base = _loaded(base, TrainConfig())
+        base = _loaded(base)
         config = _usual_config(base, given, held_out, callbacks.on_warning)
     if not isinstance(config, TrainConfig):
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
@@ -171,7 +172,7 @@ def _checked_base(
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None, adapted: bool
 ) -> Base:
     """Load the base model if needed. Raises an error when the settings don't suit it or the output would replace its file."""
-    base = _loaded(base, config)
+    base = _loaded(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
     for file in base.files:
         if output is not None and output.exists() and output.samefile(file.path):
             raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace. Choose another output")
@@ -179,11 +180,9 @@ def _checked_base(
     return base
 
 
-def _loaded(base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig) -> Base:
-    """Load the base model if needed."""
-    if isinstance(base, Base):
-        return base
-    return load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+def _loaded(base: Base | str | os.PathLike[str] | Mapping[str, Tensor], **schedule: Any) -> Base:
+    """Load the base model if needed, with that schedule."""
+    return base if isinstance(base, Base) else load_base(base, **schedule)
 
 
 def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out: bool) -> None:
@@ -471,9 +470,9 @@ def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -
 
     `adapted` means that a training adapter is used.
     """
-    family, default = base.family, TrainConfig()
+    family = base.family
     others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
-    if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
+    if wrong := [name for name in others if getattr(config, name) != getattr(TrainConfig, name)]:
         kind = "not a rectified flow" if family.predicts_noise else "a rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and does not have this setting. Leave it out")
     if config.clip_skip > 1 and not family.has_clip_skip:
