@@ -99,8 +99,7 @@ def _style_buttons(styles: Sequence[str]) -> str:
     )
     return (
         f'<nav>{buttons}<button data-favourites aria-pressed="false">★ Favourites <span>0</span></button>'
-        '<button data-zip disabled title="Pages cannot read files on their own: the browser asks for this folder. '
-        'Nothing is sent anywhere.">Download favourites</button><input type="file" webkitdirectory hidden></nav>'
+        "<button data-names disabled>Copy names of favourites</button></nav>"
     )
 
 
@@ -233,12 +232,12 @@ function stored() {
 }
 const known = new Set(figures.map((figure) => figure.dataset.file));
 const favourites = new Set((location.hash.slice(1) || stored()).split(",").filter((name) => known.has(name)));
-const zipButton = document.querySelector("[data-zip]");
+const namesButton = document.querySelector("[data-names]");
 function showFavourites() {
   for (const figure of figures)
     figure.querySelector(".star").setAttribute("aria-pressed", favourites.has(figure.dataset.file));
   document.querySelector("[data-favourites] span").textContent = favourites.size;
-  zipButton.disabled = !favourites.size;
+  namesButton.disabled = !favourites.size;
 }
 for (const figure of figures)
   figure.querySelector(".star").addEventListener("click", () => {
@@ -252,13 +251,16 @@ for (const figure of figures)
   });
 showFavourites();
 
-function copy(text) {
-    // navigator.clipboard is not available on all pages opened from a file.
+function copy(button, text) {
+  // navigator.clipboard is not available on all pages opened from a file.
   const area = document.body.appendChild(document.createElement("textarea"));
   area.value = text;
   area.select();
   document.execCommand("copy");
   area.remove();
+  const before = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = before; }, 1500);
 }
 function folder() {
   const path = decodeURIComponent(location.pathname).replace(/[^/]*$/, "");
@@ -267,65 +269,9 @@ function folder() {
 for (const button of document.querySelectorAll("[data-copy]"))
   button.addEventListener("click", () => {
     const text = button.dataset.copy, isCommand = text.startsWith("facelora ");
-    copy(isCommand && location.protocol === "file:" ? `${folder()} && ${text}` : text);
-    const before = button.textContent;
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = before; }, 1500);
+    copy(button, isCommand && location.protocol === "file:" ? `${folder()} && ${text}` : text);
   });
-
-const picker = document.querySelector("input[type=file]");
-zipButton.addEventListener("click", async () => {
-  if (location.protocol === "file:") return picker.click();
-  const read = async (name) => [name, new Uint8Array(await (await fetch(name)).arrayBuffer())];
-  download(await Promise.all([...favourites].sort().map(read)));
-});
-picker.addEventListener("change", async () => {
-  const files = [...picker.files]
-    .filter(({ name, webkitRelativePath }) => favourites.has(name) && webkitRelativePath.split("/").length === 2)
-    .sort((a, b) => (a.name < b.name ? -1 : 1));
-  if (files.length < favourites.size) alert("Some pictures are missing in this folder. Choose the folder of this page.");
-  else download(await Promise.all(files.map(async (file) => [file.name, new Uint8Array(await file.arrayBuffer())])));
-  picker.value = "";
-});
-function download(files) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(zip(files));
-  link.download = "favourites.zip";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
-// Write a zip file without compression, which pictures do not need (APPNOTE.TXT of PKWARE, 4.3).
-const crcTable = Uint32Array.from({ length: 256 }, (_, value) => {
-  for (let bit = 0; bit < 8; bit++) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
-  return value;
-});
-const crc32 = (bytes) => ~bytes.reduce((crc, byte) => crcTable[(crc ^ byte) & 255] ^ (crc >>> 8), -1) >>> 0;
-function record(...fields) {  // [bytes, value], little-endian
-  const view = new DataView(new ArrayBuffer(fields.reduce((size, [bytes]) => size + bytes, 0)));
-  let at = 0;
-  for (const [bytes, value] of fields) {
-    if (bytes === 2) view.setUint16(at, value, true); else view.setUint32(at, value, true);
-    at += bytes;
-  }
-  return view.buffer;
-}
-function zip(files) {
-  const parts = [], directory = [];
-  let offset = 0;
-  for (const [name, bytes] of files) {
-    const title = new TextEncoder().encode(name);
-    const common = [[2, 20], [2, 0x800], [2, 0], [2, 0], [2, 0x21], [4, crc32(bytes)], [4, bytes.length], [4, bytes.length],
-      [2, title.length], [2, 0]];
-    parts.push(record([4, 0x04034b50], ...common), title, bytes);
-    directory.push(
-      record([4, 0x02014b50], [2, 20], ...common, [2, 0], [2, 0], [2, 0], [4, 0], [4, offset]), title);
-    offset += 30 + title.length + bytes.length;
-  }
-  const size = directory.reduce((sum, part) => sum + part.byteLength, 0);
-  const end = record([4, 0x06054b50], [2, 0], [2, 0], [2, files.length], [2, files.length], [4, size], [4, offset], [2, 0]);
-  return new Blob([...parts, ...directory, end], { type: "application/zip" });
-}
+namesButton.addEventListener("click", () => copy(namesButton, [...favourites].sort().join("\n")));
 </script>
 </body></html>
 """

@@ -1,7 +1,6 @@
 """The page of a batch of headshots, opened from the folder as a user does."""
 
 import shlex
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,20 +81,13 @@ def test_favourites_are_kept_over_a_reload_and_looked_at_alone(gallery) -> None:
     assert gallery.locator("figure:visible > b").all_inner_texts() == ["0.50"]
 
 
-def test_favourites_are_downloaded_as_a_zip_file(gallery, tmp_path) -> None:
-    assert gallery.locator("[data-zip]").is_disabled()
-    for number in (0, 3):
+def test_the_names_of_favourites_are_copied(gallery) -> None:
+    button = gallery.locator("[data-names]")
+    assert button.is_disabled()
+    for number in (3, 0):
         gallery.locator(".star").nth(number).click()
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "0.png").write_bytes(b"a copy, which is not asked for")
-    with gallery.expect_file_chooser() as chooser:
-        gallery.locator("[data-zip]").click()
-    with gallery.expect_download() as download:
-        chooser.value.set_files(tmp_path)
-    assert download.value.suggested_filename == "favourites.zip"
-    with zipfile.ZipFile(download.value.path()) as file:
-        assert file.testzip() is None and file.namelist() == ["0.png", "3.png"]
-        assert file.read("3.png") == (tmp_path / "3.png").read_bytes()
+    button.click()
+    assert pasted(gallery) == "0.png\n3.png"
 
 
 def copied(gallery, index: int, name: str) -> str:
@@ -103,6 +95,10 @@ def copied(gallery, index: int, name: str) -> str:
     figure = gallery.locator("figure").nth(index)
     figure.locator("summary").click()
     figure.get_by_role("button", name=name).click()
+    return pasted(gallery)
+
+
+def pasted(gallery) -> str:
     gallery.evaluate("() => document.body.append(document.createElement('textarea'))")
     area = gallery.locator("textarea")
     area.focus()
