@@ -2,7 +2,7 @@
 
     y = W x + b + s B A x        s = alpha / rank
 
-`LoraLayer` is one layer. `SharedInput` is a group, such as q, k and v of an attention: it computes the equation for all its
+`LoraLayer` is one layer. `SharedInput` is a group, such as q, k and v of an attention. It computes the equation for all its
 layers at once, with as few passes over the activations as possible.
 """
 
@@ -70,8 +70,8 @@ class LoraLayer(nn.Module):
 class SharedInput:
     """Linear layers that a network calls with the same x, one after another: q, k and v of an attention, or one layer alone.
 
-    The matrices A of its layers are stacked, so that one product A x serves all of them. The network still calls each layer
-    by itself. The first call with an x computes the outputs of all layers, and each other call takes its own.
+    The matrices A of its layers are stacked, so that one product A x serves all of them. The network still calls each layer.
+    The first call with an x computes the outputs of all layers, and each other call takes its own.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]):
