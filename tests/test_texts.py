@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.errors import BadConfig, BadPhoto, BadStylePack, FaceLoraError
-from core.lora.personal import personal_part
+from core.lora.metadata import personal_part
 from core.photos import Photo, read_photos
 from core.pictures import Job, Subject, find_style_packs
 from core.studio import Order

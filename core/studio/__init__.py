@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from .ledger import Ledger as Ledger
     from .ledger import basis as basis
     from .ledger import device_rate as device_rate
+    from .many import Plan as Plan
     from .many import forget as forget
+    from .many import plan as plan
+    from .many import plan_ledger as plan_ledger
     from .many import run as run
     from .people import Person as Person
     from .people import read_people as read_people
@@ -21,9 +24,6 @@ if TYPE_CHECKING:
     from .person import check as check
     from .person import ledger_of as ledger_of
     from .person import make as make
-    from .plans import Plan as Plan
-    from .plans import plan as plan
-    from .plans import plan_ledger as plan_ledger
     from .result import Result as Result
     from .result import Terms as Terms
 else:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import BadFile, counted
-from ..lora.personal import without_folders
+from ..lora.metadata import without_folders
 from ..storage.files import read_json, write_text
 from .cost import PHASES
 from .people import PAGE, REPORT

@@ -124,7 +124,7 @@ def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base
         Person("dora", photos), Person("ed", tmp_path / "none", agreed=True),
         Person("fay", photos, agreed=True, style_pack="none"), Person("gil", photos, agreed=True, problem="?"),
     ]  # fmt: skip
-    monkeypatch.setattr("core.studio.plans.is_made", lambda order, *_: order.name == "carl")
+    monkeypatch.setattr("core.studio.many.is_made", lambda order, *_: order.name == "carl")
     output.mkdir()
     everybody = [anna, ben, replace(anna, name="carl"), *others]
     first = plan(everybody, base, output, terms)
