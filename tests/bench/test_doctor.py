@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def report() -> doctor.Report:
-    return doctor.examine(CPU, False, "1.2.3")
+    return doctor.examine(CPU, False)
 
 
 def test_it_says_what_there_is_and_what_is_missing_for_what(report, capsys):

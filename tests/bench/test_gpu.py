@@ -32,7 +32,7 @@ def test_failures_are_recorded_and_nothing_begins_when_the_time_is_nearly_over(m
     monkeypatch.setattr(gpu, "COMMANDS", {"some": {"first": works, "second": breaks, "third": is_late}})
     monkeypatch.setattr(gpu, "_forget", lambda device: None)
     session = Session(CPU, torch.float32, time.monotonic() + 1000)
-    found = gpu.measure(session, "some", tmp_path / "found.json", "1.2.3")
+    found = gpu.measure(session, "some", tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["stages"] == found["stages"]
     assert found["stages"] == {
         "first": {

@@ -355,7 +355,7 @@ def examined() -> tuple[str, int, list[str]]:
     """The report of `facelora doctor --measure`, the number of plans that it tried, and their errors."""
     small = {"REAL_CHANNELS": doctor.SMALL_CHANNELS, "LONGEST": 1e9}
     with fake_cuda(), patch.multiple(doctor, **small), patch.object(doctor, "why_not_compiled", lambda _: None):
-        report = doctor.examine(DEVICE, True, "1.2.3")
+        report = doctor.examine(DEVICE, True)
     assert report.measured
     trials = report.measured.trials
     return doctor.format_doctor(report), len(trials), [trial.error for trial in trials]
@@ -367,6 +367,6 @@ def measured_on_a_gpu(command: str, output: Path) -> list[tuple[str, str]]:
     own = patch.multiple(gpu, apart=lambda work, *args: work(*args))
     with fake_cuda(), own, patch("core.bench.report.count_kernels", return_value=0):
         session = gpu.Session(DEVICE, torch.bfloat16, time.monotonic() + 600, small=True)
-        found = gpu.measure(session, command, output, "1.2.3")
+        found = gpu.measure(session, command, output)
     assert gpu.as_markdown(found, "make gpu")
     return [(stage, row["error"]) for stage, rows in found["stages"].items() for row in rows.values() if "error" in row]
