@@ -48,7 +48,7 @@ test-portable: $(STAMP)
 # With the oldest packages that pyproject.toml promises (test-with-lowest-direct), or the newest (test-with-highest).
 test-with-%: $(STAMP)
 	$(RUN) -m uv venv --quiet --clear --python $(RUN) $(VENV)-$*
-	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --resolution $* --editable ".[faces,heic,hashes,gguf]"
+	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --resolution $* --editable ".[faces,heic,optimizers,hashes,gguf]"
 	$(RUN) -m uv pip install --quiet --python $(VENV)-$* pytest hypothesis jsonschema scikit-image
 	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --no-deps $(DATA)
 	$(VENV)-$*/$(BIN)/python -m core demo --steps 5 --output demo_output
