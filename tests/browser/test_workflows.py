@@ -19,7 +19,7 @@ from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
 
 from .page import ComfyPage, drop_files, prepare
-from .workflows import BLUEPRINTS, CONNECTED, FOLDER, WORKFLOWS, subgraphs
+from .workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subgraphs
 
 pytestmark = pytest.mark.browser
 
@@ -87,6 +87,16 @@ def test_templates_for_a_lora_name_no_checkpoint_and_no_lora_and_ask_for_one_lor
     assert types(workflow_file("9 Compare strengths and checkpoints")).count("FaceLoRAInspect") == 1
     assert "safetensors" not in json.dumps([node.get("widgets_values") for name in NAMES[5:]
                                             for node in workflow_file(name)["nodes"]])  # fmt: skip
+
+
+@pytest.mark.parametrize("choices", [[[]], ["COMBO", {"options": []}]], ids=["of V1", "of V3"])
+def test_who_has_no_checkpoint_is_offered_the_one_of_the_template(page, choices):
+    page.run("""(choices) => {
+        const { input } = LiteGraph.registered_node_types.CheckpointLoaderSimple.nodeData
+        input.required.ckpt_name = choices
+    }""", choices)  # fmt: skip
+    page.open(workflow_file("9 Compare strengths and checkpoints"), "9 Compare")
+    assert page.run("() => app.graph.findNodesByType('CheckpointLoaderSimple')[0].widgets[0].value") == SD15["name"]
 
 
 @pytest.mark.slow

