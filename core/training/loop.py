@@ -14,9 +14,9 @@ from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
 from ..models.base import Base
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
-from .checkpoints import Checkpoints
 from .encode import LatentCache
 from .identity import run_identity
+from .intermediate_loras import IntermediateLoras
 from .likeness import LikenessPoint
 from .memory_prediction import choose_plan
 from .methods import METHODS, what_is_left_out
@@ -68,20 +68,20 @@ def train_lora(
         for limit in _limits_of(run, base):
             callbacks.on_warning(limit)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
-        checkpoints = Checkpoints(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
-        networks = checkpoints.face_networks
+        intermediate = IntermediateLoras(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
+        networks = intermediate.face_networks
         identity = (
             {}
             if state_path is None
             else run_identity(cache, base, config, dtype, continue_from, networks, training_adapter)
         )
-        state = StateFile(state_path, identity, checkpoints)
+        state = StateFile(state_path, identity, intermediate)
         if resume:
             state.restore()
-        checkpoints.see_base()
+        intermediate.see_base()
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
-            checkpoints.look_when_due()  # a resumed run may have been cancelled before it had drawn these
+            intermediate.look_when_due()  # a resumed run may have been cancelled before it had drawn these
         while run.step < config.steps:
             with state.saved_when_cancelled():
                 loss = run.accumulate_within_memory(callbacks.on_warning)
@@ -90,18 +90,18 @@ def train_lora(
                 run.check_finite()
             try:
                 with state.saved_when_cancelled():
-                    checkpoints.save_when_due()
-                    checkpoints.look_when_due()
-                    callbacks.on_step(_report(run, first_step, started, checkpoints.likeness))
+                    intermediate.save_when_due()
+                    intermediate.look_when_due()
+                    callbacks.on_step(_report(run, first_step, started, intermediate.likeness))
             except StopAndKeep:
                 run.check_finite()
                 break
             state.save_when_due()
-            if checkpoints.is_enough():
+            if intermediate.is_enough():
                 break
         with state.saved_when_cancelled():
-            checkpoints.measure_last()
-        return checkpoints.chosen()
+            intermediate.measure_last()
+        return intermediate.chosen()
 
 
 @contextmanager
@@ -154,34 +154,34 @@ class StateFile:
     Without a path, nothing is written or restored.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, str], checkpoints: Checkpoints):
+    def __init__(self, path: Path | None, identity: Mapping[str, str], intermediate: IntermediateLoras):
         """`identity` is the result of `run_identity`. A run can only continue from a state with an equal identity."""
         self._path = path
-        self._identity, self._checkpoints = identity, checkpoints
+        self._identity, self._intermediate = identity, intermediate
         self._last = time.monotonic()
 
     def restore(self) -> None:
         """Restore the run from the file, if it exists. Raises BadConfig for the state of a different or longer run."""
         if self._path is None or not self._path.exists():
             return
-        state, steps = read_state(self._path, self._identity), self._checkpoints.config.steps
+        state, steps = read_state(self._path, self._identity), self._intermediate.config.steps
         if state.step > steps:
             raise BadConfig(
                 f"{self._path.name}: is already at step {state.step}, beyond steps = {steps}. Raise steps, or restart"
             )
-        self._checkpoints.restore(state)
+        self._intermediate.restore(state)
 
     def save(self) -> None:
         """Write the state, except before the first step. Raises TrainingDiverged without writing when it is not finite."""
-        run = self._checkpoints.run
+        run = self._intermediate.run
         if self._path is not None and run.step:
             run.check_finite()
-            self._checkpoints.state(self._identity).save(self._path)
+            self._intermediate.state(self._identity).save(self._path)
 
     def save_when_due(self) -> None:
         """Write the state between two steps if the last write was at least `state_interval` seconds ago."""
-        config = self._checkpoints.config
-        if self._checkpoints.run.step < config.steps and time.monotonic() - self._last >= config.state_interval:
+        config = self._intermediate.config
+        if self._intermediate.run.step < config.steps and time.monotonic() - self._last >= config.state_interval:
             self.save()
             self._last = time.monotonic()
 
