@@ -154,7 +154,8 @@ class Plan:
 def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, device: torch.device | None = None) -> Plan:
     """Return the plan of a call to `run` with the same arguments."""
     to_make: dict[str, Work] = {}
-    made_before, refused = [], []
+    made_before: list[str] = []
+    refused: list[str] = []
     for person in people:
         photos = count_photos(person.photos) if person.agreed and not person.problem else 0
         try:
