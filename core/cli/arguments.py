@@ -47,6 +47,40 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print JSON")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="File with settings. Options override it")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="auto",
+        help="Precision of weights and arithmetic (default: auto)",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=int, default=1, help="Seed of the first picture; the next ones count up (default: 1)"
+    )
+
+
+def add_style_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--style-folder",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="Folder with your own style packs; may be repeated",
+    )
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="Print the work of each part, the time and the memory, then exit"
@@ -104,7 +138,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-photos", type=Path, metavar="DIR", help="Photos of the class, for prior preservation")
     parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to continue from")
     add_training_adapter(parser)
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="File with settings. Options override it")
+    add_config(parser)
     parser.add_argument(
         "--recipe", choices=("none", *get_args(RecipeName)), default="balanced",
         help="Preset for a quick, normal or thorough training run. Options and the config file override it. none uses the "
@@ -167,9 +201,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="What prompts ask for besides the person, to measure adherence. Give two or more (default: left, front and "
         "right view)",
     )  # fmt: skip
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="File with settings. Options override it")
+    add_config(parser)
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="Print JSON")
+    add_json(parser)
     add_settings(parser)
     show_first(
         parser,
@@ -206,12 +240,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         default="transformer",
         help="Layers that get an adapter (default: transformer)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="auto",
-        help="Precision of weights and arithmetic (default: auto)",
-    )
+    add_precision(parser)
     parser.add_argument("--compile", action="store_true", help="Compile the blocks of our loop")
     parser.add_argument("--steps", type=int, default=20, help="Timed steps of each loop (default: 20)")
     parser.add_argument(
@@ -234,7 +263,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help=f"Channels of the first level (default: {REAL_CHANNELS}, the real size)",
     )
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="Print JSON")
+    add_json(parser)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +272,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         help="Test this machine for about a minute: loss and gradient against the CPU, memory and time of steps by plan",
     )  # fmt: skip
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="Print JSON")
+    add_json(parser)
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
@@ -305,18 +334,9 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--style-pack", metavar="NAME", help="Style pack. `facelora generate --style-pack list` lists them"
     )
-    parser.add_argument(
-        "--style-folder",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="DIR",
-        help="Folder with your own style packs; may be repeated",
-    )
+    add_style_folder(parser)
     parser.add_argument("--count", type=int, help="Pictures to draw (default: 20)")
-    parser.add_argument(
-        "--seed", type=int, default=1, help="Seed of the first picture; the next ones count up (default: 1)"
-    )
+    add_seed(parser)
     parser.add_argument(
         "--recipe",
         choices=get_args(RecipeName),
@@ -369,14 +389,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--style", action="append", metavar="NAME", help="Draw only this style of the pack; may be repeated"
     )
-    parser.add_argument(
-        "--style-folder",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="DIR",
-        help="Folder with your own style packs; may be repeated",
-    )
+    add_style_folder(parser)
     parser.add_argument(
         "--subject",
         type=unicode_text,
@@ -431,9 +444,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count", type=int, default=4, help="Pictures for each prompt, or for a whole pack (default: 4)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=1, help="Seed of the first picture; the next ones count up (default: 1)"
-    )
+    add_seed(parser)
     parser.add_argument(
         "--size", type=_size, metavar="WxH", help="Size in pixels (default: what the base model was trained at)"
     )
@@ -449,12 +460,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         "--clip-skip", type=int, default=1, help="Layer of the text encoder to use; 1 is the last (default: 1)"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="Pictures drawn at once (default: 1)")
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="auto",
-        help="Precision of weights and arithmetic (default: auto)",
-    )
+    add_precision(parser)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -479,7 +485,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         help="Value at which a verdict changes; may be repeated (docs/photos.md lists the names)",
     )  # fmt: skip
     add_face_network(parser)
-    parser.add_argument("--json", action="store_true", help="Print JSON")
+    add_json(parser)
 
 
 def _threshold(text: str) -> tuple[str, float]:
@@ -508,7 +514,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     add_overwrite(parser)
     add_face_network(parser)
     add_judge(parser)
-    parser.add_argument("--json", action="store_true", help="Print JSON")
+    add_json(parser)
 
 
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
