@@ -15,7 +15,8 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
     below `if TYPE_CHECKING:`, and `from . import lora as lora` for a module. A name must not also be the name of a submodule,
     which would replace it when loaded.
     """
-    block = next(node for node in ast.parse(Path(file).read_text("utf-8")).body if isinstance(node, ast.If))
+    blocks = [node for node in ast.parse(Path(file).read_text("utf-8")).body if isinstance(node, ast.If)]
+    (block,) = (block for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING")
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     home = {alias.name: node.module for node in imports for alias in node.names}
 
