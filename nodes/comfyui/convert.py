@@ -55,7 +55,7 @@ def style_family(model: Any) -> str:
     kind = _class_name(model)
     if kind not in FAMILY_OF_CLASS:
         known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
-        raise UnknownFamily(f"MODEL is {kind}, and style packs have no words for it; choose one of: {known}")
+        raise UnknownFamily(f"MODEL is {kind}, which style packs don't support. Set family to one of: {known}")
     return FAMILY_OF_CLASS[kind]
 
 
@@ -65,7 +65,7 @@ def trained_family(model: Any) -> str:
     family = FAMILY_OF_CLASS.get(kind)
     if family not in FAMILIES:
         known = ", ".join(family.title for name, family in FAMILIES.items() if name in FAMILY_OF_CLASS.values())
-        raise UnknownFamily(f"MODEL is {kind}; Train Face LoRA can train {known}")
+        raise UnknownFamily(f"MODEL is {kind}. Train Face LoRA can train: {known}")
     return family
 
 
@@ -74,17 +74,17 @@ def _class_name(model: Any) -> str:
 
 
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
-    """The base model that MODEL, CLIP and VAE make up, with the patches on them merged in when a weight is read.
+    """Build the base model of MODEL, CLIP and VAE. Patches on them are merged when a weight is read.
 
-    MODEL's quantised weights stay as they are, but for those with patches, which are widened. Nothing is loaded onto the
+    MODEL's quantised weights stay unchanged, except for patched ones, which are widened. Nothing is loaded onto the
     device, and no weight is copied until it is used. Raises UnknownFamily for a model that cannot be trained or a CLIP that
     does not belong to it, BadConfig when adapters are computed beside MODEL's weights.
     """
     model_config = model.model.model_config
     if model.injections:
         raise BadConfig(
-            "MODEL: something is computed beside its weights (a LoRA in mode 'bypass' or over part of the steps), which "
-            "cannot be trained on; put the LoRA into the weights"
+            "MODEL: training needs LoRAs in the weights, but one is applied in mode 'bypass' or for part of the steps. "
+            "In Apply LoRA, set mode to 'into the weights', start_percent to 0 and end_percent to 1"
         )
     family = FAMILIES[trained_family(model)]
     stored = _readers_as_stored(model, "diffusion_model.")
@@ -95,7 +95,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         text = {name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))}
         if ("clip_g" in {name.partition(".")[0] for name in text}) != ("clip_g" in family.text_kinds):
             raise UnknownFamily(
-                f"CLIP does not belong to MODEL, which is {_class_name(model)}; wire both from one checkpoint"
+                f"CLIP does not belong to MODEL, which is {_class_name(model)}. Connect both from one checkpoint"
             )
         tensors |= model_config.process_clip_state_dict_for_saving(text) | _sampling_markers(model)
     readers |= {name: partial(_trainable, tensor) for name, tensor in tensors.items()}
@@ -227,7 +227,7 @@ def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, capti
         if wanted not in (None, found):
             raise UnknownFamily(
                 f"CLIP does not belong to MODEL, which is {title}: {what} {wanted} wide there, this CLIP "
-                f"has {found or 'none'}; load its text encoders with the loader's type for it"
+                f"has {found or 'none'}. Load the text encoders of {title}, and set the loader's type for it"
             )
     names = {"context": "cond", "pooled": "pooled_output", "context_mask": "attention_mask"}
     # A mask that hides nothing is left out by ComfyUI.
@@ -336,7 +336,7 @@ def photos_of(
     drawn = [mask for batch in masks or () for mask in batch.reshape(-1, *batch.shape[-2:])]
     for what, given in (("captions", captions), ("masks", drawn)):
         if given and len(given) != len(photos):
-            raise BadPhoto(f"{len(given)} {what} for {len(photos)} photos; give one for each")
+            raise BadPhoto(f"{len(given)} {what} for {len(photos)} photos. Connect one for each photo")
     if captions:
         texts = [" ".join(caption.split()) or None for caption in captions]
         photos = [replace(photo, caption=text) for photo, text in zip(photos, texts, strict=True)]
@@ -397,8 +397,8 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
         if not skipped:
             return candidate, list(candidate.entries)
     raise LoraMisfit(
-        f"{Path(lora.name).name}: ComfyUI would leave out {len(skipped)} of {len(lora.entries)} modules, e.g. "
-        f"{', '.join(skipped[:3])}: it has no name for them, or they have a bias in the up matrix"
+        f"{Path(lora.name).name}: ComfyUI would skip {len(skipped)} of {len(lora.entries)} modules, e.g. "
+        f"{', '.join(skipped[:3])}, because it doesn't support their names or a bias in the up matrix"
     )
 
 
