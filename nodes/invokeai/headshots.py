@@ -36,9 +36,10 @@ from .style_pack import StylesInvocation
 
 @invocation_output("facelora_headshots_output")
 class HeadshotsOutput(BaseInvocationOutput):
-    pictures: list[ImageField] = OutputField(description="The pictures, most alike last.")
+    pictures: list[ImageField] = OutputField(description="The pictures, highest likeness last.")
     likenesses: list[float] = OutputField(
-        description="Their likeness to the photos: 0.55 and more is mostly the same person. -1: no face, or no photos."
+        description="The likeness of each picture to the photos. 0.55 or more is usually the same person. -1 means no "
+        "face, or no photos."
     )
 
 
@@ -57,7 +58,10 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         description="The LoRA, from Train Face LoRA or your models.", title="LoRA", **LORA_MODEL
     )
     weight: float = InputField(
-        default=1.0, ge=-2, le=2, description="Factor on the LoRA weight that each style suggests."
+        default=1.0,
+        ge=-2,
+        le=2,
+        description="Multiplies the LoRA weight that each style suggests. 1 uses it unchanged.",
     )
 
     def invoke(self, context: InvocationContext) -> HeadshotsOutput:

@@ -11,7 +11,7 @@ from ...core.models.base import Base
 from ...core.models.opening import load_base
 
 TRAINED = {BaseModelType.StableDiffusion1: "SD1.5", BaseModelType.StableDiffusionXL: "SDXL"}
-"""The base models whose InvokeAI files hold all parts, and what users call them."""
+"""The base models whose InvokeAI files hold all parts, with their names for users."""
 MAIN_MODEL = {"ui_model_base": list(TRAINED), "ui_model_type": ModelType.Main}
 """The options of a field for a base model."""
 LORA_MODEL = {"ui_model_base": list(TRAINED), "ui_model_type": ModelType.LoRA}
@@ -23,8 +23,8 @@ def base_of(context: InvocationContext, model: ModelIdentifierField) -> Base:
     config = context.models.get_config(model)
     if config.type != ModelType.Main or config.base not in TRAINED:
         kind = f"{config.base.value} {config.type.value}"
-        wanted = f"choose a main model for {' or '.join(TRAINED.values())}"
-        raise BadConfig(f"model: {config.name} is a {kind}; {wanted}")
+        wanted = f"Choose a main model for {' or '.join(TRAINED.values())}"
+        raise BadConfig(f"model: {config.name} is a {kind}. {wanted}")
     return load_base(context.models.get_absolute_path(config))
 
 
