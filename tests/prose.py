@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("web/docs/*.md")),
+    *sorted(ROOT.glob("web/docs/*/en.md")),
 )
 LONGEST = 30
 """Words in a sentence."""

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from aiohttp import web
@@ -88,46 +89,7 @@ class HeadshotStylePack(io.ComfyNode):
                     tooltip="The model that draws the pictures. Needed only if family is 'that of the model'.",
                 ),
             ],
-            outputs=[
-                io.String.Output(
-                    display_name="prompts", is_output_list=True,
-                    tooltip="Prompt of each picture, for CLIP Text Encode.",
-                ),
-                io.String.Output(
-                    display_name="negatives", is_output_list=True,
-                    tooltip="Negative prompt of each picture, for a second CLIP Text Encode.",
-                ),
-                io.Int.Output(
-                    display_name="seeds", is_output_list=True,
-                    tooltip="Seed of each picture, for KSampler's seed.",
-                ),
-                io.Int.Output(
-                    display_name="widths", is_output_list=True,
-                    tooltip="Width of each picture in pixels, for Empty Latent Image.",
-                ),
-                io.Int.Output(
-                    display_name="heights", is_output_list=True,
-                    tooltip="Height of each picture in pixels, for Empty Latent Image.",
-                ),
-                io.Float.Output(
-                    display_name="guidance", is_output_list=True,
-                    tooltip="Guidance (CFG) of each picture, for KSampler's cfg.",
-                ),
-                io.Int.Output(
-                    display_name="steps", is_output_list=True,
-                    tooltip="Sampling steps of each picture, for KSampler's steps.",
-                ),
-                io.String.Output(
-                    display_name="names", is_output_list=True,
-                    tooltip="Style name of each picture, e.g. for the labels of Contact Sheet.",
-                ),
-                io.Float.Output(
-                    display_name="strengths",
-                    is_output_list=True,
-                    tooltip="LoRA strength that the style of each picture suggests. If you connect it to Apply LoRA, "
-                    "that node runs once for each picture.",
-                ),
-            ],
+            outputs=_outputs(),
             has_intermediate_output=True,
         )  # fmt: skip
 
@@ -172,6 +134,23 @@ class HeadshotStylePack(io.ComfyNode):
             [item.strength for item in prompts],
             ui=ui.PreviewText("\n".join(found.problems)),
         )
+
+
+def _outputs() -> list[Any]:
+    """Return the outputs, all of them lists with one item for each picture."""
+    outputs = (
+        (io.String, "prompts", "Prompt of each picture, for CLIP Text Encode."),
+        (io.String, "negatives", "Negative prompt of each picture, for a second CLIP Text Encode."),
+        (io.Int, "seeds", "Seed of each picture, for KSampler's seed."),
+        (io.Int, "widths", "Width of each picture in pixels, for Empty Latent Image."),
+        (io.Int, "heights", "Height of each picture in pixels, for Empty Latent Image."),
+        (io.Float, "guidance", "Guidance (CFG) of each picture, for KSampler's cfg."),
+        (io.Int, "steps", "Sampling steps of each picture, for KSampler's steps."),
+        (io.String, "names", "Style name of each picture, e.g. for the labels of Contact Sheet."),
+        (io.Float, "strengths", "LoRA strength that the style of each picture suggests. If you connect it to Apply LoRA, that "
+         "node runs once for each picture."),
+    )  # fmt: skip
+    return [kind.Output(display_name=name, is_output_list=True, tooltip=text) for kind, name, text in outputs]
 
 
 def _names(styles: str) -> list[str]:

@@ -123,18 +123,7 @@ class TrainFaceLora(io.ComfyNode):
                     "undoes the distillation during training. Samples and the trained LoRA don't contain it.",
                 ),
             ],
-            outputs=[
-                LoraModel.Output(
-                    display_name="lora",
-                    tooltip="The trained LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA Weights.",
-                ),
-                io.String.Output(display_name="lora_name", tooltip="The name of the LoRA file, as loaders list it."),
-                io.Image.Output(display_name="loss_plot", tooltip="A chart of the smoothed loss by step."),
-                io.Image.Output(
-                    display_name="sample_grid",
-                    tooltip="All samples: one row for each time that samples were drawn.",
-                ),
-            ],
+            outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
@@ -235,6 +224,21 @@ def _settings_inputs() -> list[Any]:
             placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
             tooltip="Any other training setting, as lines of TOML. Settings here override the recipe and the inputs "
             "above. The help page lists them all.",
+        ),
+    ]  # fmt: skip
+
+
+def _outputs() -> list[Any]:
+    return [
+        LoraModel.Output(
+            display_name="lora",
+            tooltip="The trained LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA Weights.",
+        ),
+        io.String.Output(display_name="lora_name", tooltip="The name of the LoRA file, as loaders list it."),
+        io.Image.Output(display_name="loss_plot", tooltip="A chart of the smoothed loss by step."),
+        io.Image.Output(
+            display_name="sample_grid",
+            tooltip="All samples: one row for each time that samples were drawn.",
         ),
     ]  # fmt: skip
 
