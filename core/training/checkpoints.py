@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: draw and measure their samples, save their files, and choose the one to keep."""
+"""The intermediate LoRAs of a training run: draw and measure their samples, save their files, and choose the one to keep."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ THUMBNAIL = "thumbnail"
 
 
 class Checkpoints:
-    """Draw, measure and save the checkpoints of a training run, and choose the one to return."""
+    """Draw, measure and save the intermediate LoRAs of a training run, and choose the one to return."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Checkpoints:
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
 
     def look_when_due(self) -> None:
-        """Draw pictures with the checkpoint every `sample_every` steps, for `on_sample` and for measuring likeness."""
+        """Draw pictures with the intermediate LoRA every `sample_every` steps, for `on_sample` and for measuring likeness."""
         if _is_due(self.run.step, self.config.sample_every):
             self._look()
 
@@ -114,7 +114,7 @@ class Checkpoints:
         return bool(selection and self.config.stop_early and selection.watch.enough(selection.points))
 
     def measure_last(self) -> None:
-        """Measure the candidates that exist only when the run ends: the last checkpoint, and the average of the best ones."""
+        """Measure the candidates that exist only when the run ends: the last LoRA, and the average of the best ones."""
         selection = self._selection
         if selection is None:
             return
@@ -127,9 +127,9 @@ class Checkpoints:
             self._measure(self._draw(selection.watch.shots, values), values, merged=steps)
 
     def chosen(self) -> Trained:
-        """Return the file of the checkpoint to keep, with the likeness curve in its metadata.
+        """Return the file of the intermediate LoRA to keep, with the likeness curve in its metadata.
 
-        If it isn't the last checkpoint, `on_save` is called with the last one. `on_measured` gets the other candidates.
+        If it isn't the last intermediate LoRA, `on_save` is called with the last one. `on_measured` gets the other candidates.
         """
         run, selection = self.run, self._selection
         if selection is None:
@@ -158,7 +158,7 @@ class Checkpoints:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
 
     def _measured_file(self, values: Mapping[str, Tensor], point: LikenessPoint) -> Trained:
-        """Build the file of a measured checkpoint, with the likeness curve and its own point of it in its metadata."""
+        """Build the file of a measured intermediate LoRA, with the likeness curve and its own point of it in its metadata."""
         assert self._selection
         file = self._file(values, point.step)
         return file.with_metadata({**file.metadata, **self._selection.metadata(point)})
@@ -185,7 +185,7 @@ class Checkpoints:
     def _measure(
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
     ) -> None:
-        """Measure the checkpoint with these values on the pictures drawn with it, and add it to the candidates."""
+        """Measure the intermediate LoRA with these values on the pictures drawn with it, and add it to the candidates."""
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
         self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)

@@ -246,8 +246,8 @@ def comparison() -> Workflow:
         branches.append(
             Step(
                 f"Strength {strength}",
-                note("""Every column has the same prompt and seeds. Only the strength differs. To compare steps instead, disconnect
-                `lora` and choose an intermediate LoRA of the same training run in each column."""),
+                note("""Every column has the same prompt and seeds. Only the strength differs. To compare steps instead,
+                disconnect `lora` and choose an intermediate LoRA of the same training run in each column."""),
                 [
                     apply(BASE, f"apply{index}", strength, lora="inspect.lora"),
                     Node(f"positive{index}", "CLIPTextEncode", {},
