@@ -298,7 +298,7 @@ def test_the_panel_speaks_the_language_of_comfyui(page, site):
             "seconds": 75,
         }
         hear(page, prompt="ours", phase="training", step=30, **news)
-        assert status(page) == "第 30 / 60 步 · 损失 0.1 · 学习率 1e-4 · 相似度 0.50：也许是"
+        assert status(page) == "第 30 / 60 步 · 损失 0.1 · 学习率 1e-4 · 相似度 0.50：可能是"
         assert re.fullmatch(r"1 分 1\d 秒", page.page.text_content(".facelora-time") or "")
     finally:
         site.post("/settings/Comfy.Locale", "en")
