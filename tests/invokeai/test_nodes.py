@@ -160,7 +160,7 @@ def test_a_model_of_another_kind_is_refused_by_name(desk):
 def test_a_service_that_invokeai_lacks_is_named_with_the_version_that_has_it(desk):
     desk.context._services.model_images = None
     with pytest.raises(
-        desk.errors.MissingPackage, match=r"no service model_images: these nodes were made for InvokeAI 6\.14\.2"
+        desk.errors.MissingPackage, match=r"lacks the service model_images: these nodes were made for InvokeAI 6\.14\.2"
     ):
         train(desk)
 
