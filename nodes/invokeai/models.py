@@ -19,7 +19,7 @@ LORA_MODEL = {"ui_model_base": list(TRAINED), "ui_model_type": ModelType.LoRA}
 
 
 def base_of(context: InvocationContext, model: ModelIdentifierField) -> Base:
-    """The base model. Raises BadConfig for one of another kind, and what `load_base` raises."""
+    """Return the base model. Raises BadConfig for an unsupported kind of model, and the errors of `load_base`."""
     config = context.models.get_config(model)
     if config.type != ModelType.Main or config.base not in TRAINED:
         kind = f"{config.base.value} {config.type.value}"
@@ -29,7 +29,7 @@ def base_of(context: InvocationContext, model: ModelIdentifierField) -> Base:
 
 
 def lora_of(context: InvocationContext, lora: ModelIdentifierField) -> tuple[LoraFile, str]:
-    """The LoRA and its trigger phrase: the one in the file, or else one that the user typed for the model, or ""."""
+    """Return the LoRA and its trigger phrase: from the file, else from the model's record in InvokeAI, else ""."""
     config = context.models.get_config(lora)
     file = LoraFile.read(context.models.get_absolute_path(config))
     words = [*trigger_words(file.metadata), *sorted(getattr(config, "trigger_phrases", None) or ())]

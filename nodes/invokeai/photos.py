@@ -47,7 +47,7 @@ class PhotosInvocation(BaseInvocation):
     )
 
     def image_names(self, context: InvocationContext) -> list[str]:
-        """InvokeAI's names of the photos, each once."""
+        """Return InvokeAI's names of the photos, without duplicates."""
         names = [*(photo.image_name for photo in self.photos or ()), *(self.photo_names or ())]
         if self.photo_board:
             names += context.boards.get_all_image_names_for_board(self.photo_board.board_id)
@@ -120,7 +120,7 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
 
 
 def sheet_of(report: SetReport) -> Image.Image:
-    """The photos of a report with their verdicts, the best first."""
+    """Draw the photos of a report with their verdicts, best first."""
     items = sorted(report.photos, key=lambda item: VERDICTS.index(item.verdict))
     images = [item.photo.image(shorter_side=TILE) for item in items]
     return contact_sheet([(report.headline, images)], tile=TILE, labels=[[item.verdict for item in items]], columns=6)

@@ -22,7 +22,7 @@ from .models import MAIN_MODEL, base_of
 
 
 def find_packs() -> FoundPacks:
-    """The packs that come along, and the user's own in the folder `style_packs` of InvokeAI's root folder."""
+    """Return the included packs, and the user's own from the folder `style_packs` in InvokeAI's root folder."""
     folder = services.root_folder() / "style_packs"
     return find_style_packs([folder] if folder.is_dir() else [])
 
@@ -56,7 +56,7 @@ class StylesInvocation(BaseInvocation):
     )
 
     def prompts(self, base: Base, phrase: str) -> list[StyledPrompt]:
-        """The prompts of the pictures of a person who has that trigger phrase."""
+        """Return the prompts for pictures of the person with that trigger phrase."""
         styles = [name.strip() for name in self.styles.split(",") if name.strip()]
         return find_packs().pick(self.style_pack).prompts(
             Subject(phrase, class_word=""), base.family.name, self.count, self.first_seed,
