@@ -300,3 +300,21 @@ def test_group_portrait_shows_what_is_read_in_which_place_and_takes_braces_as_th
     )
     assert "anna: sks person at home" in (page.page.text_content(".facelora-result-text") or "")
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize(("language", "word"), [("en", "Recipes"), ("zh", "预设")])
+def test_the_help_of_a_node_is_shown_in_the_language_of_comfyui_without_a_request_in_vain(page, site, language, word):
+    site.post("/settings/Comfy.Locale", language)
+    try:
+        page.reload()
+        page.clear()
+        page.add(TRAIN)
+        answers = []
+        page.page.on("response", lambda answer: "/docs/" in answer.url and answers.append((answer.url, answer.status)))
+        page.run("() => { app.canvas.selectNode(app.graph.nodes[0]); app.canvas.centerOnNode(app.graph.nodes[0]) }")
+        page.page.get_by_test_id("info-button").click()
+        page.page.get_by_role("heading", name=word, exact=True).wait_for()
+        assert [(url.rpartition("/docs/")[2], status) for url, status in answers] == [(f"{TRAIN}/{language}.md", 200)]
+        assert page.complaints() == []
+    finally:
+        site.post("/settings/Comfy.Locale", "en")
