@@ -279,7 +279,7 @@ class TrainConfig:
     )
     hold_out: int = option(
         0,
-        "Photos kept back from training, to measure likeness whenever samples are drawn; 0: not measured",
+        "Reference photos, held out of training to measure likeness whenever samples are drawn; 0: not measured",
         0,
         1000,
         group="output",

@@ -1,6 +1,7 @@
 """How readable the texts are: `python -m tests.prose [FILE ...]` prints sentences to rewrite, and how long all are.
 
-Of a page it reads the prose, of a Python file the docstrings and the errors. Without files it reads all pages.
+Of a page it reads the prose, of a Python file the docstrings, the errors, and the texts that nodes show. Of a script of the
+frontend it reads the texts that are translated. Without files it reads all pages.
 """
 
 import ast
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("web/docs/*.md")),
+    *sorted(ROOT.glob("web/docs/*/en.md")),
 )
 LONGEST = 30
 """Words in a sentence."""
@@ -25,6 +26,15 @@ HABITS = re.compile(
     re.IGNORECASE,
 )
 """Turns of phrase that a reader has to read twice."""
+SCREEN_HABITS = re.compile(
+    r"\b(?:stands?|lies|goes|comes|wants|says|said|knows|hears|tells)\b|\bas (?:it|they) (?:is|are|was|were|came)\b|; "
+    r"|\bwhat (?:is|it is|there is)\b|\bat a time\b|\bthose (?:of|that)\b|\bone a line\b|\bsomebody else\b"
+    r"|\b(?:a|the|all|this|another|of|no) trainings?\b(?! (?:adapter|folder|photos?|resolution|run|runs|sample|settings?))",
+    re.IGNORECASE,
+)
+"""Turns of phrase that are also wrong in a tooltip, a button or a message on a page."""
+SHOWN = ("description", "placeholder", "tooltip")
+"""The arguments of a node's schema that are shown."""
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -44,13 +54,14 @@ def words(sentence: str) -> int:
     return len(re.findall(r"[\w'’-]+(?:[.,]\d+)*", sentence))
 
 
-def faults(text: str) -> list[str]:
-    """List the sentences of a page that are too long or have one of HABITS, each with the reason."""
+def faults(text: str, *, on_screen: bool = False) -> list[str]:
+    """List the sentences that are too long or have one of HABITS, each with the reason. `on_screen` adds SCREEN_HABITS."""
     found = []
     for sentence in sentences(text):
         if (count := words(sentence)) > LONGEST:
             found.append(f"{count} words: {sentence}")
-        found += [f"{habit.group()!r}: {sentence}" for habit in HABITS.finditer(sentence)]
+        for habits in (HABITS, SCREEN_HABITS) if on_screen else (HABITS,):
+            found += [f"{habit.group()!r}: {sentence}" for habit in habits.finditer(sentence)]
     return found
 
 
@@ -59,7 +70,7 @@ def texts_of(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return text
-    found = []
+    found = [shown_texts(path)]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             found.append(inspect.cleandoc(node.value.value))
@@ -68,8 +79,35 @@ def texts_of(path: Path) -> str:
     return "\n\n".join(found)
 
 
+def shown_texts(path: Path) -> str:
+    """Return what a node's schema or a script of the frontend shows on the page, as paragraphs."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".js":
+        return "\n\n".join(sorted(translated_texts(text)))
+    if "nodes" not in path.parts:
+        return ""
+    return "\n\n".join(
+        _spoken(argument.value)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        for argument in node.keywords
+        if argument.arg in SHOWN
+    )
+
+
+def translated_texts(script: str) -> set[str]:
+    """Return the texts that a script of the frontend gives to `say`, itself or in a table that is marked with `// say`."""
+    tables = "".join(re.findall(r"// say\n((?:.*\S.*\n)+)", script))
+    return {
+        *re.findall(r'\bsay\(\s*"((?:[^"\\]|\\.)+)"', script),
+        *re.findall(r'(?:: |\[|, )"((?:[^"\\]|\\.)+)"', tables),
+    }
+
+
 def _spoken(message: ast.expr) -> str:
     """Return the text of a message, with `x` for each value that is put into it."""
+    if isinstance(message, ast.BinOp):
+        return _spoken(message.left) + _spoken(message.right)
     parts = message.values if isinstance(message, ast.JoinedStr) else [message]
     return "".join(str(part.value) if isinstance(part, ast.Constant) else "`x`" for part in parts)
 

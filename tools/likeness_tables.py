@@ -53,7 +53,7 @@ MEASUREMENTS = 4
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a checkpoint is worth on photos and pictures that the selection has not seen."""
+    """What an intermediate LoRA is worth on photos and pictures that the selection has not seen."""
 
     step: int
     likeness: float
@@ -123,7 +123,7 @@ def photos(images: Sequence[Image.Image]) -> list[Photo]:
 
 
 def settings(prior: str) -> TrainConfig:
-    """The demo's, with half its batch and a rate that does not fall: with one that does, the last checkpoints hardly differ."""
+    """Return the demo's settings with half the batch and a constant rate. With a falling rate, the last LoRAs hardly differ."""
     every = CONFIG.steps // MEASUREMENTS
     return replace(
         CONFIG, batch_size=4, schedule="constant", prior_prediction=PRIORS[prior], sample_every=every, save_every=every,

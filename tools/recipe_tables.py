@@ -42,7 +42,7 @@ SEEDS = range(101, 117)
 """Of the pictures to judge by; the selection's count from the training's seed."""
 SAMPLE_STEPS = 10
 EVERY = 100
-"""Photos seen between the checkpoints of a run's curve."""
+"""Photos seen between the intermediate LoRAs of a run's curve."""
 TEST = 2
 """Photos of each person to judge by; the others are what the command is given."""
 
@@ -190,7 +190,7 @@ def differences(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def curves(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The mean likeness of runs after so many photos seen, and what the checkpoints that they keep have."""
+    """The mean likeness of runs after so many photos seen, and what the intermediate LoRAs that they keep have."""
     choices: dict[str, list[Row]] = {}
     for row in rows:
         if row.curve:

@@ -20,7 +20,7 @@ function element(name, attributes, text) {
   return made
 }
 
-/** Lowest and highest value with a little room, never of no height, and not below zero for what never is. */
+/** Lowest and highest value with a margin. The range is never empty, and not below zero if no value is. */
 function range(points) {
   const values = points.map(([, value]) => value)
   const low = Math.min(...values), high = Math.max(...values)

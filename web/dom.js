@@ -1,4 +1,4 @@
-/** What the widgets of the nodes share: elements, the style sheet, small talk with ComfyUI. */
+/** Code shared by the nodes' widgets: elements, the style sheet, and calls to ComfyUI. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
@@ -16,10 +16,11 @@ export function make(name, className, ...children) {
 }
 
 const MARGIN = 4
-/** What stands above an element in ComfyUI's app mode. */
+/** The label above an element in ComfyUI's app mode. */
+// say
 const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles" }
 
-/** Adds an element to a node that is no part of what is saved or queued. `height` says how many pixels it wants now. */
+/** Adds an element to a node. It is not saved or queued. `height` returns the pixels that it needs now. */
 export function addElement(node, name, element, height) {
   const room = () => height() + 2 * MARGIN
   const widget = node.addDOMWidget(name, `facelora_${name}`, element, {
@@ -32,34 +33,34 @@ export function addElement(node, name, element, height) {
 
 export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
 
-/** The nodes of a type that an output of the node goes to. */
+/** The nodes of a type that are connected to an output of the node. */
 export function fedBy(node, type) {
   const links = (node.outputs ?? []).flatMap((output) => output.links ?? [])
   const targets = links.map((id) => node.graph?.getNodeById(node.graph.links.get(id)?.target_id))
   return [...new Set(targets)].filter((target) => target?.comfyClass === type)
 }
 
-/** The node that feeds an input of the node; undefined where none does. */
+/** The node connected to an input of the node; undefined if there is none. */
 function feeding(node, input) {
   const link = node.graph?.links.get(node.inputs?.find(({ name }) => name === input)?.link)
   return link && node.graph.getNodeById(link.origin_id)
 }
 
-/** The file of the base model that feeds a node, as its loader names it; "" where none is found. */
+/** The base model's file for a node, by its name in the loader; "" if none is found. */
 export function baseOf(node) {
   const model = feeding(node, "model"), names = ["ckpt_name", "unet_name"]
   if (!model) return ""
   return names.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
 }
 
-/** Has ComfyUI note that a value of the node has changed, so that it is there after F5. */
+/** Tells ComfyUI that a value of the node has changed, so that it is kept after F5. */
 export function remember(node) {
   node.graph?.change?.()
   const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker
   ;(tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker)
 }
 
-/** Shows an element in the middle of the page, until the next click or key; a text, which can be copied, until one beside it. */
+/** Shows an element in the middle of the page until the next click or key; a text, which can be copied, until a click outside it. */
 export function showLarge(element) {
   const dialog = make("dialog", "facelora-large", element)
   const isText = element.tagName === "PRE"
@@ -70,13 +71,13 @@ export function showLarge(element) {
   dialog.showModal()
 }
 
-/** The text with which the server answers: a report, or the sentence that says why there is none. */
+/** The text of the server's answer: a report, or the reason why there is none. */
 export async function readReport(address) {
   const answer = await api.fetchApi(address)
   return answer.text()
 }
 
-/** Calls a function after whatever the node does when something is done to it, e.g. "onRemoved". */
+/** Calls a function after the node's own handler of an event, e.g. "onRemoved". */
 export function after(node, event, then) {
   const before = node[event]
   node[event] = function () {
@@ -96,13 +97,13 @@ export function whenSet(widget, then) {
   }
 }
 
-/** The same, and when a workflow that has a value is opened. */
+/** The same, and also when a workflow with a value is opened. */
 export function whenChanged(node, widget, then) {
   whenSet(widget, then)
   after(node, "onConfigure", then)
 }
 
-/** Has Train Face LoRA give the checkpoint that it keeps: another one was chosen of another training. */
+/** Resets `checkpoint` of Train Face LoRA: the chosen step belongs to another training run. */
 export function forgetCheckpoint(train) {
   const widget = widgetOf(train, "checkpoint")
   if (!widget.value) return
@@ -111,8 +112,8 @@ export function forgetCheckpoint(train) {
 }
 
 /**
- * Asks in a dialog with a row of pictures for each {title, images, button, answer}. Resolves to the answer of the row that is
- * chosen, to null by the button below, and to undefined where the user cancels.
+ * Asks in a dialog with a row of pictures for each {title, images, button, answer}. Resolves to the answer of the chosen row,
+ * to null for the button below, and to undefined if the user cancels.
  */
 export function choose(question, rows, button) {
   return new Promise((done) => {

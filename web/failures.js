@@ -1,4 +1,4 @@
-/** Why a node of this pack failed, as a message on the page: ComfyUI's app mode says no more than that it did. */
+/** Shows why a node of this pack failed, because ComfyUI's app mode only shows that it did. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"

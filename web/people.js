@@ -1,20 +1,22 @@
-/** All trainings of the user, running and done: in the sidebar, and from the panel of Train Face LoRA. */
+/** All training runs of the user, in the sidebar and from the panel of Train Face LoRA. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { choose, make } from "./dom.js"
 import { say } from "./words.js"
 
+// say
 const PHASES = { running: "training", stopped: "stopped", failed: "failed", done: "done" }
+
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 
 const read = async (address, options) => (await api.fetchApi(address, options)).json()
 
-/** Puts the list into an element. `leave` is called when a training is opened. */
+/** Shows the list in an element. `leave` is called when a training run is opened. */
 export async function listPeople(root, leave = () => {}) {
   const people = await read("/facelora/people")
   root.replaceChildren(...people.map((person) => row(person, root, leave)))
-  if (!people.length) root.append(make("div", "facelora-quiet", say("Nobody is trained yet.")))
+  if (!people.length) root.append(make("div", "facelora-quiet", say("No one has been trained yet.")))
 }
 
 function row(person, root, leave) {
@@ -40,7 +42,7 @@ function row(person, root, leave) {
 
 async function deletePerson(person, root, leave) {
   const what = say(
-    "This deletes the LoRA, {} headshots, what the cache keeps, and the photos that were dropped for it. What another training uses stays.",
+    "This deletes the LoRA, {} headshots, cached files, and the photos you dropped for it. Files that another training run uses are kept.",
     person.headshots)
   if ((await choose(say("Delete {}?", person.name), [{ title: what, images: [] }], say("Delete"))) === undefined) return
   const { error } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })

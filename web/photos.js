@@ -1,4 +1,4 @@
-/** The pictures of Load Face Photos: dropped, pasted or chosen files, as thumbnails that can be taken out again. */
+/** The pictures of Load Face Photos: dropped, pasted or chosen files, as thumbnails that can be removed. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
@@ -9,9 +9,9 @@ import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos", TRAIN = "FaceLoRATrain"
 const TILE = 76, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
-const MASK = /-masklabel\.png$/i // of the photo of the same name, which the server finds beside it
+const MASK = /-masklabel\.png$/i // The server finds it beside the photo of the same name.
 
-/** The file of something that was dropped, or the files of a folder. */
+/** The dropped file, or the files of a dropped folder. */
 async function filesOf(entry) {
   if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))]
   const reader = entry.createReader(), inside = []
@@ -20,7 +20,7 @@ async function filesOf(entry) {
   return (await Promise.all(inside.map(filesOf))).flat()
 }
 
-/** All files that were dropped. The entries are there only until the event is over. */
+/** All dropped files. The entries exist only until the event ends. */
 async function dropped({ items, files }) {
   const entries = [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean)
   return entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : [...files]
@@ -28,14 +28,15 @@ async function dropped({ items, files }) {
 
 const folderOf = (name) => name.split("/").slice(0, -1).join("/")
 const isNoise = ({ name }) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini)$/i.test(name) // of a dropped folder
-const WORDS = { good: "✓ good", doubtful: "! look", rejected: "✕ left out" }
+// say
+const WORDS = { good: "✓ good", doubtful: "! check", rejected: "✕ left out" }
 
 const NO_FOLDER = "(no folder)", ALL = "all photos"
 
-/** The resolution that the training of a node's photos names; 0 where it leaves it to the base model. */
+/** The resolution set in Train Face LoRA for a node's photos; 0 for the base model's. */
 const resolutionOf = (node) => fedBy(node, TRAIN).map((train) => widgetOf(train, "resolution").value)[0] ?? 0
 
-/** The answer of the server as JSON; an error with its sentence where it refuses. */
+/** The server's answer as JSON. Throws its error message if it refuses. */
 async function ask(address, options) {
   const answer = await api.fetchApi(address, { method: "POST", ...options })
   const said = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }))
@@ -43,7 +44,7 @@ async function ask(address, options) {
   return said
 }
 
-/** The name in the input folder of a file that the server has taken for a photo of the person. */
+/** Uploads a photo of the person, and returns its name in the input folder. */
 async function upload(file, person, folder) {
   const body = new FormData()
   for (const [name, value] of Object.entries({ person, folder, file })) body.append(name, value)
@@ -52,7 +53,7 @@ async function upload(file, person, folder) {
 
 const thumbnails = new Map() // by names in the input folder
 
-/** The address of a photo's thumbnail, which the server gives to the photo's user alone, and so not to an <img> by itself. */
+/** The address of a photo's thumbnail. The server sends it only to the photo's user, so an <img> can't load it directly. */
 function thumbnail(name) {
   const read = async () => {
     const answer = await api.fetchApi(`/facelora/photo?name=${encodeURIComponent(name)}`)
@@ -68,9 +69,9 @@ class Pictures {
     this.value = widgetOf(node, "pictures")
     this.value.hidden = this.value.options.hidden = true
     this.button = make("button", "facelora-add", say("Add photos"))
-    this.button.title = say("Or drop them onto the node, or paste them")
+    this.button.title = say("You can also drop photos onto the node, or paste them")
     this.clear = make("button", "facelora-remove-all", say("Remove all"))
-    this.clear.title = say("The files stay in ComfyUI's input folder, where folder offers them")
+    this.clear.title = say("The files stay in ComfyUI's input folder. You can choose them again in folder")
     this.clear.addEventListener("click", () => {
       this.refused.replaceChildren()
       this.names = []
@@ -79,7 +80,7 @@ class Pictures {
     this.headline = make("div", "facelora-headline")
     this.refused = make("div", "facelora-refused")
     this.seen = { photos: [] }
-    this.ownNames = {} // the files' own, by those in the input folder
+    this.ownNames = {} // the original names, by the names in the input folder
     this.tiles = make("div", "facelora-tiles")
     const accept = "image/*,.heic,.heif,.avif"
     this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
@@ -88,7 +89,7 @@ class Pictures {
     const row = make("div", "facelora-row", this.button, this.clear, this.note)
     const root = make("div", "facelora-panel", row, this.headline, this.refused, this.tiles)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
-    // ComfyUI asks the node about what is over the canvas alone, and opens what is dropped elsewhere as a workflow.
+    // ComfyUI asks the node only about files over the canvas, and opens files dropped elsewhere as workflows.
     root.addEventListener("dragover", (event) => event.preventDefault())
     root.addEventListener("drop", (event) => this.take(event))
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
@@ -118,7 +119,7 @@ class Pictures {
     return 36 + text + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
   }
 
-  /** Has the photos checked that the node has now, once nothing has changed for a moment. */
+  /** Checks the node's photos once nothing has changed for a moment. */
   changed() {
     this.seen = { photos: this.seen.photos.filter(({ name }) => this.names.includes(name)) }
     this.show()
@@ -136,7 +137,7 @@ class Pictures {
     if (asked === this.asked) this.report(seen)
   }
 
-  /** Shows what was seen: a verdict and its reason for each photo, those of the folder too, and one headline. */
+  /** Shows the result: a verdict and its reason for each photo, also in the folder, and one headline. */
   report(seen) {
     this.asked = undefined
     this.seen = seen
@@ -144,7 +145,7 @@ class Pictures {
     this.show()
   }
 
-  /** Adds what was dropped, once, however many elements hear of it. */
+  /** Adds dropped files once, however many elements get the event. */
   async take(event) {
     event.preventDefault()
     if (!event.isTaken) {
@@ -154,7 +155,7 @@ class Pictures {
     return true
   }
 
-  /** Uploads the files, and says of each that is no photo why not. */
+  /** Uploads the files, and shows why a file is refused. */
   async add(files) {
     const wanted = files.filter((file) => !isNoise(file))
     const [train] = fedBy(this.node, TRAIN)
@@ -176,18 +177,18 @@ class Pictures {
     this.show()
   }
 
-  /** Whether Run may go on: where the photos show different people, once the user has said what to do. */
+  /** Whether Run may continue. If the photos show different people, the user is asked first. */
   async agreed() {
     const trains = fedBy(this.node, TRAIN).filter((train) => widgetOf(train, "use").value !== ALL)
     if (!this.seen.mixed || !trains.length) return true
-    const answer = await choose(say("These photos show different people"), this.people(), say("Train on all of them"))
+    const answer = await choose(say("These photos show different people"), this.people(), say("Train on all photos"))
     if (answer === undefined) return false
     if (answer) this.names = this.names.filter((name) => answer.has(name))
     else for (const train of trains) widgetOf(train, "use").value = ALL
     return true
   }
 
-  /** For each person the photos that can be kept, as a row of pictures with a button. */
+  /** A row of pictures with a button for each person whose photos can be kept. */
   people() {
     const numbers = [...new Set(this.seen.photos.map(({ person }) => person))].filter(Boolean).sort()
     return numbers.map((number) => {
@@ -197,7 +198,7 @@ class Pictures {
         thumbnail(name).then((address) => (image.src = address))
         return image
       })
-      const can = names.every((name) => this.names.includes(name)) // those of a folder stay in it
+      const can = names.every((name) => this.names.includes(name)) // photos in a folder can't be removed here
       return { title: say("person {}", number), images, button: can && say("Keep only these"), answer: new Set(names) }
     })
   }
@@ -227,7 +228,7 @@ class Pictures {
     image.addEventListener("click", () => showLarge(make("figure", "", image.cloneNode(), make("figcaption", "", `${word} ${tile.title}`))))
     if (!removable) return tile
     const remove = make("button", "", "×")
-    remove.title = say("Take out {}", own)
+    remove.title = say("Remove {}", own)
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
     tile.append(remove)
     return tile
@@ -253,7 +254,7 @@ app.registerExtension({
   },
 })
 
-// What is dropped anywhere on an app's page is for its photos, as long as it is no workflow.
+// Files dropped anywhere on an app's page are added to its photos, except workflows.
 document.body.addEventListener("drop", (event) => {
   const [shown, ...others] = panels, isApp = !document.querySelector("#graph-canvas")?.checkVisibility()
   const { files } = event.dataTransfer
@@ -261,7 +262,7 @@ document.body.addEventListener("drop", (event) => {
   if (event.isTaken) event.stopPropagation()
 })
 
-/** Run asks first where a training's photos show different people. */
+/** Run asks first if the photos of a training run show different people. */
 const queue = app.queuePrompt
 app.queuePrompt = async function () {
   for (const shown of panels) if (!(await shown.agreed())) return false

@@ -1,4 +1,4 @@
-/** The text that a node shows once it has run: which LoRA it is, where a file was written. */
+/** The text that a node shows once it has run, such as the name of a LoRA or a saved file. */
 
 import { app } from "../../scripts/app.js"
 import { addElement, after, make, makeRoom, readReport, showLarge, widgetOf } from "./dom.js"
@@ -6,7 +6,7 @@ import { say } from "./words.js"
 
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAGroup", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
 const APPLY = "FaceLoRAApply", CONNECTED = "(the connected LoRA)"
-const LETTER = 6.7, LINE = 15, BUTTON = 30, MOST_LINES = 44 // in pixels; it scrolls where there are more
+const LETTER = 6.7, LINE = 15, BUTTON = 30, MOST_LINES = 44 // in pixels; longer texts scroll
 
 class ResultText {
   constructor(node) {
@@ -18,15 +18,15 @@ class ResultText {
     after(node, "onExecuted", ({ text }) => this.show(text))
   }
 
-  /** Shows what is in the chosen file; of a connected LoRA, what the last run has said. */
+  /** Shows the report on the chosen file, or for a connected LoRA, the text of the last run. */
   button() {
     this.about = make("button", "facelora-about", say("About this LoRA"))
-    this.about.title = say("What it is, its trigger words, how it was trained")
+    this.about.title = say("Show its model family, trigger words and training settings")
     this.about.addEventListener("click", async () => {
       const { value } = widgetOf(this.node, "lora_name")
       const connected = value === CONNECTED || this.node.inputs.find((input) => input.name === "lora")?.link != null
       const report = connected ? this.text.textContent : await readReport(`/facelora/lora?name=${encodeURIComponent(value)}`)
-      showLarge(make("pre", "", report || say("The connected LoRA is known when the node has run")))
+      showLarge(make("pre", "", report || say("Run the node first to see the connected LoRA")))
     })
     return make("div", "facelora-row", this.about)
   }

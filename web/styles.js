@@ -36,7 +36,7 @@ class StylePicker {
     this.mark()
   }
 
-  /** Takes out styles that were chosen in another pack. */
+  /** Removes styles that were chosen in another pack. */
   keep(names) {
     const { chosen } = this
     const kept = chosen.filter((name) => names.some((other) => same(name, other)))
@@ -60,7 +60,7 @@ class StylePicker {
     this.node.graph?.change?.()
   }
 
-  /** Shows which are chosen: all of them if none is named. */
+  /** Marks the chosen styles; all of them if none is named. */
   mark() {
     const { chosen } = this
     for (const card of this.grid.children) {

@@ -1,4 +1,4 @@
-/** Texts of several lines take little of a node, so that what it shows has the room. */
+/** Keeps text fields of several lines low, so that the node has room for its panel. */
 
 import { app } from "../../scripts/app.js"
 

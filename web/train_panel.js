@@ -1,4 +1,4 @@
-/** The live panel of Train Face LoRA: how the training stands, on every page that shows the node. */
+/** The live panel of Train Face LoRA: the progress of a training run, on every page that shows the node. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
@@ -30,32 +30,32 @@ function duration(seconds) {
 
 function statusText(state) {
   if (state.stopping && TRAINING.has(state.phase)) 
-    return say("ending after step {}, keeping what is learned", state.step ?? 1)
+    return say("saving the LoRA after step {}", state.step ?? 1)
   if (state.phase === "done") return [say("done: {}", state.file), verdictText(state)].filter(Boolean).join(" · ")
   if (state.phase === "failed") return say("failed: {}", state.error)
-  if (state.phase === "stopped") return say("stopped; queued again, it goes on from there")
+  if (state.phase === "stopped") return say("stopped. Queue it again to continue")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
   if (!TRAINING.has(state.phase)) return state.total ? counted() : say(state.phase)
   const parts = []
   const sampling = state.phase === "samples"
   if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
-  if ("step" in state && !sampling) parts.push(say("rate {}", short(state.learning_rate)))
+  if ("step" in state && !sampling) parts.push(say("learning rate {}", short(state.learning_rate)))
   if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
-  if (sampling) parts.push(say("samples: sampling step {} of {}", state.done, state.total))
+  if (sampling) parts.push(say("drawing samples: step {} of {}", state.done, state.total))
   return parts.join(" · ")
 }
 
-/** What the likeness of the kept step means, and what would help. */
+/** The meaning of the kept step's likeness, and what would improve it. */
 function verdictText({ kept_step, kept_likeness, kept_word }) {
   if (kept_likeness == null) return ""
   const found = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add closer photos")}`
+  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add close-up photos")}`
 }
 
-/** Of a training that is done: good, doubtful or rejected; "" where likeness was not measured. */
+/** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */
 const verdictOf = ({ phase, kept_word }) => (phase === "done" && VERDICTS[kept_word]) || ""
 
-/** The time that has passed and that is left, `since` seconds after the server has told the state. */
+/** The time passed and the time left, `since` seconds after the server sent the state. */
 function timeText(state, since = 0) {
   const parts = state.seconds == null ? [] : [duration(state.seconds + since)]
   if (TRAINING.has(state.phase) && state.seconds_left != null && !state.stopping)
@@ -73,17 +73,17 @@ class Panel {
   constructor(node) {
     this.node = node
     this.status = make("div", "facelora-status facelora-quiet")
-    this.status.textContent = say("The training shows here: loss, samples, likeness.")
+    this.status.textContent = say("Loss, samples and likeness appear here during training.")
     this.machine = make("button", "facelora-machine", say("This machine"))
-    this.machine.title = say("What it has for training and what is missing, to paste into a question")
+    this.machine.title = say("Show this machine's hardware and packages, as a report to paste into a question")
     this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
     this.people = make("button", "facelora-all", say("Trained people"))
-    this.people.title = say("All trainings, running and done: open one, or delete a person")
+    this.people.title = say("List all your training runs, to open or delete them")
     this.people.addEventListener("click", showPeople)
     this.keep = make("button", "facelora-keep", say("Stop and keep"))
-    this.keep.title = say("Ends the training now and keeps what it has learned")
+    this.keep.title = say("End training now and save the LoRA")
     this.cancel = make("button", "facelora-cancel", say("Cancel"))
-    this.cancel.title = say("Ends the training; queued again, it goes on from there")
+    this.cancel.title = say("End training without saving. Queue it again to continue")
     this.bar = make("div", "")
     this.progress = make("div", "facelora-bar", this.bar)
     this.time = make("span", "facelora-time facelora-quiet")
@@ -102,7 +102,7 @@ class Panel {
       this.likeness, this.checkpoints, this.pictures, this.headshots)
     this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
-    this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // and of no other prompt
+    this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // only this prompt
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
       this.pictures, this.headshots]) part.hidden = true
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
@@ -113,14 +113,14 @@ class Panel {
     this.height = IDLE_HEIGHT
   }
 
-  /** Says what the recipe does for the base model, as long as no training is shown. */
+  /** Shows the recipe's numbers for the base model, until a training run is shown. */
   async explain() {
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const asked = (this.asked = `${recipe} ${base}`)
     const answer = await api.fetchApi(`/facelora/recipe?${new URLSearchParams({ name: recipe, base })}`)
     const { steps, batch_size = 1, rank, learning_rate, resolution } = answer.ok ? await answer.json() : {}
     if (!steps || this.state || asked !== this.asked) return
-    this.status.textContent = say("{}: {} steps × {}, rank {}, rate {}, {} px", recipe, steps, batch_size ?? 1, rank,
+    this.status.textContent = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size ?? 1, rank,
       short(learning_rate), resolution)
   }
 
@@ -164,7 +164,7 @@ class Panel {
       drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#34d399" }], last)
     const [someoneElse, samePerson] = state.limits ?? []
     this.likeness.title =
-      samePerson ? say("From {} on it is the same person, below {} someone else", samePerson, someoneElse) : ""
+      samePerson ? say("{} or more: the same person. Below {}: someone else", samePerson, someoneElse) : ""
     this.offer(state.checkpoints ?? [])
     this.pictures.hidden = !state.samples?.length && !state.photos?.length
     fill(this.photos, state.photos)
@@ -175,18 +175,18 @@ class Panel {
     this.grow(active)
   }
 
-  /** Lets the clock go on until the server tells more, where it has told this page anything. */
+  /** Keeps the clock running until the server sends news, if it has sent this page any. */
   tick() {
     const { state } = this
     if (state && !ENDED.has(state.phase)) this.time.textContent = timeText(state, (performance.now() - this.told) / 1000)
   }
 
-  /** Buttons for the measured checkpoints, of which the node's input chooses one; 0 there means the one that was kept. */
+  /** Shows a button for each measured step. The node's input `checkpoint` is the chosen step; 0 is the kept one. */
   offer(choices) {
     this.checkpoints.hidden = choices.length < 2
     const buttons = choices.map(({ step, likeness, kept }) => {
       const button = make("button", "", `${step}`)
-      button.title = say("Likeness {}. The next run gives its LoRA, without training again", likeness.toFixed(2))
+      button.title = say("Likeness {}. The next run outputs this step's LoRA, without training again", likeness.toFixed(2))
       button.dataset.checkpoint = kept ? 0 : step
       button.addEventListener("click", () => {
         widgetOf(this.node, "checkpoint").value = kept ? 0 : step
@@ -195,20 +195,20 @@ class Panel {
       })
       return button
     })
-    const title = make("span", "facelora-quiet", say("Use the checkpoint of step"))
+    const title = make("span", "facelora-quiet", say("Use the LoRA of step"))
     title.title = title.textContent
     this.checkpoints.replaceChildren(title, ...buttons)
     this.mark()
   }
 
-  /** Shows which checkpoint is chosen. */
+  /** Shows which step is chosen. */
   mark() {
     const chosen = String(widgetOf(this.node, "checkpoint").value)
     for (const button of this.checkpoints.querySelectorAll("button"))
       button.setAttribute("aria-pressed", button.dataset.checkpoint === chosen)
   }
 
-  /** Makes room in the node for what the panel shows now. */
+  /** Makes room in the node for the panel. */
   grow(active) {
     const part = Math.round(0.3 * (this.node.size[0] - 30))
     this.root.style.setProperty("--facelora-strip", `${part}px`)
@@ -223,7 +223,7 @@ class Panel {
   }
 }
 
-/** A headshot with its likeness to the person, in words on the mouse. */
+/** A headshot with its likeness to the person. The title has it in words. */
 function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson] = []) {
   const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
   const image = Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" })
@@ -236,7 +236,7 @@ function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson
   return shown
 }
 
-/** Shows pictures given as data URLs; those that are shown already are left alone. */
+/** Shows pictures given as data URLs. Pictures that are already shown stay unchanged. */
 function fill(strip, urls = []) {
   if (strip.shown === urls) return
   strip.shown = urls
@@ -247,7 +247,7 @@ const rootGraph = () => app.rootGraph ?? app.graph
 
 const place = ({ workflow, node }) => `${workflow} ${node}`
 
-/** Takes news of a training into its state. */
+/** Adds news of a training run to its state. */
 function merge({ points, ...news }) {
   const before = states.get(place(news))
   const state = { ...(news.begin || before?.prompt !== news.prompt ? {} : before), ...news }
@@ -256,14 +256,14 @@ function merge({ points, ...news }) {
   states.set(place(news), state)
 }
 
-/** Shows a panel the state of its node, and of none with the same id in another workflow or in none. */
+/** Shows a panel the state of its node. A node with the same id in another workflow is ignored. */
 function refresh(panel) {
   const workflow = rootGraph()?.id
   for (const state of states.values())
     if (state.workflow === workflow && panel.is(state.node)) panel.show(state)
 }
 
-let known // the id by which the server knows this page, once it has been told whose page it is
+let known // the id of this page on the server, once the server has been told its user
 
 async function readStates() {
   known = api.clientId
@@ -289,12 +289,12 @@ app.registerExtension({
     if (node.comfyClass !== NODE) return
     const panel = new Panel(node)
     addElement(node, "training", panel.root, () => panel.height)
-    // ComfyUI would show the samples, which its app mode gets as previews, once more below the panel.
+    // ComfyUI's app mode gets the samples as previews. Without this, they would also appear below the panel.
     Object.defineProperty(node, "imgs", { get() {}, set() {} })
     panels.add(panel)
     after(node, "onRemoved", () => panels.delete(panel))
   },
-  // Only now do the nodes and the graph have their ids.
+  // The nodes and the graph have no ids before this.
   afterConfigureGraph() {
     panels.forEach(refresh)
     panels.forEach((panel) => panel.explain())

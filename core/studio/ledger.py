@@ -70,7 +70,7 @@ class LikenessPictures:
     of_base: int
     """The pictures that the base model draws, once for all people."""
     pictures: int
-    """The pictures that each checkpoint draws."""
+    """The pictures that each intermediate LoRA draws."""
     size: Size
     steps: int
 

@@ -134,5 +134,5 @@ def _advice(report: SetReport, order: Order, shots: Sequence[Headshot]) -> tuple
         *([f"Add photos: {', '.join(report.wishes)}."] if report.wishes else []),
         f"Train for more than {steps} steps."
         if order.config.hold_out
-        else f"Train for more than {steps} steps, or use the recipe best, which keeps the checkpoint with the best likeness.",
+        else f"Train for more than {steps} steps, or use the recipe best, which keeps the step with the best likeness.",
     )

@@ -57,7 +57,7 @@ class Callbacks:
     on_save: Callable[[int, Trained], None] | None = None
     """Called with (step, LoRA) every `save_every` steps. If None, `train` saves the LoRA beside its output."""
     on_measured: Callable[[int, Trained], None] | None = None
-    """Called at the end with (step, LoRA) for each of the most alike measured checkpoints, except the result."""
+    """Called at the end with (step, LoRA) for each of the most alike measured intermediate LoRAs, except the result."""
     on_warning: OnWarning = silent
     """Called with a sentence about anything the user should know that doesn't stop the training run."""
     check_cancelled: Callable[[], None] | None = None

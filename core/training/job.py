@@ -84,8 +84,9 @@ def train(
     Samples and class images are drawn without it, and without guidance.
 
     Likeness to the `held_out` photos, or to `config.hold_out` of `photos`, is measured by `faces` (default: YuNet and SFace).
-    It decides which checkpoint is kept. A `judge` measures the same pictures but selects nothing. The measurements are in the
-    metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to the result's own, but not to checkpoints.
+    It decides which intermediate LoRA is kept. A `judge` measures the same pictures but selects nothing. The measurements are
+    in the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to that of the result, but not to that of
+    intermediate LoRAs.
 
     Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step` ends
     the training run and keeps what has been learned. Errors are subclasses of FaceLoraError. InUse means that another run has
@@ -159,7 +160,7 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
                 "resume, start over with restart, or choose another output"
             )
         if other := foreign_checkpoint(output, config):
-            raise BadFile(f"{other}: has the name of a checkpoint of save_every, {_WOULD_REPLACE}")
+            raise BadFile(f"{other}: has the name of an intermediate LoRA of save_every, {_WOULD_REPLACE}")
         for addition in METHODS[config.method].beside:
             if other := _foreign(output, f"-{addition}"):
                 raise BadFile(
@@ -371,7 +372,7 @@ def _prepared(
 
 
 def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:
-    """Replace missing callbacks with ones that write checkpoints and samples beside the output."""
+    """Replace missing callbacks with ones that write intermediate LoRAs and samples beside the output."""
 
     def save(step: int, lora: Trained) -> None:
         lora.save(checkpoint_path(output, step), PRECISIONS[config.save_precision])
@@ -407,12 +408,12 @@ def delete_leftovers(output: Path) -> None:
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
-    """Return the path of the checkpoint after that step."""
+    """Return the path of the intermediate LoRA after that step."""
     return output.with_name(f"{output.stem}-step{step:06d}{output.suffix}")
 
 
 def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
-    """Find a file named like a checkpoint of the run that is not from a run with this output. None if there isn't one."""
+    """Find a file with the name of an intermediate LoRA that is not from a run with this output. None if there isn't one."""
     return _foreign(output, r"-step\d{6,}") if config.save_every else None
 
 

@@ -1,7 +1,7 @@
-"""Measure likeness during training: how much each checkpoint's pictures look like the person, and which one to keep.
+"""Measure likeness during training: how much each intermediate LoRA's pictures look like the person, and which one to keep.
 
-A checkpoint is judged by pictures of fixed prompts and seeds. Likeness is measured against photos held out from training,
-because a network that has memorised its photos reproduces those and not always the person.
+An intermediate LoRA is judged by pictures of fixed prompts and seeds. Likeness is measured against photos held out from
+training, because a network that has memorised its photos reproduces those and not always the person.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEUTRAL_PROMPTS = ("a photo of a street", "a photo of a dog", "a landscape with 
 LIKENESS_KEY = "facelora.likeness"
 """The key of the measured curve in a LoRA's metadata: JSON with the index of the point that was kept."""
 MAX_CANDIDATES = 4
-"""The number of most alike checkpoints that stay in memory until one is chosen."""
+"""The number of most alike intermediate LoRAs that stay in memory until one is chosen."""
 TOLERANCE = 0.015
 """A difference in likeness that nobody sees, as a share of `LikenessWatch.scale`.
 
@@ -47,7 +47,7 @@ LEAK_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class LikenessPoint:
-    """The measurement of one checkpoint on its pictures. All cosines are from the watch's face network."""
+    """The measurement of one intermediate LoRA on its pictures. All cosines are from the watch's face network."""
 
     step: int
     likeness: float
@@ -61,7 +61,7 @@ class LikenessPoint:
     drift: float
     """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
-    """The steps of the checkpoints that were averaged. Empty for a single checkpoint."""
+    """The steps of the intermediate LoRAs that were averaged. Empty for a single intermediate LoRA."""
     judged: LikenessPoint | None = None
     """The same pictures measured by the watch's judge, or None without a judge."""
 
@@ -102,14 +102,14 @@ class Score:
 def pictures_at_a_look(config: TrainConfig) -> tuple[int, int, int]:
     """Return how many pictures are drawn per measurement: of the trigger word, of the class, and of NEUTRAL_PROMPTS.
 
-    Likeness chooses the checkpoint. The other two only stop a run that leaks, so half as many pictures are enough.
+    Likeness chooses the intermediate LoRA. The other two only stop a run that leaks, so half as many pictures are enough.
     """
     half = (config.likeness_pictures + 1) // 2
     return config.likeness_pictures, half, min(half, len(NEUTRAL_PROMPTS))
 
 
 class LikenessWatch:
-    """Measures checkpoints of one person on the pictures that `train_lora` draws with them."""
+    """Measures intermediate LoRAs of one person on the pictures that `train_lora` draws with them."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class LikenessWatch:
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
     def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
-        """Measure a checkpoint that drew these pictures of `shots`. Call `see_base` first."""
+        """Measure an intermediate LoRA that drew these pictures of `shots`. Call `see_base` first."""
         first = len(images) - len(self.base_shots)
         of_person, of_class, neutral = (
             images[:first],
@@ -209,7 +209,7 @@ class LikenessWatch:
         return max(self.own - self._base_class, 0.01)
 
     def cost(self, point: LikenessPoint) -> float:
-        """Return the damage a checkpoint does, about 0 to 1: leakage, copying beyond `own_copying`, and drift over 255."""
+        """Return an intermediate LoRA's damage, about 0 to 1: leakage, copying above `own_copying`, and drift over 255."""
         spoiled = max(0.0, point.leakage) + max(0.0, point.copying - self.own_copying)
         return spoiled / self.scale + point.drift / 255
 
@@ -247,7 +247,7 @@ class LikenessWatch:
 
 
 class Selection:
-    """The checkpoints of a run that may still be kept, and all measurements."""
+    """The intermediate LoRAs of a run that may still be kept, and all measurements."""
 
     def __init__(self, watch: LikenessWatch):
         self.watch = watch
@@ -256,13 +256,13 @@ class Selection:
         """The adapter's values at a point, on the CPU, by the point's index."""
 
     def add(self, point: LikenessPoint, values: Mapping[str, Tensor]) -> None:
-        """Add a checkpoint, and drop the values of all but the MAX_CANDIDATES most alike."""
+        """Add an intermediate LoRA, and drop the values of all but the MAX_CANDIDATES most alike."""
         self._values[len(self.points)] = {name: value.detach().cpu().clone() for name, value in values.items()}
         self.points.append(point)
         self._values = {index: self._values[index] for index in self._ranked()[:MAX_CANDIDATES]}
 
     def has(self, step: int) -> bool:
-        """Return whether the checkpoint at that step was measured."""
+        """Return whether the intermediate LoRA at that step was measured."""
         return any(point.step == step and not point.merged for point in self.points)
 
     def average(self, count: int) -> tuple[tuple[int, ...], dict[str, Tensor]] | None:

@@ -56,7 +56,7 @@ def train_lora(
 
     `on_save` is called every `save_every` steps (also for the last, if another is kept). `on_sample` is called every
     `sample_every` steps with the shots of `samples`. With a watch in `samples`, likeness is measured every `sample_every`
-    steps and at the end. The checkpoint that the watch chooses is returned, with the curve in its metadata.
+    steps and at the end. The intermediate LoRA that the watch chooses is returned, with the curve in its metadata.
 
     A step that does not fit into memory is repeated with a smaller memory plan, and `on_warning` is called. Raises OutOfMemory
     when no plan fits. Raises TrainingDiverged when the loss is not finite; a saved state is from before that.

@@ -72,7 +72,7 @@ def training_metadata(
     weights_narrowed: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
-    """Build the metadata of the checkpoint after `steps` steps, as strings. Hashes of the tensors are added on saving.
+    """Build the metadata of the result after `steps` steps, as strings. Hashes of the tensors are added on saving.
 
     None is written as "None", as in sd-scripts. The trigger word is in `modelspec.trigger_phrase`, `ss_tag_frequency` and
     `ss_datasets`, since each reader looks in one of them. `started_at` is in seconds since the epoch.

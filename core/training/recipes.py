@@ -21,7 +21,7 @@ COMMON = {"prior_prediction": 0.5}
 MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
 """The settings of every recipe when photos can be held out.
 
-The best checkpoint is kept, and training stops early when more steps don't help or the class is lost.
+The best intermediate LoRA is kept, and training stops early when more steps don't help or the class is lost.
 """
 CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
 """The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""

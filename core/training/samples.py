@@ -36,7 +36,7 @@ A face network looks at 112 pixels of a face, and a picture of 768 pixels takes 
 
 @dataclass(frozen=True)
 class Samples:
-    """The pictures that a training run draws with its checkpoints."""
+    """The pictures that a training run draws with its intermediate LoRAs."""
 
     sampler: Sampler
     shots: Sequence[Shot] = ()

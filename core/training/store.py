@@ -141,7 +141,7 @@ class RunFolder:
 
     @property
     def output(self) -> Path:
-        """The path of the LoRA that the run writes, with its checkpoints and its state beside it."""
+        """The path of the LoRA that the run writes, with its intermediate LoRAs and its state beside it."""
         return self.path / _OUTPUT
 
     def history(self) -> Curve:
@@ -181,7 +181,7 @@ class RunFolder:
         return found
 
     def add_measured(self, step: int, lora: Trained, dtype: torch.dtype) -> None:
-        """Write a measured checkpoint that is not the run's result into the folder."""
+        """Write a measured intermediate LoRA that is not the run's result into the folder."""
         lora.save(self.path / f"measured-{step:06d}.safetensors", dtype)
 
     def measured(self) -> dict[int, Path]:
@@ -223,7 +223,7 @@ class TrainedFile:
         return curve["points"][curve["kept"]]["leakage"] if curve["points"] else None
 
     def checkpoints(self) -> dict[int, Path]:
-        """Return the file of each measured checkpoint you can choose, by step, with this one. Empty if none was measured."""
+        """Return the files of the measured intermediate LoRAs, by step, with this one. Empty if none was measured."""
         curve = self._curve()
         kept = {curve["points"][curve["kept"]]["step"]: self.path} if curve["points"] else {}
         return dict(sorted({**self.run.measured(), **kept}.items())) if kept else {}
@@ -236,7 +236,9 @@ class TrainedFile:
         files = self.checkpoints()
         if step not in files:
             there = ", ".join(map(str, files)) or "none"
-            raise BadConfig(f"checkpoint = {step}: {self.path.stem} does not have this checkpoint. Available: {there}")
+            raise BadConfig(
+                f"checkpoint = {step}: {self.path.stem} has no intermediate LoRA of this step. Choose one of: {there}"
+            )
         if files[step] == self.path:
             return self.path
         file, key = SafetensorsFile.open(files[step]), f"{self.run.path.name}-step{step:06d}"
@@ -287,11 +289,11 @@ def find_or_train(
 
     A file with the job's name and key is used unchanged. A file in or below the folders that has the tensors this job made
     earlier is copied under the job's name. No other file is replaced: if the name is taken, or another run is about to write
-    it, the new file is called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
+    it, the new file is called NAME-2 and so on. The intermediate LoRAs of `save_every` are written beside it.
 
     With `own_name` the file always has the job's name. As soon as the new LoRA is trained, an existing file with that name and
-    its checkpoints are moved into the folder `earlier`. A LoRA of the job that is in there is moved back, without its
-    checkpoints.
+    its intermediate LoRAs are moved into the folder `earlier`. A LoRA of the job that is in there is moved back, without its
+    intermediate LoRAs.
 
     An exception from a callback cancels: the run is kept, and the next call continues it. StopAndKeep from `on_step` ends the
     training run, and its file counts as the job's. Before training, `on_history` is called with the losses of steps from
@@ -393,7 +395,7 @@ def _unwritten(output: Path) -> LoraFile | None:
 
 
 def _clear(output: Path, path: Path) -> None:
-    """Delete the output of a run, which is now the LoRA at `path`, and move its checkpoints beside that."""
+    """Delete the output of a run, which is now the LoRA at `path`, and move its intermediate LoRAs beside that."""
     output.unlink(missing_ok=True)
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)
     for checkpoint in output.parent.glob(f"{output.stem}-step*.safetensors"):
@@ -452,7 +454,7 @@ def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path,
 
 
 def _set_lora_aside(path: Path) -> None:
-    """Move the LoRA at the path and its checkpoints, if they exist, into the folder `earlier` beside it."""
+    """Move the LoRA at the path and its intermediate LoRAs, if they exist, into the folder `earlier` beside it."""
     set_aside(path)  # under this name, which some disks treat as another spelling of the file's name
     names = re.compile(rf"{re.escape(path.stem)}-step\d{{6,}}{re.escape(path.suffix)}")
     with writing(path.parent):

@@ -32,64 +32,75 @@ class ApplyLora(io.ComfyNode):
             node_id="FaceLoRAApply",
             display_name="Apply LoRA",
             category="FaceLoRA",
-            description="Puts a LoRA on MODEL and CLIP, in whatever naming scheme its file is. A LoRA that does not fit "
-            "is an error here, not a line in the log.",
+            description="Applies a LoRA to MODEL and CLIP, whatever names its file uses. If the LoRA doesn't fit the "
+            "model, the node stops with an error instead of only logging it.",
             search_aliases=["lora loader", "load lora", "use lora", "lora block weight", "lora schedule"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that draws the pictures."),
+                io.Model.Input("model", tooltip="The model to apply the LoRA to."),
                 io.Combo.Input(
                     "lora_name",
                     options=[CONNECTED, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file of the loras folders; not used when a LoRA is connected.",
+                    tooltip="The LoRA file to use, from the loras folders. Ignored if a LoRA is connected to lora.",
                 ),
                 io.Float.Input(
                     "strength_model",
                     default=0.8, min=-10.0, max=10.0, step=0.05,
-                    tooltip="How much of the LoRA goes onto MODEL; 1 is what was trained, less leaves the style more room.",
+                    tooltip="How strongly the LoRA changes MODEL. 1 is the strength it was trained at. Lower it if the "
+                    "prompt's style is lost, raise it if the likeness is too weak.",
                 ),
                 io.Float.Input(
                     "strength_clip",
                     default=0.8, min=-10.0, max=10.0, step=0.05,
-                    tooltip="The same for CLIP, if the LoRA has a part for it and CLIP is connected.",
+                    tooltip="How strongly the LoRA changes CLIP. It has no effect if CLIP is not connected or the LoRA "
+                    "doesn't change the text encoder.",
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default=MODES[0], optional=True, advanced=True,
-                    tooltip="bypass: computed beside MODEL's weights, which stay as they are (slower, exact on fp8 weights); "
-                    "off: MODEL and CLIP pass through as they came.",
+                    tooltip="How the LoRA is applied. 'into the weights' (default) is the fastest. 'bypass' computes the "
+                    "LoRA separately and leaves the weights unchanged: slower, but exact for fp8 weights. 'off' passes "
+                    "MODEL and CLIP through unchanged.",
                 ),
                 io.String.Input(
                     "block_weights", default="", multiline=True, optional=True, advanced=True,
-                    placeholder="all blocks alike, or e.g. up_blocks=0.5, IN04=0",
-                    tooltip="What the strengths of single blocks are multiplied by: BLOCK=NUMBER with commas between, by the "
-                    "names that Inspect LoRA shows, or BASE, IN04, M00, OUT05; or a LoRA Block Weight list of "
+                    placeholder="empty: all blocks equal. Or e.g. up_blocks=0.5, IN04=0",
+                    tooltip="Multiplies the strength of single blocks: BLOCK=NUMBER, separated by commas, with names from "
+                    "Inspect LoRA or BASE, IN04, M00, OUT05. LoRA Block Weight lists work too: "
                     + ", ".join(f"{count} ({family})" for count, family in BLOCK_LISTS if family in FAMILIES) + " numbers.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                    tooltip="Share of the sampling after which the LoRA begins to work on MODEL; later leaves the layout to "
-                    "the base.",
+                    tooltip="The point in sampling, from 0 to 1, at which the LoRA starts to act on MODEL. Raise it to "
+                    "let the base model decide the composition.",
                 ),
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                    tooltip="Share of the sampling after which it ends. With a range the LoRA is computed beside the weights.",
+                    tooltip="The point in sampling, from 0 to 1, at which the LoRA stops acting on MODEL. If the range "
+                    "is not 0 to 1, the LoRA is computed separately, as in mode bypass.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs that change it."),
+                io.Clip.Input(
+                    "clip", optional=True,
+                    tooltip="The text encoder. Connect it if the LoRA changes the text encoder.",
+                ),
                 LoraModel.Input(
                     "lora",
                     optional=True,
-                    tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA.",
+                    tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA. It is used instead of "
+                    "lora_name.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="MODEL with the LoRA on it."),
-                io.Clip.Output(display_name="clip", tooltip="CLIP with the LoRA on it; nothing if none was connected."),
+                io.Model.Output(display_name="model", tooltip="MODEL with the LoRA applied."),
+                io.Clip.Output(display_name="clip", tooltip="CLIP with the LoRA applied. Empty if CLIP is not connected."),
                 io.String.Output(
                     display_name="trigger_phrase",
-                    tooltip="The words that call the person, from the LoRA's metadata, e.g. 'sks person'.",
+                    tooltip="The words for the person in prompts, from the LoRA's metadata, e.g. 'sks person'.",
                 ),
-                io.String.Output(display_name="prompt", tooltip="'a photo of' the trigger phrase, to begin a prompt with."),
+                io.String.Output(
+                    display_name="prompt",
+                    tooltip="The start of a prompt: 'a photo of' and the trigger phrase.",
+                ),
             ],
-            has_intermediate_output=True,  # the text stays when ComfyUI need not run the node again
+            has_intermediate_output=True,  # the text stays when ComfyUI reuses the result
         )  # fmt: skip
 
     @classmethod
@@ -103,7 +114,7 @@ class ApplyLora(io.ComfyNode):
         end_percent=1.0, clip=None, lora=None,
     ) -> io.NodeOutput:  # fmt: skip
         if start_percent >= end_percent:
-            raise BadConfig(f"start_percent = {start_percent:g} is not below end_percent = {end_percent:g}")
+            raise BadConfig(f"start_percent = {start_percent:g} must be less than end_percent = {end_percent:g}")
         found = chosen_lora(lora_name, lora)
         if mode != "off":
             steps = (start_percent, end_percent)
@@ -119,7 +130,7 @@ def _apply(
     lora: LoraFile, model: Any, clip: Any, strength_model: float, strength_clip: float, block_weights: str,
     bypass: bool, steps: tuple[float, float],
 ) -> tuple[Any, Any]:  # fmt: skip
-    """MODEL and CLIP (which may be None), copied, with the LoRA on them for the given range of the sampling, from 0 to 1."""
+    """Return copies of MODEL and CLIP (or None) with the LoRA applied for the given range of the sampling, from 0 to 1."""
     lora, entries = loadable(lora, model, clip)
     factors = block_strengths(lora, block_weights)
     model, key_map = model.clone(), comfy.lora.model_lora_keys_unet(model.model, {})
@@ -135,8 +146,8 @@ def _apply(
         _add_patches(model, load_patches(lora, rest, key_map, strength), strength, lora)
     if fixed and not whole:
         raise BadConfig(
-            f"start_percent, end_percent: {counted(len(fixed), 'module')} of {Path(lora.name).name} can only go into the "
-            f"weights, for all steps, e.g. {fixed[0].name} of kind {fixed[0].kind}; set 0 and 1"
+            f"start_percent, end_percent: {counted(len(fixed), 'module')} of {Path(lora.name).name}, e.g. {fixed[0].name} "
+            f"({fixed[0].kind}), can only be added to the weights, for all steps. Set start_percent to 0 and end_percent to 1"
         )
     if bypass or not whole:
         bypassed.attach(model)
@@ -148,7 +159,7 @@ def _apply(
 
 
 def patch_clip(clip: Any, lora: LoraFile, entries: list[Entry], strength: float) -> None:
-    """Adds the entries of text encoders to the CLIP."""
+    """Add the entries of text encoders to the CLIP."""
     key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
     _add_patches(clip, load_patches(lora, entries, key_map, strength), strength, lora)
 
@@ -174,36 +185,39 @@ def _can_bypass(entry: Entry, place: Any) -> bool:
 
 
 def _add_patches(model_or_clip: Any, patches: Mapping[Any, Any], strength: float, lora: LoraFile) -> None:
-    """Adds the patches to a MODEL or CLIP. Raises LoraMisfit when it lacks a tensor that they change, such as a bias."""
+    """Add the patches to a MODEL or CLIP. Raises LoraMisfit when it lacks a tensor that they change, such as a bias."""
     if left_over := patches.keys() - set(model_or_clip.add_patches(patches, strength)):
-        raise LoraMisfit(f"{Path(lora.name).name}: MODEL and CLIP have no {next(iter(left_over))}, which it changes")
+        raise LoraMisfit(
+            f"{Path(lora.name).name}: it changes {next(iter(left_over))}, which MODEL and CLIP don't have. Choose a LoRA for "
+            "this base model"
+        )
 
 
 def lora_summary(lora: LoraFile, phrase: str) -> str:
-    """The text that the node shows about a LoRA: its name, family, rank, trigger phrase and base model."""
+    """Return the text that the node shows about a LoRA: its name, family, rank, trigger phrase and base model."""
     ranks = sorted({entry.rank for entry in lora.entries if entry.rank is not None})
     rank = f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
     return (
-        f"{Path(lora.name).name}: {lora.family}{rank}\ntrigger: {phrase or 'not stated'}\n"
-        f"base: {lora.metadata.get('ss_sd_model_name') or 'not stated'}"
+        f"{Path(lora.name).name}: {lora.family}{rank}\ntrigger phrase: {phrase or 'not stated'}\n"
+        f"base model: {lora.metadata.get('ss_sd_model_name') or 'not stated'}"
     )
 
 
 def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> LoraFile:
-    """The connected LoRA, else that of the name. Raises BadFile where there is neither, LoraMisfit where it changes nothing."""
+    """Return the connected LoRA, or else the named file. Raises BadFile without either, LoraMisfit if it changes no weight."""
     if lora is None and lora_name == CONNECTED:
-        raise BadFile("no LoRA: connect one, or choose a file in lora_name")
+        raise BadFile("no LoRA: connect one to lora, or choose a file in lora_name")
     found = LoraFile.read(_path(lora_name)) if lora is None else lora_file(lora)
     if not found.entries:
         raise LoraMisfit(
-            f"{Path(found.name).name}: changes no weight: a file of words (textual inversion) belongs into the embeddings "
-            "folder, where prompts name it as embedding:NAME"
+            f"{Path(found.name).name}: changes no weight. If it is a textual inversion, move it to the embeddings folder and "
+            "write embedding:NAME into the prompt"
         )
     return found
 
 
 def file_state(lora_name: str | None) -> str:
-    """What changes when a file of the loras folders does; "" where none is chosen."""
+    """Return a text that changes when the file in the loras folders changes; "" if no file is chosen."""
     if not lora_name or lora_name == CONNECTED:
         return ""
     state = _path(lora_name).stat()

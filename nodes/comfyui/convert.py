@@ -1,4 +1,4 @@
-"""Conversion between the values of ComfyUI and those of `core`: models, pictures and LoRAs. No other file knows both."""
+"""Conversion between the values of ComfyUI and those of `core`: models, pictures and LoRAs. Only this file uses both."""
 
 # pyright: reportMissingImports=false
 
@@ -49,21 +49,21 @@ FAMILY_OF_CLASS = {kind: family for family, table in NAME_TABLES.items() for kin
 
 
 def style_family(model: Any) -> str:
-    """The family of a MODEL as style packs call it. Raises UnknownFamily for a model that they have no words for."""
+    """Return the family of a MODEL for style packs. Raises UnknownFamily for a model that they don't support."""
     kind = _class_name(model)
     if kind not in FAMILY_OF_CLASS:
         known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
-        raise UnknownFamily(f"MODEL is {kind}, and style packs have no words for it; choose one of: {known}")
+        raise UnknownFamily(f"MODEL is {kind}, which style packs don't support. Set family to one of: {known}")
     return FAMILY_OF_CLASS[kind]
 
 
 def trained_family(model: Any) -> str:
-    """The family of a MODEL, a key of FAMILIES. Raises UnknownFamily for a model that cannot be trained."""
+    """Return the family of a MODEL, a key of FAMILIES. Raises UnknownFamily for a model that cannot be trained."""
     kind = _class_name(model)
     family = FAMILY_OF_CLASS.get(kind)
     if family not in FAMILIES:
         known = ", ".join(family.title for name, family in FAMILIES.items() if name in FAMILY_OF_CLASS.values())
-        raise UnknownFamily(f"MODEL is {kind}; Train Face LoRA can train {known}")
+        raise UnknownFamily(f"MODEL is {kind}. Train Face LoRA can train: {known}")
     return family
 
 
@@ -72,17 +72,17 @@ def _class_name(model: Any) -> str:
 
 
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
-    """The base model that MODEL, CLIP and VAE make up, with the patches on them merged in when a weight is read.
+    """Build the base model of MODEL, CLIP and VAE. Patches on them are merged when a weight is read.
 
-    MODEL's quantised weights stay as they are, but for those with patches, which are widened. Nothing is loaded onto the
+    MODEL's quantised weights stay unchanged, except for patched ones, which are widened. Nothing is loaded onto the
     device, and no weight is copied until it is used. Raises UnknownFamily for a model that cannot be trained or a CLIP that
     does not belong to it, BadConfig when adapters are computed beside MODEL's weights.
     """
     model_config = model.model.model_config
     if model.injections:
         raise BadConfig(
-            "MODEL: something is computed beside its weights (a LoRA in mode 'bypass' or over part of the steps), which "
-            "cannot be trained on; put the LoRA into the weights"
+            "MODEL: training needs LoRAs in the weights, but one is applied in mode 'bypass' or for part of the steps. "
+            "In Apply LoRA, set mode to 'into the weights', start_percent to 0 and end_percent to 1"
         )
     family = FAMILIES[trained_family(model)]
     stored = _readers_as_stored(model, "diffusion_model.")
@@ -93,7 +93,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         text = {name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))}
         if ("clip_g" in {name.partition(".")[0] for name in text}) != ("clip_g" in family.text_kinds):
             raise UnknownFamily(
-                f"CLIP does not belong to MODEL, which is {_class_name(model)}; wire both from one checkpoint"
+                f"CLIP does not belong to MODEL, which is {_class_name(model)}. Connect both from one checkpoint"
             )
         tensors |= model_config.process_clip_state_dict_for_saving(text) | _sampling_markers(model)
     readers |= {name: partial(_trainable, tensor) for name, tensor in tensors.items()}
@@ -111,12 +111,12 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
 _OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scale", "weight_scale_2")
 """Endings of the tensors that belong to a quantised weight; dequantising the weight makes use of them."""
 _SAID = (".comfy_quant", ".pre_quant_scale")
-"""Endings of those that say how it is quantised, beside its scales. No weight with the latter can be read."""
+"""Endings of the tensors that describe the quantisation, beside its scales. Weights with the latter cannot be read."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter of a model of ComfyUI without its patches, and what is done to it."""
+    """A parameter of a ComfyUI model without its patches, and the changes to it."""
 
     stored: Any
     """A tensor, or one of the classes of quantised ones."""
@@ -124,12 +124,12 @@ class _Weight:
     patches: list
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """A function that reads it widened, with its patches merged."""
+        """Return a function that reads it widened, with its patches merged."""
         return partial(_merged, name, self.stored, self.convert, self.patches)
 
 
 def _weights(patcher: Any, prefix: str = "") -> dict[str, _Weight]:
-    """The parameters of a ComfyUI ModelPatcher by name.
+    """Return the parameters of a ComfyUI ModelPatcher by name.
 
     ComfyUI's own `get_key_patches` fails at quantised weights, which have more in the state dict than attributes.
     """
@@ -150,14 +150,15 @@ def _weights(patcher: Any, prefix: str = "") -> dict[str, _Weight]:
 
 
 def _readers(patcher: Any) -> dict[str, Callable[[], Tensor]]:
-    """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged."""
+    """Return a function for each parameter of a ComfyUI ModelPatcher, by name, that reads it with its patches merged."""
     return {name: weight.reader(name) for name, weight in _weights(patcher).items()}
 
 
 def _readers_as_stored(patcher: Any, prefix: str) -> dict[str, Callable[[], Tensor]]:
-    """The same, but for quantised weights without patches, which are under the names and in the form of ComfyUI's files.
+    """Return the same functions, but with quantised weights without patches as they are stored in ComfyUI's files.
 
-    (Those of the pack ComfyUI-GGUF are one tensor each.)"""
+    Weights of the pack ComfyUI-GGUF are one tensor each.
+    """
     readers: dict[str, Callable[[], Tensor]] = {}
     stored: dict[str, Any] = {}
     beside = patcher.model_state_dict(prefix)
@@ -212,7 +213,7 @@ class _Usable(Mapping[str, Tensor]):
 
 
 def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:
-    """The conditioning of a caption, read as text without prompt weights. Raises UnknownFamily for another model's CLIP."""
+    """Encode a caption as text without prompt weights. Raises UnknownFamily for another model's CLIP."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     with torch.inference_mode():
         try:
@@ -225,10 +226,10 @@ def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, capti
         if wanted not in (None, found):
             raise UnknownFamily(
                 f"CLIP does not belong to MODEL, which is {title}: {what} {wanted} wide there, this CLIP "
-                f"has {found or 'none'}; load its text encoders with the loader's type for it"
+                f"has {found or 'none'}. Load the text encoders of {title}, and set the loader's type for it"
             )
     names = {"context": "cond", "pooled": "pooled_output", "context_mask": "attention_mask"}
-    # A mask that hides nothing is left out by ComfyUI.
+    # ComfyUI leaves out a mask that hides nothing.
     return {"context_mask": torch.ones(given["cond"].shape[:2])} | {
         ours: given[theirs].clone().cpu() for ours, theirs in names.items() if isinstance(given.get(theirs), Tensor)
     }
@@ -244,7 +245,7 @@ def _clip_fingerprint(clip: Any) -> str:
 
 
 def _merged(name: str, weight: Any, convert: Callable[..., Any] | None, patches: list) -> Tensor:
-    """The weight with its patches merged, in its own dtype, or float16 where that has 8 bits. Raises when the user cancels."""
+    """Return the weight with its patches merged, in its dtype (float16 for 8 bits). Raises when the user cancels."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     value = _widened(name, weight).detach()
     if not patches:
@@ -256,7 +257,7 @@ def _merged(name: str, weight: Any, convert: Callable[..., Any] | None, patches:
 
 
 def _widened(name: str, weight: Any) -> Tensor:
-    """The weight that a quantised one stands for: one of ComfyUI's, or of the pack ComfyUI-GGUF."""
+    """Return a weight without quantisation, from ComfyUI's classes or the pack ComfyUI-GGUF."""
     if isinstance(weight, QuantizedTensor):
         return weight.dequantize()
     if getattr(weight, "tensor_type", None) is not None:
@@ -266,7 +267,7 @@ def _widened(name: str, weight: Any) -> Tensor:
 
 
 def _trainable(tensor: Tensor) -> Tensor:
-    """A tensor that autograd accepts, unlike those made in inference mode; it shares their memory where that is possible."""
+    """Return a tensor that autograd accepts, unlike tensors made in inference mode. It shares their memory if possible."""
     tensor = tensor.detach()
     if not tensor.is_inference():
         return tensor
@@ -276,7 +277,7 @@ def _trainable(tensor: Tensor) -> Tensor:
 
 
 def _sampling_markers(model: Any) -> dict[str, Tensor]:
-    """The marker tensors by which a checkpoint states its prediction type, from the sampling set on MODEL.
+    """Return the marker tensors of a checkpoint's prediction type, from the sampling set on MODEL.
 
     Raises UnknownFamily for a sampling that cannot be trained.
     """
@@ -294,7 +295,7 @@ def _sampling_markers(model: Any) -> dict[str, Tensor]:
 
 
 def _file_name(model: Any) -> str:
-    """The name of the checkpoint file for the metadata, or "ComfyUI MODEL" when ComfyUI no longer knows it."""
+    """Return the name of the checkpoint file for the metadata, or "ComfyUI MODEL" if ComfyUI no longer has it."""
     loader = getattr(model, "cached_patcher_init", None)
     path = loader[1][0] if loader and loader[1] and isinstance(loader[1][0], str) else "ComfyUI MODEL"
     return Path(path).name
@@ -304,12 +305,12 @@ def _file_name(model: Any) -> str:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """The picture as an IMAGE of ComfyUI: float32 (1, height, width, 3) in [0, 1]."""
+    """Return the picture as an IMAGE of ComfyUI: float32 (1, height, width, 3) in [0, 1]."""
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).unsqueeze(0)
 
 
 def pictures(images: Tensor) -> Iterator[Image.Image]:
-    """The pictures of an IMAGE of ComfyUI, which is (batch, height, width, channels) in [0, 1]."""
+    """Yield the pictures of an IMAGE of ComfyUI, which is (batch, height, width, channels) in [0, 1]."""
     for image in images:
         array = (image[..., :3].detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
         yield Image.fromarray(array)
@@ -318,10 +319,10 @@ def pictures(images: Tensor) -> Iterator[Image.Image]:
 def photos_of(
     values: Sequence[Any] | None, captions: Sequence[str] | None = None, masks: Sequence[Tensor] | None = None
 ) -> list[Photo]:
-    """The photos wired to an input of type FACE_PHOTOS or IMAGE, with the captions and masks given in the same order.
+    """Return the photos connected to an input of type FACE_PHOTOS or IMAGE, with captions and masks in the same order.
 
-    A mask that is all black, as Load Image makes of a picture without transparency, is none. Raises BadPhoto
-    when there is not one caption or mask for each photo.
+    An all-black mask, which Load Image makes for a picture without transparency, is ignored. Raises BadPhoto if the number of
+    captions or masks differs from that of the photos.
     """
     photos: list[Photo] = []
     for value in values or ():
@@ -334,7 +335,7 @@ def photos_of(
     drawn = [mask for batch in masks or () for mask in batch.reshape(-1, *batch.shape[-2:])]
     for what, given in (("captions", captions), ("masks", drawn)):
         if given and len(given) != len(photos):
-            raise BadPhoto(f"{len(given)} {what} for {len(photos)} photos; give one for each")
+            raise BadPhoto(f"{len(given)} {what} for {len(photos)} photos. Connect one for each photo")
     if captions:
         texts = [" ".join(caption.split()) or None for caption in captions]
         photos = [replace(photo, caption=text) for photo, text in zip(photos, texts, strict=True)]
@@ -347,7 +348,7 @@ def photos_of(
 
 
 def mask_picture(mask: Tensor) -> Image.Image:
-    """A mask (h, w) of ComfyUI, 0 to 1, as a grey picture."""
+    """Return a mask (h, w) of ComfyUI, 0 to 1, as a grey picture."""
     return Image.fromarray((mask.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8))
 
 
@@ -364,7 +365,7 @@ class LoraTensors(dict):
 
 
 def lora_model(lora: LoraFile) -> LoraTensors:
-    """The LoRA as a LORA_MODEL, with its tensors copied into memory, so that its file may change."""
+    """Return the LoRA as a LORA_MODEL, with its tensors copied into memory, so that its file may change."""
     tensors = {key: tensor.clone() for key, tensor in lora.tensors.items()}
     return LoraTensors(tensors, lora.metadata, Path(lora.name).name)
 
@@ -375,10 +376,10 @@ def lora_file(value: Mapping[str, Tensor]) -> LoraFile:
 
 
 def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, list[Entry]]:
-    """The LoRA in a naming scheme in which ComfyUI loads every module, and its entries. Without a CLIP, modules of text
-    encoders are left out.
+    """Return the LoRA in a naming scheme in which ComfyUI loads every module, and its entries.
 
-    Raises LoraMisfit when it does not fit the models or no scheme will do. ComfyUI itself would only log that and go on.
+    Without a CLIP, modules of text encoders are left out. Raises LoraMisfit if the LoRA doesn't fit the models, or no scheme
+    works. ComfyUI itself would only log that.
     """
     shapes = _shapes("model.", model.model)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -395,13 +396,13 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
         if not skipped:
             return candidate, list(candidate.entries)
     raise LoraMisfit(
-        f"{Path(lora.name).name}: ComfyUI would leave out {len(skipped)} of {len(lora.entries)} modules, e.g. "
-        f"{', '.join(skipped[:3])}: it has no name for them, or they have a bias in the up matrix"
+        f"{Path(lora.name).name}: ComfyUI would skip {len(skipped)} of {len(lora.entries)} modules, e.g. "
+        f"{', '.join(skipped[:3])}, because it doesn't support their names or a bias in the up matrix"
     )
 
 
 def _shapes(prefix: str, module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a module, by its name after the prefix; of a quantised weight the one that it stands for."""
+    """Return the shape of each tensor of a module, by its name after the prefix. Quantised weights have their full shape."""
     stored = {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return stored | {prefix + name: tuple(weight.shape) for name, weight in module.named_parameters()}
 
@@ -412,4 +413,4 @@ def _in_every_scheme(lora: LoraFile) -> Iterator[LoraFile]:
         try:
             yield convert_lora(lora, scheme)[0]
         except FaceLoraError:
-            continue  # the scheme cannot name some module; the error is then about the file's own names
+            continue  # The scheme cannot name a module. Then the error is about the file's own names.

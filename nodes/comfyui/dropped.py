@@ -1,7 +1,7 @@
-"""Photos that were dropped on a page: the folder of each person's below ComfyUI's input folder, and whose it is.
+"""Photos that were dropped on a page: the folder for each person in ComfyUI's input folder, and its owner.
 
-They are numbered, since ComfyUI writes the graph, and so their names, into every picture that it saves. The files' own names
-are beside them, and go to their user's pages alone.
+Photos are numbered, because ComfyUI writes the graph, with their names, into every picture that it saves. The original names
+are saved beside the photos, and are sent only to their user's pages.
 """
 
 # pyright: reportMissingImports=false
@@ -26,7 +26,7 @@ from ...core.storage.files import make_folder, read_json, write_file, write_text
 ROOT = "photos"
 """The folder of all dropped photos, below ComfyUI's input folder."""
 NAMES = ".names.json"
-"""The file in a person's folder that has the files' own names, by those that they were given."""
+"""The file in a person's folder with the original names of the photos, by their numbered names."""
 _adding = threading.Lock()
 """Held while a photo is added, so that two pages don't give two photos the same number."""
 _NOT_IN_NAMES = re.compile(r'[<>:"|?*\\/\x00-\x1f]')
@@ -38,9 +38,9 @@ def input_folder() -> Path:
 
 
 def own_root(user: str | None) -> str:
-    """The folder, below the input folder, of all photos that the user has dropped.
+    """Return the folder, below the input folder, of all photos that the user has dropped.
 
-    With --multi-user each has one, whose name others cannot guess.
+    With --multi-user, each user has their own, and others cannot guess its name.
     """
     return f"{ROOT}/{content_key('photos', user, _secret())[:20]}" if args.multi_user else ROOT
 
@@ -61,12 +61,12 @@ def is_hidden(name: str, user: str | None) -> bool:
 
 
 def folders_for(user: str | None) -> list[str]:
-    """The folders below the input folder that the user may choose."""
+    """Return the folders below the input folder that the user may choose."""
     return [name for name in folder_paths.get_input_subfolders() if not is_hidden(name, user)]
 
 
 def own_name(name: str) -> str:
-    """The name that a dropped photo had, by its name below the input folder, which is that of any other photo."""
+    """Return the original name of a dropped photo, by its name below the input folder; for other photos, that name."""
     path = input_folder() / name
     return _own_names(path.parent).get(path.name, name)
 
@@ -107,7 +107,7 @@ def add(user: str | None, person: str, folder: str, file_name: str, content: byt
 def _added(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
     stem, ending = _split(file_name)
     if not ending:
-        raise BadPhoto(f"{file_name}: is not a photo")
+        raise BadPhoto(f"{file_name}: not a photo. Use jpg, png, webp, heic or another image format")
     if not _is_own(folder, user):
         folder = _new_folder(user, person)
     path = input_folder() / folder
@@ -131,13 +131,13 @@ def _added(user: str | None, person: str, folder: str, file_name: str, content: 
 
 
 def _split(file_name: str) -> tuple[str, str]:
-    """The name and the ending of a photo or mask; no ending for anything else."""
+    """Return the name and the ending of a photo or mask. For other files, the ending is empty."""
     ending = next((end for end in (MASK_ENDING, *PHOTO_SUFFIXES) if file_name.lower().endswith(end)), "")
     return file_name[: len(file_name) - len(ending)], ending
 
 
 def _number(stem: str, ending: str, names: dict[str, str]) -> int:
-    """The number of a photo: that of its mask, where the mask came first, and the other way round; else the next."""
+    """Return the number of a photo or mask: that of its mask or photo if there is one, or the next free number."""
     halves = {(_split(own)[0], _split(own)[1] == MASK_ENDING): int(match[1])
               for name, own in names.items() if (match := _NUMBER.match(name))}  # fmt: skip
     is_mask = ending == MASK_ENDING
@@ -154,7 +154,7 @@ def _is_own(folder: str, user: str | None) -> bool:
 
 
 def _new_folder(user: str | None, person: str) -> str:
-    """The name of a folder that is not there yet: the person's, with -2 and so on where that is taken."""
+    """Return the name of a new folder: the person's, with -2 and so on if it already exists."""
     word = _NOT_IN_NAMES.sub("_", person)[:60].strip(" .") or "person"
     first = f"{own_root(user)}/{word}"
     names = (first if number == 1 else f"{first}-{number}" for number in range(1, 10_000))

@@ -1,9 +1,7 @@
-"""Files in ComfyUI's folders: LoRAs under the names that users type, and textual-inversion embeddings.
+"""Files in ComfyUI's folders: LoRAs under the names that users type, textual-inversion embeddings, and paths in messages.
 
-And how messages name files: from their folder on.
-
-A LoRA may bring along the vectors of its trigger word (pivotal tuning). ComfyUI's prompts find them in a file of the
-embeddings folder, by the file's name after `embedding:`.
+A LoRA may contain the vectors of its trigger word (pivotal tuning). ComfyUI's prompts use them from a file in the embeddings
+folder, by the file's name after `embedding:`.
 """
 
 # pyright: reportMissingImports=false
@@ -26,16 +24,16 @@ from ...core.storage.files import make_folder
 
 
 def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:
-    """The name of the embedding's file, without its ending.
+    """Return the name of the embedding's file, without its ending.
 
-    It has no spaces, since a prompt's `embedding:NAME` ends at one, and a part of the hash, so that other vectors do not
-    replace these.
+    It contains no spaces, because a prompt's `embedding:NAME` ends at one. It contains a part of the hash, so that other
+    vectors do not replace these.
     """
     return file_word(f"{Path(lora.name).stem}-{embedding.model_hash[:8]}")
 
 
 def write_embedding(path: Path) -> None:
-    """Writes the embeddings bundled in the LoRA at `path` into the embeddings folder. Raises BadFile when that fails."""
+    """Write the embeddings bundled in the LoRA at `path` to the embeddings folder. Raises BadFile when that fails."""
     lora = LoraFile.read(path)
     for embedding in embedding_files(lora).values():
         folder = make_folder(Path(folder_paths.get_folder_paths("embeddings")[0]))
@@ -43,27 +41,27 @@ def write_embedding(path: Path) -> None:
 
 
 def prompt_phrase(lora: LoraFile, phrase: str) -> tuple[str, str]:
-    """The trigger phrase as ComfyUI's prompts need it, and a sentence about the embedding file that is missing, or ""."""
+    """Return the trigger phrase for ComfyUI's prompts, and a sentence about a missing embedding file, or ""."""
     files = embedding_files(lora)
     if len(files) != 1:
         return phrase, ""
     ((word, embedding),) = files.items()
     name = embedding_name(lora, embedding)
     if name not in {Path(file).stem for file in folder_paths.get_filename_list("embeddings")}:
-        return phrase, f"{word} has vectors of its own, and the embeddings folder has no {name}.safetensors"
+        return phrase, f"{word} needs its own vectors, but {name}.safetensors is missing from the embeddings folder"
     spelled = re.escape(word).replace("_", r"[\W_]+")  # the word before file_word replaced its other characters
     return re.sub(rf"(?<!\w){spelled}(?!\w)", f"embedding:{name}", phrase), ""
 
 
 def without_server_paths(text: str) -> str:
-    """The text with files named from their folder on, such as `input` or `loras`: where that is, is the server's affair."""
+    """Return the text with paths that start at their folder, such as `input` or `loras`, so that server paths stay private."""
     for folder, name in sorted(_known_folders().items(), key=lambda known: len(known[0]), reverse=True):
         text = re.sub(rf"{re.escape(folder)}(?=[\\/\s:;,'\")]|$)", name, text)
     return text
 
 
 def _known_folders() -> dict[str, str]:
-    """Path -> what a user calls it."""
+    """Return the folders' names in messages, by path."""
     paths = {
         "input": [folder_paths.get_input_directory()], "output": [folder_paths.get_output_directory()],
         "temp": [folder_paths.get_temp_directory()], "user": [folder_paths.get_user_directory()],
@@ -75,7 +73,7 @@ def _known_folders() -> dict[str, str]:
 
 
 def says_no_server_paths(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """A node's `execute` whose errors name files as `without_server_paths` does."""
+    """Wrap a node's `execute` so that its errors hide server paths."""
 
     @wraps(execute)
     def wrapped(*arguments: Any, **named: Any) -> io.NodeOutput:

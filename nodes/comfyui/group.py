@@ -40,16 +40,16 @@ PLACE = "facelora_place"
 class Member:
     person: GroupMember
     region: Area | None
-    """None: beside the others."""
+    """None: side by side with the others."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where an entry of a conditioning belongs in the picture."""
+    """The place of a conditioning's entry in the picture."""
 
     group: Group
     number: int
-    """That of the person; the scene has the last."""
+    """The number of the person; the scene has the last one."""
     multiple: int
     """The number of latents that sides of regions are multiples of, where the picture's are."""
 
@@ -61,41 +61,46 @@ class GroupPerson(io.ComfyNode):
             node_id="FaceLoRAPerson",
             display_name="Group Person",
             category="FaceLoRA",
-            description="Someone in a picture of several people: a LoRA, and the name by which the prompt of Group Portrait "
-            "calls the person.",
+            description="One person for Group Portrait: a LoRA, and the name for the person in the prompt.",
             search_aliases=["person", "character", "several people", "multiple loras"],
             inputs=[
                 io.Combo.Input(
                     "lora_name",
                     options=[CONNECTED, *folder_paths.get_filename_list("loras")],
-                    tooltip="The person's file in the loras folders; not used when a LoRA is connected.",
+                    tooltip="The person's LoRA file, from the loras folders. Ignored if a LoRA is connected to lora.",
                 ),
-                io.String.Input("name", default="anna", tooltip="One word, which stands in braces in the prompt: {anna}."),
+                io.String.Input(
+                    "name", default="anna",
+                    tooltip="A one-word name for the person. Write it in braces in the prompt: {anna}.",
+                ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-                    tooltip="How much of the LoRA is used in this person's region; elsewhere nothing of it is.",
+                    tooltip="How strongly the LoRA acts in this person's region. It has no effect elsewhere. 1 (default) "
+                    "is the strength it was trained at.",
                 ),
                 io.String.Input(
-                    "phrase", default="", placeholder="as the LoRA says, e.g. sks woman",
-                    tooltip="Trigger and class word, 'sks woman', where the LoRA's metadata do not say them. The class word "
-                    "stands for the person in everybody else's words.",
+                    "phrase", default="", placeholder="empty: from the LoRA file. Or e.g. sks woman",
+                    tooltip="Trigger word and class word, e.g. 'sks woman'. Needed only if the LoRA's metadata doesn't "
+                    "contain them. In the other people's prompts, the class word replaces the name.",
                 ),
                 io.String.Input(
-                    "region", default="", placeholder="beside the others, or e.g. 0, 0, 0.6, 1", optional=True, advanced=True,
-                    tooltip="Left, top, right and bottom of the person's part of the picture, as shares from 0 to 1. Give one "
-                    "to everyone or to nobody; without any, people are side by side in the order of the inputs.",
+                    "region", default="", placeholder="empty: side by side. Or e.g. 0, 0, 0.6, 1", optional=True, advanced=True,
+                    tooltip="Where the person is: left, top, right and bottom, each from 0 to 1. Set it for everyone or "
+                    "for nobody. If empty, people are side by side, in the order of the inputs.",
                 ),
                 LoraModel.Input(
                     "lora",
                     optional=True,
-                    tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA.",
+                    tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA. It is used instead of "
+                    "lora_name.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="In place of region: white where the person is, stretched over the picture; its grey fades.",
+                    tooltip="Use it instead of region for any shape: white where the person is, grey where they fade "
+                    "out. The mask is stretched over the picture.",
                 ),
             ],
-            outputs=[MemberType.Output(display_name="person", tooltip="To an input of Group Portrait.")],
+            outputs=[MemberType.Output(display_name="person", tooltip="Connect it to Group Portrait.")],
         )  # fmt: skip
 
     @classmethod
@@ -108,11 +113,13 @@ class GroupPerson(io.ComfyNode):
         found = chosen_lora(lora_name, lora)
         words, missing = prompt_phrase(found, phrase.strip() or next(iter(trigger_words(found.metadata)), ""))
         if not words:
-            raise BadConfig(f"{name}: {Path(found.name).name} does not say its trigger words; write them into phrase")
+            raise BadConfig(
+                f"{name}: {Path(found.name).name} doesn't contain trigger words. Type them into phrase, e.g. sks woman"
+            )
         if missing:
             raise BadConfig(f"{name}: {missing}")
         if mask is not None and region.strip():
-            raise BadConfig(f"{name}: mask and region are both given; leave one out")
+            raise BadConfig(f"{name}: mask and region are both given. Disconnect mask, or leave region empty")
         place = read_box(name, region) if region.strip() else None
         if mask is not None:
             place = Mask(mask_picture(mask.reshape(-1, *mask.shape[-2:])[0]))
@@ -123,48 +130,55 @@ class GroupPortrait(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         people = io.Autogrow.TemplatePrefix(
-            MemberType.Input("person", tooltip="Someone in the picture, from left to right."),
+            MemberType.Input("person", tooltip="A person in the picture, from left to right."),
             prefix="person", min=1, max=MOST_PEOPLE,
         )  # fmt: skip
         return io.Schema(
             node_id="FaceLoRAGroup",
             display_name="Group Portrait",
             category="FaceLoRA",
-            description="Several people in one picture, each drawn with a LoRA and words of their own in a region of their "
-            "own; two LoRAs that follow each other blend the faces instead.",
+            description="Draws several people in one picture, each with their own LoRA, prompt and region. Applying two "
+            "LoRAs one after the other would blend their faces.",
             search_aliases=["couple", "family", "multiple loras", "regional prompt", "attention couple", "several people"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that KSampler gets too, with no person's LoRA on it."),
-                io.Clip.Input("clip", tooltip="Its text encoder, with no person's LoRA on it."),
-                io.Autogrow.Input("people", template=people, tooltip="Everyone in the picture, from left to right."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The base model, without the people's LoRAs. Connect the same MODEL to KSampler.",
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the base model, without the people's LoRAs."),
+                io.Autogrow.Input(
+                    "people", template=people,
+                    tooltip="The people in the picture, from left to right: one Group Person each.",
+                ),
                 io.String.Input(
                     "prompt", multiline=True, default="a photo of {anna} and {ben} in an office", dynamic_prompts=False,
-                    tooltip="Names everyone in braces. Of a list such as '{anna}, {ben} and {carl}' a person's own words keep "
-                    "that name alone; what else it says, it says of all.",
+                    tooltip="The prompt, with each person's name in braces. From a list such as '{anna}, {ben} and "
+                    "{carl}', each person's prompt keeps only their own name. All other words apply to everyone.",
                 ),
                 io.String.Input(
                     "negative", multiline=True, default="", dynamic_prompts=False,
-                    tooltip="What is not wanted, for the scene and for everyone.",
+                    tooltip="The negative prompt, for the scene and for everyone.",
                 ),
                 io.Int.Input(
                     "width", default=0, min=0, max=16384, step=8,
-                    tooltip="Of the picture, in pixels; 0: wide enough for a portrait of each.",
+                    tooltip="Width of the picture in pixels. 0 (default) is wide enough for a portrait of each person.",
                 ),
                 io.Int.Input(
                     "height", default=0, min=0, max=16384, step=8,
-                    tooltip="Of the picture, in pixels; 0: what the model was trained at.",
+                    tooltip="Height of the picture in pixels. 0 (default) uses the base model's resolution.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Number of pictures."),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="positive",
-                    tooltip="To KSampler. It brings along the regions and LoRAs, for a picture of any size.",
+                    tooltip="Connect it to KSampler's positive. It contains the regions and LoRAs, and works at any "
+                    "picture size.",
                 ),
-                io.Conditioning.Output(display_name="negative", tooltip="To KSampler."),
-                io.Latent.Output(display_name="latent", tooltip="An empty picture of the size, to KSampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="Connect it to KSampler's negative."),
+                io.Latent.Output(display_name="latent", tooltip="An empty latent of this size, for KSampler."),
             ],
-            has_intermediate_output=True,  # the text stays when ComfyUI need not run the node again
+            has_intermediate_output=True,  # the text stays when ComfyUI reuses the result
         )  # fmt: skip
 
     @classmethod
@@ -198,17 +212,17 @@ class GroupPortrait(io.ComfyNode):
 
 
 def _group(members: list[Member]) -> Group:
-    """The people in their places. Raises BadConfig where some have a region and some have none, and as `Group` does."""
+    """Return the people in their places. Raises BadConfig if only some have a region, and as `Group` does."""
     people = tuple(member.person for member in members)
     placed = [member.region for member in members if member.region]
     if placed and len(placed) < len(members):
         lacking = next(member.person.name for member in members if member.region is None)
-        raise BadConfig(f"region: give one to everyone or to nobody; {lacking} has none")
+        raise BadConfig(f"region: set it for everyone or for nobody. {lacking} doesn't have one")
     return Group(people, tuple(placed))
 
 
 def _worn(person: GroupMember, model: Any, clip: Any) -> tuple[Any, Any]:
-    """The hook by which the person's LoRA is on MODEL, and CLIP with it. Raises LoraMisfit as Apply LoRA does."""
+    """Return the hook that applies the person's LoRA to MODEL, and CLIP with the LoRA. Raises LoraMisfit as Apply LoRA does."""
     lora, entries = loadable(person.lora, model, clip)
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     denoiser = [entry for entry in entries if entry.part == "denoiser"]
@@ -217,14 +231,16 @@ def _worn(person: GroupMember, model: Any, clip: Any) -> tuple[Any, Any]:
     there = model.model.state_dict()
     for place in hook.weights:
         if (name := place if isinstance(place, str) else place[0]) not in there:
-            raise LoraMisfit(f"{Path(lora.name).name}: MODEL has no {name}, which it changes")
+            raise LoraMisfit(
+                f"{Path(lora.name).name}: it changes {name}, which MODEL doesn't have. Choose a LoRA for this base model"
+            )
     clip = clip.clone()
     patch_clip(clip, lora, [entry for entry in entries if entry.part != "denoiser"], person.strength)
     return hook, clip
 
 
 def _begin_in_places(executor: Any, noise: Tensor, *rest: Any, **others: Any) -> Any:
-    """Puts the entries of the conditionings into their places in latents of the noise's size, before sampling begins."""
+    """Fit the entries of the conditionings to latents of the noise's size, before sampling begins."""
     conds: dict[str, list[dict]] = executor.class_obj.conds
     for name, entries in conds.items():
         placed = [_in_place(entry, noise) if PLACE in entry else entry for entry in entries]
@@ -249,20 +265,20 @@ def _in_place(entry: Mapping[str, Any], noise: Tensor) -> dict[str, Any] | None:
 
 
 def _multiple(model: Any) -> int:
-    """The number of latents that both sides of a picture are multiples of."""
+    """Return the number of latents that both sides of a picture are multiples of."""
     levels = model.model.model_config.unet_config.get("channel_mult")
     return 2 ** (len(levels) - 1) if levels else 16 // model.get_model_object("latent_format").spacial_downscale_ratio
 
 
 def _size(group: Group, model: Any, width: int, height: int, multiple: int) -> tuple[int, int]:
-    """The size in pixels: what is 0 is the group's own."""
+    """Return the size in pixels. A side of 0 is computed from the group."""
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     own = group.size(FAMILIES[trained_family(model)].resolution, multiple * pixels)
     return width or own[0], height or own[1]
 
 
 def _empty(model: Any, size: tuple[int, int], count: int) -> dict[str, Any]:
-    """The empty latents of pictures of that size."""
+    """Return empty latents of pictures of that size."""
     form = model.get_model_object("latent_format")
     ratio = form.spacial_downscale_ratio
     shape = (count, form.latent_channels, size[1] // ratio, size[0] // ratio)

@@ -31,7 +31,7 @@ from .folders import says_no_server_paths, without_server_paths
 from .plot import score_plot
 
 AUTOMATIC = "automatic"
-"""The choice of the naming scheme that LoRAs of the family are written in by default."""
+"""The option for the naming scheme that LoRAs of the family are saved in by default."""
 
 
 class SaveLora(io.ComfyNode):
@@ -41,40 +41,49 @@ class SaveLora(io.ComfyNode):
             node_id="FaceLoRASave",
             display_name="Save Face LoRA",
             category="FaceLoRA",
-            description="Writes a LoRA with its metadata and hashes into ComfyUI's output/loras folder.",
+            description="Saves a LoRA in ComfyUI's output/loras folder, with metadata and hashes. It can also convert "
+            "the names of its tensors for other programs.",
             search_aliases=["export lora", "convert lora"],
             is_output_node=True,
             inputs=[
-                LoraModel.Input("lora", tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA."),
+                LoraModel.Input(
+                    "lora", tooltip="The LoRA to save, from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA."
+                ),
                 io.String.Input(
-                    "name", default="lora", tooltip="Name of the file, or FOLDER/NAME; a number is added to it."
+                    "name",
+                    default="lora",
+                    tooltip="File name, or FOLDER/NAME. A number is added, so nothing is overwritten.",
                 ),
                 io.Combo.Input(
                     "scheme",
                     options=[AUTOMATIC, *SCHEMES],
-                    tooltip="The names of the tensors in the file. automatic: those that most programs load for this base "
-                    "model. kohya, diffusers, comfy: for a program that needs them.",
+                    tooltip="How tensors in the file are named. 'automatic' (default) uses the names that most programs "
+                    "load for this base model. Choose 'kohya', 'diffusers' or 'comfy' if a program requires them.",
                 ),
                 io.Combo.Input(
-                    "precision", options=list(PRECISIONS), tooltip="fp16 is what is usually shared.", advanced=True
+                    "precision",
+                    options=list(PRECISIONS),
+                    advanced=True,
+                    tooltip="Number format of the tensors. fp16 (default) is the usual choice for sharing. fp32 files "
+                    "are twice as large.",
                 ),
                 io.Boolean.Input(
                     "preview",
                     default=False,
                     optional=True,
-                    tooltip="Also write the last sample of the training beside it, as NAME.preview.png, which LoRA managers "
-                    "show. It is a picture of the person: only where they agree.",
+                    tooltip="Also save the last training sample as NAME.preview.png, which LoRA managers show. Off by "
+                    "default: it is a picture of the person, so ask for their consent.",
                 ),
                 io.Boolean.Input(
                     "sidecars",
                     default=False,
                     optional=True,
-                    tooltip="Also write the files in which A1111, Forge, InvokeAI, LoRA Manager and Stability Matrix look for "
-                    "the trigger word and the description. With preview, also NAME.png.",
+                    tooltip="Also save the files in which A1111, Forge, InvokeAI, LoRA Manager and Stability Matrix look "
+                    "for the trigger word and description. With preview on, this includes NAME.png. Off by default.",
                     advanced=True,
                 ),
             ],
-            outputs=[io.String.Output(display_name="lora_name", tooltip="Its name in loaders' lists.")],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="The name of the saved file.")],
         )
 
     @classmethod
@@ -88,7 +97,7 @@ class SaveLora(io.ComfyNode):
         path = Path(folder) / f"{stem}_{counter:05}_.safetensors"
         converted.save(path, PRECISIONS[precision])
         relative = str(Path(subfolder).relative_to("loras") / path.name)
-        text = f"written: output/loras/{relative}"
+        text = f"saved: output/loras/{relative}"
         if preview:
             text += f"\n{_write_preview(file, path)}"
         if sidecars:
@@ -99,10 +108,10 @@ class SaveLora(io.ComfyNode):
 
 
 def _write_preview(lora: LoraFile, path: Path) -> str:
-    """Writes the LoRA's sample beside the file at `path`, where there is one; a sentence about what was done."""
+    """Save the LoRA's sample beside the file at `path`, if it has one. Return a sentence about the result."""
     sample = drawn_sample(lora)
     if sample is None:
-        return "no preview: no sample of its training is in the cache folder"
+        return "no preview: the cache folder doesn't contain a sample from training this LoRA"
     picture = path.with_suffix(".preview.png")
     write_file(picture, partial(sample.save, format="PNG"))
     return f"preview: {picture.name}"
@@ -115,20 +124,20 @@ class InspectLora(io.ComfyNode):
             node_id="FaceLoRAInspect",
             display_name="Inspect LoRA",
             category="FaceLoRA",
-            description="What is in a LoRA file: family, rank, trigger words, training settings, hashes, and what "
-            "ComfyUI would not load.",
+            description="Shows what a LoRA file contains: model family, rank, trigger words, training settings and "
+            "hashes. It also lists the keys that ComfyUI would not load.",
             search_aliases=["lora info", "lora metadata"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="A file of the loras folders.",
+                    tooltip="The LoRA file to inspect, from the loras folders.",
                 )
             ],
             outputs=[
-                io.String.Output(display_name="report", tooltip="As lines of text."),
-                io.String.Output(display_name="json", tooltip="The same for programs."),
+                io.String.Output(display_name="report", tooltip="The report as text."),
+                io.String.Output(display_name="json", tooltip="The report as JSON, for scripts."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA itself, for Save Face LoRA or Apply LoRA."),
             ],
         )
@@ -149,13 +158,15 @@ class InspectLora(io.ComfyNode):
 
 
 def add_routes() -> None:
-    """Adds GET /facelora/lora?name=NAME, which answers with the text of Inspect LoRA on a file of the loras folders."""
+    """Add GET /facelora/lora?name=NAME, which returns the report of Inspect LoRA on a file in the loras folders."""
 
     @PromptServer.instance.routes.get("/facelora/lora")
     async def lora(request: web.Request) -> web.Response:
         name = request.query.get("name", "")
         if name not in folder_paths.get_filename_list("loras"):
-            return web.Response(text=f"{name}: there is no such file in the loras folder", status=404)
+            return web.Response(
+                text=f"{name}: the loras folder doesn't contain this file. Press R to refresh the list", status=404
+            )
         try:
             found = await asyncio.to_thread(inspect_lora, folder_paths.get_full_path_or_raise("loras", name))
         except FaceLoraError as problem:
@@ -170,34 +181,40 @@ class LikenessScore(io.ComfyNode):
             node_id="FaceLoRALikeness",
             display_name="Likeness Score",
             category="FaceLoRA",
-            description="How much the faces in pictures are those of the person in the reference photos, by a "
-            "face-recognition network, and the pictures sorted by it.",
+            description="Measures how much the faces in pictures look like the person in the reference photos, with a "
+            "face-recognition network. It sorts the pictures by likeness.",
             search_aliases=["face similarity", "face score", "rank images"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures to judge."),
+                io.Image.Input("images", tooltip="The pictures to measure."),
                 io.MultiType.Input(
                     "reference",
                     [FacePhotos, io.Image],
-                    tooltip="Photos of the person, best such as were not trained on.",
+                    tooltip="Photos of the person. Photos that were not used for training give the fairest result.",
                 ),
                 io.Boolean.Input(
                     "required", default=True, optional=True, advanced=True,
-                    tooltip="Off: where nothing can be compared (no face networks, no face in the reference), the pictures go "
-                    "on in the order in which they came.",
+                    tooltip="On (default): the node stops with an error if the face networks are missing or the "
+                    "reference shows no face. Off: it passes the pictures on unsorted instead.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, most alike first."),
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, highest likeness first."),
                 io.Float.Output(
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="Cosine to the mean of the reference faces, in the same order: the same person mostly above "
-                    "0.55, someone else mostly below 0.40; -1 where no face was found.",
+                    tooltip="The likeness of each picture, in the same order. 0.55 or more is usually the same person, "
+                    "below 0.40 usually someone else. -1 means that no face was found.",
                 ),
-                io.Image.Output(display_name="sheet", tooltip="The pictures in that order with their scores."),
-                io.Image.Output(display_name="plot", tooltip="The scores in that order, beside the two limits."),
+                io.Image.Output(
+                    display_name="sheet",
+                    tooltip="The pictures in this order with their likeness, as one image.",
+                ),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="A chart of the likeness of each picture, with lines at 0.55 and 0.40.",
+                ),
             ],
         )  # fmt: skip
 
@@ -232,17 +249,21 @@ class ContactSheet(io.ComfyNode):
             node_id="FaceLoRAContactSheet",
             display_name="Contact Sheet",
             category="FaceLoRA",
-            description="Pictures side by side on one sheet, with a label below each.",
+            description="Arranges pictures on one sheet, with a label below each.",
             search_aliases=["grid", "image grid", "collage"],
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="Pictures of any sizes."),
-                io.Int.Input("columns", default=4, min=1, max=50, tooltip="Pictures in a row."),
-                io.Int.Input("height", default=256, min=32, max=2048, tooltip="Height of each, in pixels."),
-                io.String.Input("title", default="", tooltip="Stands above the sheet."),
-                io.String.Input("labels", optional=True, force_input=True, tooltip="A label for each picture."),
+                io.Image.Input("images", tooltip="The pictures to arrange. They can have different sizes."),
+                io.Int.Input("columns", default=4, min=1, max=50, tooltip="Number of pictures per row."),
+                io.Int.Input(
+                    "height", default=256, min=32, max=2048, tooltip="Height of each picture on the sheet, in pixels."
+                ),
+                io.String.Input("title", default="", tooltip="Title above the sheet. If empty, there is no title."),
+                io.String.Input(
+                    "labels", optional=True, force_input=True, tooltip="One label for each picture, in the same order."
+                ),
             ],
-            outputs=[io.Image.Output(display_name="sheet", tooltip="The sheet.")],
+            outputs=[io.Image.Output(display_name="sheet", tooltip="The sheet as one image.")],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The live panel of a training: its state is sent to the open pages of its user, and kept for pages that are opened later."""
+"""The live panel of a training run. Its state is sent to its user's open pages, and kept for pages that are opened later."""
 
 # pyright: reportMissingImports=false
 
@@ -30,30 +30,30 @@ from .runs import Run, Runs
 
 EVENT = "facelora.training"
 SAMPLE_SIDE = 512
-"""The longer side of a sample in pixels: more than the panel shows, since a click enlarges it."""
+"""The longer side of a sample in pixels. It is more than the panel shows, because a click enlarges it."""
 PHOTO_SIDE = 256
 """The longer side of a photo in the panel, in pixels."""
 PHOTOS = 8
 """The number of photos that the panel shows beside the samples."""
 LIMITS = (SOMEONE_ELSE, SAME_PERSON)
-"""A picture with less likeness than the first shows someone else, one with more than the second the same person."""
+"""The limits of likeness: below the first, a picture shows someone else; above the second, the same person."""
 LOAD_PHOTOS, TRAIN = "FaceLoRALoadPhotos", "FaceLoRATrain"
 USER = "facelora_user"
-"""The name, in a prompt's extra data, of the user who has queued it."""
+"""The name of the user who queued a prompt, in its extra data."""
 
 _runs = Runs()
 _trained: dict[str, tuple[Run, str]] = {}
-"""The last training of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
+"""The last training run of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
 _scores: dict[str, list[float]] = {}
 """The likeness of the pictures of a prompt, until it ends."""
 _pages: dict[str, str] = {}
-"""The user of each open page, by the page's client id: what it said when it asked for the states."""
+"""The user of each open page, by the client id that the page sent when it asked for the states."""
 _asking: ContextVar[str | None] = ContextVar("asking", default=None)
 """The user whose request is being answered."""
 
 
 def begin(node_id: str) -> Run:
-    """The node's run in the prompt that is running now, with a new state."""
+    """Return the node's run in the prompt that is running now, with a new state."""
     run = _running(node_id)
     _runs.begin(run)
     publish(run, {"begin": True, "phase": "reading the model", "limits": LIMITS})
@@ -67,7 +67,7 @@ def _running(node_id: str) -> Run:
 
 
 def _workflow_of(extra: Any) -> str | None:
-    """The id of the page's graph in a prompt's extra data; None for a prompt that no page has sent."""
+    """Return the id of the page's graph in a prompt's extra data; None for a prompt that no page has sent."""
     match extra:
         case {"extra_pnginfo": {"workflow": {"id": str(workflow)}}}:
             return workflow
@@ -75,17 +75,17 @@ def _workflow_of(extra: Any) -> str | None:
 
 
 def running_user() -> str | None:
-    """The user who has queued the prompt that is running now."""
+    """Return the user who queued the prompt that is running now."""
     return _running("").user
 
 
 def asking_user() -> str | None:
-    """The user whose request is being answered; None where there is none."""
+    """Return the user whose request is being answered; None if there is no request."""
     return _asking.get()
 
 
 def publish(run: Run, news: Mapping[str, Any]) -> None:
-    """Sends what is new about a run to its user's open pages, and keeps it for pages that are opened later."""
+    """Send news about a run to its user's open pages, and keep it for pages that are opened later."""
     points = _runs.add(run, news)
     message = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node, "points": points, **news}
     for page, user in list(_pages.items()):
@@ -97,7 +97,7 @@ stop_is_wanted = _runs.stop_is_wanted
 
 
 def remember(run: Run, key: str, **facts: Any) -> None:
-    """Begins the record of a training, by the key of its job, with the graph that its page shows."""
+    """Begin the record of a training run, by the key of its job, with the graph that its page shows."""
     (_, _, graph, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
     workflow = extra["extra_pnginfo"]["workflow"] if run.workflow else None
     place = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node}
@@ -107,19 +107,19 @@ def remember(run: Run, key: str, **facts: Any) -> None:
 
 
 def scored(scores: Sequence[float]) -> None:
-    """Notes the likeness of the pictures that the prompt that is running now has drawn, in the order in which they go on."""
+    """Note the likeness of the pictures that the running prompt has drawn, in their order."""
     _scores[_running("").prompt] = list(scores)
 
 
 def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
-    """Adds the pictures that a prompt has saved to the training whose LoRA drew them, and shows them in its panel."""
+    """Add the pictures that a prompt has saved to the training run whose LoRA drew them, and show them in its panel."""
     _, prompt_id, graph, extra, *_ = prompt
     scores = _scores.pop(prompt_id, [])
     trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
     run, key = _trained.get(_workflow_of(extra) or prompt_id, (None, None))
     if len(trains) != 1 or run is None or key is None or extra.get(USER, run.user) != run.user:
         return
-    if all(state["prompt"] != run.prompt for state in _runs.of(run.user)):  # the training was deleted
+    if all(state["prompt"] != run.prompt for state in _runs.of(run.user)):  # the training run was deleted
         return
     images = [
         image
@@ -136,7 +136,7 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
 
 
 def _hear_of_ends() -> None:
-    """Has `_note_headshots` called with each prompt that ends: ComfyUI tells only the page that has queued it."""
+    """Call `_note_headshots` with each prompt that ends, because ComfyUI tells only the page that queued it."""
     queue = PromptServer.instance.prompt_queue
     done = queue.task_done
 
@@ -152,7 +152,7 @@ def _hear_of_ends() -> None:
 
 
 def data_urls(images: Sequence[Image.Image], side: int) -> list[str]:
-    """The pictures as `data:` URLs of JPEGs whose longer side is at most `side` pixels."""
+    """Return the pictures as `data:` URLs of JPEGs whose longer side is at most `side` pixels."""
     urls = []
     for image in images:
         small = image.convert("RGB")
@@ -164,12 +164,12 @@ def data_urls(images: Sequence[Image.Image], side: int) -> list[str]:
 
 
 def photo_urls(photos: Sequence[Photo]) -> list[str]:
-    """The first of the photos, as many as the panel shows, as `data_urls` gives them."""
+    """Return the first photos, as many as the panel shows, as `data:` URLs."""
     return data_urls([photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]], PHOTO_SIDE)
 
 
 def user_of(request: web.Request) -> str | None:
-    """The user as ComfyUI knows them, without --multi-user always the same one; None for a stranger."""
+    """Return ComfyUI's id of the user; None for an unknown user. Without --multi-user, everyone is the same user."""
     try:
         return PromptServer.instance.user_manager.get_request_user_id(request)
     except KeyError:
@@ -185,7 +185,7 @@ async def _note_user(
 
 
 def _sign(queued: dict[str, Any]) -> dict[str, Any]:
-    """The prompt as it was queued, with the user who has queued it, which ComfyUI does not note."""
+    """Add the user to a queued prompt, because ComfyUI doesn't record who queued it."""
     match queued.setdefault("extra_data", {}):
         case dict(extra):
             extra[USER] = _asking.get()
@@ -193,9 +193,9 @@ def _sign(queued: dict[str, Any]) -> dict[str, Any]:
 
 
 def _aim(queued: dict[str, Any]) -> dict[str, Any]:
-    """The prompt without targets that others follow, so that it is refused where none of these can be made.
+    """Remove a prompt's targets that other targets depend on, so that it is refused if none of those can be made.
 
-    ComfyUI would run the training, which is an output itself, and leave out the headshots whose style is wrong, say.
+    Train Face LoRA is a target itself. ComfyUI would run it, and leave out the headshots if their style is invalid.
     """
     graph = queued.get("prompt")
     if not isinstance(graph, dict) or "partial_execution_targets" in queued:
@@ -213,7 +213,7 @@ def _is_output(node: Any) -> bool:
 
 
 def _ancestors(graph: Mapping[str, Any], key: str) -> set[str]:
-    """The ids of the nodes that a node depends on."""
+    """Return the ids of the nodes that a node depends on."""
     found: set[str] = set()
     waiting = [key]
     while waiting:
@@ -230,7 +230,7 @@ def add_routes() -> None:
 
     - GET /facelora/training: the user's runs.
     - POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result.
-    - GET /facelora/people: a record of each of the user's trainings. With /KEY the graph of one; DELETE deletes it.
+    - GET /facelora/people: a record of each of the user's training runs. With /KEY the graph of one; DELETE deletes it.
     - GET /facelora/machine: the text of `facelora doctor`.
     """
     server = PromptServer.instance
@@ -261,7 +261,9 @@ def add_routes() -> None:
             return web.json_response({"error": 'send {"prompt": ID, "node": ID}'}, status=400)
         run = _runs.stop(user_of(request), prompt, node)
         if run is None:
-            return web.json_response({"error": f"you have no training in node {node} of prompt {prompt}"}, status=404)
+            return web.json_response(
+                {"error": f"you have no training run in node {node} of prompt {prompt}"}, status=404
+            )
         publish(run, {"stopping": True})
         return web.json_response({"stopping": node})
 

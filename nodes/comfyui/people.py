@@ -1,4 +1,4 @@
-"""The people whom each user has trained: a record of every training, until its user deletes it and all that it made."""
+"""The people whom each user has trained: a record of every training run, until its user deletes it with its files."""
 
 # pyright: reportMissingImports=false
 
@@ -29,12 +29,12 @@ RUNNING = "running"
 PUBLIC = ("key", "name", "phase", "begun", "picture", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
 _live: set[str] = set()
-"""The keys of the trainings that are running in this process."""
+"""The keys of the training runs in this process."""
 _lock = threading.RLock()
 
 
 def note(user: str | None, key: str, **facts: Any) -> None:
-    """Adds facts to the user's record of a training, by the key of its job. One of nobody has none."""
+    """Add facts to the user's record of a training run, by the key of its job. Without a user, nothing is recorded."""
     if user is None:
         return
     with _lock:
@@ -49,14 +49,14 @@ def note(user: str | None, key: str, **facts: Any) -> None:
 
 
 def add_headshots(user: str | None, key: str, files: Sequence[str]) -> None:
-    """Adds pictures, by their names below the output folder, to the record of the training whose LoRA drew them."""
+    """Add pictures, by their names below the output folder, to the record of the training run whose LoRA drew them."""
     record = _read(_file(user, key)) if user is not None else {}
     if record:
         note(user, key, headshots=record["headshots"] | {name: _digest_of(name) for name in files})
 
 
 def of(user: str | None) -> list[Record]:
-    """What the list shows of the user's trainings, the last begun first."""
+    """Return what the list shows of the user's training runs, the latest first."""
     records = [record for record in _all() if user is not None and record["user"] == user]
     shown = []
     for record in sorted(records, key=lambda record: -record["begun"]):
@@ -67,22 +67,22 @@ def of(user: str | None) -> list[Record]:
 
 
 def graph_of(user: str | None, key: str) -> Any:
-    """The page's graph that a training of the user was queued with; None where there is none."""
+    """Return the page's graph that a training run of the user was queued with; None if there is none."""
     return None if user is None else _read(_file(user, key)).get("graph")
 
 
 def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
-    """Deletes a training of the user: its LoRA, headshots, what the cache has of it, and the photos that were dropped for it.
+    """Delete a training run of the user: its LoRA, headshots, cached files, and the photos that were dropped for it.
 
-    What another training has too stays. Returns the prompt, workflow and node of its run, and what was deleted. Raises
-    BadConfig where the user has no such training, or it is running.
+    Files that another training run uses are kept. Returns the prompt, workflow and node of the run, and what was deleted.
+    Raises BadConfig if the user has no such training run, or if it is running.
     """
     with _lock:
         record = _read(_file(user, key)) if user is not None else {}
         if not record:
-            raise BadConfig("you have no such training")
+            raise BadConfig("you have no such training run. Reload the list")
         if key in _live:
-            raise BadConfig(f"{record['name']} is being trained; cancel that first")
+            raise BadConfig(f"{record['name']} is being trained. Cancel the training run first")
         others = [other for other in _all() if (other["user"], other["key"]) != (user, key)]
         deleted = list(_delete_headshots(record))
         if all(other["key"] != key for other in others):
@@ -110,14 +110,14 @@ def _digest_of(name: str) -> str:
 
 
 def _delete_loras(key: str) -> list[str]:
-    """Deletes the files of a training from the folders of LoRAs, of embeddings, and of Save Face LoRA."""
+    """Delete the files of a training run from the folders of LoRAs, of embeddings, and of Save Face LoRA."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
     words = Path(folder_paths.get_folder_paths("embeddings")[0])
     deleted = []
     for path in files_of(key, [*folders, Path(folder_paths.get_output_directory()) / "loras"]):
         lora = LoraFile.read(path)
         names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
-        del lora  # Windows deletes no file that is still read
+        del lora  # Windows can't delete a file that is still open
         for file in (path, *map(path.with_suffix, SIDECARS), *(words / name for name in names)):
             if file.is_file():
                 file.unlink()
@@ -147,6 +147,6 @@ def _read(file: Path) -> Record:
 
 
 def _all() -> list[Record]:
-    """The records of all users; what else is in the folder is none."""
+    """Return the records of all users. Other files in the folder are ignored."""
     files = (cache_folder() / "panels").glob("*.json")
     return [record for record in map(_read, files) if record]

@@ -1,4 +1,4 @@
-"""The node Load Face Photos, and what its page asks for: photos added, checked, and their thumbnails."""
+"""The node Load Face Photos, and the routes that its page uses: add photos, check them, get thumbnails."""
 
 # pyright: reportMissingImports=false
 
@@ -32,14 +32,14 @@ from .folders import says_no_server_paths, without_server_paths
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
 THUMBNAIL_SIDE = 160
-"""Longest side of an uploaded picture as its node shows it, in pixels."""
+"""Longest side of a thumbnail in the node, in pixels."""
 DEFAULT_RESOLUTION = 1024
 """The resolution that photos are judged for when the base model is unknown, in pixels."""
 HIDDEN = ".not-yours"
-"""A name below the input folder that no file has."""
+"""A name in the input folder that no file has."""
 NO_FOLDER = "(no folder)"
 COLOURS = {USE: "good", CROP: "good", REVIEW: "doubtful", REJECT: "rejected"}
-"""Verdict of the report -> how the photo's tile looks."""
+"""The look of a photo's tile, by the verdict of the report."""
 
 
 class LoadFacePhotos(io.ComfyNode):
@@ -49,65 +49,70 @@ class LoadFacePhotos(io.ComfyNode):
             node_id="FaceLoRALoadPhotos",
             display_name="Load Face Photos",
             category="FaceLoRA",
-            description="Ten to twenty photos of one person, from a folder below ComfyUI's input folder or uploaded here, "
-            "and a report that says which of them will teach the person well.",
+            description="Loads 10 to 20 photos of one person, uploaded here or from a folder in ComfyUI's input folder. It "
+            "checks them, and reports which ones help and what to add.",
             search_aliases=["load photos", "upload photos", "face dataset", "training images", "load folder"],
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=[NO_FOLDER, *folders_for(panel.asking_user())],
-                    tooltip="Folder below ComfyUI's input folder. NAME.txt beside a photo is its caption, "
-                    "NAME-masklabel.png its mask; '10_name' folders in it count ten times.",
+                    tooltip="A folder in ComfyUI's input folder with photos to use. NAME.txt beside a photo is its "
+                    "caption, and NAME-masklabel.png its mask. Photos in a subfolder named '10_name' count ten times.",
                 ),
                 io.Boolean.Input(
                     "check",
                     default=True,
-                    tooltip="Look for faces and report on each photo: sharpness, light, size, whether it is the same "
-                    "person. Takes about a second for five photos.",
+                    tooltip="Check each photo for a face, sharpness, light, size and the same person. On by default. It "
+                    "takes about a second for five photos.",
                 ),
                 io.Boolean.Input(
                     "strict",
                     default=False,
                     advanced=True,
-                    tooltip="Fail on a photo that cannot be read, instead of leaving it out with a note in the report.",
+                    tooltip="Stop with an error if a photo cannot be read. Off by default: unreadable photos are left "
+                    "out and listed in the report.",
                 ),
                 io.String.Input(
                     "pictures",
                     default="",
                     multiline=True,
-                    placeholder="names of pictures in the input folder, one a line",
-                    tooltip="Single photos, taken beside those of the folder: drop files or a folder onto the node, paste "
-                    "them, or press Add photos. The value is their names in ComfyUI's input folder, one a line.",
+                    placeholder="file names in the input folder, one per line",
+                    tooltip="Photos to use in addition to folder: drop files or a folder onto the node, paste them, or "
+                    "press Add photos. The value lists their names in ComfyUI's input folder, one per line.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model to train on, by whose resolution the sizes of faces are judged; without it 1024 pixels.",
+                    tooltip="The base model to train on. Its resolution decides how large a face must be. Without it, "
+                    "the check uses 1024 pixels.",
                 ),
             ],
             outputs=[
-                FacePhotos.Output(display_name="photos", tooltip="The photos as they are, for Train Face LoRA."),
+                FacePhotos.Output(display_name="photos", tooltip="The photos at full size, for Train Face LoRA."),
                 io.Image.Output(
                     display_name="images",
                     is_output_list=True,
-                    tooltip=f"The same as images of at most {PREVIEW_SIDE} pixels, for other nodes.",
+                    tooltip=f"The photos as images of at most {PREVIEW_SIDE} pixels, for other nodes.",
                 ),
                 io.String.Output(
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="Caption of each photo; empty where there is none.",
+                    tooltip="The caption of each photo. Empty if it has none.",
                 ),
-                io.String.Output(display_name="report", tooltip="What is good and bad about the photos."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The result of the photo check: the verdict on each photo, and what to add.",
+                ),
             ],
             has_intermediate_output=True,
-            is_output_node=True,  # so that it can be run by itself
+            is_output_node=True,  # so that it can be run alone
         )
 
     @classmethod
     def validate_inputs(cls, folder: str | None = None) -> bool:
-        """A folder need not be one of the list, since photos may have been added; `execute` says what is wrong, once.
+        """Accept any folder, because photos may have been added. `execute` reports a missing folder once.
 
-        (ComfyUI would repeat the message for each argument of this function.)
+        ComfyUI would repeat the message for each argument of this function.
         """
         return True
 
@@ -125,8 +130,8 @@ class LoadFacePhotos(io.ComfyNode):
         seen = look(folder, pictures, panel.running_user(), resolution if check else None, strict=strict)
         if seen.report and seen.report.network and not any(item.faces for item in seen.report.photos):
             raise BadPhoto(
-                f"of {counted(len(seen.photos), 'photo')} none shows a face; to use them anyway, switch check off, and "
-                "choose 'all photos' in Train Face LoRA"
+                f"none of the {counted(len(seen.photos), 'photo')} shows a face. Add other photos. To use these anyway, "
+                "turn off check, and set use to 'all photos' in Train Face LoRA"
             )
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in seen.photos]
         for image in images:
@@ -143,17 +148,17 @@ class LoadFacePhotos(io.ComfyNode):
 
 @dataclass(frozen=True)
 class Seen:
-    """Photos, and what was seen of them."""
+    """Photos, and the result of their check."""
 
     photos: list[Photo]
     unread: dict[str, str]
-    """The added pictures that cannot be read: name -> why."""
+    """The reason for each added picture that cannot be read, by name."""
     notes: list[str]
     report: SetReport | None
-    """None where they were only read."""
+    """None if the photos were only read."""
 
     def shown(self) -> dict[str, Any]:
-        """What the node shows: a tile for each photo, one headline, and how good all of it is."""
+        """Return what the node shows: a tile for each photo, one headline, and the verdict on the set."""
         tiles: list[dict[str, Any]] = [{"name": _name_below_input(photo)} for photo in self.photos]
         tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": why} for name, why in self.unread.items()]
         headline, verdict = _in_short(self.notes), "doubtful" if self.unread else "good"
@@ -175,12 +180,12 @@ class Seen:
 
 
 def look(folder: str, pictures: str, user: str | None, resolution: int | None, *, strict: bool = False) -> Seen:
-    """The photos of a folder and added ones, checked for a training at the resolution, or only read where that is None.
+    """Read the photos of a folder and the added ones. Check them for training at the resolution, unless that is None.
 
-    Raises BadPhoto when there is none, and with `strict` for one that cannot be read.
+    Raises BadPhoto if there are no photos, and with `strict` for a photo that cannot be read.
     """
     if folder == NO_FOLDER and not _names(pictures):
-        raise BadPhoto("no photos: add some to the node, or choose a folder below ComfyUI's input folder")
+        raise BadPhoto("no photos: drop some onto the node, or choose a folder in ComfyUI's input folder")
     list(_files(folder, pictures, user))  # report a missing file before anything is read
     notes: list[str] = []
     photos, unread = _read(folder, pictures, user, strict=strict, on_warning=notes.append)
@@ -193,11 +198,14 @@ def look(folder: str, pictures: str, user: str | None, resolution: int | None, *
 def _read(
     folder: str, pictures: str, user: str | None, *, strict: bool, on_warning: Callable[[str], None]
 ) -> tuple[list[Photo], dict[str, str]]:
-    """The photos, and the added pictures that cannot be read: name -> why. `on_warning` is told about everything left out."""
+    """Read the photos. Return them, and the reason for each added picture that cannot be read, by name.
+
+    `on_warning` is called for everything that is left out.
+    """
     photos: list[Photo] = []
     unread: dict[str, str] = {}
     if _is_left_out(folder, pictures, user):
-        on_warning(f"{folder}: there is no such folder below ComfyUI's input folder; the added photos alone are taken")
+        on_warning(f"{folder}: this folder doesn't exist in ComfyUI's input folder. Only the added photos are used")
     elif folder != NO_FOLDER:
         photos += read_photos(_path(folder, user), strict=strict, on_warning=on_warning)
     for name in _names(pictures):
@@ -212,7 +220,7 @@ def _read(
 
 
 def _in_short(notes: list[str]) -> str:
-    """The first of the notes and the number of the others; "" where there are none."""
+    """Return the first note and the number of the others; "" without notes."""
     more = f" (and {counted(len(notes) - 1, 'more note')})" if len(notes) > 1 else ""
     return notes[0] + more if notes else ""
 
@@ -222,57 +230,56 @@ def _names(pictures: str) -> list[str]:
 
 
 def _files(folder: str, pictures: str, user: str | None) -> Iterator[tuple[str, Path]]:
-    """The (name, path) of each file that the node reads: photos, captions and masks. Raises BadPhoto when one is not there."""
+    """Yield (name, path) of each file that the node reads: photos, captions, masks. Raises BadPhoto if one is missing."""
     if folder != NO_FOLDER and not _is_left_out(folder, pictures, user):
         path = _path(folder, user)
         if not path.is_dir():
-            raise BadPhoto(f"{folder}: there is no such folder below ComfyUI's input folder")
+            raise BadPhoto(f"{folder}: this folder doesn't exist in ComfyUI's input folder. Choose another one")
         files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != NAMES)
         yield from ((str(file.relative_to(path)), file) for file in files)
     for name in _names(pictures):
         picture = _path(name, user)
         if not picture.is_file():
-            raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
+            raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder. Remove it from the node")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
         yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
 
 
 def _is_left_out(folder: str, pictures: str, user: str | None) -> bool:
-    """Whether the folder is ignored: it does not exist, as one that a template names may not, and photos were added."""
+    """Return whether the folder is ignored: it doesn't exist (a template may name a missing one), and photos were added."""
     return folder != NO_FOLDER and bool(_names(pictures)) and not _path(folder, user).exists()
 
 
 def _path(name: str, user: str | None) -> Path:
-    """The path of a folder or picture below the input folder.
+    """Return the path of a folder or picture in the input folder.
 
-    One of another user's dropped photos is a path at which there is nothing. Raises BadPhoto for a path elsewhere or an
-    impossible name.
+    For another user's dropped photo, the path does not exist. Raises BadPhoto for a path elsewhere or an impossible name.
     """
     root = input_folder()
     try:
         path = (root / name).resolve()
         path.exists()
     except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
-        raise BadPhoto(f"{name[:80]!r}: no file can have this name ({problem})") from None
+        raise BadPhoto(f"{name[:80]!r}: not a valid file name ({problem})") from None
     if not path.is_relative_to(root):
-        raise BadPhoto(f"{name}: is not below ComfyUI's input folder")
+        raise BadPhoto(f"{name}: not in ComfyUI's input folder. Copy it there first")
     return root / HIDDEN if is_hidden(path.relative_to(root).as_posix(), user) else path
 
 
 def _name_below_input(photo: Photo) -> str:
-    """What GET /facelora/photo takes for it."""
+    """Return the photo's name for GET /facelora/photo."""
     assert isinstance(photo.source, Path)
     return photo.source.relative_to(input_folder()).as_posix()
 
 
 def _thumbnail(name: str, user: str | None) -> bytes:
-    """A JPEG of a picture in the input folder, turned upright, its longer side at most THUMBNAIL_SIDE pixels.
+    """Return a JPEG of a picture in the input folder, upright, its longer side at most THUMBNAIL_SIDE pixels.
 
-    Raises BadPhoto when the file is missing or no picture.
+    Raises BadPhoto if the file is missing or not a picture.
     """
     path = _path(name, user)
     if not path.is_file():
-        raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
+        raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder")
     (photo,) = read_photo_files([path], strict=True, on_warning=lambda _: None)
     image = photo.image(shorter_side=THUMBNAIL_SIDE)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -282,7 +289,7 @@ def _thumbnail(name: str, user: str | None) -> bytes:
 
 
 def opened(base: str) -> Base | None:
-    """The base model in a file, by its name in a loader; None where there is no such file, or it is none of a known family."""
+    """Open a base model by its file's name in a loader; None if the file is missing or its family is unknown."""
     for kind in ("checkpoints", "diffusion_models"):
         if base in folder_paths.get_filename_list(kind):
             with suppress(FaceLoraError):
@@ -311,7 +318,7 @@ def add_routes() -> None:
     async def photos(request: web.Request) -> web.Response:
         user, form = panel.user_of(request), await request.post()
         if user is None or not isinstance(file := form.get("file"), web.FileField):
-            return web.json_response({"error": "send a user's form of person, folder and file"}, status=400)
+            return web.json_response({"error": "send a form with the fields person, folder and file"}, status=400)
         person, folder = (str(form.get(name, "")) for name in ("person", "folder"))
         try:
             name = await asyncio.to_thread(add, user, person, folder, Path(file.filename).name, file.file.read())
@@ -335,7 +342,7 @@ def add_routes() -> None:
         except FaceLoraError as problem:
             return _refusal(problem, 200)  # browsers report other answers as faults of the page
         shown = seen.shown()
-        # A node's own output has no file names: with --multi-user everybody can read the history.
+        # The node's output doesn't contain file names, because everybody can read the history with --multi-user.
         shown["own_names"] = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
         return web.json_response(shown)
 

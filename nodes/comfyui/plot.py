@@ -10,7 +10,7 @@ LINE = "#2563eb"
 
 
 def loss_plot(history: Sequence[tuple[int, float]], title: str) -> Image.Image:
-    """A plot of the smoothed loss, (step, loss) pairs, over the steps; an empty frame with the title for no history."""
+    """Plot the smoothed loss, (step, loss) pairs, by step. Without a history, the frame is empty."""
     image = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = MARGIN, MARGIN, SIZE[0] - 16, SIZE[1] - 40
@@ -42,7 +42,7 @@ def loss_plot(history: Sequence[tuple[int, float]], title: str) -> Image.Image:
 
 
 def score_plot(scores: Sequence[float], limits: Sequence[float]) -> Image.Image:
-    """A bar chart of likeness scores from 0 to 1 with a line at each limit; a score below 0, for no face, has no bar."""
+    """Draw a bar chart of likeness scores from 0 to 1, with a line at each limit. A score below 0 (no face) has no bar."""
     image = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = MARGIN, MARGIN, SIZE[0] - 16, SIZE[1] - 40

@@ -1,4 +1,4 @@
-"""The states of trainings that panels show, by the user who has queued them and alone sees and ends them. Needs no ComfyUI."""
+"""The states of training runs that panels show. Only the user who queued a run sees it and can end it. Doesn't need ComfyUI."""
 
 import json
 import threading
@@ -16,13 +16,13 @@ from ...core.storage.files import read_json, write_text
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
 """The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
 TRAINING = ("training", "samples")
-"""Phases in which a training can be stopped and its LoRA kept."""
+"""Phases in which a training run can be stopped and its LoRA kept."""
 ENDED = ("done", "stopped", "failed")
-"""Phases that a training ends with."""
+"""Phases that a training run ends with."""
 SAVE_INTERVAL = 10.0
-"""Seconds between two saves of the states while a training goes on."""
+"""Seconds between two saves of the states during a training run."""
 KEPT = 20
-"""The number of states kept of each user: those of the nodes that trained last."""
+"""The number of states kept for each user: those of the nodes that trained last."""
 
 State = dict[str, Any]
 """What a panel shows of a run, with the run's own fields."""
@@ -33,7 +33,7 @@ class Run:
     """A training node in a queued prompt."""
 
     user: str | None
-    """The user who has queued it; None where it is not known, and then the run is shown to nobody."""
+    """The user who queued it; None if unknown. Then the run is shown to nobody."""
     prompt: str
     workflow: str | None
     """The id of the page's graph; None for a prompt that no page has sent."""
@@ -41,12 +41,12 @@ class Run:
 
     @property
     def place(self) -> tuple[str | None, str]:
-        """The workflow and node in which the run is shown, until a later run of the same node takes its place."""
+        """The workflow and node in which the run is shown, until a later run of the same node replaces it."""
         return self.workflow, self.node
 
 
 class Runs:
-    """The states of the runs that were shown last, by user. They are kept in the cache folder, and outlive the server."""
+    """The states of the runs that were shown last, by user. They are kept in the cache folder when the server ends."""
 
     def __init__(self) -> None:
         self._states: dict[str | None, dict[tuple[str | None, str], State]] = {None: {}}
@@ -55,14 +55,14 @@ class Runs:
         self._lock = threading.RLock()  # the node and the routes run in two threads
 
     def of(self, user: str | None) -> list[State]:
-        """The user's states in the order in which the runs began; none for None."""
+        """Return the user's states in the order in which the runs began; an empty list for None."""
         if user is None:
             return []
         with self._lock:
             return [dict(state) for state in self._of(user).values()]
 
     def begin(self, run: Run) -> None:
-        """Starts a new state for the run, and drops a stop request that came too late for the last one."""
+        """Start a new state for the run, and drop a stop request that was too late for the last run."""
         with self._lock:
             states = self._of(run.user)
             states.pop(run.place, None)
@@ -72,7 +72,7 @@ class Runs:
             self._wanted_stops.clear()  # one run at a time
 
     def add(self, run: Run, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
-        """The points that the news adds to the state's curves, by the curve's name; the state has taken the news in."""
+        """Add the news to the state, and return the new points of its curves, by the curve's name."""
         points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
         with self._lock:
             state = self._of(run.user)[run.place]
@@ -90,7 +90,7 @@ class Runs:
         return points
 
     def forget(self, run: Run) -> None:
-        """Drops the state of a run, where it is still the last one in its place."""
+        """Drop the state of a run if it is still the last one in its place."""
         with self._lock:
             states = self._of(run.user)
             if states.get(run.place, {}).get("prompt") == run.prompt:
@@ -98,7 +98,7 @@ class Runs:
                 self._save(run.user)
 
     def stop(self, user: str | None, prompt: str, node: str) -> Run | None:
-        """The run, asked to stop and keep its LoRA; None where the user has no such run, or it is not training."""
+        """Ask a run to stop and keep its LoRA, and return it; None if the user has no such run, or it is not training."""
         for state in self.of(user):
             if (state["prompt"], state["node"]) == (prompt, node) and state.get("phase") in TRAINING:
                 self._wanted_stops.add((prompt, node))
@@ -106,7 +106,7 @@ class Runs:
         return None
 
     def stop_is_wanted(self, run: Run) -> bool:
-        """Whether the run's user has asked for it to stop and keep its LoRA."""
+        """Return whether the run's user has asked for it to stop and keep its LoRA."""
         return (run.prompt, run.node) in self._wanted_stops
 
     def _of(self, user: str | None) -> dict[tuple[str | None, str], State]:
@@ -116,23 +116,23 @@ class Runs:
 
     def _save(self, user: str | None) -> None:
         if user is not None:
-            with suppress(BadFile):  # a full disk is no reason to end a training
+            with suppress(BadFile):  # a full disk must not end a training run
                 write_text(_file(user), json.dumps(list(self._of(user).values())))
 
 
 def _file(user: str) -> Path:
-    """The file of a user's states, which hold small pictures: in a closed folder, under a name that does not say the user."""
+    """Return the file of a user's states. They contain small pictures, so the folder is private and the name hides the user."""
     return made_folder("panels") / f"{content_key('panels', user)}.json"
 
 
 def _read(user: str) -> dict[tuple[str | None, str], State]:
-    """The states saved before the server was restarted; a training that was running then counts as stopped."""
+    """Return the states saved before the server was restarted. A training run that was running then counts as stopped."""
     try:
         states = {
             Run(user, state["prompt"], state["workflow"], state["node"]).place: state
             for state in read_json(_file(user))
         }
-    except (BadFile, TypeError, KeyError):  # none yet, or nothing that was written here
+    except (BadFile, TypeError, KeyError):  # no file yet, or one that was not written here
         return {}
     return {
         place: state if state.get("phase") in ENDED else state | {"phase": "stopped"} for place, state in states.items()

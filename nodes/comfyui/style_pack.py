@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from aiohttp import web
@@ -19,7 +20,7 @@ FROM_MODEL = "that of the model"
 
 
 def user_folder() -> Path:
-    """The folder of users' own style packs: `style_packs` in ComfyUI's models folder."""
+    """Return the folder of users' own style packs: `style_packs` in ComfyUI's models folder."""
     return Path(folder_paths.models_dir) / "style_packs"
 
 
@@ -37,76 +38,69 @@ class HeadshotStylePack(io.ComfyNode):
             node_id="FaceLoRAStylePack",
             display_name="Headshot Style Pack",
             category="FaceLoRA",
-            description="Prompts, negative prompts, seeds and sizes for a whole batch of headshots, as lists: wired to "
-            "CLIP Text Encode, Empty Latent Image and KSampler, each picture is drawn in turn.\n"
-            f"Your own packs go into models/style_packs.{problems}",
+            description="Makes lists of prompts, negative prompts, seeds and sizes for a set of headshots. Connect them to "
+            "CLIP Text Encode, Empty Latent Image and KSampler, which draw one picture after the other.\n"
+            f"Save your own packs in models/style_packs.{problems}",
             search_aliases=["style", "prompt styler", "headshots", "prompts"],
             inputs=[
                 io.Combo.Input(
                     "pack",
                     options=list(found.packs),
                     default="corporate",
-                    tooltip="A pack of styles. Your own packs go into models/style_packs and replace those of the same id.",
+                    tooltip="The style pack to draw from. Save your own packs in models/style_packs. They replace packs "
+                    "with the same id.",
                 ),
                 io.String.Input(
                     "styles",
                     default="",
                     placeholder="all styles of the pack",
-                    tooltip="Names of styles of the pack, with commas between; empty: all of them. "
-                    "A click on a picture below adds or takes out its style.",
+                    tooltip="Names of styles in the pack, separated by commas. If empty, all styles are used. "
+                    "Click a picture below to add or remove its style.",
                 ),
                 io.String.Input(
                     "subject",
                     default="sks person",
-                    tooltip="Who is in the pictures: the LoRA's trigger phrase, as Apply LoRA gives it.",
+                    tooltip="The person in the pictures. Connect trigger_phrase of Apply LoRA, or type the LoRA's "
+                    "trigger phrase.",
                 ),
                 io.Int.Input(
-                    "count", default=8, min=1, max=1000, tooltip="Number of pictures, spread evenly over the styles."
+                    "count", default=8, min=1, max=1000, tooltip="Number of pictures. They are divided evenly among the styles."
                 ),
                 io.Int.Input(
                     "first_seed",
                     default=1, min=0, max=2**64 - 1,
-                    tooltip="Seed of the first picture; the next ones count up. Also decides which variations are drawn.",
+                    tooltip="Seed of the first picture. Each further picture adds 1. Change it for different pictures "
+                    "and variations.",
                 ),
                 io.Combo.Input(
                     "family",
                     options=[FROM_MODEL, *FAMILY_DEFAULTS],
-                    tooltip="Kind of model that reads the prompts: tags for SD1.5 and SDXL, sentences for later ones.",
+                    tooltip="The model family that the prompts are for: tags for SD1.5 and SDXL, sentences for newer "
+                    "models. The default uses the family of the connected model.",
                 ),
                 io.Int.Input(
                     "resolution",
                     default=0, min=0, max=4096, step=8, advanced=True,
-                    tooltip="Side of the square with a picture's area, in pixels; 0: what the family was trained at.",
+                    tooltip="Picture size: the side, in pixels, of a square with the picture's area. 0 (default) uses "
+                    "the resolution of the model family.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="Tells the family when it is not chosen."),
-            ],
-            outputs=[
-                io.String.Output(display_name="prompts", is_output_list=True, tooltip="To CLIP Text Encode."),
-                io.String.Output(display_name="negatives", is_output_list=True, tooltip="To another CLIP Text Encode."),
-                io.Int.Output(display_name="seeds", is_output_list=True, tooltip="To KSampler's seed."),
-                io.Int.Output(display_name="widths", is_output_list=True, tooltip="To Empty Latent Image, in pixels."),
-                io.Int.Output(display_name="heights", is_output_list=True, tooltip="To Empty Latent Image, in pixels."),
-                io.Float.Output(display_name="guidance", is_output_list=True, tooltip="To KSampler's cfg."),
-                io.Int.Output(display_name="steps", is_output_list=True, tooltip="To KSampler's steps."),
-                io.String.Output(display_name="names", is_output_list=True, tooltip="Name of each picture's style."),
-                io.Float.Output(
-                    display_name="strengths",
-                    is_output_list=True,
-                    tooltip="LoRA strength that each style suggests; to Apply LoRA's strength, which then runs for each "
-                    "picture.",
+                io.Model.Input(
+                    "model", optional=True,
+                    tooltip="The model that draws the pictures. Needed only if family is 'that of the model'.",
                 ),
             ],
+            outputs=_outputs(),
             has_intermediate_output=True,
         )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, pack: str, **_: object) -> str:
-        """Changes with the content of the pack's file, so that ComfyUI does not reuse results of an older one."""
+        """Return the pack's content, so that ComfyUI doesn't reuse results of an older version."""
         return repr(find_packs().packs.get(pack))
 
     @classmethod
     def validate_inputs(cls, pack: str | None = None, styles: str | None = None) -> bool | str:
-        if pack is None or styles is None:  # wired from another node: known only when it runs
+        if pack is None or styles is None:  # connected to another node, so unknown until it runs
             return True
         try:
             chosen = find_packs().pick(pack)
@@ -121,7 +115,7 @@ class HeadshotStylePack(io.ComfyNode):
     def execute(cls, pack, styles, subject, count, first_seed, family, resolution, model=None) -> io.NodeOutput:
         if family == FROM_MODEL:
             if model is None:
-                raise BadConfig("family: connect a model, or choose a family")
+                raise BadConfig("family: choose a family, or connect the model that draws the pictures to model")
             family = style_family(model)
         found = find_packs()
         prompts = found.pick(pack).prompts(
@@ -142,15 +136,32 @@ class HeadshotStylePack(io.ComfyNode):
         )
 
 
+def _outputs() -> list[Any]:
+    """Return the outputs, all of them lists with one item for each picture."""
+    outputs = (
+        (io.String, "prompts", "Prompt of each picture, for CLIP Text Encode."),
+        (io.String, "negatives", "Negative prompt of each picture, for a second CLIP Text Encode."),
+        (io.Int, "seeds", "Seed of each picture, for KSampler's seed."),
+        (io.Int, "widths", "Width of each picture in pixels, for Empty Latent Image."),
+        (io.Int, "heights", "Height of each picture in pixels, for Empty Latent Image."),
+        (io.Float, "guidance", "Guidance (CFG) of each picture, for KSampler's cfg."),
+        (io.Int, "steps", "Sampling steps of each picture, for KSampler's steps."),
+        (io.String, "names", "Style name of each picture, e.g. for the labels of Contact Sheet."),
+        (io.Float, "strengths", "LoRA strength that the style of each picture suggests. If you connect it to Apply LoRA, that "
+         "node runs once for each picture."),
+    )  # fmt: skip
+    return [kind.Output(display_name=name, is_output_list=True, tooltip=text) for kind, name, text in outputs]
+
+
 def _names(styles: str) -> list[str]:
     return [name.strip() for name in styles.split(",") if name.strip()]
 
 
 def add_routes() -> None:
-    """Adds two addresses to the server.
+    """Add two routes to the server.
 
-    GET /facelora/styles?pack=ID answers with the names of a pack's styles as JSON, and
-    GET /facelora/style?pack=ID&style=NAME with the picture of one.
+    GET /facelora/styles?pack=ID returns the names of a pack's styles as JSON, and
+    GET /facelora/style?pack=ID&style=NAME the picture of one style.
     """
     routes = PromptServer.instance.routes
 

@@ -42,7 +42,7 @@ from .runs import Run
 
 GOOD, ALL = "good photos", "all photos"
 LOG_INTERVAL = 30.0
-"""Seconds between two lines in the server's log that say how far a training is."""
+"""Seconds between two progress lines in the server's log."""
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
 
@@ -54,84 +54,81 @@ class TrainFaceLora(io.ComfyNode):
             node_id="FaceLoRATrain",
             display_name="Train Face LoRA",
             category="FaceLoRA",
-            description="Trains a LoRA of one person on MODEL as it is wired, and writes it into the loras folder. "
-            "Cancelled, it goes on from there when queued again; what is trained already is never trained again. "
-            "Train only people who have agreed to it.",
+            description="Trains a LoRA of one person on MODEL and saves it in the loras folder. If you cancel and queue it "
+            "again, training continues. The same inputs are never trained twice. Train only people who have agreed to it.",
             search_aliases=["train lora", "dreambooth", "finetune", "face training"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on, with whatever is patched onto it."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Model.Input("model", tooltip="The base model to train on. LoRAs and merges applied to it are included."),
+                io.Clip.Input("clip", tooltip="The text encoder of the base model."),
+                io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.MultiType.Input(
                     "photos", [FacePhotos, io.Image],
-                    tooltip="10 to 20 photos of one person, from Load Face Photos; images from any other node work too.",
+                    tooltip="10 to 20 photos of one person, from Load Face Photos. Images from other nodes work too.",
                 ),
                 io.String.Input(
                     "name", default="my-face",
-                    tooltip="Name of the file in the loras folder. When another LoRA has it already, a number is added.",
+                    tooltip="Name of the LoRA file in the loras folder. A number is added if another LoRA already has "
+                    "this name.",
                 ),
                 io.String.Input("trigger_word", default="sks", tooltip=f"{_help('trigger_word')}."),
                 io.String.Input("class_word", default="person", tooltip=f"{_help('class_word')}."),
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="balanced",
-                    tooltip="How much is trained, in numbers that suit MODEL's family: fast for a first look, balanced for "
-                    "most people, best for more time. All hold other people near what the base draws, and from eight photos "
-                    "on hold two out, measure likeness to them, and keep the best checkpoint.",
+                    tooltip="Preset for the training run: 'fast' for a first try, 'balanced' (default) for most people, "
+                    "'best' for the longest training. With eight or more photos and the face networks, likeness is measured "
+                    "and the best step is kept. The help page lists the numbers.",
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
-                    tooltip="How many times sample pictures are drawn during training; 0: never. If photos are held out, 0 "
-                    f"means {MEASUREMENTS}, because likeness is measured on samples.",
+                    tooltip="How many times sample pictures are drawn during training. 0 draws none, or "
+                    f"{MEASUREMENTS} if likeness is measured, which needs samples. Fewer samples save time.",
                 ),
                 *_settings_inputs(),
                 io.String.Input(
                     "captions", optional=True, force_input=True,
-                    tooltip="A caption for each photo, in the same order; those of Load Face Photos come with the photos.",
+                    tooltip="One caption for each photo, in the same order. Leave it empty for Load Face Photos, which "
+                    "already adds captions to its photos.",
                 ),
                 io.MultiType.Input(
                     "class_photos", [FacePhotos, io.Image], optional=True,
-                    tooltip="Pictures of other people of the class, for prior preservation: keeps 'person' from "
-                    "becoming this person.",
+                    tooltip="Pictures of other people of the same class, for prior preservation. Connect them if the "
+                    "class word alone starts to draw this person.",
                 ),
                 io.Mask.Input(
                     "masks", optional=True,
-                    tooltip="A mask for each photo, in the same order: white where the loss counts in full (Load Image has it "
-                    "the other way round), all black for none. Those beside the files come with the photos.",
+                    tooltip="One mask for each photo, in the same order: white where the person is. All black means no "
+                    "mask. Invert masks from Load Image. Leave it empty for Load Face Photos, which reads mask files.",
                 ),
-                LoraModel.Input("continue_from", optional=True, tooltip="A LoRA to go on from, instead of a new one."),
+                LoraModel.Input(
+                    "continue_from", optional=True,
+                    tooltip="A LoRA to train further. Without one, training starts with a new LoRA.",
+                ),
                 io.Combo.Input(
                     "use", options=[GOOD, ALL], default=GOOD, optional=True,
-                    tooltip="good photos: not those that the photo report rejects (someone else, a blurred face, one twice), "
-                    "and no training where fewer than 5 are left; all photos: whatever they are.",
+                    tooltip="'good photos' (default) leaves out photos that the photo check rejects, such as blurred "
+                    "faces, other people and duplicates, and requires at least 5. 'all photos' trains on every photo.",
                 ),
                 io.Int.Input(
                     "checkpoint", default=0, min=0, max=100_000, optional=True, advanced=True,
-                    tooltip="A measured step, whose LoRA comes out and is written beside the kept one as NAME-stepNNNNNN; "
-                    "0: the one kept. The panel has a button for each.",
+                    tooltip="The step whose intermediate LoRA this node outputs. 0 (default) outputs the LoRA that was "
+                    "kept. Another measured step is saved as NAME-stepNNNNNN, without training again. The panel has a "
+                    "button for each step.",
                 ),
                 LoraModel.Input(
                     "training_adapter", optional=True,
-                    tooltip="A LoRA that undoes the distillation of MODEL, for one that was distilled to a few steps "
-                    "(Z-Image-Turbo, FLUX.1-schnell): it is on while training, and not in samples and in the LoRA that "
-                    "comes out.",
+                    tooltip="For base models distilled to a few steps (Z-Image-Turbo, FLUX.1-schnell): a LoRA that "
+                    "undoes the distillation during training. Samples and the trained LoRA don't contain it.",
                 ),
             ],
-            outputs=[
-                LoraModel.Output(
-                    display_name="lora", tooltip="The LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA Weights."
-                ),
-                io.String.Output(display_name="lora_name", tooltip="Its name in the loras folder, as loaders list it."),
-                io.Image.Output(display_name="loss_plot", tooltip="The smoothed loss over the steps."),
-                io.Image.Output(display_name="sample_grid", tooltip="The samples, a row for each time they were drawn."),
-            ],
+            outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def validate_inputs(cls, settings: Any = None) -> bool | str:
-        """True, or a message about a wrong line in `settings`, before anything is loaded.
+        """Return True, or a message about an invalid line in `settings`, before anything is loaded.
 
         It takes one argument, since ComfyUI repeats the message for each.
         """
@@ -191,37 +188,56 @@ class TrainFaceLora(io.ComfyNode):
 
 
 def _settings_inputs() -> list[Any]:
-    """The advanced inputs, whose defaults suit most people."""
+    """Return the advanced inputs, whose defaults suit most people."""
     return [
         io.Int.Input(
             "steps", default=0, min=0, max=100_000, optional=True, advanced=True,
-            tooltip="Optimizer steps; 0: what the recipe says.",
+            tooltip="Number of optimizer steps. 0 (default) uses the recipe's value. Raise it if the likeness is too weak.",
         ),
         io.Int.Input(
             "rank", default=0, min=0, max=1024, optional=True, advanced=True,
-            tooltip="Rank, the size of the LoRA; 0: what the recipe says.",
+            tooltip="Rank of the LoRA: a higher rank learns more detail and makes a larger file. 0 (default) uses the "
+            "recipe's value.",
         ),
         io.Float.Input(
             "learning_rate", default=0.0, min=0.0, max=10.0, step=1e-6, round=1e-7, optional=True, advanced=True,
-            tooltip="Peak learning rate; 0: what the recipe says.",
+            tooltip="Highest learning rate. 0 (default) uses the recipe's value. Lower it if samples become distorted.",
         ),
         io.Int.Input(
             "resolution", default=0, min=0, max=4096, step=8, optional=True, advanced=True,
-            tooltip="Side of the square with a picture's area, in pixels; 0: the model's own (512 or 1024).",
+            tooltip="Training resolution: the side, in pixels, of a square with the picture's area. 0 (default) uses the "
+            "recipe's value, or the base model's resolution if the recipe has none. Lower it to save memory.",
         ),
         io.Int.Input(
             "training_seed", default=1, min=0, max=2**63 - 1, control_after_generate=False, optional=True, advanced=True,
-            tooltip="Seed of everything random. The same inputs with the same seed give the same LoRA.",
+            tooltip="Random seed. The same inputs and seed give the same LoRA. Change it to get a different result.",
         ),
         io.String.Input(
             "sample_prompts", default="", multiline=True, optional=True, advanced=True,
-            placeholder="prompts of the samples, one a line",
-            tooltip="Prompts of the sample pictures, one a line; empty: a photo of the trigger and class word.",
+            placeholder="sample prompts, one per line",
+            tooltip="Prompts for the sample pictures, one per line. If empty, samples use 'a photo of' and the trigger "
+            "and class word.",
         ),
         io.String.Input(
             "settings", default="", multiline=True, optional=True, advanced=True,
             placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
-            tooltip="Any setting of the training as lines of TOML; it wins over the recipe. The node's help page lists them.",
+            tooltip="Any other training setting, as lines of TOML. Settings here override the recipe and the inputs "
+            "above. The help page lists them all.",
+        ),
+    ]  # fmt: skip
+
+
+def _outputs() -> list[Any]:
+    return [
+        LoraModel.Output(
+            display_name="lora",
+            tooltip="The trained LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA Weights.",
+        ),
+        io.String.Output(display_name="lora_name", tooltip="The name of the LoRA file, as loaders list it."),
+        io.Image.Output(display_name="loss_plot", tooltip="A chart of the smoothed loss by step."),
+        io.Image.Output(
+            display_name="sample_grid",
+            tooltip="All samples: one row for each time that samples were drawn.",
         ),
     ]  # fmt: skip
 
@@ -236,9 +252,10 @@ def _config(
     rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str, use: str,
     photos: int, on_warning: Callable[[str], None],
 ) -> TrainConfig:  # fmt: skip
-    """The TrainConfig of the node's inputs: the recipe's, overridden by CLIP's layer and the widgets, and those by `settings`.
+    """Build the TrainConfig of the node's inputs.
 
-    A widget at 0 leaves the value to the recipe. Raises BadConfig for a setting that is unknown or out of range.
+    The recipe is overridden by CLIP's layer and the widgets, and those by `settings`. A widget at 0 uses the recipe's
+    value. Raises BadConfig for a setting that is unknown or out of range.
     """
     widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
     given = {name: value for name, value in widgets.items() if value}
@@ -256,7 +273,7 @@ def _config(
 
 
 def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
-    """The setting clip_skip that the layer of CLIP Set Last Layer means, as a dict that may be empty.
+    """Return the setting clip_skip for the layer of CLIP Set Last Layer, as a dict that may be empty.
 
     Raises BadConfig for a layer that the family cannot be trained on.
     """
@@ -267,23 +284,29 @@ def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
         return {"clip_skip": -layer}
     if layer == -2:  # the layer that SDXL always uses
         return {}
-    raise BadConfig(f"clip: CLIP Set Last Layer is at {layer}, and {spec.title} is trained on layer -2 alone; set that")
+    raise BadConfig(
+        f"clip: CLIP Set Last Layer is set to {layer}, but {spec.title} can only be trained on layer -2. Set it to -2"
+    )
 
 
 def _check_parts(model: Any, clip: Any, vae: Any) -> None:
-    """Raises BadConfig when CLIP or VAE is missing, which ComfyUI's loaders only log, or when the VAE is another model's."""
+    """Raise BadConfig when CLIP or VAE is missing, which ComfyUI's loaders only log, or when the VAE is for another model."""
     for name, found in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
         if found is None:
-            raise BadConfig(f"{name}: the checkpoint that it comes from has none; load MODEL's own from another file")
+            raise BadConfig(
+                f"{name}: the checkpoint doesn't contain one. Load the {name.upper()} of this base model from another file"
+            )
     wanted, made = model.model.latent_format.latent_channels, vae.latent_channels
     if made != wanted:
-        raise BadConfig(f"vae: it makes latents of {made} channels and MODEL takes {wanted}; wire the VAE of MODEL")
+        raise BadConfig(
+            f"vae: it makes latents with {made} channels, but MODEL needs {wanted}. Connect the VAE of this base model"
+        )
 
 
 def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Sequence[str]) -> TrainedFile:
-    """The trained file in the loras folder: the one trained before, or one trained now while the panel shows it.
+    """Return the trained file in the loras folder. It is trained now, shown by the panel, unless it already exists.
 
-    Its path is that of the measured step `checkpoint`, where that is not 0.
+    If `checkpoint` is not 0, its path is the intermediate LoRA of that measured step.
     """
     run, key = panel.begin(node_id), None
     watch = Watch(run, job.name)
@@ -294,8 +317,8 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
         if checkpoint and not is_trained(job, base, folders):
             raise BadConfig(
-                f"checkpoint = {checkpoint}: nothing is trained yet with these photos and settings, so there is no step to "
-                "choose; set checkpoint to 0"
+                f"checkpoint = {checkpoint}: no LoRA has been trained with these photos and settings, so there is no step to "
+                "choose. Set checkpoint to 0"
             )
         photos = panel.photo_urls(job.used)
         watch.show(photos=photos)
@@ -323,7 +346,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         if checkpoint:
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
-        watch.log(f"{made.path.name} {'was trained before' if made.found else 'is trained'}")
+        watch.log(f"{made.path.name}: {'already trained' if made.found else 'trained'}")
         looks = _looks(made)
         watch.show(phase="done", file=made.path.name, **looks)
         likeness = {"likeness": looks.get("kept_likeness"), "likeness_word": looks.get("kept_word")}
@@ -333,7 +356,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         _ended(run, key, "failed")
         raise
     except BaseException:  # cancelled
-        watch.log("stopped; queued again, it goes on from there")
+        watch.log("stopped. Queue it again to continue")
         watch.show(phase="stopped")
         _ended(run, key, "stopped")
         raise
@@ -356,16 +379,16 @@ def _photos_of(job: TrainingJob) -> dict[str, list[str]]:
 
 
 def _looked_at(job: TrainingJob, base: Base, watch: "Watch") -> TrainingJob:
-    """The job with its photos looked at. Raises BadPhoto with the widget's option where too few can be used."""
+    """Check the photos of the job. Raises BadPhoto, naming the widget's option, if too few can be used."""
     try:
         return job.looked_at(base, watch.warning)
     except BadPhoto as error:
-        anyway = f". To train on them anyway, choose '{ALL}' in Train on (use)"
+        anyway = f". To train on them anyway, set use (Train on) to '{ALL}'"
         raise BadPhoto(str(error).replace(OVERRULE, anyway)) from None
 
 
 def _choices(made: TrainedFile) -> list[dict[str, Any]]:
-    """The checkpoints that the panel offers: their step, likeness, and whether it is the one that was kept."""
+    """Return the intermediate LoRAs that the panel offers: step, likeness, and whether it was kept."""
     likeness = dict(made.likenesses())
     return [
         {"step": step, "likeness": likeness[step], "kept": path == made.path}
@@ -374,7 +397,7 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
 
 
 def _looks(made: TrainedFile) -> dict[str, Any]:
-    """The panel's news about what came out, also of a training that was done before: likeness, and the samples of its step."""
+    """Return what the panel shows about a finished training run: its likeness, and the samples of the kept step."""
     shown: dict[str, Any] = {"kept_step": made.kept_step()}
     if likenesses := made.likenesses():
         likeness = dict(likenesses)[made.kept_step()]
@@ -386,7 +409,7 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
 
 
 class Watch:
-    """The callbacks of a training: they show its progress in the panel and the log, and raise when the user cancels."""
+    """The callbacks of a training run: they show progress in the panel and the log, and raise when the user cancels."""
 
     def __init__(self, run: Run, name: str):
         self._run = run
@@ -397,17 +420,17 @@ class Watch:
         self._bar: Any = None
 
     def show(self, **news: Any) -> None:
-        """Publishes the news with the number of seconds that have passed."""
+        """Publish the news with the number of seconds that have passed."""
         panel.publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
 
     def _move_bar(self, phase: str, done: int, total: int) -> None:
-        """Moves the node's progress bar, a new one for each phase, since ComfyUI's never go back."""
+        """Move the node's progress bar. Each phase gets a new one, because ComfyUI's can't move back."""
         if phase != self._phase:
             self._phase, self._bar = phase, comfy.utils.ProgressBar(total, node_id=self._run.node)
         self._bar.update_absolute(done, total)
 
     def log(self, text: str, *, always: bool = True) -> None:
-        """Writes a line into the server's log; if not `always`, only when the last one is LOG_INTERVAL old."""
+        """Write a line into the server's log; if not `always`, only when the last one is LOG_INTERVAL old."""
         if always or time.monotonic() - self._logged > LOG_INTERVAL:
             self._logged = time.monotonic()
             logging.info(one_line(f"Train Face LoRA: {self._name}: {text}"))
@@ -452,7 +475,7 @@ class Watch:
 
 
 def add_routes() -> None:
-    """Adds GET /facelora/recipe?name=NAME&base=FILE: what a recipe sets for a base model, by its file's name in a loader."""
+    """Add GET /facelora/recipe?name=NAME&base=FILE: what a recipe sets for a base model, by its file's name in a loader."""
 
     @PromptServer.instance.routes.get("/facelora/recipe")
     async def recipe(request: web.Request) -> web.Response:

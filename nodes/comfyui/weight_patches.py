@@ -1,4 +1,4 @@
-"""The two ways in which Apply LoRA puts a LoRA on a model: patches of its weights, and hooks that leave the weights alone."""
+"""The two ways in which Apply LoRA applies a LoRA: patches of the model's weights, and hooks that don't change the weights."""
 
 # pyright: reportMissingImports=false
 
@@ -25,9 +25,9 @@ Place = str | tuple[Any, ...]
 
 
 def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any], strength: float) -> dict[Any, Any]:
-    """The patch that ComfyUI adds, times `strength`, at each place in the model, which `key_map` has for each entry's name.
+    """Return the patch that ComfyUI adds, times `strength`, by place in the model. `key_map` has the place of each entry.
 
-    Raises UnmatchedKeys where a change times the strength is not finite, which ComfyUI draws as black.
+    Raises UnmatchedKeys if a change times the strength is not finite, which ComfyUI would draw as a black picture.
     """
     theirs: dict[str, Tensor] = {}
     computed: dict[Any, ComputedChange] = {}
@@ -37,7 +37,7 @@ def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any
             weights = (entry.kind, tuple(tensors), tuple(tensors.values()))
             computed[key_map[entry.name]] = ComputedChange(set(entry.keys.values()), weights)
             tensors = {role: tensor for role, tensor in tensors.items() if role in ("diff_b", "b_norm")}
-        # An alpha that stands only in peft's metadata has no key in the file.
+        # An alpha that is only in peft's metadata has no key in the file.
         theirs |= {entry.keys.get(role, f"{entry.name}.{role}"): tensor for role, tensor in tensors.items()}
     return comfy.lora.load_lora(theirs, {entry.name: key_map[entry.name] for entry in entries}) | computed
 
@@ -48,7 +48,7 @@ class ComputedChange(comfy.weight_adapter.WeightAdapterBase):
     - OFT and BOFT grow with the square of the strength.
     - Of a DoRA's magnitudes, only the layout (1, in) is read as intended. A magnitude for each output is divided by the norm of
       the weight without the LoRA. That of a convolution, written as (out, 1), is skipped with a line in the log.
-    - peft's `lora_magnitude_vector` is not known.
+    - peft's `lora_magnitude_vector` is not supported.
     """
 
     name = "facelora"
@@ -92,7 +92,7 @@ class BypassAdapters:
         self._adapters += [(place, adapter, strength) for place, adapter in adapters.items()]
 
     def attach(self, patcher: Any) -> None:
-        """Attaches them to a ModelPatcher, which adds the hooks when it loads the model and removes them when it unloads it."""
+        """Attach them to a ModelPatcher, which adds the hooks when it loads the model and removes them when it unloads it."""
         key = f"facelora.{uuid.uuid4().hex}"
         patcher.set_injections(key, [PatcherInjection(inject=self._inject, eject=self._eject)])
         if self._sigmas is not None:

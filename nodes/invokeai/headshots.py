@@ -36,9 +36,10 @@ from .style_pack import StylesInvocation
 
 @invocation_output("facelora_headshots_output")
 class HeadshotsOutput(BaseInvocationOutput):
-    pictures: list[ImageField] = OutputField(description="The pictures, most alike last.")
+    pictures: list[ImageField] = OutputField(description="The pictures, highest likeness last.")
     likenesses: list[float] = OutputField(
-        description="Their likeness to the photos: 0.55 and more is mostly the same person. -1: no face, or no photos."
+        description="The likeness of each picture to the photos. 0.55 or more is usually the same person. -1 means no "
+        "face, or no photos."
     )
 
 
@@ -57,13 +58,16 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         description="The LoRA, from Train Face LoRA or your models.", title="LoRA", **LORA_MODEL
     )
     weight: float = InputField(
-        default=1.0, ge=-2, le=2, description="Factor on the LoRA weight that each style suggests."
+        default=1.0,
+        ge=-2,
+        le=2,
+        description="Multiplies the LoRA weight that each style suggests. 1 uses it unchanged.",
     )
 
     def invoke(self, context: InvocationContext) -> HeadshotsOutput:
         progress = Progress(context)
         base, (lora, phrase) = base_of(context, self.model), lora_of(context, self.lora)
-        base = replace(base, resolution=self.resolution or base.resolution)  # at which small faces are drawn again
+        base = replace(base, resolution=self.resolution or base.resolution)  # the resolution for redrawing small faces
         jobs = [Job.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
         shots = self._draw(base, lora, jobs, context, progress)
         shots = shots[::-1]  # the page shows the last of a result, and the gallery new pictures first
@@ -77,7 +81,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
     def _draw(
         self, base: Base, lora: LoraFile, jobs: list[Job], context: InvocationContext, progress: Progress
     ) -> list[Headshot]:
-        """The pictures in a folder of the cache, where they stay until all are drawn, most alike first."""
+        """Draw the pictures into a folder of the cache. Returns them with the highest likeness first."""
         folder = made_folder("headshots", content_key("headshots", base.identity, lora.model_hash, jobs))
         services.make_room(context)
         device = services.device()
@@ -93,7 +97,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
             )
 
     def _save(self, shot: Headshot, context: InvocationContext) -> str:
-        """InvokeAI's name of the picture, saved with the values that its page can recall."""
+        """Save the picture with the values that InvokeAI's page can recall, and return InvokeAI's name of it."""
         image, job = read_picture(shot.path), shot.job
         values = {
             "positive_prompt": job.prompt, "negative_prompt": job.negative, "seed": job.seed, "steps": job.steps,

@@ -1,4 +1,4 @@
-"""The node Likeness, which sorts pictures by how much they look like a person."""
+"""The node Likeness, which sorts pictures by their likeness to a person."""
 
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
@@ -20,10 +20,11 @@ from .progress import Progress
 
 @invocation_output("facelora_likeness_output")
 class LikenessOutput(BaseInvocationOutput):
-    pictures: list[ImageField] = OutputField(description="The pictures, most alike first.")
-    best: ImageField = OutputField(description="The first of them.")
+    pictures: list[ImageField] = OutputField(description="The pictures, highest likeness first.")
+    best: ImageField = OutputField(description="The picture with the highest likeness.")
     likenesses: list[float] = OutputField(
-        description="Their likeness: the same person mostly has 0.55 and more, others less than 0.40. -1: no face."
+        description="The likeness of each picture. 0.55 or more is usually the same person, below 0.40 usually someone "
+        "else. -1 means that no face was found."
     )
 
 
@@ -42,7 +43,7 @@ class LikenessInvocation(PhotosInvocation):
 
     def invoke(self, context: InvocationContext) -> LikenessOutput:
         if not self.pictures:
-            raise BadPhoto("no pictures: add those to compare with the photos")
+            raise BadPhoto("no pictures: add pictures to compare with the photos")
         progress = Progress(context)
         photos = self.read_photos(context, progress)
         person = Reference.on(photo.image(shorter_side=FACE_SIDE) for photo in photos)

@@ -11,7 +11,7 @@ from ...core.models.base import Base
 from ...core.models.opening import load_base
 
 TRAINED = {BaseModelType.StableDiffusion1: "SD1.5", BaseModelType.StableDiffusionXL: "SDXL"}
-"""The base models whose InvokeAI files hold all parts, and what users call them."""
+"""The base models whose InvokeAI files hold all parts, with their names for users."""
 MAIN_MODEL = {"ui_model_base": list(TRAINED), "ui_model_type": ModelType.Main}
 """The options of a field for a base model."""
 LORA_MODEL = {"ui_model_base": list(TRAINED), "ui_model_type": ModelType.LoRA}
@@ -19,17 +19,17 @@ LORA_MODEL = {"ui_model_base": list(TRAINED), "ui_model_type": ModelType.LoRA}
 
 
 def base_of(context: InvocationContext, model: ModelIdentifierField) -> Base:
-    """The base model. Raises BadConfig for one of another kind, and what `load_base` raises."""
+    """Return the base model. Raises BadConfig for an unsupported kind of model, and the errors of `load_base`."""
     config = context.models.get_config(model)
     if config.type != ModelType.Main or config.base not in TRAINED:
         kind = f"{config.base.value} {config.type.value}"
-        wanted = f"choose a main model for {' or '.join(TRAINED.values())}"
-        raise BadConfig(f"model: {config.name} is a {kind}; {wanted}")
+        wanted = f"Choose a main model for {' or '.join(TRAINED.values())}"
+        raise BadConfig(f"model: {config.name} is a {kind}. {wanted}")
     return load_base(context.models.get_absolute_path(config))
 
 
 def lora_of(context: InvocationContext, lora: ModelIdentifierField) -> tuple[LoraFile, str]:
-    """The LoRA and its trigger phrase: the one in the file, or else one that the user typed for the model, or ""."""
+    """Return the LoRA and its trigger phrase: from the file, else from the model's record in InvokeAI, else ""."""
     config = context.models.get_config(lora)
     file = LoraFile.read(context.models.get_absolute_path(config))
     words = [*trigger_words(file.metadata), *sorted(getattr(config, "trigger_phrases", None) or ())]

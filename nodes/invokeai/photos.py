@@ -1,4 +1,4 @@
-"""The photos that nodes take, from a board or as a list, and the node Photo Report."""
+"""The photos that nodes take, from a board or a list, and the node Photo Report."""
 
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
@@ -39,7 +39,7 @@ class PhotosInvocation(BaseInvocation):
         default=None, description="Photos of one person. You can drop files here."
     )
     photo_board: BoardField | None = InputField(
-        default=None, description="A board with photos of the person, in addition to those above.", input=Input.Direct
+        default=None, description="A board with more photos of the person, in addition to photos.", input=Input.Direct
     )
 
     photo_names: list[str] | None = InputField(
@@ -47,25 +47,25 @@ class PhotosInvocation(BaseInvocation):
     )
 
     def image_names(self, context: InvocationContext) -> list[str]:
-        """InvokeAI's names of the photos, each once."""
+        """Return InvokeAI's names of the photos, without duplicates."""
         names = [*(photo.image_name for photo in self.photos or ()), *(self.photo_names or ())]
         if self.photo_board:
             names += context.boards.get_all_image_names_for_board(self.photo_board.board_id)
         return list(dict.fromkeys(names))
 
     def read_photos(self, context: InvocationContext, progress: Progress) -> list[Photo]:
-        """The photos. Raises BadPhoto when there are none, or none can be read."""
+        """Read the photos. Raises BadPhoto if there are none, or none can be read."""
         names = self.image_names(context)
         if not names:
             raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a board that has them")
         paths = [context.images.get_path(name) for name in names]
         photos = read_photo_files(paths, on_warning=progress.warning)
         if not photos:
-            raise BadPhoto(f"none of the {counted(len(names), 'photo')} can be read")
+            raise BadPhoto(f"none of the {counted(len(names), 'photo')} can be read. Add others as jpg or png files")
         return photos
 
     def reference(self, context: InvocationContext, progress: Progress) -> Reference | None:
-        """The person to compare pictures with; None without photos or face networks."""
+        """Return the person to compare pictures with; None without photos or face networks."""
         if not self.image_names(context):
             return None
         network = faces_if_installed(progress.warning)
@@ -77,9 +77,9 @@ class PhotosInvocation(BaseInvocation):
 
 @invocation_output("facelora_photo_report_output")
 class PhotoReportOutput(BaseInvocationOutput):
-    report: str = OutputField(description="The verdict on each photo with its reasons, and what to add.")
+    report: str = OutputField(description="The verdict on each photo, the reasons, and what to add.")
     sheet: ImageField = OutputField(description="The photos with their verdicts, best first.")
-    # Names, since the page takes every image of a result for a new one.
+    # These are names, because the page treats every image of a result as a new one.
     photo_names: list[str] = OutputField(description="The photos that are not rejected, for Train Face LoRA.")
 
 
@@ -96,19 +96,21 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
 
     model: ModelIdentifierField | None = InputField(
         default=None,
-        description="The base model to train on. Without it, faces are judged for 1024 pixels.",
+        description="The base model to train on. It decides how large a face must be. Without it, 1024 pixels are assumed.",
         **MAIN_MODEL,
     )
 
     def invoke(self, context: InvocationContext) -> PhotoReportOutput:
         progress = Progress(context)
-        progress.show("looking at the photos")
+        progress.show("checking the photos")
         photos, names = self.read_photos(context, progress), self.image_names(context)
         resolution = base_of(context, self.model).resolution if self.model else 1024
         network = faces_if_installed(progress.warning)
         report = check_photos(photos, network, Thresholds.for_resolution(resolution))
         if network and not any(item.faces for item in report.photos):
-            raise BadPhoto(f"of {counted(len(photos), 'photo')} none shows a face")
+            raise BadPhoto(
+                f"none of the {counted(len(photos), 'photo')} shows a face. Add photos in which the face is visible"
+            )
         good = {item.photo.name for item in report.usable}
         return PhotoReportOutput(
             report="\n".join([*progress.notes, format_report(report)]),
@@ -118,7 +120,7 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
 
 
 def sheet_of(report: SetReport) -> Image.Image:
-    """The photos of a report with their verdicts, the best first."""
+    """Draw the photos of a report with their verdicts, best first."""
     items = sorted(report.photos, key=lambda item: VERDICTS.index(item.verdict))
     images = [item.photo.image(shorter_side=TILE) for item in items]
     return contact_sheet([(report.headline, images)], tile=TILE, labels=[[item.verdict for item in items]], columns=6)

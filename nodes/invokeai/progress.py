@@ -20,7 +20,7 @@ SAMPLE_SIDE = 384
 
 
 class Progress:
-    """Shows how far a node is. Each of its methods raises when the user cancels."""
+    """Shows the progress of a node. Each of its methods raises when the user cancels."""
 
     def __init__(self, context: InvocationContext):
         self._context = context
@@ -41,31 +41,31 @@ class Progress:
         raise_if_cancelled(self._context)
 
     def show(self, message: str, share: float | None = None) -> None:
-        """Shows a message, the finished share of the work, and the last samples."""
+        """Show a message, the finished share of the work, and the last samples."""
         self.check_cancelled()
         self._shown = time.monotonic()
         self._context.util.signal_progress(message, share, self._preview)
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """Shows how far a phase is; in between, only every SHOW_INTERVAL seconds."""
+        """Show the progress of a phase, at most every SHOW_INTERVAL seconds between its start and end."""
         self.check_cancelled()
         if name != self._phase or done == total or time.monotonic() - self._shown > SHOW_INTERVAL:
             self._phase = name
             self.show(f"{name}: {done} of {total}", done / total if total else None)
 
     def point(self, report: StepReport) -> None:
-        """Shows a step of the training run."""
+        """Show a step of the training run."""
         line = step_line(report, time.monotonic() - self._begun)
         if report.measured:
             self._context.logger.info(line)
         self.show(line, report.step / report.steps)
 
     def sample(self, step: int, images: Sequence[Image.Image]) -> None:
-        """Shows the samples of a step, from now on with every message."""
+        """Show the samples of a step, from now on with every message."""
         self._preview = contact_sheet([(f"step {step}", images)], tile=SAMPLE_SIDE)
         self.show(f"samples of step {step}")
 
     def warning(self, message: str) -> None:
-        """Keeps a warning, and writes it into the log."""
+        """Keep a warning, and write it to the log."""
         self.notes.append(message)
         self._context.logger.warning(message)

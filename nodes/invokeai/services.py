@@ -15,7 +15,7 @@ from PIL import Image
 from ...core.errors import BadFile, MissingPackage
 
 SEEN_IN = "6.14.2"
-_ADVICE = f"these nodes were made for InvokeAI {SEEN_IN}, and this is {__version__}: update this pack, or InvokeAI"
+_ADVICE = f"these nodes were made for InvokeAI {SEEN_IN}, and this is {__version__}. Update this pack or InvokeAI"
 
 try:
     from invokeai.app.services.config.config_default import get_config
@@ -42,7 +42,7 @@ def device() -> Any:
 
 
 def raise_if_cancelled(context: InvocationContext) -> None:
-    """Raises what InvokeAI takes for a cancelled node, when the user has cancelled it."""
+    """Raise InvokeAI's exception for a cancelled node if the user has cancelled it."""
     if context.util.is_canceled():
         raise CanceledException
 
@@ -86,5 +86,5 @@ def _service(context: InvocationContext, *names: str) -> Any:
     for name in names:
         found = getattr(found, name, None)
     if found is None:
-        raise MissingPackage(f"InvokeAI has no service {'.'.join(names)}: {_ADVICE}")
+        raise MissingPackage(f"InvokeAI lacks the service {'.'.join(names)}: {_ADVICE}")
     return found

@@ -22,7 +22,7 @@ from .models import MAIN_MODEL, base_of
 
 
 def find_packs() -> FoundPacks:
-    """The packs that come along, and the user's own in the folder `style_packs` of InvokeAI's root folder."""
+    """Return the included packs, and the user's own from the folder `style_packs` in InvokeAI's root folder."""
     folder = services.root_folder() / "style_packs"
     return find_style_packs([folder] if folder.is_dir() else [])
 
@@ -31,7 +31,7 @@ _TITLES = {name: pack.title for name, pack in find_packs().packs.items()}
 if TYPE_CHECKING:
     PackName = str
 else:
-    PackName = Literal[tuple(_TITLES)]  # those that there are when InvokeAI starts
+    PackName = Literal[tuple(_TITLES)]  # the packs that exist when InvokeAI starts
 
 
 class StylesInvocation(BaseInvocation):
@@ -41,18 +41,22 @@ class StylesInvocation(BaseInvocation):
     style_pack: PackName = InputField(
         default="corporate", description="The pack of headshot styles.", ui_choice_labels=_TITLES
     )
-    styles: str = InputField(default="", description="Names of styles in the pack, separated by commas. Empty: all.")
-    count: int = InputField(default=8, ge=1, le=MOST_PICTURES, description="Number of pictures.")
-    first_seed: int = InputField(default=1, ge=0, description="Seed of the first picture. The next ones count up.")
+    styles: str = InputField(
+        default="", description="Names of styles in the pack, separated by commas. If empty, all styles are used."
+    )
+    count: int = InputField(
+        default=8, ge=1, le=MOST_PICTURES, description="Number of pictures. They are divided evenly among the styles."
+    )
+    first_seed: int = InputField(default=1, ge=0, description="Seed of the first picture. Each further picture adds 1.")
     resolution: int = InputField(
         default=0,
         ge=0,
         le=4096,
-        description="Side of the square with a picture's area, in pixels. 0: set by the model.",
+        description="Picture size: the side, in pixels, of a square with the picture's area. 0 uses the model's resolution.",
     )
 
     def prompts(self, base: Base, phrase: str) -> list[StyledPrompt]:
-        """The prompts of the pictures of a person who has that trigger phrase."""
+        """Return the prompts for pictures of the person with that trigger phrase."""
         styles = [name.strip() for name in self.styles.split(",") if name.strip()]
         return find_packs().pick(self.style_pack).prompts(
             Subject(phrase, class_word=""), base.family.name, self.count, self.first_seed,
@@ -62,7 +66,7 @@ class StylesInvocation(BaseInvocation):
 
 @invocation_output("facelora_style_pack_output")
 class HeadshotStylePackOutput(BaseInvocationOutput):
-    prompt: str = OutputField(description="The prompt of picture `number`.")
+    prompt: str = OutputField(description="The prompt of the picture chosen with number.")
     negative_prompt: str = OutputField(description="Its negative prompt.")
     width: int = OutputField(description="Its width in pixels.")
     height: int = OutputField(description="Its height in pixels.")
@@ -92,7 +96,9 @@ class HeadshotStylePackInvocation(StylesInvocation):
     """
 
     subject: str = InputField(default="sks person", description="The trigger phrase of the LoRA.")
-    number: int = InputField(default=0, ge=0, description="Which picture the single outputs describe, from 0 on.")
+    number: int = InputField(
+        default=0, ge=0, description="The picture that the single outputs describe. The first is 0."
+    )
 
     def invoke(self, context: InvocationContext) -> HeadshotStylePackOutput:
         found = self.prompts(base_of(context, self.model), self.subject.strip())

@@ -39,9 +39,9 @@ FOLDER = "facelora"
 class TrainFaceLoraOutput(BaseInvocationOutput):
     lora: ModelIdentifierField = OutputField(description="The LoRA, for Apply LoRA or Headshots.", title="LoRA")
     model: ModelIdentifierField = OutputField(description="The base model, for Headshots.")
-    trigger_phrase: str = OutputField(description="The words that call up the person in a prompt.")
+    trigger_phrase: str = OutputField(description="The words for the person in prompts.")
     photo_names: list[str] = OutputField(description="The photos, for Headshots or Likeness.")
-    report: str = OutputField(description="What was trained, and what was noticed about the photos.")
+    report: str = OutputField(description="What was trained, its likeness, and notes about the photos.")
 
 
 @invocation(
@@ -53,32 +53,39 @@ class TrainFaceLoraOutput(BaseInvocationOutput):
     use_cache=False,
 )
 class TrainFaceLoraInvocation(PhotosInvocation):
-    """Train a LoRA of one person, and add it to the models. Cancelled, it continues when queued again.
+    """Train a LoRA of one person, and add it to the models. If you cancel and queue it again, training continues.
 
     Train only people who have agreed to it.
     """
 
     model: ModelIdentifierField = InputField(description="The base model to train on: SD1.5 or SDXL.", **MAIN_MODEL)
     name: str = InputField(
-        default="my-face", description="Name of the LoRA. If another LoRA has it already, a number is added."
+        default="my-face", description="Name of the LoRA. A number is added if another LoRA already has this name."
     )
-    trigger_word: str = InputField(default="sks", description="Word that stands for the person in prompts.")
+    trigger_word: str = InputField(default="sks", description="Word for the person in captions and prompts.")
     class_word: str = InputField(default="person", description="Noun for the person: person, woman, man, …")
     recipe: RecipeName = InputField(
-        default="balanced", description="fast for a first look, balanced for most people, best for more time."
+        default="balanced",
+        description="Preset for the training run: fast for a first try, balanced for most people, best for the longest "
+        "training.",
     )
-    steps: int = InputField(default=0, ge=0, le=100_000, description="Optimizer steps. 0: set by the recipe.")
-    training_seed: int = InputField(default=1, ge=0, description="Seed of everything random in the training run.")
+    steps: int = InputField(
+        default=0, ge=0, le=100_000, description="Number of optimizer steps. 0 uses the recipe's value."
+    )
+    training_seed: int = InputField(
+        default=1, ge=0, description="Random seed. The same inputs and seed give the same LoRA."
+    )
     check_photos: bool = InputField(
         default=True,
-        description="Leave out photos that the photo report rejects. Off: train on all photos.",
+        description="Leave out photos that the photo check rejects. If off, all photos are used.",
     )
     cover: bool = InputField(
-        default=True, description="Show the last sample, a picture of the person, as the model's picture."
+        default=True,
+        description="Use the last sample, a picture of the person, as the cover of the LoRA in the model list.",
     )
     settings: str = InputField(
         default="",
-        description="Any other setting of the training run as lines of TOML, such as rank = 32.",
+        description="Any other training setting as lines of TOML, such as rank = 32. Settings here override the recipe.",
         ui_component=UIComponent.Textarea,
     )
 
@@ -87,14 +94,14 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         photos = self.read_photos(context, progress)
         base = base_of(context, self.model)
         job = TrainingJob(lora_path(self.name), self._config(base, len(photos), progress), photos)
-        progress.show("looking at the photos")
+        progress.show("checking the photos")
         job = _looked_at(job, base, progress)
         services.make_room(context)
         made = _train(job, base, context, progress)
         metadata, samples = LoraFile.read(made.path).metadata, made.run.samples()
         phrase = next(iter(trigger_words(metadata)), "")
         cover = samples[max(samples)][0] if self.cover and samples else None
-        described = metadata.get("modelspec.description") or f"A person. Prompts call up the person by: {phrase}"
+        described = metadata.get("modelspec.description") or f"A person. Words for the person in prompts: {phrase}"
         lora = services.register_lora(context, made.path, phrase, described, cover)
         return TrainFaceLoraOutput(
             lora=lora,
@@ -105,7 +112,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         )
 
     def _config(self, base: Base, photos: int, progress: Progress) -> TrainConfig:
-        """The settings: the recipe's, overridden by the fields, and those by `settings`."""
+        """Return the recipe's settings, overridden by the fields, and those by `settings`."""
         given = {
             "trigger_word": self.trigger_word,
             "class_word": self.class_word,
@@ -121,15 +128,15 @@ class TrainFaceLoraInvocation(PhotosInvocation):
 
 
 def _looked_at(job: TrainingJob, base: Base, progress: Progress) -> TrainingJob:
-    """Return the job with its photos looked at. Raises BadPhoto with the field that trains anyway if too few can be used."""
+    """Check the photos of the job. Raises BadPhoto, naming the field that trains anyway, if too few can be used."""
     try:
         return job.looked_at(base, progress.warning)
     except BadPhoto as error:
-        raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, switch off Check Photos")) from None
+        raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, turn off Check Photos")) from None
 
 
 def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: Progress) -> TrainedFile:
-    """The trained file in FOLDER."""
+    """Return the trained file in FOLDER."""
     device = services.device()
     with torch.inference_mode(False), torch.enable_grad(), within_quota(), within_free_memory(device):
         return find_or_train(
@@ -143,7 +150,7 @@ def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: P
 
 
 def _summary(made: TrainedFile) -> str:
-    """One line about the LoRA: its name, whether it was found, and its best likeness where that was measured."""
+    """Return one line about the LoRA: its name, whether it already existed, and its best likeness if measured."""
     likenesses = [likeness for _, likeness in made.likenesses()]
     best = f", likeness {max(likenesses):.2f}" if likenesses else ""
-    return f"{made.path.stem}: {'trained before' if made.found else 'trained'}{best}"
+    return f"{made.path.stem}: {'already trained' if made.found else 'trained'}{best}"

@@ -51,7 +51,7 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     kept = [f"photo {number:02}.png" for number in (1, 2, 3)]
     assert basenames(page) == kept == sorted(file.name for file in (server.folder / "input" / folder).glob("*.png"))
     assert "holiday 0.png" in page.run("() => document.querySelector('.facelora-tile').title")
-    assert page.page.locator(".facelora-refused").inner_text() == "✕ notes.txt: is not a photo"
+    assert page.page.locator(".facelora-refused").inner_text().startswith("✕ notes.txt: not a photo")
     Image.new("RGB", (300, 200)).save(files[0].with_name("another.webp"))
     page.drop(PHOTOS, [files[0], files[0].with_name("another.webp")])  # the first is there already
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 4")
@@ -98,7 +98,7 @@ def test_the_reason_why_a_node_failed_is_said_on_the_page(page, server):
     page.wait_for("() => document.querySelector('.p-toast-message')")
     (message,) = page.toasts()
     assert (
-        message == "Load Face Photos\nno photos: add some to the node, or choose a folder below ComfyUI's input folder"
+        message == "Load Face Photos\nno photos: drop some onto the node, or choose a folder in ComfyUI's input folder"
     )
 
 
@@ -177,7 +177,7 @@ def test_mixed_photos_are_an_error_on_the_server_unless_it_is_overruled(page, se
     graph = page.prompt()
     result = server.run(graph)
     assert "different people: person 1 on 3 photos, person 2 on 3 photos" in result.error
-    assert "choose 'all photos' in Train on" in result.error
+    assert "set use (Train on) to 'all photos'" in result.error
     page.run("() => { window.app.queuePrompt(0) }")
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
         page.page.locator(".facelora-dialog[open]").get_by_role("button", name="Train on all").click()
@@ -256,7 +256,7 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
 
     def is_shown() -> bool:
         texts = page.page.locator(".facelora-result-text").all_inner_texts()
-        return [f"{lora}: sd15, rank 4\ntrigger: sks person" in text for text in texts] == [True, False] and (
+        return [f"{lora}: sd15, rank 4\ntrigger phrase: sks person" in text for text in texts] == [True, False] and (
             "arXiv:2106.09685" in texts[1]
         )
 
@@ -300,3 +300,21 @@ def test_group_portrait_shows_what_is_read_in_which_place_and_takes_braces_as_th
     )
     assert "anna: sks person at home" in (page.page.text_content(".facelora-result-text") or "")
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize(("language", "word"), [("en", "Recipes"), ("zh", "预设")])
+def test_the_help_of_a_node_is_shown_in_the_language_of_comfyui_without_a_request_in_vain(page, site, language, word):
+    site.post("/settings/Comfy.Locale", language)
+    try:
+        page.reload()
+        page.clear()
+        page.add(TRAIN)
+        answers = []
+        page.page.on("response", lambda answer: "/docs/" in answer.url and answers.append((answer.url, answer.status)))
+        page.run("() => { app.canvas.selectNode(app.graph.nodes[0]); app.canvas.centerOnNode(app.graph.nodes[0]) }")
+        page.page.get_by_test_id("info-button").click()
+        page.page.get_by_role("heading", name=word, exact=True).wait_for()
+        assert [(url.rpartition("/docs/")[2], status) for url, status in answers] == [(f"{TRAIN}/{language}.md", 200)]
+        assert page.complaints() == []
+    finally:
+        site.post("/settings/Comfy.Locale", "en")

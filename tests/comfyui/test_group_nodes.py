@@ -214,7 +214,7 @@ def latents_of(server, graph: dict[str, Node], name: str) -> Tensor:
     ("changes", "region", "words"),
     [
         ({"prompt": "{anna} and {bob}"}, "", "{bob} is not in the group; use {anna}, {ben}"),
-        ({}, "0, 0, 0.5, 1", "region: give one to everyone or to nobody; ben has none"),
+        ({}, "0, 0, 0.5, 1", "region: set it for everyone or for nobody. ben doesn't have one"),
         ({}, "half", "region of anna: 'half': must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to 1"),
     ],
 )

@@ -151,7 +151,9 @@ def test_a_word_that_the_embeddings_folder_does_not_have_is_named(server):
     result = server.run(BASE | {"apply": apply("carl.safetensors"), "show": node("PreviewAny", source=["apply", 2])})
     assert result.outputs["show"]["text"] == ["sks person"]
     (text,) = result.outputs["apply"]["text"]
-    assert re.search(r"sks has vectors of its own, and the embeddings folder has no carl-\w{8}\.safetensors", text)
+    assert re.search(
+        r"sks needs its own vectors, but carl-\w{8}\.safetensors is missing from the embeddings folder", text
+    )
 
 
 def test_a_file_of_words_alone_is_no_lora_and_apply_says_where_it_belongs(server):

@@ -191,7 +191,7 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("a.pdf", "is not a photo"),
+        ("a.pdf", "not a photo"),
         ("garbage.jpg", "this picture cannot be read"),
         ("../up.png", "this picture cannot be read"),
     ],
@@ -230,7 +230,7 @@ def test_a_folder_that_is_not_there_does_not_matter_where_pictures_were_added(se
     result = server.run(graph)
     assert result.status == "success", result.error
     (report,) = texts(result, "report")
-    assert "1 photo" in report and "not-made-yet: there is no such folder" in report
+    assert "1 photo" in report and "not-made-yet: this folder doesn't exist" in report
 
 
 def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):
@@ -264,10 +264,10 @@ def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({}, "no photos: add some to the node, or choose a folder below ComfyUI's input folder"),
-        ({"folder": "nowhere"}, "nowhere: there is no such folder"),
-        ({"pictures": "gone.png"}, "gone.png: there is no such picture"),
-        ({"pictures": "../../secret.png"}, "is not below ComfyUI's input folder"),
+        ({}, "no photos: drop some onto the node, or choose a folder in ComfyUI's input folder"),
+        ({"folder": "nowhere"}, "nowhere: this folder doesn't exist"),
+        ({"pictures": "gone.png"}, "gone.png: this picture doesn't exist"),
+        ({"pictures": "../../secret.png"}, "not in ComfyUI's input folder"),
     ],
 )
 def test_photos_that_are_not_there_are_one_error(server, choice, words):
@@ -283,7 +283,7 @@ def test_photos_without_a_face_are_refused(server):
         Image.new("RGB", (256, 256), (shade, shade, shade)).save(folder / f"{shade}.png")
     result = server.run(training(folder="walls") | {"photos": load_photos("walls", check=True)})
     assert result.status == "error"
-    assert "of 2 photos none shows a face" in result.error
+    assert "none of the 2 photos shows a face" in result.error
 
 
 def test_a_folder_without_photos_is_one_clear_line(server):
@@ -346,13 +346,17 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     shown = server.read(f"/experiment/models/preview/loras/{listed['pathIndex']}/{file.name}")
     with Image.open(BytesIO(shown)) as picture:
         assert picture.size == size, "what ComfyUI's own list of models shows"
-    assert result.outputs["save"]["text"] == [f"written: output/loras/{file.name}\npreview: {file.stem}.preview.png"]
+    assert result.outputs["save"]["text"] == [f"saved: output/loras/{file.name}\npreview: {file.stem}.preview.png"]
 
 
 def test_the_address_about_loras_knows_those_of_the_list_alone(server):
     broken = server.folder / "models" / "loras" / "no_lora.safetensors"
     broken.write_text("<html>")
-    for name, said in (("../../x.safetensors", "no such file"), (broken.name, "truncated"), ("%00", "no such file")):
+    for name, said in (
+        ("../../x.safetensors", "doesn't contain this file"),
+        (broken.name, "truncated"),
+        ("%00", "doesn't contain this file"),
+    ):
         with pytest.raises(HTTPError) as refused:
             server.read(f"/facelora/lora?name={name}")
         answer = refused.value.read().decode()

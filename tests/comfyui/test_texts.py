@@ -2,15 +2,20 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 
-from .server import PACK
-from .texts import HELP, LOCALES, TABLES, english, inputs, node_infos, tables
+from core.config import TrainConfig
+from core.models.families import FAMILIES
+from core.training.recipes import RECIPES, recipe_settings
+from tests.prose import faults
+
+from .texts import HELP, LANGUAGES, LOCALES, WORDS, definitions, english, inputs, node_infos, page, tables
 
 pytestmark = pytest.mark.comfyui
 
-NODES = [page.stem for page in sorted(HELP.glob("*.md"))]
+NODES = sorted(folder.name for folder in HELP.iterdir() if folder.is_dir())
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +23,41 @@ def infos(server):
     return node_infos(server)
 
 
-def definitions(language: str) -> dict:
-    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
-
-
 def test_every_node_has_a_help_page(infos):
     assert sorted(infos) == NODES
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("name", NODES)
-def test_a_help_page_has_prose_and_describes_exactly_the_inputs_and_outputs(infos, server, name):
-    page = (HELP / f"{name}.md").read_text(encoding="utf-8")
-    prose, mark, rest = page.partition(TABLES)
+def test_a_help_page_has_prose_and_describes_exactly_the_inputs_and_outputs(infos, name, language):
+    mark = WORDS[language]["inputs"]
+    prose, found, rest = page(name, language).read_text(encoding="utf-8").partition(mark)
     assert prose.startswith(f"# {infos[name]['display_name']}\n")
-    assert len(prose) > 200
-    assert mark + rest == tables(name, infos[name])
-    assert server.read(f"/extensions/ComfyUI-FaceLoRA/docs/{name}.md").decode() == page
+    assert len(prose) > (200 if language == "en" else 100)
+    assert found + rest == tables(name, infos[name], language)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_help_page_is_served_in_english_in_chinese_and_for_all_other_languages(infos, server, name):
+    """The frontend asks for NAME/LANGUAGE.md, and for NAME.md if that is missing."""
+    address = f"/extensions/{infos[name]['python_module'].removeprefix('custom_nodes.')}/docs/{name}"
+    served = {end: server.read(f"{address}{end}").decode() for end in ("/en.md", "/zh.md", ".md")}
+    assert served["/en.md"] == served[".md"] == page(name, "en").read_text(encoding="utf-8")
+    assert served["/zh.md"] == page(name, "zh").read_text(encoding="utf-8")
+
+
+def test_the_help_of_training_has_the_recipes_and_the_defaults_that_they_set():
+    help_page = page("FaceLoRATrain", "en").read_text(encoding="utf-8")
+    sdxl = FAMILIES["sdxl"].recipes
+    for recipe in RECIPES:
+        chosen = recipe_settings(recipe, sdxl, {"sample_every": 0})
+        row = next(
+            line for line in help_page.splitlines() if line.startswith(f"| {FAMILIES['sdxl'].title} | {recipe} |")
+        )
+        assert f"| {chosen['steps']} × {chosen['batch_size']} | {chosen['rank']} |" in row
+        assert f"{chosen['learning_rate']:.0e}".replace("e-0", "e-") in row
+    assert "| `steps` | INT | `0`: from the recipe (SD1.5: `1000`) |" in help_page
+    assert "| `prior_prediction` | `0.5` (from the recipe) |" in help_page
 
 
 def test_every_input_and_output_has_a_tooltip(infos):
@@ -42,7 +66,7 @@ def test_every_input_and_output_has_a_tooltip(infos):
         assert all(info["output_tooltips"]), name
 
 
-def test_what_is_shown_as_a_tooltip_fits_one(infos):
+def test_what_is_shown_as_a_tooltip_fits_one_and_is_easy_to_read(infos):
     for name, info in infos.items():
         shown = [
             info["description"].partition("\nNot used")[0],
@@ -50,6 +74,7 @@ def test_what_is_shown_as_a_tooltip_fits_one(infos):
             *info["output_tooltips"],
         ]
         assert max(map(len, shown)) <= 300, name
+        assert faults("\n\n".join(shown), on_screen=True) == [], name
 
 
 @pytest.mark.parametrize("name", ["FaceLoRAApply", "FaceLoRASave"])
@@ -61,26 +86,37 @@ def test_a_lora_is_said_to_come_from_the_nodes_that_give_one(infos, server, name
 
 
 def test_the_english_texts_are_the_nodes_own(infos, server):
-    assert definitions("en") == {name: english(info) for name, info in infos.items()}
+    assert texts_of("en") == {name: english(info) for name, info in infos.items()}
     assert server.get("/i18n")["en"]["nodeDefs"]["FaceLoRATrain"] == english(infos["FaceLoRATrain"])
 
 
-def test_the_widgets_say_nothing_that_has_no_chinese_text_and_no_text_is_left_over():
-    scripts = {file.name: file.read_text(encoding="utf-8") for file in (PACK / "web").glob("*.js")}
-    table = scripts.pop("words.js")
-    texts = re.findall(r'^  "(.+?)": "', table, re.MULTILINE)
-    said = {text for script in scripts.values() for text in re.findall(r'\bsay\(\s*"(.+?)"', script)}
-    said |= set(re.findall(r'name: "([a-z ]+)"', scripts["train_panel.js"]))  # of the curves
-    said |= set(re.findall(r'\w+: "(\w+)"', re.search("LABELS = .*", scripts["dom.js"])[0]))  # pyright: ignore
-    said |= {"the same person", "perhaps", "someone else", "✓ good", "! look", "✕ left out"}
-    said |= {"training", "stopped", "failed", "done"}
-    said |= {"reading the model", "encoding", "class images", "samples"}  # phases
-    assert len(texts) == len(set(texts)) and set(texts) == said
+def texts_of(language: str) -> dict:
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
-def test_the_chinese_texts_are_of_nodes_and_inputs_that_there_are(infos):
-    ours = definitions("zh")
-    assert {"FaceLoRALoadPhotos", "FaceLoRATrain", "FaceLoRAApply", "FaceLoRAStylePack"} <= set(ours)
-    for name, entry in ours.items():
-        assert entry["display_name"] == infos[name]["display_name"], "the nodes' names are the same everywhere"
-        assert set(entry.get("inputs", ())) <= set(inputs(infos[name])), name
+def test_every_text_of_a_node_has_a_chinese_one(infos, server):
+    chinese = texts_of("zh")
+    assert set(chinese) == set(infos)
+    for name, info in infos.items():
+        ours, given = english(info), chinese[name]
+        assert given["display_name"] == ours["display_name"], "the nodes' names are the same everywhere"
+        assert given.keys() == ours.keys()
+        for part in ("inputs", "outputs"):
+            assert given[part].keys() == ours[part].keys(), name
+            for key, texts in given[part].items():
+                assert texts["name"] and re.search("[\u4e00-\u9fff]", texts["tooltip"]), f"{name}: {key}"
+    assert server.get("/i18n")["zh"]["nodeDefs"]["FaceLoRATrain"] == chinese["FaceLoRATrain"]
+
+
+def test_a_chinese_text_names_the_same_options_numbers_and_files(infos):
+    """A tooltip that changes in English is seen here when it has another number, option or file name than the Chinese one."""
+    for name, info in infos.items():
+        for key, (_, options) in inputs(info).items():
+            chinese = definitions("zh", name, info)["inputs"][key]["tooltip"]
+            facts = re.findall(r"\d+(?:\.\d+)?|NAME[\w-]*(?:\.\w+)*|\w+\.\w{3,}", options["tooltip"])
+            assert [fact for fact in facts if fact not in chinese] == [], f"{name}: {key}"
+
+
+def test_every_setting_has_a_chinese_text():
+    texts = json.loads((LOCALES / "zh" / "help.json").read_text(encoding="utf-8"))
+    assert list(texts["settings"]) == [setting.name for setting in fields(TrainConfig)]

@@ -259,7 +259,7 @@ def test_a_wrong_setting_is_refused_before_anything_runs(server, settings, words
 def test_a_setting_that_needs_the_recipe_or_the_widgets_is_not_refused(server, settings):
     graph = training(settings=settings, recipe="best", steps=1000, samples=1, learning_rate=0.0)
     wired = {"photos": load_photos(pictures=["name", 0]), "name": node("PrimitiveString", value="gone.png")}
-    assert "gone.png: there is no such picture" in server.run(graph | wired).error, "it was begun"
+    assert "gone.png: this picture doesn't exist" in server.run(graph | wired).error, "it was begun"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,10 @@ def test_a_checkpoint_without_text_encoder_or_vae_is_named_in_one_clear_line(ser
         changes: dict[str, Any] = {input_name: ["bare", output]}
         result = server.run(training(**changes) | bare)
         assert result.status == "error"
-        assert f"{input_name}: the checkpoint that it comes from has none" in result.error
+        assert (
+            f"{input_name}: the checkpoint doesn't contain one. Load the {input_name.upper()} of this base model"
+            in result.error
+        )
     denoiser.unlink()  # an app takes the first checkpoint
 
 
@@ -380,7 +383,7 @@ def test_a_checkpoint_of_what_is_not_trained_yet_is_refused_before_the_training(
     graph = training(name="too-early", training_seed=91)
     graph["train"]["inputs"]["checkpoint"] = 1
     result = server.run(graph)
-    assert "checkpoint = 1: nothing is trained yet with these photos and settings" in result.error
+    assert "checkpoint = 1: no LoRA has been trained with these photos and settings" in result.error
     assert not (loras(server) / "too-early.safetensors").exists()
 
 
@@ -541,5 +544,5 @@ def test_a_model_of_another_family_is_refused_with_the_choices(server):
     }
     result = server.run(graph)
     assert result.status == "error"
-    assert "UnknownFamily: MODEL is SD20; Train Face LoRA can train Stable Diffusion 1.x" in result.error
+    assert "UnknownFamily: MODEL is SD20. Train Face LoRA can train: Stable Diffusion 1.x" in result.error
     (unets / "sd2.safetensors").unlink()

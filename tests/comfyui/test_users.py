@@ -55,14 +55,14 @@ def test_a_thumbnail_and_a_verdict_are_served_to_the_photos_user_alone(users, dr
         for disguise in (address, address.replace("photos/", "for-all/../photos/")):
             with pytest.raises(HTTPError, match="404"):
                 other.read(disguise)
-        assert "no such picture" in other.post("/facelora/check", asked)["error"]
+        assert "this picture doesn't exist" in other.post("/facelora/check", asked)["error"]
 
 
 def test_a_graph_with_anothers_photos_finds_none(users, dropped):
     anna, berta, _ = users
     for graph in (load_photos(dropped.rpartition("/")[0]), load_photos(pictures=dropped)):
         assert anna.run({"photos": graph}).status == "success"
-        assert "there is no such" in berta.run({"photos": graph}).error
+        assert "doesn't exist" in berta.run({"photos": graph}).error
 
 
 def test_a_stranger_cannot_drop_photos_and_a_user_none_into_anothers_folder(users, dropped, tmp_path):

@@ -101,7 +101,7 @@ def test_a_trained_lora_is_registered_with_its_words_and_a_cover_and_then_found(
     assert [share for message, share, _ in desk.context.shown if message.startswith("step 3 of 3, loss")] == [1.0]
     assert desk.context.shown[-1][2] is not None, "no sample was shown"
     again = train(desk, class_word="man")
-    assert again.lora == made.lora and again.report.startswith("anna: trained before")
+    assert again.lora == made.lora and again.report.startswith("anna: already trained")
 
 
 def test_a_cancelled_run_ends_as_cancelled_and_goes_on(desk):
@@ -153,14 +153,14 @@ def test_what_is_wrong_is_said_in_one_sentence(desk, fields, message):
 
 def test_a_model_of_another_kind_is_refused_by_name(desk):
     other = desk.context.add_model("dev.safetensors", BaseModelType.Flux, ModelType.Main)
-    with pytest.raises(desk.errors.BadConfig, match=r"dev is a flux main; choose a main model for SD1\.5 or SDXL"):
+    with pytest.raises(desk.errors.BadConfig, match=r"dev is a flux main\. Choose a main model for SD1\.5 or SDXL"):
         train(desk, model=other)
 
 
 def test_a_service_that_invokeai_lacks_is_named_with_the_version_that_has_it(desk):
     desk.context._services.model_images = None
     with pytest.raises(
-        desk.errors.MissingPackage, match=r"no service model_images: these nodes were made for InvokeAI 6\.14\.2"
+        desk.errors.MissingPackage, match=r"lacks the service model_images: these nodes were made for InvokeAI 6\.14\.2"
     ):
         train(desk)
 

@@ -111,7 +111,7 @@ def step_of(event: dict[str, Any]) -> int:
 
 def test_what_is_trained_is_found_again(invoke, photos, lora):
     item = invoke.run({"train": train(invoke, photos, name="anna")})
-    assert item.outputs["train"]["lora"] == lora and "trained before" in item.outputs["train"]["report"]
+    assert item.outputs["train"]["lora"] == lora and "already trained" in item.outputs["train"]["report"]
     other = invoke.run({"train": train(invoke, photos, name="anna", training_seed=2)})
     assert other.outputs["train"]["lora"]["name"] == "anna-2"
 
@@ -191,13 +191,13 @@ def test_what_is_wrong_is_an_error_of_the_node_in_one_sentence(invoke, photos, l
         return invoke.run({"train": train(invoke, photos) | fields}).error
 
     assert error(photos=no_faces, check_photos=True) == (
-        "BadPhoto: 0 of 3 usable: all without a face. To train on them anyway, switch off Check Photos"
+        "BadPhoto: 0 of 3 usable: all without a face. To train on them anyway, turn off Check Photos"
     )
     assert (
         error(photos=None) == "BadPhoto: no photos: add 10 to 20 photos of one person, or choose a board that has them"
     )
     assert error(photos=None, photo_board={"board_id": invoke.board("empty")}).startswith("BadPhoto: no photos")
-    assert error(model=other) == "BadConfig: model: another kind is a flux main; choose a main model for SD1.5 or SDXL"
+    assert error(model=other) == "BadConfig: model: another kind is a flux main. Choose a main model for SD1.5 or SDXL"
     assert error(model=lora).startswith("BadConfig: model: anna is a sd-1 lora")
     assert error(settings="rnk = 3").startswith("BadConfig: ") and "rank" in error(settings="rnk = 3")
     assert error(name="../x").startswith("BadConfig: name '../x'")

@@ -724,7 +724,7 @@ def test_another_measured_checkpoint_can_be_taken(photos, loras):
     assert int(lora.metadata["ss_steps"]) == step == curve["points"][curve["kept"]]["step"]
     assert same(taken, file) and not same(taken, made.path)
     assert made.take_checkpoint(step) == taken and len(files(loras)) == 4
-    with pytest.raises(BadConfig, match=r"checkpoint = 7: anna does not .*Available: 1, 2"):
+    with pytest.raises(BadConfig, match=r"checkpoint = 7: anna has no .*Choose one of: 1, 2"):
         made.take_checkpoint(7)
 
     for path, at in ((taken, step), (made.path, 3 - step)):
