@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.training.progress import likeness_word
+from core.training.callbacks import likeness_word
 
 from .prose import ROOT, translated_texts
 
