@@ -6,10 +6,11 @@
 from comfy_api.latest import ComfyExtension
 
 from ...core import errors
-from . import helpers, panel, photos, style_pack, train
+from . import lora_files, panel, photos, style_pack, train
 from .apply import ApplyLora
 from .group import GroupPerson, GroupPortrait
-from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
+from .likeness import ContactSheet, LikenessScore
+from .lora_files import InspectLora, SaveLora
 from .photos import LoadFacePhotos
 from .style_pack import HeadshotStylePack
 from .train import TrainFaceLora
@@ -35,7 +36,7 @@ for kind in vars(errors).values():
 
 class FaceLoraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        for module in (panel, photos, style_pack, helpers, train):
+        for module in (panel, photos, style_pack, lora_files, train):
             module.add_routes()
 
     async def get_node_list(self) -> list[type]:

@@ -1,0 +1,117 @@
+"""The nodes Likeness Score and Contact Sheet."""
+
+# pyright: reportMissingImports=false
+
+from comfy_api.latest import io, ui
+
+from ...core.errors import BadPhoto, MissingPackage
+from ...core.faces import Reference
+from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ...core.pictures.sheet import contact_sheet
+from . import panel
+from .convert import FacePhotos, image_tensor, photos_of, pictures
+from .folders import says_no_server_paths
+from .plot import score_plot
+
+
+class LikenessScore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRALikeness",
+            display_name="Likeness Score",
+            category="FaceLoRA",
+            description="Measures how much the faces in pictures look like the person in the reference photos, with a "
+            "face-recognition network. It sorts the pictures by likeness.",
+            search_aliases=["face similarity", "face score", "rank images"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures to measure."),
+                io.MultiType.Input(
+                    "reference",
+                    [FacePhotos, io.Image],
+                    tooltip="Photos of the person. Photos that were not used for training give the fairest result.",
+                ),
+                io.Boolean.Input(
+                    "required", default=True, optional=True, advanced=True,
+                    tooltip="On (default): the node stops with an error if the face networks are missing or the "
+                    "reference shows no face. Off: it passes the pictures on unsorted instead.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, highest likeness first."),
+                io.Float.Output(
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="The likeness of each picture, in the same order. 0.55 or more is usually the same person, "
+                    "below 0.40 usually someone else. -1 means that no face was found.",
+                ),
+                io.Image.Output(
+                    display_name="sheet",
+                    tooltip="The pictures in this order with their likeness, as one image.",
+                ),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="A chart of the likeness of each picture, with lines at 0.55 and 0.40.",
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    @says_no_server_paths
+    def execute(cls, images, reference, required=(True,)) -> io.NodeOutput:
+        judged, title = [image for batch in images for image in pictures(batch)], "likeness"
+        try:
+            found = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
+        except (MissingPackage, BadPhoto) as problem:
+            if required[0]:
+                raise
+            found, title = [None] * len(judged), f"not compared: {problem}"
+        scores = [-1.0 if score is None else score for score in found]
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        panel.scored([scores[index] for index in order])
+        labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
+        sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[labels])
+        return io.NodeOutput(
+            [image_tensor(judged[index]) for index in order],
+            [scores[index] for index in order],
+            image_tensor(sheet),
+            image_tensor(score_plot([scores[index] for index in order], limits=(SAME_PERSON, SOMEONE_ELSE))),
+            ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
+        )
+
+
+class ContactSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRAContactSheet",
+            display_name="Contact Sheet",
+            category="FaceLoRA",
+            description="Arranges pictures on one sheet, with a label below each.",
+            search_aliases=["grid", "image grid", "collage"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures to arrange. They can have different sizes."),
+                io.Int.Input("columns", default=4, min=1, max=50, tooltip="Number of pictures per row."),
+                io.Int.Input(
+                    "height", default=256, min=32, max=2048, tooltip="Height of each picture on the sheet, in pixels."
+                ),
+                io.String.Input("title", default="", tooltip="Title above the sheet. If empty, there is no title."),
+                io.String.Input(
+                    "labels", optional=True, force_input=True, tooltip="One label for each picture, in the same order."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="sheet", tooltip="The sheet as one image.")],
+        )
+
+    @classmethod
+    @says_no_server_paths
+    def execute(cls, images, columns, height, title, labels=None) -> io.NodeOutput:
+        shown = [image for batch in images for image in pictures(batch)]
+        texts = [str(label) for label in labels or ()]
+        rows = [("", shown[start : start + columns[0]]) for start in range(0, len(shown), columns[0])]
+        split = [texts[start : start + columns[0]] for start in range(0, len(shown), columns[0])]
+        sheet = contact_sheet(rows, tile=height[0], labels=split if texts else None, title=title[0])
+        return io.NodeOutput(image_tensor(sheet))
