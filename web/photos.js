@@ -69,9 +69,9 @@ class Pictures {
     this.value = widgetOf(node, "pictures")
     this.value.hidden = this.value.options.hidden = true
     this.button = make("button", "facelora-add", say("Add photos"))
-    this.button.title = say("You can also drop photos onto the node, or paste them")
+    this.button.title = say("You can also drop or paste photos")
     this.clear = make("button", "facelora-remove-all", say("Remove all"))
-    this.clear.title = say("The files stay in ComfyUI's input folder. You can choose them again in folder")
+    this.clear.title = say("The files stay in ComfyUI's input folder. To use them again, choose their folder")
     this.clear.addEventListener("click", () => {
       this.refused.replaceChildren()
       this.names = []

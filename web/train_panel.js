@@ -33,7 +33,7 @@ function statusText(state) {
     return say("saving the LoRA after step {}", state.step ?? 1)
   if (state.phase === "done") return [say("done: {}", state.file), verdictText(state)].filter(Boolean).join(" · ")
   if (state.phase === "failed") return say("failed: {}", state.error)
-  if (state.phase === "stopped") return say("stopped. Queue it again to continue")
+  if (state.phase === "stopped") return say("stopped. Run it again to continue")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
   if (!TRAINING.has(state.phase)) return state.total ? counted() : say(state.phase)
   const parts = []
@@ -83,7 +83,7 @@ class Panel {
     this.keep = make("button", "facelora-keep", say("Stop and keep"))
     this.keep.title = say("End training now and save the LoRA")
     this.cancel = make("button", "facelora-cancel", say("Cancel"))
-    this.cancel.title = say("End training without saving. Queue it again to continue")
+    this.cancel.title = say("End training without saving. Run it again to continue")
     this.bar = make("div", "")
     this.progress = make("div", "facelora-bar", this.bar)
     this.time = make("span", "facelora-time facelora-quiet")
@@ -102,7 +102,11 @@ class Panel {
       this.likeness, this.checkpoints, this.pictures, this.headshots)
     this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
-    this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // only this prompt
+    this.cancel.addEventListener("click", () => {
+      this.cancelled = this.state.prompt // the server takes a while to answer
+      this.show(this.state)
+      api.interrupt(this.cancelled) // only this prompt
+    })
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
       this.pictures, this.headshots]) part.hidden = true
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
@@ -148,6 +152,8 @@ class Panel {
     this.told = performance.now()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
+    this.cancel.disabled = this.cancelled === state.prompt
+    this.cancel.textContent = this.cancel.disabled ? say("Cancelling") : say("Cancel")
     this.machine.hidden = state.phase !== "failed"
     this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
     this.warning.hidden = !state.warning

@@ -185,7 +185,7 @@ def look(folder: str, pictures: str, user: str | None, resolution: int | None, *
     Raises BadPhoto if there are no photos, and with `strict` for a photo that cannot be read.
     """
     if folder == NO_FOLDER and not _names(pictures):
-        raise BadPhoto("no photos: drop some onto the node, or choose a folder in ComfyUI's input folder")
+        raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a folder of them")
     list(_files(folder, pictures, user))  # report a missing file before anything is read
     notes: list[str] = []
     photos, unread = _read(folder, pictures, user, strict=strict, on_warning=notes.append)

@@ -356,7 +356,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         _ended(run, key, "failed")
         raise
     except BaseException:  # cancelled
-        watch.log("stopped. Queue it again to continue")
+        watch.log("stopped. Run it again to continue")
         watch.show(phase="stopped")
         _ended(run, key, "stopped")
         raise

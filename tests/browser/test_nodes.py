@@ -97,9 +97,7 @@ def test_the_reason_why_a_node_failed_is_said_on_the_page(page, server):
     assert server.wait(page.queue()).status == "error"
     page.wait_for("() => document.querySelector('.p-toast-message')")
     (message,) = page.toasts()
-    assert (
-        message == "Load Face Photos\nno photos: drop some onto the node, or choose a folder in ComfyUI's input folder"
-    )
+    assert message == "Load Face Photos\nno photos: add 10 to 20 photos of one person, or choose a folder of them"
 
 
 def test_the_pictures_of_a_dropped_folder_are_its_photos_and_a_mask_is_none(page, server, files):

@@ -108,6 +108,7 @@ def test_the_cancel_button_ends_a_training_that_goes_on_when_queued_again(page, 
     prompt_id = page.queue()
     wait_for_step(page, 3)
     page.page.click(".facelora-cancel")
+    assert page.page.text_content(".facelora-cancel") == "Cancelling"
     assert server.wait(prompt_id, 900).status == "interrupted"
     page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('stopped')")
     stopped = points(page, "loss")

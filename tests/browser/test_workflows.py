@@ -95,7 +95,7 @@ def test_who_has_no_checkpoint_is_offered_the_one_of_the_template(page, choices)
         const { input } = LiteGraph.registered_node_types.CheckpointLoaderSimple.nodeData
         input.required.ckpt_name = choices
     }""", choices)  # fmt: skip
-    page.open(workflow_file("9 Compare strengths and checkpoints"), "9 Compare")
+    page.open(workflow_file("9 Compare strengths and steps"), "9 Compare")
     assert page.run("() => app.graph.findNodesByType('CheckpointLoaderSimple')[0].widgets[0].value") == SD15["name"]
 
 

@@ -389,7 +389,7 @@ def test_a_second_run_on_one_output_is_refused_and_takes_nothing_from_the_first(
 @pytest.mark.parametrize(
     ("name", "options", "called"),
     [
-        ("face-step000001", ["--steps", "2", "--save-every", "1"], "a checkpoint of save_every"),
+        ("face-step000001", ["--steps", "2", "--save-every", "1"], "an intermediate LoRA of save_every"),
         ("face-embedding", ["--method", "pivotal"], "the embedding that the method pivotal writes"),
     ],
 )

@@ -264,7 +264,7 @@ def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({}, "no photos: drop some onto the node, or choose a folder in ComfyUI's input folder"),
+        ({}, "no photos: add 10 to 20 photos of one person, or choose a folder of them"),
         ({"folder": "nowhere"}, "nowhere: this folder doesn't exist"),
         ({"pictures": "gone.png"}, "gone.png: this picture doesn't exist"),
         ({"pictures": "../../secret.png"}, "not in ComfyUI's input folder"),
