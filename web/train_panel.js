@@ -201,7 +201,7 @@ class Panel {
       })
       return button
     })
-    const title = make("span", "facelora-quiet", say("Use the LoRA of step"))
+    const title = make("span", "facelora-quiet", say("Use step"))
     title.title = title.textContent
     this.checkpoints.replaceChildren(title, ...buttons)
     this.mark()

@@ -56,7 +56,7 @@ const ZH = {
   "{} min {} s": "{} 分 {} 秒",
   "{} h {} min": "{} 小时 {} 分",
   "{} left": "剩余 {}",
-  "Use the LoRA of step": "选用第几步的 LoRA",
+  "Use step": "选用第几步的 LoRA",
   "Likeness {}. The next run outputs this step's LoRA, without training again": "相似度 {}。下次运行会直接输出这一步的 LoRA，不会重新训练",
   // Load Face Photos
   "Add photos": "添加照片",
