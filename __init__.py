@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .core import *  # noqa: F403
     from .core import __version__ as __version__
-elif __package__:  # pytest also imports this file by itself, as a module of no package
+elif __package__:  # pytest also imports this file alone, as a module outside any package
     from . import core as _core
 
     __getattr__, __dir__, __all__ = _core.__getattr__, _core.__dir__, _core.__all__

@@ -1,13 +1,15 @@
 """How readable the texts are: `python -m tests.prose [FILE ...]` prints sentences to rewrite, and how long all are.
 
-Of a page it reads the prose, of a Python file the docstrings, the errors, and the texts that nodes show. Of a script of the
-frontend it reads the texts that are translated. Without files it reads all pages.
+Of a page it reads the prose, of a Python file the docstrings, comments and errors, and the texts that nodes show. Of a script
+of the frontend it reads the texts that are translated. Without files it reads all pages.
 """
 
 import ast
 import inspect
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,17 +68,33 @@ def faults(text: str, *, on_screen: bool = False) -> list[str]:
 
 
 def texts_of(path: Path) -> str:
-    """Return the text of a page, or the docstrings and the errors of a Python file as paragraphs."""
+    """Return the text of a page, or the docstrings, comments and errors of a Python file as paragraphs."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return text
-    found = [shown_texts(path)]
+    found = [shown_texts(path), *comments(text)]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             found.append(inspect.cleandoc(node.value.value))
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             found += [_spoken(argument) for argument in node.exc.args[:1]]
     return "\n\n".join(found)
+
+
+def comments(code: str) -> list[str]:
+    """Return the comments of Python code. Lines that have nothing else, one below the other, are one comment."""
+    found: list[str] = []
+    last = None
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type != tokenize.COMMENT or re.match(r"#(!| ?(fmt|noqa|pyright|type|ruff):)", token.string):
+            continue
+        text, alone = token.string.lstrip("# "), token.line.lstrip().startswith("#")
+        if alone and last == token.start[0] - 1:
+            found[-1] += f" {text}"
+        else:
+            found.append(text)
+        last = token.start[0] if alone else None
+    return found
 
 
 def shown_texts(path: Path) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from .families import NAME_TABLES
 
 # Some schemes flatten paths by writing "_" for ".". To restore the dots, we need all path components that contain "_"
-# themselves: the longest matching word of this list is one component, and any other text between two "_" is another.
+# themselves. The longest matching word of this list is one component. Any other text between two "_" is another.
 _VOCABULARY = """
 diffusers' UNets:
     down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj
