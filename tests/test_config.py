@@ -7,7 +7,8 @@ from typing import get_args
 
 import pytest
 
-from core.cli.arguments import HelpAll, add_train
+from core.cli.arguments import add_train
+from core.cli.options import HelpAll
 from core.config import Group, TrainConfig, config_from, name_matches, parse_toml
 from core.errors import BadConfig
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from core.cli.arguments import add_face_network
+from core.cli.options import add_face_network
 from core.faces import Face, FaceNetwork, embed_images, likeness, load_faces
 from core.photos import Photo, Thresholds, check_photos
 from tests.face_samples import NUMBERS, PEOPLE, orl, sdist_photos

@@ -5,7 +5,7 @@ import argparse
 from ..errors import MissingPackage
 from ..storage.cache_folder import cache_folder, clear_cache
 from . import COMMANDS, build_parser
-from .arguments import HelpAll
+from .options import HelpAll
 
 
 def run_completion(options: argparse.Namespace) -> None:

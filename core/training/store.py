@@ -30,7 +30,7 @@ from ..models.base import Base
 from ..photos import Photo, Ready
 from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
-from ..progress import OnWarning
+from ..progress import OnWarning, silent
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import (
     EARLIER,
@@ -115,7 +115,7 @@ class TrainingJob:
         written = json.dumps(settings, sort_keys=True)
         return content_key("lora", TRAINING_VERSION, written, photos, start, base.identity, *adapter)
 
-    def looked_at(self, base: Base, on_warning: OnWarning = lambda text: None) -> "TrainingJob":
+    def looked_at(self, base: Base, on_warning: OnWarning = silent) -> "TrainingJob":
         """Check the photos once, as `ready_for` does, and return the job with the result.
 
         Only the photos that are used affect the training and the key. So a set without rejected photos has the same key with

@@ -98,7 +98,7 @@ class ContactSheet(io.ComfyNode):
                 io.Int.Input(
                     "height", default=256, min=32, max=2048, tooltip="Height of each picture on the sheet, in pixels."
                 ),
-                io.String.Input("title", default="", tooltip="Title above the sheet. If empty, there is no title."),
+                io.String.Input("title", default="", tooltip="Optional title above the sheet."),
                 io.String.Input(
                     "labels", optional=True, force_input=True, tooltip="One label for each picture, in the same order."
                 ),

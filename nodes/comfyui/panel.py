@@ -80,7 +80,7 @@ def running_user() -> str | None:
 
 
 def asking_user() -> str | None:
-    """Return the user whose request is being answered; None if there is no request."""
+    """Return the user whose request is being answered, or None outside a request."""
     return _asking.get()
 
 

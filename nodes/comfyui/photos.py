@@ -182,7 +182,7 @@ class Seen:
 def look(folder: str, pictures: str, user: str | None, resolution: int | None, *, strict: bool = False) -> Seen:
     """Read the photos of a folder and the added ones. Check them for training at the resolution, unless that is None.
 
-    Raises BadPhoto if there are no photos, and with `strict` for a photo that cannot be read.
+    Raises BadPhoto without any photos, and with `strict` for a photo that cannot be read.
     """
     if folder == NO_FOLDER and not _names(pictures):
         raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a folder of them")

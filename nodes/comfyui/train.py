@@ -317,8 +317,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
         if checkpoint and not is_trained(job, base, folders):
             raise BadConfig(
-                f"checkpoint = {checkpoint}: no LoRA has been trained with these photos and settings, so there is no step to "
-                "choose. Set checkpoint to 0"
+                f"checkpoint = {checkpoint}: these photos and settings have not been trained yet. Set checkpoint to 0"
             )
         photos = panel.photo_urls(job.used)
         watch.show(photos=photos)

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from core.cli import COMMANDS, build_parser, main
-from core.cli.arguments import HelpAll
 from core.cli.common import BarProgress, end_bars
+from core.cli.options import HelpAll
 from tests.prose import faults
 
 
