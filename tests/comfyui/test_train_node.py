@@ -383,7 +383,7 @@ def test_a_checkpoint_of_what_is_not_trained_yet_is_refused_before_the_training(
     graph = training(name="too-early", training_seed=91)
     graph["train"]["inputs"]["checkpoint"] = 1
     result = server.run(graph)
-    assert "checkpoint = 1: no LoRA has been trained with these photos and settings" in result.error
+    assert "checkpoint = 1: these photos and settings have not been trained yet" in result.error
     assert not (loras(server) / "too-early.safetensors").exists()
 
 
