@@ -18,8 +18,10 @@ def said() -> set[str]:
     found = set().union(*(translated_texts(text) for name, text in SCRIPTS.items() if name != "words.js"))
     found |= set(re.findall(r'name: "([a-z ]+)"', SCRIPTS["train_panel.js"]))  # of the curves
     found |= {likeness_word(likeness) for likeness in (0.0, 0.5, 1.0)}
-    for path in [*(ROOT / "core/training").rglob("*.py"), ROOT / "nodes/comfyui/panel.py"]:
-        found |= set(re.findall(r'(?:callbacks\.progress\(|"phase": )"([^"]+)"', path.read_text(encoding="utf-8")))
+    shown = (ROOT / "nodes/comfyui" / name for name in ("panel.py", "train.py"))
+    for path in [*(ROOT / "core/training").rglob("*.py"), *shown]:
+        phases = r'(?:callbacks\.progress\(|"phase": |name, done, total = )"([^"]+)"'
+        found |= set(re.findall(phases, path.read_text(encoding="utf-8")))
     return found
 
 

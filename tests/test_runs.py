@@ -44,6 +44,20 @@ def test_a_run_is_ended_by_its_user_alone_who_names_it(module, user, prompt, nod
     assert runs.stop_is_wanted(run)
 
 
+def test_the_clock_of_a_run_goes_on_between_its_news_and_stands_when_it_has_ended(module, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    runs = module.Runs()
+    run = begun(module, runs, "anna", seconds=10.0, seconds_left=20.0)
+    runs.add(run, {"stopping": True})
+    now = 105.0
+    (state,) = runs.of("anna")
+    assert (state["seconds"], state["seconds_left"]) == (15.0, 15.0)
+    runs.add(run, {"phase": "done", "seconds": 16.0})
+    now = 200.0
+    assert runs.of("anna")[0]["seconds"] == 16.0
+
+
 @pytest.mark.parametrize("phase", ["reading the model", "encoding", "done", "stopped", "failed"])
 def test_where_nothing_is_learned_nothing_can_be_kept(module, phase):
     runs = module.Runs()

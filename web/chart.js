@@ -2,7 +2,7 @@
 
 import { say } from "./words.js"
 
-const WIDTH = 320, HEIGHT = 96, LEFT = 46, RIGHT = 46, TOP = 18, BOTTOM = 16
+const WIDTH = 320, HEIGHT = 96, LEFT = 52, RIGHT = 52, TOP = 18, BOTTOM = 16
 const SVG = "http://www.w3.org/2000/svg"
 
 /** Ticks of at most four characters or so: 0.0812, 1e-4, 120. */

@@ -31,6 +31,9 @@ export function addElement(node, name, element, height) {
   return widget
 }
 
+/** Whether the page shows ComfyUI's app mode, and not the graph. */
+export const isApp = () => !document.querySelector("#graph-canvas")?.checkVisibility()
+
 export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
 
 /** The nodes of a type that are connected to an output of the node. */

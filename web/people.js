@@ -41,9 +41,10 @@ function row(person, root, leave) {
 }
 
 async function deletePerson(person, root, leave) {
-  const what = say(
+  const what = person.file ? say(
     "This deletes the LoRA, {} headshots, cached files, and the photos you dropped for it. Files that another training run uses are kept.",
     person.headshots)
+    : say("No LoRA was made. This deletes cached files and the photos you dropped for it. Files that another training run uses are kept.")
   if ((await choose(say("Delete {}?", person.name), [{ title: what, images: [] }], say("Delete"))) === undefined) return
   const { error } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
   await listPeople(root, leave)

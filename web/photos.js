@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  addElement, after, baseOf, choose, fedBy, forgetCheckpoint, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
+  addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { say } from "./words.js"
 
@@ -166,7 +166,8 @@ class Pictures {
       try {
         const name = await upload(file, person, folderOf(this.names.at(-1) ?? ""))
         this.ownNames[name] = file.name
-        if (!MASK.test(name) && !this.names.includes(name)) this.names = [...this.names, name]
+        if (this.names.includes(name)) this.refused.append(make("div", "", say("{} was already added", file.name)))
+        else if (!MASK.test(name)) this.names = [...this.names, name]
       } catch (error) {
         this.refused.append(make("div", "", `✕ ${error.message}`))
       }
@@ -256,9 +257,9 @@ app.registerExtension({
 
 // Files dropped anywhere on an app's page are added to its photos, except workflows.
 document.body.addEventListener("drop", (event) => {
-  const [shown, ...others] = panels, isApp = !document.querySelector("#graph-canvas")?.checkVisibility()
+  const [shown, ...others] = panels
   const { files } = event.dataTransfer
-  if (isApp && shown && !others.length && files.length && ![...files].some(({ name }) => name.endsWith(".json"))) shown.take(event)
+  if (isApp() && shown && !others.length && files.length && ![...files].some(({ name }) => name.endsWith(".json"))) shown.take(event)
   if (event.isTaken) event.stopPropagation()
 })
 

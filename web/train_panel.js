@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, baseOf, forgetCheckpoint, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
+import { addElement, after, baseOf, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
 import { showPeople } from "./people.js"
 import { say } from "./words.js"
 
@@ -29,8 +29,7 @@ function duration(seconds) {
 }
 
 function statusText(state) {
-  if (state.stopping && TRAINING.has(state.phase)) 
-    return say("saving the LoRA after step {}", state.step ?? 1)
+  if (state.stopping && state.phase === "training") return say("stopping after step {}", state.step ?? 1)
   if (state.phase === "done") return [say("done: {}", state.file), verdictText(state)].filter(Boolean).join(" · ")
   if (state.phase === "failed") return say("failed: {}", state.error)
   if (state.phase === "stopped") return say("stopped. Run it again to continue")
@@ -41,7 +40,9 @@ function statusText(state) {
   if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
   if ("step" in state && !sampling) parts.push(say("learning rate {}", short(state.learning_rate)))
   if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
-  if (sampling) parts.push(say("drawing samples: step {} of {}", state.done, state.total))
+  const { done, total } = state
+  if (sampling && state.stopping) parts.push(say("drawing the last samples: step {} of {}", done, total))
+  else if (sampling) parts.push(say("drawing samples: step {} of {}", done, total))
   return parts.join(" · ")
 }
 
@@ -81,7 +82,7 @@ class Panel {
     this.people.title = say("List all your training runs, to open or delete them")
     this.people.addEventListener("click", showPeople)
     this.keep = make("button", "facelora-keep", say("Stop and keep"))
-    this.keep.title = say("End training now and save the LoRA")
+    this.keep.title = say("End training now, draw and measure the last samples, and save the LoRA")
     this.cancel = make("button", "facelora-cancel", say("Cancel"))
     this.cancel.title = say("End training without saving. Run it again to continue")
     this.bar = make("div", "")
@@ -142,14 +143,14 @@ class Panel {
   }
 
   show(state) {
+    const active = !ENDED.has(state.phase), isNew = state.prompt !== this.state?.prompt
     this.state = state
-    const active = !ENDED.has(state.phase)
+    if (active && isNew && isApp()) this.root.scrollIntoView({ block: "nearest" })
     this.status.textContent = this.status.title = statusText(state)
     this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
     this.progress.hidden = false
-    this.time.textContent = timeText(state)
-    this.told = performance.now()
+    this.tick()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
     this.cancel.disabled = this.cancelled === state.prompt
@@ -164,7 +165,7 @@ class Panel {
     if (!this.loss.hidden)
       drawChart(this.loss.firstChild, [
         { name: "loss", points: state.history, colour: "#60a5fa" },
-        { name: "learning rate", points: state.learning_rates ?? [], colour: "#f59e0b" },
+        { name: "learning rate", points: state.learning_rates ?? [], colour: "#d97706" },
       ], last)
     if (!this.likeness.hidden)
       drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#34d399" }], last)
@@ -181,10 +182,10 @@ class Panel {
     this.grow(active)
   }
 
-  /** Keeps the clock running until the server sends news, if it has sent this page any. */
+  /** Shows the time. The clock runs on until the server sends its time again. */
   tick() {
     const { state } = this
-    if (state && !ENDED.has(state.phase)) this.time.textContent = timeText(state, (performance.now() - this.told) / 1000)
+    if (state) this.time.textContent = timeText(state, ENDED.has(state.phase) ? 0 : (performance.now() - state.told) / 1000)
   }
 
   /** Shows a button for each measured step. The node's input `checkpoint` is the chosen step; 0 is the kept one. */
@@ -257,6 +258,7 @@ const place = ({ workflow, node }) => `${workflow} ${node}`
 function merge({ points, ...news }) {
   const before = states.get(place(news))
   const state = { ...(news.begin || before?.prompt !== news.prompt ? {} : before), ...news }
+  if (news.seconds != null) state.told = performance.now()
   for (const [series, point] of Object.entries(points))
     state[series] = [...(state[series] ?? []).filter(([step]) => step < point[0]), point]
   states.set(place(news), state)
@@ -275,7 +277,7 @@ async function readStates() {
   known = api.clientId
   const answer = await api.fetchApi(`/facelora/training?client=${encodeURIComponent(known)}`)
   if (!answer.ok) return
-  for (const state of await answer.json()) states.set(place(state), state)
+  for (const state of await answer.json()) states.set(place(state), { ...state, told: performance.now() })
   panels.forEach(refresh)
 }
 

@@ -361,7 +361,7 @@ def _without_damage(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as problem:
         raise BadPhoto(f"{name}: more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
     except DAMAGED as problem:
-        raise BadPhoto(f"{name}: the file is damaged or incomplete ({problem})") from problem
+        raise BadPhoto(f"{name}: the file is damaged or incomplete") from problem
 
 
 def _formats() -> list[str]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import folder_paths
 
-from ...core.errors import BadConfig, BadFile
+from ...core.errors import BadConfig, BadFile, InUse
 from ...core.lora.embeddings import embedding_files
 from ...core.lora.file import LoraFile
 from ...core.lora.sidecars import SIDECARS
 from ...core.storage.cache_folder import cache_folder, content_key, made_folder
 from ...core.storage.files import read_json, write_text
+from ...core.storage.locks import locked
 from ...core.training.encode import forget_latents
 from ...core.training.store import files_of, forget_run
 from .dropped import delete_folder, own_root
@@ -86,7 +87,7 @@ def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
         others = [other for other in _all() if (other["user"], other["key"]) != (user, key)]
         deleted = list(_delete_headshots(record))
         if all(other["key"] != key for other in others):
-            deleted += _delete_loras(key)
+            deleted += _delete_loras(key, record["name"])
             forget_run(key)
         kept = {digest for other in others for digest in other["digests"]}
         forget_latents(set(record["digests"]) - kept)
@@ -109,9 +110,11 @@ def _digest_of(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
 
 
-def _delete_loras(key: str) -> list[str]:
+def _delete_loras(key: str, name: str) -> list[str]:
     """Delete the files of a training run from the folders of LoRAs, of embeddings, and of Save Face LoRA."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+    with suppress(InUse), locked(folders[0] / f"{name}.safetensors"):
+        pass  # this deletes the lock file that a killed server left
     words = Path(folder_paths.get_folder_paths("embeddings")[0])
     deleted = []
     for path in files_of(key, [*folders, Path(folder_paths.get_output_directory()) / "loras"]):

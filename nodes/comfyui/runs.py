@@ -55,11 +55,11 @@ class Runs:
         self._lock = threading.RLock()  # the node and the routes run in two threads
 
     def of(self, user: str | None) -> list[State]:
-        """Return the user's states in the order in which the runs began; an empty list for None."""
+        """Return the user's states in the order in which the runs began, with clocks that show the present. [] for None."""
         if user is None:
             return []
         with self._lock:
-            return [dict(state) for state in self._of(user).values()]
+            return [_at_present(state) for state in self._of(user).values()]
 
     def begin(self, run: Run) -> None:
         """Start a new state for the run, and drop a stop request that was too late for the last run."""
@@ -80,6 +80,8 @@ class Runs:
                 # Where the server was killed, steps after the last saved state are done again.
                 state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
             state.update(news)
+            if "seconds" in news:
+                state["told"] = time.monotonic()
             if (
                 news.keys() & {"begin", "photos"}
                 or state.get("phase") in ENDED
@@ -118,6 +120,17 @@ class Runs:
         if user is not None:
             with suppress(BadFile):  # a full disk must not end a training run
                 write_text(_file(user), json.dumps(list(self._of(user).values())))
+
+
+def _at_present(state: State) -> State:
+    """Return the state with the time since its last news added to its clock, if the run has not ended."""
+    shown = {name: value for name, value in state.items() if name != "told"}
+    if "told" in state and state.get("phase") not in ENDED:
+        passed = time.monotonic() - state["told"]
+        shown["seconds"] += passed
+        if "seconds_left" in shown:
+            shown["seconds_left"] = max(0, shown["seconds_left"] - passed)
+    return shown
 
 
 def _file(user: str) -> Path:

@@ -443,6 +443,8 @@ class Watch:
             comfy.model_management.unload_all_models()  # CLIP, where it has encoded the captions
         self._move_bar(name, done, total)
         self.log(f"{name}: {done} of {total}", always=False)
+        if name == "encoding" and done == total:
+            name, done, total = "loading the model", 0, 0
         self.show(phase=name, done=done, total=total)
 
     def warning(self, message: str) -> None:

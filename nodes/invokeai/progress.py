@@ -51,7 +51,10 @@ class Progress:
         self.check_cancelled()
         if name != self._phase or done == total or time.monotonic() - self._shown > SHOW_INTERVAL:
             self._phase = name
-            self.show(f"{name}: {done} of {total}", done / total if total else None)
+            if name == "encoding" and done == total:
+                self.show("loading the model")
+            else:
+                self.show(f"{name}: {done} of {total}", done / total if total else None)
 
     def point(self, report: StepReport) -> None:
         """Show a step of the training run."""

@@ -215,6 +215,11 @@ def test_pictures_chosen_with_the_button_are_added_to_those_that_are_there(page,
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
     assert basenames(page) == [f"photo {number:02}.png" for number in (1, 2, 3)]
     assert len({name.rpartition("/")[0] for name in page.widgets(PHOTOS)["pictures"].split("\n")}) == 1
+    with page.page.expect_file_chooser() as chooser:
+        page.page.click(".facelora-add")
+    chooser.value.set_files(files[:1])
+    page.page.get_by_text(f"{files[0].name} was already added").wait_for()
+    assert page.page.locator(".facelora-tile").count() == 3
 
 
 def test_styles_are_chosen_by_their_pictures(either_page):

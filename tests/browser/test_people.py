@@ -3,7 +3,7 @@
 import pytest
 
 from .page import ComfyPage
-from .test_panel import STATUS, train_node
+from .test_panel import STATUS, train_node, wait_for_step
 from .workflows import BUILD
 
 pytestmark = pytest.mark.browser
@@ -30,3 +30,18 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     assert not file.exists()
     assert other.complaints() == [f"dialog: {text}" for text in other.dialogs()]
     other.close()
+
+
+def test_the_question_before_an_unfinished_run_is_deleted_speaks_of_no_lora(page, server):
+    page.run(BUILD, train_node(seed=62, name="robin", samples=0, settings=""))
+    prompt_id = page.queue()
+    wait_for_step(page, 1)
+    page.page.click(".facelora-cancel")
+    assert server.wait(prompt_id).status == "interrupted"
+    page.page.locator(".facelora-all").click()
+    person = page.page.locator(".facelora-dialog .facelora-person", has_text="robin")
+    person.get_by_role("button", name="Delete").click()
+    question = page.page.locator(".facelora-dialog[open]").last
+    assert "No LoRA was made" in question.inner_text()
+    question.get_by_role("button", name="Delete").click()
+    person.wait_for(state="detached")
