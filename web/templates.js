@@ -1,7 +1,8 @@
-/** This pack's templates, in the order of their numbers, with a base model to download for users who have none. */
+/** This pack's templates: in the order of their numbers, in the user's language, with a base model to download if there is none. */
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
+import { say } from "./words.js"
 
 const pack = decodeURIComponent(new URL(".", import.meta.url).pathname.split("/").at(-2))
 const unsorted = api.getWorkflowTemplates // in the order of the disk
@@ -13,11 +14,19 @@ api.getWorkflowTemplates = async function () {
 }
 
 const LOADER = "CheckpointLoaderSimple"
+/** The labels that the templates give to widgets, by widget. */
+// say
+const LABELS = {
+  ckpt_name: "Base model", unet_name: "Base model", name: "Name", class_word: "Class word, e.g. woman", use: "Train on",
+  folder: "Or photos in a folder", pack: "Style pack", count: "How many headshots",
+}
 
 // The templates name no checkpoint, so that they open with the user's first. Without any, the frontend offers the download.
 app.registerExtension({
   name: "facelora.templates",
   async beforeConfigureGraph(graph) {
+    for (const input of graph.nodes.flatMap(({ inputs }) => inputs ?? []))
+      if (input.label && input.label === LABELS[input.name]) input.label = say(input.label)
     const [choices, more] = LiteGraph.registered_node_types[LOADER].nodeData.input.required.ckpt_name
     if ((Array.isArray(choices) ? choices : more.options).length) return
     for (const node of graph.nodes) {

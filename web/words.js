@@ -85,6 +85,13 @@ const ZH = {
   "Run the node first to see the connected LoRA": "请先运行节点，再查看所连接的 LoRA",
   // Labels in ComfyUI's app mode
   "Progress": "进度",
+  "Base model": "基础模型",
+  "Name": "名称",
+  "Class word, e.g. woman": "类别词，例如 woman",
+  "Train on": "用于训练的照片",
+  "Or photos in a folder": "或选择照片文件夹",
+  "Style pack": "风格包",
+  "How many headshots": "形象照数量",
   "Photos": "照片",
   "Styles": "风格",
 }

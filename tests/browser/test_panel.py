@@ -230,7 +230,9 @@ def test_the_clock_goes_on_between_two_reports_and_tells_no_time_left_after_a_st
     hear(page, phase="training", **news)
     page.wait_for("() => /^1[2-9] s · 4\\d s left$/.test(document.querySelector('.facelora-time').textContent)", 20)
     hear(page, prompt="ours", begin=False, stopping=True)
-    assert re.fullmatch(r"1[2-9] s|2\d s", page.page.text_content(".facelora-time") or ""), "it does not go back to 10 s"
+    assert re.fullmatch(r"1[2-9] s|2\d s", page.page.text_content(".facelora-time") or ""), (
+        "it does not go back to 10 s"
+    )
     assert status(page) == "stopping after step 30"
     hear(page, prompt="ours", begin=False, phase="samples", done=3, total=20, seconds=30)
     assert status(page) == "step 30 of 60 · loss 0.1 · drawing the last samples: step 3 of 20"

@@ -255,6 +255,22 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
     assert last == "training", "nothing repeats the panel below it"
 
 
+def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
+    app = workflow_file(NAMES[0])
+    labels = [
+        node_input.get("label") for node in app["nodes"] for node_input in node["inputs"] if "widget" in node_input
+    ]
+    site.post("/settings/Comfy.Locale", "zh")
+    try:
+        page.reload()
+        page.clear()
+        page.open(app, NAMES[0])
+        page.page.get_by_text("形象照数量").wait_for()
+        assert [label for label in filter(None, labels) if page.page.get_by_text(label, exact=True).count()] == []
+    finally:
+        site.post("/settings/Comfy.Locale", "en")
+
+
 @pytest.mark.slow
 def test_the_app_leads_from_photos_to_headshots_in_the_newest_frontend(newest_page, newest, tmp_path):
     lead_to_headshots(newest_page, newest, my_photos(tmp_path))
