@@ -68,7 +68,13 @@ export function showLarge(element) {
   const dialog = make("dialog", "facelora-large", element)
   const isText = element.tagName === "PRE"
   dialog.addEventListener("click", ({ target }) => isText && target === element || dialog.close())
-  dialog.addEventListener("keydown", () => isText || dialog.close()) // Escape closes every dialog
+  dialog.addEventListener("keydown", () => isText || dialog.close())
+  openDialog(dialog)
+}
+
+/** Opens a dialog until it is closed, or Escape is pressed: ComfyUI keeps that key from the browser. */
+export function openDialog(dialog) {
+  dialog.addEventListener("keydown", ({ key }) => key === "Escape" && dialog.close())
   dialog.addEventListener("close", () => dialog.remove())
   document.body.append(dialog)
   dialog.showModal()
@@ -134,12 +140,8 @@ export function choose(question, rows, button) {
       dialog.append(head, make("div", "facelora-row", ...row.images))
     }
     dialog.append(make("div", "facelora-row facelora-end", answering(say("Cancel")), answering(button, null)))
-    dialog.addEventListener("close", () => {
-      done(undefined)
-      dialog.remove()
-    })
-    document.body.append(dialog)
-    dialog.showModal()
+    dialog.addEventListener("close", () => done(undefined))
+    openDialog(dialog)
   })
 }
 

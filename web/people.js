@@ -2,13 +2,18 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { choose, make } from "./dom.js"
+import { choose, make, openDialog } from "./dom.js"
 import { say } from "./words.js"
 
 // say
-const PHASES = { running: "training", stopped: "stopped", failed: "failed", done: "done" }
+const PHASES = { running: "training", drawing: "drawing headshots", stopped: "stopped", failed: "failed", done: "done" }
+/** The event that tells the widgets the names of deleted files. */
+export const DELETED = "facelora.deleted"
 
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+
+/** The name of the LoRA, which has a number if another one has the person's name. */
+const nameOf = ({ file, name }) => file?.replace(/\.safetensors$/, "") ?? name
 
 const read = async (address, options) => (await api.fetchApi(address, options)).json()
 
@@ -25,7 +30,7 @@ function row(person, root, leave) {
   const date = new Date(1000 * person.begun).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })
   const likeness = make("div", `facelora-says-${VERDICTS[person.likeness_word] ?? "nothing"}`)
   if (person.likeness != null) likeness.textContent = say("likeness {}: {}", person.likeness.toFixed(2), say(person.likeness_word))
-  const facts = make("div", "facelora-facts", make("b", "", person.name), likeness,
+  const facts = make("div", "facelora-facts", make("b", "", nameOf(person)), likeness,
     make("div", "facelora-quiet", `${say(PHASES[person.phase])} · ${date}`))
   const open = make("button", "", say("Open"))
   open.addEventListener("click", async () => {
@@ -35,7 +40,7 @@ function row(person, root, leave) {
     await app.loadGraphData(graph, true, true, person.name)
   })
   const remove = make("button", "", say("Delete"))
-  remove.disabled = person.phase === "running"
+  remove.disabled = ["running", "drawing"].includes(person.phase)
   remove.addEventListener("click", () => deletePerson(person, root, leave))
   return make("div", "facelora-person", picture, facts, open, remove)
 }
@@ -45,8 +50,9 @@ async function deletePerson(person, root, leave) {
     "This deletes the LoRA, {} headshots, cached files, and the photos you dropped for it. Files that another training run uses are kept.",
     person.headshots)
     : say("No LoRA was made. This deletes cached files and the photos you dropped for it. Files that another training run uses are kept.")
-  if ((await choose(say("Delete {}?", person.name), [{ title: what, images: [] }], say("Delete"))) === undefined) return
-  const { error } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
+  if ((await choose(say("Delete {}?", nameOf(person)), [{ title: what, images: [] }], say("Delete"))) === undefined) return
+  const { error, deleted = [] } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
+  document.dispatchEvent(new CustomEvent(DELETED, { detail: deleted }))
   await listPeople(root, leave)
   if (error) root.prepend(make("div", "facelora-refused", error))
 }
@@ -58,9 +64,7 @@ export function showPeople() {
   const dialog = make("dialog", "facelora-dialog facelora-panel", make("h3", "", say("Trained people")), list,
     make("div", "facelora-row facelora-end", close))
   close.addEventListener("click", () => dialog.close())
-  dialog.addEventListener("close", () => dialog.remove())
-  document.body.append(dialog)
-  dialog.showModal()
+  openDialog(dialog)
   listPeople(list, () => dialog.close())
 }
 

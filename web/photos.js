@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js"
 import {
   addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
+import { DELETED } from "./people.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos", TRAIN = "FaceLoRATrain"
@@ -166,7 +167,7 @@ class Pictures {
       try {
         const name = await upload(file, person, folderOf(this.names.at(-1) ?? ""))
         this.ownNames[name] = file.name
-        if (this.names.includes(name)) this.refused.append(make("div", "", say("{} was already added", file.name)))
+        if (this.names.includes(name)) this.refused.append(make("div", "facelora-quiet", say("{} was already added", file.name)))
         else if (!MASK.test(name)) this.names = [...this.names, name]
       } catch (error) {
         this.refused.append(make("div", "", `✕ ${error.message}`))
@@ -253,6 +254,12 @@ app.registerExtension({
       if (seen) shown.report(seen)
     }
   },
+})
+
+document.addEventListener(DELETED, ({ detail }) => {
+  const gone = new Set(detail.map((file) => file.replace(/^input\//, "")))
+  for (const shown of panels)
+    if (shown.names.some((name) => gone.has(name))) shown.names = shown.names.filter((name) => !gone.has(name))
 })
 
 // Files dropped anywhere on an app's page are added to its photos, except workflows.

@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
 import { addElement, after, baseOf, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
-import { showPeople } from "./people.js"
+import { DELETED, showPeople } from "./people.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
@@ -12,6 +12,8 @@ const EVENT = "facelora.training"
 const IDLE_HEIGHT = 28
 const TRAINING = new Set(["training", "samples"])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+/** The widgets whose values, unless they are 0, are used instead of the recipe's. */
+const OWN = ["steps", "rank", "learning_rate", "resolution"]
 const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
@@ -30,7 +32,10 @@ function duration(seconds) {
 
 function statusText(state) {
   if (state.stopping && state.phase === "training") return say("stopping after step {}", state.step ?? 1)
-  if (state.phase === "done") return [say("done: {}", state.file), verdictText(state)].filter(Boolean).join(" · ")
+  if (state.phase === "done") {
+    const more = state.ended ? "" : say("the rest of the workflow is running")
+    return [say("done: {}", state.file), verdictText(state), more].filter(Boolean).join(" · ")
+  }
   if (state.phase === "failed") return say("failed: {}", state.error)
   if (state.phase === "stopped") return say("stopped. Run it again to continue")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
@@ -40,9 +45,8 @@ function statusText(state) {
   if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
   if ("step" in state && !sampling) parts.push(say("learning rate {}", short(state.learning_rate)))
   if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
-  const { done, total } = state
-  if (sampling && state.stopping) parts.push(say("drawing the last samples: step {} of {}", done, total))
-  else if (sampling) parts.push(say("drawing samples: step {} of {}", done, total))
+  const share = Math.round((100 * state.done) / state.total)
+  if (sampling) parts.push(state.stopping ? say("drawing the last samples: {} %", share) : say("drawing samples: {} %", share))
   return parts.join(" · ")
 }
 
@@ -50,7 +54,7 @@ function statusText(state) {
 function verdictText({ kept_step, kept_likeness, kept_word }) {
   if (kept_likeness == null) return ""
   const found = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add close-up photos")}`
+  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add more photos")}`
 }
 
 /** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */
@@ -74,7 +78,6 @@ class Panel {
   constructor(node) {
     this.node = node
     this.status = make("div", "facelora-status facelora-quiet")
-    this.status.textContent = say("Loss, samples and likeness appear here during training.")
     this.machine = make("button", "facelora-machine", say("This machine"))
     this.machine.title = say("Show this machine's hardware and packages, as a report to paste into a question")
     this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
@@ -99,8 +102,9 @@ class Panel {
     this.headshots = make("div", "facelora-headshots")
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      make("div", "facelora-row", this.status, this.people, this.machine), make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
-      this.likeness, this.checkpoints, this.pictures, this.headshots)
+      make("div", "facelora-row", this.status, this.people, this.machine),
+      make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel)),
+      this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots)
     this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
@@ -108,13 +112,23 @@ class Panel {
       this.show(this.state)
       api.interrupt(this.cancelled) // only this prompt
     })
-    for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
-      this.pictures, this.headshots]) part.hidden = true
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
       whenSet(widget, () => forgetCheckpoint(node))
-    whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
+    for (const name of ["recipe", ...OWN]) whenChanged(node, widgetOf(node, name), () => this.explain())
     after(node, "onConnectionsChange", () => this.explain())
+    this.rest()
+  }
+
+  /** Shows no training run. */
+  rest() {
+    this.state = undefined
+    for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
+      this.pictures, this.headshots]) part.hidden = true
+    this.status.textContent = say("Loss, samples and likeness appear here during training.")
+    this.status.className = "facelora-status facelora-quiet"
+    this.time.textContent = this.status.title = ""
+    this.machine.hidden = false
     this.height = IDLE_HEIGHT
   }
 
@@ -123,8 +137,10 @@ class Panel {
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const asked = (this.asked = `${recipe} ${base}`)
     const answer = await api.fetchApi(`/facelora/recipe?${new URLSearchParams({ name: recipe, base })}`)
-    const { steps, batch_size = 1, rank, learning_rate, resolution } = answer.ok ? await answer.json() : {}
-    if (!steps || this.state || asked !== this.asked) return
+    const recipes = answer.ok ? await answer.json() : {}
+    if (!recipes.steps || this.state || asked !== this.asked) return
+    const own = OWN.map((name) => widgetOf(this.node, name).value || recipes[name])
+    const [steps, rank, learning_rate, resolution] = own, { batch_size } = recipes
     this.status.textContent = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size ?? 1, rank,
       short(learning_rate), resolution)
   }
@@ -145,7 +161,7 @@ class Panel {
   show(state) {
     const active = !ENDED.has(state.phase), isNew = state.prompt !== this.state?.prompt
     this.state = state
-    if (active && isNew && isApp()) this.root.scrollIntoView({ block: "nearest" })
+    if (active && isNew && isApp()) this.root.scrollIntoView()
     this.status.textContent = this.status.title = statusText(state)
     this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
@@ -164,11 +180,11 @@ class Panel {
     this.likeness.hidden = !state.likenesses?.length
     if (!this.loss.hidden)
       drawChart(this.loss.firstChild, [
-        { name: "loss", points: state.history, colour: "#60a5fa" },
+        { name: "loss", points: state.history, colour: "#3b82f6" },
         { name: "learning rate", points: state.learning_rates ?? [], colour: "#d97706" },
       ], last)
     if (!this.likeness.hidden)
-      drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#34d399" }], last)
+      drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#10b981" }], last)
     const [someoneElse, samePerson] = state.limits ?? []
     this.likeness.title =
       samePerson ? say("{} or more: the same person. Below {}: someone else", samePerson, someoneElse) : ""
@@ -270,6 +286,14 @@ function refresh(panel) {
   for (const state of states.values())
     if (state.workflow === workflow && panel.is(state.node)) panel.show(state)
 }
+
+// Deleted training runs are no longer shown.
+document.addEventListener(DELETED, async () => {
+  states.clear()
+  await readStates()
+  for (const panel of panels) if (panel.state && ![...states.values()].some(({ prompt }) => prompt === panel.state.prompt)) panel.rest()
+  panels.forEach((panel) => panel.explain())
+})
 
 let known // the id of this page on the server, once the server has been told its user
 

@@ -46,6 +46,8 @@ _trained: dict[str, tuple[Run, str]] = {}
 """The last training run of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
 _scores: dict[str, list[float]] = {}
 """The likeness of the pictures of a prompt, until it ends."""
+_judged: dict[str, float] = {}
+"""The likeness of the headshots so far, by digest. ComfyUI shows them again for a prompt that it doesn't need to run."""
 _pages: dict[str, str] = {}
 """The user of each open page, by the client id that the page sent when it asked for the states."""
 _asking: ContextVar[str | None] = ContextVar("asking", default=None)
@@ -62,8 +64,12 @@ def begin(node_id: str) -> Run:
 
 def _running(node_id: str) -> Run:
     (_, prompt, _, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
-    nobody = None if args.multi_user else "default"  # of a prompt that another pack has put into the queue
-    return Run(extra.get(USER, nobody), prompt, _workflow_of(extra), node_id)
+    return Run(_user_in(extra), prompt, _workflow_of(extra), node_id)
+
+
+def _user_in(extra: Mapping[str, Any]) -> str | None:
+    """Return the user in a prompt's extra data. It has none if another pack has put the prompt into the queue."""
+    return extra.get(USER, None if args.multi_user else "default")
 
 
 def _workflow_of(extra: Any) -> str | None:
@@ -128,15 +134,32 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         if isinstance(image, dict) and image.get("type") == "output" and trains[0] in _ancestors(graph, node)
     ]
     if images:
-        people.add_headshots(
-            run.user, key, [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
+        names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
+        digests = [people.digest_of(name) for name in names]
+        people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)))
+        if len(scores) == len(images):
+            _judged.update(zip(digests, scores, strict=True))
+        publish(
+            run,
+            {"headshots": [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]},
         )
-        judged = scores if len(scores) == len(images) else [None] * len(images)
-        publish(run, {"headshots": [image | {"score": score} for image, score in zip(images, judged, strict=True)]})
+
+
+def _note_end(prompt: Sequence[Any]) -> None:
+    """Show in the panels of a prompt that all of its nodes have run."""
+    _, prompt_id, _, extra, *_ = prompt
+    user = _user_in(extra)
+    for state in _runs.of(user):
+        if state["prompt"] == prompt_id:
+            publish(Run(user, prompt_id, state["workflow"], state["node"]), {"ended": True})
+
+
+def _running_prompts() -> set[str]:
+    return {prompt for _, prompt, *_ in list(PromptServer.instance.prompt_queue.currently_running.values())}
 
 
 def _hear_of_ends() -> None:
-    """Call `_note_headshots` with each prompt that ends, because ComfyUI tells only the page that queued it."""
+    """Call the functions above with each prompt that ends, because ComfyUI tells only the page that queued it."""
     queue = PromptServer.instance.prompt_queue
     done = queue.task_done
 
@@ -145,8 +168,9 @@ def _hear_of_ends() -> None:
         done(item_id, history_result, *rest, **named)
         try:
             _note_headshots(prompt, history_result.get("outputs", {}))
+            _note_end(prompt)
         except Exception:  # it would end the thread in which ComfyUI runs prompts
-            logging.exception("FaceLoRA: the headshots of a prompt were not noted")
+            logging.exception("FaceLoRA: the end of a prompt was not noted")
 
     queue.task_done = task_done
 
@@ -269,7 +293,7 @@ def add_routes() -> None:
 
     @server.routes.get("/facelora/people")
     async def trained(request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(people.of, user_of(request)))
+        return web.json_response(await asyncio.to_thread(people.of, user_of(request), _running_prompts()))
 
     @server.routes.get("/facelora/people/{key}")
     async def graph(request: web.Request) -> web.Response:
@@ -279,7 +303,7 @@ def add_routes() -> None:
     async def delete(request: web.Request) -> web.Response:
         user, key = user_of(request), request.match_info["key"]
         try:
-            place, deleted = await asyncio.to_thread(people.delete, user, key)
+            place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
         except BadConfig as problem:
             return web.json_response({"error": str(problem)}, status=409)
         _runs.forget(Run(user, **place))

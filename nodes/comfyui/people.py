@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from .folders import embedding_name
 
 Record = dict[str, Any]
 RUNNING = "running"
+DRAWING = "drawing"
+"""The phase of a finished training run whose prompt still runs, for example to draw headshots."""
 PUBLIC = ("key", "name", "phase", "begun", "picture", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
 _live: set[str] = set()
@@ -49,21 +51,25 @@ def note(user: str | None, key: str, **facts: Any) -> None:
             write_text(_file(user, key), json.dumps(record))
 
 
-def add_headshots(user: str | None, key: str, files: Sequence[str]) -> None:
-    """Add pictures, by their names below the output folder, to the record of the training run whose LoRA drew them."""
+def add_headshots(user: str | None, key: str, digests: Mapping[str, str]) -> None:
+    """Add the digests of pictures, by name below the output folder, to the record of the run whose LoRA drew them."""
     record = _read(_file(user, key)) if user is not None else {}
     if record:
-        note(user, key, headshots=record["headshots"] | {name: _digest_of(name) for name in files})
+        note(user, key, headshots=record["headshots"] | dict(digests))
 
 
-def of(user: str | None) -> list[Record]:
-    """Return what the list shows of the user's training runs, the latest first."""
+def of(user: str | None, prompts: Collection[str]) -> list[Record]:
+    """Return what the list shows of the user's training runs, the latest first. `prompts` are the ids of those that run now."""
     records = [record for record in _all() if user is not None and record["user"] == user]
     shown = []
     for record in sorted(records, key=lambda record: -record["begun"]):
-        stopped = record.get("phase") == RUNNING and record["key"] not in _live
+        phase = record.get("phase")
+        if phase == RUNNING and record["key"] not in _live:
+            phase = "stopped"
+        elif phase == "done" and record["run"]["prompt"] in prompts:
+            phase = DRAWING
         counts = {"photos": len(record["photos"]), "headshots": len(record["headshots"])}
-        shown.append({name: record.get(name) for name in PUBLIC} | counts | ({"phase": "stopped"} if stopped else {}))
+        shown.append({name: record.get(name) for name in PUBLIC} | counts | {"phase": phase})
     return shown
 
 
@@ -72,11 +78,11 @@ def graph_of(user: str | None, key: str) -> Any:
     return None if user is None else _read(_file(user, key)).get("graph")
 
 
-def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
+def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     """Delete a training run of the user: its LoRA, headshots, cached files, and the photos that were dropped for it.
 
-    Files that another training run uses are kept. Returns the prompt, workflow and node of the run, and what was deleted.
-    Raises BadConfig if the user has no such training run, or if it is running.
+    Files that another training run uses are kept. `prompts` are the ids of those that run now. Returns the prompt, workflow
+    and node of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
     """
     with _lock:
         record = _read(_file(user, key)) if user is not None else {}
@@ -84,6 +90,8 @@ def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
             raise BadConfig("you have no such training run. Reload the list")
         if key in _live:
             raise BadConfig(f"{record['name']} is being trained. Cancel the training run first")
+        if record["run"]["prompt"] in prompts:
+            raise BadConfig(f"{record['name']}: headshots are being drawn. Cancel the run first, or wait until it ends")
         others = [other for other in _all() if (other["user"], other["key"]) != (user, key)]
         deleted = list(_delete_headshots(record))
         if all(other["key"] != key for other in others):
@@ -98,12 +106,12 @@ def delete(user: str | None, key: str) -> tuple[dict[str, Any], list[str]]:
 
 def _delete_headshots(record: Record) -> Iterator[str]:
     for name, digest in record["headshots"].items():
-        if digest and _digest_of(name) == digest:  # ComfyUI gives the name of a deleted picture to another one.
+        if digest and digest_of(name) == digest:  # ComfyUI gives the name of a deleted picture to another one.
             (Path(folder_paths.get_output_directory()) / name).unlink()
             yield f"output/{name}"
 
 
-def _digest_of(name: str) -> str:
+def digest_of(name: str) -> str:
     """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
     root = Path(folder_paths.get_output_directory()).resolve()
     path = (root / name).resolve()

@@ -240,7 +240,7 @@ def _files(folder: str, pictures: str, user: str | None) -> Iterator[tuple[str, 
     for name in _names(pictures):
         picture = _path(name, user)
         if not picture.is_file():
-            raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder. Remove it from the node")
+            raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder. Add it again, or remove it")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
         yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
 

@@ -148,5 +148,6 @@ def _read(user: str) -> dict[tuple[str | None, str], State]:
     except (BadFile, TypeError, KeyError):  # no file yet, or one that was not written here
         return {}
     return {
-        place: state if state.get("phase") in ENDED else state | {"phase": "stopped"} for place, state in states.items()
+        place: state | {"ended": True} | ({} if state.get("phase") in ENDED else {"phase": "stopped"})
+        for place, state in states.items()
     }

@@ -208,12 +208,14 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
 
 
 def test_what_a_recipe_does_is_said_before_a_training(page):
-    page.run(BUILD, train_node(seed=21))
+    page.run(BUILD, train_node(seed=21, steps=0, resolution=0))
     for recipe, does in (("fast", "500 steps × 1, rank 16"), ("balanced", "1000 steps × 1, rank 32")):
         page.set_widgets({"FaceLoRATrain": {"recipe": recipe}})
         page.wait_for(
             f"() => document.querySelector('{STATUS}').textContent.startsWith('{recipe}: {does}, learning rate 1e-4, ')"
         )
+    page.set_widgets({"FaceLoRATrain": {"steps": 7, "rank": 4}})
+    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 7 steps × 1, rank 4, ')")
 
 
 def test_the_clock_goes_on_between_two_reports_and_tells_no_time_left_after_a_stop(page):
@@ -235,7 +237,7 @@ def test_the_clock_goes_on_between_two_reports_and_tells_no_time_left_after_a_st
     )
     assert status(page) == "stopping after step 30"
     hear(page, prompt="ours", begin=False, phase="samples", done=3, total=20, seconds=30)
-    assert status(page) == "step 30 of 60 · loss 0.1 · drawing the last samples: step 3 of 20"
+    assert status(page) == "step 30 of 60 · loss 0.1 · drawing the last samples: 15 %"
 
 
 @pytest.mark.parametrize(

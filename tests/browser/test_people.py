@@ -41,7 +41,10 @@ def test_the_question_before_an_unfinished_run_is_deleted_speaks_of_no_lora(page
     page.page.locator(".facelora-all").click()
     person = page.page.locator(".facelora-dialog .facelora-person", has_text="robin")
     person.get_by_role("button", name="Delete").click()
-    question = page.page.locator(".facelora-dialog[open]").last
-    assert "No LoRA was made" in question.inner_text()
+    question = page.page.locator(".facelora-dialog[open]", has_text="No LoRA was made")
+    question.press("Escape")
+    question.wait_for(state="detached")
+    person.get_by_role("button", name="Delete").click()
     question.get_by_role("button", name="Delete").click()
     person.wait_for(state="detached")
+    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 20000 steps')")

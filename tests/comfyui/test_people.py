@@ -1,5 +1,6 @@
 """What is kept of each training, and that a person is deleted with all that is theirs and nothing else."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,32 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     (state,) = [one for one in server.get("/facelora/training") if one["workflow"] == graph["id"]]
     (shot,) = state["headshots"]
     assert shot["filename"].startswith("lina_") and -1 <= shot["score"] <= 1
+
+    answer = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": graph}}})
+    assert server.wait(answer["prompt_id"]).status == "success"
+    (again,) = [one for one in server.get("/facelora/training") if one["workflow"] == graph["id"]]
+    assert again["headshots"] == [shot], "a run in which nothing was drawn again"
+
+
+def test_nobody_is_deleted_while_their_headshots_are_drawn(server, tmp_path):
+    photos = [
+        server.drop(file, "tilda")["name"] for file in write_photos(tmp_path / "tilda", count=1, scale=2).glob("*.png")
+    ]
+    graph = headshots_of(server, "tilda", photos, training_seed=58)
+    graph["sampler"]["inputs"]["steps"] = 10_000
+    prompt_id = server.queue(graph)
+
+    def record() -> dict:
+        return next((one for one in server.get("/facelora/people") if one["name"] == "tilda"), {})
+
+    while record().get("phase") != "drawing":
+        assert record().get("phase") in (None, "running")
+        time.sleep(0.05)
+    said = server.delete(f"/facelora/people/{record()['key']}")
+    assert said["error"].startswith("tilda: headshots are being drawn")
+    server.post("/interrupt", {})
+    server.wait(prompt_id)
+    assert "tilda.safetensors" in server.delete(f"/facelora/people/{record()['key']}")["deleted"]
 
 
 def test_a_person_is_deleted_with_all_that_is_theirs_and_nothing_else(server, tmp_path):
