@@ -138,7 +138,7 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         digests = [people.digest_of(name) for name in names]
         people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)))
         if len(scores) == len(images):
-            _judged.update(zip(digests, scores, strict=True))
+            _judged.update((one, score) for one, score in zip(digests, scores, strict=True) if one)
         publish(
             run,
             {"headshots": [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]},
