@@ -115,7 +115,8 @@ class Panel {
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
       whenSet(widget, () => forgetCheckpoint(node))
-    for (const name of ["recipe", ...OWN]) whenChanged(node, widgetOf(node, name), () => this.explain())
+    whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
+    for (const name of OWN) whenSet(widgetOf(node, name), () => this.explain())
     after(node, "onConnectionsChange", () => this.explain())
     this.rest()
   }
