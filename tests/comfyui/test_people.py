@@ -76,8 +76,8 @@ def test_nobody_is_deleted_while_their_headshots_are_drawn(server, tmp_path):
     def record() -> dict:
         return next((one for one in server.get("/facelora/people") if one["name"] == "tilda"), {})
 
-    while record().get("phase") != "drawing":
-        assert record().get("phase") in (None, "running")
+    while (phase := record().get("phase")) != "drawing":
+        assert phase in (None, "running")
         time.sleep(0.05)
     said = server.delete(f"/facelora/people/{record()['key']}")
     assert said["error"].startswith("tilda: headshots are being drawn")
