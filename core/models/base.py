@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -158,9 +158,6 @@ class Base:
         """
         component = self._component(part)
         what = f"{self.name}: the config of the {part.replace('_', ' ')}"
-        named = {key: count for key, count in component.config.items() if "layers" in key and "window" not in key}
-        if (layers := max(_numbers_in(list(named.values())), default=0)) > len(component.tensors):
-            raise BadFile(f"{what} has {layers} layers, but there are only {len(component.tensors)} tensors")
         try:
             return self.family.build_empty(part, component.config)
         except FaceLoraError:
@@ -304,12 +301,3 @@ def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{part}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def _numbers_in(value: Any) -> Iterator[int]:
-    """Yield the integers in a value of a config, which may be lists within lists."""
-    if isinstance(value, list):
-        for one in value:
-            yield from _numbers_in(one)
-    elif isinstance(value, int):
-        yield value

@@ -1,7 +1,7 @@
 """Open a base model: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,7 @@ def load_base(
     except (UnknownFamily, UnmatchedKeys) as error:
         beside = "" if vae is None else f" with the VAE of {_opened(vae)[0]}"
         raise type(error)(f"{name}{beside}: {error}") from None
+    _check_layers(name, components)
     if tokenizer is not None:
         if family.tokenizer:
             text.load_tokenizer(os.fspath(tokenizer), family.tokenizer)
@@ -200,6 +201,26 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         )
 
 
+def _check_layers(name: str, components: Mapping[str, Component]) -> None:
+    """Raise BadFile when a part seems to have more layers than tensors. Building them could take minutes and gigabytes."""
+    for part, component in components.items():
+        named = [count for key, count in component.config.items() if "layers" in key and "window" not in key]
+        if (layers := max(_numbers_in(named), default=0)) > len(component.tensors):
+            raise BadFile(
+                f"{name}: the config of the {part.replace('_', ' ')} has {layers} layers, but there are only "
+                f"{len(component.tensors)} tensors"
+            )
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    """Yield the integers in a value of a config, which may be lists within lists."""
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _numbers_in(one)
+    elif isinstance(value, int):
+        yield value
+
+
 def _side(resolution: str | None, default: int) -> int:
     """Return the side of a square as large as modelspec's `WIDTHxHEIGHT`, or the default if that is missing or invalid."""
     sides = (resolution or "").lower().split("x")
@@ -214,6 +235,7 @@ def _of_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> B
         _check_variant(read.family, read.components)
     except UnknownFamily as error:
         raise UnknownFamily(f"{folder.name}: {error}") from None
+    _check_layers(folder.name, read.components)
     found = read.scheduler.get("prediction_type", "epsilon")
     latent_side = read.components["denoiser"].config.get("sample_size")
     base = Base(

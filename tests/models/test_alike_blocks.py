@@ -110,6 +110,16 @@ def test_blocks_that_differ_in_their_rank_are_not_alike():
     assert kinds(config) == kinds(replace(config, rank_pattern={"layers.3.": 2}))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_memory_of_each_published_size_can_be_predicted(name):
+    """Many layers, of which the prediction has few. That was once taken for a damaged config."""
+    model = MODELS[name]
+    base = base_of(model)
+    prediction = StepPrediction(cache_of(model, base), base, config_of(model), CPU, torch.bfloat16)
+    weights = base.weight_bytes("denoiser", torch.bfloat16)
+    assert weights < prediction.bytes(MemoryPlan()) < 6 * weights
+
+
 def seconds_to_choose(name: str, limit: float) -> tuple[float, str]:
     """The processor time in which a plan is chosen for a model of published size, and the plan."""
     model = MODELS[name]

@@ -813,6 +813,13 @@ def test_a_config_that_makes_no_sense_is_named(tmp_path, small_sd15, part, odd):
         load_base(tmp_path).load("denoiser" if part == "unet" else part, torch.device("cpu"), torch.float32)
 
 
+def test_a_file_that_seems_to_have_billions_of_layers_is_refused_at_once(parts):
+    name = next(name for name in parts["flux"] if "single_blocks.0." in name)
+    odd = {**parts["flux"], name.replace(".0.", f".{2**31}."): parts["flux"][name]}
+    with pytest.raises(BadFile, match=f"the denoiser has {2**31 + 1} layers, but there are only"):
+        load_base(odd, text_encoders=[parts["clip_l"], parts["t5xxl"]])
+
+
 def test_a_pipeline_as_a_base_model_is_refused_with_what_to_do():
     with pytest.raises(BadConfig, match=r"the base model is a object: .* pipeline\.save_pretrained\(folder\)"):
         load_base(object())  # pyright: ignore[reportArgumentType]
