@@ -6,7 +6,7 @@ from collections.abc import Callable
 OnProgress = Callable[[int, int], None]
 """A function that is called with (steps done, total steps)."""
 OnPhase = Callable[[str, int, int], None]
-"""A function that is called with (phase, steps done, total steps)."""
+"""A function that is called with (phase, steps done, total steps). The total is 0 for a phase without steps to count."""
 OnWarning = Callable[[str], None]
 """A function that is called with a sentence about something that the user should know."""
 

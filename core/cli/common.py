@@ -180,7 +180,9 @@ class BarProgress:
 
         if self._bar is None or self._name != name:
             self.__exit__()
-            self._bar, self._name = tqdm(total=total, desc=name, dynamic_ncols=True, file=sys.stderr), name
+            form = None if total else "{desc}: {elapsed}"
+            self._bar = tqdm(total=total, desc=name, bar_format=form, dynamic_ncols=True, file=sys.stderr)
+            self._name = name
         return self._bar
 
     def phase(self, name: str, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..device import processor
-from ..training.callbacks import Callbacks, StepReport
+from ..training.callbacks import LOADING, Callbacks, StepReport
 
 PHASES = ("check", "encode", "load", "train", "draw")
 """The phases of making a person, in order. Photos are read and checked, photos and captions encoded, the denoiser loaded onto
@@ -112,7 +112,7 @@ class Stopwatch:
             callbacks.on_step(report)
 
         def on_phase(name: str, done: int, total: int) -> None:
-            if name == "encoding" and done == total:
+            if name == LOADING:
                 self.enter("load")
             elif name == "samples" and self._phase == "load":
                 self.enter("train")

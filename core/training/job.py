@@ -41,7 +41,7 @@ from ..progress import OnWarning, silent
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
-from .callbacks import NO_CALLBACKS, Callbacks
+from .callbacks import LOADING, NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, faces_of
 from .loop import train_lora
@@ -358,6 +358,7 @@ def _prepared(
     cache = encode(
         dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding"),
     )  # fmt: skip
+    callbacks.on_phase(LOADING, 0, 0)
     if not shots:
         return cache, None
     # Samples take the size of the bucket with the most photos of the person. If several tie, the largest is used.

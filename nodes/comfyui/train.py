@@ -28,7 +28,7 @@ from ...core.models.base import Base
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota
-from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep, likeness_word, step_line
+from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import TrainedFile, TrainingJob, find_or_train, is_trained, lora_path
 from ...core.training.training_adapter import TrainingAdapter
@@ -439,12 +439,11 @@ class Watch:
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if name == "encoding" and done == total:
+        if name == LOADING:
             comfy.model_management.unload_all_models()  # CLIP, where it has encoded the captions
-        self._move_bar(name, done, total)
-        self.log(f"{name}: {done} of {total}", always=False)
-        if name == "encoding" and done == total:
-            name, done, total = "loading the model", 0, 0
+        if total:
+            self._move_bar(name, done, total)
+        self.log(f"{name}: {done} of {total}" if total else name, always=False)
         self.show(phase=name, done=done, total=total)
 
     def warning(self, message: str) -> None:

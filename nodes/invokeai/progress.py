@@ -51,10 +51,7 @@ class Progress:
         self.check_cancelled()
         if name != self._phase or done == total or time.monotonic() - self._shown > SHOW_INTERVAL:
             self._phase = name
-            if name == "encoding" and done == total:
-                self.show("loading the model")
-            else:
-                self.show(f"{name}: {done} of {total}", done / total if total else None)
+            self.show(f"{name}: {done} of {total}" if total else name, done / total if total else None)
 
     def point(self, report: StepReport) -> None:
         """Show a step of the training run."""

@@ -107,6 +107,12 @@ def test_a_message_stands_on_a_line_of_its_own_below_a_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_phase_without_parts_to_count_shows_its_name_and_time(capsys):
+    with BarProgress() as progress:
+        progress.phase("loading the model", 0, 0)
+    assert capsys.readouterr().err.split("\r")[-1].strip() == "loading the model: 00:00"
+
+
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
 def test_control_d_and_control_c_stop_a_command_in_one_line(end, capsys, monkeypatch):
     def asks(_: object) -> None:

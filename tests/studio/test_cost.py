@@ -20,7 +20,7 @@ from core.studio import Cost, Person, Plan, Result, Terms, Work, plan, seconds_f
 from core.studio.cost import PHASES, Stopwatch, cost_of
 from core.studio.report import read_report, write_report
 from core.training import Callbacks
-from core.training.callbacks import StepReport
+from core.training.callbacks import LOADING, StepReport
 from tests.tooling import write_photos
 
 
@@ -63,6 +63,7 @@ def test_each_phase_has_the_time_until_the_next_begins() -> None:
     callbacks.on_phase("encoding", 1, 2)
     pass_by(3)
     callbacks.on_phase("encoding", 2, 2)
+    callbacks.on_phase(LOADING, 0, 0)
     pass_by(6)  # the denoiser is loaded in 4, and the first step takes 2
     callbacks.on_step(report(1, seconds_per_step=2))
     pass_by(7)
@@ -76,6 +77,7 @@ def test_each_phase_has_the_time_until_the_next_begins() -> None:
     assert measured.work == Work(1, 5, 1, 1) and heard == [
         "encoding 1/2",
         "encoding 2/2",
+        "loading the model 0/0",
         "pictures 0/1",
         "pictures 1/1",
     ]
@@ -85,7 +87,7 @@ def test_where_likeness_is_measured_first_the_training_begins_with_it() -> None:
     now = Clock()
     watch = Stopwatch(now, Clock())
     callbacks = watch.listening(Callbacks())
-    callbacks.on_phase("encoding", 1, 1)
+    callbacks.on_phase(LOADING, 0, 0)
     now.time += 4
     callbacks.on_phase("samples", 1, 9)
     now.time += 5

@@ -148,6 +148,18 @@ def test_the_file_says_what_it_was_made_from_and_is_called(job, base, loras):
     assert lora.dtype == torch.float16
 
 
+def test_the_model_is_loaded_between_the_last_caption_and_the_first_step(job, base, loras):
+    news: list[str] = []
+    callbacks = Callbacks(
+        on_step=lambda report: news.append("step"),
+        on_phase=lambda name, done, total: news.append(f"{name} {done}/{total}"),
+    )
+    find_or_train(job, base, [loras], callbacks=callbacks)
+    last = max(index for index, one in enumerate(news) if one.startswith("encoding"))
+    done, total = news[last].removeprefix("encoding ").split("/")
+    assert done == total and news[last + 1 : last + 3] == ["loading the model 0/0", "step"]
+
+
 def test_nothing_but_the_loss_and_the_hash_is_kept_of_a_finished_run(job, base, loras):
     made = trained(job, base, loras)
     assert made.run.path == cache_folder() / "runs" / job.key(base)
