@@ -9,7 +9,7 @@ It takes about 40 seconds a model, most of them to predict the memory of plans.
 import argparse
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.models.base import Base
-from core.models.memory_plan import MemoryPlan, first_that_fits
+from core.models.memory_plan import first_that_fits
 from core.models.recipe import RECIPES
 from core.models.spec import Component
 from core.photos import Photo
@@ -26,11 +26,10 @@ from core.pictures import find_style_packs
 from core.studio import PARTS, Order
 from core.studio.ledger import Basis, Ledger
 from core.studio.passes import count_passes
-from core.training.encode import LatentCache
-from core.training.memory_prediction import predicted_memory
+from core.training.memory_prediction import StepPrediction
 from core.training.recipes import recipe_config
 from core.training.step import memory_plans
-from tools.memory_tables import CARDS, DOCUMENT, MODELS, SHARE, Card, base_of, cache_of, column, weight_bytes
+from tools.memory_tables import CARDS, DOCUMENT, MODELS, SHARE, Card, base_of, cache_of, column
 from tools.photo_tables import replace_table, table
 
 PHOTOS, HEADSHOTS, PACK = 15, 20, "corporate"
@@ -56,7 +55,7 @@ def with_vae(name: str) -> Base:
 
 def ledgers(name: str) -> dict[str, dict[str, Ledger]]:
     """The work of a job by recipe and card; without cards on which no memory plan fits."""
-    base, weights = with_vae(name), weight_bytes(MODELS[name])
+    base = with_vae(name)
     whole = cache_of(MODELS[name], base)
     text = next(iter(whole.text.values()))
     count = functools.cache(lambda rank, side: count_passes(base, TrainConfig(rank=rank), (side, side), None, text))
@@ -67,20 +66,13 @@ def ledgers(name: str) -> dict[str, dict[str, Ledger]]:
         photos = [Photo.from_image(Image.new("RGB", (side, side)), f"{number}.png") for number in range(PHOTOS)]
         passes, cache = count(config.rank, side)
         jobs = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS).jobs(base)
-
-        @functools.cache
-        def need(plan: MemoryPlan, config: TrainConfig = config, cache: LatentCache = cache) -> int:
-            return predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan)
-
-        def fits(card: Card, plan: MemoryPlan, need: Callable[[MemoryPlan], int] = need) -> bool:
-            least = 0 if plan.offload else weights // (2 if plan.weights == "8 bits" else 1)
-            return least <= card.room and need(plan) <= card.room  # what cannot fit takes no time
-
+        prediction = StepPrediction(cache, base, config, torch.device("cpu"), torch.bfloat16)
+        needs = {plan: prediction.bytes(plan) for plan in memory_plans(config, base)}
         found[recipe] = {}
         for card in CARDS:
-            plan = first_that_fits(memory_plans(config, base), functools.partial(fits, card))
-            if fits(card, plan):
-                found[recipe][card.name] = Basis(base, passes, plan, need(plan)).ledger(photos, config, jobs)
+            plan = first_that_fits(list(needs), lambda plan, room=card.room, needs=needs: needs[plan] <= room)
+            if needs[plan] <= card.room:
+                found[recipe][card.name] = Basis(base, passes, plan, needs[plan]).ledger(photos, config, jobs)
     return found
 
 
