@@ -100,7 +100,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --config-file tools/mkdocs.yml --site-dir $(CURDIR)/site
 
 bench: $(STAMP)
-	$(RUN) -m core bench
+	$(RUN) -m tools.bench
 
 # The wheel and the source distribution, in dist/. TAG, where it is given, must be of this version.
 dist: $(STAMP)

@@ -1,4 +1,4 @@
-"""ComfyUI's own LoRA trainer as a peer of `facelora bench`, in a process of its own.
+"""ComfyUI's own LoRA trainer as a peer of tools/bench.py, in a process of its own.
 
 `python tools/comfyui_trainer.py COMFYUI FOLDER` trains, with the code of the `Train LoRA` node, on what is in the folder:
 `weights.safetensors` (a denoiser in diffusers' names), `inputs.safetensors` (latents and conditioning), `task.json`. For each

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from core.bench.doctor import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, examine, trial
-from core.bench.loops import CAPTION, OurLoop, random_base, random_cache, random_component
-from core.bench.report import LEAST_ROUNDS, append_text, bench, format_report, matmul, peak_memory, seconds, take_turns
-from core.bench.shapes import REAL_CHANNELS, SHAPES
+from core.bench.random_models import CAPTION, REAL_CHANNELS, SHAPES, random_base, random_cache, random_component
+from core.bench.timing import peak_memory, seconds
 from core.config import TrainConfig
 from core.device import deterministic_if, device_and_dtype, precision_name, release_memory, whole_or_in_tiles
 from core.errors import BadConfig
@@ -39,6 +38,8 @@ from core.storage.files import write_text
 from core.training.encode import LatentCache
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
+from tools.bench import LEAST_ROUNDS, append_text, bench, format_report, matmul, take_turns
+from tools.bench_loops import OurLoop
 from tools.small_flows import FLOW, SMALL_FLOWS, WIDE_FLOW, random_flow
 
 T = TypeVar("T")

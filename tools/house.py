@@ -30,7 +30,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
 FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.")
 """Where families may be known by name."""
 FAMILY_EXCEPTIONS = {
-    "core.bench.shapes": "the shapes of two published models, which the bench builds without weights",
+    "core.bench.random_models": "the shapes of two published models, which measurements build without weights",
 }
 """Modules elsewhere that name a family, and why. Nothing that a user runs needs a new one in them."""
 MOST_LINES, MOST_BRANCHES = 80, 25

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.bench.shapes import denoiser_config
+from core.bench.random_models import denoiser_config
 from core.config import TrainConfig
 from core.models.arithmetic import count_flops
 from core.models.base import Base

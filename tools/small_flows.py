@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.bench.loops import random_component
+from core.bench.random_models import random_component
 from core.models.base import Base, CaptionEncoder
 from core.models.families import FAMILIES
 from core.models.spec import Component, Conditioning

@@ -14,10 +14,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from core.bench.loops import PlainLoop
 from core.models.spec import Component
 from core.training.methods.lora_layer import LoraLayer
 from core.training.step import Run
+from tools.bench_loops import PlainLoop
 from tools.memory_tables import DOCUMENT, MODELS, base_of, cache_of, config_of
 from tools.photo_tables import replace_table, table
 

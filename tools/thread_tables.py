@@ -17,8 +17,7 @@ from statistics import median
 import torch
 
 from core import GenerateConfig, Job, TrainConfig, generate, load_base
-from core.bench.loops import random_base, random_cache
-from core.bench.shapes import REAL_CHANNELS
+from core.bench.random_models import REAL_CHANNELS, random_base, random_cache
 from core.demo import CONFIG, PICTURE_SIZE, embedded_base
 from core.demo.people import person_photos
 from core.faces import embed_images, load_faces

@@ -1,4 +1,4 @@
-"""Measure: our training step beside other programs', what a machine can do, and training methods on the same photos."""
+"""Measure: what a machine can do, and training methods on the same photos."""
 
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,5 @@ if TYPE_CHECKING:
     from .compare import summary_rows as summary_rows
     from .doctor import examine as examine
     from .doctor import format_doctor as format_doctor
-    from .report import append_report as append_report
-    from .report import format_report as format_report
-    from .report import run as run
-    from .shapes import REAL_CHANNELS as REAL_CHANNELS
-    from .shapes import SHAPES as SHAPES
-    from .shapes import denoiser_config as denoiser_config
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

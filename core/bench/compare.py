@@ -40,7 +40,7 @@ from ..training.job import train
 from ..training.likeness import NEUTRAL_PROMPTS, picture_change
 from ..training.methods import METHODS, peak_rate
 from ..training.samples import SAMPLE_BATCH
-from .report import peak_memory
+from .timing import peak_memory
 
 PICTURES = 8
 """The number of pictures of the person, and of the class, with seeds 1, 2, ..."""

@@ -37,9 +37,8 @@ from ..training.memory_prediction import predicted_memory
 from ..training.methods import attach
 from ..training.step import Run
 from ..version import __version__
-from .loops import random_base, random_cache
-from .report import peak_memory, seconds
-from .shapes import REAL_CHANNELS, SHAPES
+from .random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
+from .timing import peak_memory, seconds
 
 NEEDED = ("torch", "diffusers", "transformers", "peft", "safetensors", "accelerate")
 OPTIONAL = {

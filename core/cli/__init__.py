@@ -63,12 +63,9 @@ COMMANDS: dict[str, Command] = {
     "publish": Command(
         FILES, "make a folder to upload: a LoRA, a page of text and pictures, without personal data", "lora"
     ),
-    "bench": Command(
-        MACHINE, "time training steps on a full-size denoiser, compared with a plain diffusers and peft loop", "bench"
-    ),
     "forget": Command(MACHINE, "delete everything that a studio keeps of a person", "studio"),
     "doctor": Command(
-        MACHINE, "show what this machine has for training and what is missing; --measure also tests it", "bench"
+        MACHINE, "show what this machine has for training and what is missing; --measure also tests it", "doctor"
     ),
     "completion": Command(MACHINE, "print a shell completion script", "machine"),
     "clear-cache": Command(

@@ -2,13 +2,11 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 from .. import photos  # Its modules load only when a name is used.
-from ..bench.shapes import REAL_CHANNELS, SHAPES
-from ..config import RecipeName, SavePrecision, Targets
+from ..config import RecipeName, SavePrecision
 from ..tensor_names import NAME_TABLES, SCHEMES
 from .common import unicode_text
 from .options import (
@@ -124,47 +122,6 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         "--person", type=int, default=35, help="Person that the base model has not seen, 35 to 40 (default: 35)"
     )
     parser.add_argument("--steps", type=int, help="Optimizer steps (default: the demo's own)")
-
-
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--family", choices=tuple(SHAPES), default=next(iter(SHAPES)), help="Model family (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--resolution", type=int, metavar="PIXELS", help="Resolution in pixels (default: the family's own)"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="Pictures in a forward pass (default: 1)")
-    parser.add_argument("--rank", type=int, default=16, help="Rank of the adapter (default: 16)")
-    parser.add_argument(
-        "--targets",
-        choices=get_args(Targets),
-        default="transformer",
-        help="Layers that get an adapter (default: transformer)",
-    )
-    add_precision(parser)
-    parser.add_argument("--compile", action="store_true", help="Compile the blocks of our loop")
-    parser.add_argument("--steps", type=int, default=20, help="Timed steps of each loop (default: 20)")
-    parser.add_argument(
-        "--comfyui", type=Path, metavar="FOLDER", help="Also time the trainer of the ComfyUI in this folder"
-    )
-    parser.add_argument(
-        "--comfyui-python",
-        type=Path,
-        metavar="FILE",
-        default=Path(sys.executable),
-        help="Python of that ComfyUI (default: this one)",
-    )
-    parser.add_argument(
-        "--append", type=output_file, metavar="FILE", help="Also append the report to this Markdown file"
-    )
-    parser.add_argument(
-        "--channels",
-        type=int,
-        default=REAL_CHANNELS,
-        help=f"Channels of the first level (default: {REAL_CHANNELS}, the real size)",
-    )
-    add_device(parser)
-    add_json(parser)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.bench import doctor
-from core.bench.loops import random_base, random_cache
+from core.bench.random_models import random_base, random_cache
 from core.cli import main
 from core.config import TrainConfig
 from core.models.memory_plan import PLANS

@@ -6,8 +6,7 @@ import time
 import pytest
 import torch
 
-from core.bench import report
-from tools import gpu
+from tools import bench, gpu
 from tools.gpu import Session
 
 CPU = torch.device("cpu")
@@ -47,7 +46,7 @@ def test_failures_are_recorded_and_nothing_begins_when_the_time_is_nearly_over(m
 
 
 def test_no_round_begins_after_the_time_but_the_first():
-    taken = report.take_turns({}, lambda: None, CPU, rounds=9, block=1, until=time.monotonic() - 1)
+    taken = bench.take_turns({}, lambda: None, CPU, rounds=9, block=1, until=time.monotonic() - 1)
     assert len(taken["matmul"]) == 1
 
 

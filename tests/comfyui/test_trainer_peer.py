@@ -1,16 +1,17 @@
-"""tools/comfyui_trainer.py: ComfyUI's own trainer as a peer of `facelora bench`."""
+"""tools/comfyui_trainer.py: ComfyUI's own trainer as a peer of tools/bench.py."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from core.bench.loops import ComfyLoop, random_cache
-from core.bench.report import bench
+from core.bench.random_models import random_cache
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
 from core.models import load_base
 from tests.tooling import RandomTensors, original_shapes
+from tools.bench import bench
+from tools.bench_loops import ComfyLoop
 
 from .real_widths import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON

@@ -18,7 +18,7 @@ import torch
 
 import core.bench.doctor as doctor
 import core.models.memory_plan as memory_plan
-from core.bench.loops import random_base, random_cache
+from core.bench.random_models import random_base, random_cache
 from core.config import TrainConfig
 from core.device import device_and_dtype, within_free_memory
 from core.errors import FaceLoraError

@@ -19,7 +19,6 @@ import core.bench.doctor as doctor
 import core.models.memory_plan as memory_plan
 import core.models.narrow_layers as narrow_layers
 import tools.gpu as gpu
-from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
@@ -35,6 +34,7 @@ from core.training.step import Run
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
+from tools.bench import count_operations
 
 PLAIN = MemoryPlan()
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "resolution": 64}
@@ -365,7 +365,7 @@ def measured_on_a_gpu(command: str, output: Path) -> list[tuple[str, str]]:
     """The errors in a rehearsal of a command of tools/gpu.py, each with its stage."""
     # There is no profiler that could count the fake card's kernels, and another process has no fake card.
     own = patch.multiple(gpu, apart=lambda work, *args: work(*args))
-    with fake_cuda(), own, patch("core.bench.report.count_kernels", return_value=0):
+    with fake_cuda(), own, patch("tools.bench.count_kernels", return_value=0):
         session = gpu.Session(DEVICE, torch.bfloat16, time.monotonic() + 600, small=True)
         found = gpu.measure(session, command, output)
     assert gpu.as_markdown(found, "make gpu")

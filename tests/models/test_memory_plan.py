@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import core.pictures.generate as generate_module
-from core.bench import loops
+from core.bench.random_models import random_base, random_cache
 from core.config import TrainConfig
 from core.device import in_parts_that_fit, is_out_of_memory
 from core.errors import OutOfMemory
@@ -119,12 +119,12 @@ def needs(base: Base, cache, config: TrainConfig, what: str, plans: Iterable[Mem
 
 
 def needs_of_unet(family: str, sizes: Iterable[int]) -> Needs:
-    base = loops.random_base(family, 128, CPU, torch.float32)
+    base = random_base(family, 128, CPU, torch.float32)
     found = []
     for size in sizes:
         config = TrainConfig(rank=16, resolution=size, batch_size=2, precision="fp32")
         plans = PLANS[:1] if found else MEASURED
-        found += needs(base, loops.random_cache(base, config), config, f"{family}, {size} px", plans)
+        found += needs(base, random_cache(base, config), config, f"{family}, {size} px", plans)
     return found
 
 

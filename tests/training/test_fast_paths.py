@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.models import Base, load_base
 from core.training.methods.lora import LoraAdapter
@@ -25,6 +24,7 @@ from tests.tooling import (
     mostly_slow,
     small_flow_base,
 )
+from tools.bench import count_operations
 
 CPU = torch.device("cpu")
 STEPS = 10

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.bench.report import OperationCount
 from core.training.methods.lora_layer import LoraLayer, SharedInput
+from tools.bench import OperationCount
 
 
 def layer_of(base_layer: nn.Module, **options) -> LoraLayer:

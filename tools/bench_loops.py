@@ -1,6 +1,6 @@
 """The training loops that the benchmark times on the same weights: ours, a plain diffusers and peft loop, and ComfyUI's.
 
-The denoiser has the family's real architecture and random weights. Latents and conditioning have the real shapes.
+They train a denoiser with random weights (core/bench/random_models.py).
 """
 
 import contextlib
@@ -17,80 +17,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import TrainConfig
-from ..device import device_and_dtype, precision_name
-from ..errors import BadConfig, BadFile
-from ..models.base import Base
-from ..models.families import FAMILIES
-from ..models.spec import Component, Conditioning, FamilySpec
-from ..training.encode import EncodedImage, LatentCache
-from ..training.methods import peak_rate
-from ..training.step import Run
-from .shapes import SHAPES, denoiser_config
+from core.bench.random_models import CAPTION
+from core.config import TrainConfig
+from core.device import device_and_dtype, precision_name
+from core.errors import BadConfig
+from core.models.base import Base
+from core.models.spec import Conditioning, FamilySpec
+from core.training.encode import LatentCache
+from core.training.methods import peak_rate
+from core.training.step import Run
 
-CAPTION = "a photo of sks person"
-LATENT_SIZE, TOKENS = 8, 77
-TRAINER = Path(__file__).parents[2] / "tools" / "comfyui_trainer.py"
+TRAINER = Path(__file__).with_name("comfyui_trainer.py")
 """The program that runs ComfyUI's own trainer."""
-
-
-def random_base(family: str, channels: int, device: torch.device, dtype: torch.dtype) -> Base:
-    """Return a base model with only a denoiser, with random weights on the device in that dtype."""
-    spec, config = FAMILIES[family], denoiser_config(family, channels)
-    return Base(
-        family=spec,
-        name="random weights",
-        components={"denoiser": random_component(spec, "denoiser", config, device, dtype)},
-        prediction_type="epsilon",
-        zero_terminal_snr=False,
-        resolution=spec.resolution,
-    )
-
-
-def random_component(
-    family: FamilySpec, part: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> Component:
-    """Return a part of a base model with random weights, on the device in that dtype.
-
-    Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and don't overflow in fp16.
-    """
-    shapes = family.build_empty(part, config).state_dict()
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = {}
-    for name, place in shapes.items():
-        tensor = torch.empty(place.shape, device=device, dtype=dtype)
-        if place.ndim < 2:
-            tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)  # Weights of norms, and all biases.
-        else:
-            tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
-        tensors[name] = tensor
-    return Component(config, tensors)
-
-
-def random_cache(base: Base, config: TrainConfig) -> LatentCache:
-    """Return a batch of random latents and a random conditioning of one caption, in the shapes of the family's encoders."""
-    side, shape = config.resolution or base.resolution, base.latent_shape
-    latent = (shape.channels, side // shape.pixels, side // shape.pixels)
-    generator = torch.Generator().manual_seed(0)
-    image = EncodedImage(
-        name="random",
-        mean=torch.randn(latent, generator=generator),
-        deviation=torch.full(latent, 0.1),
-        mask=None,
-        conditioning=base.family.image_conditioning((side, side), (0, 0), (side, side)),
-        caption=CAPTION,
-        class_caption="a photo of person",
-        repeats=1,
-        is_class=False,
-    )
-    if base.caption_encoder:
-        text = base.caption_encoder.encode(CAPTION)
-    else:
-        width = base.components["denoiser"].config["cross_attention_dim"]
-        text = {"context": torch.randn(1, TOKENS, width, generator=generator)}
-        if pooled := SHAPES[base.family.name].pooled:
-            text["pooled"] = torch.randn(1, pooled, generator=generator)
-    return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
 
 
 class Loop(Protocol):
@@ -208,13 +146,6 @@ class PlainLoop:
         self.loss()
 
 
-def trainer_program() -> Path:
-    """Return the path of TRAINER. Raises BadFile if it is missing, as in an installation from a wheel."""
-    if not TRAINER.is_file():
-        raise BadFile(f"--comfyui: {TRAINER} is missing; run the benchmark in a clone of the repository, which has it")
-    return TRAINER
-
-
 class ComfyLoop:
     """ComfyUI's own trainer on the same weights and inputs, in a process that takes one step per request.
 
@@ -235,7 +166,7 @@ class ComfyLoop:
             task = {"device": device.type, "precision": precision_name(dtype), "rank": config.rank}
             (folder / "task.json").write_text(json.dumps(task))
             self._process = subprocess.Popen(
-                [python, trainer_program(), comfyui.resolve(), folder],
+                [python, TRAINER, comfyui.resolve(), folder],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             self._log: list[str] = []

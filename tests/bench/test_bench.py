@@ -1,6 +1,5 @@
-"""core/bench: the models are of the published size, the figures are of real steps, and both loops do the same work."""
+"""tools/bench.py: the models are of the published size, the figures are of real steps, and both loops do the same work."""
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.bench import loops, shapes
-from core.bench import report as bench
-from core.cli import main
-from core.cli.arguments import add_bench
+from core.bench import random_models
 from core.config import TrainConfig
-from core.errors import BadConfig, BadFile
+from core.errors import BadConfig
 from core.models.base import Base
 from core.models.families import FAMILIES
+from tools import bench
+from tools.bench_loops import OurLoop, PlainLoop
 
 CPU = torch.device("cpu")
 RESOLUTION = 64
@@ -33,9 +31,9 @@ SHALLOW = {
 @contextmanager
 def shallow_sd15() -> Iterator[None]:
     """Here the denoiser of SD1.x has two levels instead of four."""
-    shape = shapes.SHAPES["sd15"]
+    shape = random_models.SHAPES["sd15"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "sd15", replace(shape, config={**shape.config, **SHALLOW}, widths=(1, 2)))
+        patch.setitem(random_models.SHAPES, "sd15", replace(shape, config={**shape.config, **SHALLOW}, widths=(1, 2)))
         yield
 
 
@@ -43,7 +41,7 @@ def shallow_sd15() -> Iterator[None]:
 def small_base(family: str, dtype: torch.dtype) -> Base:
     """A base model whose weights, which no loop changes, all tests share."""
     with shallow_sd15():
-        return loops.random_base(family, 64, CPU, dtype)
+        return random_models.random_base(family, 64, CPU, dtype)
 
 
 def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
@@ -51,14 +49,8 @@ def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
     config = TrainConfig(rank=4, resolution=RESOLUTION, precision=precision, gradient_checkpointing="off")
     _, dtype = bench.device_and_dtype(config.precision, CPU)
     base = small_base(family, dtype)
-    images = loops.random_cache(base, config)
-    return loops.OurLoop(images, base, config, CPU), loops.PlainLoop(images, base, config, CPU)
-
-
-def options(*arguments):
-    parser = argparse.ArgumentParser()
-    add_bench(parser)
-    return parser.parse_args(arguments)
+    images = random_models.random_cache(base, config)
+    return OurLoop(images, base, config, CPU), PlainLoop(images, base, config, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,7 @@ def report():
     arguments = "--channels 64 --resolution 64 --rank 4 --batch-size 2 --precision fp32 --steps 2"
     with shallow_sd15(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "MATRIX_SECONDS", 0.0)
-        return bench.run(options(*arguments.split()), CPU)
+        return bench.run(bench.arguments().parse_args(arguments.split()), CPU)
 
 
 # "DiffusionWrapper has 859.52 M params." is what CompVis' code prints when it loads SD1.x; 2,567 M: SDXL-Base in the
@@ -75,15 +67,16 @@ def report():
 @pytest.mark.parametrize(("family", "millions", "digits"), [("sd15", 859.52, 2), ("sdxl", 2567, 0)])
 def test_the_denoiser_has_the_published_number_of_parameters(family, millions, digits):
     with torch.device("meta"):
-        denoiser = FAMILIES[family].build("denoiser", shapes.denoiser_config(family))
+        denoiser = FAMILIES[family].build("denoiser", random_models.denoiser_config(family))
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, digits) == millions
 
 
-@pytest.mark.parametrize("family", shapes.SHAPES)
+@pytest.mark.parametrize("family", random_models.SHAPES)
 def test_a_small_denoiser_has_the_same_layers_as_the_real_one(family):
     with torch.device("meta"):
         real, small = (
-            FAMILIES[family].build("denoiser", shapes.denoiser_config(family, channels)) for channels in (320, 64)
+            FAMILIES[family].build("denoiser", random_models.denoiser_config(family, channels))
+            for channels in (320, 64)
         )
     assert set(real.state_dict()) == set(small.state_dict())
 
@@ -121,7 +114,7 @@ def test_recomputing_the_forward_pass_shows_in_the_count():
 def test_a_step_of_either_loop_trains_every_layer(family, precision):
     for loop in small_loops(family, precision):
         loop.step()
-        parameters = loop.run.parameters if isinstance(loop, loops.OurLoop) else dict(enumerate(loop.parameters))
+        parameters = loop.run.parameters if isinstance(loop, OurLoop) else dict(enumerate(loop.parameters))
         values = [parameter.detach() for parameter in parameters.values()]
         assert all(bool(value.isfinite().all()) for value in values)
         assert all(bool(value.any()) for value in values)  # B starts at 0 and gets a gradient in the first step
@@ -205,7 +198,7 @@ def test_a_report_is_json_and_a_table(report):
     text = bench.format_report(report)
     step = f"{report['ours']['seconds_per_step']:.3f} | {report['peer']['seconds_per_step']:.3f}"
     assert f"| seconds per step | {step} |" in text
-    assert "Stable Diffusion 1.x" in text and "64 px, batch 2, transformer targets, rank 4, fp32" in text
+    assert "Stable Diffusion 1.x" in text and "64 px, batch 2, transformer targets, rank 4, fp32\n\ncpu: " in text
     assert "kernels" not in text  # there are none to count on a CPU
 
 
@@ -221,43 +214,24 @@ def test_a_report_is_json_and_a_table(report):
 )
 def test_options_that_cannot_work_are_refused(arguments, what):
     with pytest.raises(BadConfig, match=what):
-        bench.run(options(*arguments), CPU)
-
-
-def test_comfyuis_trainer_needs_a_program_that_only_a_clone_has(tmp_path, monkeypatch):
-    (tmp_path / "comfy_extras").mkdir()
-    (tmp_path / "comfy_extras" / "nodes_train.py").touch()
-    assert loops.trainer_program().is_file()
-    monkeypatch.setattr(loops, "TRAINER", tmp_path / "comfyui_trainer.py")
-    with pytest.raises(BadFile, match=r"comfyui_trainer\.py is missing; run the benchmark in a clone"):
-        bench.run(options("--comfyui", str(tmp_path)), CPU)
+        bench.run(bench.arguments().parse_args(arguments), CPU)
 
 
 def test_a_report_is_added_to_a_file_with_its_command(report, tmp_path):
     file = tmp_path / "benchmarks.md"
     file.write_text("# Benchmarks\n")
-    bench.append_report(file, report, "facelora bench --channels 64")
+    bench.append_report(file, report, "python -m tools.bench --channels 64")
     text = file.read_text()
     assert text.startswith("# Benchmarks\n\n### Stable Diffusion 1.x, 64 px, fp32, cpu")
-    assert "`facelora bench --channels 64`" in text and text.endswith(bench.format_report(report) + "\n")
+    assert "`python -m tools.bench --channels 64`" in text and text.endswith(bench.format_report(report) + "\n")
 
 
-def test_a_report_that_cannot_be_added_is_refused_before_and_shown_all_the_same_after(
-    report, tmp_path, monkeypatch, capsys
-):
-    measured = []
-    monkeypatch.setattr("core.cli.bench.run", lambda *_: measured.append(1) or report)
-    assert main(["bench", "--append", str(tmp_path)]) == 1 and "is a folder" in capsys.readouterr().err
-    assert main(["bench", "--append", "/dev/null/a.md"]) == 1 and not measured
-
-    def no_room(path, write):
-        raise BadFile(f"{path}: cannot be written: No space left on device")
-
-    monkeypatch.setattr(bench, "write_file", no_room)
-    capsys.readouterr()
-    assert main(["bench", "--append", str(tmp_path / "a.md")]) == 1
+def test_a_report_that_cannot_be_added_is_shown_all_the_same(report, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run", lambda *_: report)
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cpu", "--append", str(tmp_path)])
     shown = capsys.readouterr()
-    assert bench.format_report(report) in shown.out and "No space left" in shown.err
+    assert bench.format_report(report) in shown.out and "Is a directory" in shown.err
 
 
 @pytest.mark.clock

@@ -1,15 +1,15 @@
-"""Time our training step beside other programs', on the same weights and inputs.
+"""Time our training step beside other programs', on the same weights and inputs: `python -m tools.bench`.
 
 The loops take turns, so that a busy or hot machine slows all of them. The median of the ratios of neighbouring steps is
 compared.
 """
 
 import argparse
-import ctypes
+import json
 import math
 import os
 import platform
-import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,32 +19,26 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..config import TrainConfig
-from ..device import device_and_dtype, precision_name, processor
-from ..errors import BadConfig, BadFile
-from ..models.arithmetic import count_flops
-from ..models.base import Base
-from ..models.families import FAMILIES
-from ..models.memory_plan import MemoryPlan
-from ..storage.files import write_file
-from ..training.encode import LatentCache
-from ..training.memory_prediction import predicted_memory
-from .loops import (
-    LATENT_SIZE,
-    ComfyLoop,
-    Loop,
-    OurLoop,
-    PlainLoop,
-    random_base,
-    random_cache,
-    trainer_program,
-)
-from .shapes import REAL_CHANNELS, SHAPES
+from core.bench.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
+from core.bench.timing import peak_memory, seconds, synchronize
+from core.cli.computing import device_from
+from core.cli.options import add_device, add_json, add_precision
+from core.config import Targets, TrainConfig
+from core.device import device_and_dtype, precision_name, processor
+from core.errors import BadConfig, BadFile, FaceLoraError
+from core.models.arithmetic import count_flops
+from core.models.base import Base
+from core.models.families import FAMILIES
+from core.models.memory_plan import MemoryPlan
+from core.storage.files import write_file
+from core.training.encode import LatentCache
+from core.training.memory_prediction import predicted_memory
+from tools.bench_loops import ComfyLoop, Loop, OurLoop, PlainLoop
 
 WARM_UP = 2
 """The number of steps of each loop before the timed ones. The first is reported as the time to the first step."""
@@ -52,25 +46,6 @@ MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
 """The largest side of the matrices whose product gives the machine's rate; a product that takes these seconds is enough."""
 LEAST_ROUNDS = 8
 """The fewest rounds for meaningful quartiles."""
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all its work."""
-    getattr(torch, device.type).synchronize()
-
-
-def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:
-    """Return the seconds of one of `times` runs in a row, the seconds until the host was free, and the processor seconds.
-
-    Processor seconds are summed over all threads; other work on the machine affects them far less.
-    """
-    synchronize(device)
-    start, used = time.perf_counter(), time.process_time()
-    for _ in range(times):
-        work()
-    host = time.perf_counter() - start
-    synchronize(device)
-    return (time.perf_counter() - start) / times, host / times, (time.process_time() - used) / times
 
 
 class OperationCount(TorchDispatchMode):
@@ -102,22 +77,6 @@ def count_kernels(work: Callable[[], object], device: torch.device) -> int | Non
         work()
         synchronize(device)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events() or ())
-
-
-def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Return the peak memory in bytes during `work`: the allocator's on a GPU, else the process's on Linux, else None."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device)
-    libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
-    if libc is None or not hasattr(libc, "malloc_trim"):
-        return None
-    libc.malloc_trim(0)  # Releases freed memory that the C library holds: it must not count.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Resets the kernel's record of the peak.
-    work()
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(peak[1]) * 1024 if peak else None
 
 
 def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
@@ -153,8 +112,6 @@ def bench(
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: this folder has no ComfyUI that can train")
-    if comfyui:
-        trainer_program()
     device, dtype = device_and_dtype(config.precision, device)
     config = replace(config, resolution=_fitting_resolution(family, config))
     base = random_base(family, channels, device, dtype)
@@ -209,7 +166,7 @@ def bench(
 def _fitting_resolution(family: str, config: TrainConfig) -> int:
     """Return the resolution of the settings, else the family's. Raises BadConfig if the random model doesn't support it."""
     resolution = config.resolution or FAMILIES[family].resolution
-    multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
+    multiple = 8 * 2 ** (len(SHAPES[family].widths) - 1)
     if resolution % multiple:
         raise BadConfig(f"--resolution {resolution}: must be a multiple of {multiple}")
     return resolution
@@ -336,7 +293,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     heading = [
         f"{FAMILIES[report['family']].title}, random weights ({report['parameters'] / 1e6:.1f} M), "
         f"{report['resolution']} px, batch {report['batch_size']}, {report['targets']} targets, rank {report['rank']}, "
-        f"{report['precision']}{', our blocks compiled' if report['compiled'] else ''}"
+        f"{report['precision']}{', our blocks compiled' if report['compiled'] else ''}",
         f"{report['device']}: {report['processor']}, {report['threads']} threads; {versions}; {report['date']}{load}",
     ]
     rows = [
@@ -414,3 +371,62 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> dict
         options.family, config, steps=options.steps, channels=options.channels, device=device, comfyui=options.comfyui,
         comfyui_python=options.comfyui_python,
     )  # fmt: skip
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description="Time training steps of several programs."
+    )
+    parser.add_argument(
+        "--family", choices=tuple(SHAPES), default=next(iter(SHAPES)), help="Model family (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resolution", type=int, metavar="PIXELS", help="Resolution in pixels (default: the family's own)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="Pictures in a forward pass (default: 1)")
+    parser.add_argument("--rank", type=int, default=16, help="Rank of the adapter (default: 16)")
+    parser.add_argument(
+        "--targets",
+        choices=get_args(Targets),
+        default="transformer",
+        help="Layers that get an adapter (default: transformer)",
+    )
+    add_precision(parser)
+    parser.add_argument("--compile", action="store_true", help="Compile the blocks of our loop")
+    parser.add_argument("--steps", type=int, default=20, help="Timed steps of each loop (default: 20)")
+    parser.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="Also time the trainer of the ComfyUI in this folder"
+    )
+    parser.add_argument(
+        "--comfyui-python",
+        type=Path,
+        metavar="FILE",
+        default=Path(sys.executable),
+        help="Python of that ComfyUI (default: this one)",
+    )
+    parser.add_argument("--append", type=Path, metavar="FILE", help="Also append the report to this Markdown file")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        default=REAL_CHANNELS,
+        help=f"Channels of the first level (default: {REAL_CHANNELS}, the real size)",
+    )
+    add_device(parser)
+    add_json(parser)
+    return parser
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments()
+    options = parser.parse_args(given)
+    try:
+        report = run(options, device_from(options))
+        print(json.dumps(report, indent=1) if options.json else format_report(report))
+        if options.append:  # Print first: the measurement survives a failed write.
+            append_report(options.append, report, shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]))
+    except FaceLoraError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
