@@ -2,8 +2,11 @@
 
 import pytest
 
+from tests.tooling import write_photos
+
 from .page import ComfyPage
-from .test_panel import STATUS, train_node, wait_for_step
+from .test_nodes import PHOTOS
+from .test_panel import STATUS, is_idle, train_node, wait_for_step
 from .workflows import BUILD
 
 pytestmark = pytest.mark.browser
@@ -48,3 +51,27 @@ def test_the_question_before_an_unfinished_run_is_deleted_speaks_of_no_lora(page
     question.get_by_role("button", name="Delete").click()
     person.wait_for(state="detached")
     page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 20000 steps')")
+
+
+def test_people_of_one_name_are_told_apart_and_their_photos_leave_the_open_page_with_the_last(page, server, tmp_path):
+    page.run(BUILD, train_node(seed=63, name="sam", folder="(no folder)", steps=1, samples=0, settings=""))
+    page.drop(PHOTOS, sorted(write_photos(tmp_path).glob("*.png")))
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 4")
+    assert server.wait(page.queue()).status == "success"
+    page.run("""() => {
+        const train = window.app.graph.nodes.find((node) => node.type === "FaceLoRATrain")
+        train.widgets.find((widget) => widget.name === "training_seed").value = 64
+    }""")
+    assert server.wait(page.queue()).status == "success"
+    page.page.locator(".facelora-all").click()
+    people = page.page.locator(".facelora-dialog .facelora-person", has_text="sam")
+    people.nth(1).wait_for()
+    names = people.locator("b").all_inner_texts()
+    assert len(set(names)) == 2 and "sam" in names, names
+    for left, tiles in ((1, 4), (0, 0)):  # the photos are of both runs
+        people.first.get_by_role("button", name="Delete").click()
+        page.page.locator(".facelora-dialog[open]").last.get_by_role("button", name="Delete").click()
+        page.wait_for(f"""() => document.querySelectorAll('.facelora-tile').length === {tiles}
+            && [...document.querySelectorAll('.facelora-dialog .facelora-person b')]
+                .filter((name) => name.textContent.startsWith('sam')).length === {left}""")
+    assert is_idle(page)
