@@ -115,6 +115,8 @@ def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     assert named is not None
     if named.path.endswith(".linear1_qkv") and (rule, named.scheme) not in _KNOWING_LINEAR1_QKV:
         return Objection("names of a part of linear1")
+    if named.scheme == "peft" and not entry.name.startswith("base_model."):
+        return Objection(f"names that begin with {entry.name.partition('base_model.')[0]}base_model.model.")
     prefix = "transformer." if NAME_TABLES[family].is_unet else "unet."
     if named.part == "denoiser" and entry.name.startswith(prefix):
         return Objection(f"names of {family} that begin with {prefix}")
