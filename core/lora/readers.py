@@ -31,6 +31,10 @@ OTHERS = {
 _KINDS_IN = {"SD1", "SDXL"}
 """The families, by A1111's names, that were tested with other kinds."""
 READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI", *OTHERS)
+FORMS = {"kohya": "lora_down lora_down+"} | dict.fromkeys(("diffusers", "peft", "comfy"), "lora_A lora lora_A+~ lora+~")
+"""The forms of a plain LoRA that diffusers loads, by scheme, as the word in the name of its down matrix (`_form`).
+
+A "+" stands for an alpha beside it, and a "~" for a form whose alpha diffusers ignores."""
 PICTURE_PROGRAMS = ("ComfyUI", "diffusers", "InvokeAI")
 """The readers for drawing pictures. Training warns you if one of them cannot load the LoRA."""
 TRAINERS = ("peft", "sd-scripts", "OneTrainer", "ai-toolkit", "musubi-tuner")
@@ -172,7 +176,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
-    return _kind_not_loaded_by_peft(entry)
+    forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
+    return (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry)
 
 
 def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
@@ -180,7 +185,26 @@ def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection |
         return "changes of a bias"
     if named.scheme not in ("diffusers", "peft"):
         return f"{named.scheme} names"
-    return _kind_not_loaded_by_peft(entry)
+    return _form_not_in("lora_A lora_A+~", entry) or _kind_not_loaded_by_peft(entry)
+
+
+def _form(entry: Entry) -> str:
+    """Return the word in the name of the down matrix, with a "+" if there is an alpha: lora_down+ for Kohya's own files."""
+    down = entry.keys["down"].removeprefix(entry.name)
+    words = {".lora_A.weight": "lora_A", ".lora_down.weight": "lora_down"}
+    word = words.get(down, "named" if down.startswith(".lora_A.") else "lora")
+    return word + "+" * ("alpha" in entry.keys)
+
+
+def _form_not_in(forms: str, entry: Entry) -> Objection | str | None:
+    if entry.kind not in ("lora", "locon", "dora") or (form := _form(entry)) in forms.split():
+        return None
+    if f"{form}~" in forms.split():
+        return Objection("an alpha in these names, and loads a different change unless it is the rank", loads=True)
+    if form.rstrip("+") in forms.split():
+        return "an alpha in these names"
+    word = re.sub(r"^\W+|\.weight$", "", entry.keys["down"].removeprefix(entry.name))
+    return f"{entry.scheme} names that end with {word}"
 
 
 def _kind_not_loaded_by_peft(entry: Entry) -> Objection | str | None:
@@ -204,6 +228,8 @@ def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objec
     whose = "original" if family.original_in_kohya else "diffusers"
     if named.scheme != "kohya" or whose not in _whose_paths(family, named):
         return f"{named.scheme} names" if named.scheme != "kohya" else f"names that are not {whose}'s"
+    if reason := _form_not_in(FORMS["kohya"], entry):
+        return reason
     return None if re.search(known, named.path) else "modules outside the blocks"
 
 

@@ -64,6 +64,7 @@ LUMINA2 = NameTable(
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
+        diffusers_forms={"comfy": "lora_A"},
         diffusers_refuses={"comfy": r"^([xt]_embedder|cap_embedder|final_layer)\b"},
         sd_scripts=r"^(layers|noise_refiner|context_refiner|final_layer)\.",
     ),
@@ -84,6 +85,11 @@ ZIMAGE = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        diffusers_forms={
+            "kohya": "lora_down lora_down+ lora lora+",
+            "comfy": "lora_A lora_A+ lora_down lora_down+ lora lora+ named named+",
+            "diffusers": "lora_A lora",
+        },
         diffusers_lacks={"kohya": r"^(x_embedder|final_layer)\b"},
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),
