@@ -177,7 +177,12 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
     forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
-    return (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry)
+    if objection := (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry):
+        return objection
+    if entry.place.index is None and entry.place.fusion.halves_swapped:
+        # It swaps them in checkpoints, but not in LoRAs.
+        return Objection("the order of shift and scale in original names, and loads a different change", loads=True)
+    return None
 
 
 def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:

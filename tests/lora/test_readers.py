@@ -119,6 +119,17 @@ def test_names_that_a_program_does_not_read_to_the_end_are_not_said_to_load(case
     )
 
 
+def test_diffusers_is_said_to_take_shift_for_scale_in_the_last_layer_of_flux2():
+    module = LoraModule(torch.ones(1, 6144), torch.ones(2 * 6144, 1), 1.0)
+    verdicts = {
+        scheme: read_by(
+            "diffusers", LoraFile.from_modules("flux2", {("denoiser", "norm_out.linear"): module}, {}, scheme)
+        ).verdict
+        for scheme in ("comfy", "diffusers")
+    }
+    assert verdicts == {"comfy": "loads as another change", "diffusers": "loads"}
+
+
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     zimage().save(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
