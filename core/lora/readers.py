@@ -283,7 +283,16 @@ def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry)
 
 def _refusal_by_diffusers(lora: LoraNames) -> str | None:
     """Return the reason why diffusers refuses a whole file; None if it doesn't."""
-    refuses = NAME_TABLES[lora.family].loaded.diffusers_refuses
+    loaded = NAME_TABLES[lora.family].loaded
+    for scheme, stacks in loaded.diffusers_blocks.items():
+        paths = {module.path for module in lora.content.modules if module.scheme == scheme}
+        for stack, expected in stacks.items():
+            numbers = {path.split(".")[1] for path in paths if path.startswith(f"{stack}.")}
+            # It counts the blocks, and looks for so many from the first one on.
+            missing = {f"{stack}.{number}.{name}" for number in range(len(numbers)) for name in expected} - paths
+            if missing:
+                return f"a file in {scheme} names without {min(missing)}"
+    refuses = loaded.diffusers_refuses
     for entry in lora.entries if refuses else ():
         named = parse_key(f"{entry.name}.alpha")
         if named and named.part == "denoiser" and re.search(refuses.get(named.scheme, "$^"), named.path):

@@ -130,6 +130,26 @@ def test_diffusers_is_said_to_take_shift_for_scale_in_the_last_layer_of_flux2():
     assert verdicts == {"comfy": "loads as another change", "diffusers": "loads"}
 
 
+def test_diffusers_is_said_to_refuse_blocks_of_lumina2_that_lack_a_module():
+    """As its converter does (KeyError), and convert writes names that it loads."""
+    (model,) = (model for model in TABLES["models"] if model["title"] == "Lumina 2")
+    shapes = whole(model["denoiser"]["original"])
+    layers = {path: shape for path, shape in shapes.items() if path.startswith("layers.") and len(shape) == 2}
+
+    def lora_of_paths(pattern: str) -> LoraFile:
+        tensors = {}
+        for path, (outputs, inputs) in layers.items():
+            if re.search(pattern, path):
+                tensors[f"diffusion_model.{path}.lora_A.weight"] = torch.ones(1, inputs)
+                tensors[f"diffusion_model.{path}.lora_B.weight"] = torch.ones(outputs, 1)
+        return LoraFile.from_tensors(tensors, {})
+
+    whole_blocks, attention, late = map(lora_of_paths, (r"^layers\.[0-3]\.", r"attention", r"^layers\.[4-7]\."))
+    assert read_by("diffusers", whole_blocks).verdict == "loads"
+    assert {read_by("diffusers", lora).verdict for lora in (attention, late)} == {"not at all"}
+    assert convert_for(attention, ["diffusers"])[0].scheme == "diffusers"
+
+
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     zimage().save(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
