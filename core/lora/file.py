@@ -193,8 +193,14 @@ class LoraFile(LoraNames):
             parts = entry.place.split(up, inputs=down.shape[1])
         except ValueError as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} does not fit {self.family}: {error}") from None
-        for module_id, part_up in parts:
-            yield module_id, LoraModule(down, part_up, strength * alpha, mid)
+        whole = LoraModule(down, up, strength * alpha, mid)
+        used = [part.flatten(1).float().any(0) for _, part in parts] if len(parts) > 1 and mid is None else []
+        is_diagonal = bool(used) and int(torch.stack(used).sum(0).max()) == 1
+        for number, (module_id, part) in enumerate(parts):
+            # Modules that were fused from separate ones have ranks of their own. The others are zero in their rows.
+            own = used[number] if is_diagonal and used[number].any() else slice(None)
+            rows = down[own]
+            yield module_id, replace(whole, down=rows, up=part[:, own], alpha=whole.scale * rows.shape[0])
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
         """Yield the change of each weight, float32. `bias_changes_of` returns those of biases.

@@ -166,6 +166,7 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
     If the parts share one down matrix because they were once fused, the rank is kept. Otherwise, the ranks add up. Raises
     UnmatchedKeys when a part changes the wrong number of rows.
     """
+    parts = dict(sorted(parts.items()))  # The order in the file must not matter.
     first = next(iter(parts.values()))
     if len(fusion.parts) == 1:
         if fusion.halves_swapped and first.up.shape[0] == 2 * first.down.shape[1]:

@@ -31,6 +31,10 @@ OTHERS = {
 _KINDS_IN = {"SD1", "SDXL"}
 """The families, by A1111's names, that were tested with other kinds."""
 READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI", *OTHERS)
+FORMS = {"kohya": "lora_down lora_down+"} | dict.fromkeys(("diffusers", "peft", "comfy"), "lora_A lora lora_A+~ lora+~")
+"""The forms of a plain LoRA that diffusers loads, by scheme, as the word in the name of its down matrix (`_form`).
+
+A "+" stands for an alpha beside it, and a "~" for a form whose alpha diffusers ignores."""
 PICTURE_PROGRAMS = ("ComfyUI", "diffusers", "InvokeAI")
 """The readers for drawing pictures. Training warns you if one of them cannot load the LoRA."""
 TRAINERS = ("peft", "sd-scripts", "OneTrainer", "ai-toolkit", "musubi-tuner")
@@ -115,6 +119,8 @@ def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     assert named is not None
     if named.path.endswith(".linear1_qkv") and (rule, named.scheme) not in _KNOWING_LINEAR1_QKV:
         return Objection("names of a part of linear1")
+    if named.scheme == "peft" and not entry.name.startswith("base_model."):
+        return Objection(f"names that begin with {entry.name.partition('base_model.')[0]}base_model.model.")
     prefix = "transformer." if NAME_TABLES[family].is_unet else "unet."
     if named.part == "denoiser" and entry.name.startswith(prefix):
         return Objection(f"names of {family} that begin with {prefix}")
@@ -170,7 +176,13 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
-    return _kind_not_loaded_by_peft(entry)
+    forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
+    if objection := (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry):
+        return objection
+    if entry.place.index is None and entry.place.fusion.halves_swapped:
+        # It swaps them in checkpoints, but not in LoRAs.
+        return Objection("the order of shift and scale in original names, and loads a different change", loads=True)
+    return None
 
 
 def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
@@ -178,7 +190,26 @@ def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection |
         return "changes of a bias"
     if named.scheme not in ("diffusers", "peft"):
         return f"{named.scheme} names"
-    return _kind_not_loaded_by_peft(entry)
+    return _form_not_in("lora_A lora_A+~", entry) or _kind_not_loaded_by_peft(entry)
+
+
+def _form(entry: Entry) -> str:
+    """Return the word in the name of the down matrix, with a "+" if there is an alpha: lora_down+ for Kohya's own files."""
+    down = entry.keys["down"].removeprefix(entry.name)
+    words = {".lora_A.weight": "lora_A", ".lora_down.weight": "lora_down"}
+    word = words.get(down, "named" if down.startswith(".lora_A.") else "lora")
+    return word + "+" * ("alpha" in entry.keys)
+
+
+def _form_not_in(forms: str, entry: Entry) -> Objection | str | None:
+    if entry.kind not in ("lora", "locon", "dora") or (form := _form(entry)) in forms.split():
+        return None
+    if f"{form}~" in forms.split():
+        return Objection("an alpha in these names, and loads a different change unless it is the rank", loads=True)
+    if form.rstrip("+") in forms.split():
+        return "an alpha in these names"
+    word = re.sub(r"^\W+|\.weight$", "", entry.keys["down"].removeprefix(entry.name))
+    return f"{entry.scheme} names that end with {word}"
 
 
 def _kind_not_loaded_by_peft(entry: Entry) -> Objection | str | None:
@@ -202,6 +233,8 @@ def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objec
     whose = "original" if family.original_in_kohya else "diffusers"
     if named.scheme != "kohya" or whose not in _whose_paths(family, named):
         return f"{named.scheme} names" if named.scheme != "kohya" else f"names that are not {whose}'s"
+    if reason := _form_not_in(FORMS["kohya"], entry):
+        return reason
     return None if re.search(known, named.path) else "modules outside the blocks"
 
 
@@ -250,7 +283,16 @@ def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry)
 
 def _refusal_by_diffusers(lora: LoraNames) -> str | None:
     """Return the reason why diffusers refuses a whole file; None if it doesn't."""
-    refuses = NAME_TABLES[lora.family].loaded.diffusers_refuses
+    loaded = NAME_TABLES[lora.family].loaded
+    for scheme, stacks in loaded.diffusers_blocks.items():
+        paths = {module.path for module in lora.content.modules if module.scheme == scheme}
+        for stack, expected in stacks.items():
+            numbers = {path.split(".")[1] for path in paths if path.startswith(f"{stack}.")}
+            # It counts the blocks, and looks for so many from the first one on.
+            missing = {f"{stack}.{number}.{name}" for number in range(len(numbers)) for name in expected} - paths
+            if missing:
+                return f"a file in {scheme} names without {min(missing)}"
+    refuses = loaded.diffusers_refuses
     for entry in lora.entries if refuses else ():
         named = parse_key(f"{entry.name}.alpha")
         if named and named.part == "denoiser" and re.search(refuses.get(named.scheme, "$^"), named.path):

@@ -18,6 +18,7 @@ ERNIE_IMAGE = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    kernel=lambda path: 1 if path == "x_embedder.proj" else None,
     listings={"ERNIE-Image": Listing("Ernie", "Apache-2.0")},
     loaded=LoadedNames(
         frozenset({("kohya", "diffusers"), ("comfy", "diffusers"), ("diffusers", "diffusers")}),

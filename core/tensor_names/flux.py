@@ -133,6 +133,7 @@ _SIGNS_1 = (
 )
 """The signs of the blocks of FLUX.1 and Chroma."""
 
+_FORMS_1 = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~"}
 FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
@@ -153,6 +154,7 @@ FLUX1 = NameTable(
         _IN_COMFYUI,
         comfyui_t5=("lora_te2_", "lora_te3_"),
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers_forms=_FORMS_1,
         diffusers_lacks={"kohya": r"^((time|guidance|vector|txt|img)_in|final_layer)\b"},
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={
@@ -197,6 +199,7 @@ CHROMA = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers_forms=_FORMS_1,
         diffusers_lacks={"kohya": r"^((txt|img)_in|final_layer)\b"},
         diffusers_refuses={"kohya": r"^distilled_guidance_layer\."},
         comfyui_t5=("lora_te1_",),
@@ -267,6 +270,7 @@ FLUX2 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
+        diffusers_forms={"comfy": "lora_A"},
         diffusers_lacks={
             "kohya": r"^(guidance_in|(double|single)_stream_modulation(_img|_txt)?|final_layer\.adaLN_modulation)\."
         },

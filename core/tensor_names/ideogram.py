@@ -30,6 +30,7 @@ IDEOGRAM4 = NameTable(
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
+        diffusers_forms={"comfy": "lora_A lora_A+ lora_down lora_down+"},
         # diffusers refuses the whole file if it has any other module.
         diffusers_refuses={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
     ),

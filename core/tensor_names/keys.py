@@ -78,6 +78,7 @@ _PREFIXES = [
     ("lora_transformer_", "onetrainer", "denoiser", True),
     ("lycoris_", "lycoris", "denoiser", True),
     ("unet.base_model.model.", "peft", "denoiser", False),
+    ("transformer.base_model.model.", "peft", "denoiser", False),
     ("base_model.model.", "peft", "denoiser", False),
     ("unet.", "diffusers", "denoiser", False),
     ("transformer.", "diffusers", "denoiser", False),

@@ -58,6 +58,7 @@ KREA2 = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"diffusers", "comfy"}),
+        diffusers_forms={"comfy": "lora_A"},
         comfyui_lacks="norm",
         invokeai={
             ("kohya", "original"): _NO_NORM,

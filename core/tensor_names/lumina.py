@@ -42,6 +42,8 @@ _of_original_z, _of_diffusers_z = by_rules(
     Fusion("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
     Fusion("x_embedder", ("all_x_embedder.2-1",)),
 )
+_IN_A_REFINER = ("attention.qkv", "attention.out", *(f"feed_forward.w{n}" for n in (1, 2, 3)))
+_IN_A_LAYER = (*_IN_A_REFINER, "adaLN_modulation.1")
 _LAYER = r"^(layers|noise_refiner|context_refiner)\.\d+\."
 _LUMINA_INPUTS = _LAYER + r"(attention\.(qkv|out)|attn\.to_\w+(\.0)?|feed_forward\.(w1|w3|linear_1|linear_3))$"
 _Z_IMAGE_INPUTS = _LAYER + r"(attention\.(qkv|out|to_\w+(\.0)?)|feed_forward\.(w1|w3))$"
@@ -64,6 +66,10 @@ LUMINA2 = NameTable(
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
+        diffusers_forms={"comfy": "lora_A"},
+        diffusers_blocks={
+            "comfy": {"layers": _IN_A_LAYER, "noise_refiner": _IN_A_LAYER, "context_refiner": _IN_A_REFINER}
+        },
         diffusers_refuses={"comfy": r"^([xt]_embedder|cap_embedder|final_layer)\b"},
         sd_scripts=r"^(layers|noise_refiner|context_refiner|final_layer)\.",
     ),
@@ -84,6 +90,11 @@ ZIMAGE = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        diffusers_forms={
+            "kohya": "lora_down lora_down+ lora lora+",
+            "comfy": "lora_A lora_A+ lora_down lora_down+ lora lora+ named named+",
+            "diffusers": "lora_A lora",
+        },
         diffusers_lacks={"kohya": r"^(x_embedder|final_layer)\b"},
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),

@@ -4,6 +4,9 @@ from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTab
 
 _of_original, _of_diffusers = by_rules()
 
+_ANY = "lora_A lora_A+ lora_down lora_down+ named named+"
+_FORMS = {"kohya": _ANY, "comfy": _ANY, "diffusers": "lora_A lora"}
+
 QWEN_IMAGE = NameTable(
     name="qwen-image",
     base_versions=("qwen_image",),
@@ -20,6 +23,7 @@ QWEN_IMAGE = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        diffusers_forms=_FORMS,
         invokeai={
             ("kohya", "diffusers"): r"^transformer_blocks\.",
             ("diffusers", "diffusers"): "",
@@ -67,6 +71,7 @@ QWEN_IMAGE_21 = NameTable(
     loaded=LoadedNames(
         comfyui=frozenset(),
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        diffusers_forms=_FORMS,
         diffusers_lacks={"kohya": r"gate_(layer|up)$"},
         diffusers_refuses={"kohya": r"^(txt_in|modulation)\."},
     ),

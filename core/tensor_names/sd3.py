@@ -58,6 +58,7 @@ SD3 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    kernel=lambda path: 2 if path == "pos_embed.proj" else None,
     listings={
         "SD3": Listing("SD 3", _LICENCE),
         "SD3.5 Medium": Listing("SD 3.5 Medium", _LICENCE, {"modelspec.architecture": "stable-diffusion-3-3-5-medium"}),

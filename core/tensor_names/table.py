@@ -157,10 +157,14 @@ class LoadedNames:
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: str = r"$^"
     """A regular expression for the paths that are missing in ComfyUI's table of diffusers' names."""
+    diffusers_forms: Mapping[str, str] = field(default_factory=dict)
+    """The forms of tensors' names that diffusers loads, by scheme, where they differ from `readers.FORMS`."""
     diffusers_lacks: Mapping[str, str] = field(default_factory=dict)
     """A regular expression, by scheme, for the paths that diffusers doesn't load because it misreads their names."""
     diffusers_refuses: Mapping[str, str] = field(default_factory=dict)
     """A regular expression, by scheme. If a path of the denoiser matches, diffusers refuses the whole file."""
+    diffusers_blocks: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    """The modules that diffusers expects in every block, by scheme and stack of blocks, if it refuses a file without them."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
     """The reason, by scheme, why diffusers loads a file's text encoders but not its denoiser."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()

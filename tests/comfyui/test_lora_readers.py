@@ -4,9 +4,10 @@ diffusers and peft are asked about all modules at full width. ComfyUI computes w
 modules at full width, how it changes all those of small models, and in `make test-all` those of full width too.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.lora.readers import not_loaded_by
+from core.lora.readers import not_loaded_by, read_by
 from core.tensor_names import NAME_TABLES as FAMILIES
 from core.tensor_names import SCHEMES, ModuleId
+from tests.small_models import IN_DIFFUSERS
 
 from .lora_changes import (
     EXACT,
@@ -62,6 +64,13 @@ LOKR_NAMES = {
     "lycoris": ("lycoris_", True, False),
     "peft": ("base_model.model.", False, True),
     "peft with diffusers' paths": ("base_model.model.", False, False),
+}
+# The ends of the names of down and up matrices, as different trainers write them.
+FORMS = {
+    "lora_A": ("lora_A.weight", "lora_B.weight"),
+    "lora_down": ("lora_down.weight", "lora_up.weight"),
+    "named": ("lora_A.default.weight", "lora_B.default.weight"),
+    "lora": ("lora.down.weight", "lora.up.weight"),
 }
 OTHER_KINDS = ("sd15", "other kinds")
 IN_COMFYUI = [name for name, table in FAMILIES.items() if table.loaded.comfyui]
@@ -172,7 +181,7 @@ def by_diffusers(family: str) -> dict[str, Changes | str]:
 def attempt(read: Callable[[str, LoraFile], Changes], family: str, lora: LoraFile) -> Changes | str:
     try:
         return read(family, lora)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         return f"fails: {type(error).__name__}"
 
 
@@ -240,9 +249,52 @@ def test_it_is_known_what_diffusers_loads(family):
 def test_it_is_known_what_diffusers_makes_of_layers_outside_the_blocks(family):
     for scheme in SCHEMES:
         lora = LoraFile.from_modules(family, loras_of(family, blocks_only=False), {}, scheme)
-        found, refused = attempt(of_diffusers, family, lora), not_loaded_by("diffusers", lora)
-        names = {path for entry in lora.entries if entry.name not in refused for _, path in entry.modules}
-        assert (set() if isinstance(found, str) else set(found)) == names, (scheme, found)
+        found, objections = attempt(of_diffusers, family, lora), read_by("diffusers", lora).objections
+        loaded = [e for e in lora.entries if e.name not in objections or objections[e.name].loads]
+        names = {path for entry in loaded for _, path in entry.modules}
+        changes = {} if isinstance(found, str) else found
+        assert set(changes) == names, (scheme, found)
+        wanted = changes_of(lora.modules())
+        for entry in loaded:
+            for _, path in entry.modules:
+                is_right = (changes[path] - wanted[path]).norm() < EXACT * wanted[path].norm()
+                assert is_right == (entry.name not in objections), (scheme, path)
+
+
+@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.diffusers])
+def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
+    # diffusers splits some matrices by the published models' widths.
+    is_small = family in IN_DIFFUSERS and family not in ("flux1", "chroma", "lumina2")
+    name = f"small-{family}" if is_small else family
+    model, modules = model_of(name), loras_of(name, blocks_only=True)
+    for scheme in sorted(FAMILIES[family].loaded.diffusers & {*SCHEMES}):
+        plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
+        for form, has_alpha in itertools.product(FORMS, (True, False)):
+            lora = LoraFile(family, {}, in_form(plain, form, has_alpha))
+            found, wanted = (
+                attempt(partial(of_diffusers, model=model), family, lora),
+                changes_of(lora.modules()),
+            )
+            objections = read_by("diffusers", lora).objections
+            for entry in lora.entries:
+                objection = objections.get(entry.name)
+                for _, path in entry.modules:
+                    change = None if isinstance(found, str) else found.get(path)
+                    is_right = change is not None and (change - wanted[path]).norm() < EXACT * wanted[path].norm()
+                    assert is_right == (objection is None), (scheme, form, has_alpha, path, found)
+                    if objection and objection.loads:
+                        assert change is not None and change.any(), (scheme, form, has_alpha, path)
+
+
+def in_form(tensors: Mapping[str, Tensor], form: str, has_alpha: bool) -> dict[str, Tensor]:
+    """The tensors of plain LoRAs under names that end in another way, with an alpha of 0.5 or without."""
+    changed = {}
+    for key, tensor in tensors.items():
+        if match := re.fullmatch(r"(.+)\.lora_(A|B|down|up)\.weight", key):
+            is_down = match[2] in ("A", "down")
+            changed[f"{match[1]}.{FORMS[form][not is_down]}"] = tensor
+            changed |= {f"{match[1]}.alpha": torch.tensor(0.5)} if is_down and has_alpha else {}
+    return changed
 
 
 @pytest.mark.parametrize("family", IN_COMFYUI)

@@ -450,6 +450,29 @@ def test_a_merge_to_a_rank_is_the_nearest_change_of_that_rank():
     assert 0.1 < error < 0.2
 
 
+@pytest.mark.parametrize("scheme", ["kohya", "comfy"])
+def test_what_was_fused_from_separate_modules_is_separated_into_the_same(scheme):
+    """Else converting a LoRA for FLUX.1 to other names and back makes its q, k and v three or four times as large."""
+    block = "single_transformer_blocks.0"
+    sizes = {
+        f"{block}.attn.to_k": 3072,
+        f"{block}.attn.to_q": 3072,
+        f"{block}.attn.to_v": 3072,
+        f"{block}.proj_mlp": 12288,
+    }
+    tensors = {}
+    for rank, (path, outputs) in enumerate(sizes.items(), 2):
+        tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(rank, 3072)
+        tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(outputs, rank)
+    metadata = {"ss_base_model_version": "flux1"}
+    fused = dict(convert_lora(LoraFile.from_tensors(tensors, metadata), scheme)[0].tensors)
+    back = convert_lora(LoraFile.from_tensors(fused, metadata), "diffusers")[0]
+    assert back.tensors.keys() == tensors.keys()
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in tensors.items())
+    again = convert_lora(back, scheme)[0]
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in fused.items())
+
+
 def test_fused_modules_stay_of_their_rank_when_merged():
     tensors = kohya_tensors({"lora_unet_double_blocks_0_img_attn_qkv": [9216, 3072]}, rank=2)
     lora = LoraFile.from_tensors(tensors, {})

@@ -14,7 +14,7 @@ from core.lora import LoraFile, convert_lora, verify_lora
 from core.lora.convert import convert_for
 from core.lora.embeddings import embeddings_of
 from core.lora.modules import LoraModule
-from core.lora.readers import not_loaded_by, read_by
+from core.lora.readers import READERS, not_loaded_by, read_by
 from core.storage.safetensors_file import save_safetensors
 
 KLEIN = 4096
@@ -36,6 +36,12 @@ DIALECTS = {
     "an adapter's name of peft": (
         "transformer.transformer_blocks.0.attn.to_out.0.lora_A.default_0.weight",
         "transformer.transformer_blocks.0.attn.to_out.0.lora_B.default_0.weight",
+        "diffusion_model.double_blocks.0.img_attn.proj",
+        (KLEIN, KLEIN),
+    ),
+    "two prefixes, of SimpleTuner in 2024": (
+        "transformer.base_model.model.transformer_blocks.0.attn.to_out.0.lora.down.weight",
+        "transformer.base_model.model.transformer_blocks.0.attn.to_out.0.lora.up.weight",
         "diffusion_model.double_blocks.0.img_attn.proj",
         (KLEIN, KLEIN),
     ),
@@ -72,6 +78,13 @@ def test_a_dialect_is_read_and_converted_without_a_difference(dialect):
     assert set(converted.tensors) == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
     assert torch.equal(converted.tensors[f"{module}.lora_A.weight"], down)
     assert torch.equal(converted.tensors[f"{module}.lora_B.weight"], up)
+
+
+def test_no_program_is_said_to_load_pefts_names_after_another_prefix():
+    down, up = factors(KLEIN, KLEIN)
+    name = "transformer.base_model.model.transformer_blocks.0.attn.to_out.0.lora"
+    lora = LoraFile.from_tensors({f"{name}.down.weight": down, f"{name}.up.weight": up}, {})
+    assert {read_by(reader, lora).verdict for reader in READERS} == {"not at all"}
 
 
 def test_the_part_of_a_fused_layer_that_xlabs_changes_finds_its_rows():

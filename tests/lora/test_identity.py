@@ -1,6 +1,7 @@
 """Which model a LoRA is for: the tables of published models, whole files and parts of them, under every naming scheme."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from core.cli import main
 from core.errors import UnknownFamily
 from core.lora import LoraFile, format_inspection, inspect_header
 from core.lora.readers import READERS, not_loaded_by
-from core.tensor_names import identify, models
+from core.tensor_names import NAME_TABLES, identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
 from tools.model_tables import whole
 
@@ -53,6 +54,21 @@ def test_every_published_model_is_known_by_all_of_its_modules_and_by_some():
             found = identify(("denoiser", *module) for module in part.items())
             assert model["title"] in found.models, (model["title"], names, found)
             assert model["family"] is None or model["family"] in found.families
+
+
+@pytest.mark.parametrize("model, names", [case for case in CASES if case[0]["family"] and "diffusers" in case[1]])
+def test_convolutions_keep_their_kernel_and_get_it_back_from_flattened_files(model, names):
+    shapes = {path: shape for path, shape in whole(model["denoiser"][names]).items() if len(shape) == 4}
+    prefix = NAME_TABLES[model["family"]].diffusers_prefix
+    for path, shape in shapes.items():
+        up = torch.zeros(shape[0], 1)
+        for down in (torch.zeros(1, *shape[1:]), torch.zeros(1, math.prod(shape[1:]))):
+            tensors = {
+                f"{prefix}{path}.lora_A.weight": down,
+                f"{prefix}{path}.lora_B.weight": up[(...,) + (None,) * (down.ndim - 2)],
+            }
+            (module,) = LoraFile(model["family"], {}, tensors).modules().values()
+            assert module.down.shape == (1, *shape[1:]) and module.up.shape == (shape[0], 1, 1, 1), path
 
 
 def test_only_models_that_hold_all_of_another_are_as_well_meant():

@@ -74,6 +74,82 @@ def test_a_naming_is_chosen_that_all_programs_load():
         convert_for(zimage(), ["krita"])
 
 
+# What diffusers 0.42 does with names that end in other ways, and with an alpha (tests/comfyui/test_lora_readers.py asks it).
+OTHER_ENDS = {
+    ("sdxl", "kohya", "lora_A.weight", ""): "not at all",
+    ("sdxl", "diffusers", "lora_A.weight", "alpha"): "loads as another change",
+    ("sdxl", "diffusers", "lora_down.weight", ""): "not at all",
+    ("sdxl", "diffusers", "lora.down.weight", ""): "loads",
+    ("flux1", "diffusers", "lora_A.weight", "alpha"): "loads",
+    ("flux1", "diffusers", "lora_A.default.weight", ""): "not at all",
+    ("flux1", "diffusers", "lora_down.weight", "alpha"): "loads as another change",
+    ("flux2", "comfy", "lora_A.weight", "alpha"): "not at all",
+    ("ernie-image", "comfy", "lora_down.weight", "alpha"): "not at all",
+    ("zimage", "comfy", "lora_A.default.weight", "alpha"): "loads",
+    ("zimage", "diffusers", "lora_A.weight", "alpha"): "not at all",
+    ("qwen-image", "comfy", "lora_down.weight", "alpha"): "loads",
+}
+ATTENTIONS = {
+    "sdxl": ("down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k", 2048, 1280),
+    "flux1": ("transformer_blocks.0.attn.to_out.0", 3072, 3072),
+    "flux2": ("transformer_blocks.0.attn.to_out.0", 6144, 6144),
+    "ernie-image": ("layers.0.self_attention.to_q", 4096, 4096),
+    "zimage": ("layers.0.attention.to_q", 3840, 3840),
+    "qwen-image": ("transformer_blocks.0.attn.to_q", 3072, 3072),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ENDS)
+def test_names_that_a_program_does_not_read_to_the_end_are_not_said_to_load(case):
+    family, scheme, end, alpha = case
+    path, inputs, outputs = ATTENTIONS[family]
+    module = LoraModule(torch.ones(1, inputs), torch.ones(outputs, 1), 1.0)
+    plain = LoraFile.from_modules(family, {("denoiser", path): module}, {}, scheme).tensors
+    name = next(iter(plain)).partition(".lora_")[0]
+    up = end.replace("lora_A", "lora_B").replace("down", "up")
+    tensors = {f"{name}.{end}": module.down, f"{name}.{up}": module.up} | {
+        f"{name}.{a}": torch.tensor(0.5) for a in alpha.split()
+    }
+    lora = LoraFile(family, {}, tensors)
+    assert read_by("diffusers", lora).verdict == OTHER_ENDS[case]
+    assert read_by("sd-scripts", lora).verdict == "not at all"
+    in_peft = {("lora_A.weight", ""): "loads", ("lora_A.weight", "alpha"): "loads as another change"}
+    assert read_by("peft", lora).verdict == (
+        in_peft.get((end, alpha), "not at all") if scheme == "diffusers" else "not at all"
+    )
+
+
+def test_diffusers_is_said_to_take_shift_for_scale_in_the_last_layer_of_flux2():
+    module = LoraModule(torch.ones(1, 6144), torch.ones(2 * 6144, 1), 1.0)
+    verdicts = {
+        scheme: read_by(
+            "diffusers", LoraFile.from_modules("flux2", {("denoiser", "norm_out.linear"): module}, {}, scheme)
+        ).verdict
+        for scheme in ("comfy", "diffusers")
+    }
+    assert verdicts == {"comfy": "loads as another change", "diffusers": "loads"}
+
+
+def test_diffusers_is_said_to_refuse_blocks_of_lumina2_that_lack_a_module():
+    """As its converter does (KeyError), and convert writes names that it loads."""
+    (model,) = (model for model in TABLES["models"] if model["title"] == "Lumina 2")
+    shapes = whole(model["denoiser"]["original"])
+    layers = {path: shape for path, shape in shapes.items() if path.startswith("layers.") and len(shape) == 2}
+
+    def lora_of_paths(pattern: str) -> LoraFile:
+        tensors = {}
+        for path, (outputs, inputs) in layers.items():
+            if re.search(pattern, path):
+                tensors[f"diffusion_model.{path}.lora_A.weight"] = torch.ones(1, inputs)
+                tensors[f"diffusion_model.{path}.lora_B.weight"] = torch.ones(outputs, 1)
+        return LoraFile.from_tensors(tensors, {})
+
+    whole_blocks, attention, late = map(lora_of_paths, (r"^layers\.[0-3]\.", r"attention", r"^layers\.[4-7]\."))
+    assert read_by("diffusers", whole_blocks).verdict == "loads"
+    assert {read_by("diffusers", lora).verdict for lora in (attention, late)} == {"not at all"}
+    assert convert_for(attention, ["diffusers"])[0].scheme == "diffusers"
+
+
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     zimage().save(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
