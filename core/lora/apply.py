@@ -38,7 +38,10 @@ class AppliedLora:
     layers: Mapping[ModuleId, nn.Module]
     """The layers that it can change."""
     originals: dict[tuple[ModuleId, str], Any] = field(default_factory=dict)
-    """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes."""
+    """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes.
+
+    They are in the computer's memory until `swap` needs them on the device.
+    """
 
     @torch.no_grad()
     def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
@@ -50,7 +53,9 @@ class AppliedLora:
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
         changed = self._sum(module_id, name, parameter, change)
-        self.originals.setdefault((module_id, name), parameter.data)
+        if (module_id, name) not in self.originals:
+            # A GPU that holds the network may have no room for a second one.
+            self.originals[module_id, name] = parameter.data.cpu()
         parameter.data = changed.to(parameter.dtype)
 
     @torch.no_grad()
