@@ -38,7 +38,12 @@ class AppliedLora:
     layers: Mapping[ModuleId, nn.Module]
     """The layers that it can change."""
     originals: dict[tuple[ModuleId, str], Any] = field(default_factory=dict)
-    """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes."""
+    """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes.
+
+    They are in the computer's memory until `swap` needs them on the device.
+    """
+    for_good: bool = False
+    """Whether originals are not kept, so that it cannot be removed."""
 
     @torch.no_grad()
     def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
@@ -50,7 +55,9 @@ class AppliedLora:
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
         changed = self._sum(module_id, name, parameter, change)
-        self.originals.setdefault((module_id, name), parameter.data)
+        if not self.for_good and (module_id, name) not in self.originals:
+            # A GPU that holds the network may have no room for a second one.
+            self.originals[module_id, name] = parameter.data.cpu()
         parameter.data = changed.to(parameter.dtype)
 
     @torch.no_grad()
@@ -121,7 +128,12 @@ class _LowRank:
 
 
 def apply(
-    lora: LoraFile, target: Any, strength: float = 1.0, text_encoder_strength: float | None = None
+    lora: LoraFile,
+    target: Any,
+    strength: float = 1.0,
+    text_encoder_strength: float | None = None,
+    *,
+    for_good: bool = False,
 ) -> AppliedLora:
     """Apply a LoRA. Each weight W that it changes becomes W + strength * alpha / rank * up @ down.
 
@@ -131,8 +143,11 @@ def apply(
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
     the family's name under `family`. Changes of text encoders that the target doesn't have are ignored.
 
+    Removing a LoRA requires the original weights, which fill as much memory as the changed ones. With `for_good` they are not
+    kept, and the LoRA cannot be removed.
+
     Raises LoraMisfit when the target lacks any other module that the LoRA changes. Raises UnmatchedKeys when a tensor cannot
-    be used or a changed weight would not be finite. After an error, the target is unchanged.
+    be used or a changed weight would not be finite. After an error, the target is unchanged, except with `for_good`.
     """
     family, networks = _networks(target)
     layers: dict[ModuleId, nn.Module] = {
@@ -148,7 +163,7 @@ def apply(
     fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
-    applied = AppliedLora(lora.name, layers)
+    applied = AppliedLora(lora.name, layers, for_good=for_good)
     try:
         for entry in present.entries:
             factor = strength if entry.part == "denoiser" else text_encoder_strength

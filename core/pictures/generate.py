@@ -175,7 +175,8 @@ def generate(
         denoiser, memory = load_denoiser(base, device, dtype, [lora for lora, _ in loras])
         vae = load_vae(base, device, dtype)
         for strength, group in groups.items():
-            with applied(base, loras, strength, {"denoiser": denoiser}):
+            is_last = strength == [*groups][-1]
+            with applied(base, loras, strength, {"denoiser": denoiser}, for_good=is_last):
                 texts = [encoded[strength, texts_of(job, base)] for job in group]
                 for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
 
@@ -306,13 +307,21 @@ def texts_of(job: Job, base: Base) -> tuple[str, str]:
 
 @contextmanager
 def applied(
-    base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    strength: float,
+    networks: Mapping[str, nn.Module],
+    for_good: bool = False,
 ) -> Iterator[None]:
-    """Apply the LoRAs to the networks within the context, and add the words that the files define."""
+    """Apply the LoRAs to the networks within the context, and add the words that the files define.
+
+    With `for_good`, the networks stay changed, and no memory is needed for their original weights.
+    """
     with ExitStack() as contexts:
         for lora, factor in loras:
             present = lora.of_parts(networks)
-            contexts.enter_context(apply(present, {"family": base.family.name, **networks}, factor * strength))
+            target = {"family": base.family.name, **networks}
+            contexts.enter_context(apply(present, target, factor * strength, for_good=for_good))
         contexts.enter_context(new_words(networks, [lora for lora, _ in loras]))
         yield
 

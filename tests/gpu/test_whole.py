@@ -49,6 +49,14 @@ def test_quantised_weights_with_a_lora_draw_there_and_away(room, fake_process):
     assert drawn.offload == 1 - room and len(drawn.sizes) == 1
 
 
+def test_a_lora_needs_no_second_denoiser_on_the_gpu(fake_process):
+    plain, changed = (
+        fake_process.submit(trials.generated, trials.Case("flux1", denoiser=MANY_BLOCKS, adapted=adapted)).result()
+        for adapted in (False, True)
+    )
+    assert changed.peak < 1.1 * plain.peak
+
+
 def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_process):
     place, shape, peak, whole = fake_process.submit(trials.encoded, 0.0012).result()
     assert (place, shape) == ("cuda", (1, 16, 64)) and peak < whole / 4

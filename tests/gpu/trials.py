@@ -63,7 +63,7 @@ class Case:
     denoiser: Mapping[str, Any] | None = None
     """Settings of the denoiser's config that are to be others."""
     adapted: bool = False
-    """Whether it is trained on with a training adapter, on all of its layers."""
+    """Whether it is trained on with a training adapter, or drawn with a LoRA, on all of its layers."""
     form: str = ""
     """The form in which the weights of its blocks are stored, of tests.models.quantised_weights.FORMS."""
 
@@ -198,7 +198,8 @@ def generated(case: Case, jobs: int = 2, room: float = memory_plan.WEIGHTS_IN_DR
         adopt = MemorySaver.adopt
         with patch.object(MemorySaver, "adopt", lambda saver, plan: (loaded.append(saver), adopt(saver, plan))[1]):
             wanted = [Job("a photo", seed, size=(64, 64), steps=2) for seed in range(jobs)]
-            loras = [(random_lora(base, r"transformer_blocks\..+"), 1.0)] if case.form else []
+            changed = r"transformer_blocks\..+" if case.form else ".*"
+            loras = [(random_lora(base, changed), 1.0)] if case.form or case.adapted else []
             pictures = list(generate(base, loras, wanted, GenerateConfig(batch_size=jobs)))
         dtypes = frozenset((name, dtypes) for name, dtypes in card.products)
         return Drawn(tuple(p.image.size for p in pictures), dtypes, card.peak, loaded[-1].plan.offload)

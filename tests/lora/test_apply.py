@@ -93,6 +93,17 @@ def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras):
         assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
 
 
+def test_what_is_applied_for_good_changes_the_same_and_keeps_no_originals(bases, loras):
+    networks, others = networks_of(bases["sd15"]), networks_of(bases["sd15"])
+    applied = apply(loras["sd15"], {"family": "sd15", **networks}, for_good=True)
+    apply(loras["sd15"], {"family": "sd15", **others})
+    applied.remove()
+    assert not applied.originals
+    for part, network in networks.items():
+        expected = dict(others[part].named_parameters())
+        assert all(torch.equal(weight, expected[name]) for name, weight in network.named_parameters())
+
+
 def test_at_the_end_of_a_context_the_lora_is_removed_whatever_happened_in_it(bases, loras):
     denoiser = bases["sd15"].load("denoiser", CPU, torch.float32)
     before = {name: weight.clone() for name, weight in denoiser.state_dict().items()}

@@ -16,6 +16,7 @@ from core.errors import BadFile
 from core.models import Base, load_base, text
 from core.models.families.flux2 import FLUX2, texts_at_the_end
 from core.models.spec import stack_conditioning
+from tests.models.test_base_files import FLUX2_SHAPES
 from tests.tooling import caption_states, small_flow_base
 
 CPU = torch.device("cpu")
@@ -137,3 +138,16 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path):
         BadFile, match=r"not the tokenizer of Mistral Small 3.2 \(24B\)\. It has 3 tokens, and <s> is 2"
     ):
         text.load_tokenizer(str(tmp_path), "mistral3_24b")
+
+
+def test_files_of_the_denoiser_and_the_text_encoder_take_the_tokenizer_of_the_text_encoder(network, tmp_path):
+    """It was once refused, since it isn't that of the family's smaller models."""
+    vocabulary = {"a": 0, "<s>": 1, "<pad>": 11}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    with torch.device("meta"):
+        denoiser = {name: torch.empty(shape) for name, shape in FLUX2_SHAPES.items()}
+        denoiser["txt_in.weight"] = torch.empty(3072, 3 * WIDTH)
+    encoder = {f"model.{name}": tensor for name, tensor in network.model.language_model.state_dict().items()}
+    base = load_base(denoiser, text_encoders=[encoder], tokenizer=tmp_path)
+    assert base.components["text_encoder"].config["tokenizer"] == str(tmp_path)

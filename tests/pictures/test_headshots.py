@@ -29,6 +29,7 @@ from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto, InUse
 from core.faces import Face, Reference
+from core.lora.apply import apply
 from core.lora.hashes import file_hashes
 from core.models.clip import caption_tokens
 from core.pictures.gallery import SAME_PERSON
@@ -267,6 +268,22 @@ def test_the_loras_stand_in_the_parameters_with_name_strength_and_hash(base, tmp
     text = parameters_text(base, [(lora, 0.8)], Job("a photo of sks person", 1, strength=0.5), GenerateConfig())
     assert text.startswith("a photo of sks person <lora:anna:0.4>\n")
     assert text.endswith(f'Lora hashes: "anna: {file_hashes(tmp_path / "anna.safetensors")["autov3"]}"')
+
+
+def test_original_weights_are_kept_only_while_another_strength_follows(base, monkeypatch) -> None:
+    lora, applied = random_lora(base), []
+    monkeypatch.setattr(
+        "core.pictures.generate.apply",
+        lambda *given, **options: (applied.append(apply(*given, **options)), applied[-1])[1],
+    )
+    weak, strong = (
+        Job("a photo", 1, size=(64, 80), steps=1, guidance=1.0, strength=strength) for strength in (0.5, 1.0)
+    )
+    pictures = [picture.image.tobytes() for picture in generate(base, [(lora, 1.0)], [weak, strong])]
+    assert [bool(one.originals) for one in applied if one.for_good or one.originals] == [True, False]
+    alone = [next(generate(base, [(lora, 1.0)], [job])).image.tobytes() for job in (weak, strong)]
+    assert pictures == alone and pictures[0] != pictures[1]
+    assert not any(one.originals for one in applied[-2:])
 
 
 def test_a_picture_of_another_embedding_is_made_again(base, tmp_path: Path) -> None:
