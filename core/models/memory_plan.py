@@ -186,6 +186,10 @@ class MemorySaver:
                 tensor.data = tensor.data.to(self._device)
         self.plan = plan
 
+    def pin(self) -> None:
+        """Page-lock offloaded weights that were replaced since the plan was adopted, as an applied LoRA does."""
+        self._offload.pin()
+
     @property
     def pageable(self) -> int:
         """The bytes of weights that a GPU copies from memory that is not page-locked."""
@@ -266,6 +270,10 @@ class BlockOffload:
                 block.register_forward_pre_hook(self._bring),
                 block.register_forward_hook(self._take_away, always_call=True),
             )
+
+    def pin(self) -> None:
+        if self._stream:
+            self._store.take([parameter for parameter in self.parameters() if not parameter.is_pinned()])
 
     @property
     def pageable(self) -> int:

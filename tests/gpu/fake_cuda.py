@@ -537,6 +537,7 @@ def fake_cuda(
     changes.append(patch.object(torch._C, "_host_emptyCache", card.empty_host_cache, create=True))
     changes += [
         patch.object(Tensor, "pin_memory", pin_memory),
+        patch.object(Tensor, "is_pinned", lambda tensor: tensor.untyped_storage()._cdata in card._pinned),
         patch.object(Tensor, "record_stream", lambda tensor, stream: card.record_stream(tensor, stream)),
         patch.object(Tensor, "data", property(Tensor_data.__get__, _set_data)),  # pyright: ignore
         patch.object(FakeTensor, "data", property(Tensor_data.__get__, _set_data), create=True),  # pyright: ignore

@@ -57,6 +57,11 @@ def test_a_lora_needs_no_second_denoiser_on_the_gpu(fake_process):
     assert changed.peak < 1.1 * plain.peak
 
 
+def test_offloaded_weights_that_a_lora_changed_are_page_locked(fake_process):
+    drawn = fake_process.submit(trials.generated, trials.Case("flux1", adapted=True), 1, room=0).result()
+    assert drawn.offloaded and all(copy.pinned for copy in drawn.offloaded)
+
+
 def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_process):
     place, shape, peak, whole = fake_process.submit(trials.encoded, 0.0012).result()
     assert (place, shape) == ("cuda", (1, 16, 64)) and peak < whole / 4

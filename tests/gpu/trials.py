@@ -150,6 +150,8 @@ class Drawn:
     operations: frozenset[tuple[str, tuple[torch.dtype, ...]]]
     peak: int
     offload: float
+    offloaded: tuple[Copy, ...]
+    """The copies of offloaded weights to the card."""
 
 
 def norms_and_products(work: Callable[[], object]) -> frozenset[tuple[str, tuple[torch.dtype, ...]]]:
@@ -202,7 +204,9 @@ def generated(case: Case, jobs: int = 2, room: float = memory_plan.WEIGHTS_IN_DR
             loras = [(random_lora(base, changed), 1.0)] if case.form or case.adapted else []
             pictures = list(generate(base, loras, wanted, GenerateConfig(batch_size=jobs)))
         dtypes = frozenset((name, dtypes) for name, dtypes in card.products)
-        return Drawn(tuple(p.image.size for p in pictures), dtypes, card.peak, loaded[-1].plan.offload)
+        places = {copy.place for copy in card.copies if copy.place.startswith("models/memory_plan.py")}
+        copies = tuple(copy for copy in card.copies if copy.place in places - {"models/memory_plan.py:adopt"})
+        return Drawn(tuple(p.image.size for p in pictures), dtypes, card.peak, loaded[-1].plan.offload, copies)
 
 
 @dataclass(frozen=True)
