@@ -793,7 +793,7 @@ def test_forty_pictures_of_a_trained_person_in_four_styles_are_ranked(
     assert [shot["kept"] for shot in report["headshots"]] == [True] * kept + [False] * (40 - kept)
     assert report["mean_likeness_kept"] > report["mean_likeness"]
     page = html.unescape((output / "gallery.html").read_text("utf-8"))
-    means = f"mean likeness {report['mean_likeness_kept']:.2f}, that of all {report['mean_likeness']:.2f}"
+    means = f"mean likeness {report['mean_likeness_kept']:.2f}, or {report['mean_likeness']:.2f} for all"
     assert f"40 pictures, the {kept} most alike kept: {means}" in page
     assert len(re.findall("<figure ", page)) == 40
     assert len(list((output / "kept").iterdir())) == kept
