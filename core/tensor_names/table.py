@@ -177,6 +177,8 @@ class LoadedNames:
     """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads.
 
     Empty if InvokeAI lacks the family."""
+    invokeai_forms: Mapping[str, str] = field(default_factory=dict)
+    """The forms of tensors' names that InvokeAI loads, by scheme, where they differ from `readers.INVOKEAI_FORMS`."""
     invokeai_text: tuple[str, ...] = ()
     """The prefixes of the text encoders' module names that InvokeAI loads."""
     invokeai_prefixes: Mapping[str, str] = field(default_factory=dict)

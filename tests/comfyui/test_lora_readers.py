@@ -376,6 +376,44 @@ def test_it_is_known_what_invokeai_loads(family, tmp_path):
             assert cell.deviation < EXACT, contents
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.invokeai])
+def test_it_is_known_in_which_forms_of_names_invokeai_loads_a_lora(family, tmp_path):
+    """Of the attention of one block of each kind, or of a UNet's blocks of attention and its text encoder."""
+    kept = r"^down_blocks\.2\.attentions\.0\." if FAMILIES[family].is_unet else r"\.0\.att\w+\."
+    modules = {name: module for name, module in loras_of(family, blocks_only=True).items() if re.search(kept, name[1])}
+    if FAMILIES[family].is_unet:
+        modules |= {name: module for name, module in text_loras_of(family).items() if ".0." in name[1]}
+    loras = {}
+    for scheme in dict.fromkeys(scheme for scheme, _ in FAMILIES[family].loaded.invokeai):
+        if scheme not in (*SCHEMES, "peft", "bare"):
+            continue
+        written = partial(LoraFile.from_modules, family, modules, {})
+        plain = written(scheme).tensors if scheme in SCHEMES else in_other_scheme(modules, scheme)
+        for form, has_alpha in itertools.product(FORMS, (True, False)):
+            loras[f"{scheme} {form} {has_alpha}"] = LoraFile(family, {}, in_form(plain, form, has_alpha))
+    for name, lora in loras.items():
+        lora.save(tmp_path / f"{name}.safetensors", torch.float32)
+    results = run_invokeai([(family, tmp_path / f"{name}.safetensors") for name in loras], tmp_path)
+    for (name, lora), result in zip(loras.items(), results, strict=True):
+        found = {path.removeprefix("denoiser."): torch.tensor(change) for path, change in result["changes"].items()}
+        is_original = bool(
+            found.keys() & {entry.place.fusion.original for entry in lora.entries} - {p for _, p in modules}
+        )
+        denoiser = {name: module for name, module in lora.modules().items() if name[0] == "denoiser"}
+        wanted = in_original_names(family, denoiser) if is_original else changes_of(denoiser)
+        wanted |= changes_of({name: module for name, module in lora.modules().items() if name not in denoiser})
+        objections = read_by("InvokeAI", lora).objections
+        for entry in lora.entries:
+            objection = objections.get(entry.name)
+            paths = [entry.place.fusion.original] if is_original else [path for _, path in entry.modules]
+            for path in paths if entry.part == "denoiser" else [f"{entry.part}.{path}" for path in paths]:
+                change = found.get(path, found.get(path.replace("text_model.", "")))
+                is_right = change is not None and (change - wanted[path]).norm() < EXACT * wanted[path].norm()
+                assert is_right == (objection is None), (name, path, result["refused"])
+                assert (change is not None) == (objection is None or objection.loads), (name, path)
+
+
 @pytest.mark.parametrize(
     "model", ["small-flux2", pytest.param("flux2", marks=pytest.mark.slow), "zimage", "qwen-image", "small-ernie-image"]
 )
