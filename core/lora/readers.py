@@ -35,6 +35,8 @@ FORMS = {"kohya": "lora_down lora_down+"} | dict.fromkeys(("diffusers", "peft", 
 """The forms of a plain LoRA that diffusers loads, by scheme, as the word in the name of its down matrix (`_form`).
 
 A "+" stands for an alpha beside it, and a "~" for a form whose alpha diffusers ignores."""
+TEXT_FORMS = FORMS | {"diffusers": "lora_A lora_linear_layer lora_A+~ lora_linear_layer+~"}
+"""The forms of a plain LoRA of a text encoder that diffusers loads, like FORMS."""
 INVOKEAI_FORMS = {"kohya": "lora_down lora_down+"}
 INVOKEAI_FORMS |= dict.fromkeys(("diffusers", "peft", "comfy", "bare"), "lora_A named")
 """The forms of a plain LoRA that InvokeAI loads, like FORMS."""
@@ -179,7 +181,10 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
-    forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
+    if named.part == "denoiser" and not is_text_path(named.path):
+        forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
+    else:
+        forms = family.loaded.diffusers_text_forms.get(named.scheme, TEXT_FORMS.get(named.scheme))
     if objection := (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry):
         return objection
     if entry.place.index is None and entry.place.fusion.halves_swapped:
@@ -199,7 +204,12 @@ def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection |
 def _form(entry: Entry) -> str:
     """Return the word in the name of the down matrix, with a "+" if there is an alpha: lora_down+ for Kohya's own files."""
     down = entry.keys["down"].removeprefix(entry.name)
-    words = {".lora_A.weight": "lora_A", ".lora_down.weight": "lora_down"}
+    words = {
+        ".lora_A.weight": "lora_A",
+        ".lora_A": "short",
+        ".lora_down.weight": "lora_down",
+        ".lora_linear_layer.down.weight": "lora_linear_layer",
+    }
     word = words.get(down, "named" if down.startswith(".lora_A.") else "lora")
     return word + "+" * ("alpha" in entry.keys)
 

@@ -71,6 +71,8 @@ FORMS = {
     "lora_down": ("lora_down.weight", "lora_up.weight"),
     "named": ("lora_A.default.weight", "lora_B.default.weight"),
     "lora": ("lora.down.weight", "lora.up.weight"),
+    "lora_linear_layer": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    "short": ("lora_A", "lora_B"),
 }
 OTHER_KINDS = ("sd15", "other kinds")
 IN_COMFYUI = [name for name, table in FAMILIES.items() if table.loaded.comfyui]
@@ -284,6 +286,22 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
                     assert is_right == (objection is None), (scheme, form, has_alpha, path, found)
                     if objection and objection.loads:
                         assert change is not None and change.any(), (scheme, form, has_alpha, path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux1"])
+def test_it_is_known_in_which_forms_of_names_diffusers_loads_text_encoders(family):
+    modules = {**dict(list(loras_of(family, blocks_only=True).items())[:1]), **text_loras_of(family)}
+    for scheme in sorted(FAMILIES[family].loaded.diffusers & {*SCHEMES}):
+        plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
+        for form, has_alpha in itertools.product(FORMS, (True, False)):
+            lora = LoraFile(family, {}, in_form(plain, form, has_alpha))
+            found, wanted = attempt(text_of_diffusers, family, lora), changes_of(lora.modules())
+            objections = read_by("diffusers", lora).objections
+            for entry in (entry for entry in lora.entries if entry.part != "denoiser"):
+                objection, name = objections.get(entry.name), f"{entry.part}.{entry.modules[0][1]}"
+                change = None if isinstance(found, str) else found.get(name)
+                is_right = change is not None and (change - wanted[name]).norm() < EXACT * wanted[name].norm()
+                assert is_right == (objection is None), (scheme, form, has_alpha, name, found)
 
 
 def in_form(tensors: Mapping[str, Tensor], form: str, has_alpha: bool) -> dict[str, Tensor]:

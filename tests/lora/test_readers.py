@@ -83,6 +83,8 @@ OTHER_ENDS = {
     ("sdxl", "diffusers", "lora_A.weight", "alpha"): (OTHER, NO),
     ("sdxl", "diffusers", "lora_down.weight", ""): (NO, NO),
     ("sdxl", "diffusers", "lora.down.weight", ""): (YES, NO),
+    ("sdxl", "diffusers", "lora_linear_layer.down.weight", ""): (NO, NO),
+    ("sdxl", "diffusers", "lora_A", ""): (NO, NO),
     ("flux1", "diffusers", "lora_A.weight", "alpha"): (YES, NO),
     ("flux1", "diffusers", "lora_A.default.weight", ""): (NO, YES),
     ("flux1", "diffusers", "lora_down.weight", "alpha"): (OTHER, NO),
@@ -158,6 +160,14 @@ def test_diffusers_is_said_to_refuse_blocks_of_lumina2_that_lack_a_module():
     assert read_by("diffusers", whole_blocks).verdict == "loads"
     assert {read_by("diffusers", lora).verdict for lora in (attention, late)} == {"not at all"}
     assert convert_for(attention, ["diffusers"])[0].scheme == "diffusers"
+
+
+def test_early_names_of_text_encoders_load_in_diffusers_and_those_of_denoisers_do_not():
+    down, up = torch.ones(1, 768), torch.ones(768, 1)
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"
+    for form, verdict in (("lora_linear_layer", YES), ("lora", NO)):
+        lora = LoraFile("sd15", {}, {f"{layer}.{form}.down.weight": down, f"{layer}.{form}.up.weight": up})
+        assert read_by("diffusers", lora).verdict == verdict
 
 
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
