@@ -35,6 +35,11 @@ FORMS = {"kohya": "lora_down lora_down+"} | dict.fromkeys(("diffusers", "peft", 
 """The forms of a plain LoRA that diffusers loads, by scheme, as the word in the name of its down matrix (`_form`).
 
 A "+" stands for an alpha beside it, and a "~" for a form whose alpha diffusers ignores."""
+TEXT_FORMS = FORMS | {"diffusers": "lora_A lora_linear_layer lora_A+~ lora_linear_layer+~"}
+"""The forms of a plain LoRA of a text encoder that diffusers loads, like FORMS."""
+INVOKEAI_FORMS = {"kohya": "lora_down lora_down+"}
+INVOKEAI_FORMS |= dict.fromkeys(("diffusers", "peft", "comfy", "bare"), "lora_A named")
+"""The forms of a plain LoRA that InvokeAI loads, like FORMS."""
 PICTURE_PROGRAMS = ("ComfyUI", "diffusers", "InvokeAI")
 """The readers for drawing pictures. Training warns you if one of them cannot load the LoRA."""
 TRAINERS = ("peft", "sd-scripts", "OneTrainer", "ai-toolkit", "musubi-tuner")
@@ -176,7 +181,10 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
-    forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
+    if named.part == "denoiser" and not is_text_path(named.path):
+        forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
+    else:
+        forms = family.loaded.diffusers_text_forms.get(named.scheme, TEXT_FORMS.get(named.scheme))
     if objection := (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry):
         return objection
     if entry.place.index is None and entry.place.fusion.halves_swapped:
@@ -196,7 +204,12 @@ def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection |
 def _form(entry: Entry) -> str:
     """Return the word in the name of the down matrix, with a "+" if there is an alpha: lora_down+ for Kohya's own files."""
     down = entry.keys["down"].removeprefix(entry.name)
-    words = {".lora_A.weight": "lora_A", ".lora_down.weight": "lora_down"}
+    words = {
+        ".lora_A.weight": "lora_A",
+        ".lora_A": "short",
+        ".lora_down.weight": "lora_down",
+        ".lora_linear_layer.down.weight": "lora_linear_layer",
+    }
     word = words.get(down, "named" if down.startswith(".lora_A.") else "lora")
     return word + "+" * ("alpha" in entry.keys)
 
@@ -249,14 +262,20 @@ def _by_invokeai(family: NameTable, named: NamedTensor, entry: Entry) -> Objecti
         return f"adapters of kind {entry.kind}"
     if entry.kind in ("loha", "lokr", "dora") and named.scheme != "kohya":
         return f"adapters of kind {entry.kind} with {named.scheme} names, as far as we know"
+    unread = _form_not_in_invokeai(family, entry)
     if named.part != "denoiser":
         if named.module_name.startswith(family.loaded.invokeai_text or "?"):
-            return None
+            return unread
         return f"text encoder names that begin with {named.module_name[: -len(named.path)]}"
     patterns = [known[named.scheme, whose] for whose in _whose_paths(family, named) if (named.scheme, whose) in known]
     if not patterns:
         return f"{named.scheme} names of {family.name}"
-    return None if any(re.search(pattern, named.path) for pattern in patterns) else "modules outside the blocks"
+    return unread if any(re.search(pattern, named.path) for pattern in patterns) else "modules outside the blocks"
+
+
+def _form_not_in_invokeai(family: NameTable, entry: Entry) -> Objection | str | None:
+    forms = family.loaded.invokeai_forms.get(entry.scheme, INVOKEAI_FORMS.get(entry.scheme))
+    return _form_not_in(forms, entry) if forms else None
 
 
 def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
@@ -308,7 +327,10 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
     if lora.unknown_keys:
         return "a file with unknown tensors"
     skipped = [e for e in lora.entries if e.name in objections and not objections[e.name].loads]
-    if unknown := next((e for e in skipped if e.scheme not in loaded.invokeai_skips or e.part != "denoiser"), None):
+    for unknown in skipped:
+        is_skipped = unknown.scheme in loaded.invokeai_skips and unknown.part == "denoiser"
+        if is_skipped and not isinstance(_form_not_in_invokeai(NAME_TABLES[lora.family], unknown), str):
+            continue
         return f"a file with {objections[unknown.name].reason}"
     places = lora.content.places
     known = (*loaded.invokeai_signs, *loaded.invokeai_signs_in.get(lora.scheme, ()))

@@ -172,10 +172,9 @@ def narrow_weights(network: nn.Module, device: torch.device) -> None:
 
     Layers that keep the narrow weights of their file are not changed.
     """
-    for path, layer in list(network.named_modules()):
-        if not can_be_narrow(layer):
-            continue
-        weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
+    # Only their paths, so that each layer is freed when it is replaced: both kinds of weights may not fit together.
+    for path in [path for path, layer in network.named_modules() if can_be_narrow(layer)]:
+        weight: Tensor = network.get_submodule(path).weight  # pyright: ignore[reportAssignmentType]
         if weight.requires_grad or weight.numel() < SMALLEST:
             continue
         # Rounded on the device, which is much faster, and moved back, since all of them may not fit on the device.

@@ -99,7 +99,7 @@ def publish(
     user. Raises BadConfig without a title or the person's agreement, and BadPhoto for an unreadable picture.
     """
     if not agreed:
-        raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed")
+        raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed (--agreed)")
     source, folder = LoraFile.read(lora), Path(output)
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: this folder already exists; choose another output")
@@ -145,7 +145,8 @@ def _file_name(title: str, lora: str) -> str:
     """Return the title as a file name of letters, digits, `-` and `_`. Raises BadConfig if nothing is left of it."""
     name = re.sub(r"[^\w-]+", "_", title).strip("_-")[:64]
     if not name:
-        raise BadConfig(f"{lora}: its title contains nothing usable in a file name; set title")
+        fault = f"its title {title!r} contains nothing usable in a file name" if title.strip() else "it has no title"
+        raise BadConfig(f"{lora}: {fault}; give one with title (--title)")
     return name
 
 

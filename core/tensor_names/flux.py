@@ -134,6 +134,7 @@ _SIGNS_1 = (
 """The signs of the blocks of FLUX.1 and Chroma."""
 
 _FORMS_1 = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~"}
+_TEXT_FORMS_1 = {"diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+"}
 FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
@@ -155,6 +156,7 @@ FLUX1 = NameTable(
         comfyui_t5=("lora_te2_", "lora_te3_"),
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
         diffusers_forms=_FORMS_1,
+        diffusers_text_forms=_TEXT_FORMS_1,
         diffusers_lacks={"kohya": r"^((time|guidance|vector|txt|img)_in|final_layer)\b"},
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={

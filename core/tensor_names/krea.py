@@ -39,6 +39,7 @@ _WIDE = (
 )
 
 _NO_NORM = r"^(?!.*norm)"
+_IN_INVOKEAI = "lora_A lora_A+ lora_down lora_down+ named named+"
 
 KREA2 = NameTable(
     name="krea2",
@@ -67,6 +68,7 @@ KREA2 = NameTable(
             ("diffusers", "diffusers"): _NO_NORM,
             ("bare", "diffusers"): _NO_NORM,
         },
+        invokeai_forms=dict.fromkeys(("kohya", "invokeai", "comfy", "diffusers", "bare"), _IN_INVOKEAI),
         invokeai_signs=((Sign(r"^(txtfusion|text_fusion)\.|^time_mod_proj$"),),),
         invokeai_signs_in={"comfy": ((Sign(r"\.attn\.wq$"), Sign(r"\.attn\.gate$")),)},
         others={

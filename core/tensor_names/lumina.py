@@ -99,6 +99,7 @@ ZIMAGE = NameTable(
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),
         invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
+        invokeai_forms=dict.fromkeys(("diffusers", "comfy"), "lora_A lora_A+~ lora_down lora_down+ named named+~"),
         others={
             "SD.Next": "kohya diffusers comfy",
             "stable-diffusion.cpp": "kohya diffusers comfy",

@@ -5,6 +5,7 @@ from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTab
 _of_original, _of_diffusers = by_rules()
 
 _ANY = "lora_A lora_A+ lora_down lora_down+ named named+"
+_IN_INVOKEAI = "lora_A lora_A+~ lora_down lora_down+ named named+~"
 _FORMS = {"kohya": _ANY, "comfy": _ANY, "diffusers": "lora_A lora"}
 
 QWEN_IMAGE = NameTable(
@@ -29,6 +30,7 @@ QWEN_IMAGE = NameTable(
             ("diffusers", "diffusers"): "",
             ("bare", "diffusers"): "",
         },
+        invokeai_forms={"diffusers": _IN_INVOKEAI, "bare": _IN_INVOKEAI},
         invokeai_skips=frozenset({"kohya"}),
         others={
             "SD.Next": "kohya diffusers comfy",

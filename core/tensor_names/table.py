@@ -159,6 +159,8 @@ class LoadedNames:
     """A regular expression for the paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_forms: Mapping[str, str] = field(default_factory=dict)
     """The forms of tensors' names that diffusers loads, by scheme, where they differ from `readers.FORMS`."""
+    diffusers_text_forms: Mapping[str, str] = field(default_factory=dict)
+    """The forms of text encoders' names that diffusers loads, by scheme, where they differ from `readers.TEXT_FORMS`."""
     diffusers_lacks: Mapping[str, str] = field(default_factory=dict)
     """A regular expression, by scheme, for the paths that diffusers doesn't load because it misreads their names."""
     diffusers_refuses: Mapping[str, str] = field(default_factory=dict)
@@ -177,6 +179,8 @@ class LoadedNames:
     """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads.
 
     Empty if InvokeAI lacks the family."""
+    invokeai_forms: Mapping[str, str] = field(default_factory=dict)
+    """The forms of tensors' names that InvokeAI loads, by scheme, where they differ from `readers.INVOKEAI_FORMS`."""
     invokeai_text: tuple[str, ...] = ()
     """The prefixes of the text encoders' module names that InvokeAI loads."""
     invokeai_prefixes: Mapping[str, str] = field(default_factory=dict)

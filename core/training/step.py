@@ -330,10 +330,8 @@ class Run:
         The training adapter is off, because the LoRA will be used without it. Images that don't fit into memory are drawn
         again under a smaller memory plan, and `on_warning` is called.
         """
-        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._set_training(False)
-        self._put(self.trained() if values is None else values)
-        try:
+        self.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
+        with self._drawing_with(self.trained() if values is None else values):
             while True:
                 try:
                     with self.training_adapter.off() if self.training_adapter else contextlib.nullcontext():
@@ -342,8 +340,21 @@ class Run:
                     if not is_out_of_memory(error):
                         raise
                 self._save_memory("a sample", on_warning)
+
+    @contextlib.contextmanager
+    def _drawing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put these values into the adapter, and turn dropout off, within the context."""
+        before = (
+            None if values is self.parameters else {name: p.detach().clone() for name, p in self.parameters.items()}
+        )
+        self._set_training(False)
+        try:
+            if before is not None:
+                self._put(values)
+            yield
         finally:
-            self._put(before)
+            if before is not None:
+                self._put(before)
             self._set_training(True)
 
     @torch.no_grad()

@@ -71,6 +71,8 @@ FORMS = {
     "lora_down": ("lora_down.weight", "lora_up.weight"),
     "named": ("lora_A.default.weight", "lora_B.default.weight"),
     "lora": ("lora.down.weight", "lora.up.weight"),
+    "lora_linear_layer": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    "short": ("lora_A", "lora_B"),
 }
 OTHER_KINDS = ("sd15", "other kinds")
 IN_COMFYUI = [name for name, table in FAMILIES.items() if table.loaded.comfyui]
@@ -286,6 +288,22 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
                         assert change is not None and change.any(), (scheme, form, has_alpha, path)
 
 
+@pytest.mark.parametrize("family", ["sd15", "flux1"])
+def test_it_is_known_in_which_forms_of_names_diffusers_loads_text_encoders(family):
+    modules = {**dict(list(loras_of(family, blocks_only=True).items())[:1]), **text_loras_of(family)}
+    for scheme in sorted(FAMILIES[family].loaded.diffusers & {*SCHEMES}):
+        plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
+        for form, has_alpha in itertools.product(FORMS, (True, False)):
+            lora = LoraFile(family, {}, in_form(plain, form, has_alpha))
+            found, wanted = attempt(text_of_diffusers, family, lora), changes_of(lora.modules())
+            objections = read_by("diffusers", lora).objections
+            for entry in (entry for entry in lora.entries if entry.part != "denoiser"):
+                objection, name = objections.get(entry.name), f"{entry.part}.{entry.modules[0][1]}"
+                change = None if isinstance(found, str) else found.get(name)
+                is_right = change is not None and (change - wanted[name]).norm() < EXACT * wanted[name].norm()
+                assert is_right == (objection is None), (scheme, form, has_alpha, name, found)
+
+
 def in_form(tensors: Mapping[str, Tensor], form: str, has_alpha: bool) -> dict[str, Tensor]:
     """The tensors of plain LoRAs under names that end in another way, with an alpha of 0.5 or without."""
     changed = {}
@@ -374,6 +392,44 @@ def test_it_is_known_what_invokeai_loads(family, tmp_path):
             cell = compare(found, wanted)
             assert (f"{cell.matched}/{cell.total}" if cell.matched else "-") == known[family, contents][4], contents
             assert cell.deviation < EXACT, contents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.invokeai])
+def test_it_is_known_in_which_forms_of_names_invokeai_loads_a_lora(family, tmp_path):
+    """Of the attention of one block of each kind, or of a UNet's blocks of attention and its text encoder."""
+    kept = r"^down_blocks\.2\.attentions\.0\." if FAMILIES[family].is_unet else r"\.0\.att\w+\."
+    modules = {name: module for name, module in loras_of(family, blocks_only=True).items() if re.search(kept, name[1])}
+    if FAMILIES[family].is_unet:
+        modules |= {name: module for name, module in text_loras_of(family).items() if ".0." in name[1]}
+    loras = {}
+    for scheme in dict.fromkeys(scheme for scheme, _ in FAMILIES[family].loaded.invokeai):
+        if scheme not in (*SCHEMES, "peft", "bare"):
+            continue
+        written = partial(LoraFile.from_modules, family, modules, {})
+        plain = written(scheme).tensors if scheme in SCHEMES else in_other_scheme(modules, scheme)
+        for form, has_alpha in itertools.product(FORMS, (True, False)):
+            loras[f"{scheme} {form} {has_alpha}"] = LoraFile(family, {}, in_form(plain, form, has_alpha))
+    for name, lora in loras.items():
+        lora.save(tmp_path / f"{name}.safetensors", torch.float32)
+    results = run_invokeai([(family, tmp_path / f"{name}.safetensors") for name in loras], tmp_path)
+    for (name, lora), result in zip(loras.items(), results, strict=True):
+        found = {path.removeprefix("denoiser."): torch.tensor(change) for path, change in result["changes"].items()}
+        is_original = bool(
+            found.keys() & {entry.place.fusion.original for entry in lora.entries} - {p for _, p in modules}
+        )
+        denoiser = {name: module for name, module in lora.modules().items() if name[0] == "denoiser"}
+        wanted = in_original_names(family, denoiser) if is_original else changes_of(denoiser)
+        wanted |= changes_of({name: module for name, module in lora.modules().items() if name not in denoiser})
+        objections = read_by("InvokeAI", lora).objections
+        for entry in lora.entries:
+            objection = objections.get(entry.name)
+            paths = [entry.place.fusion.original] if is_original else [path for _, path in entry.modules]
+            for path in paths if entry.part == "denoiser" else [f"{entry.part}.{path}" for path in paths]:
+                change = found.get(path, found.get(path.replace("text_model.", "")))
+                is_right = change is not None and (change - wanted[path]).norm() < EXACT * wanted[path].norm()
+                assert is_right == (objection is None), (name, path, result["refused"])
+                assert (change is not None) == (objection is None or objection.loads), (name, path)
 
 
 @pytest.mark.parametrize(

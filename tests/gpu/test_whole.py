@@ -112,6 +112,19 @@ def test_a_training_goes_from_photos_to_its_samples(fake_process, small_sd15, ph
     assert (tmp_path / "me.safetensors").exists()
 
 
+def test_a_sample_needs_no_gradients_and_no_copy_of_the_parameters(fake_process, small_sd15):
+    case = trials.Case("sd15", small_sd15, settings={"method": "dreambooth"})
+    freed, of_parameters = fake_process.submit(trials.memory_left_to_a_sample, case).result()
+    assert freed >= of_parameters
+
+
+@pytest.mark.parametrize("family", mostly_slow(["sd15", "flux1"], "sd15"))
+def test_weights_that_become_narrow_are_freed_one_by_one(family, fake_process, small_sd15):
+    case = trials.Case(family, {"sd15": small_sd15}.get(family), plan=PLANS[3])
+    needed, largest = fake_process.submit(trials.memory_to_narrow_weights, case).result()
+    assert needed < 3 * largest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", MESSAGES)
 def test_out_of_memory_anywhere_in_a_training_leads_to_its_end_or_to_a_sentence(

@@ -125,6 +125,29 @@ def step(case: Case) -> Step:
         return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)
 
 
+def memory_left_to_a_sample(case: Case) -> tuple[int, int]:
+    """Bytes that the last step held and that are free when a sample is drawn, and the bytes of the parameters."""
+    with fake_cuda(case.size, case.capability) as card:
+        base = case.base()
+        run = Run(cached(base, case), base, case.config(), DEVICE)
+        run.train_step()
+        after_step, drawing = card.live, []
+        run.sample(lambda *_: drawing.append(card.live) or [], [], lambda _: None)
+        return after_step - drawing[0], sum(parameter.nbytes for parameter in run.parameters.values())
+
+
+def memory_to_narrow_weights(case: Case) -> tuple[int, int]:
+    """The bytes that a change to frozen weights in 8 bits needs between two steps, and those of the largest in float32."""
+    with fake_cuda(case.size, case.capability) as card:
+        base = case.base()
+        run = Run(cached(base, case), base, case.config(), DEVICE)
+        run.train_step()
+        largest = max(4 * parameter.numel() for parameter in run.memory.resident())
+        before = card.peak = card.live
+        run.adopt(case.plan)
+        return card.peak - before, largest
+
+
 def operations(case: Case) -> tuple[int, int]:
     """The operations of a step of a run on the card, and on a CPU."""
 

@@ -74,25 +74,37 @@ def test_a_naming_is_chosen_that_all_programs_load():
         convert_for(zimage(), ["krita"])
 
 
-# What diffusers 0.42 does with names that end in other ways, and with an alpha (tests/comfyui/test_lora_readers.py asks it).
+NO, OTHER, YES = "not at all", "loads as another change", "loads"
+# What diffusers 0.42 and InvokeAI 6.14 do with names that end in other ways, and with an alpha.
+# tests/comfyui/test_lora_readers.py asks them.
 OTHER_ENDS = {
-    ("sdxl", "kohya", "lora_A.weight", ""): "not at all",
-    ("sdxl", "diffusers", "lora_A.weight", "alpha"): "loads as another change",
-    ("sdxl", "diffusers", "lora_down.weight", ""): "not at all",
-    ("sdxl", "diffusers", "lora.down.weight", ""): "loads",
-    ("flux1", "diffusers", "lora_A.weight", "alpha"): "loads",
-    ("flux1", "diffusers", "lora_A.default.weight", ""): "not at all",
-    ("flux1", "diffusers", "lora_down.weight", "alpha"): "loads as another change",
-    ("flux2", "comfy", "lora_A.weight", "alpha"): "not at all",
-    ("ernie-image", "comfy", "lora_down.weight", "alpha"): "not at all",
-    ("zimage", "comfy", "lora_A.default.weight", "alpha"): "loads",
-    ("zimage", "diffusers", "lora_A.weight", "alpha"): "not at all",
-    ("qwen-image", "comfy", "lora_down.weight", "alpha"): "loads",
+    ("sdxl", "kohya", "lora_A.weight", ""): (NO, NO),
+    ("sdxl", "kohya", "lora_down.weight", "alpha"): (YES, YES),
+    ("sdxl", "diffusers", "lora_A.weight", "alpha"): (OTHER, NO),
+    ("sdxl", "diffusers", "lora_down.weight", ""): (NO, NO),
+    ("sdxl", "diffusers", "lora.down.weight", ""): (YES, NO),
+    ("sdxl", "diffusers", "lora_linear_layer.down.weight", ""): (NO, NO),
+    ("sdxl", "diffusers", "lora_A", ""): (NO, NO),
+    ("flux1", "diffusers", "lora_A.weight", "alpha"): (YES, NO),
+    ("flux1", "diffusers", "lora_A.default.weight", ""): (NO, YES),
+    ("flux1", "diffusers", "lora_down.weight", "alpha"): (OTHER, NO),
+    ("flux2", "comfy", "lora_A.weight", "alpha"): (NO, NO),
+    ("flux2", "comfy", "lora_down.weight", ""): (NO, NO),
+    ("ernie-image", "comfy", "lora_down.weight", "alpha"): (NO, NO),
+    ("zimage", "comfy", "lora_A.default.weight", "alpha"): (YES, OTHER),
+    ("zimage", "comfy", "lora_down.weight", "alpha"): (YES, YES),
+    ("zimage", "diffusers", "lora_A.weight", "alpha"): (NO, OTHER),
+    ("qwen-image", "comfy", "lora_down.weight", "alpha"): (YES, NO),
+    ("qwen-image", "kohya", "lora_A.weight", ""): (YES, NO),
+    ("qwen-image", "diffusers", "lora.down.weight", ""): (YES, NO),
+    ("krea2", "diffusers", "lora_A.weight", "alpha"): (OTHER, YES),
+    ("krea2", "kohya", "lora_A.weight", ""): (NO, YES),
 }
 ATTENTIONS = {
     "sdxl": ("down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k", 2048, 1280),
     "flux1": ("transformer_blocks.0.attn.to_out.0", 3072, 3072),
     "flux2": ("transformer_blocks.0.attn.to_out.0", 6144, 6144),
+    "krea2": ("text_fusion.refiner_blocks.0.attn.to_q", 2560, 2560),
     "ernie-image": ("layers.0.self_attention.to_q", 4096, 4096),
     "zimage": ("layers.0.attention.to_q", 3840, 3840),
     "qwen-image": ("transformer_blocks.0.attn.to_q", 3072, 3072),
@@ -111,8 +123,8 @@ def test_names_that_a_program_does_not_read_to_the_end_are_not_said_to_load(case
         f"{name}.{a}": torch.tensor(0.5) for a in alpha.split()
     }
     lora = LoraFile(family, {}, tensors)
-    assert read_by("diffusers", lora).verdict == OTHER_ENDS[case]
-    assert read_by("sd-scripts", lora).verdict == "not at all"
+    assert (read_by("diffusers", lora).verdict, read_by("InvokeAI", lora).verdict) == OTHER_ENDS[case]
+    assert read_by("sd-scripts", lora).verdict == (YES if (scheme, end) == ("kohya", "lora_down.weight") else NO)
     in_peft = {("lora_A.weight", ""): "loads", ("lora_A.weight", "alpha"): "loads as another change"}
     assert read_by("peft", lora).verdict == (
         in_peft.get((end, alpha), "not at all") if scheme == "diffusers" else "not at all"
@@ -148,6 +160,14 @@ def test_diffusers_is_said_to_refuse_blocks_of_lumina2_that_lack_a_module():
     assert read_by("diffusers", whole_blocks).verdict == "loads"
     assert {read_by("diffusers", lora).verdict for lora in (attention, late)} == {"not at all"}
     assert convert_for(attention, ["diffusers"])[0].scheme == "diffusers"
+
+
+def test_early_names_of_text_encoders_load_in_diffusers_and_those_of_denoisers_do_not():
+    down, up = torch.ones(1, 768), torch.ones(768, 1)
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"
+    for form, verdict in (("lora_linear_layer", YES), ("lora", NO)):
+        lora = LoraFile("sd15", {}, {f"{layer}.{form}.down.weight": down, f"{layer}.{form}.up.weight": up})
+        assert read_by("diffusers", lora).verdict == verdict
 
 
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
