@@ -155,6 +155,7 @@ FLUX1 = NameTable(
         _IN_COMFYUI,
         comfyui_t5=("lora_te2_", "lora_te3_"),
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers_paths={"kohya": "original"},
         diffusers_forms=_FORMS_1,
         diffusers_text_forms=_TEXT_FORMS_1,
         diffusers_lacks={"kohya": r"^((time|guidance|vector|txt|img)_in|final_layer)\b"},
@@ -201,6 +202,7 @@ CHROMA = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers_paths={"kohya": "original"},
         diffusers_forms=_FORMS_1,
         diffusers_lacks={"kohya": r"^((txt|img)_in|final_layer)\b"},
         diffusers_refuses={"kohya": r"^distilled_guidance_layer\."},
@@ -272,6 +274,7 @@ FLUX2 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
+        diffusers_paths={"kohya": "original"},
         diffusers_forms={"comfy": "lora_A"},
         diffusers_lacks={
             "kohya": r"^(guidance_in|(double|single)_stream_modulation(_img|_txt)?|final_layer\.adaLN_modulation)\."
