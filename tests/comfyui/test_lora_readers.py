@@ -298,7 +298,8 @@ def test_it_is_known_whose_paths_diffusers_loads(family):
     for scheme, old_prefix in namings:
         source = LoraFile.from_modules(family, modules, {}, scheme).tensors
         for prefix in ("lora_unet_", "diffusion_model.", table.diffusers_prefix):
-            form = "lora_down" if prefix == "lora_unet_" else "lora_A"
+            of_sd_scripts = prefix == "lora_unet_" or (prefix == "diffusion_model." and family in ("flux1", "chroma"))
+            form = "lora_down" if of_sd_scripts else "lora_A"
             tensors = {}
             for key, tensor in in_form(source, form, has_alpha=prefix == "lora_unet_").items():
                 name = re.sub(r"\.(lora_[a-zAB]+\.weight|alpha)$", "", key)

@@ -175,7 +175,7 @@ OTHER_PATHS = {
     ("flux1", "lora_unet_transformer_blocks_0_attn_to_out_0", 3072): NO,
     ("flux1", "diffusion_model.transformer_blocks.0.attn.to_out.0", 3072): NO,
     ("flux1", "transformer.double_blocks.0.img_attn.proj", 3072): NO,
-    ("flux1", "diffusion_model.double_blocks.0.img_attn.proj", 3072): NO,
+    ("flux1", "diffusion_model.double_blocks.0.img_attn.proj", 3072): YES,
     ("flux2", "lora_unet_transformer_blocks_0_attn_to_out_0", 6144): NO,
     ("krea2", "diffusion_model.transformer_blocks.0.attn.to_out.0", 6144): NO,
     ("sd15", "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", 320): NO,
