@@ -175,6 +175,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         denoiser = family.diffusers_prefix.rstrip(".")
         hint = f" (pipe.{denoiser}.load_lora_adapter(file, prefix=None) does)" if is_own else ""
         return f"{named.scheme} names of {family.name}{hint}"
+    if reason := _paths_not_in_diffusers(family, named):
+        return reason
     if named.scheme in family.loaded.diffusers_lacks and re.search(
         family.loaded.diffusers_lacks[named.scheme], named.path
     ):
@@ -193,11 +195,21 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
     return None
 
 
+def _paths_not_in_diffusers(family: NameTable, named: NamedTensor) -> str | None:
+    whose = "diffusers" if named.scheme == "diffusers" else family.loaded.diffusers_paths.get(named.scheme)
+    is_denoiser = named.part == "denoiser" and not is_text_path(named.path)
+    if not is_denoiser or not whose or whose in _whose_paths(family, named):
+        return None
+    return f"{named.scheme} names of {'the original model' if whose == 'diffusers' else 'diffusers'}"
+
+
 def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
     if _changes_bias(entry):
         return "changes of a bias"
     if named.scheme not in ("diffusers", "peft"):
         return f"{named.scheme} names"
+    if named.part == "denoiser" and not is_text_path(named.path) and "diffusers" not in _whose_paths(family, named):
+        return f"{named.scheme} names of the original model"
     return _form_not_in("lora_A lora_A+~", entry) or _kind_not_loaded_by_peft(entry)
 
 
@@ -312,10 +324,12 @@ def _refusal_by_diffusers(lora: LoraNames) -> str | None:
             if missing:
                 return f"a file in {scheme} names without {min(missing)}"
     refuses = loaded.diffusers_refuses
-    for entry in lora.entries if refuses else ():
+    for entry in lora.entries:
         named = parse_key(f"{entry.name}.alpha")
         if named and named.part == "denoiser" and re.search(refuses.get(named.scheme, "$^"), named.path):
             return f"a file in {named.scheme} names with layers such as {named.path}"
+        if named and (reason := _paths_not_in_diffusers(NAME_TABLES[lora.family], named)):
+            return f"a file with {reason}"
     return None
 
 

@@ -133,8 +133,12 @@ _SIGNS_1 = (
 )
 """The signs of the blocks of FLUX.1 and Chroma."""
 
-_FORMS_1 = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~"}
-_TEXT_FORMS_1 = {"diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+"}
+# diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
+_FORMS_1 = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"}
+_TEXT_FORMS_1 = {
+    "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
+    "comfy": "lora_down lora_down+",
+}
 FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
@@ -154,10 +158,11 @@ FLUX1 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         comfyui_t5=("lora_te2_", "lora_te3_"),
-        diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
+        diffusers_paths={"kohya": "original", "comfy": "original"},
         diffusers_forms=_FORMS_1,
         diffusers_text_forms=_TEXT_FORMS_1,
-        diffusers_lacks={"kohya": r"^((time|guidance|vector|txt|img)_in|final_layer)\b"},
+        diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((time|guidance|vector|txt|img)_in|final_layer)\b"),
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={
             ("kohya", "original"): _ORIGINAL_BLOCKS,
@@ -200,10 +205,11 @@ CHROMA = NameTable(
     listings={"Chroma": Listing("Chroma", "Apache-2.0")},
     loaded=LoadedNames(
         _IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
+        diffusers_paths={"kohya": "original", "comfy": "original"},
         diffusers_forms=_FORMS_1,
-        diffusers_lacks={"kohya": r"^((txt|img)_in|final_layer)\b"},
-        diffusers_refuses={"kohya": r"^distilled_guidance_layer\."},
+        diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((txt|img)_in|final_layer)\b"),
+        diffusers_refuses=dict.fromkeys(("kohya", "comfy"), r"^distilled_guidance_layer\."),
         comfyui_t5=("lora_te1_",),
         comfyui_lacks=r"^distilled_guidance_layer\.",
         others={
@@ -272,6 +278,7 @@ FLUX2 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
+        diffusers_paths={"kohya": "original"},
         diffusers_forms={"comfy": "lora_A"},
         diffusers_lacks={
             "kohya": r"^(guidance_in|(double|single)_stream_modulation(_img|_txt)?|final_layer\.adaLN_modulation)\."

@@ -59,6 +59,7 @@ KREA2 = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"diffusers", "comfy"}),
+        diffusers_paths={"comfy": "original"},
         diffusers_forms={"comfy": "lora_A"},
         comfyui_lacks="norm",
         invokeai={

@@ -72,6 +72,7 @@ SD15 = NameTable(
     loaded=LoadedNames(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
+        diffusers_paths={"kohya": "diffusers"},
         sd_scripts=_IN_SD_SCRIPTS,
         invokeai={("kohya", "diffusers"): ""},
         invokeai_text=("lora_te_text_model_",),
@@ -100,6 +101,7 @@ SD2 = NameTable(
     loaded=LoadedNames(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
+        diffusers_paths={"kohya": "diffusers"},
         diffusers_denoiser_lacks={"kohya": "convolutions that sd-scripts has where SD2 has Linear layers"},
         sd_scripts=_IN_SD_SCRIPTS,
         invokeai={("kohya", "diffusers"): ""},

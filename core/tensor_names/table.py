@@ -153,6 +153,10 @@ class LoadedNames:
     Empty if the tested version lacks the family."""
     diffusers: frozenset[str]
     """The schemes that diffusers' pipelines load."""
+    diffusers_paths: Mapping[str, str] = field(default_factory=dict)
+    """Whose paths ("original" or "diffusers") the denoiser's names must have in diffusers' pipelines, by scheme.
+
+    Names in the scheme `diffusers` always have its own paths. Other schemes may have both if they are not listed."""
     comfyui_t5: tuple[str, ...] = ()
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: str = r"$^"

@@ -288,6 +288,34 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
                         assert change is not None and change.any(), (scheme, form, has_alpha, path)
 
 
+# sd-scripts has convolutions in SD2 where diffusers has Linear layers.
+@pytest.mark.parametrize(
+    "family", [name for name, table in FAMILIES.items() if table.loaded.diffusers and name != "sd2"]
+)
+def test_it_is_known_whose_paths_diffusers_loads(family):
+    table, modules = FAMILIES[family], loras_of(family, blocks_only=True)
+    namings = [("diffusers", table.diffusers_prefix)] + [("comfy", "diffusion_model.")] * table.original_in_comfy
+    for scheme, old_prefix in namings:
+        source = LoraFile.from_modules(family, modules, {}, scheme).tensors
+        for prefix in ("lora_unet_", "diffusion_model.", table.diffusers_prefix):
+            of_sd_scripts = prefix == "lora_unet_" or (prefix == "diffusion_model." and family in ("flux1", "chroma"))
+            form = "lora_down" if of_sd_scripts else "lora_A"
+            tensors = {}
+            for key, tensor in in_form(source, form, has_alpha=prefix == "lora_unet_").items():
+                name = re.sub(r"\.(lora_[a-zAB]+\.weight|alpha)$", "", key)
+                path = name.removeprefix(old_prefix)
+                flat = path.replace(".", "_") if prefix == "lora_unet_" else path
+                tensors[prefix + flat + key.removeprefix(name)] = tensor
+            lora = LoraFile(family, {}, tensors)
+            found, wanted = attempt(of_diffusers, family, lora), changes_of(lora.modules())
+            objections = read_by("diffusers", lora).objections
+            for entry in lora.entries:
+                for _, path in entry.modules:
+                    change = None if isinstance(found, str) else found.get(path)
+                    is_right = change is not None and (change - wanted[path]).norm() < EXACT * wanted[path].norm()
+                    assert is_right == (entry.name not in objections), (scheme, prefix, path, found)
+
+
 @pytest.mark.parametrize("family", ["sd15", "flux1"])
 def test_it_is_known_in_which_forms_of_names_diffusers_loads_text_encoders(family):
     modules = {**dict(list(loras_of(family, blocks_only=True).items())[:1]), **text_loras_of(family)}

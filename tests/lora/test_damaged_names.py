@@ -289,6 +289,7 @@ def flux1(*wrong: tuple[str, tuple[int, ...]]) -> Shapes:
 
 def report_of(shapes: Shapes, path: Path) -> dict[str, Any]:
     types = types_of(shapes, "diffusion_model.")
+    types = {name.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): value for name, value in types.items()}
     save_safetensors(path, {name: torch.zeros(shape, dtype=torch.float16) for name, (_, shape) in types.items()})
     return inspect_header(path)
 

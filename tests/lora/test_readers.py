@@ -170,6 +170,32 @@ def test_early_names_of_text_encoders_load_in_diffusers_and_those_of_denoisers_d
         assert read_by("diffusers", lora).verdict == verdict
 
 
+# What diffusers 0.42 does with names whose prefix belongs to one model's paths and whose rest to the other's.
+OTHER_PATHS = {
+    ("flux1", "lora_unet_transformer_blocks_0_attn_to_out_0", 3072): NO,
+    ("flux1", "diffusion_model.transformer_blocks.0.attn.to_out.0", 3072): NO,
+    ("flux1", "transformer.double_blocks.0.img_attn.proj", 3072): NO,
+    ("flux1", "diffusion_model.double_blocks.0.img_attn.proj", 3072): YES,
+    ("flux2", "lora_unet_transformer_blocks_0_attn_to_out_0", 6144): NO,
+    ("krea2", "diffusion_model.transformer_blocks.0.attn.to_out.0", 6144): NO,
+    ("sd15", "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", 320): NO,
+    ("sdxl", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640): YES,
+    ("qwen-image", "lora_unet_transformer_blocks_0_attn_to_q", 3072): YES,
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PATHS)
+def test_diffusers_is_not_said_to_load_the_other_model_s_paths(case):
+    family, name, width = case
+    ends = ("lora_A", "lora_B") if family == "krea2" or name.startswith("transformer.") else ("lora_down", "lora_up")
+    tensors = dict(
+        zip((f"{name}.{end}.weight" for end in ends), (torch.ones(1, width), torch.ones(width, 1)), strict=True)
+    )
+    lora = LoraFile(family, {}, tensors)
+    assert read_by("diffusers", lora).verdict == OTHER_PATHS[case]
+    assert read_by("peft", lora).verdict == NO
+
+
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     zimage().save(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
