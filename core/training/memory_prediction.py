@@ -176,8 +176,12 @@ def _fake_run(
     dtype: torch.dtype,
     training_adapter: TrainingAdapter | None,
 ) -> Run:
-    """Build a run on the largest picture, on a base model without data, with no recomputation and full weights."""
-    config = replace(config, precision=precision_name(dtype), compile=False)
+    """Build a run on the largest picture, on a base model without data, with no recomputation and full weights.
+
+    Each of its steps has all passes that any step of the run has: a pass after the first finds all gradients in memory.
+    """
+    prior = float(config.prior_prediction > 0)
+    config = replace(config, precision=precision_name(dtype), compile=False, prior_prediction=prior)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     image = replace(
         largest,
@@ -191,7 +195,8 @@ def _fake_run(
         caption: {name: mode.from_tensor(value) for name, value in conditioning.items()}
         for caption, conditioning in cache.text.items()
     }
-    small = replace(cache, images=(image,) * config.batch_size, text=text)
+    class_images = (replace(image, is_class=True),) if any(image.is_class for image in cache.images) else ()
+    small = replace(cache, images=(image, *class_images) * config.batch_size, text=text)
     if training_adapter:
         here = {name.rpartition(".")[0] for name in base.components["denoiser"].tensors}
         changes = {path: c.map(mode.from_tensor) for path, c in training_adapter.changes.items() if path in here}

@@ -24,7 +24,13 @@ COMPUTES_IN_FLOAT32 = ("loha", "oft")
 """Methods whose layers, which are peft's, multiply their own small matrices in float32."""
 KNOWN_COPIES = ("models/clip.py:encode_chunks",)
 """Where a step copies something small to the device: tokens for trained text encoders."""
-FAST = (("flux1", -1, {"precision": "fp16", "ema_decay": 0.9}),)
+SECOND_IS_PRIOR = {"prior_prediction": 0.5, "seed": 10}
+"""Settings by which the second step, but not the first, has prior prediction."""
+FAST = (
+    ("flux1", -1, {"precision": "fp16", "ema_decay": 0.9}),
+    ("sd15", 2, {"method": "dreambooth", **SECOND_IS_PRIOR}),
+    ("sd15", 2, {"method": "dreambooth", "class_images": 1}),
+)
 SLOW = (
     ("sd15", 1, {"precision": "fp16", "ema_decay": 0.9}),
     ("chroma", 5, {"accumulation": 2}),
