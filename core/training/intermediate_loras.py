@@ -77,7 +77,8 @@ class IntermediateLoras:
         paths = [folder / f"{number:02d}.png" for number in range(len(shots))]
         if not all(map(is_whole, paths)):
             with self.run.adapter.disabled():
-                images = self.run.sample(self._samples.sampler, shots, self._callbacks.on_warning)
+                values = self.run.parameters  # which are the base model's here
+                images = self.run.sample(self._samples.sampler, shots, self._callbacks.on_warning, values)
             for path, image in zip(paths, images, strict=True):
                 write_file(path, partial(image.save, format="PNG"))
         self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
