@@ -181,8 +181,6 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         family.loaded.diffusers_lacks[named.scheme], named.path
     ):
         return f"{named.scheme} names that contain unknown words"
-    if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
-        return family.loaded.diffusers_denoiser_lacks[named.scheme]
     if named.part == "denoiser" and not is_text_path(named.path):
         forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
     else:
@@ -330,6 +328,8 @@ def _refusal_by_diffusers(lora: LoraNames) -> str | None:
             return f"a file in {named.scheme} names with layers such as {named.path}"
         if named and (reason := _paths_not_in_diffusers(NAME_TABLES[lora.family], named)):
             return f"a file with {reason}"
+        if named and named.path.endswith(loaded.diffusers_linear) and len(entry.shapes.get("down", ())) > 2:
+            return f"a file with convolutions where {lora.family} has Linear layers"
     return None
 
 

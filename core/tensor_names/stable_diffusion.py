@@ -102,7 +102,7 @@ SD2 = NameTable(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
         diffusers_paths={"kohya": "diffusers"},
-        diffusers_denoiser_lacks={"kohya": "convolutions that sd-scripts has where SD2 has Linear layers"},
+        diffusers_linear=(".proj_in", ".proj_out"),
         sd_scripts=_IN_SD_SCRIPTS,
         invokeai={("kohya", "diffusers"): ""},
         invokeai_text=("lora_te_text_model_",),

@@ -171,8 +171,8 @@ class LoadedNames:
     """A regular expression, by scheme. If a path of the denoiser matches, diffusers refuses the whole file."""
     diffusers_blocks: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     """The modules that diffusers expects in every block, by scheme and stack of blocks, if it refuses a file without them."""
-    diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
-    """The reason, by scheme, why diffusers loads a file's text encoders but not its denoiser."""
+    diffusers_linear: tuple[str, ...] = ()
+    """The ends of the denoiser's paths that are Linear in diffusers. It refuses a file that has convolutions there."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
     """The names of LoKr files that diffusers' pipelines load, as in `comfyui`."""
     diffusers_lokr_with_alpha: frozenset[str] = frozenset()

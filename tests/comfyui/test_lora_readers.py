@@ -288,10 +288,7 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
                         assert change is not None and change.any(), (scheme, form, has_alpha, path)
 
 
-# sd-scripts has convolutions in SD2 where diffusers has Linear layers.
-@pytest.mark.parametrize(
-    "family", [name for name, table in FAMILIES.items() if table.loaded.diffusers and name != "sd2"]
-)
+@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.diffusers])
 def test_it_is_known_whose_paths_diffusers_loads(family):
     table, modules = FAMILIES[family], loras_of(family, blocks_only=True)
     namings = [("diffusers", table.diffusers_prefix)] + [("comfy", "diffusion_model.")] * table.original_in_comfy

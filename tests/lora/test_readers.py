@@ -196,6 +196,17 @@ def test_diffusers_is_not_said_to_load_the_other_model_s_paths(case):
     assert read_by("peft", lora).verdict == NO
 
 
+def test_sd2_files_of_sd_scripts_load_in_diffusers_unless_they_change_projections():
+    block = "lora_unet_down_blocks_0_attentions_0_"
+    down, up = torch.ones(1, 320), torch.ones(320, 1)
+    attention = {f"{block}transformer_blocks_0_attn1_to_q.lora_down.weight": down,
+                 f"{block}transformer_blocks_0_attn1_to_q.lora_up.weight": up}  # fmt: skip
+    projection = {f"{block}proj_in.lora_down.weight": down, f"{block}proj_in.lora_up.weight": up}
+    convolution = {name: tensor[:, :, None, None] for name, tensor in projection.items()}
+    for tensors, verdict in ((attention, YES), (attention | projection, YES), (attention | convolution, NO)):
+        assert read_by("diffusers", LoraFile("sd2", {"ss_base_model_version": "sd_v2"}, tensors)).verdict == verdict
+
+
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     zimage().save(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
