@@ -207,6 +207,20 @@ def test_sd2_files_of_sd_scripts_load_in_diffusers_unless_they_change_projection
         assert read_by("diffusers", LoraFile("sd2", {"ss_base_model_version": "sd_v2"}, tensors)).verdict == verdict
 
 
+def test_an_alpha_in_the_metadata_is_said_to_be_ignored_by_all_programs_but_diffusers_and_peft():
+    path, inputs, outputs = ATTENTIONS["zimage"]
+    tensors = {
+        f"transformer.{path}.lora_A.weight": torch.ones(4, inputs),
+        f"transformer.{path}.lora_B.weight": torch.ones(outputs, 4),
+    }
+    for alpha, verdict in ((4, YES), (8, OTHER)):
+        config = json.dumps({"transformer.r": 4, "transformer.lora_alpha": alpha})
+        lora = LoraFile.from_tensors(tensors, {"lora_adapter_metadata": config})
+        assert {read_by(reader, lora).verdict for reader in ("diffusers", "peft")} == {YES}
+        assert {read_by(reader, lora).verdict for reader in ("ComfyUI", "InvokeAI", "mflux")} == {verdict}
+        assert read_by("ComfyUI", convert_for(lora, ["ComfyUI"]).lora).verdict == YES
+
+
 def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     zimage().save(tmp_path / "a.safetensors")
     output = tmp_path / "b.safetensors"
