@@ -423,7 +423,7 @@ def test_it_is_known_what_invokeai_loads(family, tmp_path):
 @pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.invokeai])
 def test_it_is_known_in_which_forms_of_names_invokeai_loads_a_lora(family, tmp_path):
     """Of the attention of one block of each kind, or of a UNet's blocks of attention and its text encoder."""
-    kept = r"^down_blocks\.2\.attentions\.0\." if FAMILIES[family].is_unet else r"\.0\.att\w+\."
+    kept = r"^down_blocks\.2\.attentions\.0\." if FAMILIES[family].is_unet else r"\.0\.(att\w+\.|proj_mlp$)"
     modules = {name: module for name, module in loras_of(family, blocks_only=True).items() if re.search(kept, name[1])}
     if FAMILIES[family].is_unet:
         modules |= {name: module for name, module in text_loras_of(family).items() if ".0." in name[1]}
