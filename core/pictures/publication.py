@@ -99,7 +99,7 @@ def publish(
     user. Raises BadConfig without a title or the person's agreement, and BadPhoto for an unreadable picture.
     """
     if not agreed:
-        raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed (--agreed)")
+        raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed")
     source, folder = LoraFile.read(lora), Path(output)
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: this folder already exists; choose another output")
@@ -146,7 +146,7 @@ def _file_name(title: str, lora: str) -> str:
     name = re.sub(r"[^\w-]+", "_", title).strip("_-")[:64]
     if not name:
         fault = f"its title {title!r} contains nothing usable in a file name" if title.strip() else "it has no title"
-        raise BadConfig(f"{lora}: {fault}; give one with title (--title)")
+        raise BadConfig(f"{lora}: {fault}; set title")
     return name
 
 
