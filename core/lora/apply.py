@@ -69,7 +69,8 @@ class AppliedLora:
             return
         change = _LowRank(module)
         self._sum(module_id, "weight", layer.weight, change(layer.narrow.parts[0].device))
-        self.originals.setdefault((module_id, "weight"), layer.changes)
+        if not self.for_good:
+            self.originals.setdefault((module_id, "weight"), layer.changes)
         layer.changes = (*layer.changes, change)
 
     def _sum(self, module_id: ModuleId, name: str, parameter: Tensor, change: Tensor) -> Tensor:

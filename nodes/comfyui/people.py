@@ -60,12 +60,13 @@ def add_headshots(user: str | None, key: str, digests: Mapping[str, str]) -> Non
 
 def of(user: str | None, prompts: Collection[str]) -> list[Record]:
     """Return what the list shows of the user's training runs, the latest first. `prompts` are the ids of those that run now."""
-    live = set(_live)  # before the records are read, since a run may end meanwhile
+    live = set(_live)
     records = [record for record in _all() if user is not None and record["user"] == user]
+    live |= _live  # a run may begin or end while the records are read
     shown = []
     for record in sorted(records, key=lambda record: -record["begun"]):
         phase = record.get("phase")
-        if phase == RUNNING and record["key"] not in live | set(_live):
+        if phase == RUNNING and record["key"] not in live:
             phase = "stopped"
         elif phase == "done" and record["run"]["prompt"] in prompts:
             phase = DRAWING
