@@ -237,6 +237,11 @@ class TrainConfig:
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
         "auto", "Recompute activations to save memory. auto: as much as the memory plan needs", group="machine"
     )
+    eight_bit_products: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Multiply in 8 bits where frozen weights have 8 bits. auto: if it is measured to be faster on your GPU",
+        group="machine",
+    )
     compile: bool = option(
         False,
         "Compile the denoiser's blocks. Steps take less GPU time, but the first ones take minutes",

@@ -131,6 +131,11 @@ def keeps_narrow_weights(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all its work."""
+    getattr(torch, device.type).synchronize()
+
+
 def processor(device: torch.device) -> str:
     """Return the name of the device's processor, as reported by the system."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 The report has no paths, no names and nothing about photos. Nothing leaves the machine.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -29,8 +30,11 @@ from ..device import (
 from ..models.base import Base
 from ..models.compiled import why_not_compiled
 from ..models.memory_plan import PLANS, MemoryPlan
+from ..models.narrow_layers import narrowed
+from ..models.products import time_in_eight_bits
 from ..models.spec import on_device, placed
 from ..progress import silent
+from ..storage.stored import FLOAT8, NarrowTensor, as_stored
 from ..threads import Threads, usable_threads
 from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
@@ -95,6 +99,10 @@ class Measured:
     what: str
     agreements: tuple[Agreement, ...]
     trials: tuple[Trial, ...]
+    products: dict[str, float | None]
+    """The time of products in 8 bits, by the dtype of the weights, as a share of the time with widened weights.
+
+    None if the device has no such products."""
     why_not_compiled: str | None
 
 
@@ -193,7 +201,19 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
         on_progress(f"steps with {plan}")
         trials.append(trial(cache, base, config, device, dtype, plan))
     what = f"{base.family.title}, random weights, {resolution} px, batch 1, rank {config.rank}"
-    return Measured(what, agreements, tuple(trials), why_not_compiled(device) and "not possible here")
+    on_progress("products in 8 bits")
+    products = _products(device, dtype)
+    return Measured(what, agreements, tuple(trials), products, why_not_compiled(device) and "not possible here")
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+    """Time products in 8 bits with weights as wide as FLUX.1's, or much narrower ones on a CPU."""
+    width = 3072 if device.type == "cuda" else 256
+    wide = [torch.randn(shape) for shape in ((width, width), (4 * width, width), (width, 4 * width))]
+    weights = {"int8": [narrowed(weight) for weight in wide]}
+    weights["fp8"] = [NarrowTensor((weight.to(FLOAT8[0]),), as_stored, tuple(weight.shape)) for weight in wide]
+    shares = {name: time_in_eight_bits(of_dtype, device, dtype) for name, of_dtype in weights.items()}
+    return {name: share if math.isfinite(share) else None for name, share in shares.items()}
 
 
 def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> Agreement:
@@ -264,7 +284,9 @@ def _measurements(measured: Measured) -> list[str]:
         for one in measured.agreements
     ]
     compiles = "no" if measured.why_not_compiled else "yes"
-    lines += [f"compile: {compiles}", "", f"{measured.what}:", ""]
+    lines += [f"compile: {compiles}"]
+    lines += [f"products in 8 bits, {name}: {_share(share)}" for name, share in measured.products.items()]
+    lines += ["", f"{measured.what}:", ""]
     lines += ["| plan | seconds a step | GiB predicted | GiB measured |", "|---|--:|--:|--:|"]
     for one in measured.trials:
         time_taken = one.error if one.seconds is None else f"{one.seconds:.3f}"
@@ -276,6 +298,10 @@ def _memory(report: Report) -> str:
     """Return the device's known memory sizes, each followed by a comma and a space."""
     known = [(report.total_memory, "memory"), (report.free_memory, "free")]
     return "".join(f"{what} {_gib(size)} GiB, " for size, what in known if size is not None)
+
+
+def _share(share: float | None) -> str:
+    return "not possible here" if share is None else f"{share:.2f} of the time with widened weights"
 
 
 def _gib(size: int | None) -> str:

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import torch
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all its work."""
-    getattr(torch, device.type).synchronize()
+from ..device import synchronize
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from ..storage.stored import NarrowTensor, as_stored
+from ..storage.stored import NarrowTensor, Widen, as_stored
+from .eight_bits import InEightBits, linear, times
 
 Change = Callable[[torch.device], Tensor]
 """A function that returns what is added to a weight, float32 on a device."""
@@ -23,7 +24,7 @@ class NarrowLayer(nn.Module):
 
     def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:
         self.dtype: torch.dtype = dtype
-        self._widen = weight.widen
+        self._widen: Widen = weight.widen
         self._shape = weight.shape
         self._names = tuple(f"part_{number}" for number in range(len(weight.parts)))
         for name, part in zip(self._names, weight.parts, strict=True):
@@ -57,6 +58,15 @@ class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
         if self.changes:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
         return _Linear.apply(x, weight.widen, self.bias, *weight.parts)
+
+    @property
+    def plain_widen(self) -> Widen:
+        """The function that widens the weight, without the mark of products in 8 bits."""
+        return self._widen.widen if isinstance(self._widen, InEightBits) else self._widen
+
+    def multiply(self, in_eight_bits: bool) -> None:
+        """Compute products with the weight in 8 bits or not."""
+        self._widen = InEightBits(self.plain_widen) if in_eight_bits else self.plain_widen
 
 
 class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -117,7 +127,7 @@ class _Linear(torch.autograd.Function):
         x, widen, bias, *parts = given
         ctx.save_for_backward(*parts)
         ctx.widen = widen
-        return F.linear(x, widen(parts, x.dtype), bias)
+        return linear(x, widen, parts, bias)
 
     @staticmethod
     @once_differentiable
@@ -125,7 +135,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         parts: Sequence[Tensor] = ctx.saved_tensors
-        return gradients[0] @ ctx.widen(parts, gradients[0].dtype), *(None,) * (2 + len(parts))
+        return times(gradients[0], ctx.widen, parts), *(None,) * (2 + len(parts))
 
 
 class _Conv2d(torch.autograd.Function):
@@ -159,10 +169,11 @@ def narrowed(weight: Tensor) -> NarrowTensor:
     """Round the weight to int8, with the float32 scales (out, 1, ...) that multiply it back."""
     wide = weight.detach().float()
     scale = wide.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-12) / 127
-    return NarrowTensor(((wide / scale).round_().to(torch.int8), scale), _times_scale, tuple(weight.shape))
+    return NarrowTensor(((wide / scale).round_().to(torch.int8), scale), times_scale, tuple(weight.shape))
 
 
-def _times_scale(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def times_scale(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Widen a weight from `narrowed`."""
     weight, scale = parts
     return weight * scale.to(dtype)
 

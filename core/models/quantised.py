@@ -174,7 +174,8 @@ def _with_scale_of_rows(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[T
     return weight, scale.float().reshape([] if scale.numel() == 1 else [-1, *ones])
 
 
-def _widen_fp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def widen_fp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Widen fp8 numbers with a scale for each row or one for all."""
     weight, scale = parts
     # In bf16, as in ComfyUI.
     return weight.to(torch.bfloat16, copy=True).mul_(scale.bfloat16()).to(dtype)
@@ -201,8 +202,18 @@ def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], sa
     return dtype == torch.int8 and can_be_rotated and _has_scale_of_rows(shape, scales)
 
 
-def _widen_int8(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+def widen_int8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Widen whole numbers with a scale for each row or one for all."""
+    return _times_scale(*parts).bfloat16().to(dtype)
+
+
+def _widen_rotated(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
     return _turned_back(_times_scale(*parts), size).bfloat16().to(dtype)
+
+
+def _int8_widener(said: Mapping[str, Any]) -> Widen:
+    size = _rotated_in(said)
+    return partial(_widen_rotated, size=size) if size else widen_int8
 
 
 def _fits_int4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
@@ -217,12 +228,10 @@ def _widen_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tenso
 
 
 def _turned_back(weight: Tensor, size: int) -> Tensor:
-    """Undo ConvRot's rotation of the weight's inputs, done in groups of that size before rounding. 0 means unchanged.
+    """Undo ConvRot's rotation of the weight's inputs, done in groups of that size before rounding.
 
     The matrix is symmetric and orthogonal, and so its own inverse: a Kronecker power of a regular Hadamard matrix of order 4.
     """
-    if not size:
-        return weight
     of_four = torch.ones(4, 4, device=weight.device) - 2 * torch.eye(4, device=weight.device).flip(0)
     matrix = of_four
     while len(matrix) < size:
@@ -296,10 +305,8 @@ def _of_e2m1(codes: Tensor) -> Tensor:
 
 
 _FORMATS = {
-    "float8": _Format(_fits_fp8, _with_scale_of_rows, lambda said: _widen_fp8),
-    "int8_tensorwise": _Format(
-        _fits_int8, _with_scale_of_rows, lambda said: partial(_widen_int8, size=_rotated_in(said)), (".weight_scale",)
-    ),
+    "float8": _Format(_fits_fp8, _with_scale_of_rows, lambda said: widen_fp8),
+    "int8_tensorwise": _Format(_fits_int8, _with_scale_of_rows, _int8_widener, (".weight_scale",)),
     "convrot_w4a4": _Format(
         _fits_int4,
         _with_scale_of_rows,

@@ -18,7 +18,14 @@ from .encode import LatentCache
 from .methods import peak_rate
 from .training_adapter import TrainingAdapter
 
-_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compile", "deterministic")
+_NO_EFFECT = (
+    "state_interval",
+    "gradient_checkpointing",
+    "eight_bit_products",
+    "memory_limit",
+    "compile",
+    "deterministic",
+)
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
 _HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
 _WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")

@@ -170,7 +170,7 @@ class IntermediateLoras:
         metadata = training_metadata(
             self._cache, self._base, self.config, steps=step, started_at=self._started_at, precision=run.dtype,
             plan=run.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
-            thumbnail=self._thumbnail,
+            products_in_eight_bits=run.in_eight_bits, thumbnail=self._thumbnail,
         )  # fmt: skip
         file = run.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
         # The tensors reveal which published model of the family the LoRA is for.

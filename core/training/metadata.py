@@ -28,6 +28,8 @@ _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: 
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
 """The key for the precision of narrowed frozen weights. Narrowing them changes the LoRA a little."""
+PRODUCTS_KEY = "facelora.products"
+"""The key for the precision of products with frozen weights, if it is lower than that of the training run."""
 
 
 _NOT_OURS: dict[str, Any] = {
@@ -70,6 +72,7 @@ def training_metadata(
     precision: torch.dtype,
     plan: MemoryPlan,
     weights_narrowed: bool,
+    products_in_eight_bits: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
     """Build the metadata of the result after `steps` steps, as strings. Hashes of the tensors are added on saving.
@@ -99,6 +102,8 @@ def training_metadata(
     }
     if weights_narrowed:
         values[WEIGHTS_KEY] = "8 bits"
+    if products_in_eight_bits:
+        values[PRODUCTS_KEY] = "8 bits"
     # For None, sd-scripts omits the keys of modelspec and network arguments, and writes "None" for all other keys.
     return {
         name: json.dumps(value) if isinstance(value, dict | list) else str(value)

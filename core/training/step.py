@@ -20,6 +20,7 @@ from ..models.compiled import CompiledBlocks, why_not_compiled
 from ..models.convolution import FrozenConvolutions
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.objective import Schedule, draw_noise, sample_losses
+from ..models.products import choose_products
 from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
 from ..progress import OnWarning
 from .encode import Batches, EncodedImage, LatentCache
@@ -98,6 +99,8 @@ class Run:
             _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
         self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, draws=config.dropout > 0)
         self.memory.adopt(plan)
+        self.in_eight_bits: bool = self._choose_products()
+        """Whether products with frozen weights are computed in 8 bits."""
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
         """Why blocks are not compiled although the settings ask for it, or None."""
         compiled = config.compile and not self.why_not_compiled
@@ -148,6 +151,12 @@ class Run:
                     total += loss.detach()
         return total
 
+    def _choose_products(self) -> bool:
+        wanted = self.config.eight_bit_products
+        # A choice by time could differ when the run is resumed.
+        wanted = "off" if wanted == "auto" and self.config.deterministic else wanted
+        return choose_products(self.denoiser, wanted, self.device, self.dtype)
+
     def _frozen_convolutions(self) -> FrozenConvolutions | None:
         # With offloading, transformed kernels would stay on the device while the weights don't.
         return None if self.compiled or self.memory.plan.offload else FrozenConvolutions(self.denoiser, self.device)
@@ -189,7 +198,10 @@ class Run:
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a memory plan. Weights that are already in 8 bits stay that way."""
+        narrows = plan.weights != self.memory.plan.weights
         self.memory.adopt(plan)
+        if narrows:
+            self.in_eight_bits = self._choose_products()
         self.convolutions = self._frozen_convolutions()
 
     def update(self, loss: Tensor) -> None:

@@ -124,7 +124,7 @@ GRAIN = 512
 """The bytes that CUDA's allocator rounds every size up to a multiple of."""
 PRODUCTS = (
     aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward,
-    aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention, aten._int_mm, aten._scaled_mm,
 )  # fmt: skip
 """The operations whose dtypes decide about speed."""
 KERNELS = (aten.silu_backward.default, *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []))
@@ -315,6 +315,8 @@ class Card(TorchDispatchMode):
             dtypes = tuple(tensor.dtype for tensor in _tensors(args, {}))
             self.products[str(packet), dtypes] += 1
             self._check_determinism(packet)
+            if packet in (aten._int_mm, aten._scaled_mm):
+                self._check_eight_bits(packet, *args[:2])
             is_convolution = packet in (aten.convolution, aten.convolution_backward)
             self.rounded += is_convolution and torch.float32 in dtypes and torch.backends.cudnn.allow_tf32
         no_kernel = ("aten::empty", "aten::_unsafe_view", "aten::new_empty")
@@ -344,6 +346,16 @@ class Card(TorchDispatchMode):
                 "Deterministic behavior was enabled with `torch.use_deterministic_algorithms(True)`, but this operation is not "
                 "deterministic because it uses CuBLAS and you have CUDA >= 10.2."
             )
+
+    def _check_eight_bits(self, packet: Any, left: Tensor, right: Tensor) -> None:
+        """What torch requires of products in 8 bits on CUDA."""
+        multiple = 8 if packet is aten._int_mm else 16
+        if any(side % multiple for side in right.shape):
+            raise RuntimeError(f"Expected the second matrix's sides to be multiples of {multiple}: {tuple(right.shape)}")
+        if packet is aten._int_mm and len(left) <= 16:
+            raise RuntimeError(f"self.size(0) needs to be greater than 16, but got {len(left)}")
+        if packet is aten._scaled_mm and (self.capability < (8, 9) or right.stride(0) != 1):
+            raise RuntimeError("torch._scaled_mm requires compute capability >= 8.9 and a column-major second matrix")
 
     def launch(self) -> None:
         self.launches += 1

@@ -97,6 +97,24 @@ def test_a_step_on_quantised_weights_on_a_gpu(form, plan, fake_process):
     assert step.peak < wide.peak
 
 
+@pytest.mark.parametrize(
+    ("form", "capability", "wanted"),
+    [
+        ("", (8, 6), {torch.int8, torch.bfloat16}),
+        ("int8", (8, 6), {torch.int8, torch.bfloat16}),
+        ("scaled fp8", (8, 9), {torch.float8_e4m3fn, torch.bfloat16, torch.float32}),  # the scales are in float32
+        ("scaled fp8", (8, 6), {torch.bfloat16}),
+    ],
+)
+def test_a_step_with_products_in_8_bits_on_a_gpu(form, capability, wanted, fake_process):
+    plan = MemoryPlan(1.0, "full" if form else "8 bits", 0.5)
+    case = trials.Case("flux1", plan=plan, form=form, capability=capability, settings={"eight_bit_products": "on"})
+    step = fake_process.submit(trials.step, case).result()
+    assert step.dtypes == wanted
+    check_copies(step, plan)
+    assert step.predicted == pytest.approx(step.peak, rel=0.06)
+
+
 ONE_PICTURE = {"precision": "bf16", "batch_size": 1}
 
 

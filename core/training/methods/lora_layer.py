@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ...models.eight_bits import linear, times
 from ...models.narrow_layers import as_under_autocast, narrow_of
 from ...storage.stored import Widen
 
@@ -55,13 +56,13 @@ class LoraLayer(nn.Module):
         layer: Any = self.base_layer
         if not self.enabled:
             return layer(x)
-        linear = isinstance(layer, nn.Linear)
-        if linear and not (self.dropout and self.training):
+        is_linear = isinstance(layer, nn.Linear)
+        if is_linear and not (self.dropout and self.training):
             return self.together.output(self, x)
         x = as_under_autocast(x)
         down, (up,) = self.together.matrices(x.dtype)
         dropped = F.dropout(x, self.dropout, self.training)
-        if linear:
+        if is_linear:
             return layer(x) + self.scale * F.linear(F.linear(dropped, down), up)
         change = F.conv2d(F.conv2d(dropped, down, None, layer.stride, layer.padding, layer.dilation), up)
         return layer(x) + self.scale * change
@@ -129,8 +130,8 @@ class _AdaptedLinears(torch.autograd.Function):
     """The equation y = W x + b + s B (A x) for layers with one x, and its gradients. Of the activations, x and A x are kept.
 
     `down` is the stacked matrices A, or the one that all layers share. The other arguments are all matrices B, all biases, and
-    the parts of all weights. The weights are widened for a product and again for the backward pass. Everything but their parts
-    is in the dtype of x.
+    the parts of all weights. The weights are widened for a product and again for the backward pass, or multiplied in 8 bits
+    (eight_bits.py). Everything but their parts is in the dtype of x.
     """
 
     @staticmethod
@@ -141,7 +142,7 @@ class _AdaptedLinears(torch.autograd.Function):
         for column, (scale, widen, _), up, weight, bias in zip(
             _columns(low, ups), forms, ups, _by_layer(parts, forms), biases, strict=True
         ):
-            y = F.linear(x, widen(weight, x.dtype), bias)  # W x + b
+            y = linear(x, widen, weight, bias)  # W x + b
             y.view(-1, y.shape[-1]).addmm_(column, up.t(), alpha=scale)  # + s B (A x), in place
             outputs.append(y)
         ctx.save_for_backward(x, low, down, *ups, *parts)
@@ -166,16 +167,12 @@ class _AdaptedLinears(torch.autograd.Function):
             low_gradients[number].addmm_(gradient, up, beta=int(summed), alpha=scale)  # s g B
             up_gradients.append(torch.addmm(up, gradient.t(), parts[number], beta=0, alpha=scale))  # s g^T (A x)
             if ctx.needs_input_grad[0]:  # g W, summed over the layers
-                x_gradient = _plus_product(x_gradient, gradient, widen(weights[number], x.dtype))
+                x_gradient = times(gradient, widen, weights[number], x_gradient)
         low_gradient = low_gradient.flatten(0, -2)
         down_gradient = low_gradient.t() @ x.flatten(0, -2)
         if x_gradient is not None:
             x_gradient = x_gradient.addmm_(low_gradient, down).view(x.shape)
         return x_gradient, None, down_gradient, *up_gradients, *(None,) * (len(ctx.needs_input_grad) - 3 - len(ups))
-
-
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left @ right if total is None else total.addmm_(left, right)
 
 
 def _by_layer(parts: Sequence[Tensor], forms: Sequence[_Form]) -> list[Sequence[Tensor]]:
