@@ -130,6 +130,8 @@ class Run:
         self.step: int = 0
         self.narrowed_after: int | None = None
         """The number of completed steps when the frozen weights were narrowed to 8 bits. None if they never were."""
+        self._sample_offload: float = 0.0
+        """The share of the blocks that were brought in for the last sample, the least that is tried for the next one."""
         self.loss: Tensor = torch.zeros((), device=self.device)
         self.first_bad_step: Tensor = torch.full((), -1, device=self.device)
 
@@ -178,23 +180,16 @@ class Run:
                     raise
             # Outside the except clause, so that the error no longer keeps the step's activations alive.
             self.optimizer.zero_grad(set_to_none=True)
-            self._save_memory(f"step {self.step + 1}", on_warning)
-
-    def _save_memory(self, what: str, on_warning: OnWarning) -> None:
-        """Switch to the next smaller memory plan, since `what` does not fit.
-
-        Raises OutOfMemory when there isn't a smaller plan.
-        """
-        now = self.memory.plan
-        plan = next((plan for plan in self.plans if plan != now and plan.saves_as_much_as(now)), None)
-        if plan is None:
-            raise OutOfMemory(
-                f"{what} does not fit into the device's memory ({now}). "
-                "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
-            )
-        on_warning(f"out of memory in {what}: repeating it with {plan}")
-        release_memory()
-        self.adopt(plan)
+            now = self.memory.plan
+            plan = next((plan for plan in self.plans if plan != now and plan.saves_as_much_as(now)), None)
+            if plan is None:
+                raise OutOfMemory(
+                    f"step {self.step + 1} does not fit into the device's memory ({now}). "
+                    "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+                )
+            on_warning(f"out of memory in step {self.step + 1}: repeating it with {plan}")
+            release_memory()
+            self.adopt(plan)
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a memory plan. Weights that are already in 8 bits stay that way."""
@@ -339,19 +334,37 @@ class Run:
     ) -> list[Image.Image]:
         """Draw an image of each shot with the adapter as it would be saved now, or with other `values` in it.
 
-        The training adapter is off, because the LoRA will be used without it. Images that don't fit into memory are drawn
-        again under a smaller memory plan, and `on_warning` is called.
+        The training adapter is off, because the LoRA will be used without it. If memory runs out, more blocks are brought in
+        until the images are drawn, which changes neither them nor the training, and `on_warning` is called.
         """
         self.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
-        with self._drawing_with(self.trained() if values is None else values):
-            while True:
-                try:
-                    with self.training_adapter.off() if self.training_adapter else contextlib.nullcontext():
+        plan, values = self.memory.plan, self.trained() if values is None else values
+        first = max(plan.offload, self._sample_offload)
+        more = (0.5, 1.0) if METHODS[self.config.method].freezes_weights else ()
+        plans = [replace(plan, offload=share) for share in (first, *more) if share >= first]
+        with (
+            self._drawing_with(values),
+            self.training_adapter.off() if self.training_adapter else contextlib.nullcontext(),
+        ):
+            try:
+                for smaller in dict.fromkeys(plans):
+                    if smaller.offload > first:
+                        on_warning(f"out of memory in a sample: drawing it with {smaller}")
+                        release_memory()
+                    if smaller != self.memory.plan:
+                        self.adopt(smaller)
+                    self._sample_offload = smaller.offload
+                    try:
                         return sampler(self.denoiser, self.encoders, shots)
-                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                self._save_memory("a sample", on_warning)
+                    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                        if not is_out_of_memory(error):
+                            raise
+            finally:
+                if self.memory.plan != plan:
+                    self.adopt(plan)
+        raise OutOfMemory(
+            f"a sample does not fit into the device's memory ({plans[-1]}). Use a lower resolution, or sample_every 0"
+        )
 
     @contextlib.contextmanager
     def _drawing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:

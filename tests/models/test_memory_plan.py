@@ -375,17 +375,26 @@ def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
         train_lora(cache, base, CONFIG, device=CPU)
 
 
-def test_samples_that_do_not_fit_are_drawn_again_under_a_smaller_plan(base, cache):
-    run = Run(cache, base, CONFIG, CPU)
+@pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(1.0, "8 bits", 0.75)], ids=str)
+def test_samples_that_do_not_fit_are_drawn_with_blocks_brought_in_and_training_keeps_its_plan(base, cache, plan):
+    run = Run(cache, base, CONFIG, CPU, plan=plan)
     warnings: list[str] = []
+    drawn_with: list[MemoryPlan] = []
 
     def sampler(*_):
-        return out_of_memory() if run.memory.plan.recompute < 1 else [Image.new("RGB", (8, 8))]
+        drawn_with.append(run.memory.plan)
+        return out_of_memory() if run.memory.plan.offload < 1 else [Image.new("RGB", (8, 8))]
 
     assert len(run.sample(sampler, [("a photo", 1)], warnings.append)) == 1
-    assert [warning.split(":")[0] for warning in warnings] == ["out of memory in a sample"] * 2
-    with pytest.raises(OutOfMemory, match=r"a sample does not fit .* batch_size 1"):
+    assert drawn_with == [replace(plan, offload=share) for share in (plan.offload, 0.5, 1.0) if share >= plan.offload]
+    assert [warning.split(":")[0] for warning in warnings] == ["out of memory in a sample"] * (len(drawn_with) - 1)
+    assert run.memory.plan == plan
+    drawn_with.clear()
+    run.sample(sampler, [("a photo", 1)], warnings.append)
+    assert drawn_with == [replace(plan, offload=1.0)] and run.memory.plan == plan
+    with pytest.raises(OutOfMemory, match=r"a sample does not fit .* sample_every 0"):
         run.sample(lambda *_: out_of_memory(), [("a photo", 1)], warnings.append)
+    assert run.memory.plan == plan
 
 
 def test_what_does_not_fit_together_is_computed_in_parts():
