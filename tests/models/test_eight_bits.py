@@ -11,7 +11,7 @@ from core.config import TrainConfig
 from core.models import narrow_layers, products
 from core.models.eight_bits import FEWEST_ROWS, InEightBits, linear, times
 from core.models.memory_plan import MemoryPlan
-from core.models.narrow_layers import make_narrow, narrowed, times_scale
+from core.models.narrow_layers import NarrowLinear, make_narrow, narrowed, times_scale
 from core.models.products import choose_products, time_in_eight_bits
 from core.models.quantised import widen_fp8
 from core.storage.stored import NarrowTensor, as_stored
@@ -130,6 +130,12 @@ def layers_with(weight: NarrowTensor) -> nn.Sequential:
     return network
 
 
+def marked(network: nn.Sequential) -> list[bool]:
+    layers = [layer for layer in network if isinstance(layer, NarrowLinear)]
+    assert len(layers) == len(network)
+    return [isinstance(layer.narrow.widen, InEightBits) for layer in layers]
+
+
 @pytest.mark.parametrize(("share", "chosen"), [(0.5, True), (0.89, True), (0.95, False), (1.5, False), (None, False)])
 def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(share, chosen, monkeypatch):
     timed = []
@@ -145,14 +151,14 @@ def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(
     network = layers_with(narrowed(torch.randn(96, 64)))
     assert choose_products(network, "auto", torch.device("cuda"), BF16) == chosen
     assert len(timed) == (1 if share is None else 2)  # one of two alike weights
-    assert [isinstance(layer.narrow.widen, InEightBits) for layer in network] == [chosen] * 2
+    assert marked(network) == [chosen] * 2
     timed.clear()
     assert not choose_products(network, "auto", CPU, BF16) and not timed
     assert not choose_products(network, "auto", torch.device("cuda"), torch.float16) and not timed
     assert not choose_products(network, "off", torch.device("cuda"), BF16) and not timed
     assert choose_products(network, "on", CPU, torch.float32) == (share is not None)
     assert not choose_products(network, "auto", CPU, BF16)
-    assert not any(isinstance(layer.narrow.widen, InEightBits) for layer in network)
+    assert not any(marked(network))
 
 
 def test_products_are_timed_both_ways():
