@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraMisfit, UnmatchedKeys
@@ -62,7 +63,7 @@ class AppliedLora:
 
     @torch.no_grad()
     def add_low_rank(self, module_id: ModuleId, module: LoraModule) -> None:
-        """Add a change to a weight, as `add` does. A narrow weight is changed whenever it is widened."""
+        """Add a change to a weight, as `add` does. A narrow weight stays as it is, and the change is beside it."""
         layer = self.layers[module_id]
         if not isinstance(layer, NarrowLayer):
             self.add(module_id, "weight", module.delta())
@@ -122,10 +123,17 @@ class _LowRank:
         self._module = module
 
     def __call__(self, device: torch.device) -> Tensor:
+        return self._on(device).delta()
+
+    def times(self, x: Tensor) -> Tensor:
+        module = self._on(x.device)
+        return F.linear(F.linear(x, module.down.to(x.dtype)), (module.scale * module.up).to(x.dtype))
+
+    def _on(self, device: torch.device) -> LoraModule:
         module = self._module
         mid = None if module.mid is None else module.mid.to(device)
         self._module = replace(module, down=module.down.to(device), up=module.up.to(device), mid=mid)
-        return self._module.delta()
+        return self._module
 
 
 def apply(

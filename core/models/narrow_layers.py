@@ -1,7 +1,7 @@
 """Frozen layers whose weights are kept as they are stored, in few bits, and widened whenever they are used."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,24 @@ from torch.nn.grad import conv2d_input
 from ..storage.stored import NarrowTensor, Widen, as_stored
 from .eight_bits import InEightBits, linear, times
 
-Change = Callable[[torch.device], Tensor]
-"""A function that returns what is added to a weight, float32 on a device."""
+
+class Change(Protocol):
+    """What is added to a weight: an applied LoRA's change of it."""
+
+    def __call__(self, device: torch.device) -> Tensor:
+        """Return the change in float32, on the device."""
+        ...
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return x C^T for the change C of a linear layer, in the dtype of x."""
+        ...
 
 
 class NarrowLayer(nn.Module):
     """The base class of frozen layers whose weight is a NarrowTensor. Its parts are parameters, so that they can be moved."""
 
     changes: tuple[Change, ...] = ()
-    """What is added to the widened weight, in order: applied LoRAs for drawing pictures."""
+    """What is added to the weight, in order: applied LoRAs for drawing pictures."""
 
     def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:
         self.dtype: torch.dtype = dtype
@@ -55,9 +64,10 @@ class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
 
     def forward(self, input: Tensor) -> Tensor:
         x, weight = as_under_autocast(input), self.narrow
-        if self.changes:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
-        return _Linear.apply(x, weight.widen, self.bias, *weight.parts)
+        y = _Linear.apply(x, weight.widen, self.bias, *weight.parts)
+        for change in self.changes:  # beside the weight, since adding it to the weight takes longer than the product
+            y = y + change.times(x)
+        return y
 
     @property
     def plain_widen(self) -> Widen:

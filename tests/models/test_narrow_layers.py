@@ -11,6 +11,7 @@ import core.pictures.generate as generate_module
 from core.config import TrainConfig
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
+from core.lora.modules import LoraModule
 from core.models import load_base, quantised
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
@@ -166,6 +167,19 @@ def test_pictures_of_narrow_weights_with_loras_are_those_of_wide_ones(monkeypatc
     assert layers[0] and not layers[1]
     (plain_again,) = draw(narrow, [])
     assert abs(plain_again - plain).max() <= 1
+
+
+def test_a_lora_on_a_narrow_linear_layer_is_multiplied_beside_its_weight(monkeypatch):
+    narrow, _ = narrow_and_wide_base("scaled fp8")
+    denoiser = narrow.load("denoiser", CPU, torch.float32, as_stored=True)
+    layer = denoiser.get_submodule("transformer_blocks.0.attn.to_q")
+    assert isinstance(layer, NarrowLinear)
+    for seed in (1, 2):
+        apply(random_lora(narrow, r"transformer_blocks\..+", seed=seed), {"family": "flux1", "denoiser": denoiser}, 0.5)
+    x = torch.randn(2, 5, 128)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    monkeypatch.setattr(LoraModule, "delta", None)  # a matrix as large as the weight, at each call
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_lora_on_narrow_weights_is_taken_off_again_and_other_kinds_are_refused():
