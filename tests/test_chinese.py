@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.training.callbacks import LOADING, likeness_word
+from core.training.callbacks import LOADING, READING, likeness_word
 
 from .prose import ROOT, translated_texts
 
@@ -17,7 +17,7 @@ def said() -> set[str]:
     """Return the texts that the scripts translate: their own, and those that the server sends."""
     found = set().union(*(translated_texts(text) for name, text in SCRIPTS.items() if name != "words.js"))
     found |= set(re.findall(r'name: "([a-z ]+)"', SCRIPTS["train_panel.js"]))  # of the curves
-    found |= {LOADING, *(likeness_word(likeness) for likeness in (0.0, 0.5, 1.0))}
+    found |= {LOADING, READING, *(likeness_word(likeness) for likeness in (0.0, 0.5, 1.0))}
     shown = (ROOT / "nodes/comfyui" / name for name in ("panel.py", "train.py"))
     for path in [*(ROOT / "core/training").rglob("*.py"), *shown]:
         phases = r'(?:callbacks\.progress\(|"phase": )"([^"]+)"'

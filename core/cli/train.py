@@ -27,6 +27,7 @@ from ..training import (
     state_path,
     train,
 )
+from ..training.callbacks import READING
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from
 from .dry_run import show
@@ -79,11 +80,13 @@ def run_train(options: argparse.Namespace) -> None:
     job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
     if options.dry_run:
         return _show_work(options, base, job.looked_at(base, progress.warning))
+    callbacks = Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
     key = None
     with stop, progress:
         # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
         if METHODS[config.method].makes == "lora" and not faces and not judge:
             job = job.looked_at(base, progress.warning)
+            base.compute_hashes(callbacks.progress(READING))
             key = job.key(base)
         found = key is not None and not options.restart and has_key(options.output, key)
         if found:
@@ -94,7 +97,7 @@ def run_train(options: argparse.Namespace) -> None:
                 job.photos, base, job.config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
                 device=device_from(options), metadata={KEY: key} if key else {},
-                callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
+                callbacks=callbacks,
             )  # fmt: skip
     _end(options, lora.metadata, config, found)
 

@@ -1,9 +1,9 @@
-"""Count the memory of blocks that are alike only once.
+"""Count the memory and the operations of blocks that are alike only once.
 
 A large network has many blocks of few kinds, and executing a step on torch's fake tensors is slow. So only the first block of
 each kind is executed. The others are replaced by stand-ins: modules with few tensors that take the same memory. Each call of a
-block creates tensors of the measured sizes. So everything around the blocks (recomputation, offloading, the optimizer) works
-and is counted as in a real step.
+block creates tensors of the measured sizes, and adds the measured operations. So everything around the blocks (recomputation,
+offloading, the optimizer) works and is counted as in a real step.
 """
 
 import math
@@ -151,6 +151,7 @@ class AlikeBlocks:
 
         def pack(tensor: Tensor) -> Tensor:
             kind.again = count.peak - start
+            kind.operations_again = count.operations - operations
             packed[_place(tensor)] = kept = tensor.detach()
             return kept
 
@@ -168,9 +169,11 @@ class AlikeBlocks:
             replaced = iter(inputs)
             given = [next(replaced) if isinstance(value, Tensor) else value for value in given]
             call.arguments = tree_unflatten(given, spec)
-            start = count.peak = count.live
+            start, operations = count.live, count.operations
+            count.peak = start
             results, kind.spec = tree_flatten(forward(*call.args, **call.kwargs))
             kind.forward = count.peak - count.live
+            kind.operations = count.operations - operations
             outputs = [value for value in results if isinstance(value, Tensor)]
             kind.results = [_Layout.of(value) if isinstance(value, Tensor) else value for value in results]
             end = _Outputs.apply(count, kind, *outputs)
@@ -197,6 +200,8 @@ class AlikeBlocks:
                 torch.autograd.grad(other.clone(), [other], torch.empty_like(other))
                 most = max(count.peak, kind.again + (first_unpacked or [0])[0])
                 kind.backward += most
+                kind.operations_backward = count.operations - operations - kind.operations
+            count.operations = operations
             del end, shared
             kind.stays = count.live - before
             kind.kept -= kind.stays
@@ -246,6 +251,12 @@ class _Kind:
     kept_outputs: list[int] = field(default_factory=list)
     stays: int = 0
     """What the first call creates and no pass frees."""
+    operations: int = 0
+    """The floating-point operations of the forward pass."""
+    operations_again: int = 0
+    """Those of a recomputation."""
+    operations_backward: int = 0
+    """Those of the backward pass, in which all outputs have gradients."""
 
     @property
     def outputs(self) -> list[_Layout]:
@@ -290,6 +301,8 @@ class _Block(torch.autograd.Function):
         with count.known(0):
             outputs = _made(ctx, kind.outputs)
             kept = torch.empty(kind.kept, dtype=torch.uint8, device=count.device)
+        # A forward pass within a backward pass is a recomputation.
+        count.operations += kind.operations if torch._C._current_graph_task_id() == -1 else kind.operations_again
         ctx.count, ctx.kind = count, kind
         ctx.leaves = [_Layout.of(leaf) for leaf in tensors[len(kind.inputs) :]]
         ctx.save_for_backward(kept, *(tensors[n] for n in kind.kept_inputs), *(outputs[n] for n in kind.kept_outputs))
@@ -298,6 +311,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         kept = ctx.saved_tensors  # recomputes the block now, if it is to be recomputed
+        ctx.count.operations += ctx.kind.operations_backward
         with ctx.count.known(ctx.kind.backward):
             gradients = [layout and layout.made() for layout in (*ctx.kind.gradients, *ctx.leaves)]
         del kept

@@ -1,5 +1,6 @@
 """Count the arithmetic of a computation."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,19 @@ import torch
 
 def count_flops(work: Callable[[], object]) -> int:
     """Count the floating-point operations of matrix products, convolutions and attention in `work`. A multiply-add is two."""
+    counter = _counter()
+    with counter:
+        work()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return functions that count an operation from its arguments and its result `out_val`, by operation."""
+    return _counter().flop_registry
+
+
+def _counter() -> Any:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten: Any = torch.ops.aten
@@ -23,7 +37,4 @@ def count_flops(work: Callable[[], object]) -> int:
             sdpa_backward_flop_count(gradient, query, key, value)
         ),
     }
-    counter = FlopCounterMode(display=False, custom_mapping=more)
-    with counter:
-        work()
-    return counter.get_total_flops()
+    return FlopCounterMode(display=False, custom_mapping=more)

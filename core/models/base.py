@@ -3,16 +3,19 @@
 import hashlib
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..device import free_memory, keeps_narrow_weights
 from ..errors import BadFile, FaceLoraError, MissingPackage
+from ..progress import OnProgress, silent
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
 from ..storage.stored import dtype_and_shape, narrow_in
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
@@ -64,7 +67,7 @@ class Base:
     opened_with: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     """The arguments for opening it with `load_base` in another process. None if it doesn't come from files only."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The sha256 of a part's tensors, by part, for the parts requested so far."""
+    """The sha256 of a part's tensors by part, and of whole files, as far as they have been computed."""
 
     @cached_property
     def latent_shape(self) -> LatentShape:
@@ -242,6 +245,37 @@ class Base:
         optional = self.family.optional_encoders
         return tuple(part for part in self.family.text_encoders if part in self.components or part not in optional)
 
+    def compute_hashes(self, on_progress: OnProgress = silent) -> None:
+        """Compute the hashes of all weights and of the files together. Without this, each is computed when it is needed.
+
+        `on_progress` is called with the percentage that is done and 100. It may raise to cancel.
+        """
+        every = ("denoiser", "vae", *(() if self.caption_encoder else self.text_encoders))
+        parts = [part for part in every if part in self.components and part not in self._digests]
+        total, done, cancelled = sum(len(self.components[part].tensors) for part in parts), 0, threading.Event()
+
+        def step() -> None:
+            nonlocal done
+            before, done = 100 * done // total, done + 1
+            if 100 * done // total > before:
+                on_progress(100 * done // total, 100)
+
+        def go_on() -> None:
+            if cancelled.is_set():
+                raise CancelledError
+
+        # Whole files are hashed in a second thread. What one thread has read, the other finds in memory.
+        with ThreadPoolExecutor(1) as pool:
+            files = pool.submit(lambda: [self._file_hash(name, go_on) for name in ("file", "vae_file")])
+            try:
+                for part in parts:
+                    self._digests[part] = _digest(part, self.components[part].tensors, step)
+                while not wait([files], timeout=0.2).done:
+                    on_progress(100, 100)
+            finally:
+                cancelled.set()
+        files.result()
+
     def fingerprint(self, *parts: str) -> str:
         """Return a sha256 over the tensors of the parts, equal for equal weights from any source. The tensors are read once."""
         for part in parts:
@@ -260,15 +294,21 @@ class Base:
         prediction = f"{self.prediction_type} {self.zero_terminal_snr}"
         return f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
 
-    @cached_property
+    @property
     def sha256(self) -> str | None:
         """The sha256 of the checkpoint file (`ss_new_sd_model_hash`), or None without one."""
-        return self.file.sha256() if self.file else None
+        return self._file_hash("file")
 
-    @cached_property
+    @property
     def vae_sha256(self) -> str | None:
         """The sha256 of the VAE's own file, or None without one."""
-        return self.vae_file.sha256() if self.vae_file else None
+        return self._file_hash("vae_file")
+
+    def _file_hash(self, name: Literal["file", "vae_file"], on_chunk: Callable[[], None] = silent) -> str | None:
+        file = getattr(self, name)
+        if file and name not in self._digests:
+            self._digests[name] = file.sha256(on_chunk=on_chunk)
+        return self._digests.get(name)
 
     @cached_property
     def legacy_hash(self) -> str | None:
@@ -294,10 +334,11 @@ class Base:
         return shapes
 
 
-def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(part: str, tensors: Mapping[str, Tensor], step: Callable[[], None] = silent) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{part}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
+        step()
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..device import free_memory
+from .arithmetic import flop_formulas
 from .narrow_layers import narrow_weights
 from .spec import holds_numbers
 
@@ -392,20 +393,25 @@ def _aligned(size: int) -> int:
 class MemoryCount(TorchDispatchMode):
     """Counts the bytes of all tensors created in this context on a device, while they are alive.
 
-    `peak` is the largest sum so far. CUDA's allocator rounds each tensor up.
+    `peak` is the largest sum so far. CUDA's allocator rounds each tensor up. Floating-point operations are counted too.
     """
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.live: int = 0
         self.peak: int = 0
+        self.operations: int = 0
+        self._formulas = flop_formulas()
         self.device: torch.device = device
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # called for fake tensors, and half of all calls
             return args[0].fake_device
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if formula := self._formulas.get(func._overloadpacket):
+            self.operations += formula(*args, **kwargs, out_val=result)
         for tensor in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 self._count(tensor.untyped_storage())

@@ -92,14 +92,18 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(shape)
 
-    def sha256(self, *, with_header: bool = True) -> str:
-        """Compute the SHA-256 of the whole file, or of everything after its header, as 64 hex digits."""
+    def sha256(self, *, with_header: bool = True, on_chunk: Callable[[], None] = silent) -> str:
+        """Compute the SHA-256 of the whole file, or of everything after its header, as 64 hex digits.
+
+        `on_chunk` is called after each MiB, and may raise to cancel.
+        """
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             if not with_header:
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
+                on_chunk()
         return digest.hexdigest()
 
     def _bytes(self, offset: int, count: int) -> bytearray:

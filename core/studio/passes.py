@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from ..photos.captions import class_caption, default_caption
 from ..photos.dataset import Size
 from ..pictures.sampling import guided_prediction, predictions_per_step
 from ..training.encode import EncodedImage, LatentCache
+from ..training.memory_prediction import StepPrediction
 from ..training.methods import trains_text
-from ..training.methods.lycoris import LycorisAdapter
 from ..training.step import Run
 from ..training.training_adapter import TrainingAdapter
 
@@ -70,25 +71,21 @@ def count_passes(
     with mode:
         faked = _without_numbers(base)
         caption, made = _caption(faked, config) if text is None else (0, text)
-    cache = _cache(base, config, size, made)
-    with mode, torch.random.fork_rng([]):
-        run = Run(cache, faked, config, _CPU, plan=MemoryPlan(), training_adapter=training_adapter)
-        run.convolutions = None  # Count without a CPU's faster convolutions, which are part of its speed.
-        if isinstance(run.adapter, LycorisAdapter):
-            for layer in run.adapter.layers.values():
-                layer.eval()  # peft's layer dropout needs values, and fake tensors have none.
-        train = count_flops(run.accumulate)
-        predictions = {math.prod(one): _prediction(run, faked, made, one) for one in sizes}
         encode, decode = _vae(faked, sizes)
+    cache = _cache(base, config, size, made)
+    with torch.random.fork_rng([]):
+        step = StepPrediction(cache, faked, config, _CPU, torch.float32, training_adapter)
+        step.run.convolutions = None  # Count without a CPU's faster convolutions, which are part of its speed.
+        train = step.operations(step.run.accumulate)
+        predictions = {math.prod(one): step.operations(partial(_predict, step.run, faked, made, one)) for one in sizes}
     whole = predictions[math.prod(size)]
 
     @functools.cache
     def recompute(share: float) -> float:
         if not share:
             return 0.0
-        with mode:
-            run.memory.adopt(MemoryPlan(share))
-            return (count_flops(run.accumulate) - train) / whole
+        step.run.memory.adopt(MemoryPlan(share))
+        return (step.operations(step.run.accumulate) - train) / whole
 
     return Passes(_polynomial(predictions), train / whole, recompute, encode, decode, caption), cache
 
@@ -157,15 +154,15 @@ def _cache(base: Base, config: TrainConfig, size: Size, text: Conditioning) -> L
     return LatentCache((image,), dict.fromkeys(captions, zeros), chunks=1, digest="")
 
 
-def _prediction(run: Run, base: Base, text: Conditioning, size: Size) -> int:
-    """Return the operations of a prediction without gradients for a picture of that size."""
+def _predict(run: Run, base: Base, text: Conditioning, size: Size) -> None:
+    """Make a prediction without gradients for a picture of that size."""
     predict = guided_prediction(
         base, run.denoiser, [text], [text], device=_CPU, dtype=torch.float32, size=size, guidance=1.0
     )
     shape, time = base.latent_shape, torch.zeros(())
     latents = torch.zeros(1, shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
     with torch.no_grad(), run.training_adapter.off() if run.training_adapter else nullcontext():
-        return count_flops(lambda: predict(latents, time, time))
+        predict(latents, time, time)
 
 
 def _vae(base: Base, sizes: list[Size]) -> tuple[Callable[[Size], float], Callable[[Size], float]]:

@@ -24,7 +24,7 @@ from ..pictures.style_pack import StylePack
 from ..storage.cache_folder import cache_in, content_key
 from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import locked
-from ..training.callbacks import NO_CALLBACKS, Callbacks
+from ..training.callbacks import NO_CALLBACKS, READING, Callbacks
 from ..training.recipes import recipe_config
 from ..training.training_adapter import TrainingAdapter
 from .cost import Cost, Stopwatch, cost_of
@@ -203,6 +203,7 @@ def _check_agreed(person: Person) -> None:
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
     _check_agreed(person)
+    base.compute_hashes(callbacks.progress(READING))
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
     folder = output / person.name

@@ -40,6 +40,8 @@ class StepReport:
         return self.likeness if self.likeness is not None and self.likeness.step == self.step else None
 
 
+READING = "reading the model"
+"""The phase in which the base model's hashes are computed, which reads all of its weights."""
 LOADING = "loading the model"
 """The phase between the last caption and the first step or sample."""
 
@@ -55,8 +57,8 @@ class Callbacks:
     on_step: Callable[[StepReport], None] = silent
     """Called after every optimizer step. Raise StopAndKeep from it to end the run and keep what has been learned."""
     on_phase: OnPhase = silent
-    """Called with (phase, done, total) while photos and captions are encoded, the model is loaded, and class images and samples
-    are drawn. `total` is 0 for a phase without parts to count."""
+    """Called with (phase, done, total) while the model is read, photos and captions are encoded, the model is loaded, and class
+    images and samples are drawn. `total` is 0 for a phase without parts to count."""
     on_sample: Callable[[int, list[Image.Image]], None] | None = None
     """Called with (step, pictures) every `sample_every` steps. If None, `train` saves the pictures in `<name>-samples`."""
     on_save: Callable[[int, Trained], None] | None = None

@@ -41,7 +41,7 @@ from ..progress import OnWarning, silent
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
-from .callbacks import LOADING, NO_CALLBACKS, Callbacks
+from .callbacks import LOADING, NO_CALLBACKS, READING, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, faces_of
 from .loop import train_lora
@@ -111,6 +111,7 @@ def train(
         ready = ready_for(given, base, config, held_out, faces, callbacks.on_warning)
         config = config if held_out else settled(config, ready)
         watch = _watch(ready, held_out, faces, judge, config)
+        base.compute_hashes(callbacks.progress(READING))
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
         cache, samples = _prepared(ready, watch, class_photos, base, config, device, callbacks)
         lora = train_lora(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class StepPrediction:
-    """The memory that a training run needs under its memory plans, not counting the kernels' workspace.
+    """The memory that a training run needs under its memory plans, not counting the kernels' workspace, and its operations.
 
     It is counted in steps on torch's fake tensors, which hold no data and follow the rules of the device. Of several alike
     blocks only one is executed, unless `each_block` is set.
@@ -67,25 +67,25 @@ class StepPrediction:
             self._mode, base, config, dtype, partial(_marks, base, config, training_adapter) if alike else None
         )
         with self._mode:
-            self._run = _fake_run(self._mode, cache, empty, config, device, dtype, training_adapter)
-            with self._run.fast():
+            self.run: Run = _fake_run(self._mode, cache, empty, config, device, dtype, training_adapter)
+            with self.run.fast():
                 pass  # makes the adapter create its copies, so that they exist under all plans
             if alike:
-                self._blocks = AlikeBlocks(self._run.denoiser, self._run.adapter.copies())
-                self._run.adapter.copy([(parameter,) for parameter in self._blocks.copied], dtype)
-                self._run.optimizer.add_param_group({"params": self._blocks.trained})
+                self._blocks = AlikeBlocks(self.run.denoiser, self.run.adapter.copies())
+                self.run.adapter.copy([(parameter,) for parameter in self._blocks.copied], dtype)
+                self.run.optimizer.add_param_group({"params": self._blocks.trained})
         self._count = MemoryCount(device)
         self._known: dict[MemoryPlan, int] = {}
 
     def bytes(self, plan: MemoryPlan) -> int:
         """Return the peak memory use under a plan, in bytes. Ask for plans with full weights before those with 8 bits."""
         if plan not in self._known:
-            narrows = plan.weights != self._run.memory.plan.weights
+            narrows = plan.weights != self.run.memory.plan.weights
             assert not narrows or plan.weights != "full"
             plain = replace(plan, recompute=0.0, offload=0.0)
             with self._mode:
                 if narrows:
-                    self._run.adopt(plain)
+                    self.run.adopt(plain)
                 if narrows and self._blocks:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
@@ -93,8 +93,20 @@ class StepPrediction:
                 self._known[plan] = self._counted(plan) + self._beside
         return self._known[plan]
 
+    def operations(self, work: Callable[[], object]) -> int:
+        """Count the floating-point operations of `work`, which uses `run`. The first step must not recompute blocks.
+
+        Don't ask the same object for `bytes`.
+        """
+        before = self._count.operations
+        with self._mode, self._count as count:
+            if self._blocks:
+                self._blocks.begin(count)
+            work()
+        return self._count.operations - before
+
     def _counted(self, plan: MemoryPlan) -> int:
-        run = self._run
+        run = self.run
         run.optimizer.zero_grad()
         run.adopt(plan)
         beside = [tensor for tensor in run.adapter.beside() if tensor.device == run.device]

@@ -45,7 +45,7 @@ from ..storage.files import (
 )
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
-from .callbacks import NO_CALLBACKS, Callbacks, StepReport
+from .callbacks import NO_CALLBACKS, READING, Callbacks, StepReport
 from .identity import settings_of_the_file
 from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, ready_for, settled, train
 from .likeness import LIKENESS_KEY
@@ -302,6 +302,7 @@ def find_or_train(
     FaceLoraError. InUse means that another run is training the same job.
     """
     job = job.looked_at(base, callbacks.on_warning)
+    base.compute_hashes(callbacks.progress(READING))
     key = job.key(base)
     folder = made_folder("runs", key)
     with locked(folder / _OUTPUT):

@@ -25,6 +25,7 @@ from ...core.bench import examine, format_doctor
 from ...core.errors import BadConfig
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ...core.training.callbacks import READING
 from . import people
 from .runs import Run, Runs
 
@@ -58,7 +59,7 @@ def begin(node_id: str) -> Run:
     """Return the node's run in the prompt that is running now, with a new state."""
     run = _running(node_id)
     _runs.begin(run)
-    publish(run, {"begin": True, "phase": "reading the model", "limits": LIMITS})
+    publish(run, {"begin": True, "phase": READING, "limits": LIMITS})
     return run
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ...core.models.base import Base
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota
-from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
+from ...core.training.callbacks import LOADING, READING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import TrainedFile, TrainingJob, find_or_train, is_trained, lora_path
 from ...core.training.training_adapter import TrainingAdapter
@@ -315,6 +316,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
     try:
         job = _looked_at(job, base, watch)
         folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+        base.compute_hashes(partial(watch.phase, READING))
         if checkpoint and not is_trained(job, base, folders):
             raise BadConfig(
                 f"checkpoint = {checkpoint}: these photos and settings have not been trained yet. Set checkpoint to 0"

@@ -258,3 +258,27 @@ def test_a_missing_library_is_named_as_such_and_not_as_a_fault_of_the_checkpoint
     monkeypatch.setattr(type(base.family), "build_empty", staticmethod(without_diffusers), raising=False)
     with pytest.raises(MissingPackage, match=r"the package diffusers cannot be imported .* pip install diffusers"):
         base.load("denoiser", CPU, torch.float32)
+
+
+def test_hashes_are_computed_together_and_kept_and_a_cancelled_computation_keeps_none_by_half(
+    small_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = {name: tensor for name, tensor in load_file(small_sdxl).items() if name.startswith("first_stage_model.")}
+    save_file(vae, tmp_path / "vae.safetensors")
+    alone, together = (load_base(small_sdxl, vae=tmp_path / "vae.safetensors") for _ in range(2))
+    expected = (alone.identity, alone.sha256, alone.vae_sha256)
+
+    def cancel(done: int, total: int) -> None:
+        if done >= 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        together.compute_hashes(cancel)
+    seen: list[tuple[int, int]] = []
+    together.compute_hashes(lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1] == (100, 100) and len(seen) > 10
+    monkeypatch.setattr(SafetensorsFile, "sha256", None)
+    monkeypatch.setattr(SafetensorsFile, "tensor", None)
+    for base in (together, together.as_distilled()):
+        base.compute_hashes()
+        assert (base.identity, base.sha256, base.vae_sha256) == expected

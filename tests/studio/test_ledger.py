@@ -39,7 +39,7 @@ from core.training.methods import METHODS
 from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
 from core.training.step import Run
-from tests.tooling import mostly_slow, small_flow_base, write_photos
+from tests.tooling import encoded_cache, encoded_image, mostly_slow, small_flow_base, write_photos
 from tools.job_tables import with_vae
 
 CPU = torch.device("cpu")
@@ -150,6 +150,23 @@ def test_recomputation_is_that_of_the_plan(photos, base):
             count_flops(run.accumulate) - whole, rel=0.05
         )
     assert passes.recompute(0.0) == 0
+
+
+def test_of_alike_blocks_one_is_executed(monkeypatch):
+    base, executed = small_flow_base("ideogram4", num_layers=12), []
+    image = encoded_image(base, "1.png", "a photo of sks", 1, shape=(base.latent_shape.channels, 4, 4))
+    text = next(iter(encoded_cache(base, [image]).text.values()))
+    network: Any = base.family.build_empty("denoiser", base.components["denoiser"].config)
+    block: Any = type(network.layers[0])
+    forward = block.forward
+
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
+        executed.append(self)
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(block, "forward", counted)
+    passes, _ = count_passes(base, PLAIN, (64, 64), text=text)
+    assert passes.recompute(1.0) > 0.5 and len(executed) <= 6
 
 
 def test_a_smaller_memory_plan_takes_less_memory_and_more_work(photos, base):

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import core
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
@@ -158,6 +160,19 @@ def test_the_model_is_loaded_between_the_last_caption_and_the_first_step(job, ba
     last = max(index for index, one in enumerate(news) if one.startswith("encoding"))
     done, total = news[last].removeprefix("encoding ").split("/")
     assert done == total and news[last + 1 : last + 3] == ["loading the model 0/0", "step"]
+
+
+def test_the_base_model_is_read_first_and_that_can_be_cancelled(job, small_sd15, loras):
+    base, news = load_base(small_sd15), []
+
+    def cancel(name: str, done: int, total: int) -> None:
+        news.append((name, total))
+        raise KeyboardInterrupt
+
+    for train in (partial(find_or_train, job, base, [loras]), partial(core.train, job.photos, base, job.config)):
+        with pytest.raises(KeyboardInterrupt):
+            train(callbacks=Callbacks(on_phase=cancel))
+    assert news == [("reading the model", 100)] * 2
 
 
 def test_nothing_but_the_loss_and_the_hash_is_kept_of_a_finished_run(job, base, loras):
