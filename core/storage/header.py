@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -56,6 +57,7 @@ _FORMATS = {
 _File = TypeVar("_File", bound="Header")
 
 
+@dataclass(eq=False, repr=False)
 class Header:
     """The checked header of a safetensors file. `Header.open(path)` reads one."""
 
@@ -65,22 +67,8 @@ class Header:
     """The shape of each tensor by name."""
     codes: dict[str, str]
     """The type code of each tensor by name, a key of TYPES."""
-
-    def __init__(
-        self,
-        path: Path,
-        metadata: dict[str, str],
-        shapes: dict[str, tuple[int, ...]],
-        codes: dict[str, str],
-        offsets: dict[str, int],
-        size: int,
-    ):
-        self.path = path
-        self.metadata = metadata
-        self.shapes = shapes
-        self.codes = codes
-        self._offsets = offsets
-        self._size = size
+    _offsets: dict[str, int]
+    _size: int
 
     @classmethod
     def open(cls: type[_File], path: str | os.PathLike[str]) -> _File:

@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 import safetensors.torch
@@ -41,6 +41,7 @@ _STORAGE_ORDER = [
 ]  # fmt: skip
 
 
+@dataclass(eq=False, repr=False)
 class SafetensorsFile(Header, Mapping[str, Tensor]):
     """A safetensors file with a checked header, as a mapping from names to tensors.
 
@@ -48,24 +49,13 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
     process: writing to one never changes the file. `SafetensorsFile.open(path)` opens a file.
     """
 
-    dtypes: dict[str, torch.dtype]
-
-    def __init__(
-        self,
-        path: Path,
-        metadata: dict[str, str],
-        shapes: dict[str, tuple[int, ...]],
-        codes: dict[str, str],
-        offsets: dict[str, int],
-        size: int,
-    ):
-        super().__init__(path, metadata, shapes, codes, offsets, size)
-        if unknown := next((name for name, code in codes.items() if code not in DTYPES), None):
+    def __post_init__(self) -> None:
+        if unknown := next((name for name, code in self.codes.items() if code not in DTYPES), None):
             raise BadFile(
-                f"{path}: tensor {unknown[:80]!r} has dtype {codes[unknown]!r}, which this version of torch lacks; "
+                f"{self.path}: tensor {unknown[:80]!r} has dtype {self.codes[unknown]!r}, which this version of torch lacks; "
                 f"known: {', '.join(DTYPES)}"
             )
-        self.dtypes = {name: DTYPES[code] for name, code in codes.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: DTYPES[code] for name, code in self.codes.items()}
         self._memory: mmap.mmap | bytearray | None = None
 
     @property
