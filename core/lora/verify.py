@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +47,12 @@ def verify_lora(
     """
     lora = LoraFile.read(path)
     step = steps(on_progress, chunks(path) + len(lora.tensors) + len(lora.entries))
-    faults = [
-        *_verify_names(lora),
-        *_verify_metadata(lora, file_hashes(path, step)),
-    ]
+    faults = [*_verify_names(lora), *_verify_metadata(lora, file_hashes(path, step))]
     if base is not None:
         weights = BaseWeights.open(base)
         left_over = fit(lora, weights.family, weights.shapes, weights.biased).left_over
-        examples = "; ".join(f"{shortened(key)} {why}" for key, why in list(left_over.items())[:3])
         if left_over:
+            examples = "; ".join(f"{shortened(key)} {why}" for key, why in list(left_over.items())[:3])
             text = f"{len(left_over)} keys do not fit {weights.file.path.name} ({weights.family}), e.g. {examples}"
             faults.append(Fault(True, text))
     broken = []
@@ -63,72 +60,60 @@ def verify_lora(
         broken += [] if _is_finite(tensor) else [name]
         step()
     if broken:
-        faults.append(
-            Fault(
-                True, f"{counted(len(broken), 'tensor contains', 'tensors contain')} NaN or infinity, e.g. {broken[0]}"
-            )
-        )
-        return faults
-    return faults + _verify_norms(lora, step)
+        which = counted(len(broken), "tensor contains", "tensors contain")
+        return [*faults, Fault(True, f"{which} NaN or infinity, e.g. {broken[0]}")]
+    return [*faults, *_verify_norms(lora, step)]
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
-def _verify_names(lora: LoraFile) -> list[Fault]:
-    faults = []
+def _verify_names(lora: LoraFile) -> Iterator[Fault]:
     if lora.unknown_keys:
         which = counted(len(lora.unknown_keys), "tensor is", "tensors are")
-        text = f"{which} not recognised or incomplete, e.g. {lora.unknown_keys[0]}"
-        faults.append(Fault(True, text))
+        yield Fault(True, f"{which} not recognised or incomplete, e.g. {lora.unknown_keys[0]}")
     schemes = Counter(entry.scheme for entry in lora.entries)
     if len(schemes) > 1:
-        faults.append(Fault(False, f"it mixes several naming schemes: {counts(schemes)}"))
+        yield Fault(False, f"it mixes several naming schemes: {counts(schemes)}")
     modules = Counter(module for entry in lora.entries for module in entry.modules)
-    twice = [module for module, count in modules.items() if count > 1]
-    if twice:
-        faults.append(
-            Fault(True, f"{counted(len(twice), 'module is', 'modules are')} changed twice, e.g. {twice[0][1]}")
-        )
+    if twice := [module for module, count in modules.items() if count > 1]:
+        yield Fault(True, f"{counted(len(twice), 'module is', 'modules are')} changed twice, e.g. {twice[0][1]}")
     refused = not_loaded_by("ComfyUI", lora)
     if refused and not NAME_TABLES[lora.family].loaded.comfyui:
-        faults.append(Fault(False, f"ComfyUI 0.30 does not support {lora.family}; later versions may"))
+        yield Fault(False, f"ComfyUI 0.30 does not support {lora.family}; later versions may")
     elif refused:
         # If no published model has these modules, other names would not help.
         advice = "; convert it" if lora.identity.models else ""
         name, reason = next(iter(refused.items()))
         which = f"{counted(len(refused), 'module')}, e.g. {name} ({reason})"
-        faults.append(Fault(False, f"ComfyUI would not load {which}{advice}"))
-    return faults
+        yield Fault(False, f"ComfyUI would not load {which}{advice}")
 
 
-def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
-    faults = []
+def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> Iterator[Fault]:
     for key, right in lora.true_metadata.items():
         if key in lora.base_words and right != lora.metadata[key]:
-            text = f"its metadata say {lora.metadata[key]!r} ({key}), but its tensors are for {right} ({lora.family})"
-            faults.append(Fault(False, text))
+            said = f"its metadata say {lora.metadata[key]!r} ({key})"
+            yield Fault(False, f"{said}, but its tensors are for {right} ({lora.family})")
     in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
     for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
         if claimed_hash != in_fact[key]:
             text = f"{key} is {claimed_hash[:12]} in the metadata, but the file's hash is {in_fact[key][:12]}"
             is_placeholder = claimed_hash == _HASH_OF_NOTHING  # Some tools write this before they hash the file.
-            faults.append(Fault(key == "sshs_model_hash" and not is_placeholder, text))
+            yield Fault(key == "sshs_model_hash" and not is_placeholder, text)
     if lora.other_families:
-        text = f"its modules fit {' and '.join(lora.other_families)} as well as {lora.family}, and its metadata don't say which"
-        faults.append(Fault(False, text))
+        others = " and ".join(lora.other_families)
+        yield Fault(False, f"its modules fit {others} as well as {lora.family}, and its metadata don't say which")
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
     if stated.isdecimal() and ranks and stated not in ranks:
-        faults.append(Fault(False, f"its metadata say rank {stated}, but its modules have {', '.join(sorted(ranks))}"))
+        yield Fault(False, f"its metadata say rank {stated}, but its modules have {', '.join(sorted(ranks))}")
     if not trigger_words(lora.metadata):
-        faults.append(Fault(False, "its metadata contain no trigger word"))
-    return faults
+        yield Fault(False, "its metadata contain no trigger word")
 
 
-def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
+def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> Iterator[Fault]:
     norms, huge = {}, []
     for entry in lora.entries:
         tensors = lora.tensors_of(entry)
@@ -136,23 +121,13 @@ def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
         if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
             norms[entry.name] = change_norm(entry.kind, tensors)
         step()
-    faults = []
     if huge:
-        which = counted(len(huge), "module")
-        text = f"the changes of {which} are too large for a weight, e.g. {huge[0]}"
-        faults.append(Fault(True, text))
-    zero = [name for name, norm in norms.items() if norm == 0]
-    if zero:
-        everything = len(zero) == len(norms)
-        some = counted(len(zero), "module changes", "modules change")
-        text = "no module changes anything" if everything else f"{some} nothing, e.g. {zero[0]}"
-        faults.append(Fault(everything, text))
+        yield Fault(True, f"the changes of {counted(len(huge), 'module')} are too large for a weight, e.g. {huge[0]}")
+    if zero := [name for name, norm in norms.items() if norm == 0]:
+        everything, some = len(zero) == len(norms), counted(len(zero), "module changes", "modules change")
+        yield Fault(everything, "no module changes anything" if everything else f"{some} nothing, e.g. {zero[0]}")
     sizes = sorted(norm for norm in norms.values() if norm > 0)
-    if sizes:
-        median = sizes[len(sizes) // 2]
-        large = [name for name, norm in norms.items() if norm > SUSPICIOUS_NORM * median]
-        if large:
-            some = counted(len(large), "module changes", "modules change")
-            text = f"{some} far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. {large[0]}"
-            faults.append(Fault(False, text))
-    return faults
+    most = SUSPICIOUS_NORM * sizes[len(sizes) // 2] if sizes else 0.0
+    if large := [name for name, norm in norms.items() if norm > most]:
+        some = counted(len(large), "module changes", "modules change")
+        yield Fault(False, f"{some} far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. {large[0]}")
