@@ -252,7 +252,7 @@ def save_safetensors(
 class Digest(Protocol):
     """A running hash with the interface of hashlib's objects."""
 
-    def update(self, data: bytes | memoryview, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> object:
         """Add data to the hash."""
         ...
 
