@@ -52,7 +52,7 @@ def run_compare(options: argparse.Namespace) -> None:
     widths = [max(map(len, method)) for method in methods]
     for cells in zip(*methods, strict=True):  # Print a line per column, since methods are fewer.
         print(one_line("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()))
-    print(f"{options.output / REPORT}, compare.png and a sheet of pictures for each person", file=sys.stderr)
+    print(f"{options.output / REPORT}, and a sheet of pictures for each person", file=sys.stderr)
 
 
 def _rate(text: str) -> tuple[str, float]:
