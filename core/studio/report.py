@@ -67,16 +67,12 @@ def _order(result: Result) -> tuple[bool, float]:
     return result.status != "failed", likeness - max(result.leakage or 0.0, 0.0)
 
 
-def _count(results: Sequence[Result], status: str) -> int:
-    return sum(one.status == status for one in results)
-
-
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
     """Count the results, and sum the costs of people made in this run."""
     costs = [one.cost for one in results if one.status == "made" and one.cost]
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
     return {
-        **{status: _count(results, status) for status in STATUSES},
+        **{status: sum(one.status == status for one in results) for status in STATUSES},
         "none_alike": sum(one.told == NONE_ALIKE for one in results),
         "seconds": round(sum(one.seconds for one in results if one.status == "made"), 1),
         "phases": {phase: round(sum(cost.seconds[phase] for cost in costs), 1) for phase in PHASES},
