@@ -14,7 +14,7 @@ from .generate import GenerateConfig, Job, Picture
 from .group import Group, Mask, check_group, generate_group, group_parameters, sized
 from .group_faces import GroupReference, redraw_faces
 from .headshot import FaceOutcome, FacePass, Headshot
-from .headshots import Batch, Compared, base_options, check_keep, lora_option, read_picture, save_outcome
+from .headshots import Batch, Compared, check_keep, lora_option, read_picture, save_outcome
 
 
 def make_group_pictures(
@@ -40,9 +40,7 @@ def make_group_pictures(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     people = None if reference is None else GroupReference(group, reference)
-    batch = _GroupBatch(
-        base, loras, config, device, on_progress or silent, people, group
-    )  # fmt: skip
+    batch = _GroupBatch(base, loras, config, device, on_progress or silent, people, group)
     return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
 
 
@@ -74,19 +72,13 @@ class _GroupBatch(Batch):
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
         """Return the options as for one person's batch; none if regions are masks, since their files are unknown."""
-        if any(isinstance(place, Mask) for place in self.group.layout):
+        people, named = self.group.people, super().model_options(folder, job)
+        if any(isinstance(place, Mask) for place in self.group.layout) or not named:
             return []
-        people = self.group.people
-        named = base_options(self.base, folder, [*(lora for lora, _ in self.loras), *(one.lora for one in people)])
-        loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
-        own = [f"{one.name}={lora_option(one.lora, one.strength * job.strength, folder)}" for one in people]
-        regions = [
-            f"{one.name}={','.join(f'{share:g}' for share in box)}"
-            for one, box in zip(people, self.group.boxes, strict=True)
-        ]
-        return named and [
-            *named,
-            *(f"--lora={lora}" for lora in loras),
-            *(f"--person={one}" for one in own),
-            *(f"--region={region}" for region in regions),
-        ]
+        if not all(Path(one.lora.name).is_file() for one in people):
+            return []
+        for one in people:
+            named.append(f"--person={one.name}={lora_option(one.lora, one.strength * job.strength, folder)}")
+        for one, box in zip(people, self.group.boxes, strict=True):
+            named.append(f"--region={one.name}={','.join(f'{share:g}' for share in box)}")
+        return named

@@ -149,12 +149,10 @@ class StylePack:
             path = (self.folder / style.picture).resolve()
             found = path.is_file()
         except (OSError, RuntimeError) as error:  # The name is too long, or links form a circle.
-            raise BadStylePack(
-                f"{at} cannot be resolved: {getattr(error, 'strerror', None) or 'circular links'}"
-            ) from error
-        if not path.is_relative_to(
-            self.folder.resolve()
-        ):  # Only a symbolic link can do this: other ways are refused on reading.
+            reason = getattr(error, "strerror", None) or "circular links"
+            raise BadStylePack(f"{at} cannot be resolved: {reason}") from error
+        # Only a symbolic link can lead out: other ways are refused on reading.
+        if not path.is_relative_to(self.folder.resolve()):
             raise BadStylePack(f"{at} leads out of the folder")
         return path if found else None
 
