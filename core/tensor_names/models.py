@@ -19,9 +19,8 @@ from .table import T5_PATHS, is_text_path
 
 Shape = tuple[int, ...]
 _OF_UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "input_blocks.", "middle_block.", "output_blocks.")
-# Match numbers that are a whole word of a path, between dots or "_"; in the tables they can be ranges.
-_NUMBER_WORD = re.compile(r"(?<![^._])(?:0|[1-9]\d{0,3})(?![^._])", re.ASCII)
-_RUN_WORD = re.compile(r"(?<![^._])(\d{1,4})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
+# Matches a number that is a whole word of a path, between dots or "_"; in the tables it can be a range.
+_NUMBER_WORD = re.compile(r"(?<![^._])(0|[1-9]\d{0,3})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
 
 
 class Row(NamedTuple):
@@ -161,7 +160,7 @@ def _rows(part: str, path: str) -> tuple[Row, ...]:
     return tuple(
         row
         for row in rows.get((part, dotted.replace(".", "_")), ())
-        if all(first <= number <= last for number, (first, last) in zip(numbers, row.numbers, strict=True))
+        if all(low <= first == last <= high for (first, last), (low, high) in zip(numbers, row.numbers, strict=True))
         and (row.path == dotted or variants[row.variant].family is None)
     )
 
@@ -173,32 +172,22 @@ def _same_weight(shape: Shape, other: Shape) -> bool:
     return shape[0] == other[0] and (inputs == others or 0 in (inputs, others))
 
 
-def _template(path: str) -> tuple[str, list[int]]:
-    """Replace the numbers in a path by "#", and return the path and the numbers: `b.0.q` gives b.#.q and [0]."""
-    numbers: list[int] = []
+def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Replace the numbers and ranges in a path by "#", and return both: `b.0-3.q.1` gives b.#.q.# and ((0, 3), (1, 1)).
 
-    def number(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return "#"
-
-    return _NUMBER_WORD.sub(number, path), numbers
-
-
-def _runs(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Replace the ranges in a path of the tables by "#", and return both: `b.0-3.q` gives b.#.q and ((0, 3),).
-
-    A descending range is a name and is kept, such as Z-Image's `all_x_embedder.2-1`.
+    Only the paths of the tables have ranges. A range that doesn't ascend is a name and is kept, such as Z-Image's
+    `all_x_embedder.2-1`.
     """
     numbers: list[tuple[int, int]] = []
 
-    def run(match: re.Match[str]) -> str:
+    def number(match: re.Match[str]) -> str:
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
+        if match[2] and last <= first:
             return match[0]
         numbers.append((first, last))
         return "#"
 
-    return _RUN_WORD.sub(run, path), tuple(numbers)
+    return _NUMBER_WORD.sub(number, path), tuple(numbers)
 
 
 @cache
@@ -210,7 +199,7 @@ def _tables() -> tuple[tuple[Variant, ...], dict[tuple[str, str], list[Row]]]:
 
     def add(table: dict[str, list[Any]], part: str) -> None:
         for path, (*shape, last) in table.items():
-            name, numbers = _runs(path.removeprefix("text_model.") if part != "denoiser" else path)
+            name, numbers = _template(path.removeprefix("text_model.") if part != "denoiser" else path)
             of_part = "" if part != "denoiser" and path.startswith(T5_PATHS) else part
             rows.setdefault((of_part, name.replace(".", "_")), []).append(
                 Row(len(variants), name, numbers, (*shape, *[last] * (last != "bias")), last == "bias")
