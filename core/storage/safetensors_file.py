@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Protocol
 
 import safetensors.torch
@@ -23,6 +24,7 @@ from ..errors import BadFile
 from ..progress import OnProgress, silent
 from .files import map_file, write_file
 from .header import TYPES, Header, parse_header
+from .stored import LazyValues
 
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
@@ -123,43 +125,28 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """The dtype and shape of each tensor by name, as a file's header states them."""
 
 
-class ComputedTensors(Mapping[str, Tensor]):
+class ComputedTensors(LazyValues[str, Tensor]):
     """Tensors that are computed on access, so that a large file can be written without holding it in memory.
 
     Each maker returns some tensors by name, the same ones in each call. All makers are called once to get the layout. Later,
     the result of the last call is kept, because the tensors of a module are read one after another.
     """
 
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
     def __init__(self, makers: Iterable[Callable[[], Mapping[str, Tensor]]]):
-        self.layout = {}
-        self._makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
-        self._numbers: dict[str, Tensor] = {}
+        self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._last: tuple[object, Mapping[str, Tensor]] = (None, {})
+        readers: dict[str, Callable[[], Tensor]] = {}
         for make in makers:
             for name, tensor in make().items():
                 self.layout[name] = (tensor.dtype, tuple(tensor.shape))
-                self._makers[name] = make
-                if tensor.ndim == 0:
-                    self._numbers[name] = tensor
+                # Single numbers, such as alphas, are kept: all of them are read before the file is written.
+                readers[name] = partial(self._made, make, name) if tensor.ndim else tensor.clone
+        super().__init__(readers)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._numbers:
-            return self._numbers[name]
-        make = self._makers[name]
+    def _made(self, make: Callable[[], Mapping[str, Tensor]], name: str) -> Tensor:
         if self._last[0] is not make:
             self._last = (make, make())
         return self._last[1][name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.layout
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout)
-
-    def __len__(self) -> int:
-        return len(self.layout)
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
