@@ -16,8 +16,7 @@ from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, device_rate, ledger_of, make
 from ..training import Callbacks, recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from
-from .computing import device_from
-from .dry_run import in_short, show
+from .computing import device_from, show_work, work_in_short
 from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown, training_adapter_from
 
@@ -51,9 +50,9 @@ def run_headshots(options: argparse.Namespace) -> int:
         if asks or options.dry_run:
             ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
             if options.dry_run:
-                show(ledger, rate, options.json)
+                show_work(ledger, rate, options.json)
                 return 0
-            print(in_short(ledger, rate))
+            print(work_in_short(ledger, rate))
         with stop:
             outcome = make(ready, base, order, folder, device=device, callbacks=callbacks)
     if options.sidecars:

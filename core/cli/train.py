@@ -28,8 +28,7 @@ from ..training import (
     train,
 )
 from .common import BarProgress, JsonProgress, Progress, base_from
-from .computing import device_from
-from .dry_run import show
+from .computing import device_from, show_work
 from .settings import schedule_from, settings_from
 
 
@@ -120,7 +119,7 @@ def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> Non
     device = device_from(options)
     shared = basis(job.used, base, job.config, device, job.training_adapter)
     ledger = shared.ledger(job.used, job.config, class_photos=len(job.class_photos))
-    show(ledger, device_rate(base, device, job.config.precision), options.json)
+    show_work(ledger, device_rate(base, device, job.config.precision), options.json)
 
 
 def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:
