@@ -20,6 +20,8 @@ from .thresholds import Thresholds
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
+_MEASURED = ("share_in_frame", "sharpness", "highlights", "midtone", "likeness", "yaw", "pitch")
+"""The measurements in a photo's report."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,7 @@ class PhotoReport:
             "faces": self.faces,
             "face_box": None if face is None else [round(value, 1) for value in face.box],
             "face_pixels": None if face is None else round(face.size),
-            "share_in_frame": _rounded(self.share_in_frame),
-            "sharpness": _rounded(self.sharpness),
-            "highlights": _rounded(self.highlights),
-            "midtone": _rounded(self.midtone),
-            "likeness": _rounded(self.likeness),
-            "yaw": _rounded(self.yaw),
-            "pitch": _rounded(self.pitch),
+            **{name: None if (value := getattr(self, name)) is None else round(value, 3) for name in _MEASURED},
             "view": self.view,
             "framing": self.framing,
         }
@@ -405,7 +401,3 @@ def _advise(usable: int, wishes: Sequence[str], several_people: bool, limits: Th
     if wishes:
         advice.append(f"More variety helps: add {', '.join(wishes)}. One photo can be several of these.")
     return tuple(advice)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
