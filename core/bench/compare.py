@@ -228,9 +228,8 @@ class MethodTrial:
         """Return the result of a method, or of "base", and its pictures of the person."""
         if method == "base":
             measured = self._measured(self._before)
-            return MethodResult(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[
-                0
-            ]
+            result = MethodResult(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured)
+            return result, self._before[0]
         base, config = self.comparison.base, self.comparison.config_of(method)
         path, marks = output / f"{person}-{method}.safetensors", []
         clock = time.process_time if self.device.type == "cpu" else time.monotonic
@@ -249,13 +248,11 @@ class MethodTrial:
         file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None
         trained = base if file else load_base(path)
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
-        return (
-            MethodResult(
-                person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
-                file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
-            ),
-            pictures[0],
+        result = MethodResult(
+            person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
+            file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
         )  # fmt: skip
+        return result, pictures[0]
 
     def _pictures(self, base: Base, files: Sequence[tuple[LoraFile, float]]) -> list[list[Image.Image]]:
         """Return the pictures of the person, of the class, of the neutral prompts, and of the person in each setting."""
@@ -306,10 +303,8 @@ class MethodTrial:
             for _ in range(DRAWS):
                 noise = torch.randn(latents.shape, generator=generator, device=device)
                 timesteps = schedule.draw_timesteps(latents, config, generator)
-                noisy, target = (
-                    schedule.add_noise(latents, noise, timesteps),
-                    schedule.target(latents, noise, timesteps),
-                )
+                noisy = schedule.add_noise(latents, noise, timesteps)
+                target = schedule.target(latents, noise, timesteps)
                 for row, text in enumerate(texts):
                     whole = {
                         name: value.to(device).expand(len(images), *value.shape[1:])
