@@ -13,7 +13,7 @@ from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
 from ..lora.sidecars import write_sidecars
 from ..models.base import Base
-from ..photos import Photo, read_photos
+from ..photos import read_photos
 from ..studio import basis, device_rate
 from ..training import (
     LIKENESS_KEY,
@@ -72,7 +72,9 @@ def run_train(options: argparse.Namespace) -> None:
         raise BadConfig("--judge requires held-out photos: set --hold-out")
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
-    class_photos = _class_photos(options, progress)
+    class_photos = None
+    if options.class_photos:
+        class_photos = read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
     adapter = training_adapter_from(options, base)
     job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
@@ -133,12 +135,6 @@ def _check_nothing_is_replaced(options: argparse.Namespace) -> None:
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"
         )
-
-
-def _class_photos(options: argparse.Namespace, progress: BarProgress | JsonProgress) -> list[Photo] | None:
-    if options.class_photos is None:
-        return None
-    return read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
 
 
 def format_likeness(measured: dict[str, Any]) -> str:

@@ -186,17 +186,14 @@ def make_group_pictures(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     people = None if reference is None else GroupReference(group, reference)
-    batch = _GroupBatch(base, loras, config, device, on_progress or silent, people, group)
+    compared_with = 0 if people is None else len(group.people)
+    batch = _GroupBatch(base, loras, config, device, on_progress or silent, people, compared_with, group)
     return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
 
 
 @dataclass(frozen=True)
 class _GroupBatch(Batch):
     group: Group
-
-    @property
-    def compared_with(self) -> int:
-        return 0 if self.person is None else len(self.group.people)
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, device=self.device)

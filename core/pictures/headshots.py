@@ -73,7 +73,8 @@ def make_headshots(
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    batch = Batch(base, loras, config or GenerateConfig(), device, on_progress or silent, person)
+    compared_with = 0 if person is None else 1
+    batch = Batch(base, loras, config or GenerateConfig(), device, on_progress or silent, person, compared_with)
     return batch.make(jobs, folder, face_pass or FacePass(), keep)
 
 
@@ -103,6 +104,8 @@ class Batch:
     device: torch.device | None
     on_progress: OnPhase
     person: Compared | None
+    compared_with: int
+    """The number of people that a picture is compared with."""
 
     def make(self, jobs: Sequence[Job], folder: Path, face_pass: FacePass, keep: int | None) -> list[Headshot]:
         """Make the pictures of the jobs in the folder, as described in `make_headshots`; the jobs have sizes."""
@@ -128,11 +131,6 @@ class Batch:
                 _fill_kept(shots, folder / KEPT, ranked=person is not None)
             _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder))
             return shots
-
-    @property
-    def compared_with(self) -> int:
-        """The number of people that a picture is compared with."""
-        return 0 if self.person is None else 1
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
