@@ -252,6 +252,7 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(wheel, t
     assert top_level == {"facelora"}
     assert "facelora/core/models/clip_tokenizer/vocab.json" in names
     assert any(name.startswith("facelora/core/pictures/style_packs/") for name in names)
+    assert {f"facelora/core/{page}.html" for page in ("photos/sheet", "pictures/gallery", "studio/report")} <= {*names}
     assert any(name.endswith("entry_points.txt") for name in names)
     assert "facelora/py.typed" in names and not [name for name in names if name.startswith("facelora/nodes/")]
     unpacked = tmp_path / "site"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from core.cli.common import SlowSteps
 from core.threads import FEW, SPINS, usable_threads
 
 ROOT = Path(__file__).parents[1]
@@ -141,13 +140,3 @@ def test_in_another_program_a_quota_lowers_only_torchs_own_number(start, inside)
         "with threads.within_quota(): print(torch.get_num_threads(), end=' ')\nprint(torch.get_num_threads() == before)"
     )
     assert printed(code, {}) == f"{inside} True\n"
-
-
-def test_steps_that_take_many_times_the_processor_time_are_told_once(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.process_time", lambda: clock[0])
-    watch, told = SlowSteps(), []
-    for taken in (9, 1, 1, 1, 1, 30, 1, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8):  # 9: setting up, 30: samples
-        clock[0] += taken
-        told.append(watch.hint())
-    assert [at for at, hint in enumerate(told) if hint] == [12] and "8 times the processor time" in str(told[12])

@@ -26,7 +26,7 @@ from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.group import Group, GroupMember, generate_group
-from core.pictures.group_faces import GroupReference, redraw_faces
+from core.pictures.group_batch import GroupReference, redraw_faces
 from core.pictures.headshot import FacePass
 from core.storage.files import write_text
 from tools.photo_tables import replace_table, table

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..config import TrainConfig
 from ..device import device_and_dtype, usable_device
@@ -140,8 +140,8 @@ def compare(
 ) -> list[MethodResult]:
     """Train and measure all methods, and return a MethodResult for each person and method, the base model included.
 
-    Results of the same comparison that `output` already has are not made again. It gets compare.json and compare.png, a report
-    for each person, and for each method its files and a row of pictures.
+    Results of the same comparison that `output` already has are not made again. It gets compare.json, a report for each person,
+    and for each method its files and a row of pictures.
     """
     device = usable_device(device)
     make_folder(output)
@@ -163,8 +163,6 @@ def compare(
                 on_phase("comparing", done, len(people) * len(methods))
         results += [found[method] for method in methods]
     write_results(output / REPORT, comparison.identity, results)
-    plot = plot_results(results)
-    write_file(output / "compare.png", lambda file: plot.save(file, "PNG"))
     return results
 
 
@@ -230,9 +228,8 @@ class MethodTrial:
         """Return the result of a method, or of "base", and its pictures of the person."""
         if method == "base":
             measured = self._measured(self._before)
-            return MethodResult(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[
-                0
-            ]
+            result = MethodResult(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured)
+            return result, self._before[0]
         base, config = self.comparison.base, self.comparison.config_of(method)
         path, marks = output / f"{person}-{method}.safetensors", []
         clock = time.process_time if self.device.type == "cpu" else time.monotonic
@@ -251,13 +248,11 @@ class MethodTrial:
         file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None
         trained = base if file else load_base(path)
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
-        return (
-            MethodResult(
-                person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
-                file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
-            ),
-            pictures[0],
+        result = MethodResult(
+            person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
+            file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
         )  # fmt: skip
+        return result, pictures[0]
 
     def _pictures(self, base: Base, files: Sequence[tuple[LoraFile, float]]) -> list[list[Image.Image]]:
         """Return the pictures of the person, of the class, of the neutral prompts, and of the person in each setting."""
@@ -308,10 +303,8 @@ class MethodTrial:
             for _ in range(DRAWS):
                 noise = torch.randn(latents.shape, generator=generator, device=device)
                 timesteps = schedule.draw_timesteps(latents, config, generator)
-                noisy, target = (
-                    schedule.add_noise(latents, noise, timesteps),
-                    schedule.target(latents, noise, timesteps),
-                )
+                noisy = schedule.add_noise(latents, noise, timesteps)
+                target = schedule.target(latents, noise, timesteps)
                 for row, text in enumerate(texts):
                     whole = {
                         name: value.to(device).expand(len(images), *value.shape[1:])
@@ -349,26 +342,3 @@ def summary_rows(results: Sequence[MethodResult]) -> list[tuple[str, ...]]:
             cells.append(f"{form.format(np.mean(found))} ± {form.format(np.std(found))}")
         rows.append(tuple(cells))
     return rows
-
-
-def plot_results(results: Sequence[MethodResult]) -> Image.Image:
-    """Return a picture with a bar chart of the means for each column, and a dot for each person."""
-    methods = list(dict.fromkeys(result.method for result in results))
-    width, line, panel = 300, 24, 24 * (len(methods) + 2)
-    image = Image.new("RGB", (2 * width + 260, panel * -(-len(_COLUMNS) // 2)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    for number, (name, (unit, value, form)) in enumerate(_COLUMNS.items()):
-        left, top = (number % 2) * (width + 130), (number // 2) * panel
-        draw.text((left + 10, top + 4), f"{name}, {unit}", fill="black", font=ImageFont.load_default(16))
-        largest = max((abs(value(result)) for result in results), default=0.0) or 1.0
-        for row, method in enumerate(methods, start=1):
-            found = [value(result) for result in results if result.method == method]
-            y, length = top + row * line + 4, width - 130
-            draw.text((left + 10, y), method, fill="black", font=font)
-            end = left + 140 + max(0.0, float(np.mean(found))) / largest * length
-            draw.rectangle((left + 140, y + 2, end, y + line - 8), fill="#9bb7d4")
-            for one in found:
-                x = left + 140 + max(0.0, one) / largest * length
-                draw.ellipse((x - 2, y + 6, x + 2, y + 10), fill="#c0392b")
-            draw.text((left + 146 + length, y), form.format(np.mean(found)), fill="black", font=font)
-    return image

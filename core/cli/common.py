@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -80,6 +79,12 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def rough_duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def print_warning(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
@@ -134,39 +139,11 @@ class Progress(Protocol):
     def warning(self, message: str) -> None: ...
 
 
-class SlowSteps:
-    """Detects when steps start to take many times the processor time of the first ones."""
-
-    FIRST, TIMES, IN_A_ROW = 5, 5, 3
-
-    def __init__(self) -> None:
-        self._first: list[float] = []
-        self._before, self._slow = time.process_time(), 0
-
-    def hint(self) -> str | None:
-        """Call after each step. Returns a hint for the user, once, after IN_A_ROW slow steps: one may have drawn samples."""
-        now = time.process_time()
-        taken, self._before = now - self._before, now
-        if len(self._first) < self.FIRST:
-            self._first.append(taken)
-            return None
-        usual = statistics.median(self._first)
-        self._slow = self._slow + 1 if taken > self.TIMES * usual else 0
-        if self._slow != self.IN_A_ROW:
-            return None
-        self._slow = -sys.maxsize
-        return (
-            f"a step takes {taken / usual:.0f} times the processor time of the first ones: other programs are using "
-            "the processor. OMP_NUM_THREADS=1 may be faster (stop, set it, and run the command again)"
-        )
-
-
 class BarProgress:
     """Progress bars on stderr. They read the loss at most twice a second, since reading waits for the device."""
 
     def __init__(self) -> None:
         self._bar, self._name, self._shown = None, "", 0.0
-        self._slow_steps = SlowSteps()
 
     def __enter__(self) -> "BarProgress":
         return self
@@ -193,8 +170,6 @@ class BarProgress:
         bar = self._bar_for("training", report.steps)
         if bar.n == 0 and report.step > 1:
             bar.initial = bar.n = report.step - 1  # After resuming, the rate only counts this session's steps.
-        if not report.memory and (hint := self._slow_steps.hint()):  # Only on a CPU.
-            self.warning(hint)
         now = time.monotonic()
         if now - self._shown > 0.5 or report.step == report.steps:
             self._shown = now

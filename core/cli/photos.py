@@ -63,18 +63,16 @@ def run_score(options: argparse.Namespace) -> None:
         judge = load_faces(options.judge)
         check_judge(judge, network)
         judged = Reference.on((photo.image() for photo in reference), judge).likeness(photo.image() for photo in images)
-    scores = [
-        Score.of(photo.name, *seen, by_judge) for photo, seen, by_judge in zip(images, found, judged, strict=True)
+    scored = [
+        (Score.of(photo.name, *seen, other), photo) for photo, seen, other in zip(images, found, judged, strict=True)
     ]
-    order = sorted(
-        range(len(images)), key=lambda index: -2.0 if (score := scores[index].likeness) is None else score, reverse=True
-    )
+    scored.sort(key=lambda one: -2.0 if one[0].likeness is None else one[0].likeness, reverse=True)
     if options.json:
-        print(json.dumps([dataclasses.asdict(scores[index]) for index in order], indent=1))
+        print(json.dumps([dataclasses.asdict(score) for score, _ in scored], indent=1))
     else:
-        print("\n".join(f"{scores[index]}  {scores[index].image}" for index in order))
+        print("\n".join(f"{score}  {score.image}" for score, _ in scored))
     if options.sheet:
-        tiles = [(images[index].image(shorter_side=256), str(scores[index])) for index in order]
+        tiles = [(photo.image(shorter_side=256), str(score)) for score, photo in scored]
         rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
         sheet = contact_sheet(
             [(f"{6 * number + 1} to {6 * number + len(row)}", [image for image, _ in row]) for number, row in enumerate(rows)],

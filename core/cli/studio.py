@@ -11,9 +11,8 @@ from ..errors import BadConfig
 from ..lora import write_sidecars
 from ..pictures import find_style_packs
 from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
-from . import dry_run
 from .common import DEMO, JsonProgress, base_from
-from .computing import device_from
+from .computing import device_from, show_work
 from .headshots import COUNT, STYLE_PACK
 from .settings import schedule_from, settings_from
 from .studio_progress import StudioProgress, planned
@@ -57,7 +56,7 @@ def run_studio(options: argparse.Namespace) -> int:
         if ledger := plan_ledger(before, people, base, terms, device, callbacks):
             # People who were made on this machine are a better measure than a matrix product.
             rate = ledger.total / before.seconds if before.seconds else device_rate(base, device)
-            dry_run.show(ledger, rate, options.json)
+            show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
         for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):

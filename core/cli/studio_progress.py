@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import counted
 from ..studio import Cost, Plan, Result, Work, seconds_for
-from .common import print_warning
+from .common import print_warning, rough_duration
 
 if TYPE_CHECKING:
     from ..training import StepReport
@@ -18,12 +18,6 @@ WIDTH = 80
 """The most columns of the line."""
 REDRAWN, PRINTED = 0.5, 60.0
 """The seconds between updates of the line on a terminal, and between two lines elsewhere."""
-
-
-def rough_duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def planned(plan: Plan, workers: bool) -> list[str]:

@@ -13,7 +13,7 @@ from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
 from ..lora.sidecars import write_sidecars
 from ..models.base import Base
-from ..photos import Photo, read_photos
+from ..photos import read_photos
 from ..studio import basis, device_rate
 from ..training import (
     LIKENESS_KEY,
@@ -29,8 +29,7 @@ from ..training import (
 )
 from ..training.callbacks import READING
 from .common import BarProgress, JsonProgress, Progress, base_from
-from .computing import device_from
-from .dry_run import show
+from .computing import device_from, show_work
 from .settings import schedule_from, settings_from
 
 
@@ -74,7 +73,9 @@ def run_train(options: argparse.Namespace) -> None:
         raise BadConfig("--judge requires held-out photos: set --hold-out")
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
-    class_photos = _class_photos(options, progress)
+    class_photos = None
+    if options.class_photos:
+        class_photos = read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
     adapter = training_adapter_from(options, base)
     job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
@@ -123,7 +124,7 @@ def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> Non
     device = device_from(options)
     shared = basis(job.used, base, job.config, device, job.training_adapter)
     ledger = shared.ledger(job.used, job.config, class_photos=len(job.class_photos))
-    show(ledger, device_rate(base, device, job.config.precision), options.json)
+    show_work(ledger, device_rate(base, device, job.config.precision), options.json)
 
 
 def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:
@@ -137,12 +138,6 @@ def _check_nothing_is_replaced(options: argparse.Namespace) -> None:
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"
         )
-
-
-def _class_photos(options: argparse.Namespace, progress: BarProgress | JsonProgress) -> list[Photo] | None:
-    if options.class_photos is None:
-        return None
-    return read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
 
 
 def format_likeness(measured: dict[str, Any]) -> str:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .file import LoraFile as LoraFile
     from .file import fit as fit
     from .hashes import model_hash as model_hash
+    from .inspect import Fault as Fault
     from .inspect import inspect_lora as inspect_lora
+    from .inspect import verify_lora as verify_lora
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
     from .modules import name_kinds as name_kinds
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
     from .sidecars import write_sidecars as write_sidecars
-    from .verify import Fault as Fault
-    from .verify import verify_lora as verify_lora
     from .words import WORD_KEY as WORD_KEY
     from .words import trigger_words as trigger_words
     from .words import word_of as word_of

@@ -7,8 +7,9 @@ held in memory, but their originals are not. `on_progress(done, total)` is calle
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..progress import OnProgress, silent
+from ..storage.stored import LazyValues
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
 from .changes import bias_change, scale_of
 from .file import KEY, LoraFile
@@ -47,43 +49,20 @@ def convert_lora(
     plain_rank: int | None = None,
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
+    names: NameTable | None = None,
 ) -> NewLora:
     """Convert a LoRA to another naming scheme (one of SCHEMES), and return the largest relative error in a module.
 
     If `plain_rank` is given, other kinds of adapters become plain LoRAs of at most that rank. Without it, the error is 0:
     they keep their kind, or UnmatchedKeys is raised if the scheme cannot express it. diffusers' scheme leaves out embeddings
-    (`embeddings.embedding_files` returns them). Raises BadConfig for an unknown scheme and for a rank below 1.
+    (`embeddings.embedding_files` returns them). `names` are the names of the modules, if they are not those of the LoRA's
+    model. Raises BadConfig for an unknown scheme and for a rank below 1.
     """
     if scheme not in SCHEMES:
         raise BadConfig(f"unknown naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    return _convert(lora, _names_of(lora), scheme, plain_rank, base_weight, on_progress)
-
-
-def _names_of(lora: LoraFile) -> NameTable:
-    """Return the names of the modules of a LoRA's model in every scheme.
-
-    Raises UnmatchedKeys for original names of a UNet with other numbers of blocks than the published models.
-    """
-    for entry in lora.entries if lora.table.has_other_blocks else ():
-        numbered = re.match(r"(input|output)_blocks\.[1-9]", entry.place.fusion.original)
-        if entry.part == "denoiser" and entry.place.index is None and numbered:
-            raise UnmatchedKeys(
-                f"{lora.name}: {entry.name} is ambiguous, because this UNet does not have {PUBLISHED_BLOCKS} residual blocks "
-                f"per level like the published {lora.family} models. Export it again with diffusers' names"
-            )
-    return lora.table
-
-
-def _convert(
-    lora: LoraFile,
-    names: NameTable,
-    scheme: str,
-    plain_rank: int | None,
-    base_weight: BaseWeight | None,
-    on_progress: OnProgress,
-) -> NewLora:
     if plain_rank is not None:
         check_rank(plain_rank)
+    names = names or _names_of(lora)
     lora.check()
     if scheme == "diffusers" and not lora.entries:
         raise UnmatchedKeys(
@@ -100,6 +79,21 @@ def _convert(
     words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
     return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
+
+
+def _names_of(lora: LoraFile) -> NameTable:
+    """Return the names of the modules of a LoRA's model in every scheme.
+
+    Raises UnmatchedKeys for original names of a UNet with other numbers of blocks than the published models.
+    """
+    for entry in lora.entries if lora.table.has_other_blocks else ():
+        numbered = re.match(r"(input|output)_blocks\.[1-9]", entry.place.fusion.original)
+        if entry.part == "denoiser" and entry.place.index is None and numbered:
+            raise UnmatchedKeys(
+                f"{lora.name}: {entry.name} is ambiguous, because this UNet does not have {PUBLISHED_BLOCKS} residual blocks "
+                f"per level like the published {lora.family} models. Export it again with diffusers' names"
+            )
+    return lora.table
 
 
 def convert_for(
@@ -127,7 +121,7 @@ def convert_for(
         namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
     for scheme, names in namings:
         try:
-            converted = _convert(lora, names, scheme, plain_rank, base_weight, on_progress)
+            converted = convert_lora(lora, scheme, plain_rank, base_weight, on_progress, names)
         except UnmatchedKeys as problem:
             failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
             continue
@@ -446,27 +440,12 @@ def merge_loras(
     names = next(
         (names for names in map(_names_of, (lora for lora, _ in loras)) if names.has_other_blocks), NAME_TABLES[family]
     )
-    tensors = name_modules(names, _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
+    sums = LazyValues({module_id: partial(_concatenate, modules) for module_id, modules in collected.items()})
+    tensors = name_modules(names, sums, scheme, {} if scheme == "diffusers" else vectors)
     whole, error = LoraFile(family, metadata, tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
     return NewLora(replace(whole, metadata=metadata_for(whole, scheme)), error)
-
-
-class _Sums(Mapping[ModuleId, LoraModule]):
-    """The sum of several changes of each module, computed on access."""
-
-    def __init__(self, summands: Mapping[ModuleId, Sequence[LoraModule]]):
-        self._summands = summands
-
-    def __getitem__(self, module_id: ModuleId) -> LoraModule:
-        return _concatenate(self._summands[module_id])
-
-    def __iter__(self) -> Iterator[ModuleId]:
-        return iter(self._summands)
-
-    def __len__(self) -> int:
-        return len(self._summands)
 
 
 def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:

@@ -5,12 +5,14 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from ..storage.safetensors_file import (
     CHUNK_BYTES,
+    Digest,
     Layout,
     SafetensorsFile,
     header_bytes,
@@ -28,21 +30,17 @@ def model_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class LegacyHash:
-    """A running `sshs_legacy_hash`: 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file.
-
-    The file is hashed as if it had only its `ss_*` metadata.
-    """
+class _WindowHash:
+    """A running SHA-256 of bytes 0x100000 to 0x110000 of a file: its first 8 hex digits."""
 
     _BEGIN, _END = 0x100000, 0x110000
 
-    def __init__(self, layout: Layout, metadata: Mapping[str, str]):
+    def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._position = 0
-        self.update(header_bytes(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
 
     def update(self, data: bytes | memoryview) -> None:
-        """Add the bytes of the tensors. Call it in the order that they are stored in."""
+        """Add the next bytes of the file."""
         self._digest.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
         self._position += len(data)
 
@@ -54,6 +52,17 @@ class LegacyHash:
     def hexdigest(self) -> str:
         """Return the hash of the bytes so far: 8 hex digits."""
         return self._digest.hexdigest()[:8]
+
+
+class LegacyHash(_WindowHash):
+    """A running `sshs_legacy_hash`, which hashes the file as if it had only its `ss_*` metadata.
+
+    Add the bytes of the tensors in the order that they are stored in.
+    """
+
+    def __init__(self, layout: Layout, metadata: Mapping[str, str]):
+        super().__init__()
+        self.update(header_bytes(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
 
 
 def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -72,32 +81,6 @@ def chunks(path: str | os.PathLike[str]) -> int:
     return 1 + Path(path).stat().st_size // CHUNK_BYTES
 
 
-class _Others:
-    """The running hashes of a whole file that Civitai uses in addition to SHA-256."""
-
-    _BEGIN, _END = 0x100000, 0x110000
-
-    def __init__(self) -> None:
-        self._crc32, self._start, self._position = 0, hashlib.sha256(), 0
-        try:
-            from blake3 import blake3  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            self._blake3 = None
-        else:
-            self._blake3 = blake3()
-
-    def update(self, data: bytes) -> None:
-        self._crc32 = zlib.crc32(data, self._crc32)
-        self._start.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
-        self._position += len(data)
-        if self._blake3 is not None:
-            self._blake3.update(data)
-
-    def found(self) -> dict[str, str]:
-        known = {"crc32": f"{self._crc32:08x}", "autov1": self._start.hexdigest()[:8]}
-        return known if self._blake3 is None else known | {"blake3": self._blake3.hexdigest()}
-
-
 def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
     """Compute the hashes of a file that the community uses, from its bytes. `step` is called `chunks` times.
 
@@ -105,21 +88,29 @@ def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda:
     `autov3` and A1111's short hash are the first 12 of `sshs_model_hash`. `blake3` requires the package of that name.
     """
     file = SafetensorsFile.open(path)
-    whole, model, others = hashlib.sha256(), hashlib.sha256(), _Others()
+    of_file: dict[str, Digest] = {"autov1": _WindowHash(), "sha256": hashlib.sha256()}
+    with suppress(ImportError):
+        from blake3 import blake3  # pyright: ignore[reportMissingImports]
+
+        of_file["blake3"] = blake3()
+    model = hashlib.sha256()
     with file.path.open("rb") as stream:
         start = stream.read(8)
-        header = stream.read(struct.unpack("<Q", start)[0])
-        whole.update(start + header)
-        others.update(start + header)
+        start += stream.read(struct.unpack("<Q", start)[0])
+        for digest in of_file.values():
+            digest.update(start)
+        crc32 = zlib.crc32(start)
         for _ in range(chunks(path)):
             chunk = stream.read(CHUNK_BYTES)
-            whole.update(chunk)
-            model.update(chunk)
-            others.update(chunk)
+            for digest in (*of_file.values(), model):
+                digest.update(chunk)
+            crc32 = zlib.crc32(chunk, crc32)
             step()
-    return others.found() | {
-        "sha256": whole.hexdigest(),
-        "autov2": whole.hexdigest()[:10],
+    hashes = {name: digest.hexdigest() for name, digest in of_file.items()}
+    return {
+        "crc32": f"{crc32:08x}",
+        **hashes,
+        "autov2": hashes["sha256"][:10],
         "sshs_model_hash": model.hexdigest(),
         "autov3": model.hexdigest()[:12],
         "sshs_legacy_hash": legacy_hash(file, file.metadata),

@@ -20,6 +20,8 @@ from .thresholds import Thresholds
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
+_MEASURED = ("share_in_frame", "sharpness", "highlights", "midtone", "likeness", "yaw", "pitch")
+"""The measurements in a photo's report."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,7 @@ class PhotoReport:
             "faces": self.faces,
             "face_box": None if face is None else [round(value, 1) for value in face.box],
             "face_pixels": None if face is None else round(face.size),
-            "share_in_frame": _rounded(self.share_in_frame),
-            "sharpness": _rounded(self.sharpness),
-            "highlights": _rounded(self.highlights),
-            "midtone": _rounded(self.midtone),
-            "likeness": _rounded(self.likeness),
-            "yaw": _rounded(self.yaw),
-            "pitch": _rounded(self.pitch),
+            **{name: None if (value := getattr(self, name)) is None else round(value, 3) for name in _MEASURED},
             "view": self.view,
             "framing": self.framing,
         }
@@ -212,16 +208,10 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
     for photo in photos:
         findings = []
         if math.prod(photo.size) ** 0.5 < limits.face_pixels_reject:
-            findings.append(
-                Finding(
-                    REJECT,
-                    f"the picture is too small for a face of {limits.face_pixels_reject:.0f} pixels",
-                    "too small",
-                )
-            )
-        if measure.highlights(np.asarray(photo.image(shorter_side=int(limits.sharpness_side)).convert("L"))) < (
-            limits.highlights_reject
-        ):
+            sentence = f"the picture is too small for a face of {limits.face_pixels_reject:.0f} pixels"
+            findings.append(Finding(REJECT, sentence, "too small"))
+        luma = np.asarray(photo.image(shorter_side=int(limits.sharpness_side)).convert("L"))
+        if measure.highlights(luma) < limits.highlights_reject:
             findings.append(Finding(REJECT, "the picture is too dark", "too dark"))
         if photo.digest in first:
             findings.append(Finding(REJECT, f"the same picture as {first[photo.digest]}", "twice"))
@@ -290,17 +280,15 @@ def _mark_copies(
             if likeness(looks[i].vectors[chosen[i]], looks[j].vectors[chosen[j]]) >= limits.same_picture_likeness
         ]
         distance, nearest = min(copies, default=(64, -1))
+        found = reports[i].findings
         if distance <= limits.same_picture:
             stays = "" if reports[nearest].verdict == REJECT else ", which is kept"
-            finding = Finding(REJECT, f"the same picture as {looks[nearest].photo.name}{stays}", "twice")
-        elif distance <= limits.similar_picture:
-            finding = Finding(REVIEW, f"almost the same picture as {looks[nearest].photo.name}")
+            found += (Finding(REJECT, f"the same picture as {looks[nearest].photo.name}{stays}", "twice"),)
         else:
-            finding = None
-        if finding:
-            marked[i] = replace(reports[i], findings=(*reports[i].findings, finding))
-        if distance > limits.same_picture:
             kept.append(i)
+            if distance <= limits.similar_picture:
+                found += (Finding(REVIEW, f"almost the same picture as {looks[nearest].photo.name}"),)
+        marked[i] = replace(reports[i], findings=found)
     return marked
 
 
@@ -315,52 +303,47 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
     in_frame = measure.share_in_frame(look.photo.size, face)
     sharp, bright, middle = measure.sharpness(luma), measure.highlights(luma), measure.midtone(luma)
     yaw, pitch = measure.pose(face)
-    share = face.share_of(look.photo.size)
 
-    findings = []
+    findings: list[Finding] = []
 
-    def reject(sentence: str, cause: str) -> None:
-        findings.append(Finding(REJECT, sentence, cause))
+    def add(verdict: str, sentence: str, cause: str = "") -> None:
+        findings.append(Finding(verdict, sentence, cause))
 
+    pixels = f"the face is {face.size:.0f} pixels large"
     if face.size < limits.face_pixels_reject:
-        needed = f"{limits.face_pixels_reject:.0f} are needed"
-        reject(f"the face is {face.size:.0f} pixels large; {needed}", "too small")
+        add(REJECT, f"{pixels}; {limits.face_pixels_reject:.0f} are needed", "too small")
     elif face.size < limits.face_pixels_review:
-        findings.append(
-            Finding(REVIEW, f"the face is {face.size:.0f} pixels large; {limits.face_pixels_review:.0f} are better")
-        )
+        add(REVIEW, f"{pixels}; {limits.face_pixels_review:.0f} are better")
     if not measure.features_in_frame(look.photo.size, face):
-        reject("an eye, the nose or the mouth is cut off", "cut off")
+        add(REJECT, "an eye, the nose or the mouth is cut off", "cut off")
     elif in_frame < limits.in_frame_review:
-        findings.append(Finding(REVIEW, "part of the face is outside the picture"))
+        add(REVIEW, "part of the face is outside the picture")
     if sharp < limits.sharpness_reject:
-        reject("the face is blurred", "blurred")
+        add(REJECT, "the face is blurred", "blurred")
     elif sharp < limits.sharpness_review:
-        findings.append(Finding(REVIEW, "the face is not quite sharp"))
+        add(REVIEW, "the face is not quite sharp")
     if bright < limits.highlights_reject:
-        reject("the face is too dark", "too dark")
+        add(REJECT, "the face is too dark", "too dark")
     elif bright < limits.highlights_review:
-        findings.append(Finding(REVIEW, "the face is rather dark"))
+        add(REVIEW, "the face is rather dark")
     if middle > limits.midtone_reject:
-        reject("the face is overexposed", "overexposed")
+        add(REJECT, "the face is overexposed", "overexposed")
     elif middle > limits.midtone_review:
-        findings.append(Finding(REVIEW, "the face is rather bright"))
+        add(REVIEW, "the face is rather bright")
     if alike is not None and alike < limits.likeness_reject:
         if majority:
-            reject(f"this seems to be someone else (likeness {alike:.2f} to the other photos)", "of someone else")
+            add(REJECT, f"this seems to be someone else (likeness {alike:.2f} to the other photos)", "of someone else")
         else:
-            findings.append(Finding(REVIEW, "the photos show different people, and no one is in most of them"))
+            add(REVIEW, "the photos show different people, and no one is in most of them")
     elif alike is not None and alike < limits.likeness_review:
-        findings.append(
-            Finding(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
-        )
+        add(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
     if others and alike is None:
-        findings.append(Finding(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant"))
+        add(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant")
     elif others:
         people = "another person" if len(others) == 1 else f"{len(others)} other people"
-        findings.append(Finding(CROP, f"{people} in the picture: cropped out or masked"))
-    if share < limits.face_share_crop:
-        findings.append(Finding(CROP, "the face is small in the picture: a closer part is used"))
+        add(CROP, f"{people} in the picture: cropped out or masked")
+    if face.share_of(look.photo.size) < limits.face_share_crop:
+        add(CROP, "the face is small in the picture: a closer part is used")
 
     return PhotoReport(
         look.photo,
@@ -418,7 +401,3 @@ def _advise(usable: int, wishes: Sequence[str], several_people: bool, limits: Th
     if wishes:
         advice.append(f"More variety helps: add {', '.join(wishes)}. One photo can be several of these.")
     return tuple(advice)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..storage.files import write_text
+from ..storage.files import fill_page, write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
 SHEET_KEY = "facelora.sheet"
@@ -72,8 +72,7 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
         _card(photo) for photo in sorted(_in_order(report), key=lambda photo: -VERDICTS.index(photo.verdict))
     )
     summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))
-    page = _PAGE.replace("SUMMARY", summary).replace("CARDS", cards)
-    write_text(path, page)
+    write_text(path, fill_page(Path(__file__).with_name("sheet.html"), {"SUMMARY": summary, "CARDS": cards}))
 
 
 def is_sheet(path: Path) -> bool:
@@ -132,18 +131,3 @@ def _thumbnail(report: PhotoReport) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="facelora.sheet"><title>Photo report</title><style>
-body { font: 15px/1.4 system-ui, sans-serif; margin: 24px; color: #1f2328; background: #f6f8fa; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; }
-figure { margin: 0; background: #fff; border: 1px solid #d1d9e0; border-radius: 8px; overflow: hidden; }
-img { width: 100%; height: 260px; object-fit: contain; background: #eaeef2; }
-figcaption { padding: 8px 12px 12px; overflow-wrap: anywhere; }
-b { color: #fff; border-radius: 4px; padding: 1px 6px; font-weight: 600; }
-ul { margin: 6px 0; padding-left: 18px; } small { color: #59636e; }
-</style></head><body><h1>Photo report</h1>SUMMARY<main>
-CARDS
-</main></body></html>
-"""

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from .group import RelativeBox as RelativeBox
     from .group import generate_group as generate_group
     from .group import side_by_side as side_by_side
+    from .group_batch import GroupReference as GroupReference
     from .group_batch import make_group_pictures as make_group_pictures
-    from .group_faces import GroupReference as GroupReference
-    from .group_faces import redraw_faces as redraw_faces
+    from .group_batch import redraw_faces as redraw_faces
     from .headshot import FacePass as FacePass
     from .headshot import Headshot as Headshot
     from .headshots import CONTACT_SHEET as CONTACT_SHEET

@@ -5,8 +5,10 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..photos import Thresholds
+from ..storage.files import fill_page
 from .generate import Job
 from .headshot import Headshot
 
@@ -42,10 +44,7 @@ def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool, models
         "STYLES": _style_buttons(styles if len(styles) > 1 else []),
         "MAIN": main,
     }
-    page = _PAGE
-    for name, text in parts.items():
-        page = page.replace(f"<!--{name}-->", text)
-    return page
+    return fill_page(Path(__file__).with_name("gallery.html"), parts)
 
 
 def _card(shot: Headshot, compared: bool, models: Models) -> str:
@@ -132,146 +131,3 @@ def _kind(likeness: float) -> str:
 
 def _number(value: float | None) -> str:
     return "no face" if value is None else f"{value:.2f}"
-
-
-_PAGE = r"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Headshots</title>
-<style>
-:root { color-scheme: light dark; --paper: #f4f2ee; --card: #fff; --ink: #23211e; --soft: #77726a; --line: #e2ded6;
-  --accent: #20705a }
-@media (prefers-color-scheme: dark) { :root { --paper: #191816; --card: #24221f; --ink: #eceae5; --soft: #9d978d;
-  --line: #38352f; --accent: #6fc3a6 } }
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 4rem); max-width: 1600px;
-  background: var(--paper); color: var(--ink) }
-h1 { font: 600 2.1rem/1.2 Georgia, "Times New Roman", serif; margin: 0 }
-header p { margin: .3rem 0 1.2rem; color: var(--soft); font-size: 1.05rem }
-svg { width: 100%; max-width: 760px; display: block; margin-bottom: 1.2rem }
-svg line { stroke: var(--soft); stroke-dasharray: 3 3 }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
-circle { fill: var(--soft); fill-opacity: .35 }
-circle.kept { fill: var(--accent); fill-opacity: .8 }
-nav { display: flex; flex-wrap: wrap; gap: .5rem }
-button { font: inherit; color: inherit; padding: .25rem .9rem; border: 1px solid var(--line); border-radius: 99px;
-  background: var(--card); cursor: pointer }
-button:disabled { opacity: .5; cursor: default }
-nav button[aria-pressed=true] { background: var(--ink); color: var(--paper); border-color: var(--ink) }
-h2 { font: 600 1.3rem Georgia, "Times New Roman", serif; margin: 2rem 0 .8rem }
-h2 small { color: var(--soft); font-weight: 400 }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 1.1rem; align-items: start }
-figure { margin: 0; position: relative; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  overflow: hidden }
-figure[hidden] { display: none }
-img { width: 100%; display: block }
-figure b { position: absolute; top: .6rem; right: .6rem; padding: .05rem .55rem; border-radius: 99px; color: #fff;
-  font-size: 13px; font-variant-numeric: tabular-nums; background: #57534dcc }
-figure b.high { background: #1c7a4fe6 } figure b.middle { background: #a86a10e6 }
-.star { position: absolute; top: .5rem; left: .5rem; padding: 0; width: 2rem; height: 2rem; border: 0;
-  background: #0006; color: #fff; font-size: 1.05rem }
-.star::before { content: "☆" }
-.star[aria-pressed=true] { background: #0009; color: #ffd257 }
-.star[aria-pressed=true]::before { content: "★" }
-figcaption { padding: .5rem .8rem }
-figcaption button { display: block; margin-top: .4rem; font-size: 13px }
-summary { cursor: pointer }
-dl { margin: .5rem 0 .2rem; font-size: 13px; overflow-wrap: anywhere }
-dt { color: var(--soft) } dd { margin: 0 0 .35rem }
-dialog { border: 0; padding: 0; background: none; max-width: 96vw; max-height: 96vh }
-dialog img { width: auto; min-width: min(70vw, 56vh); max-width: 96vw; max-height: 94vh; border-radius: 8px }
-dialog::backdrop { background: #000c }
-</style></head>
-<body>
-<header><h1>Headshots</h1><p><!--SUMMARY--></p>
-<!--STRIP-->
-<!--STYLES--></header>
-<main>
-<!--MAIN-->
-</main>
-<dialog><img alt=""></dialog>
-<script>
-const figures = [...document.querySelectorAll("figure")];
-const dialog = document.querySelector("dialog");
-const shown = () => figures.filter((figure) => !figure.hidden);
-let current;
-function show(figure) {
-  current = figure;
-  const { src, alt } = figure.querySelector("img");
-  Object.assign(dialog.firstChild, { src, alt });
-  if (!dialog.open) dialog.showModal();
-}
-for (const figure of figures)
-  figure.querySelector("a").addEventListener("click", (event) => { event.preventDefault(); show(figure); });
-dialog.addEventListener("click", () => dialog.close());
-document.addEventListener("keydown", (event) => {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!dialog.open || !step) return;
-  const all = shown();
-  show(all[(all.indexOf(current) + step + all.length) % all.length]);
-});
-let wanted = () => true;
-function filter() {
-  for (const figure of figures) figure.hidden = !wanted(figure);
-  for (const section of document.querySelectorAll("section"))
-    section.hidden = !section.querySelector("figure:not([hidden])");
-}
-const filters = document.querySelectorAll("nav [aria-pressed]");
-for (const button of filters)
-  button.addEventListener("click", () => {
-    for (const other of filters) other.setAttribute("aria-pressed", other === button);
-    const { style } = button.dataset;
-    if (style === undefined) wanted = (figure) => favourites.has(figure.dataset.file);
-    else wanted = (figure) => style === "" || figure.dataset.style === style;
-    filter();
-  });
-
-// Favourites are saved in the address, so a bookmark keeps them, and in local storage where the browser allows it.
-const place = `favourites of ${location.pathname}`;
-function stored() {
-  try { return localStorage.getItem(place) ?? ""; } catch { return ""; }
-}
-const known = new Set(figures.map((figure) => figure.dataset.file));
-const favourites = new Set((location.hash.slice(1) || stored()).split(",").filter((name) => known.has(name)));
-const namesButton = document.querySelector("[data-names]");
-function showFavourites() {
-  for (const figure of figures)
-    figure.querySelector(".star").setAttribute("aria-pressed", favourites.has(figure.dataset.file));
-  document.querySelector("[data-favourites] span").textContent = favourites.size;
-  namesButton.disabled = !favourites.size;
-}
-for (const figure of figures)
-  figure.querySelector(".star").addEventListener("click", () => {
-    const { file } = figure.dataset;
-    if (!favourites.delete(file)) favourites.add(file);
-    const names = [...favourites].sort().join(",");
-    history.replaceState(null, "", `#${names}`);
-    try { localStorage.setItem(place, names); } catch { /* The address keeps them. */ }
-    showFavourites();
-    filter();
-  });
-showFavourites();
-
-function copy(button, text) {
-  // navigator.clipboard is not available on all pages opened from a file.
-  const area = document.body.appendChild(document.createElement("textarea"));
-  area.value = text;
-  area.select();
-  document.execCommand("copy");
-  area.remove();
-  const before = button.textContent;
-  button.textContent = "Copied";
-  setTimeout(() => { button.textContent = before; }, 1500);
-}
-function folder() {
-  const path = decodeURIComponent(location.pathname).replace(/[^/]*$/, "");
-  return /^\/[A-Za-z]:/.test(path) ? `cd /d "${path.slice(1)}"` : `cd '${path.replaceAll("'", "'\\''")}'`;
-}
-for (const button of document.querySelectorAll("[data-copy]"))
-  button.addEventListener("click", () => {
-    const text = button.dataset.copy, isCommand = text.startsWith("facelora ");
-    copy(button, isCommand && location.protocol === "file:" ? `${folder()} && ${text}` : text);
-  });
-namesButton.addEventListener("click", () => copy(namesButton, [...favourites].sort().join("\n")));
-</script>
-</body></html>
-"""

@@ -36,8 +36,6 @@ from ..storage.files import is_text
 from ..storage.safetensors_file import SafetensorsFile
 from .parameters import Parameters, save_png
 from .sampling import (
-    FLOW_SAMPLERS,
-    SAMPLER_TITLES,
     SAMPLERS,
     decode_latents,
     encode_pairs,
@@ -114,15 +112,14 @@ class GenerateConfig:
     """The settings shared by the pictures of all jobs."""
 
     sampler: str | None = None
-    """A name in `sampling.SAMPLERS`, or `FLOW_SAMPLERS` for FLUX.1 and later; None means the family's default."""
+    """A name in `sampling.SAMPLERS`, for FLUX.1 and later in `FLOW_SAMPLERS`; None means the family's default."""
     clip_skip: int = 1
     batch_size: int = 1
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        known = SAMPLERS | FLOW_SAMPLERS
-        if self.sampler is not None and self.sampler not in known:
-            raise BadConfig(f"sampler = {self.sampler!r}: must be one of {', '.join(known)}")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise BadConfig(f"sampler = {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
         for name in ("batch_size", "clip_skip"):
             if getattr(self, name) < 1:
                 raise BadConfig(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -365,7 +362,7 @@ def parameters_text(
         guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
     settings = {
         "Steps": f"{job.steps}",
-        "Sampler": SAMPLER_TITLES[sampler_name(config.sampler, base)],
+        "Sampler": SAMPLERS[sampler_name(config.sampler, base)].title,
         **guidance,
         "Seed": f"{job.seed}",
         "Size": f"{width}x{height}",

@@ -1,20 +1,166 @@
-"""Write a batch of group pictures into a folder, as for headshots of one person."""
+"""Batches of group pictures: match faces with people, redraw each with its person's LoRA, and rank by likeness."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
 
+from ..errors import BadConfig
+from ..faces import Face, FaceNetwork, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
-from ..progress import OnPhase, silent
+from ..progress import OnPhase, OnProgress, silent
+from .gallery import SAME_PERSON, SOMEONE_ELSE
 from .generate import GenerateConfig, Job, Picture
-from .group import Group, Mask, check_group, generate_group, group_parameters, sized
-from .group_faces import GroupReference, redraw_faces
-from .headshot import FaceOutcome, FacePass, Headshot
-from .headshots import Batch, Compared, base_options, check_keep, lora_option, read_picture, save_outcome
+from .group import Group, GroupMember, Mask, check_group, generate_group, group_parameters, sized
+from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
+from .headshots import Batch, Compared, check_keep, lora_option, read_picture, save_outcome
+
+TRIES = 3
+"""How often a face that isn't alike is redrawn at most."""
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class FoundFace:
+    """A face in a picture that was matched with a person."""
+
+    face: Face
+    likeness: float
+    """The cosine to the person's photos."""
+
+
+class GroupReference:
+    """The photos of everyone in a group, which pictures of the group are compared with."""
+
+    def __init__(self, group: Group, photos: Mapping[str, Iterable[Image.Image]], network: FaceNetwork | None = None):
+        """Take the photos by the people's names.
+
+        Raises BadConfig unless they are of exactly these people, and the errors of `Reference`.
+        """
+        names = [person.name for person in group.people]
+        if differing := sorted({*names} ^ {*photos}):
+            raise BadConfig(
+                f"photos to compare with: give photos of each of {', '.join(names)} and nobody else; check {differing[0]}"
+            )
+        self.group = group
+        self.people: list[Reference] = []
+        for name in names:
+            self.people.append(Reference.on(photos[name], network or (self.people[0].network if self.people else None)))
+        self.network: FaceNetwork = self.people[0].network
+
+    def find(self, image: Image.Image) -> list[FoundFace | None]:
+        """Return each person's face in the picture, or None if the person's face was not found."""
+        faces = self.network.detect(image)
+        alike = [reference.of_faces(image, faces) for reference in self.people]
+        places = assign_faces(faces, self.group.regions(image.size, 1), alike)
+        return [
+            None if index is None else FoundFace(faces[index], alike[number][index])
+            for number, index in enumerate(places)
+        ]
+
+    def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
+        """Return the likeness of the least alike person in each picture; None if someone's face is missing."""
+        return [least_alike(self.find(image)) for image in images]
+
+
+def least_alike(found: Sequence[FoundFace | None]) -> float | None:
+    """Return the smallest likeness of all; None if a face is missing."""
+    return None if None in found else min(one.likeness for one in found if one)
+
+
+def assign_faces(
+    faces: Sequence[Face], regions: Sequence[tuple[int, int, int, int]], alike: Sequence[Sequence[float]]
+) -> list[int | None]:
+    """Return the index of each person's face, or None; each face is used only once.
+
+    A face centred in a person's region belongs to that person; the largest one wins. Faces outside all regions then go to the
+    remaining person they are most like, by `alike[person][face]`, unless they look like someone else.
+    """
+    places: list[int | None] = [None] * len(regions)
+    middles = [((face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2) for face in faces]
+    by_size = sorted(range(len(faces)), key=lambda number: -faces[number].size)
+    for person, (left, top, right, bottom) in enumerate(regions):
+        inside = (
+            n for n in by_size if n not in places and left <= middles[n][0] < right and top <= middles[n][1] < bottom
+        )
+        places[person] = next(inside, None)
+    pairs = [(alike[person][n], person, n) for person in range(len(regions)) for n in range(len(faces))]
+    for score, person, number in sorted(pairs, reverse=True):
+        if score >= SOMEONE_ELSE and places[person] is None and number not in places:
+            places[person] = number
+    return places
+
+
+@dataclass(frozen=True)
+class GroupFaces:
+    """The result of the face passes on a group picture."""
+
+    image: Image.Image
+    before: float
+    """The lowest likeness of a person before; 0 if a face was missing."""
+    after: float
+
+
+def redraw_faces(
+    base: Base,
+    reference: GroupReference,
+    pictures: Mapping[_Key, tuple[Job, Image.Image]],
+    config: GenerateConfig,
+    face_pass: FacePass,
+    *,
+    loras: Sequence[tuple[LoraFile, float]] = (),
+    device: torch.device | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[_Key, GroupFaces]:
+    """Redraw the faces in the pictures that the face pass considers small, or that are not alike.
+
+    Each face is drawn in its own cut-out, with only its person's LoRA and words. A new face is used if likeness doesn't fall. A
+    face that isn't alike is redrawn with another seed, up to TRIES times. `on_progress(done, total)` is called after each try
+    with each person, and may raise to cancel.
+    """
+    group = reference.group
+    found = {key: reference.find(image) for key, (_, image) in pictures.items()}
+    images = {key: image for key, (_, image) in pictures.items()}
+    before = {key: least_alike(faces) or 0.0 for key, faces in found.items()}
+    for number, person in enumerate(group.people):
+        own = [*loras, (person.lora, person.strength)]
+        for attempt in range(TRIES):
+            parts: dict[_Key, tuple[Job, CutOut]] = {}
+            for key, (job, _) in pictures.items():
+                seen = found[key][number]
+                small = attempt == 0 and seen is not None and face_pass.wants(seen.face, base.resolution)
+                if seen and (small or seen.likeness < SAME_PERSON):
+                    part = _part_of(base, reference, number, images[key], seen.face)
+                    parts[key] = (_job_of(group, person, job, attempt), part)
+            for key, drawn in drawn_again(base, own, parts, config, face_pass.denoise, device):
+                image = blend(images[key], parts[key][1], drawn)
+                now, was = reference.find(image), found[key][number]
+                new = now[number]
+                if was and new and new.likeness >= was.likeness:
+                    images[key], found[key] = image, now
+            if on_progress:
+                on_progress(number * TRIES + attempt + 1, len(group.people) * TRIES)
+    return {key: GroupFaces(images[key], before[key], least_alike(found[key]) or 0.0) for key in pictures}
+
+
+def _job_of(group: Group, person: GroupMember, job: Job, attempt: int) -> Job:
+    """Return the job for a try with the person's face."""
+    return replace(job, prompt=group.words_of(person, job.prompt), seed=(job.seed + attempt) % 2**64)
+
+
+def _part_of(base: Base, reference: GroupReference, number: int, image: Image.Image, face: Face) -> CutOut:
+    """Return the cut-out with a person's face, in the aspect of the person's region."""
+    left, top, right, bottom = reference.group.regions(image.size, 1)[number]
+    part = cut_out(
+        image, face, face_share(reference.people[number]), base.resolution, base.size_multiple,
+        aspect=f"{right - left}:{bottom - top}", also_large=True,
+    )  # fmt: skip
+    assert part, "also_large always gives a part"
+    return part
 
 
 def make_group_pictures(
@@ -40,19 +186,14 @@ def make_group_pictures(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     people = None if reference is None else GroupReference(group, reference)
-    batch = _GroupBatch(
-        base, loras, config, device, on_progress or silent, people, group
-    )  # fmt: skip
+    compared_with = 0 if people is None else len(group.people)
+    batch = _GroupBatch(base, loras, config, device, on_progress or silent, people, compared_with, group)
     return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
 
 
 @dataclass(frozen=True)
 class _GroupBatch(Batch):
     group: Group
-
-    @property
-    def compared_with(self) -> int:
-        return 0 if self.person is None else len(self.group.people)
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, device=self.device)
@@ -74,19 +215,13 @@ class _GroupBatch(Batch):
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
         """Return the options as for one person's batch; none if regions are masks, since their files are unknown."""
-        if any(isinstance(place, Mask) for place in self.group.layout):
+        people, named = self.group.people, super().model_options(folder, job)
+        if any(isinstance(place, Mask) for place in self.group.layout) or not named:
             return []
-        people = self.group.people
-        named = base_options(self.base, folder, [*(lora for lora, _ in self.loras), *(one.lora for one in people)])
-        loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
-        own = [f"{one.name}={lora_option(one.lora, one.strength * job.strength, folder)}" for one in people]
-        regions = [
-            f"{one.name}={','.join(f'{share:g}' for share in box)}"
-            for one, box in zip(people, self.group.boxes, strict=True)
-        ]
-        return named and [
-            *named,
-            *(f"--lora={lora}" for lora in loras),
-            *(f"--person={one}" for one in own),
-            *(f"--region={region}" for region in regions),
-        ]
+        if not all(Path(one.lora.name).is_file() for one in people):
+            return []
+        for one in people:
+            named.append(f"--person={one.name}={lora_option(one.lora, one.strength * job.strength, folder)}")
+        for one, box in zip(people, self.group.boxes, strict=True):
+            named.append(f"--region={one.name}={','.join(f'{share:g}' for share in box)}")
+        return named

@@ -32,6 +32,11 @@ class FaceOutcome:
         """Whether the new face is used: it is if likeness didn't fall."""
         return self.after is not None and self.after >= self.before
 
+    @property
+    def settings(self) -> "FacePass":
+        """The settings of the pass. Raises BadConfig if they are invalid."""
+        return FacePass(self.below, self.denoise)
+
 
 @dataclass(frozen=True)
 class Headshot:

@@ -73,7 +73,8 @@ def make_headshots(
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    batch = Batch(base, loras, config or GenerateConfig(), device, on_progress or silent, person)
+    compared_with = 0 if person is None else 1
+    batch = Batch(base, loras, config or GenerateConfig(), device, on_progress or silent, person, compared_with)
     return batch.make(jobs, folder, face_pass or FacePass(), keep)
 
 
@@ -103,6 +104,8 @@ class Batch:
     device: torch.device | None
     on_progress: OnPhase
     person: Compared | None
+    compared_with: int
+    """The number of people that a picture is compared with."""
 
     def make(self, jobs: Sequence[Job], folder: Path, face_pass: FacePass, keep: int | None) -> list[Headshot]:
         """Make the pictures of the jobs in the folder, as described in `make_headshots`; the jobs have sizes."""
@@ -118,7 +121,8 @@ class Batch:
             remove_leftovers(folder, r".*\.png")
             self.draw_missing(paths, face_pass)
             if person and face_pass.below:
-                left = {job: path for job, path in paths.items() if not _is_passed(path, face_pass)}
+                found = {job: _face_outcome(path) for job, path in paths.items()}
+                left = {job: paths[job] for job, one in found.items() if one is None or one.settings != face_pass}
                 self.improve_faces(left, face_pass, person)
             shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
             if person:
@@ -127,11 +131,6 @@ class Batch:
                 _fill_kept(shots, folder / KEPT, ranked=person is not None)
             _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder))
             return shots
-
-    @property
-    def compared_with(self) -> int:
-        """The number of people that a picture is compared with."""
-        return 0 if self.person is None else 1
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
@@ -176,7 +175,7 @@ class Batch:
             return False
         outcome = _face_outcome(path)
         # A face drawn with other settings must be replaced, and the picture without it no longer exists.
-        return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
+        return same and (outcome is None or not outcome.kept or outcome.settings == face_pass)
 
     def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
         """Redraw small faces, and write the outcome into each picture, even into pictures that didn't change."""
@@ -202,9 +201,10 @@ class Batch:
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
         """Return the `facelora generate` options for a job's models, for the folder's page; none unless all are files."""
-        named = base_options(self.base, folder, [lora for lora, _ in self.loras])
-        loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
-        return named and [*named, *(f"--lora={lora}" for lora in loras)]
+        loras = [lora for lora, _ in self.loras]
+        named = _base_options(self.base, folder) if all(Path(lora.name).is_file() for lora in loras) else []
+        used = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
+        return named and [*named, *(f"--lora={lora}" for lora in used)]
 
 
 def set_others_aside(shots: Sequence[Headshot], folder: Path, lora: str) -> None:
@@ -231,16 +231,6 @@ def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome)
     Picture(image, job, parameters).save(path, {"face_pass": json.dumps(asdict(outcome))})
 
 
-def _settings(outcome: FaceOutcome) -> FacePass:
-    return FacePass(outcome.below, outcome.denoise)
-
-
-def _is_passed(path: Path, face_pass: FacePass) -> bool:
-    """Return whether the picture has had the face pass with these settings."""
-    outcome = _face_outcome(path)
-    return outcome is not None and _settings(outcome) == face_pass
-
-
 def _face_outcome(path: Path) -> FaceOutcome | None:
     """Return the outcome of the face pass stored in a picture; None without one, or for another program's text."""
     with Image.open(path) as image:
@@ -250,7 +240,7 @@ def _face_outcome(path: Path) -> FaceOutcome | None:
         after = given.pop("after")
         numbers = {name: float(value) for name, value in given.items()}
         outcome = FaceOutcome(**numbers, after=None if after is None else float(after))
-        _settings(outcome)
+        _ = outcome.settings  # Raises BadConfig for numbers that no pass can have.
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
         return None
     return outcome
@@ -301,10 +291,9 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
             write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
 
 
-def base_options(base: Base, folder: Path, loras: Sequence[LoraFile]) -> list[str]:
-    """Return the options that name the base model's files, as `_named` does; none unless it and all LoRAs are files."""
-    # A base doesn't record the folder of its tokenizer.
-    if base.file is None or base.family.tokenizer or not all(Path(lora.name).is_file() for lora in loras):
+def _base_options(base: Base, folder: Path) -> list[str]:
+    """Return the options that name the base model's files, as `_named` does; none unless it is loaded from files."""
+    if base.file is None or base.family.tokenizer:  # A base doesn't record the folder of its tokenizer.
         return []
     encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
     files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]

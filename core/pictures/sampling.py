@@ -5,7 +5,7 @@ The samplers come from diffusers; conditioning and prediction come from the mode
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,35 +26,33 @@ MOST_LEADING = 150
 """The largest number of sampling steps for the "leading" spacing of SD's own configs."""
 ENCODED_TOGETHER = 16
 """The number of texts that are encoded together."""
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_sde_karras": (
-        "DPMSolverMultistepScheduler",
-        {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+
+
+class Sampler(NamedTuple):
+    """A sampler on SD's noise schedule."""
+
+    title: str
+    """Its name in A1111."""
+    scheduler: str
+    """The name of its class in diffusers."""
+    options: Mapping[str, Any]
+
+
+_KARRAS = {"use_karras_sigmas": True}
+SAMPLERS = {
+    "dpmpp_2m_karras": Sampler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", _KARRAS),
+    "dpmpp_2m": Sampler("DPM++ 2M", "DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde_karras": Sampler(
+        "DPM++ 2M SDE Karras", "DPMSolverMultistepScheduler", _KARRAS | {"algorithm_type": "sde-dpmsolver++"}
     ),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler", {}),
+    "euler_ancestral": Sampler("Euler a", "EulerAncestralDiscreteScheduler", {}),
+    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", {}),
+    "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 }
-"""The samplers on SD's noise schedule by name: the class of diffusers' scheduler, and its options."""
-FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""The samplers for rectified flows by name: the class of diffusers' scheduler ("" for our `FlowEuler`), and its options."""
-SAMPLER_TITLES = {
-    "dpmpp_2m_karras": "DPM++ 2M Karras",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "unipc": "UniPC",
-    "ddim": "DDIM",
-}
-"""A1111's title for each sampler, by its name here."""
+"""The samplers by name."""
+FLOW_SAMPLERS = ("euler", "dpmpp_2m", "unipc")
+"""The names of the samplers for rectified flows. Euler's method is then our `FlowEuler`."""
 
 
 class FlowEuler:
@@ -93,7 +91,7 @@ def sampler_name(name: str | None, base: Base) -> str:
 
     Raises BadConfig for a sampler that the family doesn't support, or that doesn't simply take a flow map's steps.
     """
-    known, usual = (SAMPLERS, "dpmpp_2m_karras") if base.family.predicts_noise else (FLOW_SAMPLERS, "euler")
+    known, usual = ([*SAMPLERS], "dpmpp_2m_karras") if base.family.predicts_noise else (FLOW_SAMPLERS, "euler")
     if name is None:
         return usual
     if name not in known:
@@ -114,11 +112,9 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
     if isinstance(schedule, FlowSchedule):
         if name == "euler":
             return FlowEuler(schedule.sampling_times(steps, latents))
-        class_name, options = FLOW_SAMPLERS[name]
         shift = schedule.shift_for(latents)
-        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, **options}
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     else:
-        class_name, options = SAMPLERS[name]
         settings = {
             "beta_start": 0.00085,
             "beta_end": 0.012,
@@ -127,11 +123,10 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
             # Leading steps are a whole number of timesteps apart, so with many steps they would start far below pure noise.
             "timestep_spacing": "trailing" if base.zero_terminal_snr or steps > MOST_LEADING else "leading",
             "steps_offset": 1,
-            **options,
         }
         if base.zero_terminal_snr:
             settings["rescale_betas_zero_snr"] = True
-    scheduler = getattr(diffusers, class_name)(**settings)
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler)(**settings, **SAMPLERS[name].options)
     scheduler.set_timesteps(steps, device=latents.device)
     return scheduler
 

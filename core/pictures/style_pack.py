@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import BadConfig, BadStylePack, UnknownFamily, check_length
 from ..models.families import FAMILIES
+from ..models.spec import FamilySpec
 from ..storage.files import is_text, read_bytes
 from .sizes import size_near
 
@@ -39,24 +40,8 @@ class Subject:
         return f"{self.trigger} {self.class_word}".strip()
 
 
-@dataclass(frozen=True)
-class FamilyDefaults:
-    """A model family's settings for prompts and pictures that a style doesn't set."""
-
-    wording: str
-    """The wording of prompts that suits the family, "tags" or "sentences"."""
-    resolution: int
-    """The side, in pixels, of the square with a picture's area."""
-    size_multiple: int
-    """Width and height are multiples of this, in pixels."""
-    guidance: float
-    steps: int
-
-
-FAMILY_DEFAULTS: Mapping[str, FamilyDefaults] = {
-    name: FamilyDefaults(family.wording, family.resolution, family.size_multiple, family.guidance, family.steps)
-    for name, family in FAMILIES.items()
-}
+FAMILY_DEFAULTS: Mapping[str, FamilySpec] = FAMILIES
+"""The settings for prompts and pictures that a style doesn't set, by family."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +149,10 @@ class StylePack:
             path = (self.folder / style.picture).resolve()
             found = path.is_file()
         except (OSError, RuntimeError) as error:  # The name is too long, or links form a circle.
-            raise BadStylePack(
-                f"{at} cannot be resolved: {getattr(error, 'strerror', None) or 'circular links'}"
-            ) from error
-        if not path.is_relative_to(
-            self.folder.resolve()
-        ):  # Only a symbolic link can do this: other ways are refused on reading.
+            reason = getattr(error, "strerror", None) or "circular links"
+            raise BadStylePack(f"{at} cannot be resolved: {reason}") from error
+        # Only a symbolic link can lead out: other ways are refused on reading.
+        if not path.is_relative_to(self.folder.resolve()):
             raise BadStylePack(f"{at} leads out of the folder")
         return path if found else None
 
@@ -314,7 +297,7 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
     return pack, tuple(problems)
 
 
-def family_defaults(family: str) -> FamilyDefaults:
+def family_defaults(family: str) -> FamilySpec:
     """Return a model family's settings for prompts and pictures. Raises UnknownFamily with the choices."""
     if family not in FAMILY_DEFAULTS:
         raise UnknownFamily(

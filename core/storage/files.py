@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -177,6 +177,11 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path, _MAX_JSON_BYTES).decode())
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{path}: cannot be read: {error}") from None
+
+
+def fill_page(path: Path, parts: Mapping[str, str]) -> str:
+    """Return the HTML of a file of this package, with the part of that name for each `<!--NAME-->`."""
+    return re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], path.read_text("utf-8"))
 
 
 def is_text(text: str) -> bool:

@@ -6,12 +6,12 @@ A header that does not describe the file exactly is refused. No memory is alloca
 import json
 import math
 import os
-import re
 import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -56,6 +56,7 @@ _FORMATS = {
 _File = TypeVar("_File", bound="Header")
 
 
+@dataclass(eq=False, repr=False)
 class Header:
     """The checked header of a safetensors file. `Header.open(path)` reads one."""
 
@@ -65,22 +66,8 @@ class Header:
     """The shape of each tensor by name."""
     codes: dict[str, str]
     """The type code of each tensor by name, a key of TYPES."""
-
-    def __init__(
-        self,
-        path: Path,
-        metadata: dict[str, str],
-        shapes: dict[str, tuple[int, ...]],
-        codes: dict[str, str],
-        offsets: dict[str, int],
-        size: int,
-    ):
-        self.path = path
-        self.metadata = metadata
-        self.shapes = shapes
-        self.codes = codes
-        self._offsets = offsets
-        self._size = size
+    _offsets: dict[str, int]
+    _size: int
 
     @classmethod
     def open(cls: type[_File], path: str | os.PathLike[str]) -> _File:
@@ -96,11 +83,8 @@ class Header:
                 header = file.read(header_size)
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
-        rest, rows = _usual_rows(header)
-        entries, metadata = parse_header(path, rest)
-        rows += _rows_of(path, entries)
-        shapes, codes, offsets = _check_rows(path, rows, first_byte=8 + header_size, file_size=size)
-        return cls(path, metadata, shapes, codes, offsets, size)
+        entries, metadata = parse_header(path, header)
+        return cls(path, metadata, *_checked(path, entries, first_byte=8 + header_size, file_size=size), size)
 
     @cached_property
     def types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -191,15 +175,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _values(header: bytes) -> int:
-    """Count the commas and brackets, an upper limit for the number of JSON values."""
-    return sum(header.count(mark) for mark in b",[{")
-
-
 def parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    if (values := _values(header)) > MAX_HEADER_VALUES:
+    values = sum(header.count(mark) for mark in b",[{")  # An upper limit for the number of JSON values.
+    if values > MAX_HEADER_VALUES:
         raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
@@ -225,102 +205,51 @@ def _where(path: Path, name: str) -> str:
     return f"{path}: damaged header: tensor {name[:80]!r}"
 
 
-Row = tuple[str, str, tuple[int, ...], int, int]
-"""A tensor's entry in a header: name, dtype, shape, and where its data begin and end."""
-
-# Matches an entry as all common tools write it. The json module takes twice as long, and a folder of LoRAs has millions.
-_SIZE = r"(?:0|[1-9]\d{0,17})"
-_USUAL = re.compile(
-    r'"([^"\\\x00-\x1f]*)":\{"dtype":"(\w+)",'
-    rf'"shape":\[((?:{_SIZE}(?:,{_SIZE})*)?)\],"data_offsets":\[({_SIZE}),({_SIZE})\]\}}(,|\}} *\Z)',
-    re.ASCII,
-)
-
-
-def _usual_rows(header: bytes) -> tuple[bytes, list[Row]]:
-    """Split a header into the part with the metadata and its entries, if all of these are in the usual form.
-
-    Otherwise, return the whole header and no entries.
-    """
-    whole = header, list[Row]()
-    try:
-        head, *found = _USUAL.split(header.decode("utf-8")) if _values(header) <= MAX_HEADER_VALUES else ("",)
-    except UnicodeDecodeError:
-        return whole
-    names, codes, shapes, begins, ends, marks, between = (found[field::7] for field in range(7))
-    if any(between) or not marks or marks[-1] == "," or any(mark != "," for mark in marks[:-1]):
-        return whole
-    if "__metadata__" in names or not (head == "{" or head.endswith("},")):
-        return whole
-    sizes = {shape: tuple(map(int, shape.split(","))) if shape else () for shape in set(shapes)}
-    numbers = (map(int, begins), map(int, ends))
-    rows = list(zip(names, codes, (sizes[shape] for shape in shapes), *numbers, strict=True))
-    return head.removesuffix(",").encode() + b"}", rows
-
-
-def _rows_of(path: Path, entries: dict[str, object]) -> list[Row]:
-    """Convert the entries that the json module has read. Raises BadFile for a malformed one."""
-    rows = []
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-            raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
-        code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if type(shape) is not list or any(type(side) is not int or side < 0 for side in shape):
-            raise BadFile(f"{_where(path, name)} {_BAD_SHAPE}")
-        begin, end = span if type(span) is list and len(span) == 2 else (None, None)
-        if type(begin) is not int or type(end) is not int or begin < 0:
-            raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
-        rows.append((name, str(code), tuple(shape), begin, end))
-    return rows
-
-
-def _bytes_taken(path: Path, name: str, code: str, shape: tuple[int, ...], limit: int) -> int:
-    """Return the size of a tensor in bytes, or -1 if a side exceeds `limit`, so that absurd sizes are never multiplied.
-
-    Raises BadFile for an unknown dtype or too many dimensions.
-    """
+def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    """Return the dtype and shape in a tensor's entry, and where its data begin and end. Raises BadFile for a malformed one."""
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
+    code, shape, span = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    is_shape = type(shape) is list and all(type(side) is int and side >= 0 for side in shape)
+    if not is_shape or len(shape) > MAX_DIMENSIONS:
+        raise BadFile(f"{_where(path, name)} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
+    begin, end = span if type(span) is list and len(span) == 2 else (None, None)
+    if type(begin) is not int or type(end) is not int or begin < 0:
+        raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
+    if len(name) > MAX_NAME:
+        raise BadFile(f"{_where(path, name)} has a name of {len(name):,} characters (limit {MAX_NAME:,})")
     if code not in TYPES:
         raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {code[:20]!r}; known: {', '.join(TYPES)}")
-    if len(shape) > MAX_DIMENSIONS:
-        raise BadFile(f"{_where(path, name)} {_BAD_SHAPE}")
-    return math.prod(shape) * TYPES[code][1] if max(shape, default=0) <= limit else -1
+    return code, tuple(shape), begin, end
 
 
-_BAD_SHAPE = f"has a shape that is not a list of at most {MAX_DIMENSIONS} sizes"
-
-
-def _check_rows(
-    path: Path, rows: list[Row], first_byte: int, file_size: int
+def _checked(
+    path: Path, entries: dict[str, object], first_byte: int, file_size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, int]]:
     """Return the shapes, types and byte offsets that a header states.
 
     Raises BadFile unless the tensors fill the file without gaps or overlaps.
     """
-    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, code, shape, begin, end in rows:
-        if len(name) > MAX_NAME:
-            raise BadFile(f"{_where(path, name)} has a name of {len(name):,} characters (limit {MAX_NAME:,})")
-        taken = sizes.get((code, shape))
-        if taken is None:
-            taken = sizes[code, shape] = _bytes_taken(path, name, code, shape, file_size)
+    shapes, codes, offsets, spans = {}, {}, {}, []
+    for name, entry in entries.items():
+        code, shape, begin, end = _entry(path, name, entry)
         if begin > end or first_byte + end > file_size:
             raise BadFile(
                 f"{path}: truncated or damaged: tensor {name[:80]!r} is at bytes {begin} to {end}, "
                 f"but the file has only {file_size - first_byte} bytes of tensors; download it again"
             )
-        if taken != end - begin:
+        # Absurd sizes are never multiplied.
+        if max(shape, default=0) > file_size or math.prod(shape) * TYPES[code][1] != end - begin:
             where = _where(path, name)
             raise BadFile(f"{where} of shape {list(shape)} and dtype {code} does not take {end - begin} bytes")
+        shapes[name], codes[name], offsets[name] = shape, code, first_byte + begin
+        spans.append((begin, end, name))
     position = 0
-    for begin, end, name in sorted((begin, end, name) for name, _, _, begin, end in rows):
+    for begin, end, name in sorted(spans):
         if begin != position:
             fault = "overlaps another" if begin < position else "leaves a gap before it"
             raise BadFile(f"{_where(path, name)} {fault}")
         position = end
     if first_byte + position != file_size:
         raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
-    codes = {name: code for name, code, *_ in rows}
-    if len(codes) != len(rows):
-        twice = Counter(name for name, *_ in rows).most_common(1)[0][0]
-        raise BadFile(f"{path}: damaged header: the name {twice[:80]!r} appears twice")
-    return {name: shape for name, _, shape, _, _ in rows}, codes, {row[0]: first_byte + row[3] for row in rows}
+    return shapes, codes, offsets

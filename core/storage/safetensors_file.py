@@ -12,7 +12,8 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Protocol
 
 import safetensors.torch
@@ -23,6 +24,7 @@ from ..errors import BadFile
 from ..progress import OnProgress, silent
 from .files import map_file, write_file
 from .header import TYPES, Header, parse_header
+from .stored import LazyValues
 
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
@@ -41,6 +43,7 @@ _STORAGE_ORDER = [
 ]  # fmt: skip
 
 
+@dataclass(eq=False, repr=False)
 class SafetensorsFile(Header, Mapping[str, Tensor]):
     """A safetensors file with a checked header, as a mapping from names to tensors.
 
@@ -48,24 +51,13 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
     process: writing to one never changes the file. `SafetensorsFile.open(path)` opens a file.
     """
 
-    dtypes: dict[str, torch.dtype]
-
-    def __init__(
-        self,
-        path: Path,
-        metadata: dict[str, str],
-        shapes: dict[str, tuple[int, ...]],
-        codes: dict[str, str],
-        offsets: dict[str, int],
-        size: int,
-    ):
-        super().__init__(path, metadata, shapes, codes, offsets, size)
-        if unknown := next((name for name, code in codes.items() if code not in DTYPES), None):
+    def __post_init__(self) -> None:
+        if unknown := next((name for name, code in self.codes.items() if code not in DTYPES), None):
             raise BadFile(
-                f"{path}: tensor {unknown[:80]!r} has dtype {codes[unknown]!r}, which this version of torch lacks; "
+                f"{self.path}: tensor {unknown[:80]!r} has dtype {self.codes[unknown]!r}, which this version of torch lacks; "
                 f"known: {', '.join(DTYPES)}"
             )
-        self.dtypes = {name: DTYPES[code] for name, code in codes.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: DTYPES[code] for name, code in self.codes.items()}
         self._memory: mmap.mmap | bytearray | None = None
 
     @property
@@ -137,43 +129,28 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """The dtype and shape of each tensor by name, as a file's header states them."""
 
 
-class ComputedTensors(Mapping[str, Tensor]):
+class ComputedTensors(LazyValues[str, Tensor]):
     """Tensors that are computed on access, so that a large file can be written without holding it in memory.
 
     Each maker returns some tensors by name, the same ones in each call. All makers are called once to get the layout. Later,
     the result of the last call is kept, because the tensors of a module are read one after another.
     """
 
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
     def __init__(self, makers: Iterable[Callable[[], Mapping[str, Tensor]]]):
-        self.layout = {}
-        self._makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
-        self._numbers: dict[str, Tensor] = {}
+        self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._last: tuple[object, Mapping[str, Tensor]] = (None, {})
+        readers: dict[str, Callable[[], Tensor]] = {}
         for make in makers:
             for name, tensor in make().items():
                 self.layout[name] = (tensor.dtype, tuple(tensor.shape))
-                self._makers[name] = make
-                if tensor.ndim == 0:
-                    self._numbers[name] = tensor
+                # Single numbers, such as alphas, are kept: all of them are read before the file is written.
+                readers[name] = partial(self._made, make, name) if tensor.ndim else tensor.clone
+        super().__init__(readers)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._numbers:
-            return self._numbers[name]
-        make = self._makers[name]
+    def _made(self, make: Callable[[], Mapping[str, Tensor]], name: str) -> Tensor:
         if self._last[0] is not make:
             self._last = (make, make())
         return self._last[1][name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.layout
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout)
-
-    def __len__(self) -> int:
-        return len(self.layout)
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -266,7 +243,7 @@ def save_safetensors(
 class Digest(Protocol):
     """A running hash with the interface of hashlib's objects."""
 
-    def update(self, data: bytes | memoryview, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> object:
         """Add data to the hash."""
         ...
 

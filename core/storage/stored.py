@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Widen = Callable[[Sequence[Tensor], torch.dtype], Tensor]
 """A function that widens the parts of a narrow weight to a dtype."""
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -69,23 +72,27 @@ class Stored:
         return narrow_in(self.tensors, self.name, read)
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors under new names, each read (and reshaped) on access."""
+class LazyValues(Mapping[_Key, _Value]):
+    """Values that are read or computed on each access."""
 
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
+    def __init__(self, readers: Mapping[_Key, Callable[[], _Value]]):
         self.readers = readers
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.readers[name]()
+    def __getitem__(self, key: _Key) -> _Value:
+        return self.readers[key]()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.readers
+    def __contains__(self, key: object) -> bool:
+        return key in self.readers
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[_Key]:
         return iter(self.readers)
 
     def __len__(self) -> int:
         return len(self.readers)
+
+
+class LazyTensors(LazyValues[str, Tensor]):
+    """Tensors under new names, each read (and reshaped) on access."""
 
 
 def dtype_and_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:

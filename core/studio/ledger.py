@@ -64,25 +64,6 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class LikenessPictures:
-    """The pictures drawn for one measurement of likeness."""
-
-    of_base: int
-    """The pictures that the base model draws, once for all people."""
-    pictures: int
-    """The pictures that each intermediate LoRA draws."""
-    size: Size
-    steps: int
-
-
-def look(base: Base, config: TrainConfig, photos: Size) -> LikenessPictures:
-    """Return the pictures for one measurement of likeness, in a training run on photos of that size."""
-    of_person, of_class, of_nobody = pictures_at_a_look(config)
-    of_base = of_class + of_nobody
-    return LikenessPictures(of_base, of_person + of_base, sample_size(base, photos), sampling_steps(base, config))
-
-
-@dataclass(frozen=True)
 class Basis:
     """What jobs of several people on one base model share, if only words differ in their settings."""
 
@@ -172,15 +153,17 @@ def _while_training(passes: Passes, counts: Mapping[Size, int], base: Base, conf
     if not config.sample_every:
         return 0.0, 0.0
     guidance = base.guidance if config.sample_guidance is None else config.sample_guidance
-    one = look(base, config, max(counts, key=lambda size: (counts[size], math.prod(size))))
-    picture = passes.draw(base, one.size, one.steps, guidance)
+    size = sample_size(base, max(counts, key=lambda size: (counts[size], math.prod(size))))
+    picture = passes.draw(base, size, sampling_steps(base, config), guidance)
     shown = config.steps // config.sample_every * len(sample_shots(config)) * picture
     if not config.hold_out:
         return 0.0, shown
+    of_person, of_class, of_nobody = pictures_at_a_look(config)
     looks = math.ceil(config.steps / config.sample_every)  # Likeness is measured after the last step too.
     looks += bool(config.merge_best) and looks > 1
+    pictures = looks * of_person + (looks + 1) * (of_class + of_nobody)  # The base model draws the latter two once.
     # The sample with the usual prompt is one of the likeness pictures.
-    return (one.of_base + looks * one.pictures) * picture, shown if config.sample_prompts else 0.0
+    return pictures * picture, shown if config.sample_prompts else 0.0
 
 
 def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, float]:

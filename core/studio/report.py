@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from ..errors import BadFile, counted
 from ..lora.metadata import without_folders
-from ..storage.files import read_json, write_text
+from ..storage.files import fill_page, read_json, write_text
 from .cost import PHASES
 from .people import PAGE, REPORT
 from .result import NONE_ALIKE, STATUSES, Result, result_of
@@ -50,10 +50,7 @@ def write_report(output: Path, results: Sequence[Result]) -> None:
         "SECONDS": "".join(f'<th class="number">{head}' for head in (*PHASES, "GPU-hours" if gpu else "CPU-hours")),
         "ROWS": "\n".join(_row(one, gpu) for one in ranked),
     }
-    page = _PAGE
-    for name, text in parts.items():
-        page = page.replace(f"<!--{name}-->", text)
-    write_text(output / PAGE, page)
+    write_text(output / PAGE, fill_page(Path(__file__).with_name("report.html"), parts))
 
 
 def _shared(reason: str, output: Path) -> str:
@@ -70,16 +67,12 @@ def _order(result: Result) -> tuple[bool, float]:
     return result.status != "failed", likeness - max(result.leakage or 0.0, 0.0)
 
 
-def _count(results: Sequence[Result], status: str) -> int:
-    return sum(one.status == status for one in results)
-
-
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
     """Count the results, and sum the costs of people made in this run."""
     costs = [one.cost for one in results if one.status == "made" and one.cost]
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
     return {
-        **{status: _count(results, status) for status in STATUSES},
+        **{status: sum(one.status == status for one in results) for status in STATUSES},
         "none_alike": sum(one.told == NONE_ALIKE for one in results),
         "seconds": round(sum(one.seconds for one in results if one.status == "made"), 1),
         "phases": {phase: round(sum(cost.seconds[phase] for cost in costs), 1) for phase in PHASES},
@@ -125,35 +118,3 @@ def _seconds(result: Result, gpu: bool) -> list[str]:
     hours = result.cost.gpu_hours if gpu else result.cost.processor_hours
     phases = [f"{result.cost.seconds[phase]:.1f}" for phase in PHASES]
     return [*phases, "" if hours is None else f"{hours:.3f}"]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Studio: <!--TITLE--></title>
-<style>
-:root { color-scheme: light dark; --paper: #f4f2ee; --card: #fff; --ink: #23211e; --soft: #6b665f; --line: #e2ded6;
-  --bad: #b00020; --accent: #20705a }
-@media (prefers-color-scheme: dark) { :root { --paper: #191816; --card: #24221f; --ink: #eceae5; --soft: #a39d93;
-  --line: #38352f; --bad: #ff8a80; --accent: #6fc3a6 } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 4rem); max-width: 1400px;
-  background: var(--paper); color: var(--ink) }
-h1 { font: 600 2.1rem/1.2 Georgia, "Times New Roman", serif; margin: 0 }
-p { margin: .3rem 0 1.2rem; color: var(--soft) }
-a { color: var(--accent) }
-.table { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-table { border-collapse: collapse; width: 100% }
-th, td { border-bottom: 1px solid var(--line); padding: .4rem .6rem; text-align: left; vertical-align: middle }
-thead th { color: var(--soft); font-weight: 400; white-space: nowrap }
-tbody th { font-weight: 600 }
-tbody tr:last-child > * { border-bottom: 0 }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.reason { font-weight: 400; color: var(--soft); min-width: 11rem }
-.failed td:nth-child(3), .none-alike td:nth-child(3) { color: var(--bad) }
-img { height: 3.5rem; border-radius: 4px; display: block }
-</style></head>
-<body><header><h1><!--TITLE--></h1><p><!--COSTS--> People to check first are at the top. Phases are in seconds.</p></header>
-<div class="table"><table><thead><tr><th><th>person<th>status<th class="number">likeness<th class="number">leakage
-<th class="number">kept<!--SECONDS--></thead><tbody>
-<!--ROWS-->
-</tbody></table></div></body></html>
-"""

@@ -34,8 +34,4 @@ IDEOGRAM4 = NameTable(
         # diffusers refuses the whole file if it has any other module.
         diffusers_refuses={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
     ),
-    words=(
-        "input_proj", "llm_cond_norm", "llm_cond_proj", "t_embedding", "adaln_proj", "adaln_modulation",
-        "embed_image_indicator", "norm_final",
-    ),
-)  # fmt: skip
+)

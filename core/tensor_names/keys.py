@@ -4,42 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .families import NAME_TABLES
-
-# Some schemes flatten paths by writing "_" for ".". To restore the dots, we need all path components that contain "_"
-# themselves. The longest matching word of this list is one component. Any other text between two "_" is another.
-_VOCABULARY = """
-diffusers' UNets:
-    down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj
-    conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2
-original UNets:
-    input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection time_embed label_emb
-CLIP and T5:
-    text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
-    token_embedding position_embedding layer_norm wi_0 wi_1 relative_attention_bias
-diffusers' transformers:
-    single_transformer_blocks add_q_proj add_k_proj add_v_proj to_add_out ff_context norm_q norm_k norm_added_q
-    norm_added_k norm1_context norm_out proj_mlp x_embedder context_embedder pos_embed time_text_embed
-    timestep_embedder guidance_embedder text_embedder time_guidance_embed to_qkv_mlp_proj linear_in linear_out linear_3
-    time_caption_embed caption_embedder all_final_layer all_x_embedder txt_norm text_fusion layerwise_blocks
-    refiner_blocks to_gate time_mod_proj self_attention adaLN_sa_ln adaLN_mlp_ln gate_proj up_proj linear_fc2 text_proj
-    final_norm final_linear gate_layer text_norm mode_blocks txt_mode_blocks
-    image_cond x_embedders target_timestep_embedder early_stream_modulations single_stream_modulations
-original transformers:
-    double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in
-    guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img
-    double_stream_modulation_txt single_stream_modulation distilled_guidance_layer in_proj joint_blocks x_block
-    context_block y_embedder t_embedder ln_q ln_k feed_forward noise_refiner context_refiner cap_embedder q_norm k_norm
-    ffn_norm1 ffn_norm2 attention_norm1 attention_norm2 gate_up
-    content_mode_blocks attn_out mlp_in mlp_out emb_in ref_time_in
-"""
-COMPOUND_WORDS = frozenset(
-    {word for word in _VOCABULARY.split() if "_" in word}.union(*(table.words for table in NAME_TABLES.values()))
-)
-"""The vocabulary, including the words of the families' tables."""
-_LONGEST_COMPOUND = 1 + max(word.count("_") for word in COMPOUND_WORDS)
-"""The most words, separated by "_", in one component."""
-
+from .models import compound_words
 
 # The role of a tensor in its module -> a pattern of the suffixes for that role.
 _SUFFIXES = {
@@ -125,13 +90,17 @@ class NamedTensor:
 
 
 def unflatten(flat: str) -> str:
-    """Restore the dotted path of a module from its flattened form, which has "_" for "."."""
+    """Restore the dotted path of a module from its flattened form, which has "_" for ".".
+
+    The longest words of published models that contain "_" themselves are components. So is any other text between two "_".
+    """
+    compounds, longest = compound_words()
     tokens = flat.split("_")
     components, start = [], 0
     while start < len(tokens):
-        for end in range(min(start + _LONGEST_COMPOUND, len(tokens)), start, -1):
+        for end in range(min(start + longest, len(tokens)), start, -1):
             word = "_".join(tokens[start:end])
-            if end == start + 1 or word in COMPOUND_WORDS:
+            if end == start + 1 or word in compounds:
                 components.append(word)
                 start = end
                 break

@@ -19,9 +19,8 @@ from .table import T5_PATHS, is_text_path
 
 Shape = tuple[int, ...]
 _OF_UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "input_blocks.", "middle_block.", "output_blocks.")
-# Match numbers that are a whole word of a path, between dots or "_"; in the tables they can be ranges.
-_NUMBER_WORD = re.compile(r"(?<![^._])(?:0|[1-9]\d{0,3})(?![^._])", re.ASCII)
-_RUN_WORD = re.compile(r"(?<![^._])(\d{1,4})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
+# Matches a number that is a whole word of a path, between dots or "_"; in the tables it can be a range.
+_NUMBER_WORD = re.compile(r"(?<![^._])(0|[1-9]\d{0,3})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
 
 
 class Row(NamedTuple):
@@ -77,7 +76,7 @@ class Identity:
     def of_claim(self, metadata_names: Iterable[str]) -> str | None:
         """Return the title of the fitting model that has one of these names in metadata; None if no name matches."""
         named = {name.lower() for name in metadata_names}
-        claimed = (variant.title for variant in _tables()[0] if variant.claims & named)
+        claimed = (variant.title for variant in _tables().variants if variant.claims & named)
         return next((title for title in claimed if title in self.models), None)
 
 
@@ -92,7 +91,7 @@ def identify(
     naming, and for a model without a family also have "_" for its dots. If no model fits and several are equally near, one
     of the family `claimed` is preferred. A shape of (out, 0) means that the inputs are unknown.
     """
-    variants, _ = _tables()
+    variants = _tables().variants
     fitting: Counter[int] = Counter()
     having: list[tuple[tuple[str, str], frozenset[int]]] = []
     for part, path, shape in modules:
@@ -130,7 +129,7 @@ def _has_no_more(variant: int, places: Collection[tuple[str, str]]) -> bool:
 @lru_cache(1 << 16)
 def is_published(family: str, part: str, path: str) -> bool:
     """Check that a published model of the family has a module with that path, in any shape."""
-    variants, _ = _tables()
+    variants = _tables().variants
     return any(variants[row.variant].family == family for row in _rows(part, path))
 
 
@@ -157,11 +156,11 @@ def _rows(part: str, path: str) -> tuple[Row, ...]:
         path = path.removeprefix("text_model.")
         part = "" if path.startswith(T5_PATHS) else part
     dotted, numbers = _template(path)
-    variants, rows = _tables()
+    variants = _tables().variants
     return tuple(
         row
-        for row in rows.get((part, dotted.replace(".", "_")), ())
-        if all(first <= number <= last for number, (first, last) in zip(numbers, row.numbers, strict=True))
+        for row in _tables().rows.get((part, dotted.replace(".", "_")), ())
+        if all(low <= first == last <= high for (first, last), (low, high) in zip(numbers, row.numbers, strict=True))
         and (row.path == dotted or variants[row.variant].family is None)
     )
 
@@ -173,44 +172,50 @@ def _same_weight(shape: Shape, other: Shape) -> bool:
     return shape[0] == other[0] and (inputs == others or 0 in (inputs, others))
 
 
-def _template(path: str) -> tuple[str, list[int]]:
-    """Replace the numbers in a path by "#", and return the path and the numbers: `b.0.q` gives b.#.q and [0]."""
-    numbers: list[int] = []
+def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Replace the numbers and ranges in a path by "#", and return both: `b.0-3.q.1` gives b.#.q.# and ((0, 3), (1, 1)).
 
-    def number(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return "#"
-
-    return _NUMBER_WORD.sub(number, path), numbers
-
-
-def _runs(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Replace the ranges in a path of the tables by "#", and return both: `b.0-3.q` gives b.#.q and ((0, 3),).
-
-    A descending range is a name and is kept, such as Z-Image's `all_x_embedder.2-1`.
+    Only the paths of the tables have ranges. A range that doesn't ascend is a name and is kept, such as Z-Image's
+    `all_x_embedder.2-1`.
     """
     numbers: list[tuple[int, int]] = []
 
-    def run(match: re.Match[str]) -> str:
+    def number(match: re.Match[str]) -> str:
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
+        if match[2] and last <= first:
             return match[0]
         numbers.append((first, last))
         return "#"
 
-    return _RUN_WORD.sub(run, path), tuple(numbers)
+    return _NUMBER_WORD.sub(number, path), tuple(numbers)
+
+
+def compound_words() -> tuple[frozenset[str], int]:
+    """Return the components of paths that contain "_" themselves, and the most words, separated by "_", in one of them.
+
+    They are those of the models that have a family, and of the text encoders.
+    """
+    return _tables().words, _tables().longest
+
+
+class _Tables(NamedTuple):
+    variants: tuple[Variant, ...]
+    rows: dict[tuple[str, str], list[Row]]
+    """The rows by part and path, with "#" for numbers and "_" for dots."""
+    words: frozenset[str]
+    longest: int
 
 
 @cache
-def _tables() -> tuple[tuple[Variant, ...], dict[tuple[str, str], list[Row]]]:
-    """Read the variants, and all rows by part and path, with "#" for numbers and "_" for dots."""
+def _tables() -> _Tables:
     data = json.loads(Path(__file__).with_name("model_tables.json").read_text(encoding="utf-8"))
     variants: list[Variant] = []
     rows: dict[tuple[str, str], list[Row]] = {}
+    paths = {path for encoder in data["text_encoders"].values() for path in encoder}
 
     def add(table: dict[str, list[Any]], part: str) -> None:
         for path, (*shape, last) in table.items():
-            name, numbers = _runs(path.removeprefix("text_model.") if part != "denoiser" else path)
+            name, numbers = _template(path.removeprefix("text_model.") if part != "denoiser" else path)
             of_part = "" if part != "denoiser" and path.startswith(T5_PATHS) else part
             rows.setdefault((of_part, name.replace(".", "_")), []).append(
                 Row(len(variants), name, numbers, (*shape, *[last] * (last != "bias")), last == "bias")
@@ -219,7 +224,9 @@ def _tables() -> tuple[tuple[Variant, ...], dict[tuple[str, str], list[Row]]]:
     for model in data["models"]:
         for table in model["denoiser"].values():
             add(table, "denoiser")
+            paths |= table.keys() if model["family"] else set()
         for part, name in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), model["text"], strict=False):
             add(data["text_encoders"].get(name, {}), part)
         variants.append(Variant(model["title"], model["family"], frozenset(model["claims"])))
-    return tuple(variants), rows
+    words = frozenset(word for path in paths for word in path.split(".") if "_" in word)
+    return _Tables(tuple(variants), rows, words, 1 + max(word.count("_") for word in words))

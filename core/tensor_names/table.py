@@ -243,8 +243,6 @@ class NameTable:
     """The kernel size of a denoiser module in diffusers; None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None
     """The kernel size in sd-scripts; only needed for 1x1 convolutions that are Linear in diffusers."""
-    words: tuple[str, ...] = ()
-    """The path components that contain "_", in addition to those in keys.py."""
     comfyui_classes: tuple[str, ...] = ()
     """The classes in comfy.supported_models of its trainable models; empty if the tested ComfyUI has none."""
     a1111_version: str = "Unknown"

@@ -20,11 +20,10 @@ from core.errors import BadFile, FaceLoraError, UnmatchedKeys
 from core.lora.convert import convert_lora, merge_loras, resize_lora
 from core.lora.file import LoraFile
 from core.lora.hashes import file_hashes
-from core.lora.inspect import block_norms, inspect_lora
+from core.lora.inspect import block_norms, inspect_lora, verify_lora
 from core.lora.metadata import edit_metadata
 from core.lora.modules import SCHEMES, LoraModule
 from core.lora.report import format_inspection, inspect_header
-from core.lora.verify import verify_lora
 from core.lora.words import trigger_words
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 

@@ -23,9 +23,9 @@ from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit, UnknownFamily
 from core.lora.apply import apply
 from core.lora.file import LoraFile
+from core.lora.inspect import verify_lora
 from core.lora.modules import LoraModule
 from core.lora.readers import not_loaded_by
-from core.lora.verify import verify_lora
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES
 from core.models.memory_plan import blocks_of

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import core.pictures.group as group_module
-import core.pictures.group_faces as faces_module
+import core.pictures.group_batch as faces_module
 from core import GenerateConfig, Job, LoraFile, LoraModule, generate, load_base
 from core.cli import main
 from core.demo import BASE_FILE
@@ -33,7 +33,7 @@ from core.pictures import (
 )
 from core.pictures.generate import Picture
 from core.pictures.group import MOST_PEOPLE, RelativeBox, group_parameters, shows_several, side_by_side
-from core.pictures.group_faces import assign_faces
+from core.pictures.group_batch import assign_faces
 from core.pictures.parameters import Parameters
 from tests.tooling import small_flow_base
 

@@ -36,7 +36,7 @@ from core.pictures.gallery import SAME_PERSON
 from core.pictures.generate import Picture, generate, parameters_text
 from core.pictures.headshot import FacePass, Headshot, blend, cut_out
 from core.pictures.headshots import batch_summary, make_headshots
-from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
+from core.pictures.sampling import SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
 from tests.tooling import held_elsewhere, mostly_slow, random_lora, small_flow_base, write_photos
 
@@ -330,10 +330,6 @@ def test_a_base_can_be_said_to_predict_otherwise_and_the_picture_is_made_again(t
             said.append(read_as_a1111_does(image.info["parameters"])[2])
     assert pictures[0] != pictures[1]
     assert said[1] == said[0] | {"Prediction": "v", "Zero terminal SNR": "True"} != said[0]
-
-
-def test_every_sampler_has_a1111s_name() -> None:
-    assert SAMPLER_TITLES.keys() == SAMPLERS.keys()
 
 
 def test_text_beyond_ascii_survives_in_the_png(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from core.bench.compare import MethodResult, known_results, plot_results, write_results
+from core.bench.compare import MethodResult, known_results, summary_rows, write_results
 from core.cli.settings import read_toml
 from core.config import config_from
 from core.demo import BASE_FILE
@@ -312,7 +312,7 @@ def reports(desk: Desk, draw: Random) -> None:
     write_results(path, identity, [result, replace(result, method="base")])
     path.write_bytes(damaged_json(path.read_bytes(), draw))
     if known := known_results(path, identity):
-        plot_results(known)
+        summary_rows(known)
         write_results(path, identity, known)
 
 

@@ -6,18 +6,15 @@ import os
 import random
 import struct
 import sys
-import tempfile
 import time
 import tracemalloc
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from core.errors import BadFile
-from core.storage.header import Header, _usual_rows
+from core.storage.header import Header
 from core.storage.safetensors_file import (
     DTYPES,
     ComputedTensors,
@@ -324,40 +321,6 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.safetensors")
     with pytest.raises(BadFile, match=r"a\.safetensors: is not a regular file"):
         SafetensorsFile.open(tmp_path / "a.safetensors")
-
-
-_STRANGE = [*'{}[]",:\\ 0129-.eF_', "00", "\\u0061", "__metadata__", "\t", "é", "\ud800", "a", ","]
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    st.integers(0, 3),
-    st.booleans(),
-    st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(_STRANGE), st.booleans())),
-)
-def test_a_header_in_the_usual_form_is_read_as_json_reads_it(count, has_metadata, changes):
-    """Whatever is changed in it."""
-    entries = {f"{name}.x": entry("F16", (2, 2), (8 * at, 8 * at + 8)) for at, name in enumerate("abc"[:count])}
-    header = {"__metadata__": {"k": "v"}} | entries if has_metadata else entries
-    text = json.dumps(header, separators=(",", ":"))
-    for place, mark, replaces in changes[:3]:
-        place %= len(text)
-        text = text[:place] + mark + text[place + replaces :]
-    header_bytes = text.encode("utf-8", "surrogatepass")
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(raw(header_bytes, bytes(8 * count)))
-        file.flush()
-        found = []
-        for usual in (_usual_rows, lambda header: (header, [])):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("core.storage.header._usual_rows", usual)
-                try:
-                    opened = Header.open(file.name)
-                    found.append((opened.types, opened.metadata, opened._offsets))
-                except BadFile:
-                    found.append(None)
-    assert found[0] == found[1], text
-    assert changes or found[0]
 
 
 def test_a_name_of_thousands_of_characters_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The command `compare`, which trains several methods on the same photos and measures them."""
+"""The commands `compare`, which measures training methods on the same photos, and `doctor`, which examines the machine."""
 
 import argparse
 import dataclasses
@@ -6,14 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-from ..bench import REPORT, SETTINGS, Comparison, summary_rows
+from ..bench import REPORT, SETTINGS, Comparison, examine, format_doctor, summary_rows
 from ..bench.compare import compare
 from ..config import config_from
+from ..device import stay_within_free_memory
 from ..errors import BadConfig, one_line
 from ..faces import load_faces
 from ..photos import read_photos
 from .common import BarProgress, base_from
-from .computing import device_from
+from .computing import device_from, named_or_best
 from .settings import schedule_from, settings_from
 
 
@@ -52,7 +53,7 @@ def run_compare(options: argparse.Namespace) -> None:
     widths = [max(map(len, method)) for method in methods]
     for cells in zip(*methods, strict=True):  # Print a line per column, since methods are fewer.
         print(one_line("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()))
-    print(f"{options.output / REPORT}, compare.png and a sheet of pictures for each person", file=sys.stderr)
+    print(f"{options.output / REPORT}, and a sheet of pictures for each person", file=sys.stderr)
 
 
 def _rate(text: str) -> tuple[str, float]:
@@ -61,3 +62,13 @@ def _rate(text: str) -> tuple[str, float]:
         return method, float(number)
     except ValueError:
         raise BadConfig(f"--rate {text}: give METHOD=NUMBER") from None
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    def say(what: str) -> None:
+        print(f"measuring {what}", file=sys.stderr)
+
+    device = named_or_best(options.device)
+    stay_within_free_memory(device)
+    report = examine(device, options.measure, say)
+    print(json.dumps(report.as_dict(), indent=1) if options.json else format_doctor(report))
