@@ -33,7 +33,7 @@ FILES, MACHINE = "LoRA files", "this machine"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        PICTURES, "run the whole job on the small base model of the package, without GPU or download", "headshots"
+        PICTURES, "run the whole job on the small base model of the package, without GPU or download", "demo"
     ),
     "headshots": Command(
         PICTURES, "turn photos of one person into a gallery of headshots; run it again to continue", "headshots"
@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(PICTURES, "train a LoRA on a folder of photos of one person", "train"),
     "compare": Command(
-        JUDGING, "train several methods on the same photos, and measure likeness and cost of each", "bench"
+        JUDGING, "train several methods on the same photos, and measure likeness and cost of each", "compare"
     ),
     "generate": Command(
         PICTURES, "draw pictures with a base model and LoRAs, from prompts or the styles of a pack", "generate"
@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "forget": Command(MACHINE, "delete everything that a studio keeps of a person", "studio"),
     "doctor": Command(
-        MACHINE, "show what this machine has for training and what is missing; --measure also tests it", "bench"
+        MACHINE, "show what this machine has for training and what is missing; --measure also tests it", "doctor"
     ),
     "completion": Command(MACHINE, "print a shell completion script", "machine"),
     "clear-cache": Command(

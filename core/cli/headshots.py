@@ -1,4 +1,4 @@
-"""The commands `headshots`, which turns photos into a gallery, and `demo`, which does the whole job on the small base model."""
+"""The command `headshots`, which turns photos into a gallery."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from ..lora import file_word, write_sidecars
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, device_rate, ledger_of, make
-from ..training import Callbacks, recipe_config
+from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from
 from .computing import device_from, show_work, work_in_short
 from .settings import schedule_from, settings_from
@@ -106,14 +106,3 @@ def _described(outcome: Outcome) -> dict[str, Any]:
         "kept": [str(shot.path) for shot in outcome.shots if shot.kept],
         "advice": list(outcome.advice),
     }
-
-
-def run_demo(options: argparse.Namespace) -> None:
-    usual = demo.CONFIG
-    steps = usual.steps if options.steps is None else options.steps
-    config = dataclasses.replace(usual, steps=steps, warmup_steps=max(0, min(usual.warmup_steps, steps - 1)))
-    with BarProgress() as bar:
-        callbacks = Callbacks(on_step=bar.step, on_phase=bar.phase)
-        report = demo.run(options.output, person=options.person, config=config, callbacks=callbacks)
-    print(report.text)
-    print(f"pictures: {options.output / 'contact_sheet.png'}")

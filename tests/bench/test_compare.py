@@ -133,7 +133,7 @@ class Stub:
 
 def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("core.cli.bench.compare", lambda people, comparison, *_, **__: given.append(comparison) or [])
+    monkeypatch.setattr("core.cli.compare.compare", lambda people, comparison, *_, **__: given.append(comparison) or [])
     options = ["--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]
     assert main(["compare", str(photo_folder), *options, "--prediction-type", "v_prediction"]) == 0
     assert given[0].base.prediction_type == "v_prediction"
@@ -141,7 +141,7 @@ def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, 
 
 def test_a_person_has_the_folders_name_however_it_is_given(photo_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("core.cli.bench.compare", lambda people, *_, **__: given.append(people) or [])
+    monkeypatch.setattr("core.cli.compare.compare", lambda people, *_, **__: given.append(people) or [])
     monkeypatch.chdir(photo_folder)
     assert main(["compare", ".", "--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]) == 0
     assert list(given[0]) == [photo_folder.name]
@@ -151,7 +151,7 @@ def test_the_command_prints_a_line_for_each_measure_that_fits_a_narrow_terminal(
     photo_folder, tmp_path, monkeypatch, capsys
 ):
     results = [result("a", method) for method in ("lora", "dreambooth", "textual-inversion")]
-    monkeypatch.setattr("core.cli.bench.compare", lambda *_, **__: results)
+    monkeypatch.setattr("core.cli.compare.compare", lambda *_, **__: results)
     assert main(["compare", str(photo_folder), "--base", str(BASE_FILE), "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < 80 and lines[0].split() == ["method", "lora", "dreambooth", "textual-inversion"]

@@ -1,4 +1,4 @@
-"""The commands `compare`, which measures training methods on the same photos, and `doctor`, which examines the machine."""
+"""The command `compare`, which trains several methods on the same photos and measures them."""
 
 import argparse
 import dataclasses
@@ -6,15 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-from ..bench import REPORT, SETTINGS, Comparison, examine, format_doctor, summary_rows
+from ..bench import REPORT, SETTINGS, Comparison, summary_rows
 from ..bench.compare import compare
 from ..config import config_from
-from ..device import stay_within_free_memory
 from ..errors import BadConfig, one_line
 from ..faces import load_faces
 from ..photos import read_photos
 from .common import BarProgress, base_from
-from .computing import device_from, named_or_best
+from .computing import device_from
 from .settings import schedule_from, settings_from
 
 
@@ -62,13 +61,3 @@ def _rate(text: str) -> tuple[str, float]:
         return method, float(number)
     except ValueError:
         raise BadConfig(f"--rate {text}: give METHOD=NUMBER") from None
-
-
-def run_doctor(options: argparse.Namespace) -> None:
-    def say(what: str) -> None:
-        print(f"measuring {what}", file=sys.stderr)
-
-    device = named_or_best(options.device)
-    stay_within_free_memory(device)
-    report = examine(device, options.measure, say)
-    print(json.dumps(report.as_dict(), indent=1) if options.json else format_doctor(report))
