@@ -351,7 +351,9 @@ class Card(TorchDispatchMode):
         """What torch requires of products in 8 bits on CUDA."""
         multiple = 8 if packet is aten._int_mm else 16
         if any(side % multiple for side in right.shape):
-            raise RuntimeError(f"Expected the second matrix's sides to be multiples of {multiple}: {tuple(right.shape)}")
+            raise RuntimeError(
+                f"Expected the second matrix's sides to be multiples of {multiple}: {tuple(right.shape)}"
+            )
         if packet is aten._int_mm and len(left) <= 16:
             raise RuntimeError(f"self.size(0) needs to be greater than 16, but got {len(left)}")
         if packet is aten._scaled_mm and (self.capability < (8, 9) or right.stride(0) != 1):
