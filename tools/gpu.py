@@ -23,13 +23,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from core.bench.doctor import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, examine, trial
+from core.bench.doctor import (
+    FLUX_WIDTH,
+    SMALL_CHANNELS,
+    SMALL_RESOLUTION,
+    agreement,
+    eight_bit_weights,
+    examine,
+    products,
+    trial,
+)
 from core.bench.random_models import CAPTION, REAL_CHANNELS, SHAPES, random_base, random_cache, random_component
 from core.bench.timing import peak_memory, seconds
 from core.config import TrainConfig
 from core.device import deterministic_if, device_and_dtype, precision_name, release_memory, whole_or_in_tiles
 from core.errors import BadConfig
 from core.models.base import Base, CaptionEncoder
+from core.models.eight_bits import InEightBits, linear, times
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS, MemoryPlan, blocks_of
 from core.pictures.generate import Job, generate
@@ -57,6 +67,8 @@ BLOCK = 5
 """The steps that a loop makes in a round."""
 LONGEST = 30.0
 """The expected seconds of a stage's first measurement."""
+DIFFERENT_ROUNDING = 1e-2
+"""The largest difference of two products in 8 bits: numbers at a half may be rounded up or down."""
 ALIKE = 1e-3
 """The largest difference of two gradients in fp32 that rounding explains, as a share of their norm."""
 
@@ -174,6 +186,27 @@ def _beside(
     apart = float((gradient - other).norm() / other.norm().clamp_min(1e-30))
     wide = float((gradient - first["full"]).norm() / first["full"].norm().clamp_min(1e-30))
     return {"apart": apart, "is_good": apart < ALIKE, "apart_from_full_weights": wide}
+
+
+def products_in_eight_bits(session: Session) -> Measurements:
+    """Compare products in 8 bits with the CPU's."""
+    for kind in ("int8", "fp8"):
+        yield kind, partial(_products_apart, kind, session.device, session.dtype)
+
+
+def _products_apart(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    found: list[list[Tensor]] = []
+    for place in (CPU, device):
+        found.append([])
+        for weight in eight_bit_weights(SMALL_CHANNELS)[kind]:
+            weight = weight.map(lambda part, place=place: part.to(place))
+            outputs, inputs = weight.shape
+            generator = torch.Generator().manual_seed(1)
+            x, gradient = (torch.randn(64, side, generator=generator).to(place, dtype) for side in (inputs, outputs))
+            widen = InEightBits(weight.widen)
+            found[-1] += [linear(x, widen, weight.parts).cpu(), times(gradient, widen, weight.parts).cpu()]
+    distances = [float((b - a).norm() / a.norm().clamp_min(1e-30)) for a, b in zip(*found, strict=True)]
+    return {"apart": max(distances), "is_good": max(distances) < DIFFERENT_ROUNDING}
 
 
 def resuming(session: Session) -> Measurements:
@@ -308,6 +341,12 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return _rate(*matmul(device, dtype), device)
 
 
+def eight_bit_times(session: Session) -> Measurements:
+    """Time products in 8 bits, as a share of the time with widened weights, at the widths of SDXL, FLUX.1 and Krea 2."""
+    for width in session.some((SMALL_CHANNELS,) if session.small else (1280, FLUX_WIDTH, 6144)):
+        yield f"width {width}", partial(products, session.device, session.dtype, width)
+
+
 def speeds(compile: bool, which: Sequence[tuple[str, int, int]], session: Session) -> Measurements:
     """Run the benchmark against a plain loop of diffusers and peft."""
     for family, pixels, batch in session.some(which):
@@ -397,7 +436,13 @@ def _decoded(session: Session, base: Base, side: int, tiled: bool) -> dict[str, 
 
 Stage = Callable[[Session], Measurements]
 COMMANDS: Mapping[str, Mapping[str, Stage]] = {
-    "correctness": {"families": families, "plans": plans, "resuming": resuming, "compiled": compiled},
+    "correctness": {
+        "families": families,
+        "plans": plans,
+        "products in 8 bits": products_in_eight_bits,
+        "resuming": resuming,
+        "compiled": compiled,
+    },
     "memory": {
         "copies": copies,
         "plans": partial(memory, FIRST_PLANS),
@@ -405,7 +450,12 @@ COMMANDS: Mapping[str, Mapping[str, Stage]] = {
         "cards": cards,
         "other plans": partial(memory, [plan for plan in PLANS if plan not in FIRST_PLANS]),
     },
-    "speed": {"rates": rates, "steps": partial(speeds, False, SPEEDS), "drawing": drawing},
+    "speed": {
+        "rates": rates,
+        "products in 8 bits": eight_bit_times,
+        "steps": partial(speeds, False, SPEEDS),
+        "drawing": drawing,
+    },
     "compiled": {
         "transformer": compiled_flow,
         "steps": partial(speeds, True, [SPEEDS[1], SPEEDS[0], SPEEDS[2]]),

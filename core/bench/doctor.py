@@ -59,6 +59,8 @@ FAMILY = next(iter(SHAPES))
 """The family whose denoiser, with random weights, is trained for the measurements."""
 SMALL_CHANNELS, SMALL_RESOLUTION = 64, 128
 """The size of the denoiser that is compared with the CPU, and of the one timed on a CPU."""
+FLUX_WIDTH = 3072
+"""The width of the weights that products in 8 bits are timed with on a GPU."""
 LONGEST = 60.0
 """The seconds after which no further measurement starts."""
 DIFFERENCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -202,18 +204,22 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
         trials.append(trial(cache, base, config, device, dtype, plan))
     what = f"{base.family.title}, random weights, {resolution} px, batch 1, rank {config.rank}"
     on_progress("products in 8 bits")
-    products = _products(device, dtype)
-    return Measured(what, agreements, tuple(trials), products, why_not_compiled(device) and "not possible here")
+    shares = products(device, dtype, FLUX_WIDTH if device.type == "cuda" else SMALL_CHANNELS)
+    return Measured(what, agreements, tuple(trials), shares, why_not_compiled(device) and "not possible here")
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
-    """Time products in 8 bits with weights as wide as FLUX.1's, or much narrower ones on a CPU."""
-    width = 3072 if device.type == "cuda" else 256
-    wide = [torch.randn(shape) for shape in ((width, width), (4 * width, width), (width, 4 * width))]
-    weights = {"int8": [narrowed(weight) for weight in wide]}
-    weights["fp8"] = [NarrowTensor((weight.to(FLOAT8[0]),), as_stored, tuple(weight.shape)) for weight in wide]
-    shares = {name: time_in_eight_bits(of_dtype, device, dtype) for name, of_dtype in weights.items()}
+def products(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, float | None]:
+    """Time products in 8 bits with weights as wide as those of a transformer's block (see `Measured.products`)."""
+    shares = {name: time_in_eight_bits(of_kind, device, dtype) for name, of_kind in eight_bit_weights(width).items()}
     return {name: share if math.isfinite(share) else None for name, share in shares.items()}
+
+
+def eight_bit_weights(width: int) -> dict[str, list[NarrowTensor]]:
+    """Return the weights of a block of a transformer of that width, in each kind of 8 bits, with random numbers."""
+    shapes = ((width, width), (4 * width, width), (width, 4 * width))
+    wide = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+    fp8 = [NarrowTensor((weight.to(FLOAT8[0]),), as_stored, tuple(weight.shape)) for weight in wide]
+    return {"int8": [narrowed(weight) for weight in wide], "fp8": fp8}
 
 
 def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> Agreement:
