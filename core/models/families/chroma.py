@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...tensor_names.flux import CHROMA as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..spec import DENOISER_PREFIX, Component, Conditioning, stack_conditioning
+from ..spec import DENOISER_PREFIX, Component, Conditioning, Networks, stack_conditioning
 from . import flux1
 
 TEXT = {"text_encoder": "t5xxl"}
@@ -60,9 +60,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     """Return the states of T5 for each caption and one token of padding, which is masked in T5 but not in the denoiser."""
     encoder = encoders["text_encoder"]
     tokenizer = text.load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore

@@ -19,7 +19,7 @@ from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, kl_pixels, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 from . import flux1
 
 TEXT_TOKENS = 512
@@ -98,19 +98,12 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 class _SingleAttention:
     """Attention of a single block, parallel to its feed-forward layers. It replaces diffusers'."""
 
-    def __call__(
-        self,
-        layers: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: attention.Tables | None = None,
-    ) -> Tensor:
-        assert image_rotary_emb is not None
-        both = layers.to_qkv_mlp_proj(hidden_states)
+    def __call__(self, layers: Any, states: Tensor, mask: Tensor | None, tables: attention.Tables) -> Tensor:
+        both = layers.to_qkv_mlp_proj(states)
         *parts, wide = both.split([layers.inner_dim] * 3 + [both.shape[-1] - 3 * layers.inner_dim], -1)
         query, key, value = (part.unflatten(-1, (layers.heads, -1)) for part in parts)
         query, key = layers.norm_q(query), layers.norm_k(key)
-        mixed = attention.attend([query], [key], [value], image_rotary_emb, attention_mask)
+        mixed = attention.attend([query], [key], [value], tables, mask)
         return layers.to_out(torch.cat([mixed, layers.mlp_act_fn(wide)], -1))
 
 
@@ -138,9 +131,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(F.pixel_shuffle(latents * deviation + mean, PATCH)).sample  # pyright: ignore
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     encoder: Any = encoders["text_encoder"]
     if encoder.config.model_type == "mistral":
         chats = [DEV_CHAT.format(caption) for caption in captions]

@@ -18,7 +18,7 @@ from ...tensor_names.flux import FLUX3 as NAMES
 from .. import text, transformer
 from ..ldm import count_children
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
 TEXT = {"text_encoder": "qwen3vl_4b"}
@@ -77,9 +77,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     states = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],

@@ -18,7 +18,7 @@ from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..recipe import STARTING_POINTS
-from ..spec import Component, Conditioning, FamilySpec
+from ..spec import Component, Conditioning, FamilySpec, Networks
 from . import flux2, qwen_image21
 
 TEXT = {"text_encoder": "qwen3vl_8b"}
@@ -159,17 +159,10 @@ def _rotations(length: int, size: tuple[int, int], config: Any, device: torch.de
 class _Attention:
     """Attention of a block. It replaces diffusers'."""
 
-    def __call__(
-        self,
-        layers: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: attention.Tables | None = None,
-    ) -> Tensor:
-        assert image_rotary_emb is not None
-        query, key, value = attention.heads(hidden_states, layers.num_heads, layers.to_q, layers.to_k, layers.to_v)
+    def __call__(self, layers: Any, states: Tensor, mask: Tensor | None, tables: attention.Tables) -> Tensor:
+        query, key, value = attention.heads(states, layers.num_heads, layers.to_q, layers.to_k, layers.to_v)
         query, key = layers.norm_q(query), layers.norm_k(key)
-        mixed = attention.attend([query], [key], [value], image_rotary_emb, attention_mask, halves=True)
+        mixed = attention.attend([query], [key], [value], tables, mask, halves=True)
         return layers.to_out[0](mixed)
 
 
@@ -196,9 +189,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(F.pixel_shuffle(latents * deviation + mean, flux2.PATCH)).sample  # pyright: ignore
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],

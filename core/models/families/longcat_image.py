@@ -18,7 +18,7 @@ from ...tensor_names.flux import LONGCAT_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec
+from ..spec import Component, Conditioning, FamilySpec, Networks
 from . import flux1
 
 TEXT = {"text_encoder": "qwen25_7b"}
@@ -66,9 +66,7 @@ def pieces(caption: str) -> list[str]:
     return [TEMPLATE, *(piece for index, part in enumerate(parts) for piece in (part if index % 2 else [part]))]
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     length = TEMPLATE_TOKENS + TEXT_TOKENS
     states = text.encode_qwen(
         encoders["text_encoder"],

@@ -18,7 +18,7 @@ from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
 from ..recipe import STARTING_POINTS
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, holds_numbers
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -165,9 +165,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode((latents * deviation + mean).unsqueeze(2)).sample.squeeze(2)  # pyright: ignore
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     texts = [TEMPLATE.format(caption) for caption in captions]
     limit = TEMPLATE_TOKENS + TEXT_TOKENS
     conditioning = text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, limit)

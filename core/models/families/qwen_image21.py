@@ -20,7 +20,7 @@ from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
 from ..recipe import STARTING_POINTS
-from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from ..spec import Component, Conditioning, FamilySpec, LatentShape, Networks
 from . import qwen_image
 
 TEXT = {"text_encoder": "qwen3vl_8b"}
@@ -223,9 +223,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return qwen_image.decode_latents(vae, latents)[:, :3]
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
