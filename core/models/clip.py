@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
-from ..storage.stored import LazyTensors, Stored, shape_of
-from .ldm import count_children
+from ..storage.stored import LazyTensors, Stored
+from .ldm import count_children, shapes_in
 from .spec import Component, replace_module
 
 if TYPE_CHECKING:
@@ -193,11 +193,10 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
     if not projection:
         readers.pop("text_projection.weight", None)
     tensors = LazyTensors(readers)
+    shape_in_file = shapes_in(tensors, f"the text encoder {what}")
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UnmatchedKeys(f"the text encoder {what} lacks {name}")
-        if len(found := shape_of(tensors, name)) != 2:
+        if len(found := shape_in_file(name)) != 2:
             raise UnmatchedKeys(f"the text encoder {what}: {name} has shape {list(found)}, expected a matrix")
         return found
 

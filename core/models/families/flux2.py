@@ -5,6 +5,7 @@ guidance scale as an input.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ...errors import UnmatchedKeys
 from ...storage.stored import LazyTensors, Stored, shape_of
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
-from ..ldm import VAE_PREFIXES, kl_pixels, vae_component
+from ..ldm import kl_pixels, vae_component
 from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 from . import flux1
@@ -65,15 +66,11 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 def vae(tensors: Mapping[str, Tensor]) -> Component:
     """Return the KL VAE, with the mean and variance (128,) for normalising its latents: 32 channels of two by two latents."""
-    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
-    readers = {}
-    for full in tensors:
-        if full.startswith(prefix):
-            # In some files the names of the convolutions between encoder and decoder are nested in these.
-            name = full.removeprefix(prefix).replace("encoder.quant_conv.", "quant_conv.")
-            readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = Stored(tensors, full)
-    files = LazyTensors({prefix + name: read for name, read in readers.items()})
-    plain = vae_component(files, latent_scale=1.0)
+    # In some files the names of the convolutions between encoder and decoder are nested in these.
+    readers = {
+        re.sub(r"^(encoder|decoder)\.((post_)?quant_conv\.)", r"\2", name): Stored(tensors, name) for name in tensors
+    }
+    plain = vae_component(LazyTensors(readers), latent_scale=1.0)
     config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
     # The widths of the decoder are read separately, since one version has a narrower decoder.
     levels = reversed(range(len(config["block_out_channels"])))

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnmatchedKeys
-from ...storage.stored import LazyTensors, Stored, shape_of
+from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
 from .. import attention, text, transformer
-from ..ldm import VAE_PREFIXES, count_children
+from ..ldm import count_children, shapes_in
 from ..objective import linear_shift
 from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, LatentShape, Networks
@@ -77,19 +76,16 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """Read a checkpoint's VAE, in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
-    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
-    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    """Build the VAE, in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
     first_level = r"encoder\.down(?:samples\.0\.downsamples|_blocks\.0\.resnets)\.\d+\.(?:residual\.2|conv1)\.weight"
-    resnets = sum(re.fullmatch(first_level, short) is not None for short in given)
-    names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
+    resnets = sum(re.fullmatch(first_level, name) is not None for name in tensors)
+    stored = {diffusers_vae_path(name, resnets): Stored(tensors, name) for name in tensors}
+    of_layer = shapes_in(LazyTensors(stored), "the VAE is not Qwen-Image 2.1's: it")
 
-    def shape(name: str) -> tuple[int, ...]:
-        if f"{name}.weight" not in names:
-            raise UnmatchedKeys(f"the VAE is not Qwen-Image 2.1's: it lacks {name}.weight")
-        return shape_of(tensors, names[f"{name}.weight"])
+    def shape(layer: str) -> tuple[int, ...]:
+        return of_layer(f"{layer}.weight")
 
-    base, levels = shape("encoder.conv_in")[0], count_children(names, "encoder.down_blocks")
+    base, levels = shape("encoder.conv_in")[0], count_children(stored, "encoder.down_blocks")
     config: dict[str, Any] = {
         "base_dim": base,
         "decoder_base_dim": shape("decoder.conv_out")[1],
@@ -97,13 +93,13 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
         "dim_mult": [shape(f"encoder.down_blocks.{level}.resnets.0.conv2")[0] // base for level in range(levels)],
         "num_res_blocks": resnets,
         "temperal_downsample": [
-            f"encoder.down_blocks.{level}.downsampler.time_conv.weight" in names for level in range(levels - 1)
+            f"encoder.down_blocks.{level}.downsampler.time_conv.weight" in stored for level in range(levels - 1)
         ],
         "in_channels": shape("encoder.conv_in")[1],
         "out_channels": shape("decoder.conv_out")[0],
         "scale_factor_spatial": 2 ** (levels - 1),
     }
-    readers = {name: partial(_of_one_frame, Stored(tensors, full)) for name, full in names.items()}
+    readers = {name: partial(_of_one_frame, read) for name, read in stored.items()}
     return Component(config, LazyTensors(readers))
 
 
