@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...tensor_names.flux import FLUX3 as NAMES
 from .. import text, transformer
 from ..ldm import count_children
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
@@ -128,12 +128,7 @@ FLUX3 = FamilySpec(
     wording="sentences",
     guidance=4.0,  # the authors', as are the steps; diffusers has 3.5
     steps=50,
-    recipes={
-        # Starting points: the rate of fal's trainer, which takes 1000 steps, and otherwise those of FLUX.2.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,  # with the rate of fal's trainer, which takes 1000 steps
     pipeline_class="Flux3ModularPipeline",
     other_pipelines=("Flux3DistilledModularPipeline",),
     other_folders=("Flux3DistilledModularPipeline",),
@@ -143,11 +138,7 @@ FLUX3 = FamilySpec(
     in_channels=128,
     recognise=recognise,
     split=split,
-    build=text.builder(
-        partial(transformer.build, "Flux3Transformer2DModel", (0, 42)),
-        TEXT,
-        vae=flux2.build_vae,
-    ),
+    build=text.builder(partial(transformer.build, "Flux3Transformer2DModel", (0, 42)), TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,
     predict=predict,
