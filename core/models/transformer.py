@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -201,23 +201,30 @@ def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
 
 
-def one_by_one(
-    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor],
-    denoiser: nn.Module,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-) -> Tensor:
-    """Predict each item of a batch alone, without the padding of its text."""
-    rows = [
-        {
-            name: value[i : i + 1, :length] if name in ("context", "context_mask") else value[i : i + 1]
+_Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+
+
+def without_padding(predict: _Predict) -> _Predict:
+    """Remove the padding of texts before a family predicts. Items whose texts differ in length are predicted one by one."""
+
+    def cut(conditioning: Conditioning, items: slice, length: int) -> Conditioning:
+        return {
+            name: value[items, :length] if name in ("context", "context_mask") else value[items]
             for name, value in conditioning.items()
         }
-        for i, length in enumerate(text_lengths(conditioning["context_mask"]))
-    ]
-    parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
-    return torch.cat([predict(denoiser, *part) for part in parts])
+
+    @wraps(predict)
+    def predict_all(
+        denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        lengths = text_lengths(conditioning["context_mask"])
+        if len(set(lengths)) == 1:
+            return predict(denoiser, noisy_latents, timesteps, cut(conditioning, slice(None), lengths[0]))
+        rows = [cut(conditioning, slice(i, i + 1), length) for i, length in enumerate(lengths)]
+        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
+        return torch.cat([predict(denoiser, *part) for part in parts])
+
+    return predict_all
 
 
 def text_lengths(mask: Tensor) -> list[int]:

@@ -93,15 +93,11 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
     return {"context": states["context"], "context_mask": is_seen.to(mask.dtype)}
 
 
+@transformer.without_padding  # which the denoiser can't mask
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
+    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
     target = conditioning.get("target", timesteps)
-    lengths = transformer.text_lengths(mask)
-    if len(set(lengths)) > 1:
-        # The denoiser can't mask the padding of shorter texts.
-        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
-    context, device = context[:, : lengths[0]], noisy_latents.device
     positions = denoiser(
         noisy_latents.flatten(2).transpose(1, 2),
         encoder_hidden_states=context,

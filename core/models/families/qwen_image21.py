@@ -231,15 +231,12 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
     return {name: value[:, SYSTEM_TOKENS:] for name, value in conditioning.items()}
 
 
+@transformer.without_padding  # since the place of a picture depends on the length of its text
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
-    lengths = transformer.text_lengths(mask)
-    if len(set(lengths)) > 1:
-        # The place of a picture depends on the length of its text.
-        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
+    context = conditioning["context"].to(noisy_latents.dtype)
     height, width = noisy_latents.shape[2:]
     latents = noisy_latents.flatten(2).transpose(1, 2)
-    prediction = denoiser(latents, context[:, : lengths[0]], timesteps / 1000, (height, width))
+    prediction = denoiser(latents, context, timesteps / 1000, (height, width))
     return prediction.transpose(1, 2).unflatten(2, (height, width))
 
 
