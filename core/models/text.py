@@ -139,12 +139,21 @@ def builder(
     denoiser: Callable[[dict[str, Any]], nn.Module],
     kinds: Mapping[str, str],
     vae: Callable[[dict[str, Any]], nn.Module] = build_vae,
+    last_norm: bool = True,
 ) -> Callable[[str, dict[str, Any]], nn.Module]:
-    """Return a family's `build`. The functions build a denoiser and a VAE from a config; `kinds` has text encoders by part."""
+    """Return a family's `build`. The functions build a denoiser and a VAE from a config; `kinds` has text encoders by part.
+
+    `last_norm` is whether a text encoder norms its last states.
+    """
 
     def build_part(part: str, config: dict[str, Any]) -> nn.Module:
         networks = {"denoiser": denoiser, "vae": vae}
-        return networks[part](config) if part in networks else build(kinds[part], config)
+        if part in networks:
+            return networks[part](config)
+        encoder: Any = build(kinds[part], config)
+        if not last_norm:
+            encoder.norm.register_forward_hook(lambda _, inputs, __: inputs[0])
+        return encoder
 
     return build_part
 

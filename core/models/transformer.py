@@ -157,6 +157,14 @@ def _class_with(kind: type, forward: Callable[..., Any]) -> type:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
+def through_blocks(denoiser: Any, blocks: Any, states: Tensor, *inputs: Any) -> Tensor:
+    """Compute a diffusers network's blocks one after another, and again in the backward pass if its memory plan says so."""
+    recomputes = torch.is_grad_enabled() and denoiser.gradient_checkpointing
+    for block in blocks:
+        states = denoiser._gradient_checkpointing_func(block, states, *inputs) if recomputes else block(states, *inputs)
+    return states
+
+
 def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
     """Normalise x (B, L, D), then scale and shift it by the layer's output for `emb` (B, D'). Also returns the gates (B, D)."""
     made = module.linear(emb)

@@ -111,20 +111,24 @@ def latent_shape(components: Mapping[str, Component]) -> LatentShape:
     return LatentShape(components["denoiser"].config["in_channels"], PATCH * kl_pixels(components), multiple=1)
 
 
-def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation (1, C, 1, 1) of the latents over the VAE's training pictures."""
     bn: Any = vae.bn
     return bn.running_mean.view(1, -1, 1, 1), torch.sqrt(bn.running_var + bn.eps).view(1, -1, 1, 1)
 
 
-def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+_Statistics = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def encode_image(vae: nn.Module, pixels: Tensor, statistics: _Statistics = statistics) -> tuple[Tensor, Tensor]:
     distribution = vae.encode(pixels).latent_dist  # pyright: ignore
-    mean, deviation = _statistics(vae)
+    mean, deviation = statistics(vae, pixels)
     means, deviations = (F.pixel_unshuffle(part, PATCH) for part in (distribution.mean, distribution.std))
     return (means - mean) / deviation, deviations / deviation
 
 
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    mean, deviation = _statistics(vae)
+def decode_latents(vae: nn.Module, latents: Tensor, statistics: _Statistics = statistics) -> Tensor:
+    mean, deviation = statistics(vae, latents)
     return vae.decode(F.pixel_shuffle(latents * deviation + mean, PATCH)).sample  # pyright: ignore
 
 

@@ -6,7 +6,7 @@ pictures. Here it is trained and drawn with from texts alone.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -135,11 +135,7 @@ def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, siz
     # In addition to the states: modulation, rotations, mask, which rows are the picture's, three of a cache, texts, valid
     # keys.
     inputs = (denoiser.modulation(embedded), rotations, None, is_picture, None, None, None, [(0, length, True)], None)
-    for block in denoiser.transformer_blocks:
-        if torch.is_grad_enabled() and denoiser.gradient_checkpointing:
-            states = denoiser._gradient_checkpointing_func(block, states, *inputs)
-        else:
-            states = block(states, *inputs)
+    states = transformer.through_blocks(denoiser, denoiser.transformer_blocks, states, *inputs)
     return denoiser.proj_out(denoiser.norm_out(states[:, length:], embedded[:-1]))
 
 
@@ -187,22 +183,7 @@ def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: 
     return attention.tables_of_pairs(together.cos(), together.sin())
 
 
-def build_text_encoder(config: dict[str, Any]) -> nn.Module:
-    encoder: Any = text.build(TEXT["text_encoder"], config)
-    encoder.norm.register_forward_hook(_without_norm)
-    return encoder
-
-
-def _without_norm(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-    return inputs[0]
-
-
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return build_denoiser(config)
-    return (
-        transformer.build("AutoencoderKLQwenImage21", (0, 42), config) if part == "vae" else build_text_encoder(config)
-    )
+build_vae: Callable[[dict[str, Any]], nn.Module] = partial(transformer.build, "AutoencoderKLQwenImage21", (0, 42))
 
 
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:
@@ -256,7 +237,7 @@ QWEN_IMAGE_21 = FamilySpec(
     in_channels=64,
     recognise=recognise,
     split=split,
-    build=build,
+    build=text.builder(build_denoiser, TEXT, vae=build_vae, last_norm=False),
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,
