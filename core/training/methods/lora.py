@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from ...models.base import Base
 from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId
 from .lora_layer import LoraLayer, SharedInput
-from .method import Adapter, Method, target_modules
+from .method import Adapter, Method, switched_off, target_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +139,8 @@ class LoraAdapter(Adapter):
             layer.down.copy_(module.down.reshape(layer.down.shape))
             layer.up.copy_(module.up.reshape(layer.up.shape).float() * ratio)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enabled = True
+    def disabled(self) -> AbstractContextManager[None]:
+        return switched_off(self.layers.values())
 
 
 def attach(

@@ -5,8 +5,8 @@ A method is a file in core/training/methods/ with a `Method`, which attaches an 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -117,6 +117,19 @@ class Method:
         if self.makes == "embedding":
             return config.embedding_lr
         return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate
+
+
+@contextmanager
+def switched_off(layers: Iterable[Any]) -> Iterator[None]:
+    """Set `enabled` of these layers to False within this context."""
+    layers = list(layers)
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def target_modules(
