@@ -348,8 +348,8 @@ def _prepared(
     shots = sample_shots(config) if config.sample_every else []
     prompts = [prompt for prompt, _ in [*shots, *(watch.shots if watch else [])]]
     cache = encode(
-        dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding"),
-    )  # fmt: skip
+        dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding")
+    )
     callbacks.on_phase(LOADING, 0, 0)
     if not shots:
         return cache, None

@@ -147,6 +147,10 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
 
 
 METHOD = Method(
-    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside={"lora": lora_beside}, makes="checkpoint",
-    rate_factor=0.1, freezes_weights=False,
-)  # fmt: skip
+    "DreamBooth: all weights (arXiv:2208.12242)",
+    attach,
+    beside={"lora": lora_beside},
+    makes="checkpoint",
+    rate_factor=0.1,
+    freezes_weights=False,
+)

@@ -1,6 +1,7 @@
 """LoHa (arXiv:2108.06098): the change is the element-wise product of two low-rank matrices. The layers are peft's."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 
@@ -19,7 +20,7 @@ def attach(
     from peft import LoHaConfig
 
     targets = target_modules(family, config, networks, METHOD.joins_modules)
-    layers = peft_layers(networks, targets, config, lambda **options: LoHaConfig(**options, use_effective_conv2d=False))
+    layers = peft_layers(networks, targets, config, partial(LoHaConfig, use_effective_conv2d=False))
     adapter = LycorisAdapter(
         networks,
         "loha",

@@ -4,6 +4,7 @@ The layers are peft's.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 
@@ -23,10 +24,8 @@ def attach(
     from peft import LoKrConfig
 
     targets = target_modules(family, config, networks, METHOD.joins_modules)
-    layers = peft_layers(
-        networks, targets, config,
-        lambda **options: LoKrConfig(**options, decompose_factor=config.lokr_factor, use_effective_conv2d=False),
-    )  # fmt: skip
+    peft_config = partial(LoKrConfig, decompose_factor=config.lokr_factor, use_effective_conv2d=False)
+    layers = peft_layers(networks, targets, config, peft_config)
     alphas = {module: alpha for module, (_, alpha) in targets.items()}
     for module, layer in layers.items():
         if _WHOLE in _roles_of(layer):

@@ -75,9 +75,4 @@ def attach(
     return adapter
 
 
-METHOD = Method(
-    "OFT, blocks of rows are rotated (arXiv:2306.07280)",
-    attach,
-    rate_factor=0.3,
-    joins_modules=False,
-)
+METHOD = Method("OFT, blocks of rows are rotated (arXiv:2306.07280)", attach, rate_factor=0.3, joins_modules=False)

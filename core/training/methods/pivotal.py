@@ -62,6 +62,8 @@ def embedding_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile
 
 
 METHOD = Method(
-    "pivotal tuning: a LoRA and vectors of a new word", attach, trains_text=lambda config: True,
+    "pivotal tuning: a LoRA and vectors of a new word",
+    attach,
+    trains_text=lambda config: True,
     beside={"embedding": embedding_beside},
-)  # fmt: skip
+)
