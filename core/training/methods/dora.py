@@ -18,7 +18,7 @@ from ...errors import LoraMisfit
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_kinds, scheme_of_kinds
 from ...models.base import Base
-from ...models.spec import FamilySpec, replace_module
+from ...models.spec import FamilySpec, Networks, replace_module
 from ...tensor_names import NAME_TABLES, ModuleId
 from .lora import LoraAdapter, attach_layers
 from .lora_layer import LoraLayer
@@ -98,9 +98,7 @@ class DoraAdapter(LoraAdapter):
         self.load(modules)
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> DoraAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> DoraAdapter:
     """Attach a DoraAdapter to the networks, which are changed in place.
 
     A new one doesn't change any prediction: B is 0, and the magnitudes are the norms of the frozen columns.

@@ -14,7 +14,7 @@ from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_in_scheme
 from ...models.base import Base
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import ModuleId
 from .lora_layer import LoraLayer, SharedInput
 from .method import Adapter, Method, switched_off, target_modules
@@ -24,7 +24,7 @@ from .method import Adapter, Method, switched_off, target_modules
 class LoraAdapter(Adapter):
     """LoRA layers on one or more networks."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     layers: Mapping[ModuleId, LoraLayer]
     """The layer that replaces each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
@@ -143,9 +143,7 @@ class LoraAdapter(Adapter):
         return switched_off(self.layers.values())
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> LoraAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> LoraAdapter:
     """Attach a LoraAdapter to the networks with `attach_layers`. Layers with the same input work together."""
     adapter = attach_layers(networks, family, config, target_modules(family, config, networks), family.names.scheme)
     if continue_from is not None:
@@ -159,7 +157,7 @@ def attach(
 
 
 def attach_layers(
-    networks: Mapping[str, nn.Module],
+    networks: Networks,
     family: FamilySpec,
     config: TrainConfig,
     targets: Mapping[ModuleId, tuple[int, float]],
@@ -221,7 +219,7 @@ def _with_same_input(adapter: LoraAdapter) -> list[list[LoraLayer]]:
     return list(found.values())
 
 
-def _input_of(networks: Mapping[str, nn.Module], module_id: ModuleId, width: int) -> object:
+def _input_of(networks: Networks, module_id: ModuleId, width: int) -> object:
     """Return a key that is equal for layers that get the same input, of that width."""
     part, path = module_id
     parent, _, name = path.rpartition(".")

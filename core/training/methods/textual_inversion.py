@@ -13,7 +13,7 @@ from ...lora.embeddings import WORD_KEY, embedding_tensors
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.clip import add_word, caption_tokens, token_table
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import NAME_TABLES
 from .method import Adapter, Method, refuse_settings_of_lora, switched_off
 
@@ -22,7 +22,7 @@ from .method import Adapter, Method, refuse_settings_of_lora, switched_off
 class WordAdapter(Adapter):
     """The token vectors of one new word on the text encoders."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     word: str
     vectors: Mapping[str, nn.Parameter]
     """The vectors (count, width) on each text encoder, by part."""
@@ -56,9 +56,7 @@ class WordAdapter(Adapter):
         return switched_off(token_table(self.networks[part]) for part in self.vectors)
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> WordAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> WordAdapter:
     """Attach a WordAdapter to the text encoders, which are changed in place.
 
     Its vectors start as those of the tokens of `embedding_words`, repeated as needed. Raises BadConfig for a family without
