@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
-from ..storage.stored import LazyTensors, Stored, shape_of
-from .ldm import count_children
+from ..storage.stored import LazyTensors, Stored
+from .ldm import count_children, shapes_in
 from .spec import Component, replace_module
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ OPENCLIP_LAYER = {
     "attn.out_proj": "self_attn.out_proj",
 }
 """transformers' names of a layer's modules, by their names in OpenCLIP, where q, k and v are one module."""
+OPENCLIP_OUTSIDE = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+"""The same for the tensors outside layers, except for the projection, which OpenCLIP transposes."""
 
 TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
@@ -193,11 +200,10 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
     if not projection:
         readers.pop("text_projection.weight", None)
     tensors = LazyTensors(readers)
+    shape_in_file = shapes_in(tensors, f"the text encoder {what}")
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UnmatchedKeys(f"the text encoder {what} lacks {name}")
-        if len(found := shape_of(tensors, name)) != 2:
+        if len(found := shape_in_file(name)) != 2:
             raise UnmatchedKeys(f"the text encoder {what}: {name} has shape {list(found)}, expected a matrix")
         return found
 
@@ -232,13 +238,7 @@ def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
 def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Tensor]]:
     """Rename the tensors of a text encoder from OpenCLIP's naming to the names of its network here, and drop others."""
     readers: dict[str, Callable[[], Tensor]] = {}
-    outside = {
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "ln_final.weight": "text_model.final_layer_norm.weight",
-        "ln_final.bias": "text_model.final_layer_norm.bias",
-        "text_projection.weight": "text_projection.weight",
-    }
+    outside = OPENCLIP_OUTSIDE | {"text_projection.weight": "text_projection.weight"}
 
     def third(whole: Stored, index: int) -> Tensor:
         return whole().chunk(3)[index]

@@ -1,7 +1,7 @@
 """The UNet and the VAE of SD1.x and SDXL, from an original (LDM) checkpoint."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnknownFamily, UnmatchedKeys
-from ..storage.stored import LazyTensors, Stored, shape_of
+from ..storage.stored import LazyTensors, Stored, shape_of, stored_under
 from ..tensor_names.unet import diffusers_unet_path, inverse, ldm_unet_path, replace_head
 from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, LatentShape
@@ -74,6 +74,17 @@ def count_children(names: Iterable[str], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
+def shapes_in(tensors: Mapping[str, Tensor], what: str) -> Callable[[str], tuple[int, ...]]:
+    """Return a function that looks up a tensor's shape by its name. It raises UnmatchedKeys, about `what`, if it is missing."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UnmatchedKeys(f"{what} lacks {name}")
+        return shape_of(tensors, name)
+
+    return shape
+
+
 FIRST_WEIGHT, POOLED_WEIGHT = "input_blocks.0.0.weight", "label_emb.0.0.weight"
 """A tensor of every Stable Diffusion UNet, and one of UNets with pooled text and sizes as inputs (SDXL)."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
@@ -85,17 +96,13 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     `head_width` is the width of an attention head (64 in SDXL). None means eight heads whatever the width (SD1.x). Raises
     UnmatchedKeys or UnknownFamily for other UNets.
     """
-    prefix = DENOISER_PREFIX
-    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    stored = stored_under(tensors, DENOISER_PREFIX)
+    names, shape_in_file = stored.keys(), shapes_in(tensors, "the denoiser")
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in names:
-            raise UnmatchedKeys(f"the denoiser lacks {prefix}{name}")
-        found = shape_of(tensors, names[name])
-        if len(found) < 2:
-            raise UnmatchedKeys(
-                f"{prefix}{name} of the denoiser has shape {list(found)}, which is not a layer's weight"
-            )
+        full = DENOISER_PREFIX + name
+        if len(found := shape_in_file(full)) < 2:
+            raise UnmatchedKeys(f"{full} of the denoiser has shape {list(found)}, which is not a layer's weight")
         return found
 
     widths, resnets, depths = [], [], []
@@ -142,7 +149,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         }
     if "time_embed.cond_proj.weight" in names:
         config["time_cond_proj_dim"] = shape("time_embed.cond_proj.weight")[1]
-    readers = {diffusers_unet_path(short, layers): Stored(tensors, full) for short, full in names.items()}
+    readers = {diffusers_unet_path(name, layers): read for name, read in stored.items()}
     return Component(config, LazyTensors(readers))
 
 
@@ -161,28 +168,17 @@ def original_unet_names(names: Collection[str]) -> dict[str, str]:
 def vae_component(
     tensors: Mapping[str, Tensor], latent_scale: float, latent_shift: float | None = None, quant_conv: bool = True
 ) -> Component:
-    """Build a checkpoint's KL VAE, in original or diffusers naming, with a config that follows from the shapes of its tensors.
+    """Build a KL VAE, in original or diffusers naming, with a config that follows from the shapes of its tensors.
 
     `quant_conv` is whether it has the convolutions around its latents. Raises UnmatchedKeys when it is not such a VAE.
     """
-    prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    levels = count_children(given, "encoder.down") or count_children(given, "encoder.down_blocks")
-    names = {
-        current_vae_path(diffusers_vae_path(short, levels)): full
-        for short, full in given.items()
-        if short.startswith(parts)
-    }
+    levels = count_children(tensors, "encoder.down") or count_children(tensors, "encoder.down_blocks")
+    names = {current_vae_path(diffusers_vae_path(name, levels)): name for name in tensors if name.startswith(parts)}
     if not levels or ("quant_conv.weight" in names) != quant_conv:
         odd = "has" if levels and not quant_conv else "lacks"
-        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down'}")
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in names:
-            raise UnmatchedKeys(f"the VAE lacks {name}")
-        return shape_of(tensors, names[name])
-
+        raise UnmatchedKeys(f"the VAE {odd} {'quant_conv.weight' if levels else 'encoder.down'}")
+    shape = shapes_in(LazyTensors({name: Stored(tensors, given) for name, given in names.items()}), "the VAE")
     widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(levels))
     config: dict[str, Any] = {
         "block_out_channels": widths,

@@ -41,8 +41,15 @@ class NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
 
     def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        """Draw a timestep (B,) for each of the latents (B, C, H, W), with the function `draw_timesteps`."""
-        return draw_timesteps(len(latents), config, generator, latents.device)
+        """Draw an integer timestep (B,) in the range of the settings for each of the latents (B, C, H, W).
+
+        A bias b draws u^(exp(-b)), which is uniform for 0.
+        """
+        uniform = torch.rand(len(latents), generator=generator, device=latents.device)
+        if config.timestep_bias:
+            uniform = uniform ** math.exp(-config.timestep_bias)
+        span = config.timestep_max - config.timestep_min + 1
+        return config.timestep_min + (uniform * span).long().clamp(max=span - 1)
 
     def _signal(self, timesteps: Tensor) -> Tensor:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -154,15 +161,6 @@ def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     root = alphas_cumprod.sqrt()
     rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return rescaled**2
-
-
-def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Draw integer timesteps (count,) in the range of the settings. A bias b draws u^(exp(-b)), which is uniform for 0."""
-    uniform = torch.rand(count, generator=generator, device=device)
-    if config.timestep_bias:
-        uniform = uniform ** math.exp(-config.timestep_bias)
-    span = config.timestep_max - config.timestep_min + 1
-    return config.timestep_min + (uniform * span).long().clamp(max=span - 1)
 
 
 def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

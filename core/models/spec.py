@@ -23,6 +23,8 @@ Conditioning = dict[str, Tensor]
 
 Only its family knows the keys.
 """
+Networks = Mapping[str, nn.Module]
+"""Some networks of a base model, by part."""
 Pair = tuple[Conditioning, Conditioning]
 """The conditioning of a picture's prompt and of its negative prompt, padded to one length."""
 
@@ -176,7 +178,7 @@ class FamilySpec:
     """Builds the network of (part, config) without weights. Call it under the meta device."""
     latent_shape: Callable[[Mapping[str, Component]], LatentShape]
     """Returns the shape of the latents from the components. The VAE may be missing."""
-    encode_text: Callable[[Mapping[str, nn.Module], Sequence[str], int, int], Conditioning]
+    encode_text: Callable[[Networks, Sequence[str], int, int], Conditioning]
     """Encodes (text encoders, captions, clip skip, chunks of 77 tokens) to a conditioning with a row for each caption."""
     image_conditioning: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], Conditioning] = lambda *sizes: {}
     """Returns the conditioning of one image on (original size, top left of its crop, size after cropping).

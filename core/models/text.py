@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadFile, UnknownFamily, UnmatchedKeys
+from ..errors import BadFile, UnknownFamily
 from ..storage.gguf_file import GgufTensors
-from ..storage.stored import LazyTensors, Stored, shape_of
+from ..storage.stored import LazyTensors, Stored, shape_of, stored_under
 from . import clip
-from .ldm import VAE_PREFIXES, build_vae, count_children
+from .ldm import VAE_PREFIXES, build_vae, count_children, shapes_in
 from .spec import Component, Conditioning, FamilySpec, stack_conditioning
 from .text_gguf import in_transformers_names
 
@@ -113,10 +113,7 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
 
 def _stored(tensors: Mapping[str, Tensor], kind: str, *prefixes: str) -> dict[str, Stored]:
     """Return the tensors of a text encoder of that kind, without the first prefix that occurs. Empty if none occurs."""
-    for prefix in (PREFIX.format(kind), *_PREFIXES.get(kind, ()), *prefixes):
-        if names := [name for name in tensors if name.startswith(prefix)]:
-            return {name.removeprefix(prefix): Stored(tensors, name) for name in names}
-    return {}
+    return stored_under(tensors, PREFIX.format(kind), *_PREFIXES.get(kind, ()), *prefixes)
 
 
 def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
@@ -127,11 +124,14 @@ def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
 def other_parts(
     tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], kinds: Mapping[str, str]
 ) -> dict[str, Component]:
-    """Return the VAE and the text encoders that a checkpoint has, by part. `kinds` has the kind of each encoder."""
+    """Return the VAE and the text encoders that a checkpoint has, by part.
+
+    `vae` makes the VAE from its tensors, without the prefix of their names. `kinds` has the kind of each encoder.
+    """
     found = {part: (kind, _stored(tensors, kind)) for part, kind in kinds.items()}
     parts = {part: _component(kind, stored) for part, (kind, stored) in found.items() if stored}
-    if any(name.startswith(VAE_PREFIXES) for name in tensors):
-        parts["vae"] = vae(tensors)
+    if of_vae := stored_under(tensors, *VAE_PREFIXES):
+        parts["vae"] = vae(LazyTensors(of_vae))
     return parts
 
 
@@ -139,12 +139,21 @@ def builder(
     denoiser: Callable[[dict[str, Any]], nn.Module],
     kinds: Mapping[str, str],
     vae: Callable[[dict[str, Any]], nn.Module] = build_vae,
+    last_norm: bool = True,
 ) -> Callable[[str, dict[str, Any]], nn.Module]:
-    """Return a family's `build`. The functions build a denoiser and a VAE from a config; `kinds` has text encoders by part."""
+    """Return a family's `build`. The functions build a denoiser and a VAE from a config; `kinds` has text encoders by part.
+
+    `last_norm` is whether a text encoder norms its last states.
+    """
 
     def build_part(part: str, config: dict[str, Any]) -> nn.Module:
         networks = {"denoiser": denoiser, "vae": vae}
-        return networks[part](config) if part in networks else build(kinds[part], config)
+        if part in networks:
+            return networks[part](config)
+        encoder: Any = build(kinds[part], config)
+        if not last_norm:
+            encoder.norm.register_forward_hook(lambda _, inputs, __: inputs[0])
+        return encoder
 
     return build_part
 
@@ -230,7 +239,7 @@ def _qwen_name(name: str) -> str:
 
 
 def _t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    shape = _shapes_of(tensors)
+    shape = shapes_in(tensors, "the text encoder")
     first = "encoder.block.0.layer"
     vocabulary, width = shape("shared.weight")
     return {
@@ -246,7 +255,7 @@ def _t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    shape = _shapes_of(tensors)
+    shape = shapes_in(tensors, "the text encoder")
 
     def rows(name: str) -> int:
         return shape(f"layers.0.{name}.weight")[0]
@@ -256,17 +265,6 @@ def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     sizes = (vocabulary, width, rows("mlp.gate_proj"), count_children(tensors, "layers"), heads, shared_heads)
     kind = {"model_type": "mistral"} if _is_mistral(tensors) else {}
     return kind | dict(zip(_QWEN_SIZES, sizes, strict=True))
-
-
-def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
-    """Return a function that looks up a tensor's shape by its name, and raises UnmatchedKeys when it is missing."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UnmatchedKeys(f"the text encoder lacks {name}")
-        return shape_of(tensors, name)
-
-    return shape
 
 
 def build(kind: str, config: dict[str, Any]) -> nn.Module:

@@ -11,7 +11,8 @@ from ..storage.gguf_file import GgufTensors
 from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of
 
 _T5 = {
-    "token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm",
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
     "enc.blk.{}.attn_norm": "encoder.block.{}.layer.0.layer_norm",
     "enc.blk.{}.attn_q": "encoder.block.{}.layer.0.SelfAttention.q",
     "enc.blk.{}.attn_k": "encoder.block.{}.layer.0.SelfAttention.k",
@@ -22,9 +23,10 @@ _T5 = {
     "enc.blk.{}.ffn_gate": "encoder.block.{}.layer.1.DenseReluDense.wi_0",
     "enc.blk.{}.ffn_up": "encoder.block.{}.layer.1.DenseReluDense.wi_1",
     "enc.blk.{}.ffn_down": "encoder.block.{}.layer.1.DenseReluDense.wo",
-}  # fmt: skip
+}
 _DECODER = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
     "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
     "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
@@ -36,12 +38,12 @@ _DECODER = {
     "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
     "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
-}  # fmt: skip
+}
 """Module names without layer numbers, llama.cpp's and transformers'."""
 NAMES: Mapping[str, Mapping[str, str]] = {
-    "t5": _T5, "t5encoder": _T5,
-    "qwen2vl": _DECODER, "qwen3": _DECODER, "qwen3vl": _DECODER, "llama": _DECODER, "mistral3": _DECODER,
-}  # fmt: skip
+    **dict.fromkeys(("t5", "t5encoder"), _T5),
+    **dict.fromkeys(("qwen2vl", "qwen3", "qwen3vl", "llama", "mistral3"), _DECODER),
+}
 """The module names of each supported architecture, by its name in GGUF."""
 _SIDE_BY_SIDE = ("llama", "mistral3")
 """Architectures where the two numbers that rotary embeddings rotate together are next to each other in queries and keys."""

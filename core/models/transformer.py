@@ -1,26 +1,26 @@
 """Code shared by diffusion transformers: weights from an original checkpoint, and latents cut into patches."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MissingPackage, UnmatchedKeys
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of
+from ..errors import MissingPackage
+from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of, stored_under
 from ..tensor_names.table import NameTable, Place
-from .ldm import kl_pixels, vae_component
+from .ldm import kl_pixels, shapes_in, vae_component
 from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, Conditioning, LatentShape, holds_numbers
 
 
-def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names of the denoiser's tensors in a checkpoint, by their original names without a prefix."""
-    return {name.removeprefix(DENOISER_PREFIX): name for name in tensors if name.startswith(DENOISER_PREFIX)}
+def denoiser_names(tensors: Mapping[str, Tensor]) -> Collection[str]:
+    """Return the original names of the denoiser's tensors in a checkpoint, without their prefix."""
+    return stored_under(tensors, DENOISER_PREFIX).keys()
 
 
 def transformer_component(
@@ -35,7 +35,9 @@ def transformer_component(
     `renames` are pairs of a regular expression for a whole original name and the diffusers name. They take precedence over the
     table. Names that match `left_out` are skipped.
     """
-    names = {short: full for short, full in denoiser_names(tensors).items() if not re.search(left_out, short)}
+    stored = {
+        name: read for name, read in stored_under(tensors, DENOISER_PREFIX).items() if not re.search(left_out, name)
+    }
     readers: dict[str, Callable[[], Tensor]] = {}
     kept: dict[str, Tensor] = {}
 
@@ -43,22 +45,22 @@ def transformer_component(
     def inputs_of(weight: str) -> int:
         return shape_of(tensors, weight)[1]
 
-    for short, full in names.items():
+    for short, read in stored.items():
         renamed = next((re.sub(pattern, new, short) for pattern, new in renames if re.fullmatch(pattern, short)), None)
         if renamed is not None:
-            readers[renamed] = Stored(tensors, full)
+            readers[renamed] = read
             continue
         path, _, kind = short.rpartition(".")
         fusion = keys.of_original(path)
         if fusion is None:
-            readers[short] = Stored(tensors, full)
+            readers[short] = read
         elif len(fusion.parts) == 1 and not fusion.halves_swapped:
-            readers[f"{fusion.parts[0]}.{kind}"] = Stored(tensors, full)
+            readers[f"{fusion.parts[0]}.{kind}"] = read
         else:
-            weight = names[f"{path}.weight"]
+            weight = stored[f"{path}.weight"].name
             for index, part in enumerate(fusion.parts):
                 place = Place("denoiser", fusion, None)
-                readers[f"{part}.{kind}"] = _Rows(tensors, full, place, index, partial(inputs_of, weight), kept)
+                readers[f"{part}.{kind}"] = _Rows(tensors, read.name, place, index, partial(inputs_of, weight), kept)
     return Component(config, LazyTensors(readers))
 
 
@@ -94,17 +96,8 @@ class _Rows(Stored):
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
-    """Return a function that looks up the shape of a denoiser's tensor by its original name without a prefix.
-
-    It raises UnmatchedKeys when the tensor is missing.
-    """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if DENOISER_PREFIX + name not in tensors:
-            raise UnmatchedKeys(f"the denoiser lacks {name}")
-        return shape_of(tensors, DENOISER_PREFIX + name)
-
-    return shape
+    """Return a function that looks up the shape of a denoiser's tensor by its original name, see `ldm.shapes_in`."""
+    return shapes_in(LazyTensors(stored_under(tensors, DENOISER_PREFIX)), "the denoiser")
 
 
 def build(name: str, version: tuple[int, int], config: dict[str, Any]) -> Any:
@@ -164,6 +157,14 @@ def _class_with(kind: type, forward: Callable[..., Any]) -> type:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
+def through_blocks(denoiser: Any, blocks: Any, states: Tensor, *inputs: Any) -> Tensor:
+    """Compute a diffusers network's blocks one after another, and again in the backward pass if its memory plan says so."""
+    recomputes = torch.is_grad_enabled() and denoiser.gradient_checkpointing
+    for block in blocks:
+        states = denoiser._gradient_checkpointing_func(block, states, *inputs) if recomputes else block(states, *inputs)
+    return states
+
+
 def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
     """Normalise x (B, L, D), then scale and shift it by the layer's output for `emb` (B, D'). Also returns the gates (B, D)."""
     made = module.linear(emb)
@@ -175,7 +176,7 @@ def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
 
 
 def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
-    """Return the VAE of FLUX.1 in a checkpoint, which Chroma and Z-Image use too."""
+    """Return the VAE of FLUX.1 in a file, which Chroma and Z-Image use too."""
     return vae_component(tensors, latent_scale=0.3611, latent_shift=0.1159, quant_conv=False)
 
 
@@ -208,23 +209,30 @@ def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
 
 
-def one_by_one(
-    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor],
-    denoiser: nn.Module,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-) -> Tensor:
-    """Predict each item of a batch alone, without the padding of its text."""
-    rows = [
-        {
-            name: value[i : i + 1, :length] if name in ("context", "context_mask") else value[i : i + 1]
+_Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+
+
+def without_padding(predict: _Predict) -> _Predict:
+    """Remove the padding of texts before a family predicts. Items whose texts differ in length are predicted one by one."""
+
+    def cut(conditioning: Conditioning, items: slice, length: int) -> Conditioning:
+        return {
+            name: value[items, :length] if name in ("context", "context_mask") else value[items]
             for name, value in conditioning.items()
         }
-        for i, length in enumerate(text_lengths(conditioning["context_mask"]))
-    ]
-    parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
-    return torch.cat([predict(denoiser, *part) for part in parts])
+
+    @wraps(predict)
+    def predict_all(
+        denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        lengths = text_lengths(conditioning["context_mask"])
+        if len(set(lengths)) == 1:
+            return predict(denoiser, noisy_latents, timesteps, cut(conditioning, slice(None), lengths[0]))
+        rows = [cut(conditioning, slice(i, i + 1), length) for i, length in enumerate(lengths)]
+        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
+        return torch.cat([predict(denoiser, *part) for part in parts])
+
+    return predict_all
 
 
 def text_lengths(mask: Tensor) -> list[int]:

@@ -72,6 +72,14 @@ class Stored:
         return narrow_in(self.tensors, self.name, read)
 
 
+def stored_under(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Stored]:
+    """Return readers of the tensors under the first prefix that occurs, by their names without it. Empty if none occurs."""
+    for prefix in prefixes:
+        if names := [name for name in tensors if name.startswith(prefix)]:
+            return {name.removeprefix(prefix): Stored(tensors, name) for name in names}
+    return {}
+
+
 class LazyValues(Mapping[_Key, _Value]):
     """Values that are read or computed on each access."""
 

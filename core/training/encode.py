@@ -24,7 +24,7 @@ from ..models.objective import shrink_mask
 from ..models.spec import Conditioning, Pair
 from ..photos import Dataset, TrainingImage
 from ..photos.captions import class_caption
-from ..progress import OnProgress
+from ..progress import OnProgress, silent
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.safetensors_file import SafetensorsFile, save_safetensors, tensor_bytes
 from .methods import trains_text
@@ -73,7 +73,7 @@ def encode(
     *,
     device: torch.device,
     extra_prompts: Sequence[str] = (),
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
 ) -> LatentCache:
     """Compute the latents and the text conditioning of a data set, or read them from the cache folder.
 
@@ -93,8 +93,7 @@ def encode(
     text_print = base.text_fingerprint
 
     def progress(done: int) -> None:
-        if on_progress:
-            on_progress(done, total)
+        on_progress(done, total)
 
     with explained_memory_error("a lower resolution or the device cpu"):
         latents, keys = _encode_images(dataset.images, base, device, progress)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device
-from ..errors import BadConfig, BadFile, BadPhoto
+from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
 from ..models.base import Base
@@ -222,11 +222,7 @@ def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
     return [hint for hint in hints if hint]
 
 
-def _read(
-    photos: str | os.PathLike[str] | Sequence[PhotoLike],
-    strict: bool,
-    on_warning: OnWarning,
-) -> list[Photo]:
+def _read(photos: str | os.PathLike[str] | Sequence[PhotoLike], strict: bool, on_warning: OnWarning) -> list[Photo]:
     """Return the photos as a list. If `photos` is a folder, they are read from it."""
     if isinstance(photos, str | os.PathLike):
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
@@ -274,9 +270,8 @@ def ready_for(
         faces = load_faces()
     elif faces is None and (config.check_photos or to_rank):
         faces = faces_if_installed(on_warning)
-    by_itself = (
-        config.hold_out == MEASURED["hold_out"] and len(photos) >= ENOUGH
-    )  # as a recipe does from this number of photos
+    # As a recipe does from this number of photos.
+    by_itself = config.hold_out == MEASURED["hold_out"] and len(photos) >= ENOUGH
     return make_ready(
         photos,
         faces,
@@ -296,11 +291,7 @@ def settled(config: TrainConfig, ready: Ready) -> TrainConfig:
 
 
 def _watch(
-    ready: Ready,
-    held_out: Sequence[Photo],
-    faces: FaceNetwork | None,
-    judge: FaceNetwork | None,
-    config: TrainConfig,
+    ready: Ready, held_out: Sequence[Photo], faces: FaceNetwork | None, judge: FaceNetwork | None, config: TrainConfig
 ) -> LikenessWatch | None:
     """Build the watch that measures likeness to the held-out photos. Returns None without such photos."""
     out = held_out or [item.photo for item in ready.held_out]
@@ -357,8 +348,8 @@ def _prepared(
     shots = sample_shots(config) if config.sample_every else []
     prompts = [prompt for prompt, _ in [*shots, *(watch.shots if watch else [])]]
     cache = encode(
-        dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding"),
-    )  # fmt: skip
+        dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding")
+    )
     callbacks.on_phase(LOADING, 0, 0)
     if not shots:
         return cache, None
@@ -423,15 +414,16 @@ def _foreign(output: Path, addition: str) -> Path | None:
     """Find a file named like the output plus `addition` (a regular expression) that is not from a run with this output."""
     pattern = re.compile(rf"{re.escape(output.stem)}{addition}{re.escape(output.suffix)}")
     for path in output.parent.iterdir():
-        if pattern.fullmatch(path.name) and _output_name(path) != output.stem:
+        if pattern.fullmatch(path.name) and metadata_of(path).get("ss_output_name") != output.stem:
             return path
     return None
 
 
-def _output_name(path: Path) -> str | None:
-    with suppress(BadFile):
-        return SafetensorsFile.open(path).metadata.get("ss_output_name")
-    return None
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """Return the metadata of a safetensors file. Empty if it cannot be read."""
+    with suppress(FaceLoraError):
+        return SafetensorsFile.open(path).metadata
+    return {}
 
 
 def _samples_folder(output: Path) -> Path:

@@ -175,11 +175,8 @@ class LikenessWatch:
     def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
         """Measure an intermediate LoRA that drew these pictures of `shots`. Call `see_base` first."""
         first = len(images) - len(self.base_shots)
-        of_person, of_class, neutral = (
-            images[:first],
-            images[first:][: self._of_class],
-            images[first:][self._of_class :],
-        )
+        second = first + self._of_class
+        of_person, of_class, neutral = images[:first], images[first:second], images[second:]
         embedded = embed_images(self.network, of_person)
         scores = self._alike(embedded)
         seen = _seen(embedded)

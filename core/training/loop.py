@@ -107,12 +107,13 @@ def train_lora(
 @contextmanager
 def _on_its_own(device: torch.device, config: TrainConfig) -> Iterator[None]:
     """Isolate the run from the program's torch settings, and leave the program's random numbers unchanged."""
-    random_numbers = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    # A ComfyUI node runs in inference mode, in which nothing can be trained.
     with (
-        torch.inference_mode(False), torch.enable_grad(), random_numbers, exact_arithmetic(),
+        torch.inference_mode(False),  # a ComfyUI node runs in inference mode, in which nothing can be trained
+        torch.enable_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        exact_arithmetic(),
         deterministic_if(config.deterministic),
-    ):  # fmt: skip
+    ):
         yield
 
 

@@ -47,9 +47,7 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimi
             from prodigyopt import Prodigy
 
             with contextlib.redirect_stdout(None):  # its constructor prints, which would mix with JSON reports
-                return Prodigy(
-                    described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True,  # pyright: ignore
-                )  # fmt: skip
+                return Prodigy(described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True)  # pyright: ignore
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         package = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}[config.optimizer]

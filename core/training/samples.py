@@ -19,7 +19,7 @@ from ..photos.reading import DAMAGED
 from ..pictures.generate import Job, generate, in_batches
 from ..pictures.sampling import decode_latents, encode_pairs, load_vae, sample_latents
 from ..pictures.sizes import checked_size
-from ..progress import OnProgress
+from ..progress import OnProgress, silent
 from ..storage.cache_folder import content_key, made_folder
 from .likeness import LikenessWatch
 from .methods import METHODS
@@ -60,7 +60,7 @@ def training_sampler(
     encoded: Mapping[str, Pair],
     device: torch.device,
     size: tuple[int, int] | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
 ) -> Sampler:
     """Return a function that draws shots with the networks of a run.
 
@@ -83,8 +83,7 @@ def training_sampler(
         for index, (batch, pairs) in enumerate(batches):
 
             def drawn(step: int, steps: int, earlier: int = index) -> None:
-                if on_progress:
-                    on_progress(earlier * steps + step, len(batches) * steps)
+                on_progress(earlier * steps + step, len(batches) * steps)
 
             def draw(part: Sequence[tuple[Shot, Pair]], on_step: OnProgress = drawn) -> list[Image.Image]:
                 latents = sample_latents(
@@ -120,7 +119,7 @@ def make_class_images(
     *,
     resolution: int | None = None,
     device: torch.device | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
 ) -> list[Photo]:
     """Draw `count` pictures of "a photo of CLASS" with the base model, for prior preservation.
 
@@ -138,8 +137,7 @@ def make_class_images(
     pictures = generate(base, [], jobs, device=device)
     for done, picture in enumerate(pictures if missing else (), start=1):
         picture.save(paths[picture.job.seed])
-        if on_progress:
-            on_progress(done, len(missing))
+        on_progress(done, len(missing))
     return [Photo.from_image(Image.open(path), path.name) for path in paths]
 
 

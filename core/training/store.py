@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, READING, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, ready_for, settled, train
+from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, metadata_of, ready_for, settled, train
 from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
@@ -134,9 +135,8 @@ class RunFolder:
     _history: Curve = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        with suppress(
-            BadFile, TypeError, ValueError, OverflowError
-        ):  # missing or damaged, which doesn't matter: the history is only displayed
+        # It may be missing or damaged, which doesn't matter: it is only displayed.
+        with suppress(BadFile, TypeError, ValueError, OverflowError):
             self._history = [(int(step), float(loss)) for step, loss in read_json(self.path / "history.json")]
 
     @property
@@ -180,6 +180,11 @@ class RunFolder:
                 found.setdefault(int(file.stem.split("-")[1]), []).append(image.convert("RGB"))
         return found
 
+    def samples_until(self, step: int) -> tuple[int, list[Image.Image]] | None:
+        """Read the samples that were drawn last up to this step, with their step. None if there aren't any."""
+        drawn = [(at, images) for at, images in self.samples().items() if at <= step]
+        return max(drawn, default=None, key=itemgetter(0))
+
     def add_measured(self, step: int, lora: Trained, dtype: torch.dtype) -> None:
         """Write a measured intermediate LoRA that is not the run's result into the folder."""
         lora.save(self.path / f"measured-{step:06d}.safetensors", dtype)
@@ -209,24 +214,22 @@ class TrainedFile:
 
     def kept_step(self) -> int:
         """The step that the file is of."""
-        curve = self._curve()
-        return curve["points"][curve["kept"]]["step"] if curve["points"] else self._steps()
+        kept = self._kept()
+        return kept["step"] if kept else int(LoraFile.read(self.path).metadata.get("ss_steps", 0))
 
     def kept_samples(self) -> tuple[int, list[Image.Image]] | None:
         """The step and the samples that were drawn with the file, else last before its step; None where there are none."""
-        drawn = {step: images for step, images in self.run.samples().items() if step <= self.kept_step()}
-        return max(drawn.items(), default=None, key=lambda item: item[0])
+        return self.run.samples_until(self.kept_step())
 
     def leakage(self) -> float | None:
         """Return how much the class came to look like the person during training, or None if it wasn't measured."""
-        curve = self._curve()
-        return curve["points"][curve["kept"]]["leakage"] if curve["points"] else None
+        kept = self._kept()
+        return kept["leakage"] if kept else None
 
     def checkpoints(self) -> dict[int, Path]:
         """Return the files of the measured intermediate LoRAs, by step, with this one. Empty if none was measured."""
-        curve = self._curve()
-        kept = {curve["points"][curve["kept"]]["step"]: self.path} if curve["points"] else {}
-        return dict(sorted({**self.run.measured(), **kept}.items())) if kept else {}
+        kept = self._kept()
+        return dict(sorted({**self.run.measured(), kept["step"]: self.path}.items())) if kept else {}
 
     def take_checkpoint(self, step: int) -> Path:
         """Return the path of a measured step's LoRA: NAME-stepNNNNNN beside this one. It is written if it doesn't exist yet.
@@ -250,8 +253,10 @@ class TrainedFile:
             copy_with_metadata(file, path, file.metadata | {KEY: key, "ss_output_name": path.stem})
         return path
 
-    def _steps(self) -> int:
-        return int(LoraFile.read(self.path).metadata.get("ss_steps", 0))
+    def _kept(self) -> dict[str, Any] | None:
+        """Return the measurement of this file, or None if it wasn't measured."""
+        curve = self._curve()
+        return curve["points"][curve["kept"]] if curve["points"] else None
 
     def _curve(self) -> dict[str, Any]:
         """Read the measurements from its metadata. Without any, the list of points is empty."""
@@ -263,9 +268,8 @@ def drawn_sample(lora: LoraFile) -> Image.Image | None:
     match = re.fullmatch(r"([0-9a-f]{64})(-step\d+)?", lora.metadata.get(KEY, ""))
     if match is None or not (folder := cache_folder() / "runs" / match[1]).is_dir():
         return None
-    step = int(lora.metadata.get("ss_steps", 0))
-    drawn = [images[0] for at, images in RunFolder(folder).samples().items() if at <= step]
-    return drawn[-1] if drawn else None
+    drawn = RunFolder(folder).samples_until(int(lora.metadata.get("ss_steps", 0)))
+    return drawn[1][0] if drawn else None
 
 
 def is_trained(job: TrainingJob, base: Base, folders: Sequence[Path]) -> bool:
@@ -385,13 +389,10 @@ def _recorded(
 
 def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
     """Find the LoRA that the run trained in an earlier call: in the folders under any name, or in its own folder. Else None."""
-    return _with_tensors(run.made(), folders) or _unwritten(run.output)
-
-
-def _unwritten(output: Path) -> LoraFile | None:
-    """Read the LoRA that was trained but not written into the LoRA folder, for example because the disk was full. Else None."""
+    if found := _with_tensors(run.made(), folders):
+        return found
     with suppress(FaceLoraError):
-        return LoraFile.read(output)
+        return LoraFile.read(run.output)  # not written into the LoRA folder, for example because the disk was full
     return None
 
 
@@ -482,7 +483,7 @@ def has_key(path: Path, key: str) -> bool:
 
 def files_of(key: str, folders: Sequence[Path]) -> list[Path]:
     """The files that a job has made, by its key, in and below the folders: the LoRA, and its steps beside it."""
-    found = {path: _metadata(path) for path in _files(folders)}
+    found = {path: metadata_of(path) for path in _files(folders)}
     mine = [path for path, metadata in found.items() if metadata.get(KEY, "").startswith(key)]
     names = {(path.parent, path.stem) for path in mine}
     steps = [
@@ -493,12 +494,6 @@ def files_of(key: str, folders: Sequence[Path]) -> list[Path]:
         and (path.parent, metadata.get("ss_output_name")) in names
     ]
     return mine + steps
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with suppress(FaceLoraError):
-        return dict(SafetensorsFile.open(path).metadata)
-    return {}
 
 
 def forget_run(key: str) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class AttachedAdapter:
                 raise LoraMisfit(
                     f"the training adapter changes {path}, which is an embedding. Merge it into the base model instead"
                 )
-            layer.register_forward_hook(self._adding(change, _places(layer)))
+            layer.register_forward_hook(partial(self._add, change, _places(layer)))
 
     def tensors(self) -> list[Tensor]:
         """Return its tensors, which stay on the device."""
@@ -141,11 +142,8 @@ class AttachedAdapter:
         finally:
             self._on = True
 
-    def _adding(self, change: Change, places: Places) -> Any:
-        def add(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
-            return _added(change, places, inputs[0], output) if self._on else None
-
-        return add
+    def _add(self, change: Change, places: Places, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Any:
+        return _added(change, places, inputs[0], output) if self._on else None
 
 
 def _places(layer: nn.Module) -> Places:

@@ -31,7 +31,7 @@ def loras(bases, tmp_path_factory) -> dict[str, LoraFile]:
     result = {}
     for name, base in bases.items():
         networks = {part: base.load(part, CPU, torch.float32) for part in ("denoiser", *base.family.text_encoders)}
-        adapter = attach_lora(networks, base.family, CONFIG)
+        adapter = attach_lora(networks, base.family, CONFIG, None)
         generator = torch.Generator().manual_seed(4)
         values = {
             key: 0.1 * torch.randn(tensor.shape, generator=generator) for key, tensor in adapter.parameters().items()

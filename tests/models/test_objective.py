@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from core.config import TrainConfig
-from core.models.objective import NoiseSchedule, draw_noise, draw_timesteps, sample_losses, shrink_mask
+from core.models.objective import NoiseSchedule, draw_noise, sample_losses, shrink_mask
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 
@@ -136,9 +136,14 @@ def test_a_mask_is_averaged_down_to_the_latents():
     assert shrink_mask(mask, (2, 2)).tolist() == [[[1.0, 0.25], [0.0, 0.0]]]
 
 
+def draw_timesteps(count, config):
+    generator = torch.Generator().manual_seed(1)
+    return NoiseSchedule.scaled_linear().draw_timesteps(torch.empty(count), config, generator)
+
+
 def test_timesteps_stay_in_their_range_and_reach_both_ends():
     config = TrainConfig(timestep_min=100, timestep_max=103)
-    drawn = draw_timesteps(2000, config, torch.Generator().manual_seed(1), torch.device("cpu"))
+    drawn = draw_timesteps(2000, config)
     assert drawn.unique().tolist() == [100, 101, 102, 103]
     assert drawn.dtype == torch.int64
 
@@ -146,9 +151,7 @@ def test_timesteps_stay_in_their_range_and_reach_both_ends():
 def test_a_positive_bias_draws_late_timesteps_more_often():
     def mean(bias: float) -> float:
         config = TrainConfig(timestep_bias=bias)
-        return (
-            draw_timesteps(20_000, config, torch.Generator().manual_seed(1), torch.device("cpu")).float().mean().item()
-        )
+        return draw_timesteps(20_000, config).float().mean().item()
 
     # The mean of u^k is 1 / (k + 1): k = 1, exp(-1) and exp(1).
     assert mean(0.0) == pytest.approx(500, abs=8)

@@ -51,7 +51,7 @@ def test_names_and_shapes_are_those_of_sd_scripts(family, targets):
             networks[part] = FAMILIES[family].build(part, config)
     del networks["vae"]
     with torch.device("meta"):
-        adapter = attach_lora(networks, FAMILIES[family], TrainConfig(rank=4, targets=targets))
+        adapter = attach_lora(networks, FAMILIES[family], TrainConfig(rank=4, targets=targets), None)
     values = {name: torch.zeros(tensor.shape) for name, tensor in adapter.parameters().items()}
     lora = LoraFile.from_modules(family, adapter.modules(values), {})
     found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}
@@ -74,7 +74,7 @@ def test_names_and_shapes_of_rectified_flows_are_those_of_sd_scripts(reference):
     name, config = FLOWS[reference]
     family = FAMILIES[name]
     with torch.device("meta"):
-        adapter = attach_lora({"denoiser": family.build("denoiser", config)}, family, TrainConfig(rank=4))
+        adapter = attach_lora({"denoiser": family.build("denoiser", config)}, family, TrainConfig(rank=4), None)
     values = {name: torch.zeros(tensor.shape) for name, tensor in adapter.parameters().items()}
     lora = LoraFile.from_modules(name, adapter.modules(values), {}, scheme="kohya")
     found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}

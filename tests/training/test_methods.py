@@ -143,7 +143,7 @@ def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module()
     with torch.device("meta"):
         denoiser = FAMILIES["sdxl"].build("denoiser", FULL_SDXL.unet)
         started = time.process_time()
-        adapter = attach_lora({"denoiser": denoiser}, FAMILIES["sdxl"], replace(CONFIG, rank_pattern={"attn": 8}))
+        adapter = attach_lora({"denoiser": denoiser}, FAMILIES["sdxl"], replace(CONFIG, rank_pattern={"attn": 8}), None)
     assert time.process_time() - started < 20
     assert len(adapter.layers) == 722  # as in sd-scripts (reference/kohya_sdxl.json)
 

@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from torch import Tensor
 
 from ...errors import UnknownFamily, counted
-from ...storage.stored import LazyTensors, Stored
+from ...storage.stored import LazyTensors, stored_under
 from ...tensor_names import NAME_TABLES
 from ..spec import DENOISER_PREFIX, FamilySpec
 
@@ -43,13 +43,7 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
         for marker, title in others.items():
             if marker in tensors:
                 raise UnknownFamily(f"this is {title}, which is not supported yet. {supported}")
-    denoiser = LazyTensors(
-        {
-            name.removeprefix(DENOISER_PREFIX): Stored(tensors, name)
-            for name in tensors
-            if name.startswith(DENOISER_PREFIX)
-        }
-    )
+    denoiser = LazyTensors(stored_under(tensors, DENOISER_PREFIX))
     for family in FAMILIES.values():
         if family.recognise(denoiser):
             return family

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...tensor_names.flux import CHROMA as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..spec import DENOISER_PREFIX, Component, Conditioning, stack_conditioning
+from ..spec import DENOISER_PREFIX, Component, Conditioning, Networks, stack_conditioning
 from . import flux1
 
 TEXT = {"text_encoder": "t5xxl"}
@@ -60,9 +60,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     """Return the states of T5 for each caption and one token of padding, which is masked in T5 but not in the denoiser."""
     encoder = encoders["text_encoder"]
     tokenizer = text.load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
@@ -76,19 +74,16 @@ def encode_text(
     return stack_conditioning(parts)
 
 
+@transformer.without_padding  # whose mask diffusers' single blocks drop when activations are recomputed
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
-    lengths = transformer.text_lengths(mask)
-    if len(set(lengths)) > 1:
-        # diffusers' single blocks drop the mask of padding when activations are recomputed.
-        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
+    context = conditioning["context"].to(noisy_latents.dtype)
     height, width = noisy_latents.shape[2:]
     patches = denoiser(
         transformer.cut_patches(noisy_latents),
-        encoder_hidden_states=context[:, : lengths[0]],
+        encoder_hidden_states=context,
         timestep=timesteps / 1000,
         img_ids=transformer.grid_positions(height // 2, width // 2, noisy_latents.device),
-        txt_ids=torch.zeros(lengths[0], 3, device=noisy_latents.device),
+        txt_ids=torch.zeros(context.shape[1], 3, device=noisy_latents.device),
         return_dict=False,
     )[0]
     return transformer.join_patches(patches, height, width)

@@ -14,7 +14,7 @@ from ...tensor_names.ernie import ERNIE_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..recipe import STARTING_POINTS
-from ..spec import Component, Conditioning, FamilySpec, FewSteps
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
 TEXT = {"text_encoder": "ministral3_3b"}
@@ -61,9 +61,7 @@ def _tables(_: nn.Module, __: object, angles: Tensor) -> Tensor:
     return torch.cat(attention.tables_of_halves(angles), -2)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     texts = [f"<s>{caption}" for caption in captions]
     return text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, TEXT_TOKENS, layers=(-2,))
 

@@ -16,7 +16,7 @@ from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT_TOKENS = 512
 """The number of T5 tokens that FLUX.1-dev was trained with. Captions are padded to it."""
@@ -92,9 +92,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     return {
         "context": text.encode_t5(encoders["text_encoder_2"], captions, TEXT_TOKENS),
         "pooled": text.pooled_clip(encoders["text_encoder"], captions),
@@ -147,11 +145,7 @@ FLUX1 = FamilySpec(
         "best": Recipe(1600, 2e-4, 32),
     },
     pipeline_class="FluxPipeline",
-    other_pipelines=(
-        "FluxImg2ImgPipeline",
-        "FluxInpaintPipeline",
-        "FluxControlNetPipeline",
-    ),
+    other_pipelines=("FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
     text_encoders=TEXT,
     context_from={"text_encoder_2": 1},
     pooled_from={"text_encoder": 1},

@@ -5,6 +5,7 @@ guidance scale as an input.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,9 +18,9 @@ from ...errors import UnmatchedKeys
 from ...storage.stored import LazyTensors, Stored, shape_of
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
-from ..ldm import VAE_PREFIXES, kl_pixels, vae_component
+from ..ldm import kl_pixels, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 from . import flux1
 
 TEXT_TOKENS = 512
@@ -65,15 +66,11 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 def vae(tensors: Mapping[str, Tensor]) -> Component:
     """Return the KL VAE, with the mean and variance (128,) for normalising its latents: 32 channels of two by two latents."""
-    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
-    readers = {}
-    for full in tensors:
-        if full.startswith(prefix):
-            # In some files the names of the convolutions between encoder and decoder are nested in these.
-            name = full.removeprefix(prefix).replace("encoder.quant_conv.", "quant_conv.")
-            readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = Stored(tensors, full)
-    files = LazyTensors({prefix + name: read for name, read in readers.items()})
-    plain = vae_component(files, latent_scale=1.0)
+    # In some files the names of the convolutions between encoder and decoder are nested in these.
+    readers = {
+        re.sub(r"^(encoder|decoder)\.((post_)?quant_conv\.)", r"\2", name): Stored(tensors, name) for name in tensors
+    }
+    plain = vae_component(LazyTensors(readers), latent_scale=1.0)
     config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
     # The widths of the decoder are read separately, since one version has a narrower decoder.
     levels = reversed(range(len(config["block_out_channels"])))
@@ -98,19 +95,12 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 class _SingleAttention:
     """Attention of a single block, parallel to its feed-forward layers. It replaces diffusers'."""
 
-    def __call__(
-        self,
-        layers: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: attention.Tables | None = None,
-    ) -> Tensor:
-        assert image_rotary_emb is not None
-        both = layers.to_qkv_mlp_proj(hidden_states)
+    def __call__(self, layers: Any, states: Tensor, mask: Tensor | None, tables: attention.Tables) -> Tensor:
+        both = layers.to_qkv_mlp_proj(states)
         *parts, wide = both.split([layers.inner_dim] * 3 + [both.shape[-1] - 3 * layers.inner_dim], -1)
         query, key, value = (part.unflatten(-1, (layers.heads, -1)) for part in parts)
         query, key = layers.norm_q(query), layers.norm_k(key)
-        mixed = attention.attend([query], [key], [value], image_rotary_emb, attention_mask)
+        mixed = attention.attend([query], [key], [value], tables, mask)
         return layers.to_out(torch.cat([mixed, layers.mlp_act_fn(wide)], -1))
 
 
@@ -121,26 +111,28 @@ def latent_shape(components: Mapping[str, Component]) -> LatentShape:
     return LatentShape(components["denoiser"].config["in_channels"], PATCH * kl_pixels(components), multiple=1)
 
 
-def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation (1, C, 1, 1) of the latents over the VAE's training pictures."""
     bn: Any = vae.bn
     return bn.running_mean.view(1, -1, 1, 1), torch.sqrt(bn.running_var + bn.eps).view(1, -1, 1, 1)
 
 
-def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+_Statistics = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def encode_image(vae: nn.Module, pixels: Tensor, statistics: _Statistics = statistics) -> tuple[Tensor, Tensor]:
     distribution = vae.encode(pixels).latent_dist  # pyright: ignore
-    mean, deviation = _statistics(vae)
+    mean, deviation = statistics(vae, pixels)
     means, deviations = (F.pixel_unshuffle(part, PATCH) for part in (distribution.mean, distribution.std))
     return (means - mean) / deviation, deviations / deviation
 
 
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    mean, deviation = _statistics(vae)
+def decode_latents(vae: nn.Module, latents: Tensor, statistics: _Statistics = statistics) -> Tensor:
+    mean, deviation = statistics(vae, latents)
     return vae.decode(F.pixel_shuffle(latents * deviation + mean, PATCH)).sample  # pyright: ignore
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     encoder: Any = encoders["text_encoder"]
     if encoder.config.model_type == "mistral":
         chats = [DEV_CHAT.format(caption) for caption in captions]

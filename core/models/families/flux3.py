@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ...tensor_names.flux import FLUX3 as NAMES
 from .. import text, transformer
 from ..ldm import count_children
-from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
+from ..recipe import STARTING_POINTS
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
 TEXT = {"text_encoder": "qwen3vl_4b"}
@@ -77,9 +77,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     states = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
@@ -95,15 +93,11 @@ def encode_text(
     return {"context": states["context"], "context_mask": is_seen.to(mask.dtype)}
 
 
+@transformer.without_padding  # which the denoiser can't mask
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
+    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
     target = conditioning.get("target", timesteps)
-    lengths = transformer.text_lengths(mask)
-    if len(set(lengths)) > 1:
-        # The denoiser can't mask the padding of shorter texts.
-        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
-    context, device = context[:, : lengths[0]], noisy_latents.device
     positions = denoiser(
         noisy_latents.flatten(2).transpose(1, 2),
         encoder_hidden_states=context,
@@ -130,12 +124,7 @@ FLUX3 = FamilySpec(
     wording="sentences",
     guidance=4.0,  # the authors', as are the steps; diffusers has 3.5
     steps=50,
-    recipes={
-        # Starting points: the rate of fal's trainer, which takes 1000 steps, and otherwise those of FLUX.2.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,  # with the rate of fal's trainer, which takes 1000 steps
     pipeline_class="Flux3ModularPipeline",
     other_pipelines=("Flux3DistilledModularPipeline",),
     other_folders=("Flux3DistilledModularPipeline",),
@@ -145,11 +134,7 @@ FLUX3 = FamilySpec(
     in_channels=128,
     recognise=recognise,
     split=split,
-    build=text.builder(
-        partial(transformer.build, "Flux3Transformer2DModel", (0, 42)),
-        TEXT,
-        vae=flux2.build_vae,
-    ),
+    build=text.builder(partial(transformer.build, "Flux3Transformer2DModel", (0, 42)), TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,
     predict=predict,

@@ -8,6 +8,7 @@ predicts for the negative prompt too. It was trained on captions in JSON, and al
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..recipe import STARTING_POINTS
-from ..spec import Component, Conditioning, FamilySpec
-from . import flux2, qwen_image21
+from ..spec import Component, Conditioning, FamilySpec, Networks
+from . import flux2
 
 TEXT = {"text_encoder": "qwen3vl_8b"}
 TEXT_LAYERS = (1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 36)
@@ -121,11 +122,7 @@ def _forward(
     modulation = F.silu(denoiser.adaln_proj(embedded.unsqueeze(1)))
     keys = None if mask is None else mask[:, None, None]
     inputs = keys, _rotations(length, size, denoiser.config, states.device), modulation
-    for block in denoiser.layers:
-        if torch.is_grad_enabled() and denoiser.gradient_checkpointing:
-            states = denoiser._gradient_checkpointing_func(block, states, *inputs)
-        else:
-            states = block(states, *inputs)
+    states = transformer.through_blocks(denoiser, denoiser.layers, states, *inputs)
     return denoiser.final_layer(states[:, length:], modulation)
 
 
@@ -159,46 +156,19 @@ def _rotations(length: int, size: tuple[int, int], config: Any, device: torch.de
 class _Attention:
     """Attention of a block. It replaces diffusers'."""
 
-    def __call__(
-        self,
-        layers: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: attention.Tables | None = None,
-    ) -> Tensor:
-        assert image_rotary_emb is not None
-        query, key, value = attention.heads(hidden_states, layers.num_heads, layers.to_q, layers.to_k, layers.to_v)
+    def __call__(self, layers: Any, states: Tensor, mask: Tensor | None, tables: attention.Tables) -> Tensor:
+        query, key, value = attention.heads(states, layers.num_heads, layers.to_q, layers.to_k, layers.to_v)
         query, key = layers.norm_q(query), layers.norm_k(key)
-        mixed = attention.attend([query], [key], [value], image_rotary_emb, attention_mask, halves=True)
+        mixed = attention.attend([query], [key], [value], tables, mask, halves=True)
         return layers.to_out[0](mixed)
 
 
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return build_denoiser(config)
-    return flux2.build_vae(config) if part == "vae" else qwen_image21.build_text_encoder(config)
-
-
-def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(_: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     mean, deviation = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (_MEANS, _DEVIATIONS))
     return mean, deviation
 
 
-def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    distribution = vae.encode(pixels).latent_dist  # pyright: ignore
-    mean, deviation = _statistics(pixels)
-    means, deviations = (F.pixel_unshuffle(part, flux2.PATCH) for part in (distribution.mean, distribution.std))
-    return (means - mean) / deviation, deviations / deviation
-
-
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    mean, deviation = _statistics(latents)
-    return vae.decode(F.pixel_shuffle(latents * deviation + mean, flux2.PATCH)).sample  # pyright: ignore
-
-
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
@@ -254,11 +224,11 @@ IDEOGRAM4 = FamilySpec(
     in_channels=128,
     recognise=recognise,
     split=split,
-    build=build,
+    build=text.builder(build_denoiser, TEXT, vae=flux2.build_vae, last_norm=False),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,
     predict=predict,
     flow_shift=flow_shift,
-    encode_image=encode_image,
-    decode_latents=decode_latents,
+    encode_image=partial(flux2.encode_image, statistics=_statistics),
+    decode_latents=partial(flux2.decode_latents, statistics=_statistics),
 )

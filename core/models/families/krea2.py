@@ -20,7 +20,7 @@ from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import STARTING_POINTS
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, holds_numbers
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks, holds_numbers
 from . import qwen_image
 
 TEXT = {"text_encoder": "qwen3vl_4b"}
@@ -119,23 +119,16 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 class _Attention:
     """Attention of a block where several heads of queries share one of keys and values. It replaces diffusers'."""
 
-    def __call__(
-        self,
-        layers: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: attention.Tables | None = None,
-    ) -> Tensor:
-        assert image_rotary_emb is not None
+    def __call__(self, layers: Any, states: Tensor, mask: Tensor | None, tables: attention.Tables) -> Tensor:
         counts = layers.num_heads, layers.num_kv_heads
-        (query,) = attention.heads(hidden_states, counts[0], layers.to_q)
-        key, value = attention.heads(hidden_states, counts[1], layers.to_k, layers.to_v)
-        gate = layers.to_gate(hidden_states)
+        (query,) = attention.heads(states, counts[0], layers.to_q)
+        key, value = attention.heads(states, counts[1], layers.to_k, layers.to_v)
+        gate = layers.to_gate(states)
         both = torch.cat([layers.norm_q(query), layers.norm_k(key)], 2)
-        query, key = attention.rotated(both, image_rotary_emb).split(counts, 2)
+        query, key = attention.rotated(both, tables).split(counts, 2)
         if counts[0] > counts[1]:
             key, value = (part.repeat_interleave(counts[0] // counts[1], 2) for part in (key, value))
-        mixed = attention.mixed(query, key, value, attention_mask)
+        mixed = attention.mixed(query, key, value, mask)
         return layers.to_out[0](mixed * torch.sigmoid(gate))
 
 
@@ -144,9 +137,7 @@ def _in_float32(module: Any, _: object) -> None:
     module.weight = nn.Parameter(module.weight.detach().float(), requires_grad=False)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     before, after = qwen_image.TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ...tensor_names.flux import LONGCAT_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..objective import linear_shift
-from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec
+from ..recipe import STARTING_POINTS
+from ..spec import Component, Conditioning, FamilySpec, Networks
 from . import flux1
 
 TEXT = {"text_encoder": "qwen25_7b"}
@@ -66,9 +66,7 @@ def pieces(caption: str) -> list[str]:
     return [TEMPLATE, *(piece for index, part in enumerate(parts) for piece in (part if index % 2 else [part]))]
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     length = TEMPLATE_TOKENS + TEXT_TOKENS
     states = text.encode_qwen(
         encoders["text_encoder"],
@@ -109,12 +107,7 @@ LONGCAT_IMAGE = FamilySpec(
     wording="sentences",
     guidance=4.5,  # diffusers' default, as are the steps
     steps=50,
-    recipes={
-        # Starting points: the rate of the authors' LoRA example, which has a rank of 32; otherwise those of Qwen-Image here.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
+    recipes=STARTING_POINTS,  # with the rate of the authors' LoRA example, which has a rank of 32
     pipeline_class="LongCatImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=flux1.FLUX1.denoiser_targets,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnmatchedKeys
-from ...storage.stored import LazyTensors, Stored, shape_of
+from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.qwen import QWEN_IMAGE as NAMES
 from .. import attention, text, transformer
-from ..ldm import VAE_PREFIXES, count_children
+from ..ldm import count_children, shapes_in
 from ..objective import linear_shift
 from ..recipe import STARTING_POINTS
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, holds_numbers
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -92,30 +92,27 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """Read a checkpoint's VAE, in original or diffusers naming, with a config that follows from the shapes of its tensors."""
-    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
-    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    """Build the VAE, in original or diffusers naming, with a config that follows from the shapes of its tensors."""
     halving = r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.resample\.1\.weight"
-    samplers = sorted(int(match[1]) for short in given if (match := re.fullmatch(halving, short)))
+    samplers = sorted(int(match[1]) for name in tensors if (match := re.fullmatch(halving, name)))
     if not samplers:
-        raise UnmatchedKeys(f"the VAE is not Qwen-Image's: it lacks {prefix}encoder.downsamples.….resample.1.weight")
+        raise UnmatchedKeys("the VAE is not Qwen-Image's: it lacks encoder.downsamples.….resample.1.weight")
     resnets = samplers[0]
-    names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
+    of_vae = LazyTensors({diffusers_vae_path(name, resnets): Stored(tensors, name) for name in tensors})
+    shape = shapes_in(of_vae, "the VAE")
 
     def width(name: str) -> int:
-        if f"{name}.weight" not in names:
-            raise UnmatchedKeys(f"the VAE lacks {name}.weight")
-        return shape_of(tensors, names[f"{name}.weight"])[0]
+        return shape(f"{name}.weight")[0]
 
-    base, blocks = width("encoder.conv_in"), count_children(names, "encoder.down_blocks")
+    base, blocks = width("encoder.conv_in"), count_children(of_vae, "encoder.down_blocks")
     config: dict[str, Any] = {
         "base_dim": base,
         "z_dim": width("post_quant_conv"),
         "dim_mult": [width(f"encoder.down_blocks.{i - 1}.conv2") // base for i in (*samplers, blocks)],
         "num_res_blocks": resnets,
-        "temperal_downsample": [f"encoder.down_blocks.{i}.time_conv.weight" in names for i in samplers],
+        "temperal_downsample": [f"encoder.down_blocks.{i}.time_conv.weight" in of_vae for i in samplers],
     }
-    return Component(config, LazyTensors({name: Stored(tensors, full) for name, full in names.items()}))
+    return Component(config, of_vae)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
@@ -165,9 +162,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode((latents * deviation + mean).unsqueeze(2)).sample.squeeze(2)  # pyright: ignore
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     texts = [TEMPLATE.format(caption) for caption in captions]
     limit = TEMPLATE_TOKENS + TEXT_TOKENS
     conditioning = text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, limit)

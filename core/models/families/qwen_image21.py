@@ -6,21 +6,20 @@ pictures. Here it is trained and drawn with from texts alone.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnmatchedKeys
-from ...storage.stored import LazyTensors, Stored, shape_of
+from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
 from .. import attention, text, transformer
-from ..ldm import VAE_PREFIXES, count_children
+from ..ldm import count_children, shapes_in
 from ..objective import linear_shift
 from ..recipe import STARTING_POINTS
-from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from ..spec import Component, Conditioning, FamilySpec, LatentShape, Networks
 from . import qwen_image
 
 TEXT = {"text_encoder": "qwen3vl_8b"}
@@ -77,19 +76,16 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """Read a checkpoint's VAE, in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
-    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
-    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    """Build the VAE, in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
     first_level = r"encoder\.down(?:samples\.0\.downsamples|_blocks\.0\.resnets)\.\d+\.(?:residual\.2|conv1)\.weight"
-    resnets = sum(re.fullmatch(first_level, short) is not None for short in given)
-    names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
+    resnets = sum(re.fullmatch(first_level, name) is not None for name in tensors)
+    stored = {diffusers_vae_path(name, resnets): Stored(tensors, name) for name in tensors}
+    of_layer = shapes_in(LazyTensors(stored), "the VAE is not Qwen-Image 2.1's: it")
 
-    def shape(name: str) -> tuple[int, ...]:
-        if f"{name}.weight" not in names:
-            raise UnmatchedKeys(f"the VAE is not Qwen-Image 2.1's: it lacks {name}.weight")
-        return shape_of(tensors, names[f"{name}.weight"])
+    def shape(layer: str) -> tuple[int, ...]:
+        return of_layer(f"{layer}.weight")
 
-    base, levels = shape("encoder.conv_in")[0], count_children(names, "encoder.down_blocks")
+    base, levels = shape("encoder.conv_in")[0], count_children(stored, "encoder.down_blocks")
     config: dict[str, Any] = {
         "base_dim": base,
         "decoder_base_dim": shape("decoder.conv_out")[1],
@@ -97,13 +93,13 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
         "dim_mult": [shape(f"encoder.down_blocks.{level}.resnets.0.conv2")[0] // base for level in range(levels)],
         "num_res_blocks": resnets,
         "temperal_downsample": [
-            f"encoder.down_blocks.{level}.downsampler.time_conv.weight" in names for level in range(levels - 1)
+            f"encoder.down_blocks.{level}.downsampler.time_conv.weight" in stored for level in range(levels - 1)
         ],
         "in_channels": shape("encoder.conv_in")[1],
         "out_channels": shape("decoder.conv_out")[0],
         "scale_factor_spatial": 2 ** (levels - 1),
     }
-    readers = {name: partial(_of_one_frame, Stored(tensors, full)) for name, full in names.items()}
+    readers = {name: partial(_of_one_frame, read) for name, read in stored.items()}
     return Component(config, LazyTensors(readers))
 
 
@@ -139,11 +135,7 @@ def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, siz
     # In addition to the states: modulation, rotations, mask, which rows are the picture's, three of a cache, texts, valid
     # keys.
     inputs = (denoiser.modulation(embedded), rotations, None, is_picture, None, None, None, [(0, length, True)], None)
-    for block in denoiser.transformer_blocks:
-        if torch.is_grad_enabled() and denoiser.gradient_checkpointing:
-            states = denoiser._gradient_checkpointing_func(block, states, *inputs)
-        else:
-            states = block(states, *inputs)
+    states = transformer.through_blocks(denoiser, denoiser.transformer_blocks, states, *inputs)
     return denoiser.proj_out(denoiser.norm_out(states[:, length:], embedded[:-1]))
 
 
@@ -191,22 +183,7 @@ def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: 
     return attention.tables_of_pairs(together.cos(), together.sin())
 
 
-def build_text_encoder(config: dict[str, Any]) -> nn.Module:
-    encoder: Any = text.build(TEXT["text_encoder"], config)
-    encoder.norm.register_forward_hook(_without_norm)
-    return encoder
-
-
-def _without_norm(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-    return inputs[0]
-
-
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return build_denoiser(config)
-    return (
-        transformer.build("AutoencoderKLQwenImage21", (0, 42), config) if part == "vae" else build_text_encoder(config)
-    )
+build_vae: Callable[[dict[str, Any]], nn.Module] = partial(transformer.build, "AutoencoderKLQwenImage21", (0, 42))
 
 
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:
@@ -223,9 +200,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return qwen_image.decode_latents(vae, latents)[:, :3]
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
@@ -237,15 +212,12 @@ def encode_text(
     return {name: value[:, SYSTEM_TOKENS:] for name, value in conditioning.items()}
 
 
+@transformer.without_padding  # since the place of a picture depends on the length of its text
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
-    lengths = transformer.text_lengths(mask)
-    if len(set(lengths)) > 1:
-        # The place of a picture depends on the length of its text.
-        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
+    context = conditioning["context"].to(noisy_latents.dtype)
     height, width = noisy_latents.shape[2:]
     latents = noisy_latents.flatten(2).transpose(1, 2)
-    prediction = denoiser(latents, context[:, : lengths[0]], timesteps / 1000, (height, width))
+    prediction = denoiser(latents, context, timesteps / 1000, (height, width))
     return prediction.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -265,7 +237,7 @@ QWEN_IMAGE_21 = FamilySpec(
     in_channels=64,
     recognise=recognise,
     split=split,
-    build=build,
+    build=text.builder(build_denoiser, TEXT, vae=build_vae, last_norm=False),
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,

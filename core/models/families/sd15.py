@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...tensor_names.stable_diffusion import SD15 as NAMES
 from .. import clip, ldm, text
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec
+from ..spec import Component, Conditioning, FamilySpec, Networks
 
 TEXT = {"text_encoder": "clip_l"}
 LATENT_SCALE = 0.18215
@@ -24,9 +24,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {"denoiser": denoiser} | text.other_parts(tensors, vae, TEXT)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     encoder = encoders["text_encoder"]
     tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(encoder))
     states, _ = clip.encode_chunks(encoder, tokens, layer=clip_skip, final_norm=True)

@@ -15,7 +15,7 @@ from ...tensor_names.sd3 import SD3 as NAMES
 from .. import clip, text, transformer
 from ..ldm import count_children, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, FewSteps
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 TEXT_TOKENS = 256
@@ -73,9 +73,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     # Both CLIPs use the second to last layer, as in the models' training. The second CLIP pads with 0.
     states, pooled = [], []
     for part, padding in (("text_encoder", clip.END), ("text_encoder_2", 0)):

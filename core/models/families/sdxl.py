@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...tensor_names.stable_diffusion import SDXL as NAMES
 from .. import clip, ldm, text
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec
+from ..spec import Component, Conditioning, FamilySpec, Networks
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 LATENT_SCALE = 0.13025
@@ -25,9 +25,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {"denoiser": denoiser} | text.other_parts(tensors, vae, TEXT)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     # Both encoders use the second to last layer, as in the model's training. The second encoder pads with 0.
     of_first, of_second = encoders["text_encoder"], encoders["text_encoder_2"]
     tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(of_first))

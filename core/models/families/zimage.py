@@ -15,7 +15,7 @@ from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -73,9 +73,7 @@ class _Tables:
         return torch.stack(attention.tables_of_pairs(rotations.real, rotations.imag), -2)
 
 
-def encode_text(
-    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
-) -> Conditioning:
+def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     texts = [_TEMPLATE.format(caption) for caption in captions]
     return text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, TEXT_TOKENS, layers=(-2,))
 

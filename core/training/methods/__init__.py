@@ -8,7 +8,7 @@ from ...config import TrainConfig
 from ...errors import counted
 from ...lora.file import LoraFile
 from ...models.base import Base
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from . import dora, dreambooth, loha, lokr, lora, oft, pivotal, textual_inversion
 from .method import Adapter, Method, Trained, left_out
 
@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {
 
 
 def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+    networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> Adapter:
     """Attach the adapter of the configured method to the networks, which are changed in place.
 

@@ -6,9 +6,9 @@ interpret the same way.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from ...errors import LoraMisfit
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_kinds, scheme_of_kinds
 from ...models.base import Base
-from ...models.spec import FamilySpec, replace_module
+from ...models.spec import FamilySpec, Networks, replace_module
 from ...tensor_names import NAME_TABLES, ModuleId
 from .lora import LoraAdapter, attach_layers
 from .lora_layer import LoraLayer
-from .method import Adapter, Method, target_modules
+from .method import Method, switched_off, target_modules
 
 
 class MagnitudeLayer(nn.Module):
@@ -32,13 +32,10 @@ class MagnitudeLayer(nn.Module):
         super().__init__()
         self.lora_layer = lora_layer
         self.magnitude: nn.Parameter = nn.Parameter(column_norms(lora_layer.weight.detach()))
-        self._enabled = True
-
-    def enable(self, enabled: bool) -> None:
-        self._enabled = enabled
+        self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._enabled:
+        if not self.enabled:
             return self.lora_layer(x)
         # Read in every pass, since a memory plan may narrow the weight to 8 bits or move it to another device.
         weight, down, up = self.lora_layer.weight, self.lora_layer.down, self.lora_layer.up
@@ -55,35 +52,18 @@ def column_norms(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class DoraAdapter(Adapter):
+class DoraAdapter(LoraAdapter):
     """A LoRA adapter with a magnitude layer around each of its layers."""
 
-    networks: Mapping[str, nn.Module]
-    lora: LoraAdapter
-    layers: Mapping[ModuleId, MagnitudeLayer]
+    magnitudes: Mapping[ModuleId, MagnitudeLayer] = field(kw_only=True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        magnitudes = {f"{part}.{path}.dora": layer.magnitude for (part, path), layer in self.layers.items()}
-        return self.lora.parameters() | magnitudes
-
-    def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
-        return self.lora.copies()
-
-    def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:
-        self.lora.copy(stacks, dtype)
-
-    def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        return self.lora.cast_once(dtype)
-
-    def take_gradients(self) -> None:
-        self.lora.take_gradients()
-
-    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
-        return self.lora.rate(name, config, peak)
+        magnitudes = {f"{part}.{path}.dora": layer.magnitude for (part, path), layer in self.magnitudes.items()}
+        return super().parameters() | magnitudes
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
         tensors = {}
-        for (part, path), module in self.lora.modules(values).items():
+        for (part, path), module in self.modules(values).items():
             magnitude = values[f"{part}.{path}.dora"].detach().float().cpu()
             tensors[part, path] = {
                 "down": module.down,
@@ -97,50 +77,40 @@ class DoraAdapter(Adapter):
         }
         return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.names, tensors))
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        for layer in self.layers.values():
-            layer.enable(False)
-        try:
-            with self.lora.disabled():
-                yield
-        finally:
-            for layer in self.layers.values():
-                layer.enable(True)
+    def disabled(self) -> AbstractContextManager[None]:
+        return switched_off([*self.layers.values(), *self.magnitudes.values()])
 
     @torch.no_grad()
-    def load(self, file: LoraFile) -> None:
+    def load_file(self, file: LoraFile) -> None:
         """Start from a file. Raises LoraMisfit unless it is a DoRA of the same modules and ranks with column magnitudes."""
         modules = {}
         for entry in file.entries:
             tensors = file.tensors_of(entry)
-            magnitude = self.layers[entry.modules[0]].magnitude if entry.modules[0] in self.layers else None
-            if entry.kind != "dora" or magnitude is None or tensors["dora"].shape[:2] != (1, len(magnitude)):
+            layer = self.magnitudes.get(entry.modules[0])
+            if entry.kind != "dora" or layer is None or tensors["dora"].shape[:2] != (1, len(layer.magnitude)):
                 raise LoraMisfit(
                     f"{file.name}: {entry.name} (kind {entry.kind}) is not a DoRA with a length for each column of a module "
                     "that these settings train. Choose the same method and targets"
                 )
-            magnitude.copy_(tensors["dora"].flatten())
+            layer.magnitude.copy_(tensors["dora"].flatten())
             alpha = tensors["alpha"].item() if "alpha" in tensors else float(len(tensors["down"]))
             modules[entry.modules[0]] = LoraModule(tensors["down"], tensors["up"], alpha)
-        self.lora.load(modules)
+        self.load(modules)
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> DoraAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> DoraAdapter:
     """Attach a DoraAdapter to the networks, which are changed in place.
 
     A new one doesn't change any prediction: B is 0, and the magnitudes are the norms of the frozen columns.
     """
     targets = target_modules(family, config, networks, METHOD.joins_modules)
-    adapter = attach_layers(networks, family, config, targets, scheme_of_kinds(NAME_TABLES[family.name], targets))
-    layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
-    for (part, path), layer in layers.items():
+    lora = attach_layers(networks, family, config, targets, scheme_of_kinds(NAME_TABLES[family.name], targets))
+    magnitudes = {module: MagnitudeLayer(layer) for module, layer in lora.layers.items()}
+    for (part, path), layer in magnitudes.items():
         replace_module(networks[part], path, layer)
-    dora = DoraAdapter(networks, adapter, layers)
+    dora = DoraAdapter(networks, lora.layers, lora.shared, magnitudes=magnitudes)
     if continue_from is not None:
-        dora.load(continue_from)
+        dora.load_file(continue_from)
     return dora
 
 

@@ -18,7 +18,7 @@ from ...lora.modules import LoraModule
 from ...models.base import Base
 from ...models.memory_plan import OPTIMIZER_BYTES
 from ...models.opening import load_base
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import ModuleId, blocks_in_a_level
 from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
 from .original_checkpoint import Checkpoint, original_tensors
@@ -32,7 +32,7 @@ _GIB = 2**30
 class FullAdapter(Adapter):
     """An adapter whose parameters are the networks' own weights. The original weights are kept beside them."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     originals: Mapping[str, Tensor]
     """The values of the parameters before training, by name.
 
@@ -72,9 +72,7 @@ class FullAdapter(Adapter):
         return Checkpoint(base.family.name, kept, original_tensors(base, parts))
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> FullAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> FullAdapter:
     """Attach a FullAdapter to the networks, whose weights are replaced by trainable float32 copies.
 
     Raises OutOfMemory before copying if the copies would not fit. Raises BadConfig for a family or a setting that the method
@@ -147,6 +145,10 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
 
 
 METHOD = Method(
-    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside={"lora": lora_beside}, makes="checkpoint",
-    rate_factor=0.1, freezes_weights=False,
-)  # fmt: skip
+    "DreamBooth: all weights (arXiv:2208.12242)",
+    attach,
+    beside={"lora": lora_beside},
+    makes="checkpoint",
+    rate_factor=0.1,
+    freezes_weights=False,
+)

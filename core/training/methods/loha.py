@@ -1,25 +1,21 @@
 """LoHa (arXiv:2108.06098): the change is the element-wise product of two low-rank matrices. The layers are peft's."""
 
-from collections.abc import Mapping
-
-from torch import nn
+from functools import partial
 
 from ...config import TrainConfig
 from ...lora.file import LoraFile
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from .lycoris import LycorisAdapter
-from .method import PEFT_NAME, Method, peft_layers, target_modules
+from .method import PEFT_NAME, Adapter, Method, peft_layers, target_modules
 
 ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> LycorisAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
     from peft import LoHaConfig
 
     targets = target_modules(family, config, networks, METHOD.joins_modules)
-    layers = peft_layers(networks, targets, config, lambda **options: LoHaConfig(**options, use_effective_conv2d=False))
+    layers = peft_layers(networks, targets, config, partial(LoHaConfig, use_effective_conv2d=False))
     adapter = LycorisAdapter(
         networks,
         "loha",

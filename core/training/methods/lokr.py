@@ -3,30 +3,26 @@
 The layers are peft's.
 """
 
-from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 
 from ...config import TrainConfig
 from ...lora.file import LoraFile
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from .lycoris import KAIMING, LycorisAdapter, Roles
-from .method import PEFT_NAME, Method, peft_layers, target_modules
+from .method import PEFT_NAME, Adapter, Method, peft_layers, target_modules
 
 ROLES = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _WHOLE = "lokr_w2"
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> LycorisAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
     from peft import LoKrConfig
 
     targets = target_modules(family, config, networks, METHOD.joins_modules)
-    layers = peft_layers(
-        networks, targets, config,
-        lambda **options: LoKrConfig(**options, decompose_factor=config.lokr_factor, use_effective_conv2d=False),
-    )  # fmt: skip
+    peft_config = partial(LoKrConfig, decompose_factor=config.lokr_factor, use_effective_conv2d=False)
+    layers = peft_layers(networks, targets, config, peft_config)
     alphas = {module: alpha for module, (_, alpha) in targets.items()}
     for module, layer in layers.items():
         if _WHOLE in _roles_of(layer):

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,17 +14,17 @@ from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_in_scheme
 from ...models.base import Base
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import ModuleId
 from .lora_layer import LoraLayer, SharedInput
-from .method import Adapter, Method, target_modules
+from .method import Adapter, Method, switched_off, target_modules
 
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter(Adapter):
     """LoRA layers on one or more networks."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     layers: Mapping[ModuleId, LoraLayer]
     """The layer that replaces each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
@@ -139,20 +139,11 @@ class LoraAdapter(Adapter):
             layer.down.copy_(module.down.reshape(layer.down.shape))
             layer.up.copy_(module.up.reshape(layer.up.shape).float() * ratio)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enabled = True
+    def disabled(self) -> AbstractContextManager[None]:
+        return switched_off(self.layers.values())
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> LoraAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> LoraAdapter:
     """Attach a LoraAdapter to the networks with `attach_layers`. Layers with the same input work together."""
     adapter = attach_layers(networks, family, config, target_modules(family, config, networks), family.names.scheme)
     if continue_from is not None:
@@ -166,7 +157,7 @@ def attach(
 
 
 def attach_layers(
-    networks: Mapping[str, nn.Module],
+    networks: Networks,
     family: FamilySpec,
     config: TrainConfig,
     targets: Mapping[ModuleId, tuple[int, float]],
@@ -228,7 +219,7 @@ def _with_same_input(adapter: LoraAdapter) -> list[list[LoraLayer]]:
     return list(found.values())
 
 
-def _input_of(networks: Mapping[str, nn.Module], module_id: ModuleId, width: int) -> object:
+def _input_of(networks: Networks, module_id: ModuleId, width: int) -> object:
     """Return a key that is equal for layers that get the same input, of that width."""
     part, path = module_id
     parent, _, name = path.rpartition(".")

@@ -15,6 +15,7 @@ from ...lora.file import LoraFile
 from ...lora.kinds import rank_of
 from ...lora.modules import name_kinds, scheme_of_kinds
 from ...models.base import Base
+from ...models.spec import Networks
 from ...tensor_names import NAME_TABLES, ModuleId
 from .method import Adapter, refuse_settings_of_lora
 
@@ -30,7 +31,7 @@ _SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
 class LycorisAdapter(Adapter):
     """Layers of one kind of adapter on one or more networks. Each layer has a method `enable_adapters(bool)`."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     kind: str
     layers: Mapping[ModuleId, nn.Module]
     roles_of: Callable[[nn.Module], Roles]

@@ -5,8 +5,8 @@ A method is a file in core/training/methods/ with a `Method`, which attaches an 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...lora.modules import stands_alone
 from ...models.base import Base
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import ModuleId
 from .original_checkpoint import Checkpoint
 
@@ -34,7 +34,7 @@ _Number = TypeVar("_Number", int, float)
 class Adapter(ABC):
     """The trainable part of a training run, on one or more networks."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     """The networks that it is attached to, by part."""
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Adapter(ABC):
         return peak if name.startswith("denoiser.") else config.text_encoder_lr
 
 
-Attach = Callable[[Mapping[str, nn.Module], FamilySpec, TrainConfig, LoraFile | None], Adapter]
+Attach = Callable[[Networks, FamilySpec, TrainConfig, LoraFile | None], Adapter]
 """A function of (networks by part, family, settings, file to continue from) that attaches an adapter in place."""
 
 
@@ -119,8 +119,21 @@ class Method:
         return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate
 
 
+@contextmanager
+def switched_off(layers: Iterable[Any]) -> Iterator[None]:
+    """Set `enabled` of these layers to False within this context."""
+    layers = list(layers)
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
 def target_modules(
-    family: FamilySpec, config: TrainConfig, networks: Mapping[str, nn.Module], joined: bool = True
+    family: FamilySpec, config: TrainConfig, networks: Networks, joined: bool = True
 ) -> dict[ModuleId, tuple[int, float]]:
     """Return the (rank, alpha) of every target module of the settings, by (part, path), except those in `left_out`.
 
@@ -176,7 +189,7 @@ def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) ->
 
 
 def peft_layers(
-    networks: Mapping[str, nn.Module],
+    networks: Networks,
     targets: Mapping[ModuleId, tuple[int, float]],
     config: TrainConfig,
     peft_config: Callable[..., Any],

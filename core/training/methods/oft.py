@@ -3,8 +3,6 @@
 The layers are not peft's, because those rotate the inputs, which readers of LoRA files don't support.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +10,9 @@ from ...config import TrainConfig
 from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...lora.kinds import UNBOUND
-from ...models.spec import FamilySpec, replace_module
+from ...models.spec import FamilySpec, Networks, replace_module
 from .lycoris import LycorisAdapter
-from .method import Method, target_modules
+from .method import Adapter, Method, target_modules
 
 
 class RotatedLayer(nn.Module):
@@ -53,9 +51,7 @@ class RotatedLayer(nn.Module):
         return torch.linalg.solve_ex(identity - skew, identity + skew, left=False).result
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> LycorisAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
     targets = target_modules(family, config, networks, METHOD.joins_modules)
     layers = {}
     for (part, path), (rank, _) in targets.items():
@@ -75,9 +71,4 @@ def attach(
     return adapter
 
 
-METHOD = Method(
-    "OFT, blocks of rows are rotated (arXiv:2306.07280)",
-    attach,
-    rate_factor=0.3,
-    joins_modules=False,
-)
+METHOD = Method("OFT, blocks of rows are rotated (arXiv:2306.07280)", attach, rate_factor=0.3, joins_modules=False)

@@ -11,18 +11,11 @@ from torch import Tensor
 
 from ...errors import BadConfig
 from ...models.base import Base
-from ...models.clip import OPENCLIP_LAYER
+from ...models.clip import OPENCLIP_LAYER, OPENCLIP_OUTSIDE
 from ...models.ldm import ldm_vae_path
 from ...progress import OnProgress, silent
 from ...storage.safetensors_file import cast_tensor, layout_in, write_safetensors
-from ...tensor_names.unet import blocks_in_a_level, ldm_unet_path
-
-_OPENCLIP_OUTSIDE = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-}
+from ...tensor_names.unet import blocks_in_a_level, inverse, ldm_unet_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +81,10 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
 def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a text encoder to OpenCLIP's naming, which joins q, k and v and transposes the projection."""
     result: dict[str, Tensor] = {}
+    outside, in_layer = inverse(OPENCLIP_OUTSIDE), inverse(OPENCLIP_LAYER)
     for name, tensor in tensors.items():
-        if name in _OPENCLIP_OUTSIDE:
-            result[_OPENCLIP_OUTSIDE[name]] = tensor
+        if name in outside:
+            result[outside[name]] = tensor
         elif name == "text_projection.weight":
             result["text_projection"] = tensor.T.contiguous()
         elif match := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
@@ -99,8 +93,5 @@ def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 whole = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
                 result[f"{layer}attn.in_proj_{kind}"] = torch.cat(whole)
             elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
-                result[f"{layer}{_LAYER_TO_OPENCLIP[module]}.{kind}"] = tensor
+                result[f"{layer}{in_layer[module]}.{kind}"] = tensor
     return result
-
-
-_LAYER_TO_OPENCLIP = {library: original for original, library in OPENCLIP_LAYER.items()}

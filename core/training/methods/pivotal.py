@@ -10,7 +10,7 @@ from ...config import TrainConfig
 from ...lora.embeddings import bundled_tensors, embedding_files
 from ...lora.file import LoraFile
 from ...models.base import Base
-from ...models.spec import FamilySpec
+from ...models.spec import FamilySpec, Networks
 from .lora import LoraAdapter
 from .lora import attach as attach_lora
 from .method import Adapter, Method, Trained
@@ -22,7 +22,7 @@ from .textual_inversion import attach as attach_word
 class PivotalAdapter(Adapter):
     """A LoRA and the token vectors of a new word."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     lora: LoraAdapter
     word: WordAdapter
 
@@ -46,12 +46,10 @@ class PivotalAdapter(Adapter):
             yield
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> PivotalAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
     word = attach_word(networks, family, config, continue_from)
     adapted = networks if config.text_encoder_lr else {"denoiser": networks["denoiser"]}
-    return PivotalAdapter(networks, attach_lora(adapted, family, config), word)
+    return PivotalAdapter(networks, attach_lora(adapted, family, config, None), word)
 
 
 def embedding_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
@@ -62,6 +60,8 @@ def embedding_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile
 
 
 METHOD = Method(
-    "pivotal tuning: a LoRA and vectors of a new word", attach, trains_text=lambda config: True,
+    "pivotal tuning: a LoRA and vectors of a new word",
+    attach,
+    trains_text=lambda config: True,
     beside={"embedding": embedding_beside},
-)  # fmt: skip
+)

@@ -1,7 +1,7 @@
 """Textual inversion (arXiv:2208.01618): train token vectors of the trigger word while the networks stay frozen."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +12,17 @@ from ...errors import BadConfig, LoraMisfit
 from ...lora.embeddings import WORD_KEY, embedding_tensors
 from ...lora.file import LoraFile
 from ...models.base import Base
-from ...models.clip import WordEmbedding, add_word, caption_tokens, token_table
-from ...models.spec import FamilySpec
+from ...models.clip import add_word, caption_tokens, token_table
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import NAME_TABLES
-from .method import Adapter, Method, refuse_settings_of_lora
+from .method import Adapter, Method, refuse_settings_of_lora, switched_off
 
 
 @dataclass(frozen=True, eq=False)
 class WordAdapter(Adapter):
     """The token vectors of one new word on the text encoders."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Networks
     word: str
     vectors: Mapping[str, nn.Parameter]
     """The vectors (count, width) on each text encoder, by part."""
@@ -52,22 +52,11 @@ class WordAdapter(Adapter):
             norms = vectors.norm(dim=1, keepdim=True)
             vectors.mul_((self.longest[part] / norms).clamp(max=1))
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        tables = [token_table(self.networks[part]) for part in self.vectors]
-        for table in tables:
-            assert isinstance(table, WordEmbedding)
-            table.enabled = False
-        try:
-            yield
-        finally:
-            for table in tables:
-                table.enabled = True  # pyright: ignore
+    def disabled(self) -> AbstractContextManager[None]:
+        return switched_off(token_table(self.networks[part]) for part in self.vectors)
 
 
-def attach(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> WordAdapter:
+def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> WordAdapter:
     """Attach a WordAdapter to the text encoders, which are changed in place.
 
     Its vectors start as those of the tokens of `embedding_words`, repeated as needed. Raises BadConfig for a family without
