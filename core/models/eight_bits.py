@@ -71,9 +71,9 @@ def _product(x: Tensor, matrix: Tensor, scale: Tensor | None = None) -> Tensor:
         if scale is not None:
             product *= scale.reshape(-1)
     else:
-        rounded = (rows / unit).to(matrix.dtype)
+        rounded = (rows / unit).to(matrix.dtype).contiguous()  # cuBLAS reads it row by row
         ones = unit.new_ones(1, matrix.shape[1])
         of_columns = ones if scale is None else ones * scale.reshape(1, -1)
-        columns = matrix if matrix.stride(0) == 1 else matrix.t().contiguous().t()  # cuBLAS reads it column by column
+        columns = matrix if matrix.stride(0) == 1 else matrix.t().contiguous().t()  # and this one column by column
         product = torch._scaled_mm(rounded, columns, unit, of_columns, out_dtype=torch.bfloat16).to(x.dtype)
     return product.view(*x.shape[:-1], -1)

@@ -121,6 +121,11 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
     """List, in sentences, what the run cannot do although its settings ask for it."""
     if run.why_not_compiled:
         yield f"compile: not possible here ({run.why_not_compiled}). Training continues without it"
+    if run.config.eight_bit_products == "on" and not run.in_eight_bits:
+        yield (
+            "eight_bit_products: not possible here (the weights have more than 8 bits, or this device has no such products "
+            "with them). Training continues without it"
+        )
     if pageable := run.memory.pageable:
         yield (
             f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that isn't page-locked, because too "

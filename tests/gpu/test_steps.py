@@ -115,6 +115,11 @@ def test_a_step_with_products_in_8_bits_on_a_gpu(form, capability, wanted, fake_
     assert step.predicted == pytest.approx(step.peak, rel=0.06)
 
 
+def test_factors_of_products_in_8_bits_may_be_laid_out_column_by_column(fake_process):
+    """As packed latents are, which the first layer gets; files that are fp8 throughout have it in 8 bits too."""
+    assert fake_process.submit(trials.products_of_columns).result() == {torch.int8: 2, torch.float8_e4m3fn: 2}
+
+
 ONE_PICTURE = {"precision": "bf16", "batch_size": 1}
 
 

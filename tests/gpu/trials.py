@@ -4,6 +4,7 @@ from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +24,10 @@ from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
 from core.models import Base, load_base
+from core.models.eight_bits import InEightBits, linear, times
 from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
+from core.models.narrow_layers import times_scale
+from core.models.quantised import widen_fp8
 from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
@@ -146,6 +150,16 @@ def memory_to_narrow_weights(case: Case) -> tuple[int, int]:
         before = card.peak = card.live
         run.adopt(case.plan)
         return card.peak - before, largest
+
+
+def products_of_columns() -> Mapping[torch.dtype, int]:
+    """How many products in 8 bits there are for a forward and a backward pass, with factors whose columns are together."""
+    with fake_cuda(capability=(8, 9)) as card:
+        for dtype, widen in ((torch.int8, times_scale), (torch.float8_e4m3fn, widen_fp8)):
+            parts = torch.empty(96, 64, dtype=dtype, device=DEVICE), torch.ones(96, 1, device=DEVICE)
+            for product, side in ((linear, 64), (times, 96)):
+                product(torch.empty(1, side, 40, dtype=torch.bfloat16, device=DEVICE).mT, InEightBits(widen), parts)
+        return Counter({dtypes[0]: count for (name, dtypes), count in card.products.items()})
 
 
 def operations(case: Case) -> tuple[int, int]:

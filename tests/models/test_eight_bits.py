@@ -15,6 +15,7 @@ from core.models.narrow_layers import NarrowLinear, make_narrow, narrowed, times
 from core.models.products import choose_products, time_in_eight_bits
 from core.models.quantised import widen_fp8
 from core.storage.stored import NarrowTensor, as_stored
+from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.metadata import PRODUCTS_KEY
 from core.training.step import Run
@@ -184,3 +185,16 @@ def test_a_training_with_products_in_8_bits_says_so_in_its_file(monkeypatch):
     config = replace(CONFIG, steps=2)
     assert train_lora(cache_of(narrow), narrow, config, device=CPU).metadata[PRODUCTS_KEY] == "8 bits"
     assert PRODUCTS_KEY not in train_lora(cache_of(wide), wide, config, device=CPU).metadata
+
+
+@pytest.mark.parametrize("form", ["narrow", "wide", "without"])
+def test_a_training_that_cannot_multiply_in_8_bits_as_wanted_says_so(form, monkeypatch):
+    if form == "without":  # as GPUs before capability 8.9 are without products with fp8 weights
+        monkeypatch.setattr(step_module, "choose_products", lambda *_: False)
+    narrow, wide = narrow_and_wide_base("fp8")
+    base, warnings = wide if form == "wide" else narrow, []
+    train_lora(
+        cache_of(base), base, replace(CONFIG, steps=1), device=CPU, callbacks=Callbacks(on_warning=warnings.append)
+    )
+    said = [warning for warning in warnings if warning.startswith("eight_bit_products: not possible here")]
+    assert len(said) == (form != "narrow")
