@@ -165,7 +165,11 @@ class MemorySaver:
     """Applies a memory plan to a denoiser, and a smaller one between two steps when memory runs out."""
 
     def __init__(self, denoiser: nn.Module, device: torch.device, draws: bool = False, compiled: bool = False):
-        """`draws` is whether the denoiser's blocks draw random numbers. Compiled blocks already keep little: torch decides."""
+        """`draws` is whether the denoiser's blocks draw random numbers.
+
+        Blocks that are `compiled` are not recomputed selectively: torch has decided what they keep. If some are brought in,
+        all recompute everything.
+        """
         self.plan: MemoryPlan = MemoryPlan()
         self._denoiser, self._device, self._draws, self._compiled = denoiser, device, draws, compiled
         self._blocks = blocks_of(denoiser)
@@ -174,9 +178,9 @@ class MemorySaver:
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a plan. Weights that are already in 8 bits stay that way."""
         by_size = sorted(self._blocks, key=_count_numbers)
-        count = int(plan.recompute * len(by_size))
-        # Not a method: the denoiser and this object would refer to each other, and outlive the run.
         selective = plan.selective and not self._compiled
+        count = int((1.0 if plan.offload and not selective else plan.recompute) * len(by_size))
+        # Not a method: the denoiser and this object would refer to each other, and outlive the run.
         run = partial(_run_block, weakref.WeakSet(by_size[:count]), selective, self._draws)
         for module in self._denoiser.modules():
             if hasattr(module, "gradient_checkpointing"):

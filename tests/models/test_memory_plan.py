@@ -614,6 +614,24 @@ def test_selective_recomputation_is_exact_with_each_method(family, settings, bas
         pytest.skip("the family does not support this method")
 
 
+def test_compiled_blocks_are_not_recomputed_selectively(base, monkeypatch):
+    recomputed: list[nn.Module] = []
+
+    def checkpointed(block, inputs, selective, draws):
+        assert not selective
+        recomputed.append(block)
+        return block(*inputs)
+
+    monkeypatch.setattr("core.models.memory_plan.checkpointed", checkpointed)
+    for plan in PLANS:
+        denoiser = base.load("denoiser", CPU, torch.float32)
+        MemorySaver(denoiser, CPU, compiled=True).adopt(plan)
+        recomputed.clear()
+        base.family.predict(denoiser, torch.zeros(1, 4, 16, 16), torch.tensor([500]), {"context": torch.ones(1, 4, 64)})
+        blocks = blocks_of(denoiser)
+        assert len(recomputed) == (len(blocks) if plan.offload else int(plan.recompute * len(blocks)))
+
+
 def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):
     run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
     before = {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()}
