@@ -117,8 +117,8 @@ def plans_for(
         plans = list(dict.fromkeys(replace(plan, weights="full") for plan in plans))
     if gradient_checkpointing == "auto":
         return tuple(plans)
-    wanted = float(gradient_checkpointing == "on")
-    return tuple(plan for plan in plans if plan.recompute == wanted)
+    wanted = (1.0, False) if gradient_checkpointing == "on" else (0.0, False)
+    return tuple(plan for plan in plans if (plan.recompute, plan.selective) == wanted)
 
 
 def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:

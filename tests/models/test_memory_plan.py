@@ -27,7 +27,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import Base, load_base
 from core.models.arithmetic import count_flops
-from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of
+from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of, plans_for
 from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights, narrowed
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
@@ -176,6 +176,12 @@ def test_each_plan_needs_less_than_the_one_before_with_weights_in_the_same_place
         alike = [need for plan, need in needs.items() if (plan.weights, plan.offload > 0) == (weights, is_brought)]
         assert alike == sorted(alike, reverse=True) and len(set(alike)) == len(alike)
     assert needs[NARROW] < needs[MemoryPlan(1.0)]
+
+
+def test_gradient_checkpointing_is_all_or_nothing_where_it_is_set():
+    assert plans_for("off") == (PLANS[0], PLANS[4])
+    assert plans_for("on") == (PLANS[3], PLANS[7], PLANS[-1])
+    assert plans_for("auto") == PLANS
 
 
 def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache, monkeypatch):
