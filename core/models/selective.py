@@ -65,7 +65,7 @@ def changes_kept(func: Any, args: Sequence[Any], kept: Container[int]) -> bool:
 
 
 class _Unchanged(TorchDispatchMode):
-    """Leaves out changes in place of what was kept, since it already has them."""
+    """Leaves out in-place operations on what was kept, since it already has their changes."""
 
     def __init__(self):
         super().__init__()
