@@ -61,7 +61,7 @@ SPEEDS = ((LARGE_UNET, 1024, 1), (UNET, 512, 1), (LARGE_UNET, 1024, 4), (UNET, 5
 """The family, pixels and batch size of each benchmark."""
 CARDS = (8, 12, 16, 24, 4)
 """The memory, in GiB, that the GPU is limited to."""
-FIRST_PLANS = (PLANS[0], PLANS[2], PLANS[5], PLANS[-1])
+FIRST_PLANS = (PLANS[0], PLANS[1], PLANS[3], PLANS[7], PLANS[-1])
 """The memory plans that are measured first."""
 BLOCK = 5
 """The steps that a loop makes in a round."""

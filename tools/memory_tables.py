@@ -8,7 +8,7 @@ takes is its arithmetic at a share of the card's rate, or the copies of blocks t
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,19 +206,23 @@ def predictions(model: Model, form: str = "") -> dict[MemoryPlan, Need]:
     """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
     base, config = base_of(model, form), config_of(model)
     prepare = partial(StepPrediction, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
-    operations: dict[float, int] = {}
-    for plan in PLANS[:3]:  # apart from the memory, since the counter keeps activations that the plan would recompute
-        operations[plan.recompute] = count_flops(partial(prepare(each_block=True).bytes, plan))
+    operations: dict[MemoryPlan, int] = {}
+    for plan in PLANS[:4]:  # apart from the memory, since the counter keeps activations that the plan would recompute
+        operations[plan] = count_flops(partial(prepare(each_block=True).bytes, plan))
     plans = plans_for("auto", narrow=base.is_narrow)
     prediction = prepare()
-    return {plan: Need(prediction.bytes(plan), operations[plan.recompute]) for plan in plans}
+    return {
+        plan: Need(prediction.bytes(plan), operations[replace(plan, weights="full", offload=0.0)]) for plan in plans
+    }
 
 
 def column(plan: MemoryPlan) -> str:
     """The plan in few words."""
     brought = f", {plan.offload:.0%} brought in" if plan.offload else ""
     bits = "8 bits, " if plan.weights == "8 bits" else ""
-    return f"{bits}{plan.recompute:.0%} recomputed{brought}"
+    cheap = (" + cheap" if plan.recompute else "cheap") if plan.selective else ""
+    share = f"{plan.recompute:.0%}" if plan.recompute or not cheap else ""
+    return f"{bits}{share}{cheap} recomputed{brought}"
 
 
 def training_on(card: Card, needs: dict[MemoryPlan, Need], stored: int) -> str:

@@ -8,7 +8,7 @@ offloading, the optimizer) works and is counted as in a real step.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +19,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .memory_plan import MemoryCount, allocated, blocks_of
+from .selective import KEPT, changes_kept
 from .spec import replace_module
 
 
@@ -148,10 +150,12 @@ class AlikeBlocks:
         kind = _Kind(layouts, [None] * len(layouts))
 
         packed: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        products = _Products(count)
 
         def pack(tensor: Tensor) -> Tensor:
             kind.again = count.peak - start
             kind.operations_again = count.operations - operations
+            kind.operations_of_products = products.operations
             packed[_place(tensor)] = kept = tensor.detach()
             return kept
 
@@ -171,7 +175,8 @@ class AlikeBlocks:
             call.arguments = tree_unflatten(given, spec)
             start, operations = count.live, count.operations
             count.peak = start
-            results, kind.spec = tree_flatten(forward(*call.args, **call.kwargs))
+            with products:
+                results, kind.spec = tree_flatten(forward(*call.args, **call.kwargs))
             kind.forward = count.peak - count.live
             kind.operations = count.operations - operations
             outputs = [value for value in results if isinstance(value, Tensor)]
@@ -190,6 +195,7 @@ class AlikeBlocks:
                 packed.get(place) for place, layout in zip(places[0], layouts, strict=True) if not layout.requires_grad
             ]
             kind.kept = count.live - before - sum(alive.values())
+            kind.products, kind.kept_products = products.bytes_beside(sizes)
             kind.again -= count.live - before - sum(alive.get(place, 0) for place in set(places[0]))
             if end.requires_grad:
                 torch.autograd.grad(end, [root, *leaves], torch.empty_like(end), allow_unused=True)
@@ -247,6 +253,10 @@ class _Kind:
     """The peak in the backward pass and a recomputation, beyond what is in use before it."""
     kept: int = 0
     """What is kept for the backward pass, not counting inputs and outputs."""
+    products: int = 0
+    """What selective checkpointing keeps, not counting inputs and outputs."""
+    kept_products: int = 0
+    """The part of `kept` that is in `products`."""
     kept_inputs: list[int] = field(default_factory=list)
     kept_outputs: list[int] = field(default_factory=list)
     stays: int = 0
@@ -255,6 +265,8 @@ class _Kind:
     """The floating-point operations of the forward pass."""
     operations_again: int = 0
     """Those of a recomputation."""
+    operations_of_products: int = 0
+    """The part of these that selective checkpointing leaves out."""
     operations_backward: int = 0
     """Those of the backward pass, in which all outputs have gradients."""
 
@@ -300,12 +312,17 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, count: MemoryCount, kind: _Kind, *tensors: Tensor) -> tuple[Tensor, ...]:
         with count.known(0):
             outputs = _made(ctx, kind.outputs)
-            kept = torch.empty(kind.kept, dtype=torch.uint8, device=count.device)
-        # A forward pass within a backward pass is a recomputation.
-        count.operations += kind.operations if torch._C._current_graph_task_id() == -1 else kind.operations_again
+            kept = torch.empty(kind.kept - kind.kept_products, dtype=torch.uint8, device=count.device)
+            products = [_product(size, count) for size in (kind.kept_products, kind.products - kind.kept_products)]
+        if torch._C._current_graph_task_id() == -1:
+            count.operations += kind.operations
+        else:  # a forward pass within a backward pass is a recomputation
+            count.operations += kind.operations_again - (0 if products[0][1] else kind.operations_of_products)
         ctx.count, ctx.kind = count, kind
         ctx.leaves = [_Layout.of(leaf) for leaf in tensors[len(kind.inputs) :]]
-        ctx.save_for_backward(kept, *(tensors[n] for n in kind.kept_inputs), *(outputs[n] for n in kind.kept_outputs))
+        ctx.save_for_backward(
+            kept, products[0][0], *(tensors[n] for n in kind.kept_inputs), *(outputs[n] for n in kind.kept_outputs)
+        )
         return outputs
 
     @staticmethod
@@ -316,6 +333,48 @@ class _Block(torch.autograd.Function):
             gradients = [layout and layout.made() for layout in (*ctx.kind.gradients, *ctx.leaves)]
         del kept
         return None, None, *gradients
+
+
+def _product(size: int, count: MemoryCount) -> tuple[Tensor, bool]:
+    """Allocate bytes by a product. Also return whether it was executed: a selective recomputation has kept it."""
+    before, one = count.operations, torch.empty(1, 1, dtype=torch.uint8, device=count.device)
+    product = one.expand(max(size, 1), 1) @ one
+    executed, count.operations = count.operations > before, before
+    return product, executed
+
+
+class _Products(TorchDispatchMode):
+    """Counts what selective checkpointing keeps of the operations in this context."""
+
+    def __init__(self, count: MemoryCount):
+        super().__init__()
+        self.operations: int = 0
+        self._count = count
+        self._size = 0
+        self._sizes: dict[int, int] = {}
+        self._alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self._count.operations
+        result = func(*args, **(kwargs or {}))
+        if func in KEPT or changes_kept(func, args, self._alive):
+            self.operations += self._count.operations - before
+        if func in KEPT:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and tensor.device.type == self._count.device.type:
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in self._alive:
+                        self._alive[storage._cdata] = storage
+                        self._sizes[storage._cdata] = allocated(storage.nbytes(), self._count.device)
+                        self._size += self._sizes[storage._cdata]
+        return result
+
+    def bytes_beside(self, others: Container[int]) -> tuple[int, int]:
+        """Return how many bytes it has counted and how many of them are in use, both without storages at these places."""
+        alive = {place: self._sizes[place] for place in self._alive}
+        left_out = sum(size for place, size in alive.items() if place in others)
+        in_use = sum(size for place, size in alive.items() if place not in others)
+        return self._size - left_out, in_use
 
 
 def _made(ctx: Any, layouts: Iterable[_Layout]) -> tuple[Tensor, ...]:

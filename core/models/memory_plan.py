@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..device import free_memory
 from .arithmetic import flop_formulas
 from .narrow_layers import narrow_weights
+from .selective import checkpointed
 from .spec import holds_numbers
 
 RESERVE = 0.9
@@ -56,12 +55,17 @@ class MemoryPlan:
     """The share of the blocks whose frozen weights stay in the computer's memory, 0 to 1.
 
     Their weights are copied to the device one block ahead. These blocks are spread evenly among the others, so that each is
-    copied while a block on the device works. In training they must be recomputed, since the backward pass would otherwise
-    keep their weights on the device.
+    copied while a block on the device works. In training they must be recomputed, selectively or not, since the backward pass
+    would otherwise keep their weights on the device.
     """
+    selective: bool = False
+    """Whether the other blocks keep only what their products and attention return, and recompute the rest (selective.py)."""
 
     def __str__(self) -> str:
-        parts = [f"{SHARES.get(self.recompute, f'{self.recompute:.0%}')} recomputed"]
+        share = SHARES.get(self.recompute, f"{self.recompute:.0%}")
+        if self.selective:
+            share = f"{share} of the blocks and cheap operations" if self.recompute else "cheap operations"
+        parts = [f"{share} recomputed"]
         if self.weights == "8 bits":
             parts.append("frozen weights in 8 bits")
         if self.offload:
@@ -74,19 +78,24 @@ class MemoryPlan:
     def saves_as_much_as(self, other: "MemoryPlan") -> bool:
         """Return whether this plan saves at least as much memory as another one in each way."""
         narrow = self.weights == "8 bits" or other.weights == "full"
-        return narrow and self.recompute >= other.recompute and self.offload >= other.offload
+        keeps_less = self.selective or self.recompute == 1 or not other.selective
+        return narrow and keeps_less and self.recompute >= other.recompute and self.offload >= other.offload
 
 
 SHARES = {0.0: "nothing", 0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "everything"}
 """The names of the shares of the blocks."""
+_RECOMPUTING = (MemoryPlan(), MemoryPlan(selective=True), MemoryPlan(0.5, selective=True), MemoryPlan(1.0))
+_NARROW = tuple(replace(plan, weights="8 bits") for plan in _RECOMPUTING)
 PLANS = (
-    *(MemoryPlan(share) for share in (0.0, 0.5, 1.0)),
-    *(MemoryPlan(share, "8 bits") for share in (0.0, 0.5, 1.0)),
-    *(MemoryPlan(1.0, "8 bits", share) for share in (0.25, 0.5, 0.75, 1.0)),
+    *_RECOMPUTING,
+    *_NARROW,
+    replace(_NARROW[1], offload=0.5),
+    *(replace(plan, offload=1.0) for plan in _NARROW[1:]),
 )
 """The plans from the fastest to the smallest, but full weights come first, since only these don't change the results.
 
-Among plans with the same weights, each needs less memory than the previous one.
+Blocks are brought in when recomputing everything is not enough. Then less is recomputed again: copying blocks takes no time
+while the device is busy for longer, as with any picture of many positions.
 """
 
 WEIGHTS_IN_DRAWING = 0.7
@@ -108,19 +117,13 @@ def plans_for(
         plans = list(dict.fromkeys(replace(plan, weights="full") for plan in plans))
     if gradient_checkpointing == "auto":
         return tuple(plans)
-    wanted = float(gradient_checkpointing == "on")
-    return tuple(plan for plan in plans if plan.recompute == wanted)
+    wanted = (1.0, False) if gradient_checkpointing == "on" else (0.0, False)
+    return tuple(plan for plan in plans if (plan.recompute, plan.selective) == wanted)
 
 
 def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
-    """Return the first plan that fits, or the last one if none does.
-
-    `fits` is called for few of them, since a prediction takes seconds.
-    """
-    first = [plan for plan in plans if plan.weights == "full" and not plan.offload]
-    others = plans[len(first) :]
-    found = next((plan for plan in first if fits(plan)), None)
-    return found or plans[min(len(first) + bisect_left(others, True, key=fits), len(plans) - 1)]
+    """Return the first plan that fits, or the last one if none does."""
+    return next((plan for plan in plans if fits(plan)), plans[-1])
 
 
 def drawing_plan(weights: int, free: int | None) -> MemoryPlan:
@@ -161,22 +164,27 @@ def _is_middle(owner: Any) -> bool:
 class MemorySaver:
     """Applies a memory plan to a denoiser, and a smaller one between two steps when memory runs out."""
 
-    def __init__(self, denoiser: nn.Module, device: torch.device, draws: bool = False):
-        """`draws` is whether the denoiser's blocks draw random numbers."""
+    def __init__(self, denoiser: nn.Module, device: torch.device, draws: bool = False, compiled: bool = False):
+        """`draws` is whether the denoiser's blocks draw random numbers.
+
+        Blocks that are `compiled` are not recomputed selectively: torch has decided what they keep. If some are brought in,
+        all recompute everything.
+        """
         self.plan: MemoryPlan = MemoryPlan()
-        self._denoiser, self._device, self._draws = denoiser, device, draws
+        self._denoiser, self._device, self._draws, self._compiled = denoiser, device, draws, compiled
         self._blocks = blocks_of(denoiser)
         self._offload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a plan. Weights that are already in 8 bits stay that way."""
         by_size = sorted(self._blocks, key=_count_numbers)
-        count = int(plan.recompute * len(by_size))
+        selective = plan.selective and not self._compiled
+        count = int((1.0 if plan.offload and not selective else plan.recompute) * len(by_size))
         # Not a method: the denoiser and this object would refer to each other, and outlive the run.
-        run = partial(_run_block, weakref.WeakSet(by_size[:count]), self._draws)
+        run = partial(_run_block, weakref.WeakSet(by_size[:count]), selective, self._draws)
         for module in self._denoiser.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = count > 0  # pyright: ignore
+                module.gradient_checkpointing = count > 0 or selective  # pyright: ignore
                 module._gradient_checkpointing_func = run  # pyright: ignore
         if plan.weights == "8 bits":
             narrow_weights(self._denoiser, self._device)
@@ -208,10 +216,10 @@ def _count_numbers(block: nn.Module) -> int:
     return sum(parameter.numel() for parameter in block.parameters())
 
 
-def _run_block(recomputed: Collection[nn.Module], draws: bool, block: Any, *inputs: Any) -> Any:
+def _run_block(recomputed: Collection[nn.Module], selective: bool, draws: bool, block: Any, *inputs: Any) -> Any:
     """Run a block, recomputing it if it is in `recomputed`. diffusers calls this for every block that can be recomputed."""
-    if block in recomputed:
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    if block in recomputed or selective:
+        return checkpointed(block, inputs, selective=block not in recomputed, draws=draws)
     return block(*inputs)
 
 
@@ -224,7 +232,7 @@ class BlockOffload:
     """Keeps the frozen weights of blocks in the computer's memory, and on the device only while their block runs.
 
     While a block runs, the weights of the next one are copied, in the order of the last pass. The blocks must also be
-    recomputed, since the backward pass would otherwise keep their weights on the device.
+    recomputed, selectively or not, since the backward pass would otherwise keep their weights on the device.
 
     The host could start copying many blocks before the device needs them. So it waits until the device is done with the last
     block but one, and at most three blocks are on the device. It also holds on to the weights until then. Memory that one

@@ -97,7 +97,7 @@ class Basis:
             "class images": config.class_images * passes.draw(base, square, base.steps, base.guidance),
             "training": own * passes.train,
             "prior prediction": prior * (1 + passes.train),  # The frozen model predicts the target.
-            "recomputation": (own + prior) * passes.recompute(self.plan.recompute),
+            "recomputation": (own + prior) * passes.recompute(self.plan),
             "likeness": likeness,
             "samples": samples,
             "headshots": headshots,

@@ -35,8 +35,8 @@ class Passes:
     """One prediction for a picture of that size."""
     train: float
     """A pass with gradients, as a multiple of a prediction."""
-    recompute: Callable[[float], float]
-    """The extra cost of such a pass when this share of the blocks is recomputed, as a share of a prediction."""
+    recompute: Callable[[MemoryPlan], float]
+    """The extra cost of such a pass for what the plan recomputes, as a share of a prediction."""
     encode: Callable[[Size], float]
     """The VAE's encoder for a picture of that size; 0 if the base model has no VAE."""
     decode: Callable[[Size], float]
@@ -81,10 +81,8 @@ def count_passes(
     whole = predictions[math.prod(size)]
 
     @functools.cache
-    def recompute(share: float) -> float:
-        if not share:
-            return 0.0
-        step.run.memory.adopt(MemoryPlan(share))
+    def recompute(plan: MemoryPlan) -> float:
+        step.run.memory.adopt(MemoryPlan(plan.recompute, selective=plan.selective))
         return (step.operations(step.run.accumulate) - train) / whole
 
     return Passes(_polynomial(predictions), train / whole, recompute, encode, decode, caption), cache

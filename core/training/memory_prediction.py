@@ -82,7 +82,7 @@ class StepPrediction:
         if plan not in self._known:
             narrows = plan.weights != self.run.memory.plan.weights
             assert not narrows or plan.weights != "full"
-            plain = replace(plan, recompute=0.0, offload=0.0)
+            plain = MemoryPlan(weights=plan.weights)
             with self._mode:
                 if narrows:
                     self.run.adopt(plain)

@@ -92,7 +92,7 @@ def training_metadata(
         | _of_network(config)
     )
     values |= {
-        "ss_gradient_checkpointing": plan.recompute > 0,
+        "ss_gradient_checkpointing": plan.selective or plan.recompute > 0,
         "ss_max_token_length": None if cache.chunks == 1 else 75 * cache.chunks,
         "ss_mixed_precision": _PRECISION_NAMES[precision],
         "ss_seed": config.seed,

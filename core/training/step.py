@@ -97,13 +97,13 @@ class Run:
         self._set_training(True)
         if check_cancelled:
             _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
-        self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, draws=config.dropout > 0)
-        self.memory.adopt(plan)
-        self.in_eight_bits: bool = self._choose_products()
-        """Whether products with frozen weights are computed in 8 bits."""
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
         """Why blocks are not compiled although the settings ask for it, or None."""
         compiled = config.compile and not self.why_not_compiled
+        self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, config.dropout > 0, compiled)
+        self.memory.adopt(plan)
+        self.in_eight_bits: bool = self._choose_products()
+        """Whether products with frozen weights are computed in 8 bits."""
         self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
         self.convolutions: FrozenConvolutions | None = self._frozen_convolutions()
         self.parameters: dict[str, nn.Parameter] = self.adapter.parameters()

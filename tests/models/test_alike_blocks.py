@@ -22,7 +22,7 @@ from tools.memory_tables import MODELS, base_of, cache_of, config_of
 from tools.small_flows import SMALL_FLOWS
 
 CPU = torch.device("cpu")
-TRIED = (MemoryPlan(), MemoryPlan(0.5), MemoryPlan(1.0), MemoryPlan(0.0, "8 bits"), PLANS[-3], PLANS[-1])
+TRIED = (*PLANS[:5], PLANS[6], *PLANS[-3:])
 NARROW_TRIED = (MemoryPlan(), MemoryPlan(1.0), MemoryPlan(1.0, offload=0.5))
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -85,9 +85,9 @@ def test_one_block_of_each_kind_tells_the_memory_of_all(small):
 @pytest.mark.parametrize("small", mostly_slow((*UNETS, *SMALL_FLOWS), "ideogram4", "sdxl"), indirect=True)
 def test_one_block_of_each_kind_tells_the_work_of_all(small):
     one, each = one_of_each_and_all(small, TrainConfig(rank=4))
-    for share in (0.0, 0.5, 1.0):
+    for plan in PLANS[:4]:
         for prediction in (one, each):
-            prediction.run.memory.adopt(MemoryPlan(share))
+            prediction.run.memory.adopt(plan)
         # The text that Qwen-Image's last block returns is not used, so it has no gradient.
         counted = each.operations(each.run.accumulate)
         assert one.operations(one.run.accumulate) == pytest.approx(

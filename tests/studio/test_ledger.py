@@ -23,7 +23,7 @@ from core.lora.modules import LoraModule
 from core.models import load_base
 from core.models.arithmetic import count_flops
 from core.models.base import Base
-from core.models.memory_plan import MemoryPlan
+from core.models.memory_plan import PLANS, MemoryPlan
 from core.photos import Photo, prepare, read_photos
 from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
@@ -144,12 +144,12 @@ def test_recomputation_is_that_of_the_plan(photos, base):
     passes, cache = count_passes(base, PLAIN, size)
     once = replace(PLAIN, batch_size=1)
     whole = count_flops(Run(cache, base, once, CPU).accumulate)
-    for share in (0.5, 1.0):
-        run = Run(cache, base, once, CPU, plan=MemoryPlan(share))
-        assert passes.recompute(share) * passes.predict(size) == pytest.approx(
+    for plan in PLANS[1:4]:
+        run = Run(cache, base, once, CPU, plan=plan)
+        assert passes.recompute(plan) * passes.predict(size) == pytest.approx(
             count_flops(run.accumulate) - whole, rel=0.05
         )
-    assert passes.recompute(0.0) == 0
+    assert passes.recompute(PLANS[0]) == passes.recompute(PLANS[1]) == 0
 
 
 def test_of_alike_blocks_one_is_executed(monkeypatch):
@@ -166,7 +166,7 @@ def test_of_alike_blocks_one_is_executed(monkeypatch):
 
     monkeypatch.setattr(block, "forward", counted)
     passes, _ = count_passes(base, PLAIN, (64, 64), text=text)
-    assert passes.recompute(1.0) > 0.5 and len(executed) <= 6
+    assert passes.recompute(MemoryPlan(1.0)) > 0.5 and len(executed) <= 6
 
 
 def test_a_smaller_memory_plan_takes_less_memory_and_more_work(photos, base):

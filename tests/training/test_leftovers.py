@@ -50,7 +50,7 @@ def base_of(family: str, bases):
     return bases[family] if family in UNETS else small_flow_base(family)
 
 
-@pytest.mark.parametrize("plan", [PLANS[0], PLANS[-1]], ids=["fastest", "smallest"])
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[1], PLANS[-1]], ids=["fastest", "selective", "smallest"])
 @pytest.mark.parametrize("family", mostly_slow([*UNETS, *SMALL_FLOWS], "sd15", "flux1"))
 def test_nothing_of_a_run_is_left(family, plan, bases, no_collector, monkeypatch):
     monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
