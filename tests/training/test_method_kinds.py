@@ -20,6 +20,7 @@ from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
+from core.training.methods.dora import column_norms
 from core.training.methods.original_checkpoint import original_tensors
 from core.training.step import Run
 from tests.tooling import SMALL_SDXL, mostly_slow, write_checkpoint
@@ -332,3 +333,10 @@ def test_no_checkpoint_is_written_of_a_unet_whose_levels_have_unlike_blocks(tmp_
         METHODS["dreambooth"].attach({"denoiser": network}, base.family, TrainConfig(method="dreambooth"), None)
     with pytest.raises(BadConfig, match="levels have unlike blocks"):
         original_tensors(base, {"denoiser": {}})
+
+
+def test_the_lengths_of_doras_columns_are_exact():
+    """Torch's own norm over a dimension that is not the last adds up one after the other, which loses digits."""
+    weight = torch.randn(3072, 640, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = weight.double().norm(dim=0)
+    assert ((column_norms(weight) - exact).abs() / exact).max() < 1e-6

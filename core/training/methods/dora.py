@@ -48,7 +48,12 @@ class MagnitudeLayer(nn.Module):
 
 def column_norms(weight: Tensor) -> Tensor:
     """Return the norm of each column of a weight (out, in, ...), i.e. over all dimensions but its inputs: (in,) float32."""
-    return weight.float().transpose(0, 1).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).eps)
+    others = [dimension for dimension in range(weight.ndim) if dimension != 1]
+    if weight.device.type == "cpu":  # whose norms of columns take four times as long, and are less exact
+        norms = weight.float().square().sum(others).sqrt()
+    else:
+        norms = torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32)
+    return norms.clamp_min(torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
