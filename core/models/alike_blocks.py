@@ -69,6 +69,7 @@ class AlikeBlocks:
         """All trained parameters of stand-ins."""
         self._copies = copies
         self._kinds: dict[object, _Kind] = {}
+        self._way = ""
         self._leaves: dict[nn.Module, list[Tensor]] = {}
         self._staying: dict[nn.Module, Tensor] = {}
         self._stand_ins: list[StandIn] = []
@@ -107,9 +108,9 @@ class AlikeBlocks:
                 weights = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
                 block.register_parameter(f"weights_{number}", nn.Parameter(weights, requires_grad=False))
 
-    def begin(self, count: MemoryCount) -> None:
-        """Begin to count steps."""
-        self.count = count
+    def begin(self, count: MemoryCount, way: str = "") -> None:
+        """Begin to count steps. Blocks are executed once for each `way` in which they compute."""
+        self.count, self._way = count, way
         self._staying.clear()
 
     def _forward(
@@ -118,7 +119,7 @@ class AlikeBlocks:
         call = signature(forward).bind(*args, **kwargs)  # an argument may be passed by position or by name
         call.apply_defaults()
         given, spec = tree_flatten(call.arguments)
-        key = like, torch.is_grad_enabled(), str(spec), tuple(map(_described, given))
+        key = like, self._way, torch.is_grad_enabled(), str(spec), tuple(map(_described, given))
         if key not in self._kinds:
             self._kinds[key] = self._measured(forward, call, self._leaves_of(like))
             self._staying[like] = torch.empty(0)
@@ -211,6 +212,9 @@ class AlikeBlocks:
             del end, shared
             kind.stays = count.live - before
             kind.kept -= kind.stays
+            _, products_stay = products.bytes_beside(())
+            kind.products -= products_stay
+            kind.kept_products -= products_stay
         return kind
 
 

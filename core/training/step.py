@@ -160,8 +160,12 @@ class Run:
         return choose_products(self.denoiser, wanted, self.device, self.dtype)
 
     def _frozen_convolutions(self) -> FrozenConvolutions | None:
-        # With offloading, transformed kernels would stay on the device while the weights don't.
-        return None if self.compiled or self.memory.plan.offload else FrozenConvolutions(self.denoiser, self.device)
+        # With offloading, transformed kernels would stay on the device while the weights don't. A selective recomputation must
+        # repeat the operations of the forward pass, and kernels are transformed only once.
+        plan = self.memory.plan
+        if self.compiled or plan.offload or plan.selective:
+            return None
+        return FrozenConvolutions(self.denoiser, self.device)
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:

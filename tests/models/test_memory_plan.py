@@ -620,6 +620,20 @@ def test_selective_recomputation_is_exact_with_each_method(family, settings, bas
         pytest.skip("the family does not support this method")
 
 
+@pytest.mark.slow
+def test_wide_convolutions_are_recomputed_selectively_from_the_first_step_on():
+    """A CPU transforms their kernels in the first pass, and keeps them: a recomputation would not repeat that."""
+    base, config = random_base("sd15", 128, CPU, torch.float32), replace(CONFIG, resolution=256)
+    cache = random_cache(base, config)
+    plain, selective = (Run(cache, base, config, CPU, plan=plan) for plan in (MemoryPlan(), SELECTIVE[0]))
+    for run in (plain, selective):
+        run.accumulate()
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(selective.parameters[name].grad, parameter.grad, rtol=1e-3, atol=1e-7)
+    need = predicted_memory(cache, base, config, CPU, torch.float32, SELECTIVE[0])
+    assert need < predicted_memory(cache, base, config, CPU, torch.float32, MemoryPlan())
+
+
 def test_compiled_blocks_are_not_recomputed_selectively(base, monkeypatch):
     recomputed: list[nn.Module] = []
 
