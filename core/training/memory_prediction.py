@@ -92,14 +92,14 @@ class StepPrediction:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
                     self.bytes(plain)  # executes the blocks, which must be neither recomputed nor offloaded for this
-                    if self.run.device.type == "cpu" and (plan.selective or plan.offload):
+                    if plan.selective or plan.offload:
                         self._without_fast_convolutions(plain)
                 self._known[plan] = self._counted(plan) + self._beside
         return self._known[plan]
 
     def _without_fast_convolutions(self, plain: MemoryPlan) -> None:
         """Execute the blocks once more, as a CPU does under plans that don't use its own convolutions."""
-        if plain.weights not in self._executed_without:
+        if self.run.device.type == "cpu" and plain.weights not in self._executed_without:
             self._executed_without.add(plain.weights)
             self._counted(plain, fast=False)
 
@@ -131,7 +131,8 @@ class StepPrediction:
             for tensor in [*there, *others]:
                 count.leave_out(tensor)
             if self._blocks:
-                self._blocks.begin(count, way="fast" if run.convolutions else "plain")
+                is_fast = run.device.type == "cpu" and run.convolutions
+                self._blocks.begin(count, way="fast" if is_fast else "plain")
             count.peak = count.live  # what earlier steps create once and keep, such as rotary embeddings
             if plan.offload:
                 run.accumulate()  # prefetching starts only in the second step, in the order of the first

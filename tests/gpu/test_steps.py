@@ -28,6 +28,7 @@ SECOND_IS_PRIOR = {"prior_prediction": 0.5, "seed": 10}
 """Settings by which the second step, but not the first, has prior prediction."""
 FAST = (
     ("flux1", -1, {"precision": "fp16", "ema_decay": 0.9}),
+    ("flux1", 1, {"accumulation": 2}),
     ("sd15", 2, {"method": "dreambooth", **SECOND_IS_PRIOR}),
     ("sd15", 2, {"method": "dreambooth", "class_images": 1}),
 )
