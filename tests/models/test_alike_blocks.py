@@ -151,8 +151,8 @@ def seconds_to_choose(name: str, limit: float) -> tuple[float, str]:
     return time.process_time() - started, str(plan)
 
 
-# Measured on two cores, quiet and at a load of 3: SDXL 2.0 to 3.0 s, FLUX.1 3.0 to 3.1 s. Counting each block took 14 s and more
-# for SDXL.
+# Measured on two cores, quiet and at a load of 3: SDXL 2.0 to 3.0 s, FLUX.1 3.0 to 3.1 s. Counting each block took 14 s and
+# more for SDXL.
 @pytest.mark.clock
 @pytest.mark.parametrize(
     ("name", "limit", "plan", "most"),
