@@ -51,6 +51,11 @@ class FrozenConvolutions:
             elif _has_small_kernel(layer) and min(layer.weight.shape[:2]) >= _LEAST_CHANNELS:
                 self._forwards[layer] = _WithFewerMultiplications(layer)
 
+    @property
+    def keeps_kernels(self) -> bool:
+        """Whether transformed kernels are kept besides the weights."""
+        return any(isinstance(forward, _WithFewerMultiplications) for forward in self._forwards.values())
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Make the network use them within this context. Results are the same, except for rounding.

@@ -77,7 +77,7 @@ class StepPrediction:
         self._count = MemoryCount(device)
         self._known: dict[MemoryPlan, int] = {}
         self._executed_without: set[str] = set()
-        """The kinds of weights with which blocks were executed without a CPU's own convolutions."""
+        """The kinds of weights with which blocks were executed without kept kernels of convolutions."""
 
     def bytes(self, plan: MemoryPlan) -> int:
         """Return the peak memory use under a plan, in bytes. Ask for plans with full weights before those with 8 bits."""
@@ -93,15 +93,18 @@ class StepPrediction:
                 if self._blocks and plan != plain:
                     self.bytes(plain)  # executes the blocks, which must be neither recomputed nor offloaded for this
                     if plan.selective or plan.offload:
-                        self._without_fast_convolutions(plain)
+                        self._execute_without_kernels(plain)
                 self._known[plan] = self._counted(plan) + self._beside
         return self._known[plan]
 
-    def _without_fast_convolutions(self, plain: MemoryPlan) -> None:
-        """Execute the blocks once more, as a CPU does under plans that don't use its own convolutions."""
-        if self.run.device.type == "cpu" and plain.weights not in self._executed_without:
+    def _execute_without_kernels(self, plain: MemoryPlan) -> None:
+        """Execute the blocks once more if the plan keeps kernels (convolution.py), which other plans don't."""
+        if self._keeps_kernels() and plain.weights not in self._executed_without:
             self._executed_without.add(plain.weights)
-            self._counted(plain, fast=False)
+            self._counted(plain, kernels=False)
+
+    def _keeps_kernels(self) -> bool:
+        return self.run.convolutions is not None and self.run.convolutions.keeps_kernels
 
     def operations(self, work: Callable[[], object]) -> int:
         """Count the floating-point operations of `work`, which uses `run`. The first step must not recompute blocks.
@@ -115,11 +118,11 @@ class StepPrediction:
             work()
         return self._count.operations - before
 
-    def _counted(self, plan: MemoryPlan, fast: bool = True) -> int:
+    def _counted(self, plan: MemoryPlan, kernels: bool = True) -> int:
         run = self.run
         run.optimizer.zero_grad()
         run.adopt(plan)
-        run.convolutions = run.convolutions if fast else None
+        run.convolutions = run.convolutions if kernels else None
         beside = [tensor for tensor in run.adapter.beside() if tensor.device == run.device]
         there = [*run.memory.resident(), *beside, *run.adapter.copies().values()]
         for encoder in run.encoders.values():
@@ -131,8 +134,7 @@ class StepPrediction:
             for tensor in [*there, *others]:
                 count.leave_out(tensor)
             if self._blocks:
-                is_fast = run.device.type == "cpu" and run.convolutions
-                self._blocks.begin(count, way="fast" if is_fast else "plain")
+                self._blocks.begin(count, way="with kernels" if self._keeps_kernels() else "")
             count.peak = count.live  # what earlier steps create once and keep, such as rotary embeddings
             if plan.offload:
                 run.accumulate()  # prefetching starts only in the second step, in the order of the first
