@@ -355,7 +355,6 @@ class _Products(TorchDispatchMode):
         self.operations: int = 0
         self._count = count
         self._size = 0
-        self._sizes: dict[int, int] = {}
         self._alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -369,13 +368,12 @@ class _Products(TorchDispatchMode):
                     storage = tensor.untyped_storage()
                     if storage._cdata not in self._alive:
                         self._alive[storage._cdata] = storage
-                        self._sizes[storage._cdata] = allocated(storage.nbytes(), self._count.device)
-                        self._size += self._sizes[storage._cdata]
+                        self._size += allocated(storage.nbytes(), self._count.device)
         return result
 
     def bytes_beside(self, others: Container[int]) -> tuple[int, int]:
         """Return how many bytes it has counted and how many of them are in use, both without storages at these places."""
-        alive = {place: self._sizes[place] for place in self._alive}
+        alive = {place: allocated(one.nbytes(), self._count.device) for place, one in self._alive.items()}
         left_out = sum(size for place, size in alive.items() if place in others)
         in_use = sum(size for place, size in alive.items() if place not in others)
         return self._size - left_out, in_use

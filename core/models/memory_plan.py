@@ -94,8 +94,8 @@ PLANS = (
 )
 """The plans from the fastest to the smallest, but full weights come first, since only these don't change the results.
 
-Blocks are brought in when recomputing everything is not enough. Then less is recomputed again: copying blocks takes no time
-while the device is busy for longer, as with any picture of many positions.
+Blocks are brought in when recomputing everything is not enough. The first of these plans recompute less again: copies take no
+time as long as the device computes for longer.
 """
 
 WEIGHTS_IN_DRAWING = 0.7

@@ -82,6 +82,8 @@ def count_passes(
 
     @functools.cache
     def recompute(plan: MemoryPlan) -> float:
+        if not plan.recompute and not plan.selective:
+            return 0.0
         step.run.memory.adopt(MemoryPlan(plan.recompute, selective=plan.selective))
         return (step.operations(step.run.accumulate) - train) / whole
 
