@@ -3,13 +3,12 @@
 import argparse
 import dataclasses
 import math
-from typing import get_args
 
 import pytest
 
 from core.cli.arguments import add_train
 from core.cli.options import HelpAll
-from core.config import Group, TrainConfig, config_from, name_matches, parse_toml
+from core.config import GROUPS, TrainConfig, config_from, group_of, name_matches, parse_toml
 from core.errors import BadConfig
 
 SETTINGS = {item.name: item for item in dataclasses.fields(TrainConfig)}
@@ -68,10 +67,10 @@ def test_what_is_no_pattern_is_refused(pattern):
 
 
 def test_every_group_has_settings_and_its_heading_in_the_help_in_this_order():
-    assert list(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values())) == list(get_args(Group))
+    assert list(dict.fromkeys(map(group_of, SETTINGS))) == list(GROUPS)
     titles = [group.title for group in train_parser()._action_groups]
     assert [title for title in titles if str(title).startswith("settings")] == [
-        f"settings, {g}" for g in get_args(Group)
+        f"settings, {heading}" for heading in GROUPS
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..config import TrainConfig, known_settings, parse_toml
+from ..config import TrainConfig, group_of, known_settings, parse_toml
 from ..errors import BadConfig
 from ..storage.files import read_bytes
 from .common import unicode_text
@@ -28,7 +28,7 @@ def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None =
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in dataclasses.fields(TrainConfig):
         if only is None:
-            title = item.metadata["group"]
+            title = group_of(item.name)
             if title not in groups:
                 groups[title] = parser.add_argument_group(f"settings, {title}")
             _add_setting(groups[title], item, hints[item.name])

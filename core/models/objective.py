@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import LossSettings
 
 TIMESTEPS = 1000
 
@@ -40,7 +40,7 @@ class NoiseSchedule:
     def to(self, device: torch.device) -> "NoiseSchedule":
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
 
-    def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    def draw_timesteps(self, latents: Tensor, config: LossSettings, generator: torch.Generator) -> Tensor:
         """Draw an integer timestep (B,) in the range of the settings for each of the latents (B, C, H, W).
 
         A bias b draws u^(exp(-b)), which is uniform for 0.
@@ -66,7 +66,7 @@ class NoiseSchedule:
         signal = self._signal(timesteps)
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
-    def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
+    def loss_weights(self, timesteps: Tensor, config: LossSettings) -> Tensor:
         """Return the weight of each sample's loss, (B,).
 
         min-SNR-gamma (arXiv:2303.09556) clips the weight that a loss on x_0 would have at gamma. This gives
@@ -100,13 +100,13 @@ class FlowSchedule:
     def to(self, device: torch.device) -> "FlowSchedule":
         return self
 
-    def shift_for(self, latents: Tensor, config: TrainConfig | None = None) -> float:
+    def shift_for(self, latents: Tensor, config: LossSettings | None = None) -> float:
         """Return the shift s for latents (B, C, H, W): that of the settings, else the family's."""
         if config is not None and config.timestep_shift is not None:
             return config.timestep_shift
         return self.shift(latents.shape[2] * latents.shape[3] // self.positions_side**2)
 
-    def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    def draw_timesteps(self, latents: Tensor, config: LossSettings, generator: torch.Generator) -> Tensor:
         """Draw a timestep (B,) for each of the latents, float32 in the range of the settings.
 
         Times are drawn logit-normally, as the sigmoid of a normal (arXiv:2403.03206, section 3.1), or uniformly, and then
@@ -131,7 +131,7 @@ class FlowSchedule:
         """Return the velocity e - x_0, (B, C, H, W), which the denoiser predicts."""
         return noise - latents
 
-    def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
+    def loss_weights(self, timesteps: Tensor, config: LossSettings) -> Tensor:
         """Return a weight of 1 for each sample, (B,), since times are weighted by how often they are drawn."""
         return torch.ones_like(timesteps)
 
@@ -163,7 +163,7 @@ def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return rescaled**2
 
 
-def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_noise(like: Tensor, config: LossSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw the noise that is predicted and the noise that is added to the input, both (B, C, H, W).
 
     They differ by the input perturbation (arXiv:2301.11706). Noise offset adds a random constant to each channel, so that the
@@ -179,7 +179,7 @@ def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) ->
     return noise, noise + config.input_perturbation * extra
 
 
-def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, config: TrainConfig) -> Tensor:
+def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, config: LossSettings) -> Tensor:
     """Return the loss of each sample, (B,), a mean over channels and latents.
 
     `mask` (B, 1, H, W) in [0, 1] weights the latents, where 0 counts as the settings' background weight. The sum is divided by

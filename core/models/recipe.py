@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TrainConfig, config_from, known_settings
+from ..config import (
+    LossSettings,
+    MethodSettings,
+    OptimizerSettings,
+    PhotoSettings,
+    PriorSettings,
+    config_from,
+    known_settings,
+)
 from ..errors import BadConfig
 
 RECIPES = ("fast", "balanced", "best")
 """The recipes that every family has, from the shortest to the longest."""
 RECIPES_KEY = "facelora.recipes"
 """The key of a base model's own recipes in its metadata: JSON with the fields of a Recipe by the recipe's name."""
-_ITS_GROUPS = ("method", "photos", "optimizer", "loss", "prior preservation")
+_ITS_GROUPS = (MethodSettings, PhotoSettings, OptimizerSettings, LossSettings, PriorSettings)
 """The groups of settings allowed in such a recipe. Those of the person, the base, the machine and the output are not."""
 _DERIVED = ("steps", "learning_rate", "rank", "batch_size", "accumulation", "method", "optimizer")
 """Settings of these groups that follow from a Recipe's other fields, or that these depend on."""
@@ -72,8 +80,7 @@ def _read_recipe(name: str, values: Any) -> Recipe:
         settings = known_settings(recipe.settings or {})
     except (TypeError, AttributeError) as error:
         raise BadConfig(f"recipe {name!r}: {str(error).removeprefix('Recipe.__init__() ')}") from None
-    groups = {item.name: item.metadata["group"] for item in dataclasses.fields(TrainConfig)}
-    allowed = {key for key, group in groups.items() if group in _ITS_GROUPS and key not in _DERIVED}
+    allowed = {item.name for group in _ITS_GROUPS for item in dataclasses.fields(group)} - {*_DERIVED}
     if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
         raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: not allowed in a recipe")
     if recipe.rate is None:

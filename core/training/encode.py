@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import BaseSettings, PersonSettings, TrainConfig
 from ..device import explained_memory_error, whole_or_in_tiles
 from ..errors import BadFile
 from ..models.base import Base
@@ -129,7 +129,7 @@ def encode(
     )
 
 
-def without_trigger(caption: str, config: TrainConfig) -> str:
+def without_trigger(caption: str, config: PersonSettings) -> str:
     """Remove the trigger word, so that the caption describes the class. Without the word, return "a photo of CLASS"."""
     trigger = rf"(?<!\w){re.escape(config.trigger_word)}(?!\w)"
     remaining, count = re.subn(trigger, " ", caption, flags=re.IGNORECASE)
@@ -171,7 +171,7 @@ def _encode_images(
 def _encode_prompts(
     prompts: Iterable[tuple[str, int]],
     base: Base,
-    config: TrainConfig,
+    config: BaseSettings,
     text_print: str,
     device: torch.device,
     progress: Callable[[int], None],

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import BaseSettings, MachineSettings, OutputSettings, TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device
 from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError
 from ..faces import FaceNetwork, faces_if_installed, load_faces
@@ -364,7 +364,7 @@ def _prepared(
     return cache, Samples(sampler, shots, watch, drawn_as)
 
 
-def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:
+def _writing_beside(callbacks: Callbacks, output: Path, config: OutputSettings) -> Callbacks:
     """Replace missing callbacks with ones that write intermediate LoRAs and samples beside the output."""
 
     def save(step: int, lora: Trained) -> None:
@@ -405,7 +405,7 @@ def checkpoint_path(output: Path, step: int) -> Path:
     return output.with_name(f"{output.stem}-step{step:06d}{output.suffix}")
 
 
-def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
+def foreign_checkpoint(output: Path, config: OutputSettings) -> Path | None:
     """Find a file with the name of an intermediate LoRA that is not from a run with this output. None if there isn't one."""
     return _foreign(output, r"-step\d{6,}") if config.save_every else None
 
@@ -446,14 +446,14 @@ def _undone(base: Base) -> str:
     )
 
 
-def distilled_hint(base: Base, config: TrainConfig) -> str | None:
+def distilled_hint(base: Base, config: BaseSettings) -> str | None:
     """Return a warning when the base model's name indicates distillation to a few steps, else None."""
     if config.allow_distilled or not base.is_named_distilled:
         return None
     return f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}"
 
 
-def fp16_hint(base: Base, config: TrainConfig) -> str | None:
+def fp16_hint(base: Base, config: MachineSettings) -> str | None:
     """Return a warning when the settings ask for fp16 but the base model's values overflow in it, else None."""
     if config.precision != "fp16" or not base.family.overflows_in_fp16:
         return None

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import LikenessSettings, TrainConfig
 from ..errors import BadPhoto, counted
 from ..faces import Face, FaceNetwork, check_judge, embed_images, embed_one_by_one, likeness, mean_face
 from ..photos import Photo, Thresholds
@@ -99,7 +99,7 @@ class Score:
         return number + second + (f"  ({self.doubt})" if self.doubt else "")
 
 
-def pictures_at_a_look(config: TrainConfig) -> tuple[int, int, int]:
+def pictures_at_a_look(config: LikenessSettings) -> tuple[int, int, int]:
     """Return how many pictures are drawn per measurement: of the trigger word, of the class, and of NEUTRAL_PROMPTS.
 
     Likeness chooses the intermediate LoRA. The other two only stop a run that leaks, so half as many pictures are enough.

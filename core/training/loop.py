@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import TrainConfig
+from ..config import MachineSettings, TrainConfig
 from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error
 from ..errors import BadConfig
 from ..lora.convert import reading_limits
@@ -105,7 +105,7 @@ def train_lora(
 
 
 @contextmanager
-def _on_its_own(device: torch.device, config: TrainConfig) -> Iterator[None]:
+def _on_its_own(device: torch.device, config: MachineSettings) -> Iterator[None]:
     """Isolate the run from the program's torch settings, and leave the program's random numbers unchanged."""
     with (
         torch.inference_mode(False),  # a ComfyUI node runs in inference mode, in which nothing can be trained

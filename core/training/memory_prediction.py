@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainConfig, name_matches
+from ..config import MethodSettings, TrainConfig, name_matches
 from ..device import free_memory, precision_name
 from ..lora.modules import stands_alone
 from ..models.alike_blocks import AlikeBlocks, put_stand_ins
@@ -238,7 +238,7 @@ def _fake_run(
     return run
 
 
-def _marks(base: Base, config: TrainConfig, training_adapter: TrainingAdapter | None, path: str) -> object:
+def _marks(base: Base, config: MethodSettings, training_adapter: TrainingAdapter | None, path: str) -> object:
     """Describe what will be attached to the denoiser's layer at that path."""
     change = training_adapter and training_adapter.changes.get(path)
     return (

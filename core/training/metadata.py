@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import TrainConfig
+from ..config import MethodSettings, OptimizerSettings, PersonSettings, TrainConfig
 from ..lora.metadata import cover, thumbnail_url
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
@@ -112,7 +112,7 @@ def training_metadata(
     }
 
 
-def _phrase(config: TrainConfig) -> str:
+def _phrase(config: PersonSettings) -> str:
     """Return the trigger phrase: the trigger word and the class word."""
     return f"{config.trigger_word} {config.class_word}"
 
@@ -221,7 +221,7 @@ def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage
     )
 
 
-def _of_length(cache: LatentCache, config: TrainConfig, steps: int) -> dict[str, Any]:
+def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dict[str, Any]:
     """Describe the length of the training run, in steps and epochs."""
     seen = sum(image.repeats for image in _pictures(cache)[0])
     batches = -(-seen // config.batch_size)
@@ -276,7 +276,7 @@ def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _of_network(config: TrainConfig) -> dict[str, Any]:
+def _of_network(config: MethodSettings) -> dict[str, Any]:
     """Describe the adapter, which sd-scripts calls a network."""
     conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
     return {

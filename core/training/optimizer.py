@@ -6,13 +6,13 @@ import math
 import torch
 from torch import nn
 
-from ..config import TrainConfig
+from ..config import OptimizerSettings, TrainConfig
 from ..errors import MissingPackage
 from .methods import peak_rate
 from .methods.method import Adapter
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
+def learning_rate_factor(step: int, config: OptimizerSettings) -> float:
     """Return the factor, 0 to 1, on the peak learning rate in a step, counted from 0: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..config import TrainConfig
+from ..config import LikenessSettings, TrainConfig
 from ..device import device_and_dtype, in_parts_that_fit
 from ..models.base import Base
 from ..models.spec import Pair
@@ -101,7 +101,7 @@ def training_sampler(
     return sample
 
 
-def sampling_steps(base: Base, config: TrainConfig) -> int:
+def sampling_steps(base: Base, config: LikenessSettings) -> int:
     """Return the number of sampling steps for a picture drawn during a training run."""
     return min(config.sample_steps, base.steps) if base.few_steps else config.sample_steps
 

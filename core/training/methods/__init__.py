@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ...config import TrainConfig
+from ...config import MethodSettings, TrainConfig
 from ...errors import counted
 from ...lora.file import LoraFile
 from ...models.base import Base
@@ -34,7 +34,7 @@ def attach(
     return METHODS[config.method].attach(networks, family, config, continue_from)
 
 
-def what_is_left_out(denoiser: nn.Module, family: FamilySpec, config: TrainConfig) -> str | None:
+def what_is_left_out(denoiser: nn.Module, family: FamilySpec, config: MethodSettings) -> str | None:
     """Explain in a sentence which target modules the method leaves out and why. Returns None if it trains all of them."""
     if METHODS[config.method].joins_modules or not (paths := left_out(family, config, denoiser)):
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ...config import TrainConfig
+from ...config import OptimizerSettings, TrainConfig
 from ...device import free_memory
 from ...errors import BadConfig, LoraMisfit, OutOfMemory
 from ...lora.file import LoraFile
@@ -104,7 +104,7 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
     return FullAdapter(networks, originals)
 
 
-def check_memory(count: int, config: TrainConfig, free: int, originals: int = 0) -> None:
+def check_memory(count: int, config: OptimizerSettings, free: int, originals: int = 0) -> None:
     """Raise OutOfMemory, with advice, when training `count` weights needs more than `free` bytes.
 
     `originals` is the number of bytes kept per weight for its original value.

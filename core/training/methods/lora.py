@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...config import TrainConfig
+from ...config import OptimizerSettings, TrainConfig
 from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_in_scheme
@@ -111,7 +111,7 @@ class LoraAdapter(Adapter):
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
         return LoraFile.from_modules(base.family.name, self.modules(values), metadata, names=base.names)
 
-    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+    def rate(self, name: str, config: OptimizerSettings, peak: float) -> float:
         return super().rate(name, config, peak) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...config import TrainConfig, name_matches
+from ...config import MethodSettings, OptimizerSettings, TrainConfig, name_matches
 from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...lora.modules import stands_alone
@@ -73,7 +73,7 @@ class Adapter(ABC):
     def constrain(self) -> None:  # noqa: B027, most methods have no constraint
         """Bring the parameters back into their allowed range after each optimizer step."""
 
-    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+    def rate(self, name: str, config: OptimizerSettings, peak: float) -> float:
         """Return a parameter's peak learning rate: `peak` on the denoiser, `text_encoder_lr` on text encoders."""
         return peak if name.startswith("denoiser.") else config.text_encoder_lr
 
@@ -107,7 +107,7 @@ class Method:
     Otherwise each module has its own entry in the file, and modules that can't have one are left out (`left_out`).
     """
 
-    def peak_rate(self, config: TrainConfig) -> float:
+    def peak_rate(self, config: OptimizerSettings) -> float:
         """Return the peak learning rate of a run: the configured one, or else the method's default.
 
         For textual inversion it is the rate of the vectors.
@@ -133,7 +133,7 @@ def switched_off(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def target_modules(
-    family: FamilySpec, config: TrainConfig, networks: Networks, joined: bool = True
+    family: FamilySpec, config: MethodSettings, networks: Networks, joined: bool = True
 ) -> dict[ModuleId, tuple[int, float]]:
     """Return the (rank, alpha) of every target module of the settings, by (part, path), except those in `left_out`.
 
@@ -170,7 +170,7 @@ def target_modules(
     return result
 
 
-def left_out(family: FamilySpec, config: TrainConfig, denoiser: nn.Module) -> list[str]:
+def left_out(family: FamilySpec, config: MethodSettings, denoiser: nn.Module) -> list[str]:
     """List the paths of target modules that can't have their own entry in a file (`stands_alone`)."""
     pattern = family.denoiser_targets[config.targets]
     paths = (path for path, _ in denoiser.named_modules() if re.fullmatch(pattern, path))
@@ -191,7 +191,7 @@ def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) ->
 def peft_layers(
     networks: Networks,
     targets: Mapping[ModuleId, tuple[int, float]],
-    config: TrainConfig,
+    config: MethodSettings,
     peft_config: Callable[..., Any],
 ) -> dict[ModuleId, nn.Module]:
     """Replace the target modules with peft's layers, under the adapter name PEFT_NAME, and return these.

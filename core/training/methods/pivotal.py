@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ...config import TrainConfig
+from ...config import OptimizerSettings, TrainConfig
 from ...lora.embeddings import bundled_tensors, embedding_files
 from ...lora.file import LoraFile
 from ...models.base import Base
@@ -29,7 +29,7 @@ class PivotalAdapter(Adapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.lora.parameters() | self.word.parameters()
 
-    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+    def rate(self, name: str, config: OptimizerSettings, peak: float) -> float:
         return (self.word if name.endswith(".vectors") else self.lora).rate(name, config, peak)
 
     def constrain(self) -> None:

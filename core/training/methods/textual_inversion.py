@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...config import TrainConfig
+from ...config import OptimizerSettings, TrainConfig
 from ...errors import BadConfig, LoraMisfit
 from ...lora.embeddings import WORD_KEY, embedding_tensors
 from ...lora.file import LoraFile
@@ -42,7 +42,7 @@ class WordAdapter(Adapter):
         tensors = embedding_tensors(base.family.name, self.of_parts(values))
         return LoraFile(base.family.name, {**kept, **architecture}, tensors)
 
-    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+    def rate(self, name: str, config: OptimizerSettings, peak: float) -> float:
         return config.embedding_rate
 
     @torch.no_grad()
