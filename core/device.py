@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -242,20 +242,47 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def until_it_fits(compute: Callable[[], _Result], smaller: Iterable[Callable[[], object]]) -> _Result:
+    """Return the result of `compute`. While memory runs out, make the next change of `smaller`, and call it again.
+
+    A change that runs out of memory itself is followed by the next one. When none is left, the last lack of memory is raised,
+    unless `smaller` itself raises another error.
+    """
+    changes = iter(smaller)
+    change: Callable[[], object] = int  # which does nothing
+    while True:
+        try:
+            change()
+            return compute()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = error.with_traceback(None)  # its frames would keep the computed tensors alive
+        release_memory()
+        following = next(changes, None)
+        if following is None:
+            raise lacking
+        change = following
+
+
 def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items: Sequence[_Item]) -> list[_Result]:
-    """Return the results of `compute` for all items together; if memory runs out, for halves, down to single items.
+    """Return the results of `compute` for all items together; while memory runs out, for half as many of them at a time.
 
     A lack of memory with a single item is raised unchanged.
     """
-    try:
-        return compute(items)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or len(items) == 1:
-            raise
-    # This is outside the except clause, where the error would keep the computed tensors alive.
-    release_memory()
-    middle = len(items) // 2
-    return [result for half in (items[:middle], items[middle:]) for result in in_parts_that_fit(compute, half)]
+    results: list[_Result] = []
+    sizes = [len(items)]
+
+    def compute_the_rest() -> list[_Result]:
+        while len(results) < len(items):
+            results.extend(compute(items[len(results) : len(results) + sizes[-1]]))
+        return results
+
+    def halves() -> Iterator[Callable[[], object]]:
+        while sizes[-1] > 1:
+            yield lambda: sizes.append((sizes[-1] + 1) // 2)
+
+    return until_it_fits(compute_the_rest, halves())
 
 
 def release_memory() -> None:
@@ -292,16 +319,13 @@ def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
     `vae` is a diffusers VAE, and keeps working on tiles afterwards. A lack of memory with tiles is raised unchanged. Without
     tiles, the decoders of today's families need about 9 GB for 1024 pixels in float32.
     """
-    try:
-        return compute()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or vae.use_tiling:
-            raise
-    release_memory()
-    if hasattr(vae, "tile_latent_min_size"):
-        vae.tile_sample_min_size = TILE
-        vae.tile_latent_min_size = TILE // 2 ** (len(vae.config["block_out_channels"]) - 1)
-        vae.enable_tiling()
-    else:
-        vae.enable_tiling(TILE, TILE, TILE * 3 // 4, TILE * 3 // 4)
-    return compute()
+
+    def work_on_tiles() -> None:
+        if hasattr(vae, "tile_latent_min_size"):
+            vae.tile_sample_min_size = TILE
+            vae.tile_latent_min_size = TILE // 2 ** (len(vae.config["block_out_channels"]) - 1)
+            vae.enable_tiling()
+        else:
+            vae.enable_tiling(TILE, TILE, TILE * 3 // 4, TILE * 3 // 4)
+
+    return until_it_fits(compute, () if vae.use_tiling else (work_on_tiles,))

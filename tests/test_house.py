@@ -64,6 +64,15 @@ def test_no_function_is_a_hall(sources):
     assert [(one.module, one.name, one.branches) for one in functions if one.branches > MOST_BRANCHES] == []
 
 
+def test_a_public_name_of_a_class_has_one_meaning(sources):
+    places: dict[str, list[str]] = {}
+    for module, tree in sources.items():
+        for node in tree.body if module.startswith(("core.", "nodes.")) else ():
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
 def test_little_is_written_twice_in_the_library_and_the_tests():
     files = read_lines()
     assert {"core/models/base.py", "tests/tooling.py"} <= set(files)

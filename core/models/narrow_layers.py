@@ -13,7 +13,7 @@ from ..storage.stored import NarrowTensor, Widen, as_stored
 from .eight_bits import InEightBits, linear, times
 
 
-class Change(Protocol):
+class WeightChange(Protocol):
     """What is added to a weight: an applied LoRA's change of it."""
 
     def __call__(self, device: torch.device) -> Tensor:
@@ -28,7 +28,7 @@ class Change(Protocol):
 class NarrowLayer(nn.Module):
     """The base class of frozen layers whose weight is a NarrowTensor. Its parts are parameters, so that they can be moved."""
 
-    changes: tuple[Change, ...] = ()
+    changes: tuple[WeightChange, ...] = ()
     """What is added to the weight, in order: applied LoRAs for drawing pictures."""
 
     def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:

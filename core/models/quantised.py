@@ -18,9 +18,9 @@ from torch import Tensor
 from ..errors import BadFile
 from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stored import LazyTensors, NarrowTensor, Stored, Widen, dtype_and_shape, outline
+from ..tensor_names.models import Shape
 from .spec import UNQUANTISED
 
-Shape = tuple[int, ...]
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _WHOLE_SCALE = ".weight_scale_2"
 """The name suffix of NVFP4's scale of a whole weight, whose blocks have `.weight_scale`."""

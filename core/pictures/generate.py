@@ -21,8 +21,7 @@ from ..device import (
     explained_memory_error,
     free_memory,
     in_parts_that_fit,
-    is_out_of_memory,
-    release_memory,
+    until_it_fits,
 )
 from ..errors import BadConfig, check_length
 from ..lora.apply import LOW_RANK, apply
@@ -248,14 +247,8 @@ def load_denoiser(
 
 def within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
     """Return what `draw` returns. If memory runs out, call it again with half of the blocks offloaded, then with all."""
-    while True:
-        try:
-            return draw()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or memory.plan.offload == 1:
-                raise
-        memory.adopt(MemoryPlan(offload=0.5 if memory.plan.offload < 0.5 else 1))
-        release_memory()
+    shares = (share for share in (0.5, 1.0) if share > memory.plan.offload)
+    return until_it_fits(draw, (partial(memory.adopt, MemoryPlan(offload=share)) for share in shares))
 
 
 def _encode(

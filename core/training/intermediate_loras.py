@@ -15,13 +15,14 @@ from ..models.base import Base
 from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.files import write_file
 from .callbacks import Callbacks
+from .drawing import Drawing, Shot
 from .encode import LatentCache
 from .likeness import LikenessPoint, Selection
 from .metadata import training_metadata
 from .methods.method import Trained
 from .samples import Samples, is_whole
 from .state import RunState
-from .step import Run, Shot
+from .step import Run
 
 THUMBNAIL = "thumbnail"
 """The name of the thumbnail among the tensors of a run's state: uint8 pixels (H, W, 3)."""
@@ -45,6 +46,7 @@ class IntermediateLoras:
         self._cache, self._base, self._extra_metadata = cache, base, extra_metadata
         self._samples, self._callbacks = samples, callbacks
         self._selection = Selection(samples.watch) if samples and samples.watch else None
+        self._drawing = Drawing(run)
         self._thumbnail: Image.Image | None = None
         self._started_at = time.time()
 
@@ -78,7 +80,7 @@ class IntermediateLoras:
         if not all(map(is_whole, paths)):
             with self.run.adapter.disabled():
                 values = self.run.parameters  # which are the base model's here
-                images = self.run.sample(self._samples.sampler, shots, self._callbacks.on_warning, values)
+                images = self._drawing.draw(self._samples.draw, shots, self._callbacks.on_warning, values)
             for path, image in zip(paths, images, strict=True):
                 write_file(path, partial(image.save, format="PNG"))
         self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
@@ -180,7 +182,7 @@ class IntermediateLoras:
         """Draw each distinct shot with these values in the adapter."""
         assert self._samples
         distinct = list(dict.fromkeys(shots))
-        images = self.run.sample(self._samples.sampler, distinct, self._callbacks.on_warning, values)
+        images = self._drawing.draw(self._samples.draw, distinct, self._callbacks.on_warning, values)
         return dict(zip(distinct, images, strict=True))
 
     def _measure(

@@ -48,7 +48,7 @@ from .loop import train_lora
 from .methods import METHODS, files_beside, trains_text
 from .methods.method import Trained
 from .recipes import ENOUGH, MEASURED, recipe_config
-from .samples import Samples, make_class_images, sample_shots, sample_size, training_sampler
+from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size
 from .training_adapter import TrainingAdapter
 
 
@@ -357,11 +357,11 @@ def _prepared(
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
     size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
     size = sample_size(base, size)
-    sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
+    draw = build_draw_shots(base, config, cache.prompts, device, size, callbacks.progress("samples"))
     dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)[1]
     settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
-    return cache, Samples(sampler, shots, watch, drawn_as)
+    return cache, Samples(draw, shots, watch, drawn_as)
 
 
 def _writing_beside(callbacks: Callbacks, output: Path, config: OutputSettings) -> Callbacks:

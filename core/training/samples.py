@@ -21,9 +21,9 @@ from ..pictures.sampling import decode_latents, encode_pairs, load_vae, sample_l
 from ..pictures.sizes import checked_size
 from ..progress import OnProgress, silent
 from ..storage.cache_folder import content_key, made_folder
+from .drawing import DrawShots, Shot
 from .likeness import LikenessWatch
 from .methods import METHODS
-from .step import Sampler, Shot
 
 SAMPLE_BATCH = 4
 """The number of pictures in a batch of samples."""
@@ -38,7 +38,7 @@ A face network looks at 112 pixels of a face, and a picture of 768 pixels takes 
 class Samples:
     """The pictures that a training run draws with its intermediate LoRAs."""
 
-    sampler: Sampler
+    draw: DrawShots
     shots: Sequence[Shot] = ()
     """The pictures passed to `on_sample`."""
     watch: LikenessWatch | None = None
@@ -54,14 +54,14 @@ def sample_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def training_sampler(
+def build_draw_shots(
     base: Base,
     config: TrainConfig,
     encoded: Mapping[str, Pair],
     device: torch.device,
     size: tuple[int, int] | None = None,
     on_progress: OnProgress = silent,
-) -> Sampler:
+) -> DrawShots:
     """Return a function that draws shots with the networks of a run.
 
     `encoded` has the conditioning of each prompt and of an empty negative prompt. It is not used when the run trains text

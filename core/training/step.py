@@ -5,14 +5,14 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, is_out_of_memory, release_memory
+from ..device import device_and_dtype, until_it_fits
 from ..errors import OutOfMemory, TrainingDiverged
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -34,10 +34,6 @@ SMOOTHING = 0.98
 """The decay of the running mean of the loss."""
 CheckCancelled = Callable[[], None]
 """A function that is called many times in each step, and raises to cancel."""
-Shot = tuple[str, int]
-"""The prompt and the seed of a picture."""
-Sampler = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Image.Image]]
-"""A function of (denoiser, text encoders, shots) that draws an image of each shot with the current adapter."""
 
 
 def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
@@ -130,8 +126,6 @@ class Run:
         self.step: int = 0
         self.narrowed_after: int | None = None
         """The number of completed steps when the frozen weights were narrowed to 8 bits. None if they never were."""
-        self._sample_offload: float = 0.0
-        """The share of the blocks that were brought in for the last sample, the least that is tried for the next one."""
         self.loss: Tensor = torch.zeros((), device=self.device)
         self.first_bad_step: Tensor = torch.full((), -1, device=self.device)
 
@@ -176,24 +170,21 @@ class Run:
 
     def accumulate_within_memory(self, on_warning: OnWarning) -> Tensor:
         """Return the loss of `accumulate`, using smaller memory plans until it fits. Raises OutOfMemory when none does."""
-        while True:
-            try:
-                return self.accumulate()
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside the except clause, so that the error no longer keeps the step's activations alive.
-            self.optimizer.zero_grad(set_to_none=True)
-            now = self.memory.plan
-            plan = next((plan for plan in self.plans if plan != now and plan.saves_as_much_as(now)), None)
-            if plan is None:
-                raise OutOfMemory(
-                    f"step {self.step + 1} does not fit into the device's memory ({now}). "
-                    "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
-                )
-            on_warning(f"out of memory in step {self.step + 1}: repeating it with {plan}")
-            release_memory()
-            self.adopt(plan)
+        return until_it_fits(self.accumulate, self._smaller_plans(on_warning))
+
+    def _smaller_plans(self, on_warning: OnWarning) -> Iterator[Callable[[], None]]:
+        """Yield the adoption of each further plan, from the largest to the smallest. Then raise OutOfMemory."""
+        last = self.memory.plan
+        for plan in self.plans:
+            if plan != last and plan.saves_as_much_as(last):
+                on_warning(f"out of memory in step {self.step + 1}: repeating it with {plan}")
+                self.optimizer.zero_grad(set_to_none=True)
+                last = plan
+                yield partial(self.adopt, plan)
+        raise OutOfMemory(
+            f"step {self.step + 1} does not fit into the device's memory ({last}). "
+            "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+        )
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a memory plan. Weights that are already in 8 bits stay that way."""
@@ -329,49 +320,8 @@ class Run:
         for network in (self.denoiser, *self.encoders.values()):
             network.train(training)
 
-    def sample(
-        self,
-        sampler: Sampler,
-        shots: Sequence[Shot],
-        on_warning: OnWarning,
-        values: Mapping[str, Tensor] | None = None,
-    ) -> list[Image.Image]:
-        """Draw an image of each shot with the adapter as it would be saved now, or with other `values` in it.
-
-        The training adapter is off, because the LoRA will be used without it. If memory runs out, more blocks are brought in
-        until the images are drawn, which changes neither them nor the training, and `on_warning` is called.
-        """
-        self.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
-        plan, values = self.memory.plan, self.trained() if values is None else values
-        first = max(plan.offload, self._sample_offload)
-        more = (0.5, 1.0) if METHODS[self.config.method].freezes_weights else ()
-        plans = [replace(plan, offload=share) for share in (first, *more) if share >= first]
-        with (
-            self._drawing_with(values),
-            self.training_adapter.off() if self.training_adapter else contextlib.nullcontext(),
-        ):
-            try:
-                for smaller in dict.fromkeys(plans):
-                    if smaller.offload > first:
-                        on_warning(f"out of memory in a sample: drawing it with {smaller}")
-                        release_memory()
-                    if smaller != self.memory.plan:
-                        self.adopt(smaller)
-                    self._sample_offload = smaller.offload
-                    try:
-                        return sampler(self.denoiser, self.encoders, shots)
-                    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                        if not is_out_of_memory(error):
-                            raise
-            finally:
-                if self.memory.plan != plan:
-                    self.adopt(plan)
-        raise OutOfMemory(
-            f"a sample does not fit into the device's memory ({plans[-1]}). Use a lower resolution, or sample_every 0"
-        )
-
     @contextlib.contextmanager
-    def _drawing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Put these values into the adapter, and turn dropout off, within the context."""
         before = (
             None if values is self.parameters else {name: p.detach().clone() for name, p in self.parameters.items()}

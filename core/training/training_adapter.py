@@ -31,7 +31,7 @@ METADATA_KEY = "facelora.training_adapter"
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class LayerChange:
     """What a training adapter adds to a layer."""
 
     factors: tuple[Tensor, ...] = ()
@@ -44,9 +44,9 @@ class Change:
         if self.bias is not None:
             yield self.bias
 
-    def map(self, function: Any) -> "Change":
+    def map(self, function: Any) -> "LayerChange":
         """Return the change with `function` applied to each tensor."""
-        return Change(tuple(map(function, self.factors)), None if self.bias is None else function(self.bias))
+        return LayerChange(tuple(map(function, self.factors)), None if self.bias is None else function(self.bias))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class TrainingAdapter:
 
     digest: str
     """The hash of its tensors."""
-    changes: Mapping[str, Change] = field(repr=False)
+    changes: Mapping[str, LayerChange] = field(repr=False)
     """The change of each layer of the denoiser, by its path."""
 
     @classmethod
@@ -75,7 +75,7 @@ class TrainingAdapter:
             used = lora.of_loaded(shapes, base.family.unused)
             fit(used, base.family.name, shapes, biased).check(lora.name)
             used.check()
-            changes: dict[str, Change] = {}
+            changes: dict[str, LayerChange] = {}
             for entry in used.entries:
                 changes |= _changes(used, entry, base, shapes)
         except FaceLoraError as error:
@@ -83,7 +83,9 @@ class TrainingAdapter:
         return cls(model_hash(lora.tensors), changes)
 
 
-def _changes(lora: LoraFile, entry: Entry, base: Base, shapes: Mapping[ModuleId, tuple[int, ...]]) -> dict[str, Change]:
+def _changes(
+    lora: LoraFile, entry: Entry, base: Base, shapes: Mapping[ModuleId, tuple[int, ...]]
+) -> dict[str, LayerChange]:
     """Return the changes that an entry makes, by path. Raises LoraMisfit if one can't be added to a layer's output."""
 
     def weight(module: ModuleId) -> Tensor:
@@ -106,7 +108,7 @@ def _changes(lora: LoraFile, entry: Entry, base: Base, shapes: Mapping[ModuleId,
             factors[module] = (change.reshape(shapes[module]),)
     biases = dict(lora.bias_changes_of(entry, shapes[entry.modules[0]][1]))
     return {
-        module[1]: Change(factors.get(module, ()), biases[module].reshape(-1, *ones) if module in biases else None)
+        module[1]: LayerChange(factors.get(module, ()), biases[module].reshape(-1, *ones) if module in biases else None)
         for module in entry.modules
     }
 
@@ -142,7 +144,7 @@ class AttachedAdapter:
         finally:
             self._on = True
 
-    def _add(self, change: Change, places: Places, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Any:
+    def _add(self, change: LayerChange, places: Places, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Any:
         return _added(change, places, inputs[0], output) if self._on else None
 
 
@@ -152,7 +154,7 @@ def _places(layer: nn.Module) -> Places:
     return convolution and (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
 
-def _added(change: Change, places: Places, x: Tensor, output: Tensor) -> Tensor:
+def _added(change: LayerChange, places: Places, x: Tensor, output: Tensor) -> Tensor:
     """Return what a layer with the change in it outputs for `x`, given its `output` without the change."""
     factors = [factor.to(output.dtype) for factor in change.factors]
     x = x.to(output.dtype)

@@ -27,7 +27,7 @@ from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.training.callbacks import READING
 from . import people
-from .runs import Run, Runs
+from .runs import QueuedRun, Runs
 
 EVENT = "facelora.training"
 SAMPLE_SIDE = 512
@@ -43,7 +43,7 @@ USER = "facelora_user"
 """The name of the user who queued a prompt, in its extra data."""
 
 _runs = Runs()
-_trained: dict[str, tuple[Run, str]] = {}
+_trained: dict[str, tuple[QueuedRun, str]] = {}
 """The last training run of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
 _scores: dict[str, list[float]] = {}
 """The likeness of the pictures of a prompt, until it ends."""
@@ -55,7 +55,7 @@ _asking: ContextVar[str | None] = ContextVar("asking", default=None)
 """The user whose request is being answered."""
 
 
-def begin(node_id: str) -> Run:
+def begin(node_id: str) -> QueuedRun:
     """Return the node's run in the prompt that is running now, with a new state."""
     run = _running(node_id)
     _runs.begin(run)
@@ -63,9 +63,9 @@ def begin(node_id: str) -> Run:
     return run
 
 
-def _running(node_id: str) -> Run:
+def _running(node_id: str) -> QueuedRun:
     (_, prompt, _, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
-    return Run(_user_in(extra), prompt, _workflow_of(extra), node_id)
+    return QueuedRun(_user_in(extra), prompt, _workflow_of(extra), node_id)
 
 
 def _user_in(extra: Mapping[str, Any]) -> str | None:
@@ -91,7 +91,7 @@ def asking_user() -> str | None:
     return _asking.get()
 
 
-def publish(run: Run, news: Mapping[str, Any]) -> None:
+def publish(run: QueuedRun, news: Mapping[str, Any]) -> None:
     """Send news about a run to its user's open pages, and keep it for pages that are opened later."""
     points = _runs.add(run, news)
     message = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node, "points": points, **news}
@@ -103,7 +103,7 @@ def publish(run: Run, news: Mapping[str, Any]) -> None:
 stop_is_wanted = _runs.stop_is_wanted
 
 
-def remember(run: Run, key: str, **facts: Any) -> None:
+def remember(run: QueuedRun, key: str, **facts: Any) -> None:
     """Begin the record of a training run, by the key of its job, with the graph that its page shows."""
     (_, _, graph, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
     workflow = extra["extra_pnginfo"]["workflow"] if run.workflow else None
@@ -152,7 +152,7 @@ def _note_end(prompt: Sequence[Any]) -> None:
     user = _user_in(extra)
     for state in _runs.of(user):
         if state["prompt"] == prompt_id:
-            publish(Run(user, prompt_id, state["workflow"], state["node"]), {"ended": True})
+            publish(QueuedRun(user, prompt_id, state["workflow"], state["node"]), {"ended": True})
 
 
 def _running_prompts() -> set[str]:
@@ -307,7 +307,7 @@ def add_routes() -> None:
             place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
         except BadConfig as problem:
             return web.json_response({"error": str(problem)}, status=409)
-        _runs.forget(Run(user, **place))
+        _runs.forget(QueuedRun(user, **place))
         return web.json_response({"deleted": deleted})
 
     @server.routes.get("/facelora/machine")

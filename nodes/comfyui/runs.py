@@ -29,7 +29,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class QueuedRun:
     """A training node in a queued prompt."""
 
     user: str | None
@@ -61,7 +61,7 @@ class Runs:
         with self._lock:
             return [_at_present(state) for state in self._of(user).values()]
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: QueuedRun) -> None:
         """Start a new state for the run, and drop a stop request that was too late for the last run."""
         with self._lock:
             states = self._of(run.user)
@@ -71,7 +71,7 @@ class Runs:
                 del states[place]
             self._wanted_stops.clear()  # one run at a time
 
-    def add(self, run: Run, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+    def add(self, run: QueuedRun, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
         """Add the news to the state, and return the new points of its curves, by the curve's name."""
         points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
         with self._lock:
@@ -91,7 +91,7 @@ class Runs:
                 self._save(run.user)
         return points
 
-    def forget(self, run: Run) -> None:
+    def forget(self, run: QueuedRun) -> None:
         """Drop the state of a run if it is still the last one in its place."""
         with self._lock:
             states = self._of(run.user)
@@ -99,15 +99,15 @@ class Runs:
                 del states[run.place]
                 self._save(run.user)
 
-    def stop(self, user: str | None, prompt: str, node: str) -> Run | None:
+    def stop(self, user: str | None, prompt: str, node: str) -> QueuedRun | None:
         """Ask a run to stop and keep its LoRA, and return it; None if the user has no such run, or it is not training."""
         for state in self.of(user):
             if (state["prompt"], state["node"]) == (prompt, node) and state.get("phase") in TRAINING:
                 self._wanted_stops.add((prompt, node))
-                return Run(user, prompt, state["workflow"], node)
+                return QueuedRun(user, prompt, state["workflow"], node)
         return None
 
-    def stop_is_wanted(self, run: Run) -> bool:
+    def stop_is_wanted(self, run: QueuedRun) -> bool:
         """Return whether the run's user has asked for it to stop and keep its LoRA."""
         return (run.prompt, run.node) in self._wanted_stops
 
@@ -142,7 +142,7 @@ def _read(user: str) -> dict[tuple[str | None, str], State]:
     """Return the states saved before the server was restarted. A training run that was running then counts as stopped."""
     try:
         states = {
-            Run(user, state["prompt"], state["workflow"], state["node"]).place: state
+            QueuedRun(user, state["prompt"], state["workflow"], state["node"]).place: state
             for state in read_json(_file(user))
         }
     except (BadFile, TypeError, KeyError):  # no file yet, or one that was not written here

@@ -39,7 +39,7 @@ from .dropped import input_folder
 from .folders import says_no_server_paths, without_server_paths, write_embedding
 from .photos import opened
 from .plot import loss_plot
-from .runs import Run
+from .runs import QueuedRun
 
 GOOD, ALL = "good photos", "all photos"
 LOG_INTERVAL = 30.0
@@ -364,7 +364,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
     return made
 
 
-def _ended(run: Run, key: str | None, phase: str) -> None:
+def _ended(run: QueuedRun, key: str | None, phase: str) -> None:
     if key:
         people.note(run.user, key, phase=phase)
 
@@ -412,7 +412,7 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
 class Watch:
     """The callbacks of a training run: they show progress in the panel and the log, and raise when the user cancels."""
 
-    def __init__(self, run: Run, name: str):
+    def __init__(self, run: QueuedRun, name: str):
         self._run = run
         self._name = name
         self._begun = time.monotonic()

@@ -20,7 +20,7 @@ from ...core.lora.file import LoraFile
 from ...core.lora.kinds import needs_base
 from ...core.lora.names import Entry
 
-Place = str | tuple[Any, ...]
+WeightName = str | tuple[Any, ...]
 """The name of a weight, or (name, (dimension, start, length)) for a slice of it, as in ComfyUI's key maps."""
 
 
@@ -85,10 +85,10 @@ class BypassAdapters:
         """`sigmas` are the noise levels at which the range begins and ends, None for all steps."""
         self._sigmas = sigmas
         self._is_on = True
-        self._adapters: list[tuple[Place, Any, float]] = []
+        self._adapters: list[tuple[WeightName, Any, float]] = []
         self._handles: list[Any] = []
 
-    def add(self, adapters: Mapping[Place, Any], strength: float) -> None:
+    def add(self, adapters: Mapping[WeightName, Any], strength: float) -> None:
         self._adapters += [(place, adapter, strength) for place, adapter in adapters.items()]
 
     def attach(self, patcher: Any) -> None:

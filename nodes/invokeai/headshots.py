@@ -30,7 +30,7 @@ from ...core.threads import within_quota
 from . import services
 from .models import LORA_MODEL, base_of, lora_of
 from .photos import PhotosInvocation
-from .progress import Progress
+from .progress import NodeProgress
 from .style_pack import StylesInvocation
 
 
@@ -65,7 +65,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
     )
 
     def invoke(self, context: InvocationContext) -> HeadshotsOutput:
-        progress = Progress(context)
+        progress = NodeProgress(context)
         base, (lora, phrase) = base_of(context, self.model), lora_of(context, self.lora)
         base = replace(base, resolution=self.resolution or base.resolution)  # the resolution for redrawing small faces
         jobs = [Job.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
@@ -79,7 +79,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         )
 
     def _draw(
-        self, base: Base, lora: LoraFile, jobs: list[Job], context: InvocationContext, progress: Progress
+        self, base: Base, lora: LoraFile, jobs: list[Job], context: InvocationContext, progress: NodeProgress
     ) -> list[Headshot]:
         """Draw the pictures into a folder of the cache. Returns them with the highest likeness first."""
         folder = made_folder("headshots", content_key("headshots", base.identity, lora.model_hash, jobs))

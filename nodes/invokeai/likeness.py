@@ -15,7 +15,7 @@ from invokeai.invocation_api import (
 from ...core.errors import BadPhoto
 from ...core.faces import Reference
 from .photos import FACE_SIDE, PhotosInvocation
-from .progress import Progress
+from .progress import NodeProgress
 
 
 @invocation_output("facelora_likeness_output")
@@ -44,7 +44,7 @@ class LikenessInvocation(PhotosInvocation):
     def invoke(self, context: InvocationContext) -> LikenessOutput:
         if not self.pictures:
             raise BadPhoto("no pictures: add pictures to compare with the photos")
-        progress = Progress(context)
+        progress = NodeProgress(context)
         photos = self.read_photos(context, progress)
         person = Reference.on(photo.image(shorter_side=FACE_SIDE) for photo in photos)
         scores = []

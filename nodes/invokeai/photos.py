@@ -24,7 +24,7 @@ from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_re
 from ...core.photos.report import VERDICTS
 from ...core.pictures.sheet import contact_sheet
 from .models import MAIN_MODEL, base_of
-from .progress import Progress
+from .progress import NodeProgress
 
 FACE_SIDE = 640
 """The shorter side of a photo as the face networks see it, in pixels."""
@@ -53,7 +53,7 @@ class PhotosInvocation(BaseInvocation):
             names += context.boards.get_all_image_names_for_board(self.photo_board.board_id)
         return list(dict.fromkeys(names))
 
-    def read_photos(self, context: InvocationContext, progress: Progress) -> list[Photo]:
+    def read_photos(self, context: InvocationContext, progress: NodeProgress) -> list[Photo]:
         """Read the photos. Raises BadPhoto if there are none, or none can be read."""
         names = self.image_names(context)
         if not names:
@@ -64,7 +64,7 @@ class PhotosInvocation(BaseInvocation):
             raise BadPhoto(f"none of the {counted(len(names), 'photo')} can be read. Add others as jpg or png files")
         return photos
 
-    def reference(self, context: InvocationContext, progress: Progress) -> Reference | None:
+    def reference(self, context: InvocationContext, progress: NodeProgress) -> Reference | None:
         """Return the person to compare pictures with; None without photos or face networks."""
         if not self.image_names(context):
             return None
@@ -101,7 +101,7 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
     )
 
     def invoke(self, context: InvocationContext) -> PhotoReportOutput:
-        progress = Progress(context)
+        progress = NodeProgress(context)
         progress.show("checking the photos")
         photos, names = self.read_photos(context, progress), self.image_names(context)
         resolution = base_of(context, self.model).resolution if self.model else 1024

@@ -19,7 +19,7 @@ SAMPLE_SIDE = 384
 """The height of a sample in the preview, in pixels."""
 
 
-class Progress:
+class NodeProgress:
     """Shows the progress of a node. Each of its methods raises when the user cancels."""
 
     def __init__(self, context: InvocationContext):

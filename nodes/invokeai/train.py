@@ -29,7 +29,7 @@ from ...core.training.store import TrainedFile, TrainingJob, find_or_train, lora
 from . import services
 from .models import MAIN_MODEL, base_of
 from .photos import PhotosInvocation
-from .progress import Progress
+from .progress import NodeProgress
 
 FOLDER = "facelora"
 """The folder of trained LoRAs, in InvokeAI's folder of models."""
@@ -90,7 +90,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
     )
 
     def invoke(self, context: InvocationContext) -> TrainFaceLoraOutput:
-        progress = Progress(context)
+        progress = NodeProgress(context)
         photos = self.read_photos(context, progress)
         base = base_of(context, self.model)
         job = TrainingJob(lora_path(self.name), self._config(base, len(photos), progress), photos)
@@ -111,7 +111,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
             report="\n".join([_summary(made), *progress.notes]),
         )
 
-    def _config(self, base: Base, photos: int, progress: Progress) -> TrainConfig:
+    def _config(self, base: Base, photos: int, progress: NodeProgress) -> TrainConfig:
         """Return the recipe's settings, overridden by the fields, and those by `settings`."""
         given = {
             "trigger_word": self.trigger_word,
@@ -127,7 +127,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         return replace(config, sample_every=-(-config.steps // MEASUREMENTS))
 
 
-def _looked_at(job: TrainingJob, base: Base, progress: Progress) -> TrainingJob:
+def _looked_at(job: TrainingJob, base: Base, progress: NodeProgress) -> TrainingJob:
     """Check the photos of the job. Raises BadPhoto, naming the field that trains anyway, if too few can be used."""
     try:
         return job.looked_at(base, progress.warning)
@@ -135,7 +135,7 @@ def _looked_at(job: TrainingJob, base: Base, progress: Progress) -> TrainingJob:
         raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, turn off Check Photos")) from None
 
 
-def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: Progress) -> TrainedFile:
+def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: NodeProgress) -> TrainedFile:
     """Return the trained file in FOLDER."""
     device = services.device()
     with torch.inference_mode(False), torch.enable_grad(), within_quota(), within_free_memory(device):

@@ -32,6 +32,7 @@ from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
 from core.training.callbacks import Callbacks, StepReport
+from core.training.drawing import Drawing
 from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
@@ -136,7 +137,7 @@ def memory_left_to_a_sample(case: Case) -> tuple[int, int]:
         run = Run(cached(base, case), base, case.config(), DEVICE)
         run.train_step()
         after_step, drawing = card.live, []
-        run.sample(lambda *_: drawing.append(card.live) or [], [], lambda _: None)
+        Drawing(run).draw(lambda *_: drawing.append(card.live) or [], [], lambda _: None)
         return after_step - drawing[0], sum(parameter.nbytes for parameter in run.parameters.values())
 
 

@@ -32,12 +32,13 @@ from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
+from core.training.drawing import Drawing
 from core.training.encode import LatentCache
 from core.training.loop import train_lora
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import METHODS
-from core.training.samples import training_sampler
+from core.training.samples import build_draw_shots
 from core.training.step import Run
 from tests.tooling import (
     SMALL_FLOWS,
@@ -300,10 +301,10 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     assert any(parameter.dtype == torch.int8 for parameter in run.denoiser.parameters())
     run.train_step()
     side = 8 * base.latent_shape.pixels
-    sampler = training_sampler(
+    sampler = build_draw_shots(
         base, config, {text: (given, given) for text, given in run.text.items()}, CPU, (side, side)
     )
-    (picture,) = run.sample(sampler, [("a photo of sks person", 1)], pytest.fail)
+    (picture,) = Drawing(run).draw(sampler, [("a photo of sks person", 1)], pytest.fail)
     assert picture.size == (side, side)
 
 
@@ -376,6 +377,16 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
         torch.testing.assert_close(lora.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_a_plan_that_runs_out_of_memory_when_it_is_adopted_is_followed_by_the_next(base, cache, monkeypatch):
+    adopt = MemorySaver.adopt
+    monkeypatch.setattr(MemorySaver, "adopt", lambda m, p: out_of_memory() if p == PLANS[1] else adopt(m, p))
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan == PLANS[0])
+    warnings: list[str] = []
+    lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
+    assert lora.metadata["ss_steps"] == "4"
+    assert [str(plan) in warning for plan, warning in zip(PLANS[1:3], warnings, strict=True)] == [True, True]
+
+
 def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
     run_out_of_memory(monkeypatch, lambda run: True)
     with pytest.raises(OutOfMemory, match=r"step 1 does not fit .* batch_size 1"):
@@ -392,15 +403,16 @@ def test_samples_that_do_not_fit_are_drawn_with_blocks_brought_in_and_training_k
         drawn_with.append(run.memory.plan)
         return out_of_memory() if run.memory.plan.offload < 1 else [Image.new("RGB", (8, 8))]
 
-    assert len(run.sample(sampler, [("a photo", 1)], warnings.append)) == 1
+    drawing = Drawing(run)
+    assert len(drawing.draw(sampler, [("a photo", 1)], warnings.append)) == 1
     assert drawn_with == [replace(plan, offload=share) for share in (plan.offload, 0.5, 1.0) if share >= plan.offload]
     assert [warning.split(":")[0] for warning in warnings] == ["out of memory in a sample"] * (len(drawn_with) - 1)
     assert run.memory.plan == plan
     drawn_with.clear()
-    run.sample(sampler, [("a photo", 1)], warnings.append)
+    drawing.draw(sampler, [("a photo", 1)], warnings.append)
     assert drawn_with == [replace(plan, offload=1.0)] and run.memory.plan == plan
     with pytest.raises(OutOfMemory, match=r"a sample does not fit .* sample_every 0"):
-        run.sample(lambda *_: out_of_memory(), [("a photo", 1)], warnings.append)
+        drawing.draw(lambda *_: out_of_memory(), [("a photo", 1)], warnings.append)
     assert run.memory.plan == plan
 
 
@@ -414,7 +426,7 @@ def test_what_does_not_fit_together_is_computed_in_parts():
         return [10 * item for item in items]
 
     assert in_parts_that_fit(compute, range(5)) == [0, 10, 20, 30, 40]
-    assert computed == [[0, 1], [2], [3, 4]]
+    assert computed == [[0, 1], [2, 3], [4]]
     with pytest.raises(torch.OutOfMemoryError):
         in_parts_that_fit(lambda items: out_of_memory(), [1, 2])
 

@@ -32,7 +32,7 @@ from core.training.likeness import (
     faces_of,
     pictures_at_a_look,
 )
-from core.training.samples import sample_size, training_sampler
+from core.training.samples import build_draw_shots, sample_size
 from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
@@ -317,10 +317,10 @@ def drawn(monkeypatch, tmp_path) -> list[list[tuple[str, int]]]:
     found: list[list[tuple[str, int]]] = []
 
     def count(*arguments):
-        sample = training_sampler(*arguments)
+        sample = build_draw_shots(*arguments)
         return lambda denoiser, encoders, shots: found.append(list(shots)) or sample(denoiser, encoders, shots)
 
-    monkeypatch.setattr("core.training.job.training_sampler", count)
+    monkeypatch.setattr("core.training.job.build_draw_shots", count)
     return found
 
 

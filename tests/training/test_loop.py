@@ -22,6 +22,7 @@ from core.models import Base, load_base
 from core.photos import Photo
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from core.training.drawing import Drawing
 from core.training.encode import Batches
 from core.training.identity import run_identity
 from core.training.job import train
@@ -504,7 +505,7 @@ def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, ca
         modes.append(any(module.training for module in denoiser.modules()))
         return []
 
-    run.sample(sampler, [], pytest.fail)
+    Drawing(run).draw(sampler, [], pytest.fail)
     assert modes == [False]
     assert all(module.training for module in run.denoiser.modules())
 

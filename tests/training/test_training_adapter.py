@@ -25,10 +25,11 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Order
 from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
+from core.training.drawing import Drawing
 from core.training.encode import LatentCache
 from core.training.job import train
 from core.training.loop import train_lora
-from core.training.samples import training_sampler
+from core.training.samples import build_draw_shots
 from core.training.step import Run
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
 from tests.tooling import (
@@ -87,7 +88,7 @@ def predicted(run: Run) -> Tensor:
         return []
 
     drawn: list[Tensor] = []
-    run.sample(sampler, [], lambda warning: None)
+    Drawing(run).draw(sampler, [], lambda warning: None)
     return drawn[0]
 
 
@@ -315,7 +316,7 @@ def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15
 def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatch):
     """Its file's name says nothing, as in ComfyUI, where it is not known: without guidance, on the few steps' own times."""
     seen = []
-    monkeypatch.setattr("core.training.job.training_sampler", lambda base, *_: seen.append(base))
+    monkeypatch.setattr("core.training.job.build_draw_shots", lambda base, *_: seen.append(base))
     config = replace(CONFIG, steps=1, check_photos=False, resolution=64, sample_every=1)
     with pytest.raises(TypeError):  # there is no sampler
         train(write_photos(tmp_path / "photos", 2), base, config, training_adapter=random_lora(base),
@@ -329,7 +330,7 @@ def test_samples_of_a_distilled_model_take_no_more_than_its_own_steps(distilled,
     monkeypatch.setattr("core.training.samples.sample_latents", lambda *_, steps, **options: seen.append(steps))
     monkeypatch.setattr("core.training.samples.decode_latents", lambda *_: [None])
     drawn_with = base.as_distilled() if distilled else base
-    sampler = training_sampler(drawn_with, replace(CONFIG, sample_steps=asked), {"a": ({}, {})}, CPU)
+    sampler = build_draw_shots(drawn_with, replace(CONFIG, sample_steps=asked), {"a": ({}, {})}, CPU)
     sampler(nn.Identity(), {}, [("a", 1)])
     assert seen == [steps]
 
