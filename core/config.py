@@ -251,7 +251,9 @@ class MachineSettings(Settings):
         "auto", "Recompute activations to save memory. auto: as much as the memory plan needs"
     )
     eight_bit_products: Literal["auto", "on", "off"] = option(
-        "auto", "Multiply in 8 bits where frozen weights have 8 bits. auto: if it is measured to be faster on your GPU"
+        "auto",
+        "Multiply in 8 bits. auto: where frozen weights have 8 bits, if your GPU is measured to be faster with it. "
+        "on: always, and weights with more bits are rounded",
     )
     compile: bool = option(
         False, "Compile the denoiser's blocks. Steps take less GPU time, but the first ones take minutes"

@@ -123,8 +123,8 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
         yield f"compile: not possible here ({run.why_not_compiled}). Training continues without it"
     if run.config.eight_bit_products == "on" and not run.in_eight_bits:
         yield (
-            "eight_bit_products: not possible here (the weights have more than 8 bits, or this device has no such products "
-            "with them). Training continues without it"
+            "eight_bit_products: not possible here (this device has no products with such weights). Training continues "
+            "without it"
         )
     if pageable := run.memory.pageable:
         yield (

@@ -37,9 +37,15 @@ CheckCancelled = Callable[[], None]
 
 
 def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
-    """Return the memory plans for training on the base model with these settings, from the fastest to the smallest."""
+    """Return the memory plans for training on the base model with these settings, from the fastest to the smallest.
+
+    When products in 8 bits are asked for, the weights have 8 bits in all plans.
+    """
     frozen = METHODS[config.method].freezes_weights
-    return plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
+    plans = plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
+    if frozen and not base.is_narrow and config.eight_bit_products == "on":
+        return tuple(plan for plan in plans if plan.weights == "8 bits")
+    return plans
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from core.models.quantised import widen_fp8
 from core.storage.stored import NarrowTensor, as_stored
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
-from core.training.metadata import PRODUCTS_KEY
+from core.training.metadata import PRODUCTS_KEY, WEIGHTS_KEY
 from core.training.step import Run
 from tests.models.quantised_weights import FORMS, narrow_and_wide_base
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow
@@ -183,18 +183,22 @@ def test_a_training_with_products_in_8_bits_says_so_in_its_file(monkeypatch):
     monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
     narrow, wide = narrow_and_wide_base("fp8")
     config = replace(CONFIG, steps=2)
-    assert train_lora(cache_of(narrow), narrow, config, device=CPU).metadata[PRODUCTS_KEY] == "8 bits"
-    assert PRODUCTS_KEY not in train_lora(cache_of(wide), wide, config, device=CPU).metadata
+    for base in (narrow, wide):
+        metadata = train_lora(cache_of(base), base, config, device=CPU).metadata
+        assert metadata[PRODUCTS_KEY] == "8 bits"
+        assert (WEIGHTS_KEY in metadata) == (base is wide)  # rounded because products in 8 bits were asked for
+    by_default = train_lora(cache_of(wide), wide, replace(config, eight_bit_products="auto"), device=CPU).metadata
+    assert not by_default.keys() & {PRODUCTS_KEY, WEIGHTS_KEY}
 
 
-@pytest.mark.parametrize("form", ["narrow", "wide", "without"])
-def test_a_training_that_cannot_multiply_in_8_bits_as_wanted_says_so(form, monkeypatch):
-    if form == "without":  # as GPUs before capability 8.9 are without products with fp8 weights
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_training_that_cannot_multiply_in_8_bits_as_wanted_says_so(possible, monkeypatch):
+    if not possible:  # as on GPUs before capability 8.9, which have no products with fp8 weights
         monkeypatch.setattr(step_module, "choose_products", lambda *_: False)
-    narrow, wide = narrow_and_wide_base("fp8")
-    base, warnings = wide if form == "wide" else narrow, []
+    base, _ = narrow_and_wide_base("fp8")
+    warnings: list[str] = []
     train_lora(
         cache_of(base), base, replace(CONFIG, steps=1), device=CPU, callbacks=Callbacks(on_warning=warnings.append)
     )
     said = [warning for warning in warnings if warning.startswith("eight_bit_products: not possible here")]
-    assert len(said) == (form != "narrow")
+    assert len(said) == (not possible)
