@@ -257,7 +257,9 @@ def until_it_fits(compute: Callable[[], _Result], smaller: Iterable[Callable[[],
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            lacking = error.with_traceback(None)  # its frames would keep the computed tensors alive
+            # The frames of errors would keep the computed tensors alive.
+            lacking = error.with_traceback(None)
+            lacking.__context__ = lacking.__cause__ = None
         release_memory()
         following = next(changes, None)
         if following is None:

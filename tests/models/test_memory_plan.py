@@ -21,7 +21,7 @@ from torch import nn
 import core.pictures.generate as generate_module
 from core.bench.random_models import random_base, random_cache
 from core.config import TrainConfig
-from core.device import in_parts_that_fit, is_out_of_memory
+from core.device import in_parts_that_fit, is_out_of_memory, until_it_fits
 from core.errors import BadConfig, OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -429,6 +429,26 @@ def test_what_does_not_fit_together_is_computed_in_parts():
     assert computed == [[0, 1], [2, 3], [4]]
     with pytest.raises(torch.OutOfMemoryError):
         in_parts_that_fit(lambda items: out_of_memory(), [1, 2])
+
+
+def test_what_a_computation_left_is_freed_before_it_is_repeated():
+    left: list[weakref.ref] = []
+
+    def compute() -> str:
+        assert not any(reference() is not None for reference in left)
+        computed = torch.zeros(3)
+        left.append(weakref.ref(computed))
+        if len(left) == 3:
+            return "done"
+        try:
+            out_of_memory()
+        finally:
+            out_of_memory()  # as code that puts something back may, while the first error is on its way
+
+    assert until_it_fits(compute, (lambda: None, lambda: None)) == "done"
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        until_it_fits(out_of_memory, ())
+    assert raised.value.__context__ is None
 
 
 @pytest.mark.parametrize(
