@@ -253,7 +253,7 @@ class MachineSettings(Settings):
     eight_bit_products: Literal["auto", "on", "off"] = option(
         "auto",
         "Multiply in 8 bits. auto: where frozen weights have 8 bits, if your GPU is measured to be faster with it. "
-        "on: always, and weights with more bits are rounded",
+        "on: always, rounding other weights",
     )
     compile: bool = option(
         False, "Compile the denoiser's blocks. Steps take less GPU time, but the first ones take minutes"

@@ -235,6 +235,17 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def why_no_gpu(device: torch.device) -> str | None:
+    """Return why that device is a CPU, with what to do about it. None if it isn't one, or was chosen despite a GPU."""
+    if device.type != "cpu" or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    if torch.backends.mps.is_available():
+        return "this machine has an Apple GPU, which was not selected"
+    if torch.version.cuda or torch.version.hip:
+        return "torch finds no usable GPU: check the GPU and its driver"
+    return "this torch only supports the CPU: for a GPU, install the build that pytorch.org lists for it"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error reports a lack of memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -3,13 +3,17 @@
 import argparse
 import dataclasses
 import math
+import re
 
 import pytest
 
 from core.cli.arguments import add_train
 from core.cli.options import HelpAll
+from core.cli.settings import OF_RECIPES
 from core.config import GROUPS, TrainConfig, config_from, group_of, name_matches, parse_toml
 from core.errors import BadConfig
+from core.models.families import FAMILIES
+from core.training.recipes import recipe_settings
 
 SETTINGS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 BOUNDED = {name: item.metadata for name, item in SETTINGS.items() if item.metadata["low"] is not None}
@@ -82,7 +86,15 @@ def test_every_setting_is_an_option_with_its_help():
     told = {action.dest: text or "" for action, text in everything.hidden}
     told |= {name: action.help or "" for name, action in actions.items() if name not in told}
     for name, item in SETTINGS.items():
-        assert told[f"setting_{name}"].replace("%%", "%").startswith(item.metadata["help"])
+        text = told[f"setting_{name}"].replace("%%", "%").replace("default: the recipe's, else", "default:")
+        assert text.startswith(item.metadata["help"])
+
+
+def test_the_help_says_which_defaults_come_from_the_recipe():
+    recipes = [(name, family.recipes) for family in FAMILIES.values() for name in family.recipes]
+    assert {*OF_RECIPES} == {setting for name, of_family in recipes for setting in recipe_settings(name, of_family)}
+    help_text = train_parser().format_help().replace("\n", " ")
+    assert re.search(r"default:\s+the\s+recipe's,\s+else\s+800", help_text)
 
 
 @pytest.mark.parametrize(

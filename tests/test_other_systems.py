@@ -20,9 +20,11 @@ from core.storage.cache_folder import made_folder
 from core.storage.files import LONGEST_ON_WINDOWS, write_file, write_text
 from core.storage.safetensors_file import save_safetensors
 from core.studio.people import read_people
+from core.training.job import processor_hint
 from tests.tooling import write_photos
 from tests.windows import windows_rules
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 on_linux = pytest.mark.skipif(
     sys.platform != "linux", reason="simulates another system by what Linux tells of open files"
@@ -41,6 +43,19 @@ def run(*arguments: object, encoding: str = "utf-8") -> subprocess.CompletedProc
     """The command line in a process of its own, whose streams have that encoding."""
     command = [sys.executable, "-m", "core", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+
+
+def test_who_trains_a_full_size_model_without_a_gpu_is_told_what_to_install(small_sd15, monkeypatch):
+    base = load_base(small_sd15)
+    assert processor_hint(base, CPU) is None
+    monkeypatch.setattr("core.training.job._FULL_SIZE", 1)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "processor, which takes hours or days: this torch only supports the CPU" in str(processor_hint(base, CPU))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "check the GPU and its driver" in str(processor_hint(base, CPU))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the processor was chosen
+    assert processor_hint(base, CPU) is None
+    assert processor_hint(base, torch.device("cuda")) is None
 
 
 @on_linux

@@ -16,7 +16,7 @@ def module(monkeypatch, tmp_path):
 
 
 def begun(module, runs, user, prompt="p1", workflow: str | None = "w", node="5", **news):
-    run = module.Run(user, prompt, workflow, node)
+    run = module.QueuedRun(user, prompt, workflow, node)
     runs.begin(run)
     runs.add(run, {"begin": True, "phase": "training", "photos": [f"a photo of {user}"], **news})
     return run

@@ -25,6 +25,7 @@ from ..device import (
     precision_name,
     processor,
     release_memory,
+    why_no_gpu,
     why_no_kernels,
 )
 from ..models.base import Base
@@ -153,7 +154,7 @@ def examine(device: torch.device, measure: bool, on_progress: Callable[[str], No
         precision=precision_name(dtype),
         total_memory=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
         free_memory=free_memory(device),
-        advice=(no_kernels,) if no_kernels else _advice(device),
+        advice=tuple(advice for advice in (no_kernels or why_no_gpu(device),) if advice),
         measured=_measured(device, dtype, on_progress) if measure and not no_kernels else None,
     )
 
@@ -172,16 +173,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _advice(device: torch.device) -> tuple[str, ...]:
-    if device.type == "cpu" and torch.backends.mps.is_available():
-        return ("this machine has an Apple GPU, which was not selected",)
-    if device.type == "cpu" and not (torch.version.cuda or torch.version.hip):
-        return ("this torch only supports the CPU: for a GPU, install the build that pytorch.org lists for it",)
-    if device.type == "cpu":
-        return ("torch finds no usable GPU: check the GPU and its driver",)
-    return ()
 
 
 def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[str], None]) -> Measured:

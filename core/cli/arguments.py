@@ -378,8 +378,8 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
 """The texts in a LoRA's metadata that the command `metadata` can change."""
 _SCHEMES_HELP = (
-    "Tensor names. Use diffusers for diffusers and peft. For most other programs, use kohya for SD1.5, SDXL and FLUX.1, and "
-    "comfy (the original model's names) for later models"
+    "Tensor names: kohya, comfy (the original model's), diffusers or others. Which ones a program loads depends on the model: "
+    "docs/formats.md lists them, and convert --for PROGRAM chooses"
 )
 
 

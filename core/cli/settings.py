@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,6 +14,11 @@ from .common import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """The settings for how the base model predicts, which are needed to load it."""
+OF_RECIPES = (
+    "rank", "alpha", "resolution", "steps", "batch_size", "learning_rate", "prior_prediction", "sample_every", "sample_steps",
+    "hold_out", "likeness_pictures", "stop_early",
+)  # fmt: skip
+"""The settings that the families' recipes set."""
 MAX_FILE_BYTES = 2**20
 """The largest size of a settings file, in bytes."""
 
@@ -20,7 +26,7 @@ MAX_FILE_BYTES = 2**20
 def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
     """Add an option for each field of TrainConfig under its group's heading, or only for the fields in `only`, without one.
 
-    Commands with fields in `only` always have a recipe, whose steps replace TrainConfig's.
+    Commands with fields in `only` always have a recipe.
 
     Options that are not given are missing from the parsed options, which keeps the values of a file.
     """
@@ -33,22 +39,28 @@ def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None =
                 groups[title] = parser.add_argument_group(f"settings, {title}")
             _add_setting(groups[title], item, hints[item.name])
         elif item.name in only:
-            _add_setting(parser, item, hints[item.name], "the recipe's" if item.name == "steps" else None)
+            _add_setting(parser, item, hints[item.name], has_recipe=True)
 
 
 def _add_setting(
-    group: argparse._ActionsContainer, item: dataclasses.Field, hint: Any, default: str | None = None
+    group: argparse._ActionsContainer, item: dataclasses.Field, hint: Any, has_recipe: bool = False
 ) -> None:
-    """Add the option of a field; `default` overrides the field's own default in the help."""
+    """Add the option of a field. `has_recipe` is whether the command always has a recipe, which may set it."""
+
+    def default(value: Any) -> str:
+        if item.name not in OF_RECIPES:
+            return f"(default: {value})"
+        return "(default: the recipe's)" if has_recipe else f"(default: the recipe's, else {value})"
+
     flag = "--" + item.name.replace("_", "-")
     names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
-    text = item.metadata["help"]
+    text = re.sub(r"\(default: (.*)\)", lambda told: default(told[1]), item.metadata["help"])
     common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
     if get_origin(hint) is Literal:
-        text = f"{text} (default: {item.default})"
+        text = f"{text} {default(item.default)}"
         group.add_argument(*names, choices=get_args(hint), help=text, **common)
     elif hint is bool:
-        text = f"{text} (default: {'yes' if item.default else 'no'})"
+        text = f"{text} {default('yes' if item.default else 'no')}"
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
     elif get_origin(hint) is dict:
         kind = _pattern_of(get_args(hint)[1])
@@ -60,7 +72,7 @@ def _add_setting(
     else:
         kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
         if item.default is not None:
-            text = f"{text} (default: {default or item.default})"
+            text = f"{text} {default(item.default)}"
         metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
         kind = unicode_text if kinds[0] is str else kinds[0]
         group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)

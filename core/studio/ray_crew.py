@@ -26,7 +26,7 @@ from .result import Result, Terms, failed, find_or_make
 
 LOCAL = "local"
 """Use instead of an address for a Ray on this machine, started and stopped with the run."""
-INSTALL_RAY = 'pip install "comfyui-facelora[ray]"'
+INSTALL_RAY = 'pip install ".[ray]" in a clone of this project'
 _ANSWER = 5.0
 """The seconds that a cluster has to answer."""
 _LOOK = 5.0

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import BaseSettings, MachineSettings, OutputSettings, TrainConfig
-from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device
+from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device, why_no_gpu
 from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
@@ -45,7 +45,7 @@ from .callbacks import LOADING, NO_CALLBACKS, READING, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, faces_of
 from .loop import train_lora
-from .methods import METHODS, files_beside, trains_text
+from .methods import METHODS, check_installed, files_beside, trains_text
 from .methods.method import Trained
 from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size
@@ -105,9 +105,9 @@ def train(
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
         start, adapter = _checked_start(continue_from, base), _opened(training_adapter, base)
         base = base.as_distilled() if adapter else base
-        for hint in _hints(base, config, adapted=adapter is not None):
-            callbacks.on_warning(hint)
         device = usable_device(device)
+        for hint in _hints(base, config, adapter is not None, device):
+            callbacks.on_warning(hint)
         ready = ready_for(given, base, config, held_out, faces, callbacks.on_warning)
         config = config if held_out else settled(config, ready)
         watch = _watch(ready, held_out, faces, judge, config)
@@ -212,12 +212,13 @@ def _opened(source: TrainingAdapter | LoraFile | str | os.PathLike[str] | None, 
     return source if source is None or isinstance(source, TrainingAdapter) else TrainingAdapter.open(source, base)
 
 
-def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
-    """List warnings about the trigger word, the base model and the precision to give before training."""
+def _hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) -> list[str]:
+    """List warnings about the trigger word, the base model, the precision and the device to give before training."""
     hints = (
         trigger_hint(config.trigger_word, load_tokenizer()),
         None if adapted else distilled_hint(base, config),
         fp16_hint(base, config),
+        processor_hint(base, device),
     )
     return [hint for hint in hints if hint]
 
@@ -430,6 +431,8 @@ def _samples_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem}-samples")
 
 
+_FULL_SIZE = 100_000_000
+"""A denoiser with this many weights or more trains for hours on a processor."""
 _OF_NOISE = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")
 """The settings that apply only to models with a noise schedule, such as Stable Diffusion."""
 _OF_FLOWS = ("timestep_sampling", "timestep_shift")
@@ -460,6 +463,14 @@ def fp16_hint(base: Base, config: MachineSettings) -> str | None:
     return f"precision fp16: values of {base.family.title} overflow in it. Use auto, bf16 or fp32"
 
 
+def processor_hint(base: Base, device: torch.device) -> str | None:
+    """Return a warning when a full-size base model is to be trained on a processor, and no GPU can be used, else None."""
+    reason = why_no_gpu(device)
+    if reason is None or base.weight_bytes("denoiser", torch.int8, as_stored=False) < _FULL_SIZE:
+        return None
+    return f"{base.family.title} is trained on the processor, which takes hours or days: {reason}"
+
+
 def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -> None:
     """Raise BadConfig for settings that don't apply to the base model, or that it does not allow.
 
@@ -470,6 +481,7 @@ def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -
     if wrong := [name for name in others if getattr(config, name) != getattr(TrainConfig, name)]:
         kind = "not a rectified flow" if family.predicts_noise else "a rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and does not have this setting. Leave it out")
+    check_installed(config)
     if config.clip_skip > 1 and not family.has_clip_skip:
         raise BadConfig(
             f"clip_skip = {config.clip_skip}: {family.title} does not let you choose the layer. Leave it at 1"

@@ -402,11 +402,11 @@ FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE, "krea2": KREA2}
 WORKFLOWS = [
     photos_to_headshots(
         "1 Face photos to headshots.app", BASE, "my-face",
-        "Choose a checkpoint: SD1.5, or SDXL with 12 GB of graphics memory",
+        "Choose an SD1.5 or SDXL checkpoint",
     ),
     photos_to_headshots(
         "2 Face photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
-        "FLUX.1 needs a large card, or an 8-bit file and resolution 512",
+        "FLUX.1 takes hours on a card with 12 GB",
     ),
     photos_to_headshots(
         "3 Face photos to headshots FLUX.2 klein.app", KLEIN, "my-face-klein",

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from core.config import MethodName, TrainConfig
-from core.errors import BadConfig, LoraMisfit
+from core.errors import BadConfig, LoraMisfit, MissingPackage
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.models.families import FAMILIES
+from core.training.job import check_base_options
 from core.training.methods import METHODS
 from core.training.methods.lora import attach as attach_lora
 
@@ -42,6 +43,15 @@ def inputs(base):
 def predict(denoiser, base):
     with torch.no_grad():
         return denoiser(*inputs(base)).sample
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_a_method_whose_package_is_missing_is_refused_before_training_with_the_command(base, method, monkeypatch):
+    check_base_options(base, replace(CONFIG, method=method))
+    monkeypatch.setattr("core.training.methods.find_spec", lambda package: None)
+    check_base_options(base, CONFIG)
+    with pytest.raises(MissingPackage, match=f"'{method}' needs a package. Install it: pip install peft"):
+        check_base_options(base, replace(CONFIG, method=method))
 
 
 def test_a_new_adapter_changes_nothing(base):

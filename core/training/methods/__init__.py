@@ -1,11 +1,12 @@
 """The training methods. To add one: a file here that defines METHOD, a line in METHODS, and its name in `config.MethodName`."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from torch import nn
 
 from ...config import MethodSettings, TrainConfig
-from ...errors import counted
+from ...errors import MissingPackage, counted
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.spec import FamilySpec, Networks
@@ -42,6 +43,13 @@ def what_is_left_out(denoiser: nn.Module, family: FamilySpec, config: MethodSett
         f"method {config.method!r} leaves out {counted(len(paths), 'module')} of targets = {config.targets!r}, such as "
         f"{paths[0]}: they are parts of one layer in files of {family.name}, where only method 'lora' fits"
     )
+
+
+def check_installed(config: MethodSettings) -> None:
+    """Raise MissingPackage, with the command that installs it, if the configured method lacks its package."""
+    package = METHODS[config.method].package
+    if package and find_spec(package) is None:
+        raise MissingPackage(f"method {config.method!r} needs a package. Install it: pip install {package}")
 
 
 def peak_rate(config: TrainConfig) -> float:

@@ -35,4 +35,5 @@ METHOD = Method(
     attach,
     rate_factor=0.15,
     joins_modules=False,
+    package="peft",
 )

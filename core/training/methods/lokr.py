@@ -40,4 +40,10 @@ def _roles_of(layer: nn.Module) -> Roles:
     return {role: getattr(layer, role)[PEFT_NAME] for role in ROLES if PEFT_NAME in getattr(layer, role)}
 
 
-METHOD = Method("LoKr, a Kronecker product (arXiv:2309.14859)", attach, rate_factor=3.0, joins_modules=False)
+METHOD = Method(
+    "LoKr, a Kronecker product (arXiv:2309.14859)",
+    attach,
+    rate_factor=3.0,
+    joins_modules=False,
+    package="peft",
+)

@@ -99,6 +99,8 @@ class Method:
     """The factor on a LoRA's learning rate that suits this method."""
     freezes_weights: bool = True
     """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
+    package: str | None = None
+    """The package that its layers come from, if it isn't one that every method needs."""
     keeps_dtype: bool = False
     """Whether its layers compute in the dtype of their inputs, so that autocast isn't needed."""
     joins_modules: bool = True
