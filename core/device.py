@@ -1,7 +1,6 @@
 """Choose the device and precision of a computation, and handle a lack of memory."""
 
 import gc
-import os
 import platform
 import re
 import sys
@@ -24,6 +23,7 @@ _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",
     "DefaultCPUAllocator: not enough memory",  # On Windows.
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # Each thread's first product needs memory for cuBLAS.
     "CUDNN_STATUS_ALLOC_FAILED",
     "HOST_ALLOCATION_FAILED",
     # cuDNN hides the allocator's error, and then reports that it has no way of computing a convolution.
@@ -133,7 +133,10 @@ def keeps_narrow_weights(device: torch.device) -> bool:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all its work."""
-    getattr(torch, device.type).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    else:
+        getattr(torch, device.type).synchronize(device)
 
 
 def processor(device: torch.device) -> str:
@@ -226,12 +229,10 @@ def free_memory(device: torch.device) -> int | None:
         gc.collect()
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        try:
-            with open("/proc/meminfo", encoding="ascii") as file:
-                return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-        except (OSError, StopIteration):
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
     return None
 
 
@@ -274,7 +275,12 @@ def until_it_fits(compute: Callable[[], _Result], smaller: Iterable[Callable[[],
         release_memory()
         following = next(changes, None)
         if following is None:
-            raise lacking
+            try:
+                raise lacking
+            finally:
+                del (
+                    lacking
+                )  # its traceback has this frame, which would have it: a cycle that keeps the caller's tensors
         change = following
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .memory_plan import MemoryCount, allocated, blocks_of
-from .selective import KEPT, changes_kept
+from .selective import changes_kept, is_kept
 from .spec import replace_module
 
 
@@ -360,9 +360,10 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._count.operations
         result = func(*args, **(kwargs or {}))
-        if func in KEPT or changes_kept(func, args, self._alive):
+        kept = is_kept(func, args)
+        if kept or changes_kept(func, args, self._alive):
             self.operations += self._count.operations - before
-        if func in KEPT:
+        if kept:
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor) and tensor.device.type == self._count.device.type:
                     storage = tensor.untyped_storage()

@@ -20,6 +20,8 @@ from ..storage.stored import Widen
 
 FEWEST_ROWS = 17
 """The fewest rows of x that `torch._int_mm` takes on a GPU. Fewer are multiplied with the widened weight."""
+ROWS_MULTIPLE = 32
+"""int8 rows are filled up to a multiple of this. cuBLAS has computed odd numbers of rows wrongly (pytorch#107671)."""
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The largest number that each kind of weight in 8 bits can hold."""
 
@@ -62,18 +64,23 @@ def _is_in_eight_bits(x: Tensor, widen: Widen) -> bool:
 def _product(x: Tensor, matrix: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return x M diag(s) for x (..., k), M (k, n) in 8 bits and s of n numbers or one, in the dtype of x."""
     rows, limit = x.flatten(0, -2), LIMITS[matrix.dtype]
-    unit = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12) / limit
+    unit = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-30) / limit
+    # cuBLAS reads the first factor row by row, and the second column by column. Other layouts exist on some GPUs only.
+    columns = matrix if matrix.stride(0) == 1 else matrix.t().contiguous().t()
     if matrix.dtype == torch.int8:
         # In fp16, whose 10 bits hold 127.5 exactly, in half of the bytes of float32.
         rounded = torch.mul(rows, 1 / unit, out=rows.new_empty(rows.shape, dtype=torch.float16)).round_().to(torch.int8)
-        sums = torch._int_mm(rounded, matrix)
-        product = torch.mul(sums, unit, out=rows.new_empty(sums.shape))
+        if odd := -len(rounded) % ROWS_MULTIPLE:
+            rounded = F.pad(rounded, (0, 0, 0, odd))
+        sums = torch._int_mm(rounded, columns)[: len(rows)]
+        # In the range of the result from the start: without a weight's scale, fp16 overflows.
+        largest = 1.0 if scale is None else scale.amax().clamp_min(1e-30)
+        product = torch.mul(sums, unit * largest, out=rows.new_empty(sums.shape))
         if scale is not None:
-            product *= scale.reshape(-1)
+            product *= (scale / largest).reshape(-1)
     else:
-        rounded = (rows / unit).to(matrix.dtype).contiguous()  # cuBLAS reads it row by row
+        rounded = (rows / unit).to(matrix.dtype).contiguous()
         ones = unit.new_ones(1, matrix.shape[1])
         of_columns = ones if scale is None else ones * scale.reshape(1, -1)
-        columns = matrix if matrix.stride(0) == 1 else matrix.t().contiguous().t()  # and this one column by column
         product = torch._scaled_mm(rounded, columns, unit, of_columns, out_dtype=torch.bfloat16).to(x.dtype)
     return product.view(*x.shape[:-1], -1)

@@ -1,6 +1,7 @@
 """Choose how products with a network's narrow weights are computed: in 8 bits, or with widened weights."""
 
 import math
+import sys
 import time
 from collections.abc import Iterable
 from typing import Literal
@@ -11,7 +12,7 @@ from torch import nn
 from ..device import synchronize
 from ..storage.stored import NarrowTensor, Widen, as_stored
 from .eight_bits import LIMITS, InEightBits, linear, times
-from .narrow_layers import NarrowLinear, times_scale
+from .narrow_layers import NarrowLinear, narrowed, times_scale
 from .quantised import widen_fp8, widen_int8
 
 MULTIPLE = 16
@@ -39,6 +40,11 @@ def choose_products(
     return chosen
 
 
+def has_int8_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the device multiplies int8 weights in 8 bits."""
+    return time_in_eight_bits([narrowed(torch.ones(64, 64))], device, dtype) < math.inf
+
+
 def _is_product_of_scale(layer: NarrowLinear) -> bool:
     """Return whether the layer's weight is its stored numbers times one scale, or one for each output."""
     is_scaled = layer.plain_widen in (as_stored, times_scale, widen_fp8, widen_int8)
@@ -51,6 +57,8 @@ def time_in_eight_bits(weights: Iterable[NarrowTensor], device: torch.device, dt
 
     One weight of each shape is timed, in a forward and a backward product. Infinite if the device has no such products.
     """
+    if torch.version.hip and sys.platform == "win32":
+        return math.inf  # they end the process (github.com/ROCm/rocm-libraries/issues/5205)
     of_shapes: dict[object, list[NarrowTensor]] = {}
     for weight in weights:
         of_shapes.setdefault((weight.shape, weight.parts[0].dtype), []).append(weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _PRODUCTS = ("mm", "addmm", "bmm", "convolution", "_scaled_mm")
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
@@ -24,6 +24,10 @@ KEPT = [
     if hasattr(torch.ops.aten, name)
 ]
 """The operations whose results are kept. Not products of int8: their sums take twice the bytes of what is made of them."""
+_FACTORS = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.bmm.default: (0, 1)}
+"""The places of a product's two matrices among its arguments."""
+_CHEAP = 8
+"""A product whose result has sides this many times its inner dimension is cheap: there is little arithmetic for each number."""
 
 
 def checkpointed(block: nn.Module, inputs: Sequence[Any], selective: bool, draws: bool) -> Any:
@@ -31,7 +35,7 @@ def checkpointed(block: nn.Module, inputs: Sequence[Any], selective: bool, draws
     run = block
     if selective:
         # What is kept is changed in place where a LoRA's change or a bias is added to it.
-        keeping, returning = create_selective_checkpoint_contexts(KEPT, allow_cache_entry_mutation=True)
+        keeping, returning = create_selective_checkpoint_contexts(_policy, allow_cache_entry_mutation=True)
         run = partial(_in_next, iter(((keeping,), (returning, _Unchanged()))), block)
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
@@ -59,6 +63,21 @@ def _in_next(contexts: Iterator[Sequence[AbstractContextManager[object]]], block
             del block.forward
 
 
+def is_kept(func: Any, args: Sequence[Any]) -> bool:
+    """Return whether an operation's result is kept.
+
+    A product such as an adapter's B A is not: it is as large as a weight, but costs little, because its rank is small.
+    """
+    if func not in _FACTORS:
+        return func in KEPT
+    left, right = (args[place] for place in _FACTORS[func])
+    return _CHEAP * left.shape[-1] >= min(left.shape[-2], right.shape[-1])
+
+
+def _policy(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(func, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def changes_kept(func: Any, args: Sequence[Any], kept: Container[int]) -> bool:
     """Return whether an operation changes one of the storages at these places, which are kept, in place."""
     return func._schema.name.endswith("_") and args[0].untyped_storage()._cdata in kept
@@ -75,7 +94,7 @@ class _Unchanged(TorchDispatchMode):
         if changes_kept(func, args, self._kept):
             return args[0]
         result = func(*args, **(kwargs or {}))
-        if func in KEPT:
+        if is_kept(func, args):
             storages = [tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
             self._kept.update({storage._cdata: storage for storage in storages})
         return result

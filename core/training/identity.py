@@ -50,6 +50,8 @@ def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, 
     settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
     if not config.more_resolutions:  # earlier versions don't have this setting
         del settings["more_resolutions"]
+    # Asking for products in 8 bits rounds the weights.
+    names = tuple(name for name in names if name != "eight_bit_products" or config.eight_bit_products != "on")
     return {name: value for name, value in settings.items() if name not in names}
 
 

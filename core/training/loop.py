@@ -3,16 +3,20 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..config import MachineSettings, TrainConfig
-from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error
+from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error, until_it_fits
 from ..errors import BadConfig
 from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
 from ..models.base import Base
+from ..models.memory_plan import MemoryPlan
+from ..models.products import has_int8_products
+from ..progress import OnWarning
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
 from .encode import LatentCache
 from .identity import run_identity
@@ -23,7 +27,7 @@ from .methods import METHODS, what_is_left_out
 from .methods.method import Trained
 from .samples import Samples
 from .state import read_state
-from .step import Run
+from .step import Run, memory_plans, smaller_plans
 from .training_adapter import METADATA_KEY, TrainingAdapter
 
 CHECK_EVERY = 10
@@ -63,8 +67,9 @@ def train_lora(
     """
     device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
     with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
+        config = _possible(config, base, device, dtype, callbacks.on_warning)
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
-        run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter)
+        run = _started(cache, base, config, device, continue_from, callbacks, plan, training_adapter)
         for limit in _limits_of(run, base):
             callbacks.on_warning(limit)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
@@ -117,14 +122,47 @@ def _on_its_own(device: torch.device, config: MachineSettings) -> Iterator[None]
         yield
 
 
+def _started(
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    continue_from: LoraFile | None,
+    callbacks: Callbacks,
+    plan: MemoryPlan,
+    training_adapter: TrainingAdapter | None,
+) -> Run:
+    """Return the run before its first step, with the first plan from `plan` on whose weights fit."""
+    tried = [plan]
+
+    def start() -> Run:
+        plan, check_cancelled = tried[-1], callbacks.check_cancelled
+        return Run(cache, base, config, device, continue_from, check_cancelled, plan, training_adapter)
+
+    # Recomputing more does not help to load the weights.
+    plans = [one for one in memory_plans(config, base) if (one.weights, one.offload) != (plan.weights, plan.offload)]
+    return until_it_fits(start, smaller_plans(plans, plan, tried.append, "loading the model", callbacks.on_warning))
+
+
+def _possible(
+    config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype, on_warning: OnWarning
+) -> TrainConfig:
+    """Return the settings without products in 8 bits if weights would be rounded for them in vain."""
+    wanted = config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not base.is_narrow
+    if not wanted or has_int8_products(device, dtype):
+        return config
+    on_warning("eight_bit_products: not possible here (this device has no products of int8 weights). They are off")
+    return replace(config, eight_bit_products="off")
+
+
 def _limits_of(run: Run, base: Base) -> Iterator[str]:
     """List, in sentences, what the run cannot do although its settings ask for it."""
     if run.why_not_compiled:
         yield f"compile: not possible here ({run.why_not_compiled}). Training continues without it"
     if run.config.eight_bit_products == "on" and not run.in_eight_bits:
         yield (
-            "eight_bit_products: not possible here (this device has no products with such weights). Training continues "
-            "without it"
+            "eight_bit_products: not possible here (this device has no products with such weights, or the method trains them). "
+            "Training continues without it"
         )
     if pageable := run.memory.pageable:
         yield (

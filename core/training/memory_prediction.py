@@ -307,9 +307,12 @@ def choose_plan(
     @functools.cache
     def need(plan: MemoryPlan) -> int:
         """Return the bytes that the plan needs. If its weights alone are too large, only their size, which takes no time."""
-        narrowest = dtype if plan.weights == "full" else torch.int8
-        least = 0 if plan.offload else base.weight_bytes("denoiser", narrowest, as_stored=frozen)
+        least = weights(plan)
         return least if least > room else prediction().bytes(plan)
+
+    def weights(plan: MemoryPlan) -> int:
+        narrowest = dtype if plan.weights == "full" else torch.int8
+        return 0 if plan.offload else base.weight_bytes("denoiser", narrowest, as_stored=frozen)
 
     def fits(plan: MemoryPlan) -> bool:
         return need(plan) <= room
@@ -325,8 +328,8 @@ def choose_plan(
             )
     except Exception as error:  # e.g. a network whose step depends on the values in its tensors
         reason = str(error).partition("\n")[0]
-        on_warning(f"memory: cannot be predicted ({reason}). Starting with {plans[0]}, and less if memory runs out")
-        return plans[0]
+        plan = first_that_fits(plans, lambda plan: weights(plan) <= room)
+        on_warning(f"memory: cannot be predicted ({reason}). Starting with {plan}, and less if memory runs out")
     return plan
 
 

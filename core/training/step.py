@@ -48,6 +48,28 @@ def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
     return plans
 
 
+def smaller_plans(
+    plans: Sequence[MemoryPlan],
+    plan: MemoryPlan,
+    adopt: Callable[[MemoryPlan], object],
+    what: str,
+    on_warning: OnWarning,
+) -> Iterator[Callable[[], object]]:
+    """Yield the adoption of each plan that is smaller than `plan`, from the largest to the smallest.
+
+    `on_warning` is told that there was too little memory for `what`. Raises OutOfMemory after the last plan.
+    """
+    for smaller in plans:
+        if smaller != plan and smaller.saves_as_much_as(plan):
+            plan = smaller
+            on_warning(f"out of memory in {what}: repeating it with {plan}")
+            yield partial(adopt, plan)
+    raise OutOfMemory(
+        f"{what} does not fit into the device's memory ({plan}). "
+        "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """The inputs of one forward pass."""
@@ -176,21 +198,15 @@ class Run:
 
     def accumulate_within_memory(self, on_warning: OnWarning) -> Tensor:
         """Return the loss of `accumulate`, using smaller memory plans until it fits. Raises OutOfMemory when none does."""
-        return until_it_fits(self.accumulate, self._smaller_plans(on_warning))
-
-    def _smaller_plans(self, on_warning: OnWarning) -> Iterator[Callable[[], None]]:
-        """Yield the adoption of each further plan, from the largest to the smallest. Then raise OutOfMemory."""
-        last = self.memory.plan
-        for plan in self.plans:
-            if plan != last and plan.saves_as_much_as(last):
-                on_warning(f"out of memory in step {self.step + 1}: repeating it with {plan}")
-                self.optimizer.zero_grad(set_to_none=True)
-                last = plan
-                yield partial(self.adopt, plan)
-        raise OutOfMemory(
-            f"step {self.step + 1} does not fit into the device's memory ({last}). "
-            "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+        what = f"step {self.step + 1}"
+        return until_it_fits(
+            self.accumulate, smaller_plans(self.plans, self.memory.plan, self._leave_step, what, on_warning)
         )
+
+    def _leave_step(self, plan: MemoryPlan) -> None:
+        """Free what an unfinished step has left, and switch to a memory plan."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.adopt(plan)
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a memory plan. Weights that are already in 8 bits stay that way."""
@@ -401,6 +417,9 @@ class Run:
         self.loss = state.tensors["loss"].to(self.device)
         self.step = state.step
         self.narrowed_after = state.scalars["narrowed_after"]
+        plan = self.memory.plan
+        if self.narrowed_after is not None and plan.weights == "full":  # now there is more memory than before
+            self.adopt(next(one for one in self.plans if one.weights == "8 bits" and one.saves_as_much_as(plan)))
 
 
 def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Collection[nn.Module]) -> None:

@@ -356,8 +356,10 @@ class Card(TorchDispatchMode):
             )
         if packet is aten._int_mm and len(left) <= 16:
             raise RuntimeError(f"self.size(0) needs to be greater than 16, but got {len(left)}")
-        if packet is aten._scaled_mm and (self.capability < (8, 9) or right.stride(0) != 1):
-            raise RuntimeError("torch._scaled_mm requires compute capability >= 8.9 and a column-major second matrix")
+        if packet is aten._scaled_mm and self.capability < (8, 9):
+            raise RuntimeError("torch._scaled_mm requires compute capability >= 8.9")
+        if right.stride(0) != 1:  # which some GPUs have products of, and others don't (pytorch#169956)
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmulAlgoGetHeuristic")
 
     def launch(self) -> None:
         self.launches += 1

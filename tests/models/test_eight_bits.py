@@ -12,7 +12,7 @@ from core.models import narrow_layers, products
 from core.models.eight_bits import FEWEST_ROWS, InEightBits, linear, times
 from core.models.memory_plan import MemoryPlan
 from core.models.narrow_layers import NarrowLinear, make_narrow, narrowed, times_scale
-from core.models.products import choose_products, time_in_eight_bits
+from core.models.products import choose_products, has_int8_products, time_in_eight_bits
 from core.models.quantised import widen_fp8
 from core.storage.stored import NarrowTensor, as_stored
 from core.training.callbacks import Callbacks
@@ -74,6 +74,50 @@ def test_each_row_is_rounded_alone_and_numbers_that_are_not_finite_stay_so(form)
     x[3, 5], x[4, 6] = float("nan"), float("inf")
     y = linear(x, InEightBits(widen), parts)
     assert not y[3].isfinite().any() and not y[4].isfinite().any() and torch.equal(y[5:], y[5:].nan_to_num())
+
+
+def test_results_in_the_range_of_fp16_are_finite_and_gradients_may_be_tiny():
+    widen, parts = weights()["int8"]
+    wide, marked = widen(parts, torch.float32).double(), InEightBits(widen)
+    x = 3000 * torch.randn(40, 64, generator=torch.Generator().manual_seed(2)).half()
+    assert distance(linear(x, marked, parts), x.double() @ wide.T) < 0.011
+    for size in (1e-10, 1e-20):
+        gradient = size * torch.randn(40, 96, generator=torch.Generator().manual_seed(3)).to(BF16)
+        assert distance(times(gradient, marked, parts), gradient.double() @ wide) < 0.011
+
+
+@pytest.mark.parametrize("rows", [17, 77, 2048])
+def test_int8_matrices_have_the_layout_and_the_rows_that_all_gpus_multiply(rows, monkeypatch):
+    seen = []
+    multiply = torch._int_mm
+
+    def checked(left, right):
+        seen.append((left.is_contiguous(), len(left) % 32, right.stride(0)))
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch, "_int_mm", checked)
+    widen, parts = weights()["int8"]
+    assert linear(torch.randn(rows, 64), InEightBits(widen), parts).shape == (rows, 96)
+    assert times(torch.randn(rows, 96), InEightBits(widen), parts).shape == (rows, 64)
+    assert seen == [(True, 0, 1)] * 2
+
+
+def test_products_in_8_bits_are_not_tried_where_they_end_the_process(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert has_int8_products(CPU, BF16)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert not has_int8_products(CPU, BF16)
+
+
+def test_weights_are_not_rounded_for_products_that_the_device_lacks(monkeypatch):
+    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
+    monkeypatch.setattr("core.training.loop.has_int8_products", lambda *_: False)
+    _, wide = narrow_and_wide_base("fp8")
+    warnings: list[str] = []
+    callbacks = Callbacks(on_warning=warnings.append)
+    metadata = train_lora(cache_of(wide), wide, replace(CONFIG, steps=1), device=CPU, callbacks=callbacks).metadata
+    assert not metadata.keys() & {PRODUCTS_KEY, WEIGHTS_KEY}
+    assert "this device has no products of int8 weights" in warnings[0]
 
 
 def test_too_few_rows_for_a_gpu_are_multiplied_with_the_widened_weight():

@@ -21,7 +21,7 @@ from torch import nn
 import core.pictures.generate as generate_module
 from core.bench.random_models import random_base, random_cache
 from core.config import TrainConfig
-from core.device import in_parts_that_fit, is_out_of_memory, until_it_fits
+from core.device import free_memory, in_parts_that_fit, is_out_of_memory, until_it_fits
 from core.errors import BadConfig, OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -248,7 +248,7 @@ def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_say
     assert lora.metadata[WEIGHTS_KEY] == "8 bits"
 
 
-def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, cache, tmp_path, monkeypatch):
+def test_what_was_trained_on_8_bits_stays_so_when_it_goes_on_with_more_memory(base, cache, tmp_path, monkeypatch):
     nothing_fits(monkeypatch)
     state = tmp_path / "me.state.safetensors"
 
@@ -278,6 +278,8 @@ def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, c
     )
     assert last.metadata[WEIGHTS_KEY] == saved[3].metadata[WEIGHTS_KEY] == "8 bits"
     assert last.metadata["ss_gradient_checkpointing"] == "False"
+    whole = train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU)
+    assert all(torch.equal(tensor, last.tensors[name]) for name, tensor in whole.tensors.items())
 
 
 def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, cache, monkeypatch):
@@ -387,6 +389,15 @@ def test_a_plan_that_runs_out_of_memory_when_it_is_adopted_is_followed_by_the_ne
     assert [str(plan) in warning for plan, warning in zip(PLANS[1:3], warnings, strict=True)] == [True, True]
 
 
+def test_out_of_memory_while_the_model_is_loaded_leads_to_weights_that_take_less(base, cache, monkeypatch):
+    adopt = MemorySaver.adopt
+    monkeypatch.setattr(MemorySaver, "adopt", lambda m, p: out_of_memory() if p.weights == "full" else adopt(m, p))
+    warnings: list[str] = []
+    lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
+    assert lora.metadata[WEIGHTS_KEY] == "8 bits"
+    assert warnings == [f"out of memory in loading the model: repeating it with {PLANS[4]}"]
+
+
 def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
     run_out_of_memory(monkeypatch, lambda run: True)
     with pytest.raises(OutOfMemory, match=r"step 1 does not fit .* batch_size 1"):
@@ -446,9 +457,27 @@ def test_what_a_computation_left_is_freed_before_it_is_repeated():
             out_of_memory()  # as code that puts something back may, while the first error is on its way
 
     assert until_it_fits(compute, (lambda: None, lambda: None)) == "done"
-    with pytest.raises(torch.OutOfMemoryError) as raised:
-        until_it_fits(out_of_memory, ())
-    assert raised.value.__context__ is None
+
+
+def test_a_lack_of_memory_that_nothing_helps_keeps_nothing_alive():
+    def draw() -> weakref.ref:
+        drawn = torch.zeros(3)
+        try:
+            until_it_fits(out_of_memory, ())
+        except torch.OutOfMemoryError as error:
+            assert error.__context__ is None
+        return weakref.ref(drawn)
+
+    gc.disable()
+    try:
+        assert draw()() is None
+    finally:
+        gc.enable()
+
+
+def test_free_memory_is_known_without_a_unix(monkeypatch):
+    monkeypatch.delattr("os.sysconf")
+    assert 2**20 < (free_memory(CPU) or 0) < 2**50
 
 
 @pytest.mark.parametrize(
@@ -456,6 +485,7 @@ def test_what_a_computation_left_is_freed_before_it_is_repeated():
     [
         "CUDA error: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "HIP out of memory. Tried to allocate 20.00 MiB",
         "MPS backend out of memory (MPS allocated: 18.00 GB)",
@@ -650,6 +680,13 @@ def test_selective_recomputation_is_exact_with_each_method(family, settings, bas
         assert_selective_is_exact(base, cache, replace(CONFIG, **settings))
     except BadConfig:
         pytest.skip("the family does not support this method")
+
+
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "oft"])
+def test_selective_recomputation_keeps_no_products_as_large_as_weights(method, base, cache):
+    config = replace(CONFIG, method=method, rank=2)
+    whole, selective = (predicted_memory(cache, base, config, CPU, torch.float32, plan) for plan in PLANS[:2])
+    assert selective < whole
 
 
 @pytest.mark.slow
