@@ -278,9 +278,8 @@ def until_it_fits(compute: Callable[[], _Result], smaller: Iterable[Callable[[],
             try:
                 raise lacking
             finally:
-                del (
-                    lacking
-                )  # its traceback has this frame, which would have it: a cycle that keeps the caller's tensors
+                # Its traceback has this frame. If the frame also had it, the cycle would keep the caller's tensors alive.
+                del lacking
         change = following
 
 
