@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..device import synchronize
 from ..storage.stored import NarrowTensor, Widen, as_stored
@@ -19,6 +19,8 @@ MULTIPLE = 16
 """The number that both sides of a weight must be a multiple of, for `torch._int_mm` and `torch._scaled_mm`."""
 ROWS, REPEATS = 2048, 5
 """The rows that products are timed with, about the positions of a picture of 768 px, and how often they are timed."""
+WRONG = 0.1
+"""The relative distance from the widened product above which results are wrong. Rounding makes it 0.01 to 0.04."""
 WORTHWHILE = 0.9
 """The share of the time with widened weights below which products in 8 bits are used."""
 
@@ -55,7 +57,8 @@ def _is_product_of_scale(layer: NarrowLinear) -> bool:
 def time_in_eight_bits(weights: Iterable[NarrowTensor], device: torch.device, dtype: torch.dtype) -> float:
     """Return the time of products with the weights in 8 bits, as a share of that with the widened weights.
 
-    One weight of each shape is timed, in a forward and a backward product. Infinite if the device has no such products.
+    One weight of each shape is timed, in a forward and a backward product. Infinite if the device has no such products, or if
+    their results are wrong.
     """
     if torch.version.hip and sys.platform == "win32":
         return math.inf  # they end the process (github.com/ROCm/rocm-libraries/issues/5205)
@@ -66,23 +69,31 @@ def time_in_eight_bits(weights: Iterable[NarrowTensor], device: torch.device, dt
     try:
         for alike in of_shapes.values():
             weight = alike[0].map(lambda part: part.to(device))
-            in_eight_bits += len(alike) * _seconds(weight, InEightBits(weight.widen), device, dtype)
-            widened += len(alike) * _seconds(weight, weight.widen, device, dtype)
+            taken, results = _timed(weight, InEightBits(weight.widen), device, dtype)
+            taken_wide, expected = _timed(weight, weight.widen, device, dtype)
+            in_eight_bits, widened = in_eight_bits + len(alike) * taken, widened + len(alike) * taken_wide
+            if any(_distance(*pair) > WRONG for pair in zip(results, expected, strict=True)):
+                return math.inf
     except RuntimeError:
         return math.inf
     return in_eight_bits / widened
 
 
-def _seconds(weight: NarrowTensor, widen: Widen, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds of a forward and a backward product, the least of a few."""
-    outputs, inputs = weight.shape
-    x, gradient = (torch.randn(ROWS, side, device=device, dtype=dtype) for side in (inputs, outputs))
-    taken = []
+def _timed(
+    weight: NarrowTensor, widen: Widen, device: torch.device, dtype: torch.dtype
+) -> tuple[float, tuple[Tensor, ...]]:
+    """Return the seconds of a forward and a backward product, the least of a few, and their results."""
+    numbers = (torch.arange(ROWS * side, device=device).sin().to(dtype) for side in weight.shape)
+    gradient, x = (some.view(ROWS, -1) for some in numbers)
+    taken, results = [], ()
     for _ in range(REPEATS):
         synchronize(device)
         began = time.perf_counter()
-        linear(x, widen, weight.parts)
-        times(gradient, widen, weight.parts)
+        results = linear(x, widen, weight.parts), times(gradient, widen, weight.parts)
         synchronize(device)
         taken.append(time.perf_counter() - began)
-    return min(taken)
+    return min(taken), results
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.vector_norm((found - expected).float()) / torch.linalg.vector_norm(expected.float()))

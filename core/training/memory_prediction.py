@@ -207,10 +207,9 @@ def _fake_run(
     Each of its steps has all passes that any step of the run has: a pass after the first finds all gradients in memory.
     """
     prior = float(config.prior_prediction > 0)
-    # What "auto" would be is measured on real tensors; both ways take about the same memory.
-    products = "off" if config.eight_bit_products == "auto" else config.eight_bit_products
+    # Whether products are computed in 8 bits is decided on real tensors. Both ways take about the same memory.
     config = replace(
-        config, precision=precision_name(dtype), compile=False, prior_prediction=prior, eight_bit_products=products
+        config, precision=precision_name(dtype), compile=False, prior_prediction=prior, eight_bit_products="off"
     )
     largest = max(cache.images, key=lambda image: image.mean.numel())
     image = replace(

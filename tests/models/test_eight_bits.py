@@ -185,13 +185,13 @@ def marked(network: nn.Sequential) -> list[bool]:
 def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(share, chosen, monkeypatch):
     timed = []
 
-    def seconds(weight, widen, device, dtype):
+    def timed_products(weight, widen, device, dtype):
         timed.append(weight)
         if share is None and isinstance(widen, InEightBits):
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
-        return share if isinstance(widen, InEightBits) else 1.0
+        return share if isinstance(widen, InEightBits) else 1.0, (torch.ones(3),)
 
-    monkeypatch.setattr(products, "_seconds", seconds)
+    monkeypatch.setattr(products, "_timed", timed_products)
     monkeypatch.setattr(NarrowTensor, "map", lambda weight, function: weight)
     network = layers_with(narrowed(torch.randn(96, 64)))
     assert choose_products(network, "auto", torch.device("cuda"), BF16) == chosen
@@ -208,6 +208,13 @@ def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(
 
 def test_products_are_timed_both_ways():
     assert 0 < time_in_eight_bits([narrowed(torch.randn(96, 64))], CPU, BF16) < 1000
+
+
+def test_products_with_wrong_results_are_not_used_however_fast_they_are(monkeypatch):
+    multiply = torch._int_mm
+    assert has_int8_products(CPU, BF16)
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right: multiply(left, right).roll(1, 0))
+    assert not has_int8_products(CPU, BF16)
 
 
 def test_a_deterministic_training_does_not_choose_by_time(monkeypatch):
