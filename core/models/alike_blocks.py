@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import BoundArguments, signature
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,7 @@ class AlikeBlocks:
             kind.again = count.peak - start
             kind.operations_again = count.operations - operations
             kind.operations_of_products = products.operations
+            kind.again_beside_products = products.peak_beside - start
             packed[_place(tensor)] = kept = tensor.detach()
             return kept
 
@@ -253,6 +254,8 @@ class _Kind:
     """The peak in the forward pass, beyond what is in use after it."""
     again: int = 0
     """The same until the last tensor is kept for the backward pass, where a recomputation ends."""
+    again_beside_products: int = 0
+    """The peak of a selective recomputation beyond what is in use before it, which includes what was kept."""
     backward: int = 0
     """The peak in the backward pass and a recomputation, beyond what is in use before it."""
     kept: int = 0
@@ -314,6 +317,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: MemoryCount, kind: _Kind, *tensors: Tensor) -> tuple[Tensor, ...]:
+        before = count.live
         with count.known(0):
             outputs = _made(ctx, kind.outputs)
             kept = torch.empty(kind.kept - kind.kept_products, dtype=torch.uint8, device=count.device)
@@ -321,7 +325,10 @@ class _Block(torch.autograd.Function):
         if torch._C._current_graph_task_id() == -1:
             count.operations += kind.operations
         else:  # a forward pass within a backward pass is a recomputation
-            count.operations += kind.operations_again - (0 if products[0][1] else kind.operations_of_products)
+            executed = products[0][1]
+            count.operations += kind.operations_again - (0 if executed else kind.operations_of_products)
+            if not executed:  # all of what was kept is there from the beginning
+                count.peak = max(count.peak, before + kind.again_beside_products)
         ctx.count, ctx.kind = count, kind
         ctx.leaves = [_Layout.of(leaf) for leaf in tensors[len(kind.inputs) :]]
         ctx.save_for_backward(
@@ -353,8 +360,10 @@ class _Products(TorchDispatchMode):
     def __init__(self, count: MemoryCount):
         super().__init__()
         self.operations: int = 0
+        self.peak_beside: int = count.live
+        """The peak of all that is in use besides what is kept."""
         self._count = count
-        self._size = 0
+        self._size = self._in_use = 0
         self._alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -369,8 +378,14 @@ class _Products(TorchDispatchMode):
                     storage = tensor.untyped_storage()
                     if storage._cdata not in self._alive:
                         self._alive[storage._cdata] = storage
-                        self._size += allocated(storage.nbytes(), self._count.device)
+                        size = allocated(storage.nbytes(), self._count.device)
+                        self._size, self._in_use = self._size + size, self._in_use + size
+                        finalize(storage, self._free, size)
+        self.peak_beside = max(self.peak_beside, self._count.live - self._in_use)
         return result
+
+    def _free(self, size: int) -> None:
+        self._in_use -= size
 
     def bytes_beside(self, others: Container[int]) -> tuple[int, int]:
         """Return how many bytes it has counted and how many of them are in use, both without storages at these places."""
