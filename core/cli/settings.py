@@ -15,8 +15,8 @@ from .common import unicode_text
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """The settings for how the base model predicts, which are needed to load it."""
 OF_RECIPES = (
-    "rank", "alpha", "resolution", "steps", "batch_size", "learning_rate", "prior_prediction", "sample_every", "sample_steps",
-    "hold_out", "likeness_pictures", "stop_early",
+    "rank", "alpha", "resolution", "steps", "batch_size", "learning_rate", "schedule", "prior_prediction", "sample_every",
+    "sample_steps", "hold_out", "likeness_pictures", "stop_early",
 )  # fmt: skip
 """The settings that the families' recipes set."""
 MAX_FILE_BYTES = 2**20

@@ -56,7 +56,7 @@ def test_the_help_of_training_has_the_recipes_and_the_defaults_that_they_set():
         )
         assert f"| {chosen['steps']} × {chosen['batch_size']} | {chosen['rank']} |" in row
         assert f"{chosen['learning_rate']:.0e}".replace("e-0", "e-") in row
-    assert "| `steps` | INT | `0`: from the recipe (SD1.5: `1000`) |" in help_page
+    assert "| `steps` | INT | `0`: from the recipe (SD1.5: `800`) |" in help_page
     assert "| `prior_prediction` | `0.5` (from the recipe) |" in help_page
 
 

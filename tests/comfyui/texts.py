@@ -168,6 +168,7 @@ def _recipe(name: str, recipes: Mapping[str, Any], words: Mapping[str, str]) -> 
     """Return the cells of a recipe after the base model."""
     chosen = recipe_settings(name, recipes, {"sample_every": 0})
     steps, batch, rate = chosen["steps"], chosen["batch_size"], f"{chosen['learning_rate']:.0e}".replace("e-0", "e-")
+    rate += f", {chosen['schedule']}" if "schedule" in chosen else ""
     side = f"{chosen['resolution']} px" if "resolution" in chosen else words["base"]
     return name, f"{steps} × {batch}", f"{chosen['rank']}", f"{chosen.get('alpha', chosen['rank']):g}", rate, side
 
