@@ -445,7 +445,7 @@ def test_what_does_not_fit_together_is_computed_in_parts():
 def test_what_a_computation_left_is_freed_before_it_is_repeated():
     left: list[weakref.ref] = []
 
-    def compute() -> str:
+    def compute() -> str | None:
         assert not any(reference() is not None for reference in left)
         computed = torch.zeros(3)
         left.append(weakref.ref(computed))

@@ -46,8 +46,8 @@ SD15 = FamilySpec(
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
         # As in diffusers' DreamBooth LoRA: 1e-4 for one photo. For `balanced`, a rate that falls linearly from twice that takes
-        # four fifths of its 1,000 photos to the same likeness (docs/likeness.md). For `best`, sd-scripts' usual rank 32, alpha 16
-        # and 1e-4 at batch 4, for longer.
+        # four fifths of its 1,000 photos to the same likeness (docs/likeness.md). For `best`, sd-scripts' usual rank 32,
+        # alpha 16 and 1e-4 at batch 4, for longer.
         "fast": Recipe(500, 1e-4, 16),
         "balanced": Recipe(800, 2e-4, 32, settings={"alpha": 16.0, "schedule": "linear"}),
         "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0}),

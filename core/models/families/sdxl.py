@@ -67,8 +67,8 @@ SDXL = FamilySpec(
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
         # As in diffusers' DreamBooth LoRA, 1e-4 for one photo. Replicate's SDXL trainer sees 4,000 photos at 512 px, Eden's
-        # face preset 1,440 at 512 px. 800 at 768 px, at a rate that falls linearly from twice as much, are in between. For `best`, sd-scripts' usual 1e-4 at batch 4, for
-        # longer.
+        # face preset 1,440 at 512 px. 800 at 768 px are in between, at a rate that falls linearly from twice as much (see
+        # SD1.5). For `best`, sd-scripts' usual 1e-4 at batch 4, for longer.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(800, 2e-4, 32, settings={"resolution": 768, "schedule": "linear"}),
         "best": Recipe(4000, 5e-5, 32, batch_size=4),
