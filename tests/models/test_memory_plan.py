@@ -29,6 +29,7 @@ from core.models import Base, load_base
 from core.models.arithmetic import count_flops
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of, plans_for
 from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights, narrowed
+from core.models.selective import is_kept
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
@@ -684,11 +685,14 @@ def test_selective_recomputation_is_exact_with_each_method(family, settings, bas
         pytest.skip("the family does not support this method")
 
 
-@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "oft"])
-def test_selective_recomputation_keeps_no_products_as_large_as_weights(method, base, cache):
-    config = replace(CONFIG, method=method, rank=2)
-    whole, selective = (predicted_memory(cache, base, config, CPU, torch.float32, plan) for plan in PLANS[:2])
-    assert selective < whole
+def test_selective_recomputation_keeps_products_of_activations_but_none_of_an_adapters_factors():
+    """A DoRA computes B A in each layer, and a LoHa two such products: each is as large as the weight."""
+    multiply, x, weight = torch.ops.aten.mm.default, torch.empty(64, 320), torch.empty(320, 640)
+    down, up = torch.empty(16, 320), torch.empty(640, 16)
+    assert is_kept(multiply, (x, weight)) and is_kept(multiply, (x, down.t()))
+    assert not is_kept(multiply, (up, down))
+    assert is_kept(torch.ops.aten.addmm.default, (torch.empty(640), x, weight))
+    assert not is_kept(torch.ops.aten.mul.Tensor, (x, x))
 
 
 @pytest.mark.slow
