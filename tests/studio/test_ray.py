@@ -30,7 +30,7 @@ from core.studio import Person, Result, Terms, run
 from tests.tooling import write_photos, write_quick_pack
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "comfyui-facelora[ray]"')
+WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install ".[ray]"')
 STEPS, PEOPLE = 40, 12
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -86,7 +86,7 @@ def test_without_ray_one_line_says_how_to_install_it(tmp_path, monkeypatch, caps
     command = ["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out")]
     assert main([*command, "--ray", "127.0.0.1:6379"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        'facelora: a cluster requires Ray, which is not installed: pip install "comfyui-facelora[ray]"'
+        'facelora: a cluster requires Ray, which is not installed: pip install ".[ray]" in a clone of this project'
     )
     assert main([*command, "--ray", "127.0.0.1:6379", "--device", "cpu"]) == 1
     assert "--device" in capsys.readouterr().err
