@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, repeat, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,10 +239,8 @@ def free_memory(device: torch.device) -> int | None:
 
 def why_no_gpu(device: torch.device) -> str | None:
     """Return why that device is a CPU, with what to do about it. None if it isn't one, or was chosen despite a GPU."""
-    if device.type != "cpu" or torch.cuda.is_available() or torch.xpu.is_available():
+    if device.type != "cpu" or best_device().type != "cpu":
         return None
-    if torch.backends.mps.is_available():
-        return "this machine has an Apple GPU, which was not selected"
     if torch.version.cuda or torch.version.hip:
         return "torch finds no usable GPU: check the GPU and its driver"
     return "this torch only supports the CPU: for a GPU, install the build that pytorch.org lists for it"
@@ -260,9 +259,8 @@ def until_it_fits(compute: Callable[[], _Result], smaller: Iterable[Callable[[],
     A change that runs out of memory itself is followed by the next one. When none is left, the last lack of memory is raised,
     unless `smaller` itself raises another error.
     """
-    changes = iter(smaller)
-    change: Callable[[], object] = int  # which does nothing
-    while True:
+    lacking: BaseException | None = None
+    for change in chain((int,), smaller):  # int() does nothing
         try:
             change()
             return compute()
@@ -273,14 +271,12 @@ def until_it_fits(compute: Callable[[], _Result], smaller: Iterable[Callable[[],
             lacking = error.with_traceback(None)
             lacking.__context__ = lacking.__cause__ = None
         release_memory()
-        following = next(changes, None)
-        if following is None:
-            try:
-                raise lacking
-            finally:
-                # Its traceback has this frame. If the frame also had it, the cycle would keep the caller's tensors alive.
-                del lacking
-        change = following
+    assert lacking
+    try:
+        raise lacking
+    finally:
+        # Its traceback has this frame. If the frame also had it, the cycle would keep the caller's tensors alive.
+        del lacking
 
 
 def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items: Sequence[_Item]) -> list[_Result]:
@@ -289,18 +285,18 @@ def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items
     A lack of memory with a single item is raised unchanged.
     """
     results: list[_Result] = []
-    sizes = [len(items)]
+    size = len(items)
 
     def compute_the_rest() -> list[_Result]:
         while len(results) < len(items):
-            results.extend(compute(items[len(results) : len(results) + sizes[-1]]))
+            results.extend(compute(items[len(results) : len(results) + size]))
         return results
 
-    def halves() -> Iterator[Callable[[], object]]:
-        while sizes[-1] > 1:
-            yield lambda: sizes.append((sizes[-1] + 1) // 2)
+    def halve() -> None:
+        nonlocal size
+        size = (size + 1) // 2
 
-    return until_it_fits(compute_the_rest, halves())
+    return until_it_fits(compute_the_rest, takewhile(lambda _: size > 1, repeat(halve)))
 
 
 def release_memory() -> None:

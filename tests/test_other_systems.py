@@ -53,7 +53,7 @@ def test_who_trains_a_full_size_model_without_a_gpu_is_told_what_to_install(smal
     assert "processor, which takes hours or days: this torch only supports the CPU" in str(processor_hint(base, CPU))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert "check the GPU and its driver" in str(processor_hint(base, CPU))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the processor was chosen
+    monkeypatch.setattr("core.device.best_device", lambda: torch.device("cuda"))  # the processor was chosen
     assert processor_hint(base, CPU) is None
     assert processor_hint(base, torch.device("cuda")) is None
 

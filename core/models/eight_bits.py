@@ -73,11 +73,12 @@ def _product(x: Tensor, matrix: Tensor, scale: Tensor | None = None) -> Tensor:
         if odd := -len(rounded) % ROWS_MULTIPLE:
             rounded = F.pad(rounded, (0, 0, 0, odd))
         sums = torch._int_mm(rounded, columns)[: len(rows)]
-        # In the range of the result from the start: without a weight's scale, fp16 overflows.
-        largest = 1.0 if scale is None else scale.amax().clamp_min(1e-30)
-        product = torch.mul(sums, unit * largest, out=rows.new_empty(sums.shape))
+        if scale is not None and rows.dtype == torch.float16:  # which overflows without the weight's scale
+            largest = scale.amax().clamp_min(1e-30)
+            unit, scale = unit * largest, scale / largest
+        product = torch.mul(sums, unit, out=rows.new_empty(sums.shape))
         if scale is not None:
-            product *= (scale / largest).reshape(-1)
+            product *= scale.reshape(-1)
     else:
         rounded = (rows / unit).to(matrix.dtype).contiguous()
         ones = unit.new_ones(1, matrix.shape[1])

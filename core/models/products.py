@@ -83,8 +83,8 @@ def _timed(
     weight: NarrowTensor, widen: Widen, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Return the seconds of a forward and a backward product, the least of a few, and their results."""
-    numbers = (torch.arange(ROWS * side, device=device).sin().to(dtype) for side in weight.shape)
-    gradient, x = (some.view(ROWS, -1) for some in numbers)
+    waves = [torch.arange(length, device=device).sin().to(dtype) for length in (ROWS, *weight.shape)]
+    gradient, x = (waves[0][:, None] + wave for wave in waves[1:])
     taken, results = [], ()
     for _ in range(REPEATS):
         synchronize(device)

@@ -61,7 +61,7 @@ class Drawing:
         for share in (0.5, 1.0) if METHODS[self._run.config.method].freezes_weights else ():
             if share > self._offload:
                 self._offload, plan = share, replace(plan, offload=share)
-                on_warning(f"out of memory in a sample: drawing it with {plan}")
+                on_warning(f"out of memory: a sample does not fit. Drawing it with {plan}")
                 yield partial(self._run.adopt, plan)
         raise OutOfMemory(
             f"a sample does not fit into the device's memory ({plan}). Use a lower resolution, or sample_every 0"

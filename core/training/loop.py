@@ -14,7 +14,6 @@ from ..errors import BadConfig
 from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
 from ..models.base import Base
-from ..models.memory_plan import MemoryPlan
 from ..models.products import has_int8_products
 from ..progress import OnWarning
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
@@ -67,11 +66,8 @@ def train_lora(
     """
     device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
     with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
-        config = _possible(config, base, device, dtype, callbacks.on_warning)
-        plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
-        run = _started(cache, base, config, device, continue_from, callbacks, plan, training_adapter)
-        for limit in _limits_of(run, base):
-            callbacks.on_warning(limit)
+        config = _possible_settings(config, base, device, dtype, callbacks.on_warning)
+        run = _started(cache, base, config, device, dtype, continue_from, training_adapter, callbacks)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
         intermediate = IntermediateLoras(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
         networks = intermediate.face_networks
@@ -127,24 +123,28 @@ def _started(
     base: Base,
     config: TrainConfig,
     device: torch.device,
+    dtype: torch.dtype,
     continue_from: LoraFile | None,
-    callbacks: Callbacks,
-    plan: MemoryPlan,
     training_adapter: TrainingAdapter | None,
+    callbacks: Callbacks,
 ) -> Run:
-    """Return the run before its first step, with the first plan from `plan` on whose weights fit."""
-    tried = [plan]
+    """Return the run before its first step, with the chosen memory plan or the first smaller one whose weights fit."""
+    warn, check_cancelled = callbacks.on_warning, callbacks.check_cancelled
+    tried = [choose_plan(cache, base, config, device, dtype, warn, training_adapter)]
 
     def start() -> Run:
-        plan, check_cancelled = tried[-1], callbacks.check_cancelled
-        return Run(cache, base, config, device, continue_from, check_cancelled, plan, training_adapter)
+        return Run(cache, base, config, device, continue_from, check_cancelled, tried[-1], training_adapter)
 
+    plan = tried[0]
     # Recomputing more does not help to load the weights.
     plans = [one for one in memory_plans(config, base) if (one.weights, one.offload) != (plan.weights, plan.offload)]
-    return until_it_fits(start, smaller_plans(plans, plan, tried.append, "loading the model", callbacks.on_warning))
+    run = until_it_fits(start, smaller_plans(plans, plan, tried.append, "the model", "Use a smaller base model", warn))
+    for limit in _limits_of(run, base):
+        warn(limit)
+    return run
 
 
-def _possible(
+def _possible_settings(
     config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype, on_warning: OnWarning
 ) -> TrainConfig:
     """Return the settings without products in 8 bits if weights would be rounded for them in vain."""

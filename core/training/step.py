@@ -53,21 +53,19 @@ def smaller_plans(
     plan: MemoryPlan,
     adopt: Callable[[MemoryPlan], object],
     what: str,
+    advice: str,
     on_warning: OnWarning,
 ) -> Iterator[Callable[[], object]]:
     """Yield the adoption of each plan that is smaller than `plan`, from the largest to the smallest.
 
-    `on_warning` is told that there was too little memory for `what`. Raises OutOfMemory after the last plan.
+    `on_warning` is told that `what` does not fit. Raises OutOfMemory with the advice after the last plan.
     """
     for smaller in plans:
         if smaller != plan and smaller.saves_as_much_as(plan):
             plan = smaller
-            on_warning(f"out of memory in {what}: repeating it with {plan}")
+            on_warning(f"out of memory: {what} does not fit. Trying again with {plan}")
             yield partial(adopt, plan)
-    raise OutOfMemory(
-        f"{what} does not fit into the device's memory ({plan}). "
-        "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
-    )
+    raise OutOfMemory(f"{what} does not fit into the device's memory ({plan}). {advice}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,18 +196,14 @@ class Run:
 
     def accumulate_within_memory(self, on_warning: OnWarning) -> Tensor:
         """Return the loss of `accumulate`, using smaller memory plans until it fits. Raises OutOfMemory when none does."""
-        what = f"step {self.step + 1}"
+        what, advice = f"step {self.step + 1}", "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
         return until_it_fits(
-            self.accumulate, smaller_plans(self.plans, self.memory.plan, self._leave_step, what, on_warning)
+            self.accumulate, smaller_plans(self.plans, self.memory.plan, self.adopt, what, advice, on_warning)
         )
 
-    def _leave_step(self, plan: MemoryPlan) -> None:
-        """Free what an unfinished step has left, and switch to a memory plan."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.adopt(plan)
-
     def adopt(self, plan: MemoryPlan) -> None:
-        """Switch to a memory plan. Weights that are already in 8 bits stay that way."""
+        """Switch to a memory plan between two steps. Weights that are already in 8 bits stay that way."""
+        self.optimizer.zero_grad(set_to_none=True)
         narrows = plan.weights != self.memory.plan.weights
         self.memory.adopt(plan)
         if narrows:

@@ -21,7 +21,7 @@ from torch import nn
 import core.pictures.generate as generate_module
 from core.bench.random_models import random_base, random_cache
 from core.config import TrainConfig
-from core.device import free_memory, in_parts_that_fit, is_out_of_memory, until_it_fits
+from core.device import free_memory, in_parts_that_fit, is_out_of_memory, synchronize, until_it_fits
 from core.errors import BadConfig, OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -374,7 +374,8 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
         callbacks=Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step)),
     )
     assert steps == [1, 2, 3, 4]
-    assert [warning.split(":")[0] for warning in warnings] == ["out of memory in step 3"] * 3  # cheap, half, everything
+    said = "out of memory: step 3 does not fit"
+    assert [warning.split(".")[0] for warning in warnings] == [said] * 3  # cheap, half, everything
     assert lora.tensors.keys() == plain.tensors.keys()
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(lora.tensors[name], tensor, rtol=1e-4, atol=1e-6)
@@ -396,7 +397,12 @@ def test_out_of_memory_while_the_model_is_loaded_leads_to_weights_that_take_less
     warnings: list[str] = []
     lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     assert lora.metadata[WEIGHTS_KEY] == "8 bits"
-    assert warnings == [f"out of memory in loading the model: repeating it with {PLANS[4]}"]
+    assert warnings == [f"out of memory: the model does not fit. Trying again with {PLANS[4]}"]
+    monkeypatch.setattr(MemorySaver, "adopt", out_of_memory)
+    with pytest.raises(
+        OutOfMemory, match=r"the model does not fit into the device's memory \(.*\). Use a smaller base model"
+    ):
+        train_lora(cache, base, CONFIG, device=CPU)
 
 
 def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
@@ -418,7 +424,8 @@ def test_samples_that_do_not_fit_are_drawn_with_blocks_brought_in_and_training_k
     drawing = Drawing(run)
     assert len(drawing.draw(sampler, [("a photo", 1)], warnings.append)) == 1
     assert drawn_with == [replace(plan, offload=share) for share in (plan.offload, 0.5, 1.0) if share >= plan.offload]
-    assert [warning.split(":")[0] for warning in warnings] == ["out of memory in a sample"] * (len(drawn_with) - 1)
+    said = "out of memory: a sample does not fit"
+    assert [warning.split(".")[0] for warning in warnings] == [said] * (len(drawn_with) - 1)
     assert run.memory.plan == plan
     drawn_with.clear()
     drawing.draw(sampler, [("a photo", 1)], warnings.append)
@@ -474,6 +481,13 @@ def test_a_lack_of_memory_that_nothing_helps_keeps_nothing_alive():
         assert draw()() is None
     finally:
         gc.enable()
+
+
+def test_the_device_that_is_waited_for_is_the_one_that_computes(monkeypatch):
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    synchronize(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
 
 
 def test_free_memory_is_known_without_a_unix(monkeypatch):

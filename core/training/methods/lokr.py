@@ -41,9 +41,5 @@ def _roles_of(layer: nn.Module) -> Roles:
 
 
 METHOD = Method(
-    "LoKr, a Kronecker product (arXiv:2309.14859)",
-    attach,
-    rate_factor=3.0,
-    joins_modules=False,
-    package="peft",
+    "LoKr, a Kronecker product (arXiv:2309.14859)", attach, rate_factor=3.0, joins_modules=False, package="peft"
 )
