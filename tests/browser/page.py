@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, TimeoutError, sync_playwright
 
 from core.errors import MissingPackage
 from tests.comfyui.server import ComfyServer
@@ -93,8 +93,12 @@ class ComfyPage:
         self.problems.clear()
 
     def wait_for(self, condition: str, seconds: float = 120) -> None:
-        """Until a function in the page returns something true."""
-        self._page.wait_for_function(condition, timeout=1000 * seconds)
+        """Until a function in the page returns something true. AssertionError with what the page shows instead."""
+        try:
+            self._page.wait_for_function(condition, timeout=1000 * seconds)
+        except TimeoutError as problem:
+            shown = self._page.inner_text("body")
+            raise AssertionError(f"not within {seconds} s: {condition}\n{self.complaints()}\n{shown}") from problem
 
     def wait_until_ready(self) -> None:
         ready = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FaceLoRATrain"

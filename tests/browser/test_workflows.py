@@ -190,7 +190,9 @@ class Hands:
         assert self.comfy.complaints() == []
 
     def add_photos(self, files: list[Path]) -> None:
-        self.drop(self.page.locator(".facelora-add"), files)
+        button = self.page.locator(".facelora-add")
+        button.click(trial=True)  # which waits until nothing moves or covers it
+        self.drop(button, files)
         self.comfy.wait_for(f"() => document.querySelectorAll('.facelora-tile').length === {len(files)}")
 
     def choose_style(self) -> None:
