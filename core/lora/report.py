@@ -160,8 +160,10 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         lines.append(f"  embeddings    {_short(', '.join(report['embeddings']))}")
     if report["unknown_keys"]:
         lines.append(f"  not recognised: {len(report['unknown_keys'])}, e.g. {some_of(report['unknown_keys'])}")
-    loads = {reader: _loads(reading) for reader, reading in report["readers"].items()}
-    lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
+    readers: dict[str, list[str]] = {}
+    for reader, reading in report["readers"].items():
+        readers.setdefault(_loads(reading), []).append(reader)
+    lines += [f"  {'loads' if first else '':<13} {', '.join(names)}: {text}" for first, text, names in _rows(readers)]
     return "\n".join(map(one_line, lines))
 
 
