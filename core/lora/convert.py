@@ -116,7 +116,7 @@ def convert_for(
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
     names = _names_of(lora)
-    namings = [(scheme, names) for scheme in (names.scheme, *SCHEMES)]
+    namings = [(scheme, names) for scheme in dict.fromkeys((names.scheme, *SCHEMES))]
     if prefixes := names.loaded.invokeai_prefixes:
         namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
     for scheme, names in namings:
@@ -132,7 +132,8 @@ def convert_for(
         if not refusing:
             return converted
         failures.append(f"{scheme}: {' and '.join(refusing)}")
-    raise UnmatchedKeys(f"{lora.name}: no naming works completely in {', '.join(asked)}: {'; '.join(failures)}")
+    reasons = "; ".join(dict.fromkeys(failures))
+    raise UnmatchedKeys(f"{lora.name}: no naming works completely in {', '.join(asked)}: {reasons}")
 
 
 def reading_limits(lora: LoraFile) -> list[str]:

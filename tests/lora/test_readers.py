@@ -68,8 +68,9 @@ def test_a_naming_is_chosen_that_all_programs_load():
     assert error == 0 and not any(not_loaded_by(reader, converted) for reader in ("ComfyUI", "InvokeAI"))
     with pytest.raises(
         UnmatchedKeys, match=r"no naming works completely in sd-scripts: comfy: sd-scripts does not support"
-    ):
+    ) as refused:
         convert_for(zimage(), ["sd-scripts"])
+    assert str(refused.value).count(" comfy: ") == 1, "each reason is given once"
     with pytest.raises(BadConfig, match="unknown program 'krita'; known: comfyui, diffusers, peft"):
         convert_for(zimage(), ["krita"])
 
