@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
     from .modules import name_kinds as name_kinds
+    from .names import WORD_KEY as WORD_KEY
     from .names import Entry as Entry
     from .names import LoraHeader as LoraHeader
+    from .names import trigger_words as trigger_words
+    from .names import word_of as word_of
     from .report import format_inspection as format_inspection
     from .report import format_line as format_line
     from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
     from .sidecars import write_sidecars as write_sidecars
-    from .words import WORD_KEY as WORD_KEY
-    from .words import trigger_words as trigger_words
-    from .words import word_of as word_of
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -17,8 +17,7 @@ from .convert import NewLora, check_rank, metadata_for
 from .file import LoraFile, fit
 from .low_rank import factorise
 from .modules import LoraModule, name_modules
-from .names import Entry
-from .words import word_of
+from .names import Entry, word_of
 
 
 def extract_lora(

@@ -25,9 +25,8 @@ from .kinds import BIAS_ROLES, UNBOUND, needs_base
 from .low_rank import Factorised, decomposed, factorise
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
-from .names import Entry
+from .names import PHRASE_KEY, Entry, trigger_words
 from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
-from .words import PHRASE_KEY, trigger_words
 
 _OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
 """The metadata that don't apply to a changed copy of a LoRA. The last two patterns are cloneofsimo/lora's."""

@@ -16,7 +16,7 @@ from ..models.clip import add_word, remove_words
 from ..storage.files import RESERVED
 from ..tensor_names import NAME_TABLES, bundled_name
 from .file import LoraFile
-from .words import WORD_KEY, word_of
+from .names import WORD_KEY, word_of
 
 _STRING_TO_PARAM = "string_to_param.*"
 """The name of `emb_params` in a LoRA file."""

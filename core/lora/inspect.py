@@ -20,10 +20,9 @@ from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
 from .low_rank import LARGEST_VALUE, change_norm, largest_change
-from .names import Entry, shortened
+from .names import Entry, shortened, trigger_words
 from .readers import not_loaded_by
 from .report import counts, inspect_header
-from .words import trigger_words
 
 
 def inspect_lora(path: str | os.PathLike[str], on_progress: OnProgress = silent) -> dict[str, Any]:

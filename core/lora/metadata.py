@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -18,9 +17,8 @@ from ..photos.reading import read_photo_files
 from ..progress import OnProgress, silent, steps
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
-from .names import LoraHeader
+from .names import PEFT_KEY, PHRASE_KEY, WORD_KEY, LoraHeader, json_in, trigger_words
 from .report import SETTINGS
-from .words import PHRASE_KEY, WORD_KEY, trigger_words
 
 MODELSPEC_VERSION = "1.0.1"
 
@@ -137,7 +135,6 @@ def thumbnail_url(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
-_PEFT = "lora_adapter_metadata"
 _MODELSPEC = (
     "sai_model_spec", "architecture", "implementation", "implementation_version", "title", "description",
     "trigger_phrase", "tags", "license", "usage_hint", "resolution", "prediction_type", "timestep_range", "encoder_layer",
@@ -147,6 +144,7 @@ _SETTINGS = tuple(f"ss_{name}" for name in (*SETTINGS, *_OTHERS))
 _SHARED = {*(f"modelspec.{name}" for name in _MODELSPEC), *_SETTINGS, WORD_KEY, "format"}
 """The keys to keep. All others are removed, since other programs may have written anything into them."""
 _PEFT_NUMBERS = re.compile(r"(?:.*\.)?(?:r|lora_alpha|alpha|rank_pattern|alpha_pattern|use_rslora)")
+"""The ranks and alphas in peft's configuration."""
 _PATH = re.compile(
     r"""(?<![\w/:.<>)])(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[^\s/,"']+/))[^\s,"']+|\bfile://[^\s,"']+""", re.ASCII
 )
@@ -169,22 +167,16 @@ def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
-    if _PEFT in metadata:  # This may be the only place with the scale of the modules.
-        shared[_PEFT] = json.dumps(_numbers(metadata[_PEFT]))
+    if (
+        PEFT_KEY in metadata
+    ):  # It may be the only place with the scale of the modules, but contains the model's path too.
+        config = json_in(metadata, PEFT_KEY, dict)
+        shared[PEFT_KEY] = json.dumps({key: value for key, value in config.items() if _PEFT_NUMBERS.fullmatch(key)})
     if words := trigger_words(metadata):
         # Each program reads the trigger words from one of these two keys.
         phrase = metadata.get(PHRASE_KEY) or words[0]
         shared |= {PHRASE_KEY: phrase, "ss_tag_frequency": json.dumps({words[0]: {words[0]: 1}})}
     return shared
-
-
-def _numbers(config: str) -> dict[str, Any]:
-    """Return only the ranks and alphas in peft's configuration, which also contains the base model's path."""
-    with suppress(ValueError, RecursionError):
-        known = json.loads(config)
-        if isinstance(known, dict):
-            return {key: value for key, value in known.items() if _PEFT_NUMBERS.fullmatch(key)}
-    return {}
 
 
 def personal_part(text: str, known: Collection[str] = ()) -> str | None:

@@ -25,6 +25,7 @@ from ..tensor_names import (
     NameTable,
     Place,
     bundled_embedding,
+    bundled_name,
     families_of,
     families_of_embedding,
     family_named,
@@ -42,6 +43,12 @@ Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
 MOST_TENSORS = 20_000
 """The most tensors in a LoRA. The largest real ones have half as many, and more small tensors would take minutes."""
+PHRASE_KEY = "modelspec.trigger_phrase"
+"""The metadata key of a LoRA's trigger words."""
+WORD_KEY = "facelora.word"
+"""The metadata key of an embedding's word in prompts."""
+PEFT_KEY = "lora_adapter_metadata"
+"""The metadata key of peft's configuration."""
 _T = TypeVar("_T")
 _FEW = 10
 """The number of modules with unpublished names that are allowed, for small custom models."""
@@ -298,7 +305,7 @@ class LoraNames:
 
     @cached_property
     def _peft_config(self) -> dict[str, Any]:
-        return _peft_config(self.metadata)
+        return json_in(self.metadata, PEFT_KEY, dict)
 
     @property
     def other_families(self) -> tuple[str, ...]:
@@ -457,11 +464,11 @@ def _architecture(metadata: Mapping[str, str]) -> str:
 
 def claims_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the family that each metadata value names, by key, the best evidence first. Unknown names are left out."""
-    bases = (base for key, base in _peft_config(metadata).items() if key.endswith("base_model_name_or_path"))
+    bases = (base for key, base in json_in(metadata, PEFT_KEY, dict).items() if key.endswith("base_model_name_or_path"))
     names = {
         "ss_base_model_version": metadata.get("ss_base_model_version", ""),
         "modelspec.architecture": _architecture(metadata),
-        "lora_adapter_metadata": str(next(bases, "")),
+        PEFT_KEY: str(next(bases, "")),
     }
     return {key: family for key, name in names.items() if (family := family_named(name))}
 
@@ -471,13 +478,33 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     return next(iter(claims_of(metadata).values()), None)
 
 
-def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return peft's configuration in the metadata; empty if it is missing or damaged."""
+def json_in(metadata: Mapping[str, str], key: str, kind: type) -> Any:
+    """Return the JSON value of type `kind` in a metadata value; an empty one if it is missing, damaged or of another type."""
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
+        value = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return kind()
+    return value if isinstance(value, kind) else kind()
+
+
+def word_of(lora: LoraNames, key: str) -> str:
+    """Return the word of an embedding's tensor, one of the file's `embedding_keys`."""
+    return bundled_embedding(bundled_name(key)) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """Return the trigger words in the metadata, best first: from modelspec and the subsets, then frequent tags."""
+    words = [word.strip() for word in metadata.get(PHRASE_KEY, "").split(",")]
+    for dataset in json_in(metadata, "ss_datasets", list):
+        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
+        for subset in subsets if isinstance(subsets, list) else []:
+            if isinstance(subset, dict):
+                words.append(str(subset.get("class_tokens") or ""))
+    for tags in json_in(metadata, "ss_tag_frequency", dict).values():
+        if isinstance(tags, dict):
+            counts = [(tag, count) for tag, count in tags.items() if isinstance(count, int)]
+            words += [tag.strip() for tag, _ in sorted(counts, key=lambda pair: -pair[1])[:5]]
+    return [word for word in dict.fromkeys(words) if word and word != "None"]
 
 
 def peft_metadata(path: Path) -> dict[str, str]:
@@ -490,7 +517,7 @@ def peft_metadata(path: Path) -> dict[str, str]:
     except BadFile as error:
         raise BadFile(f"{error}; it contains the alpha of {path.name}") from None
     named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
-    return {"lora_adapter_metadata": json.dumps(named)}
+    return {PEFT_KEY: json.dumps(named)}
 
 
 def most_common(values: Iterable[_T]) -> _T:

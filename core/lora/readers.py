@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from ..tensor_names import NAME_TABLES, T5_PATHS, NamedTensor, NameTable, is_published, is_text_path, parse_key
 from .kinds import BIAS_DIFFERENCES
-from .names import Entry, LoraNames, has_pefts_magnitude
+from .names import PEFT_KEY, Entry, LoraNames, has_pefts_magnitude
 
 OTHERS = {
     "A1111": frozenset({"dora", "loha", "lokr", "oft"}),
@@ -116,7 +116,7 @@ _OF_CONFIG = Objection("peft's alpha in the metadata, and loads a different chan
 
 def _scaled_in_config(lora: LoraNames) -> list[str]:
     """Return the names of the modules with an alpha other than the rank in the metadata, which only diffusers and peft read."""
-    if "lora_adapter_metadata" not in lora.metadata:
+    if PEFT_KEY not in lora.metadata:
         return []
     return [entry.name for entry in lora.entries if lora.scale_in_config(entry) not in (None, 1.0)]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..errors import FaceLoraError, counted, one_line
 from .kinds import KINDS
-from .names import LoraHeader, shortened
+from .names import LoraHeader, shortened, trigger_words, word_of
 from .readers import READERS, Reading, read_by
-from .words import trigger_words, word_of
 
 SETTINGS = {
     "network_module": "network",

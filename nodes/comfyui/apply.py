@@ -14,8 +14,7 @@ from torch import Tensor
 from ...core.errors import BadConfig, BadFile, LoraMisfit, counted
 from ...core.lora.blocks import BLOCK_LISTS, block_strengths
 from ...core.lora.file import LoraFile
-from ...core.lora.names import Entry
-from ...core.lora.words import trigger_words
+from ...core.lora.names import Entry, trigger_words
 from ...core.models.families import FAMILIES
 from .convert import LoraModel, loadable, lora_file
 from .folders import prompt_phrase, says_no_server_paths

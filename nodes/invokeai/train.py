@@ -20,7 +20,7 @@ from ...core.config import RecipeName, TrainConfig, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadPhoto
 from ...core.lora.file import LoraFile
-from ...core.lora.words import trigger_words
+from ...core.lora.names import trigger_words
 from ...core.models.base import Base
 from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota

@@ -23,8 +23,8 @@ from core.lora.hashes import file_hashes
 from core.lora.inspect import block_norms, inspect_lora, verify_lora
 from core.lora.metadata import edit_metadata
 from core.lora.modules import SCHEMES, LoraModule
+from core.lora.names import trigger_words
 from core.lora.report import format_inspection, inspect_header
-from core.lora.words import trigger_words
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_file import kohya_tensors, some
