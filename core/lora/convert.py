@@ -67,7 +67,7 @@ def convert_lora(
         raise UnmatchedKeys(
             f"{lora.name}: has only embeddings, no modules; diffusers reads such a file without a conversion"
         )
-    others = [entry for entry in lora.entries if not _is_plain(entry)]
+    others = [entry for entry in lora.entries if not entry.is_plain]
     if others and plain_rank is not None:
         converted, error = to_plain(lora, plain_rank, base_weight, on_progress)
         modules, kept = converted.modules(), {}
@@ -155,13 +155,9 @@ def reading_limits(lora: LoraFile) -> list[str]:
     return limits
 
 
-def _is_plain(entry: Entry) -> bool:
-    return entry.kind in ("lora", "locon") and not entry.changes_bias
-
-
 def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
     """Return only the modules of a file that are plain LoRAs."""
-    keys = [key for entry in lora.entries if _is_plain(entry) for key in entry.keys.values()]
+    keys = [key for entry in lora.entries if entry.is_plain for key in entry.keys.values()]
     return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
 
 
@@ -273,7 +269,7 @@ def to_plain(
     check_rank(rank)
     lora.check()
     modules = _plain_modules(lora)
-    others = [entry for entry in lora.entries if not _is_plain(entry)]
+    others = [entry for entry in lora.entries if not entry.is_plain]
     worst = 0.0
     for done, entry in enumerate(others, 1):
         if entry.kind == "norm" or entry.changes_bias or len(entry.weight_shape or ()) == 1:

@@ -172,7 +172,7 @@ class LoraFile(LoraNames):
         self.check()
         modules: dict[ModuleId, LoraModule] = {}
         for entry in self.entries:
-            if entry.kind not in ("lora", "locon") or entry.changes_bias:
+            if not entry.is_plain:
                 what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
                 raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}; convert it to a plain LoRA first")
             modules |= self.low_rank_of(entry, strength)

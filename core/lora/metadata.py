@@ -167,9 +167,8 @@ def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
-    if (
-        PEFT_KEY in metadata
-    ):  # It may be the only place with the scale of the modules, but contains the model's path too.
+    if PEFT_KEY in metadata:
+        # This may be the only place with the scale of the modules, but it also contains the base model's path.
         config = json_in(metadata, PEFT_KEY, dict)
         shared[PEFT_KEY] = json.dumps({key: value for key, value in config.items() if _PEFT_NUMBERS.fullmatch(key)})
     if words := trigger_words(metadata):

@@ -154,26 +154,13 @@ def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One adapted module in a file."""
+class Entry(NamedModule):
+    """One adapted module in a file. `part` is the part of the family's model, e.g. "denoiser"."""
 
-    name: str
-    """The module's name in the file, without the suffixes of its tensors."""
-    scheme: str
-    """The naming scheme of that name."""
-    place: Place
-    """The weight that the entry changes."""
     kind: str
     """The kind of adapter, one of kinds.KINDS."""
-    keys: Mapping[str, str]
-    """The name of each tensor in the file, by its role."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """The shape of each tensor, by its role."""
-
-    @property
-    def part(self) -> str:
-        """The part of the model that the module is in, e.g. "denoiser"."""
-        return self.place.part
+    place: Place
+    """The weight that the entry changes."""
 
     @cached_property
     def modules(self) -> tuple[ModuleId, ...]:
@@ -184,6 +171,11 @@ class Entry:
     def rank(self) -> int | None:
         """The rank that alpha is divided by; None for a kind without a rank."""
         return rank_of(self.kind, self.shapes)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the entry is a plain LoRA, without a bias."""
+        return self.kind in ("lora", "locon") and not self.changes_bias
 
     @property
     def changes_bias(self) -> bool:
@@ -210,7 +202,8 @@ def has_pefts_magnitude(entry: Entry) -> bool:
 @lru_cache(maxsize=1 << 16)
 def _entry(family: str, module: NamedModule) -> Entry:
     place = NAME_TABLES[family].locate(module.part, module.path)
-    return Entry(module.name, module.scheme, place, module.kind or "", module.keys, module.shapes)
+    kind, keys, shapes = module.kind or "", module.keys, module.shapes
+    return Entry(module.name, module.scheme, place.part, module.path, kind, keys, shapes, place)
 
 
 class LoraNames:

@@ -257,7 +257,7 @@ def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objec
     known = family.loaded.sd_scripts
     if known is None:
         return f"{family.name} at all"
-    if entry.kind not in ("lora", "locon") or entry.changes_bias:
+    if not entry.is_plain:
         return f"adapters of kind {entry.kind} in its plain network"
     if named.part != "denoiser":
         prefix = family.kohya_prefixes.get(entry.part, "?")
@@ -312,7 +312,7 @@ def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry)
     lacks = family.loaded.others_lack.get((program, named.scheme))
     if lacks and re.search(lacks, named.path):
         return f"{named.scheme} names of these modules"
-    if entry.kind not in ("lora", "locon") or entry.changes_bias:
+    if not entry.is_plain:
         if program == "stable-diffusion.cpp" and entry.kind == "dora":
             return Objection("dora_scale, and loads a different change without it", loads=True)
         if entry.kind not in OTHERS[program] or family.a1111_version not in _KINDS_IN or entry.changes_bias:
