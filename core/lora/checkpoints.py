@@ -13,9 +13,9 @@ from ..progress import OnProgress, OnWarning, silent
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place
 from .base_weights import BaseWeights, bias_name
+from .changes import factorise
 from .convert import NewLora, check_rank, metadata_for
 from .file import LoraFile, fit
-from .low_rank import factorise
 from .modules import LoraModule, name_modules
 from .names import Entry, word_of
 

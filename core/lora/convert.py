@@ -19,10 +19,9 @@ from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..progress import OnProgress, silent
 from ..storage.stored import LazyValues
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
-from .changes import bias_change, scale_of
+from .changes import Factorised, bias_change, decomposed, factorise, scale_of
 from .file import KEY, LoraFile
 from .kinds import BIAS_ROLES, UNBOUND, needs_base
-from .low_rank import Factorised, decomposed, factorise
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 from .names import PHRASE_KEY, Entry, trigger_words

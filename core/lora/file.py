@@ -27,10 +27,9 @@ from ..storage.safetensors_file import (
     write_safetensors,
 )
 from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
-from .changes import bias_change, weight_change
+from .changes import LARGEST_VALUE, bias_change, largest_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
-from .low_rank import LARGEST_VALUE, largest_change
 from .modules import LoraModule, name_modules
 from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised, shortened
 

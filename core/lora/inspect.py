@@ -16,10 +16,10 @@ from ..errors import counted
 from ..progress import OnProgress, silent, steps
 from ..tensor_names import NAME_TABLES
 from .base_weights import BaseWeights
+from .changes import LARGEST_VALUE, change_norm, largest_change
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
-from .low_rank import LARGEST_VALUE, change_norm, largest_change
 from .names import Entry, shortened, trigger_words
 from .readers import not_loaded_by
 from .report import counts, inspect_header

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from core.lora.base_weights import BaseWeights
+from core.lora.changes import truncated_svd
 from core.lora.checkpoints import extract_lora, merge_into_checkpoint
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
 from core.lora.file import KEY, LoraFile
 from core.lora.hashes import legacy_hash, model_hash
-from core.lora.low_rank import truncated_svd
 from core.lora.modules import LoraModule
 from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors

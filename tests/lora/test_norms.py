@@ -10,11 +10,10 @@ from torch.overrides import TorchFunctionMode
 from core.cli import main
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
-from core.lora.changes import weight_change
+from core.lora.changes import change_norm, decomposed, factorise, largest_change, weight_change
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
 from core.lora.file import LoraFile
 from core.lora.inspect import inspect_lora, verify_lora
-from core.lora.low_rank import change_norm, decomposed, factorise, largest_change
 from core.lora.modules import LoraModule
 from core.lora.report import format_inspection
 from core.storage.safetensors_file import save_safetensors

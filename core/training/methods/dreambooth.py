@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...config import OptimizerSettings, TrainConfig
 from ...device import free_memory
 from ...errors import BadConfig, LoraMisfit, OutOfMemory
+from ...lora.changes import factorise
 from ...lora.file import LoraFile
-from ...lora.low_rank import factorise
 from ...lora.modules import LoraModule
 from ...models.base import Base
 from ...models.memory_plan import OPTIMIZER_BYTES
