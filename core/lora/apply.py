@@ -165,7 +165,10 @@ def apply(
         for path, module in network.named_modules()
         if isinstance(module, NarrowLayer) or isinstance(getattr(module, "weight", None), Tensor)
     }
-    shapes = {module_id: _weight_shape(layer) for module_id, layer in layers.items()}
+    shapes: dict[ModuleId, tuple[int, ...]] = {
+        module_id: layer.narrow.shape if isinstance(layer, NarrowLayer) else tuple(layer.weight.shape)  # pyright: ignore
+        for module_id, layer in layers.items()
+    }
     biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
     unused = FAMILIES[family].unused if family in FAMILIES else r"$^"
     present = lora.of_parts({"denoiser", *networks}).of_loaded(shapes, unused)
@@ -189,10 +192,6 @@ def apply(
         applied.remove()
         raise
     return applied
-
-
-def _weight_shape(layer: Any) -> tuple[int, ...]:
-    return layer.narrow.shape if isinstance(layer, NarrowLayer) else tuple(layer.weight.shape)
 
 
 def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:

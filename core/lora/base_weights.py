@@ -59,12 +59,16 @@ class BaseLayers:
         table = NAME_TABLES[self.family]
         self.names = table if layers == PUBLISHED_BLOCKS else table.for_other_blocks()
         for weight, (part, path) in paths.items():
-            place, shape = _place(NAME_TABLES[self.family], part, path, layers), tensor_shapes[weight]
-            if place is None or not _fits(place, shape):
+            place, shape = _place(table, part, path, layers), tensor_shapes[weight]
+            if place is None:
+                continue
+            try:
+                rows = place.rows(shape[0], math.prod(shape[1:2]))
+            except ValueError:  # The weight has another size than the family's.
                 continue
             self.places[weight] = place
-            for module, rows in zip(place.modules, _rows(place, shape), strict=True):
-                self.shapes[module] = (rows, *shape[1:])
+            for module, outputs in zip(place.modules, rows, strict=True):
+                self.shapes[module] = (outputs, *shape[1:])
                 self._names[module] = weight
             if bias_name(weight) in tensor_shapes:
                 self.biased.update(place.modules)
@@ -115,10 +119,6 @@ def bias_name(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
-def _rows(place: Place, shape: tuple[int, ...]) -> list[int]:
-    return place.rows(shape[0], math.prod(shape[1:2]))
-
-
 def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
     """Return the part, or its prefix in the file, and the module path of each weight, by its name."""
     denoiser = next((prefix for prefix in _DENOISER_PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
@@ -150,14 +150,6 @@ def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[
             f"Supported: {', '.join(NAME_TABLES)}"
         )
     return families[0]
-
-
-def _fits(place: Place, shape: tuple[int, ...]) -> bool:
-    try:
-        _rows(place, shape)
-    except ValueError:
-        return False
-    return True
 
 
 def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:

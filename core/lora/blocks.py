@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ..errors import BadConfig
 from ..tensor_names import NAME_TABLES
@@ -44,7 +44,10 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
                 shown = ", ".join(name for name in named if name.count(".") < 2)
                 raise BadConfig(f"block_weights: {lora.name} has no block {name!r}; choose from {shown}")
             given[name] = _number(number, item)
-    return {entry.name: _strength(entry, given) for entry in lora.entries}
+    return {
+        entry.name: next((given[name] for name in reversed(list(_names(entry))) if name in given), 1.0)
+        for entry in lora.entries
+    }
 
 
 def _listed(lora: LoraFile, items: list[str]) -> dict[str, float]:
@@ -64,10 +67,6 @@ def _number(text: str, item: str) -> float:
     if not math.isfinite(number):
         raise BadConfig(f"block_weights: {item!r} is not BLOCK=NUMBER, e.g. up_blocks.1=0.5") from None
     return number
-
-
-def _strength(entry: Entry, given: Mapping[str, float]) -> float:
-    return next((given[name] for name in reversed(list(_names(entry))) if name in given), 1.0)
 
 
 def _names(entry: Entry) -> Iterator[str]:

@@ -61,8 +61,10 @@ def extract_lora(
             if change.ndim == 1:
                 left_out += [name] if change.any() else []
             elif change.any():
-                # A fused weight of the denoiser gets one rank. q, k and v of CLIP get one each.
-                parts = [(place, change)] if place.part == "denoiser" else _apart(place, change)
+                parts = [(place, change)]
+                if place.part != "denoiser":  # q, k and v of CLIP get one rank each, other fused weights one together.
+                    split = place.split(change)
+                    parts = [(Place(part, Fusion(path, (path,)), None), rows) for (part, path), rows in split]
                 for place_of_part, part in parts:
                     down, up, error = factorise(part, rank, f"{after.file.path}: {name}")
                     ups = place_of_part.split(up, inputs=down.shape[1])
@@ -97,11 +99,6 @@ def _difference(name: str, old: Tensor, new: Tensor) -> Tensor:
     if old.shape != new.shape:
         raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
     return new.float() - old.float()
-
-
-def _apart(place: Place, change: Tensor) -> list[tuple[Place, Tensor]]:
-    """Split the change of a place into the changes of its modules, each with its own place."""
-    return [(Place(part, Fusion(path, (path,)), None), rows) for (part, path), rows in place.split(change)]
 
 
 def merge_into_checkpoint(

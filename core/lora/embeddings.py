@@ -18,9 +18,6 @@ from ..tensor_names import NAME_TABLES, bundled_name
 from .file import LoraFile
 from .names import WORD_KEY, word_of
 
-_STRING_TO_PARAM = "string_to_param.*"
-"""The name of `emb_params` in a LoRA file."""
-
 
 def embedding_tensors(family: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of an embedding file, from the vectors (count, width) by part."""
@@ -31,7 +28,7 @@ def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> di
     """Return the tensors of an embedding that is bundled in a LoRA file, from the vectors (count, width) by part."""
     name = file_word(word)
     return {
-        f"bundle_emb.{name}.{_STRING_TO_PARAM if key == 'emb_params' else key}": tensor
+        f"bundle_emb.{name}.{'string_to_param.*' if key == 'emb_params' else key}": tensor
         for key, tensor in embedding_tensors(family, vectors).items()
     }
 

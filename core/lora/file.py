@@ -27,6 +27,7 @@ from ..storage.safetensors_file import (
     write_safetensors,
 )
 from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
+from ..tensor_names.models import same_weight
 from .changes import LARGEST_VALUE, bias_change, largest_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
@@ -385,7 +386,7 @@ def fit(
             continue
         expected = [tuple(shapes[module]) for module in entry.modules]
         shape, outputs = entry.weight_shape, sum(rows for rows, *_ in expected)
-        if shape is not None and not _same_weight(shape, (outputs, *expected[0][1:])):
+        if shape is not None and not same_weight(shape, (outputs, *expected[0][1:])):
             left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
             continue
         if entry.bias_size is not None and entry.bias_size != outputs:
@@ -396,8 +397,3 @@ def fit(
             continue
         matched.extend(entry.modules)
     return Fit(lora.family, family, tuple(matched), left_over)
-
-
-def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    # Files may have 1x1 convolutions as Linear layers, and flattened kernels, so compare only the sizes.
-    return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import counted
 from ..progress import OnProgress, silent, steps
 from ..tensor_names import NAME_TABLES
@@ -50,12 +47,8 @@ def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict
         norms[block] = math.hypot(norms.get(block, 0.0), change_norm(entry.kind, lora.tensors_of(entry)))
     return {
         block: round(norms[block], 6) if math.isfinite(norms[block]) else None
-        for block in sorted(norms, key=_by_number)
+        for block in sorted(norms, key=lambda name: [(w, int(n or 0)) for w, n in re.findall(r"(\D+)(\d*)", name)])
     }
-
-
-def _by_number(block: str) -> list[tuple[str, int]]:
-    return [(word, int(number or 0)) for word, number in re.findall(r"(\D+)(\d*)", block)]
 
 
 def _block(entry: Entry) -> str:
@@ -99,16 +92,13 @@ def verify_lora(
             faults.append(Fault(True, text))
     broken: list[str] = []
     for name, tensor in lora.tensors.items():
-        broken += [] if _is_finite(tensor) else [name]
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            broken.append(name)
         step()
     if broken:
         which = counted(len(broken), "tensor contains", "tensors contain")
         return [*faults, Fault(True, f"{which} NaN or infinity, e.g. {broken[0]}")]
     return [*faults, *_verify_norms(lora, step)]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
 def _verify_names(lora: LoraFile) -> Iterator[Fault]:

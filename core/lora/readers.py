@@ -89,8 +89,10 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
         return Reading(len(lora.entries), dict.fromkeys((entry.name for entry in lora.entries), nothing))
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
-    if reader not in ("diffusers", "peft"):
-        found = dict.fromkeys(_scaled_in_config(lora), _OF_CONFIG) | found
+    if reader not in ("diffusers", "peft") and PEFT_KEY in lora.metadata:
+        # Only these two read an alpha other than the rank from the metadata.
+        scaled = [entry.name for entry in lora.entries if lora.scale_in_config(entry) not in (None, 1.0)]
+        found = dict.fromkeys(scaled, _OF_CONFIG) | found
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
     if reader == "diffusers":
         refusal = _refusal_by_diffusers(lora)
@@ -112,13 +114,6 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
 
 
 _OF_CONFIG = Objection("peft's alpha in the metadata, and loads a different change without it", loads=True)
-
-
-def _scaled_in_config(lora: LoraNames) -> list[str]:
-    """Return the names of the modules with an alpha other than the rank in the metadata, which only diffusers and peft read."""
-    if PEFT_KEY not in lora.metadata:
-        return []
-    return [entry.name for entry in lora.entries if lora.scale_in_config(entry) not in (None, 1.0)]
 
 
 def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:

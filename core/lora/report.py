@@ -51,7 +51,12 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         "tensors": len(lora.types),
         "dtype": lora.type_name,
         "family": lora.family,
-        "identity": _identity(lora),
+        "identity": {
+            "verdict": lora.identity.verdict,
+            "models": list(lora.identity.models),
+            "nearest": lora.identity.nearest,
+            "misfits": list(lora.misfits),
+        },
         "scheme": lora.scheme,
         "kind": lora.kind,
         "kinds": _histogram(entry.kind for entry in entries),
@@ -71,17 +76,6 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         "training": _known(**{label: lora.metadata.get(f"ss_{key}") for key, label in SETTINGS.items()}),
         "about": _known(**{key: lora.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}),
         "thumbnail": "modelspec.thumbnail" in lora.metadata,
-    }
-
-
-def _identity(lora: LoraHeader) -> dict[str, Any]:
-    """Return the published models that the LoRA is for, as values for JSON."""
-    found = lora.identity
-    return {
-        "verdict": found.verdict,
-        "models": list(found.models),
-        "nearest": found.nearest,
-        "misfits": list(lora.misfits),
     }
 
 

@@ -139,7 +139,7 @@ def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozen
     return frozenset(
         row.variant
         for row in _rows(part, path)
-        if (shape is None or _same_weight(row.shape, shape)) and row.has_bias >= has_bias
+        if (shape is None or same_weight(row.shape, shape)) and row.has_bias >= has_bias
     )
 
 
@@ -165,9 +165,11 @@ def _rows(part: str, path: str) -> tuple[Row, ...]:
     )
 
 
-def _same_weight(shape: Shape, other: Shape) -> bool:
-    # Files may have 1x1 convolutions as Linear layers, and flattened kernels, so compare only the sizes.
-    # A size of 0 means that the inputs are unknown.
+def same_weight(shape: Shape, other: Shape) -> bool:
+    """Compare the sizes of two weights, since files may have 1x1 convolutions as Linear layers, and flattened kernels.
+
+    Inputs of size 0 are unknown.
+    """
     inputs, others = math.prod(shape[1:]), math.prod(other[1:])
     return shape[0] == other[0] and (inputs == others or 0 in (inputs, others))
 
