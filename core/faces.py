@@ -198,13 +198,8 @@ class Reference:
 
     def compare(self, images: Iterable[Image.Image]) -> list[tuple[float | None, Face | None]]:
         """Return the cosine of each picture's largest face to the person's, and that face; (None, None) without a face."""
-        return [self._compare(image) for image in images]
-
-    def _compare(self, image: Image.Image) -> tuple[float | None, Face | None]:
-        found = self.network.detect(image)
-        if not found:
-            return None, None
-        return self.of_faces(image, found[:1])[0], found[0]
+        found = ((image, self.network.detect(image)[:1]) for image in images)
+        return [(self.of_faces(image, faces)[0], faces[0]) if faces else (None, None) for image, faces in found]
 
     def of_faces(self, image: Image.Image, faces: Sequence[Face]) -> list[float]:
         """Return the cosine of each of the picture's faces to the person's."""

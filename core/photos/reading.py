@@ -341,7 +341,9 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
     # Pillow warns about large pictures and unreadable tags. Damaged photos are reported by our own errors.
     with warnings.catch_warnings(), _without_damage(name):
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        with Image.open(io.BytesIO(source), formats=_formats()) as image:
+        Image.init()
+        formats = [name for name in _FORMATS if name in Image.OPEN]  # This Pillow may lack some.
+        with Image.open(io.BytesIO(source), formats=formats) as image:
             if max(image.size) > MAX_SIDE:
                 raise BadPhoto(f"{name}: {_times(image.size)} pixels; at most {MAX_SIDE} per side can be read")
             most = _MANY_COPIES.get(str(image.format), MAX_PIXELS)
@@ -362,12 +364,6 @@ def _without_damage(name: str) -> Iterator[None]:
         raise BadPhoto(f"{name}: more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
     except DAMAGED as problem:
         raise BadPhoto(f"{name}: the file is damaged or incomplete") from problem
-
-
-def _formats() -> list[str]:
-    """Return the allowed decoders that this Pillow includes."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _support_heif(name: str) -> None:

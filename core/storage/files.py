@@ -152,7 +152,8 @@ def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[F
     """
     name = str(path) if name is None else name
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
+        # A pipe is opened without waiting for a writer. Windows has no named pipes in folders.
+        with open(path, "rb", opener=lambda place, flags: os.open(place, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise error(f"{name}: is not a regular file")
@@ -161,11 +162,6 @@ def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[F
             return file.read(about.st_size)  # read() allocates as many bytes as it is asked for.
     except OSError as problem:
         raise error(f"{name}: cannot be read: {problem.strerror or problem}") from None
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file like `os.open`, but without waiting for a writer if it is a pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no named pipes in folders.
 
 
 _MAX_JSON_BYTES = 64 << 20
@@ -186,11 +182,7 @@ def fill_page(path: Path, parts: Mapping[str, str]) -> str:
 
 def is_text(text: str) -> bool:
     """Check that the text can be written as UTF-8. JSON and file names can contain unpaired surrogates, which cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", text)
 
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

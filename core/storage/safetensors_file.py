@@ -75,13 +75,17 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         if count * dtype.itemsize <= SMALL_BYTES:
-            raw = self._bytes(offset, count * dtype.itemsize)
+            with self._reopened() as file:
+                file.seek(offset)
+                raw = bytearray(file.read(count * dtype.itemsize))
             return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
-        memory = self._map()
+        if self._memory is None:
+            with self._reopened() as file:
+                self._memory = map_file(file)
         if offset % dtype.itemsize == 0:
-            return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
+            return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).reshape(shape)
         # Tensors of small types may leave the next one unaligned, and then only a copy can be read safely.
-        raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+        raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(shape)
 
     def sha256(self, *, with_header: bool = True, on_chunk: Callable[[], None] = silent) -> str:
@@ -97,17 +101,6 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
                 digest.update(chunk)
                 on_chunk()
         return digest.hexdigest()
-
-    def _bytes(self, offset: int, count: int) -> bytearray:
-        with self._reopened() as file:
-            file.seek(offset)
-            return bytearray(file.read(count))
-
-    def _map(self) -> mmap.mmap | bytearray:
-        if self._memory is None:
-            with self._reopened() as file:
-                self._memory = map_file(file)
-        return self._memory
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)
@@ -243,13 +236,9 @@ def save_safetensors(
 class Digest(Protocol):
     """A running hash with the interface of hashlib's objects."""
 
-    def update(self, data: bytes | memoryview, /) -> object:
-        """Add data to the hash."""
-        ...
+    def update(self, data: bytes | memoryview, /) -> object: ...
 
-    def hexdigest(self) -> str:
-        """Return the hash of the data so far, as hex digits."""
-        ...
+    def hexdigest(self) -> str: ...
 
 
 def write_safetensors(

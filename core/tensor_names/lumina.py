@@ -54,10 +54,7 @@ LUMINA2 = NameTable(
     architecture="lumina-2",
     signs=(
         Sign(_LAYER),
-        Sign(
-            _LAYER + r"(attention\.(qkv|out)|attn\.to_\w+(\.0)?|feed_forward\.(w1|w3|linear_1|linear_3))$",
-            frozenset({2304}),
-        ),
+        Sign(_LUMINA_INPUTS, frozenset({2304})),
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
