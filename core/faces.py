@@ -292,7 +292,7 @@ class DlibFaces(YuNet):
     """A FaceNetwork of YuNet and dlib's residual network (Davis King, 2017), whose weights are in the public domain.
 
     The weights come in the package `face_recognition_models`. Cosines between different people are high: see
-    LIKENESS_LIMITS in photos.thresholds.
+    LIKENESS_LIMITS in photos.measure.
     """
 
     name = "dlib"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dataset import assign_bucket as assign_bucket
     from .dataset import bucket_sizes as bucket_sizes
     from .dataset import prepare as prepare
+    from .measure import Thresholds as Thresholds
     from .reading import DAMAGED as DAMAGED
     from .reading import Photo as Photo
     from .reading import PhotoLike as PhotoLike
@@ -33,6 +34,5 @@ if TYPE_CHECKING:
     from .sheet import format_report as format_report
     from .sheet import is_sheet as is_sheet
     from .sheet import save_sheet as save_sheet
-    from .thresholds import Thresholds as Thresholds
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

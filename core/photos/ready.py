@@ -10,10 +10,9 @@ import numpy as np
 from ..errors import BadPhoto, counted
 from ..faces import FaceNetwork, Reference, likeness, mean_face
 from ..progress import OnWarning, silent
-from .measure import hash_distance
+from .measure import Thresholds, hash_distance
 from .reading import Photo
 from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
-from .thresholds import Thresholds
 
 MIN_TRAINING_PHOTOS = 3
 """The number of photos that must remain to train on when others are held out."""

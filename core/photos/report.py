@@ -13,9 +13,8 @@ import numpy as np
 from ..errors import counted
 from ..faces import Face, FaceNetwork, likeness
 from . import measure
-from .measure import TURNS, Look, look_at
+from .measure import TURNS, Look, Thresholds, look_at
 from .reading import Photo
-from .thresholds import Thresholds
 
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
 FRAMINGS = ("close-up", "chest-up", "body")
