@@ -150,12 +150,3 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
     if kind == "norm":
         return shapes["w_norm"]
     return None
-
-
-def known_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
-    """Return the result of `weight_shape`, or (out, 0) for a kind that only shows the weight's outputs."""
-    if kind in ("oft", "boft"):
-        return (shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 0)
-    if kind == "bias":
-        return (next(shapes[role][0] for role in BIAS_ROLES if role in shapes), 0)
-    return weight_shape(kind, shapes)

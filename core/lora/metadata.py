@@ -186,7 +186,10 @@ def personal_part(text: str, known: Collection[str] = ()) -> str | None:
     for what, pattern in (("the path", _PATH), ("the file name", _PHOTO)):
         if found := pattern.search(text):
             return f"{what} {found[0]!r}"
-    for name in _users() - {word.lower() for word in known}:
+    users = {os.path.basename(os.path.expanduser("~"))}
+    with suppress(KeyError, OSError, ImportError):  # A computer may not know its user.
+        users.add(getpass.getuser())
+    for name in {name.lower() for name in users if len(name) > 2} - _NOBODY - {word.lower() for word in known}:
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text.lower()):
             return f"the name of this computer's user, {name!r}"
     return None
@@ -200,10 +203,3 @@ def without_folders(text: str) -> str:
     for pattern in (_FIRST_PATH, _QUOTED_PATH, _PATH):
         text = pattern.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
     return text
-
-
-def _users() -> set[str]:
-    names = {os.path.basename(os.path.expanduser("~"))}
-    with suppress(KeyError, OSError, ImportError):  # A computer may not know its user.
-        names.add(getpass.getuser())
-    return {name.lower() for name in names if len(name) > 2} - _NOBODY

@@ -84,17 +84,11 @@ def name_modules(
     return ComputedTensors([*makers, lambda: extra or {}])
 
 
-_KOHYA_SUFFIXES = {
-    "down": "lora_down.weight",
-    "up": "lora_up.weight",
-    "mid": "lora_mid.weight",
-    "dora": "dora_scale",
-}
-
-
 def suffix_of(role: str) -> str:
     """Return the suffix for a tensor of that role in Kohya's and ComfyUI's names."""
-    return _KOHYA_SUFFIXES.get(role, role)
+    if role in ("down", "up", "mid"):
+        return f"lora_{role}.weight"
+    return "dora_scale" if role == "dora" else role
 
 
 def name_kinds(names: NameTable, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from ..tensor_names import (
     plain_name,
     shows_other_blocks,
 )
-from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
+from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, rank_of, weight_shape
 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
@@ -76,7 +76,11 @@ class NamedModule:
     @cached_property
     def known_shape(self) -> tuple[int, ...] | None:
         """The shape of the changed weight, (out, 0) if the file only shows the outputs, None for a broken module."""
-        return known_shape(self.kind, self.shapes) if self.kind else None
+        if self.kind in ("oft", "boft"):
+            return (self.shapes["oft_blocks"][-3] * self.shapes["oft_blocks"][-1], 0)
+        if self.kind == "bias":
+            return (next(self.shapes[role][0] for role in BIAS_ROLES if role in self.shapes), 0)
+        return weight_shape(self.kind, self.shapes) if self.kind else None
 
 
 @dataclass(frozen=True)
