@@ -168,14 +168,14 @@ def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
 
 
 def change_norm(kind: str, tensors: Mapping[str, Tensor]) -> float:
-    """Compute the Frobenius norm of an adapter's weight change. Raises ValueError for kinds that need the base weight."""
-    factors, others = factors_of(kind, tensors)
+    """Compute the Frobenius norm of an adapter's weight change. The kind must not need the base weight."""
+    if kind in ("full", "norm"):
+        return _additive_change(kind, tensors).float().norm().item()
+    factors, _ = factors_of(kind, tensors)
     if kind == "loha":
         first, second = factors
         assert isinstance(first, Product) and isinstance(second, Product)
         return abs(scale_of(kind, tensors)) * _norm_of_hadamard(first, second)
-    if kind in ("full", "norm"):
-        return others[0].norm().item()
     return abs(scale_of(kind, tensors)) * math.prod(map(_norm, factors))
 
 

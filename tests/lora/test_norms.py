@@ -50,6 +50,8 @@ FACTORS: dict[str, tuple[str, Tensors]] = {
         of(lokr_w1_a=(8, 3), lokr_w1_b=(3, 6), lokr_w2_a=(5, 30), lokr_w2_b=(70, 20), lokr_t2=(5, 70, 3, 3), alpha=()),
     ),
     "full": ("full", of(diff=(20, 30))),
+    "full, after its bias": ("full", of(diff_b=(20,), diff=(20, 30))),
+    "norm, after its bias": ("norm", {"b_norm": torch.zeros(20), "w_norm": torch.ones(20)}),
 }  # fmt: skip
 
 
