@@ -53,7 +53,10 @@ def extract_lora(
         if place is None:
             left_out += [] if _is_equal(before.file[name], after.file[name]) else [name]
         elif set(modules) <= after.shapes.keys():
-            change = _difference(name, before.file[name], place.join([after.read(module) for module in modules]))
+            old, new = before.file[name], place.join([after.read(module) for module in modules])
+            if old.shape != new.shape:
+                raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
+            change = new.float() - old.float()
             if biased.issuperset(modules):
                 inputs = math.prod(before.file.shapes[name][1:2])
                 new_bias = place.join([after.read_bias(module) for module in modules], inputs)
@@ -93,12 +96,6 @@ def extract_lora(
 
 def _is_equal(old: Tensor, new: Tensor) -> bool:
     return old.shape == new.shape and torch.equal(old.float(), new.float())
-
-
-def _difference(name: str, old: Tensor, new: Tensor) -> Tensor:
-    if old.shape != new.shape:
-        raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
-    return new.float() - old.float()
 
 
 def merge_into_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,11 +33,6 @@ class Fusion:
     """Whether diffusers stores the two halves of the rows (shift, scale) in the opposite order (scale, shift).
 
     This only applies to weights with two such parts. In other blocks of SD3 the layer has six or nine, in the same order."""
-
-
-def _inputs(weight: Tensor) -> int:
-    """Return the number of input features of a weight; 1 for a normalisation layer."""
-    return weight.shape[1] if weight.ndim > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Place:
         `inputs` is the weight's number of input features. It is needed for biases and other tensors that don't show it.
         Raises ValueError when the rows do not add up.
         """
-        inputs = _inputs(tensor) if inputs is None else inputs
+        inputs = math.prod(tensor.shape[1:2]) if inputs is None else inputs
         rows = self.rows(tensor.shape[0], inputs)
         return list(zip(self.modules, self._swapped(tensor, inputs).split(rows), strict=True))
 
@@ -81,7 +77,7 @@ class Place:
         import torch
 
         whole = torch.cat(list(tensors))
-        return self._swapped(whole, _inputs(whole) if inputs is None else inputs)
+        return self._swapped(whole, math.prod(whole.shape[1:2]) if inputs is None else inputs)
 
     def _swapped(self, tensor: Tensor, inputs: int) -> Tensor:
         swapped = self.index is None and self.fusion.halves_swapped and tensor.shape[0] == 2 * inputs
