@@ -15,7 +15,7 @@ from ..storage.stored import NarrowTensor, narrow_in
 from ..tensor_names import NameTable
 from .narrow_layers import can_be_narrow, make_narrow
 from .objective import FlowSchedule, NoiseSchedule, Schedule
-from .recipe import Recipe
+from .recipe import STARTING_POINTS, Recipe
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Conditioning = dict[str, Tensor]
@@ -121,14 +121,6 @@ class FewSteps:
     """The shift of the times for pictures of all sizes. None means the family's."""
 
 
-def states_width(denoiser: Mapping[str, Any]) -> int:
-    """Return the width of a denoiser's text states, by one of its names in the diffusers configs of the families."""
-    names = (
-        "cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim", "context_in_dim",
-    )  # fmt: skip
-    return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """A model family: its data, and the functions that differ between families."""
@@ -137,17 +129,17 @@ class FamilySpec:
     """Its names in code and in files, and the names of its modules."""
     title: str
     """The name that people know, such as Stable Diffusion 1.x."""
-    resolution: int
+    resolution: int = 1024
     """The side of the square that the published models were trained at, in pixels."""
-    size_multiple: int
+    size_multiple: int = 16
     """The widths and heights of their training pictures are multiples of this number of pixels."""
-    wording: Literal["tags", "sentences"]
+    wording: Literal["tags", "sentences"] = "sentences"
     """The form of good prompts."""
     guidance: float
     """The scale of classifier-free guidance that suits photographs of people."""
     steps: int
     """A sufficient number of sampling steps."""
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, Recipe] = field(default_factory=lambda: STARTING_POINTS)
     """A recipe for each name in `recipe.RECIPES`."""
     pipeline_class: str
     """The name of its diffusers pipeline, which is also in a folder's model_index.json."""
@@ -158,8 +150,6 @@ class FamilySpec:
     """The kinds of text encoder that other models of the family use instead."""
     context_from: Mapping[str, int] = field(default_factory=lambda: {"text_encoder": 1})
     """The text encoders whose hidden states the denoiser takes side by side, with the number of layers from each."""
-    context_width: Callable[[Mapping[str, Any]], int] = states_width
-    """The width of the text states that the denoiser takes, from its config."""
     pooled_from: Mapping[str, int] = field(default_factory=dict)
     """The text encoders whose pooled states the denoiser takes, with 1 for each."""
 

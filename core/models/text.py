@@ -182,7 +182,7 @@ def check_encoders(
             )
     denoiser = components["denoiser"].config
     for name, parts, width_of, taken in (
-        ("states", family.context_from, _width, family.context_width(denoiser)),
+        ("states", family.context_from, _width, context_width(denoiser)),
         ("pooled states", family.pooled_from, itemgetter("projection_dim"), pooled_width(denoiser)),
     ):
         if parts and all(part in components for part in parts):
@@ -192,6 +192,13 @@ def check_encoders(
                     f"the text encoder is not the one of this model, which takes {name} of width {taken}. These have width "
                     f"{made} (text encoders of {family.title}: {kinds})"
                 )
+
+
+def context_width(denoiser: Mapping[str, Any]) -> int:
+    """Return the width of the text states that a denoiser takes, from its diffusers config."""
+    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim", "context_in_dim",
+             "llm_features_dim")  # fmt: skip
+    return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
 
 
 def pooled_width(denoiser: Mapping[str, Any]) -> int | None:

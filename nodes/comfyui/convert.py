@@ -30,7 +30,7 @@ from ...core.models.base import Base, CaptionEncoder
 from ...core.models.families import FAMILIES
 from ...core.models.opening import load_base
 from ...core.models.spec import Conditioning
-from ...core.models.text import pooled_width
+from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
 from ...core.storage.gguf_file import dequantised_array, dtype_of, narrow_gguf
 from ...core.storage.safetensors_file import tensor_bytes
@@ -102,7 +102,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     )
     if not family.trains_text_encoders:
         denoiser = base.components["denoiser"].config
-        encode = partial(_encode_caption, clip, family.title, family.context_width(denoiser), pooled_width(denoiser))
+        encode = partial(_encode_caption, clip, family.title, context_width(denoiser), pooled_width(denoiser))
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)

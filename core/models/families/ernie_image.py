@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ...tensor_names.ernie import ERNIE_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
@@ -82,12 +81,8 @@ ERNIE_IMAGE = FamilySpec(
     names=NAMES,
     title="ERNIE-Image",
     overflows_in_fp16=True,  # ComfyUI only computes it in bf16 or float32
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=50,
-    recipes=STARTING_POINTS,
     pipeline_class="ErnieImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),

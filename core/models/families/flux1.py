@@ -99,12 +99,6 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
     }
 
 
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {"guidance": torch.tensor([TRAINING_GUIDANCE])}
-
-
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     height, width = noisy_latents.shape[2:]
     context = conditioning["context"].to(noisy_latents.dtype)
@@ -121,21 +115,9 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     return transformer.join_patches(patches, height, width)
 
 
-def embeds_guidance(config: dict[str, Any]) -> bool:
-    return config["guidance_embeds"]
-
-
-def is_distilled(config: dict[str, Any]) -> bool:
-    # FLUX.1-schnell, which is distilled to four steps, takes no guidance.
-    return not config["guidance_embeds"]
-
-
 FLUX1 = FamilySpec(
     names=NAMES,
     title="FLUX.1",
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     guidance=3.5,  # diffusers' default, as are the steps
     steps=28,
     recipes={
@@ -157,11 +139,11 @@ FLUX1 = FamilySpec(
     build=text.builder(build_denoiser, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,
-    image_conditioning=image_conditioning,
+    image_conditioning=lambda *sizes: {"guidance": torch.tensor([TRAINING_GUIDANCE])},
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from FLUX.1-dev's scheduler
-    embeds_guidance=embeds_guidance,
-    is_distilled=is_distilled,
+    embeds_guidance=lambda config: config["guidance_embeds"],
+    is_distilled=lambda config: not config["guidance_embeds"],  # schnell, distilled to four steps, takes no guidance
     training_adapter="ostris/FLUX.1-schnell-training-adapter",
     few_steps=FewSteps(4, shift=1.0),
 )

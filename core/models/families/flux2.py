@@ -188,9 +188,6 @@ def flow_shift(positions: int) -> float:
 FLUX2 = FamilySpec(
     names=NAMES,
     title="FLUX.2",
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=STEPS,
     recipes={
@@ -212,12 +209,12 @@ FLUX2 = FamilySpec(
     build=text.builder(build_denoiser, TEXT, vae=build_vae),
     latent_shape=latent_shape,
     encode_text=encode_text,
-    image_conditioning=flux1.image_conditioning,  # the guidance input of dev during training
+    image_conditioning=flux1.FLUX1.image_conditioning,  # the guidance input of dev during training
     predict=predict,
     flow_shift=flow_shift,
     encode_image=encode_image,
     decode_latents=decode_latents,
-    embeds_guidance=flux1.embeds_guidance,
+    embeds_guidance=flux1.FLUX1.embeds_guidance,
     distilled_names="klein(?!.*base)",
     few_steps=FewSteps(4),
 )

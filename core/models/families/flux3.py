@@ -119,9 +119,6 @@ def is_flow_map(config: dict[str, Any]) -> bool:
 FLUX3 = FamilySpec(
     names=NAMES,
     title="FLUX.3 Klein",
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     guidance=4.0,  # the authors', as are the steps; diffusers has 3.5
     steps=50,
     recipes=STARTING_POINTS,  # with the rate of fal's trainer, which takes 1000 steps

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, Networks
 from . import flux2
 
@@ -211,15 +210,11 @@ IDEOGRAM4 = FamilySpec(
     title="Ideogram 4",
     overflows_in_fp16=True,  # ComfyUI only computes it in bf16 or float32
     resolution=1024,  # that of most drawn pictures; it was trained for 256 to 2048
-    size_multiple=16,
-    wording="sentences",
     guidance=7.0,  # the authors', as are the steps
     steps=20,
-    recipes=STARTING_POINTS,
     pipeline_class="Ideogram4Pipeline",
     text_encoders=TEXT,
     context_from={"text_encoder": len(TEXT_LAYERS)},
-    context_width=lambda denoiser: denoiser["llm_features_dim"],
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
     recognise=recognise,

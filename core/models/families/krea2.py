@@ -19,7 +19,6 @@ from ...tensor_names.krea import KREA2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
-from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks, holds_numbers
 from . import qwen_image
 
@@ -170,13 +169,9 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 KREA2 = FamilySpec(
     names=NAMES,
     title="Krea 2",
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     # diffusers' default, as are the steps. diffusers writes 4.5, which is added to a guidance of 1.
     guidance=5.5,
     steps=28,
-    recipes=STARTING_POINTS,
     pipeline_class="Krea2Pipeline",
     text_encoders=TEXT,
     context_from={"text_encoder": len(TEXT_LAYERS)},

@@ -102,9 +102,6 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 LONGCAT_IMAGE = FamilySpec(
     names=NAMES,
     title="LongCat-Image",
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     guidance=4.5,  # diffusers' default, as are the steps
     steps=50,
     recipes=STARTING_POINTS,  # with the rate of the authors' LoRA example, which has a rank of 32

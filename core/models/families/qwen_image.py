@@ -17,7 +17,6 @@ from ...tensor_names.qwen import QWEN_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children, shapes_in
 from ..objective import linear_shift
-from ..recipe import STARTING_POINTS
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
@@ -188,11 +187,8 @@ QWEN_IMAGE = FamilySpec(
     title="Qwen-Image",
     overflows_in_fp16=True,
     resolution=1328,  # the model card's squares
-    size_multiple=16,
-    wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=50,
-    recipes=STARTING_POINTS,
     pipeline_class="QwenImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),

@@ -18,7 +18,6 @@ from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children, shapes_in
 from ..objective import linear_shift
-from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, LatentShape, Networks
 from . import qwen_image
 
@@ -227,10 +226,8 @@ QWEN_IMAGE_21 = FamilySpec(
     overflows_in_fp16=True,  # diffusers clips the states to fp16's range
     resolution=1024,  # diffusers' default; the authors recommend sizes of about 2048 x 2048
     size_multiple=32,
-    wording="sentences",
     guidance=1.0,  # the authors', as are the steps
     steps=40,
-    recipes=STARTING_POINTS,
     pipeline_class="QwenImage21Pipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),

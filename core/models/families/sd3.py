@@ -5,6 +5,7 @@ models' own training.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,11 +61,8 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in names else None,
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, TEXT)
-
-
-def _vae(tensors: Mapping[str, Tensor]) -> Component:
-    return vae_component(tensors, LATENT_SCALE, LATENT_SHIFT, quant_conv=False)
+    vae = partial(vae_component, latent_scale=LATENT_SCALE, latent_shift=LATENT_SHIFT, quant_conv=False)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae, TEXT)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
@@ -103,9 +101,6 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 SD3 = FamilySpec(
     names=NAMES,
     title="Stable Diffusion 3",
-    resolution=1024,
-    size_multiple=16,
-    wording="sentences",
     guidance=4.5,  # from SD3.5 Medium's model card, as are the steps
     steps=40,
     recipes={

@@ -60,7 +60,6 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 SDXL = FamilySpec(
     names=NAMES,
     title="Stable Diffusion XL",
-    resolution=1024,
     size_multiple=64,
     wording="tags",
     guidance=5.0,  # diffusers' default
