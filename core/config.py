@@ -19,7 +19,7 @@ Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SavePrecision = Literal["fp16", "bf16", "fp32"]
 MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivotal", "textual-inversion"]
-"""The training methods. Each is a file in core/training/methods/, with _ in its name instead of -."""
+"""The training methods, which are in core/training/methods/."""
 RecipeName = Literal["fast", "balanced", "best"]
 """The recipes: for a quick, normal or thorough training run."""
 

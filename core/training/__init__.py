@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .memory_prediction import predicted_memory as predicted_memory
     from .methods import METHODS as METHODS
     from .methods import peak_rate as peak_rate
-    from .methods.original_checkpoint import Checkpoint as Checkpoint
+    from .methods.method import Checkpoint as Checkpoint
     from .recipes import MEASUREMENTS as MEASUREMENTS
     from .recipes import RECIPES as RECIPES
     from .recipes import recipe_config as recipe_config

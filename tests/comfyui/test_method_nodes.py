@@ -11,7 +11,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
-from core.training.methods.original_checkpoint import original_tensors
+from core.training.methods.dreambooth import original_tensors
 
 from .graphs import drawing, node, training
 

@@ -21,7 +21,6 @@ from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
 from core.training.methods.dora import column_norms
-from core.training.methods.original_checkpoint import original_tensors
 from core.training.step import Run
 from tests.tooling import SMALL_SDXL, mostly_slow, write_checkpoint
 
@@ -331,8 +330,6 @@ def test_no_checkpoint_is_written_of_a_unet_whose_levels_have_unlike_blocks(tmp_
     assert isinstance(network, torch.nn.Module)
     with pytest.raises(BadConfig, match=r"'dreambooth'.* levels have unlike blocks"):
         METHODS["dreambooth"].attach({"denoiser": network}, base.family, TrainConfig(method="dreambooth"), None)
-    with pytest.raises(BadConfig, match="levels have unlike blocks"):
-        original_tensors(base, {"denoiser": {}})
 
 
 def test_the_lengths_of_doras_columns_are_exact():

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import get_args
 
 import pytest
@@ -13,9 +14,11 @@ from core.errors import BadConfig, LoraMisfit, MissingPackage
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.models.families import FAMILIES
+from core.training import methods
 from core.training.job import check_base_options
 from core.training.methods import METHODS
 from core.training.methods.lora import attach as attach_lora
+from core.training.methods.method import Method
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, alpha=2.0)
@@ -159,6 +162,7 @@ def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module()
 
 
 def test_the_settings_name_every_method_and_no_other():
-    files = (Path(__file__).parents[2] / "core" / "training" / "methods").glob("*.py")
-    defined = {path.stem.replace("_", "-") for path in files if "\nMETHOD = " in path.read_text(encoding="utf-8")}
-    assert set(get_args(MethodName)) == set(METHODS) == defined
+    modules = (import_module(f"{methods.__name__}.{found.name}") for found in iter_modules(methods.__path__))
+    defined = {id(value) for module in modules for value in vars(module).values() if isinstance(value, Method)}
+    assert set(get_args(MethodName)) == set(METHODS)
+    assert defined == set(map(id, METHODS.values()))

@@ -10,14 +10,14 @@ from ...errors import MissingPackage, counted
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.spec import FamilySpec, Networks
-from . import dora, dreambooth, loha, lokr, lora, oft, pivotal, textual_inversion
+from . import dora, dreambooth, lora, lycoris, oft, pivotal, textual_inversion
 from .method import Adapter, Method, Trained, left_out
 
 METHODS: dict[str, Method] = {
     "dora": dora.METHOD,
     "dreambooth": dreambooth.METHOD,
-    "loha": loha.METHOD,
-    "lokr": lokr.METHOD,
+    "loha": lycoris.LOHA,
+    "lokr": lycoris.LOKR,
     "lora": lora.METHOD,
     "oft": oft.METHOD,
     "pivotal": pivotal.METHOD,

@@ -3,10 +3,13 @@
 The result is a full model file in the original naming, which ComfyUI can load. The same change is saved beside it as a LoRA.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ...config import OptimizerSettings, TrainConfig
@@ -16,12 +19,14 @@ from ...lora.changes import factorise
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule
 from ...models.base import Base
+from ...models.clip import OPENCLIP_LAYER, OPENCLIP_OUTSIDE
+from ...models.ldm import ldm_vae_path
 from ...models.memory_plan import OPTIMIZER_BYTES
 from ...models.opening import load_base
 from ...models.spec import FamilySpec, Networks
 from ...tensor_names import ModuleId, blocks_in_a_level
-from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
-from .original_checkpoint import Checkpoint, original_tensors
+from ...tensor_names.unet import inverse, ldm_unet_path
+from .method import Adapter, Checkpoint, Method, Trained, refuse_settings_of_lora, target_modules
 
 _PLAIN_BYTES = 8
 """The bytes of a float32 weight and its gradient."""
@@ -142,6 +147,54 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
             modules[part, path] = LoraModule(down, up, float(rank))
     metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
     return LoraFile.from_modules(base.family.name, modules, metadata, names=base.names)
+
+
+def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by their original names.
+
+    `parts` has the tensors of the denoiser, the VAE and the text encoders by their names in diffusers and transformers.
+    """
+    result: dict[str, Tensor] = {}
+    unet, levels = base.components["denoiser"].config, len(base.components["vae"].config["block_out_channels"])
+    attention_above = [kind.startswith("CrossAttn") for kind in unet["up_block_types"]]
+    blocks = blocks_in_a_level(unet)
+    assert blocks is not None, "`attach` refuses such a UNet"
+    in_unet = partial(ldm_unet_path, layers_per_block=blocks, attention_above=attention_above.__getitem__)
+    for name, tensor in parts["denoiser"].items():
+        result[f"model.diffusion_model.{in_unet(name)}"] = tensor
+    for name, tensor in parts["vae"].items():
+        path = ldm_vae_path(name, levels)
+        # The original attention has 1x1 convolutions, and that of diffusers linear layers.
+        is_convolution = ".attn_1." in path and tensor.ndim == 2
+        result[f"first_stage_model.{path}"] = tensor[:, :, None, None] if is_convolution else tensor
+    for part, prefix in base.family.names.checkpoint_prefixes.items():
+        named = _openclip(parts[part]) if part == "text_encoder_2" else parts[part]
+        result |= {prefix + name: tensor for name, tensor in named.items()}
+    # Marker tensors tell readers of these files how the model predicts.
+    if base.prediction_type == "v_prediction":
+        result["v_pred"] = torch.zeros(0)
+    if base.zero_terminal_snr:
+        result["ztsnr"] = torch.zeros(0)
+    return result
+
+
+def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a text encoder to OpenCLIP's naming, which joins q, k and v and transposes the projection."""
+    result: dict[str, Tensor] = {}
+    outside, in_layer = inverse(OPENCLIP_OUTSIDE), inverse(OPENCLIP_LAYER)
+    for name, tensor in tensors.items():
+        if name in outside:
+            result[outside[name]] = tensor
+        elif name == "text_projection.weight":
+            result["text_projection"] = tensor.T.contiguous()
+        elif match := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            layer, module, kind = f"transformer.resblocks.{match[1]}.", match[2], match[3]
+            if module == "self_attn.q_proj":
+                whole = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                result[f"{layer}attn.in_proj_{kind}"] = torch.cat(whole)
+            elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
+                result[f"{layer}{in_layer[module]}.{kind}"] = tensor
+    return result
 
 
 METHOD = Method(

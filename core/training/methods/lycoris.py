@@ -1,30 +1,44 @@
-"""The adapter of LoHa, LoKr and OFT, whose files have the form of LyCORIS."""
+"""LoHa and LoKr, with peft's layers, and the adapter that OFT uses too. The files have the form of LyCORIS.
+
+LoHa (arXiv:2108.06098): the change is the element-wise product of two low-rank matrices. LoKr (arXiv:2309.14859): it is a
+Kronecker product of a small matrix and a larger one, which may be low-rank.
+"""
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...config import TrainConfig
+from ...config import MethodSettings, TrainConfig
 from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.kinds import rank_of
 from ...lora.modules import name_kinds, scheme_of_kinds
 from ...models.base import Base
-from ...models.spec import Networks
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import NAME_TABLES, ModuleId
-from .method import Adapter, refuse_settings_of_lora
+from .method import Adapter, Method, refuse_settings_of_lora, target_modules
 
 Roles = Mapping[str, nn.Parameter]
 """The trained tensors of a layer by role, such as `hada_w1_a`, as in lora.kinds."""
-KAIMING = None
+PEFT_NAME = "facelora"
+"""The name under which peft keeps our adapter in its layers."""
+_PEFT_ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+_KAIMING = None
 """As a deviation, it means uniform within 1 / sqrt(fan in), which is Kaiming's initialisation with a = sqrt 5."""
 _SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
 """A ratio of scales is applied to the first of these factors that a layer has."""
+
+
+def _peft_roles(layer: nn.Module) -> Roles:
+    return {role: getattr(layer, role)[PEFT_NAME] for role in _PEFT_ROLES if PEFT_NAME in getattr(layer, role, ())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +48,11 @@ class LycorisAdapter(Adapter):
     networks: Networks
     kind: str
     layers: Mapping[ModuleId, nn.Module]
-    roles_of: Callable[[nn.Module], Roles]
-    """Returns the trained tensors of a layer."""
     alphas: Mapping[ModuleId, float]
     network_arguments: Mapping[str, object]
     """The arguments with which LyCORIS would train the same, for the metadata."""
+    roles_of: Callable[[nn.Module], Roles] = _peft_roles
+    """Returns the trained tensors of a layer."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -52,7 +66,7 @@ class LycorisAdapter(Adapter):
     ) -> None:
         """Load the tensors, float32, from a file, or draw them from the seed on the CPU, so that all machines start alike.
 
-        `deviations` has the standard deviation of each role, or KAIMING. Raises BadConfig for settings that the kind doesn't
+        `deviations` has the standard deviation of each role, or _KAIMING. Raises BadConfig for settings that the kind doesn't
         support, and LoraMisfit when the file does not fit.
         """
         refuse_settings_of_lora(config)
@@ -112,3 +126,96 @@ class LycorisAdapter(Adapter):
                 alpha = tensors["alpha"].item() if "alpha" in tensors else float(rank)
                 scaled = next(role for role in _SCALED_ROLES if role in roles)
                 roles[scaled].mul_(alpha / self.alphas[module])
+
+
+def attach_loha(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
+    from peft import LoHaConfig
+
+    targets = target_modules(family, config, networks, LOHA.joins_modules)
+    layers = peft_layers(networks, targets, config, partial(LoHaConfig, use_effective_conv2d=False))
+    alphas = {module: alpha for module, (_, alpha) in targets.items()}
+    adapter = LycorisAdapter(networks, "loha", layers, alphas, {"algo": "loha"})
+    # Start as in LyCORIS: one factor is 0, and the others are large enough for the first step to have an effect.
+    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
+    adapter.start(family.name, config, deviations, continue_from)
+    return adapter
+
+
+def attach_lokr(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
+    from peft import LoKrConfig
+
+    targets = target_modules(family, config, networks, LOKR.joins_modules)
+    peft_config = partial(LoKrConfig, decompose_factor=config.lokr_factor, use_effective_conv2d=False)
+    layers = peft_layers(networks, targets, config, peft_config)
+    alphas = {module: alpha for module, (_, alpha) in targets.items()}
+    for module, layer in layers.items():
+        if "lokr_w2" in _peft_roles(layer):
+            # Neither factor has a rank to divide by, so LyCORIS and ComfyUI don't scale the product.
+            layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
+            alphas[module] = float(targets[module][0])
+    adapter = LycorisAdapter(networks, "lokr", layers, alphas, {"algo": "lokr", "factor": config.lokr_factor})
+    deviations = {"lokr_w1": _KAIMING, "lokr_w2": 0.0, "lokr_w2_a": _KAIMING, "lokr_w2_b": 0.0}
+    adapter.start(family.name, config, deviations, continue_from)
+    return adapter
+
+
+def peft_layers(
+    networks: Networks,
+    targets: Mapping[ModuleId, tuple[int, float]],
+    config: MethodSettings,
+    peft_config: Callable[..., Any],
+) -> dict[ModuleId, nn.Module]:
+    """Replace the target modules with peft's layers, under the adapter name PEFT_NAME, and return these.
+
+    `peft_config` makes peft's configuration from the options that all kinds share: r, alpha, target_modules, rank_pattern and
+    alpha_pattern.
+    """
+    from peft import inject_adapter_in_model
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    layers: dict[ModuleId, nn.Module] = {}
+    for part, network in networks.items():
+        ranks = {path: rank for (owner, path), (rank, _) in targets.items() if owner == part}
+        alphas = {path: alpha for (owner, path), (_, alpha) in targets.items() if owner == part}
+        configured = peft_config(
+            r=config.rank,
+            alpha=config.alpha_for(config.rank),
+            target_modules=list(ranks),
+            rank_pattern=_exceptions(ranks, config.rank),
+            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
+        )
+        # Without data, which LycorisAdapter.start draws. Without fake tensors too, used in memory prediction: peft can't move
+        # them.
+        with unset_fake_temporarily():
+            inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
+        layers |= {(part, path): network.get_submodule(path) for path in ranks}
+    for layer in layers.values():
+        for parameters in layer.children():
+            if isinstance(parameters, nn.ParameterDict) and PEFT_NAME in parameters:
+                numbers = torch.empty(parameters[PEFT_NAME].shape, device=layer.base_layer.weight.device)  # pyright: ignore
+                parameters[PEFT_NAME] = nn.Parameter(numbers)
+    return layers
+
+
+def _exceptions(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return a pattern in peft's form for each value other than the default, with that value.
+
+    peft tries every pattern on every module, so a pattern for each module would take minutes.
+    """
+    paths: dict[float, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(group)})": value for value, group in paths.items()}
+
+
+LOHA = Method(
+    "LoHa, the product of two LoRAs element by element (arXiv:2108.06098)",
+    attach_loha,
+    rate_factor=0.15,
+    joins_modules=False,
+    package="peft",
+)
+LOKR = Method(
+    "LoKr, a Kronecker product (arXiv:2309.14859)", attach_lokr, rate_factor=3.0, joins_modules=False, package="peft"
+)

@@ -3,11 +3,12 @@
 A method is a file in core/training/methods/ with a `Method`, which attaches an `Adapter` to the networks.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,13 +20,43 @@ from ...lora.file import LoraFile
 from ...lora.modules import stands_alone
 from ...models.base import Base
 from ...models.spec import FamilySpec, Networks
+from ...progress import OnProgress, silent
+from ...storage.safetensors_file import cast_tensor, layout_in, write_safetensors
 from ...tensor_names import ModuleId
-from .original_checkpoint import Checkpoint
 
-PEFT_NAME = "facelora"
-"""The name under which peft keeps our adapter in its layers."""
 LORA_RATE = 1e-4
 """The default peak learning rate of a LoRA."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A whole base model, with tensors named as in a checkpoint file in the original naming."""
+
+    family: str
+    metadata: dict[str, str]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    name: str = "checkpoint"
+    """The name of the checkpoint in messages: the file's path, if it is from a file."""
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float16,
+        on_progress: OnProgress = silent,
+    ) -> None:
+        """Write the whole file or nothing, with floating-point tensors in that dtype. Raises BadFile when that fails."""
+        layout = layout_in(self.tensors, dtype)
+
+        def read(key: str) -> Tensor:
+            return cast_tensor(key, self.tensors[key], layout[key][0])
+
+        write_safetensors(path, layout, read, self.metadata, on_progress=on_progress)
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> "Checkpoint":
+        """Return a checkpoint with the same tensors and other metadata."""
+        return replace(self, metadata=dict(metadata))
+
+
 Trained = LoraFile | Checkpoint
 """The result of a training run."""
 _Number = TypeVar("_Number", int, float)
@@ -188,53 +219,3 @@ def refuse_settings_of_lora(config: TrainConfig) -> None:
 
 def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     return next((value for pattern, value in patterns.items() if name_matches(pattern, path)), default)
-
-
-def peft_layers(
-    networks: Networks,
-    targets: Mapping[ModuleId, tuple[int, float]],
-    config: MethodSettings,
-    peft_config: Callable[..., Any],
-) -> dict[ModuleId, nn.Module]:
-    """Replace the target modules with peft's layers, under the adapter name PEFT_NAME, and return these.
-
-    `peft_config` makes peft's configuration from the options that all kinds share: r, alpha, target_modules, rank_pattern and
-    alpha_pattern.
-    """
-    from peft import inject_adapter_in_model
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    layers: dict[ModuleId, nn.Module] = {}
-    for part, network in networks.items():
-        ranks = {path: rank for (owner, path), (rank, _) in targets.items() if owner == part}
-        alphas = {path: alpha for (owner, path), (_, alpha) in targets.items() if owner == part}
-        configured = peft_config(
-            r=config.rank,
-            alpha=config.alpha_for(config.rank),
-            target_modules=list(ranks),
-            rank_pattern=_exceptions(ranks, config.rank),
-            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
-        )
-        # Without data, which LycorisAdapter.start draws. Without fake tensors too, used in memory prediction: peft can't move
-        # them.
-        with unset_fake_temporarily():
-            inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
-        layers |= {(part, path): network.get_submodule(path) for path in ranks}
-    for layer in layers.values():
-        for parameters in layer.children():
-            if isinstance(parameters, nn.ParameterDict) and PEFT_NAME in parameters:
-                numbers = torch.empty(parameters[PEFT_NAME].shape, device=layer.base_layer.weight.device)  # pyright: ignore
-                parameters[PEFT_NAME] = nn.Parameter(numbers)
-    return layers
-
-
-def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
-    """Return a pattern in peft's form for each value other than the default, with that value.
-
-    peft tries every pattern on every module, so a pattern for each module would take minutes.
-    """
-    paths: dict[_Number, list[str]] = {}
-    for path, value in values.items():
-        if value != default:
-            paths.setdefault(value, []).append(re.escape(path))
-    return {f"^({'|'.join(group)})": value for value, group in paths.items()}

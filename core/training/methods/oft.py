@@ -64,8 +64,8 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
         replace_module(networks[part], path, layers[part, path])
     # In this kind, alpha is a bound on the rotation and not a scale.
     adapter = LycorisAdapter(
-        networks, "oft", layers, lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
-        alphas=dict.fromkeys(layers, UNBOUND), network_arguments={"algo": "diag-oft"},
+        networks, "oft", layers, dict.fromkeys(layers, UNBOUND), {"algo": "diag-oft"},
+        roles_of=lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
     )  # fmt: skip
     adapter.start(family.name, config, {"oft_blocks": 0.0}, continue_from)
     return adapter
