@@ -31,10 +31,9 @@ from core.cli.options import add_device, add_json, add_precision
 from core.config import Targets, TrainConfig
 from core.device import device_and_dtype, precision_name, processor
 from core.errors import BadConfig, BadFile, FaceLoraError
-from core.models.arithmetic import count_flops
 from core.models.base import Base
 from core.models.families import FAMILIES
-from core.models.memory_plan import MemoryPlan
+from core.models.memory_plan import MemoryPlan, count_flops
 from core.storage.files import write_file
 from core.training.encode import LatentCache
 from core.training.memory_prediction import predicted_memory

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from core.bench.random_models import denoiser_config
 from core.config import TrainConfig
-from core.models.arithmetic import count_flops
 from core.models.base import Base
 from core.models.families import FAMILIES
-from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits, plans_for
+from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, count_flops, drawing_plan, first_that_fits, plans_for
 from core.models.quantised import dequantised
 from core.models.spec import Component
 from core.training.encode import EncodedImage, LatentCache

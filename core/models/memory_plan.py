@@ -1,5 +1,6 @@
-"""Memory plans: how a training step saves memory, and how much it will need."""
+"""Memory plans: how a training step saves memory, and how much memory and arithmetic it will need."""
 
+import functools
 import math
 import weakref
 from collections import deque
@@ -16,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..device import free_memory
-from .arithmetic import flop_formulas
 from .narrow_layers import narrow_weights
 from .selective import checkpointed
 from .spec import holds_numbers
@@ -395,7 +395,7 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-# --- predicting how much memory is needed ---
+# --- predicting how much memory and arithmetic is needed ---
 
 
 class MemoryCount(TorchDispatchMode):
@@ -409,7 +409,7 @@ class MemoryCount(TorchDispatchMode):
         self.live: int = 0
         self.peak: int = 0
         self.operations: int = 0
-        self._formulas = flop_formulas()
+        self._formulas = _flop_formulas()
         self.device: torch.device = device
         self._seen: set[int] = set()
 
@@ -469,3 +469,35 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes that the tensors take on their devices. Memory shared by several tensors counts once."""
     storages = {t.untyped_storage()._cdata: (t.untyped_storage().nbytes(), t.device) for t in tensors}
     return sum(allocated(*storage) for storage in storages.values())
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Count the floating-point operations of matrix products, convolutions and attention in `work`. A multiply-add is two."""
+    counter = _counter()
+    with counter:
+        work()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def _flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return functions that count an operation from its arguments and its result `out_val`, by operation."""
+    return _counter().flop_registry
+
+
+def _counter() -> Any:
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten: Any = torch.ops.aten
+    # torch counts neither the CPU's attention kernels nor in-place products. The functions take the shapes of the kernels'
+    # arguments.
+    more: dict[Any, Callable[..., int]] = {
+        aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+            query, key, value
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, query, key, value, *_, **__: (
+            sdpa_backward_flop_count(gradient, query, key, value)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=more)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..models.arithmetic import count_flops
 from ..models.base import Base
-from ..models.memory_plan import MemoryPlan
+from ..models.memory_plan import MemoryPlan, count_flops
 from ..models.spec import Component, Conditioning
 from ..photos.captions import class_caption, default_caption
 from ..photos.dataset import Size

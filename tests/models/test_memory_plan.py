@@ -26,8 +26,7 @@ from core.errors import BadConfig, OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import Base, load_base
-from core.models.arithmetic import count_flops
-from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of, plans_for
+from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of, count_flops, plans_for
 from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights, narrowed
 from core.models.selective import is_kept
 from core.pictures.generate import GenerateConfig, Job, generate

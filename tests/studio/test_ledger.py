@@ -21,9 +21,8 @@ from core.device import processor
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import load_base
-from core.models.arithmetic import count_flops
 from core.models.base import Base
-from core.models.memory_plan import PLANS, MemoryPlan
+from core.models.memory_plan import PLANS, MemoryPlan, count_flops
 from core.photos import Photo, prepare, read_photos
 from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
