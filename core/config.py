@@ -362,10 +362,8 @@ class TrainConfig(
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            _check_type(item.name, value, hints[item.name])
-            for name, number in _numbers(item.name, value):
-                _check_range(name, number, item.metadata["low"], item.metadata["high"])
+            low, high = item.metadata["low"], item.metadata["high"]
+            _check_value(item.name, getattr(self, item.name), hints[item.name], low, high)
         for group in GROUPS.values():
             group._check(self)
         if self.thumbnail and self.sample_every > self.steps:
@@ -377,7 +375,8 @@ def group_of(setting: str) -> str:
     return next(heading for heading, group in GROUPS.items() if setting in group.__annotations__)
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def _check_value(name: str, value: Any, hint: Any, low: float | None, high: float) -> None:
+    """Raise BadConfig if the value is not of that type, or if it or a number in it is out of range."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise BadConfig(f"{name} = {value!r}: choose one of {', '.join(map(str, get_args(hint)))}")
@@ -385,11 +384,11 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is dict:
         expected = (dict,)
         for key, number in value.items() if isinstance(value, dict) else ():
-            _check_type(f"{name}: {key}", number, get_args(hint)[1])
+            _check_value(f"{name}: {key}", number, get_args(hint)[1], low, high)
     elif get_origin(hint) is tuple:
         expected = (tuple,)
         for part in value if isinstance(value, tuple) else ():
-            _check_type(name, part, get_args(hint)[0])
+            _check_value(name, part, get_args(hint)[0], low, high)
     else:
         expected = get_args(hint) or (hint,)
     accepted = (*expected, int) if float in expected else expected
@@ -400,21 +399,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         check_length(name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{name} = {value}: must be finite")
-
-
-def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
-    """Return the numbers in a setting's value, a number, table or list, as pairs (name for messages, number)."""
-    if isinstance(value, dict):
-        return [(f"{name}: {key}", number) for key, number in value.items()]
-    if isinstance(value, tuple):
-        return [(name, number) for number in value if isinstance(number, int | float)]
-    return [(name, value)] if isinstance(value, int | float) else []
-
-
-def _check_range(name: str, number: float, low: float | None, high: float) -> None:
-    if low is not None and not low <= number <= high:
+    if isinstance(value, int | float) and low is not None and not low <= value <= high:
         allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise BadConfig(f"{name} = {number}: must be {allowed}")
+        raise BadConfig(f"{name} = {value}: must be {allowed}")
 
 
 _PATTERN = re.compile(r"\^?([\w.*-]|\\\.|\[[\w-]+\])+\$?")
