@@ -173,7 +173,7 @@ class MemorySaver:
         self.plan: MemoryPlan = MemoryPlan()
         self._denoiser, self._device, self._draws, self._compiled = denoiser, device, draws, compiled
         self._blocks = blocks_of(denoiser)
-        self._offload = BlockOffload(device)
+        self.offload: BlockOffload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a plan. Weights that are already in 8 bits stay that way."""
@@ -189,24 +189,15 @@ class MemorySaver:
         if plan.weights == "8 bits":
             narrow_weights(self._denoiser, self._device)
         away = math.ceil(plan.offload * len(self._blocks))
-        self._offload.take([self._blocks[at * len(self._blocks) // away] for at in range(away)])
+        self.offload.take([self._blocks[at * len(self._blocks) // away] for at in range(away)])
         for tensor in self.resident():
             if tensor.device != self._device:
                 tensor.data = tensor.data.to(self._device)
         self.plan = plan
 
-    def pin(self) -> None:
-        """Page-lock offloaded weights that were replaced since the plan was adopted, as an applied LoRA does."""
-        self._offload.pin()
-
-    @property
-    def pageable(self) -> int:
-        """The bytes of weights that a GPU copies from memory that is not page-locked."""
-        return self._offload.pageable
-
     def resident(self) -> list[Tensor]:
         """Return the tensors of the denoiser that stay on the device between two steps."""
-        at_home = set(self._offload.parameters())
+        at_home = set(self.offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
 
 
@@ -281,11 +272,13 @@ class BlockOffload:
             )
 
     def pin(self) -> None:
+        """Page-lock weights that were replaced since they were taken, as an applied LoRA does."""
         if self._stream:
             self._store.take([parameter for parameter in self.parameters() if not parameter.is_pinned()])
 
     @property
     def pageable(self) -> int:
+        """The bytes of weights that a GPU copies from memory that is not page-locked."""
         return self._store.pageable if self._device.type == "cuda" else 0
 
     def parameters(self) -> Iterable[nn.Parameter]:

@@ -173,7 +173,7 @@ def generate(
         for strength, group in groups.items():
             is_last = strength == [*groups][-1]
             with applied(base, loras, strength, {"denoiser": denoiser}, for_good=is_last):
-                memory.pin()
+                memory.offload.pin()
                 texts = [encoded[strength, texts_of(job, base)] for job in group]
                 for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
 

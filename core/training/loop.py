@@ -164,7 +164,7 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
             "eight_bit_products: not possible here (this device has no products with such weights, or the method trains them). "
             "Training continues without it"
         )
-    if pageable := run.memory.pageable:
+    if pageable := run.memory.offload.pageable:
         yield (
             f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that isn't page-locked, because too "
             "little of the computer's memory is free. This makes steps slower. Close other programs to free memory"

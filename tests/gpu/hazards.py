@@ -150,7 +150,7 @@ def pinned_with_little_memory() -> tuple[int, int]:
         base = case.base()
         run = Run(cached(base, case), base, case.config(), DEVICE, plan=case.plan)
         run.train_step()
-        return card.pinned, run.memory.pageable
+        return card.pinned, run.memory.offload.pageable
 
 
 def settings_in_a_step(photos: Path, output: Path) -> tuple[list[tuple[bool, bool]], tuple[bool, bool]]:

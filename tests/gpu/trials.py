@@ -126,7 +126,7 @@ def step(case: Case) -> Step:
         run.train_step()
         dtypes, copies, launches = frozenset(card.product_dtypes()), tuple(card.copies), card.launches
         run.check_finite()
-        home = sum(parameter.nbytes for parameter in run.memory._offload.parameters())
+        home = sum(parameter.nbytes for parameter in run.memory.offload.parameters())
         return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)
 
 

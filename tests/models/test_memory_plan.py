@@ -749,7 +749,7 @@ def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):
 
 def test_from_the_second_step_on_every_block_is_under_way_before_it_is_needed(base, cache, monkeypatch):
     run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
-    offload = run.memory._offload
+    offload = run.memory.offload
     for _ in range(2):
         run.train_step()
     started, visits = [], []
