@@ -20,7 +20,7 @@ from core.storage.cache_folder import made_folder
 from core.storage.files import LONGEST_ON_WINDOWS, write_file, write_text
 from core.storage.safetensors_file import save_safetensors
 from core.studio.people import read_people
-from core.training.job import processor_hint
+from core.training.job import hints
 from tests.tooling import write_photos
 from tests.windows import windows_rules
 
@@ -47,15 +47,19 @@ def run(*arguments: object, encoding: str = "utf-8") -> subprocess.CompletedProc
 
 def test_who_trains_a_full_size_model_without_a_gpu_is_told_what_to_install(small_sd15, monkeypatch):
     base = load_base(small_sd15)
-    assert processor_hint(base, CPU) is None
+
+    def told(device=CPU):
+        return list(hints(base, TrainConfig(), adapted=False, device=device))
+
+    assert not told()
     monkeypatch.setattr("core.training.job._FULL_SIZE", 1)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "processor, which takes hours or days: this torch only supports the CPU" in str(processor_hint(base, CPU))
+    assert "processor, which takes hours or days: this torch only supports the CPU" in told()[0]
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert "check the GPU and its driver" in str(processor_hint(base, CPU))
+    assert "check the GPU and its driver" in told()[0]
     monkeypatch.setattr("core.device.best_device", lambda: torch.device("cuda"))  # the processor was chosen
-    assert processor_hint(base, CPU) is None
-    assert processor_hint(base, torch.device("cuda")) is None
+    assert not told()
+    assert not told(torch.device("cuda"))
 
 
 @on_linux

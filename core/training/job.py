@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import BaseSettings, MachineSettings, OutputSettings, TrainConfig
+from ..config import OutputSettings, TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device, why_no_gpu
 from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError
 from ..faces import FaceNetwork, faces_if_installed, load_faces
@@ -106,7 +106,7 @@ def train(
         start, adapter = _checked_start(continue_from, base), _opened(training_adapter, base)
         base = base.as_distilled() if adapter else base
         device = usable_device(device)
-        for hint in _hints(base, config, adapter is not None, device):
+        for hint in hints(base, config, adapter is not None, device):
             callbacks.on_warning(hint)
         ready = ready_for(given, base, config, held_out, faces, callbacks.on_warning)
         config = config if held_out else settled(config, ready)
@@ -210,17 +210,6 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
 def _opened(source: TrainingAdapter | LoraFile | str | os.PathLike[str] | None, base: Base) -> TrainingAdapter | None:
     """Read the training adapter, if needed. Raises a FaceLoraError when it does not fit the base model."""
     return source if source is None or isinstance(source, TrainingAdapter) else TrainingAdapter.open(source, base)
-
-
-def _hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) -> list[str]:
-    """List warnings about the trigger word, the base model, the precision and the device to give before training."""
-    hints = (
-        trigger_hint(config.trigger_word, load_tokenizer()),
-        None if adapted else distilled_hint(base, config),
-        fp16_hint(base, config),
-        processor_hint(base, device),
-    )
-    return [hint for hint in hints if hint]
 
 
 def _read(photos: str | os.PathLike[str] | Sequence[PhotoLike], strict: bool, on_warning: OnWarning) -> list[Photo]:
@@ -449,26 +438,17 @@ def _undone(base: Base) -> str:
     )
 
 
-def distilled_hint(base: Base, config: BaseSettings) -> str | None:
-    """Return a warning when the base model's name indicates distillation to a few steps, else None."""
-    if config.allow_distilled or not base.is_named_distilled:
-        return None
-    return f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}"
-
-
-def fp16_hint(base: Base, config: MachineSettings) -> str | None:
-    """Return a warning when the settings ask for fp16 but the base model's values overflow in it, else None."""
-    if config.precision != "fp16" or not base.family.overflows_in_fp16:
-        return None
-    return f"precision fp16: values of {base.family.title} overflow in it. Use auto, bf16 or fp32"
-
-
-def processor_hint(base: Base, device: torch.device) -> str | None:
-    """Return a warning when a full-size base model is to be trained on a processor, and no GPU can be used, else None."""
+def hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) -> Iterator[str]:
+    """Yield warnings about the trigger word, the base model, the precision and the device to give before training."""
+    if of_trigger := trigger_hint(config.trigger_word, load_tokenizer()):
+        yield of_trigger
+    if base.is_named_distilled and not (adapted or config.allow_distilled):
+        yield f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}"
+    if config.precision == "fp16" and base.family.overflows_in_fp16:
+        yield f"precision fp16: values of {base.family.title} overflow in it. Use auto, bf16 or fp32"
     reason = why_no_gpu(device)
-    if reason is None or base.weight_bytes("denoiser", torch.int8, as_stored=False) < _FULL_SIZE:
-        return None
-    return f"{base.family.title} is trained on the processor, which takes hours or days: {reason}"
+    if reason and base.weight_bytes("denoiser", torch.int8, as_stored=False) >= _FULL_SIZE:
+        yield f"{base.family.title} is trained on the processor, which takes hours or days: {reason}"
 
 
 def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -> None:

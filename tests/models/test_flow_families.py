@@ -29,7 +29,7 @@ from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.callbacks import Callbacks
-from core.training.job import check_base_options, distilled_hint, train
+from core.training.job import check_base_options, hints, train
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
@@ -428,8 +428,8 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
 )
 def test_training_warns_where_only_the_name_says_that_a_model_is_distilled(bases, family, name, distilled):
     base = replace(bases[family], name=name)
-    hint = distilled_hint(base, TrainConfig())
-    assert bool(hint) == distilled and distilled_hint(base, TrainConfig(allow_distilled=True)) is None
+    hint = "".join(hints(base, TrainConfig(), False, CPU))
+    assert bool(hint) == distilled and not [*hints(base, TrainConfig(allow_distilled=True), False, CPU)]
     assert not hint or hint.startswith(
         f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
     )
