@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import MethodSettings, OptimizerSettings, PersonSettings, TrainConfig
+from ..config import OptimizerSettings, PersonSettings, TrainConfig
 from ..lora.metadata import cover, thumbnail_url
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
@@ -81,24 +81,20 @@ def training_metadata(
     `ss_datasets`, since each reader looks in one of them. `started_at` is in seconds since the epoch.
     """
     finished_at = time.time()
-    values = (
-        _modelspec(base, config, finished_at, thumbnail)
-        | _NOT_OURS
-        | _of_model(base)
-        | _of_photos(cache, base, config)
-        | _of_length(cache, config, steps)
-        | _of_objective(base, config)
-        | _of_optimizer(config)
-        | _of_network(config)
-    )
+    values = _modelspec(base, config, finished_at, thumbnail) | _NOT_OURS | _of_photos(cache, base, config)
+    values |= _of_length(cache, config, steps) | _of_settings(base, config)
     values |= {
+        "ss_base_model_version": base.family.base_model_version,
         "ss_gradient_checkpointing": plan.selective or plan.recompute > 0,
         "ss_max_token_length": None if cache.chunks == 1 else 75 * cache.chunks,
         "ss_mixed_precision": _PRECISION_NAMES[precision],
-        "ss_seed": config.seed,
+        "ss_new_sd_model_hash": base.sha256,
+        "ss_sd_model_hash": base.legacy_hash,
+        "ss_sd_model_name": base.name,
         "ss_session_id": random.Random(started_at).randrange(2**32),
         "ss_training_finished_at": finished_at,
         "ss_training_started_at": started_at,
+        "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
     if weights_narrowed:
         values[WEIGHTS_KEY] = "8 bits"
@@ -134,17 +130,6 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
         "modelspec.timestep_range": None if limits == (0, TIMESTEPS - 1) else f"{limits[0]},{limits[1] + 1}",
         "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
         **(cover(thumbnail_url(thumbnail)) if thumbnail else {}),
-    }
-
-
-def _of_model(base: Base) -> dict[str, Any]:
-    """Describe the base model."""
-    return {
-        "ss_base_model_version": base.family.base_model_version,
-        "ss_new_sd_model_hash": base.sha256,
-        "ss_sd_model_hash": base.legacy_hash,
-        "ss_sd_model_name": base.name,
-        "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
 
 
@@ -238,9 +223,10 @@ def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dic
     }
 
 
-def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
-    """Describe the objective: the loss, the noise and the captions."""
-    flow = base.prediction_type == "flow"
+def _of_settings(base: Base, config: TrainConfig) -> dict[str, Any]:
+    """Describe the objective (the loss, the noise and the captions), the optimizer, and the adapter, called a network."""
+    flow, alpha = base.prediction_type == "flow", config.alpha_for(config.rank)
+    conv = {"conv_dim": str(config.rank), "conv_alpha": str(alpha)}
     values = {
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_clip_skip": config.clip_skip if config.clip_skip > 1 else None,
@@ -249,10 +235,23 @@ def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
         "ss_huber_scale": 1.0,
         "ss_huber_schedule": "constant",
         "ss_ip_noise_gamma": config.input_perturbation or None,
+        "ss_learning_rate": peak_rate(config),
         "ss_loss_type": "l2" if config.loss == "mse" else "huber",
+        "ss_lr_scheduler": config.schedule,
+        "ss_lr_warmup_steps": config.warmup_steps,
+        "ss_max_grad_norm": config.max_grad_norm,
         "ss_min_snr_gamma": None if config.debiased or flow else config.min_snr_gamma or None,
+        "ss_network_alpha": alpha,
+        "ss_network_args": conv if config.targets == "transformer+conv" else None,
+        "ss_network_dim": config.rank,
+        "ss_network_dropout": config.dropout or None,
+        "ss_network_module": "networks.lora",
         "ss_noise_offset": config.noise_offset or None,
+        "ss_optimizer": _OPTIMIZER_NAMES[config.optimizer],
         "ss_prior_loss_weight": config.prior_loss_weight,
+        "ss_seed": config.seed,
+        "ss_text_encoder_lr": config.text_encoder_lr or None,
+        "ss_unet_lr": peak_rate(config),
     }
     if flow:
         values |= {
@@ -261,28 +260,3 @@ def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
             "ss_discrete_flow_shift": config.timestep_shift,
         }
     return values
-
-
-def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
-    """Describe the optimizer and its learning rates."""
-    return {
-        "ss_learning_rate": peak_rate(config),
-        "ss_lr_scheduler": config.schedule,
-        "ss_lr_warmup_steps": config.warmup_steps,
-        "ss_max_grad_norm": config.max_grad_norm,
-        "ss_optimizer": _OPTIMIZER_NAMES[config.optimizer],
-        "ss_text_encoder_lr": config.text_encoder_lr or None,
-        "ss_unet_lr": peak_rate(config),
-    }
-
-
-def _of_network(config: MethodSettings) -> dict[str, Any]:
-    """Describe the adapter, which sd-scripts calls a network."""
-    conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
-    return {
-        "ss_network_alpha": config.alpha_for(config.rank),
-        "ss_network_args": conv if config.targets == "transformer+conv" else None,
-        "ss_network_dim": config.rank,
-        "ss_network_dropout": config.dropout or None,
-        "ss_network_module": "networks.lora",
-    }
