@@ -87,22 +87,14 @@ def read_folder(folder: Path) -> DiffusersFolder:
         components[part] = Component(config, _folder_tensors(subfolder, part, left_out))
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_config(scheduler_path) if os.path.exists(scheduler_path) else {}
-    try:
-        _check_scheduler(family, scheduler)
-    except UnknownFamily as error:
-        raise UnknownFamily(f"{folder.name}: {error}") from None
-    return DiffusersFolder(family, components, scheduler, index.get("is_distilled") is True)
-
-
-def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
-    """Raise UnknownFamily when a folder's scheduler shows that the model predicts differently than its family."""
     name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
     on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
     if family.predicts_noise and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
         raise UnknownFamily(
-            f"its scheduler is {name} with prediction_type {predicted!r}, which is not supported. "
+            f"{folder.name}: its scheduler is {name} with prediction_type {predicted!r}, which is not supported. "
             "Supported: epsilon and v_prediction on the noise of Stable Diffusion"
         )
+    return DiffusersFolder(family, components, scheduler, index.get("is_distilled") is True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -306,9 +306,8 @@ class BlockOffload:
         tensors = self._present = self._brought(block) or self._start(block)
         if self._stream:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        _put(
-            dict(zip(self._home[block], (nn.Parameter(tensor, requires_grad=False) for tensor in tensors), strict=True))
-        )
+        parameters = (nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+        _put(dict(zip(self._home[block], parameters, strict=True)))
         # The next block depends on the previous one, since the backward pass goes through the blocks in reverse.
         self._following[self._visited] = weakref.ref(block)
         self._visited = (self._visited[1], weakref.ref(block))

@@ -34,7 +34,9 @@ class NoiseSchedule:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if zero_terminal_snr:
-            alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
+            # Shift and scale sqrt(a_t) so that the last timestep is pure noise (arXiv:2305.08891, alg. 1).
+            root = alphas_cumprod.sqrt()
+            alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return cls(alphas_cumprod.float(), prediction_type)
 
     def to(self, device: torch.device) -> "NoiseSchedule":
@@ -113,9 +115,8 @@ class FlowSchedule:
         shifted.
         """
         if config.timestep_sampling == "uniform":
-            times = torch.rand(len(latents), generator=generator, device=latents.device) ** math.exp(
-                -config.timestep_bias
-            )
+            uniform = torch.rand(len(latents), generator=generator, device=latents.device)
+            times = uniform ** math.exp(-config.timestep_bias)
         else:
             normal = torch.randn(len(latents), generator=generator, device=latents.device)
             times = torch.sigmoid(normal + config.timestep_bias)
@@ -154,13 +155,6 @@ def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable
     """
     slope = (mu_high - mu_low) / (high - low)
     return lambda positions: math.exp(mu_low + slope * (positions - low))
-
-
-def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift and scale sqrt(a_t) so that the last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
-    root = alphas_cumprod.sqrt()
-    rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return rescaled**2
 
 
 def draw_noise(like: Tensor, config: LossSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:

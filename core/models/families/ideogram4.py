@@ -109,13 +109,8 @@ def _forward(
     """
     length = context.shape[1]
     for_text, for_picture = denoiser.embed_image_indicator(torch.arange(2, device=latents.device))
-    states = torch.cat(
-        [
-            denoiser.llm_cond_proj(denoiser.llm_cond_norm(context)) + for_text,
-            denoiser.input_proj(latents) + for_picture,
-        ],
-        1,
-    )
+    text_states = denoiser.llm_cond_proj(denoiser.llm_cond_norm(context)) + for_text
+    states = torch.cat([text_states, denoiser.input_proj(latents) + for_picture], 1)
     time = denoiser.t_embedding
     embedded = time.mlp_out(F.silu(time.mlp_in(_waves(times, states.shape[-1]).to(states.dtype))))
     modulation = F.silu(denoiser.adaln_proj(embedded.unsqueeze(1)))
