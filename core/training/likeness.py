@@ -180,11 +180,9 @@ class LikenessWatch:
         embedded = embed_images(self.network, of_person)
         scores = self._alike(embedded)
         seen = _seen(embedded)
-        gap = (
-            likeness(seen, self._training).max(axis=1) - likeness(seen, self._held_out).max(axis=1)
-            if len(seen)
-            else [0]
-        )
+        gap = np.zeros(1)
+        if len(seen):
+            gap = likeness(seen, self._training).max(axis=1) - likeness(seen, self._held_out).max(axis=1)
         leaked = float(np.mean(self._alike(embed_images(self.network, of_class))))
         return LikenessPoint(
             step,

@@ -70,13 +70,8 @@ def train_lora(
         run = _started(cache, base, config, device, dtype, continue_from, training_adapter, callbacks)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
         intermediate = IntermediateLoras(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
-        networks = intermediate.face_networks
-        identity = (
-            {}
-            if state_path is None
-            else run_identity(cache, base, config, dtype, continue_from, networks, training_adapter)
-        )
-        state = StateFile(state_path, identity, intermediate)
+        known = (cache, base, config, dtype, continue_from, intermediate.face_networks, training_adapter)
+        state = StateFile(state_path, run_identity(*known) if state_path else {}, intermediate)
         if resume:
             state.restore()
         intermediate.see_base()

@@ -92,16 +92,13 @@ class StepPrediction:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
                     self.bytes(plain)  # executes the blocks, which must be neither recomputed nor offloaded for this
-                    if plan.selective or plan.offload:
-                        self._execute_without_kernels(plain)
+                    # Such plans don't keep the kernels (convolution.py) that other plans do.
+                    loses_kernels = (plan.selective or plan.offload) and self._keeps_kernels()
+                    if loses_kernels and plain.weights not in self._executed_without:
+                        self._executed_without.add(plain.weights)
+                        self._counted(plain, kernels=False)
                 self._known[plan] = self._counted(plan) + self._beside
         return self._known[plan]
-
-    def _execute_without_kernels(self, plain: MemoryPlan) -> None:
-        """Execute the blocks once more if the plan keeps kernels (convolution.py), which other plans don't."""
-        if self._keeps_kernels() and plain.weights not in self._executed_without:
-            self._executed_without.add(plain.weights)
-            self._counted(plain, kernels=False)
 
     def _keeps_kernels(self) -> bool:
         return self.run.convolutions is not None and self.run.convolutions.keeps_kernels

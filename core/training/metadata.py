@@ -15,7 +15,7 @@ from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..models.objective import TIMESTEPS
 from ..photos.captions import tag_counts
-from .encode import EncodedImage, LatentCache
+from .encode import LatentCache
 from .methods import peak_rate
 
 _OPTIMIZER_NAMES = {
@@ -136,7 +136,8 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
 def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
     """Describe the photos: their number, sizes and captions."""
     phrase, resolution = _phrase(config), config.resolution or base.resolution
-    pictures, class_pictures = _pictures(cache)
+    pictures = [image for image in cache.images if not image.is_class]
+    class_count = len(cache.images) - len(pictures)
     pixels = base.latent_shape.pixels
     sizes = Counter(
         (image.mean.shape[2] * pixels, image.mean.shape[1] * pixels)
@@ -171,7 +172,7 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
         "is_dreambooth": True,
         "batch_size_per_device": config.batch_size,
         "num_train_images": len(pictures),
-        "num_reg_images": len(class_pictures),
+        "num_reg_images": class_count,
         "resolution": [resolution, resolution],
         "enable_bucket": True,
         "bucket_no_upscale": not config.upscale,
@@ -179,7 +180,7 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
         "tag_frequency": {folder: tags},
         "subsets": [subset],
     }
-    class_folders = {class_folder: {"n_repeats": 1, "img_count": len(class_pictures)}} if class_pictures else {}
+    class_folders = {class_folder: {"n_repeats": 1, "img_count": class_count}} if class_count else {}
     return {
         "ss_bucket_info": buckets,
         "ss_bucket_no_upscale": not config.upscale,
@@ -190,7 +191,7 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
         "ss_flip_aug": config.flip,
         "ss_max_bucket_reso": max((max(size) for size in sizes), default=None),
         "ss_min_bucket_reso": min((min(size) for size in sizes), default=None),
-        "ss_num_reg_images": len(class_pictures),
+        "ss_num_reg_images": class_count,
         "ss_reg_dataset_dirs": class_folders,
         "ss_resize_interpolation": "lanczos",
         "ss_resolution": f"({resolution}, {resolution})",
@@ -198,17 +199,9 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
     }
 
 
-def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage]]:
-    """Return the pictures of the person and those of the class."""
-    return (
-        [image for image in cache.images if not image.is_class],
-        [image for image in cache.images if image.is_class],
-    )
-
-
 def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dict[str, Any]:
     """Describe the length of the training run, in steps and epochs."""
-    seen = sum(image.repeats for image in _pictures(cache)[0])
+    seen = sum(image.repeats for image in cache.images if not image.is_class)
     batches = -(-seen // config.batch_size)
     return {
         "ss_batch_size_per_device": config.batch_size,

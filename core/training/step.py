@@ -180,12 +180,9 @@ class Run:
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.adapter, config)
         self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.schedule: Schedule = base.schedule().to(self.device)
-        self.images: list[EncodedImage] = [
-            _to_device(image, self.device) for image in cache.images if not image.is_class
-        ]
-        self.class_images: list[EncodedImage] = [
-            _to_device(image, self.device) for image in cache.images if image.is_class
-        ]
+        images = [_to_device(image, self.device) for image in cache.images]
+        self.images: list[EncodedImage] = [image for image in images if not image.is_class]
+        self.class_images: list[EncodedImage] = [image for image in images if image.is_class]
         self.text: dict[str, Conditioning] = {
             caption: placed(conditioning, self.device, self.dtype) for caption, conditioning in cache.text.items()
         }
@@ -285,10 +282,7 @@ class Run:
         config = self.config
         generator = self._generator("noise", number)
         pictures = [self.images[index] for index in self.batches.at(number)]
-        if (
-            config.prior_prediction
-            and random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction
-        ):
+        if random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction:
             yield self._prior_pass(pictures, self._generator("prior", number))
         dropped = random.Random(f"{config.seed}/dropout/{number}")
         captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
@@ -412,11 +406,7 @@ class Run:
             step = self.step - 1
         names = sorted({self.images[i].name for n in range(self.config.accumulation)
                         for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
-        advice = (
-            "Lower the learning rate"
-            if self.dtype != torch.float16
-            else "Lower the learning rate, or use precision bf16"
-        )
+        advice = "Lower the learning rate" + (", or use precision bf16" if self.dtype == torch.float16 else "")
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
             f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}. {advice}"

@@ -80,9 +80,8 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
     vectors, longest = {}, {}
     for part in parts:
         table: Tensor = token_table(networks[part]).weight.detach()  # pyright: ignore
-        vectors[part] = add_word(networks[part], config.trigger_word, table[tokens.to(table.device)]).requires_grad_(
-            True
-        )
+        start_at = table[tokens.to(table.device)]
+        vectors[part] = add_word(networks[part], config.trigger_word, start_at).requires_grad_()
         longest[part] = table.float().norm(dim=1).max()
     return WordAdapter(networks, config.trigger_word, vectors, longest)
 
