@@ -15,22 +15,18 @@ HUB_KERNELS = "kernels"
 def import_diffusers() -> ModuleType:
     """Import diffusers. It imports an installed bitsandbytes, which is prevented from downloading code."""
     if "bitsandbytes" not in sys.modules and find_spec("bitsandbytes"):
-        _import_bitsandbytes()
+        log = logging.getLogger("bitsandbytes")
+        level, there = log.level, sys.modules.get(HUB_KERNELS)
+        log.setLevel(logging.CRITICAL)  # it warns that it lacks kernels, which are not used here
+        sys.modules[HUB_KERNELS] = None  # pyright: ignore[reportArgumentType]  # makes importing it fail
+        try:
+            import_module("bitsandbytes")
+        except Exception:  # a broken installation, which only matters to the optimizer that needs it
+            pass
+        finally:
+            log.setLevel(level)
+            if there is None:
+                del sys.modules[HUB_KERNELS]
+            else:
+                sys.modules[HUB_KERNELS] = there
     return import_module("diffusers")
-
-
-def _import_bitsandbytes() -> None:
-    log = logging.getLogger("bitsandbytes")
-    level, there = log.level, sys.modules.get(HUB_KERNELS)
-    log.setLevel(logging.CRITICAL)  # it warns that it lacks kernels, which are not used here
-    sys.modules[HUB_KERNELS] = None  # pyright: ignore[reportArgumentType]  # makes importing it fail
-    try:
-        import_module("bitsandbytes")
-    except Exception:  # a broken installation, which only matters to the optimizer that needs it
-        pass
-    finally:
-        log.setLevel(level)
-        if there is None:
-            del sys.modules[HUB_KERNELS]
-        else:
-            sys.modules[HUB_KERNELS] = there

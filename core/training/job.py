@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..config import OutputSettings, TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device, why_no_gpu
-from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError
+from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError, MissingPackage
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
 from ..models.base import Base
@@ -45,7 +46,7 @@ from .callbacks import LOADING, NO_CALLBACKS, READING, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, faces_of
 from .loop import train_lora
-from .methods import METHODS, check_installed, files_beside, trains_text
+from .methods import METHODS, files_beside, trains_text
 from .methods.method import Trained
 from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size
@@ -461,7 +462,9 @@ def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -
     if wrong := [name for name in others if getattr(config, name) != getattr(TrainConfig, name)]:
         kind = "not a rectified flow" if family.predicts_noise else "a rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and does not have this setting. Leave it out")
-    check_installed(config)
+    package = METHODS[config.method].package
+    if package and find_spec(package) is None:
+        raise MissingPackage(f"method {config.method!r} needs a package. Install it: pip install {package}")
     if config.clip_skip > 1 and not family.has_clip_skip:
         raise BadConfig(
             f"clip_skip = {config.clip_skip}: {family.title} does not let you choose the layer. Leave it at 1"

@@ -10,7 +10,7 @@ import torch
 
 from ..config import MachineSettings, TrainConfig
 from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error, until_it_fits
-from ..errors import BadConfig
+from ..errors import BadConfig, counted
 from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -22,8 +22,8 @@ from .identity import run_identity
 from .intermediate_loras import IntermediateLoras
 from .likeness import LikenessPoint
 from .memory_prediction import choose_plan
-from .methods import METHODS, what_is_left_out
-from .methods.method import Trained
+from .methods import METHODS
+from .methods.method import Trained, left_out
 from .samples import Samples
 from .state import read_state
 from .step import Run, memory_plans, smaller_plans
@@ -164,9 +164,13 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
             f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that isn't page-locked, because too "
             "little of the computer's memory is free. This makes steps slower. Close other programs to free memory"
         )
-    if without := what_is_left_out(run.denoiser, run.family, run.config):
-        yield without
-    if METHODS[run.config.method].makes == "lora":
+    method, config = METHODS[run.config.method], run.config
+    if not method.joins_modules and (paths := left_out(run.family, config, run.denoiser)):
+        yield (
+            f"method {config.method!r} leaves out {counted(len(paths), 'module')} of targets = {config.targets!r}, such as "
+            f"{paths[0]}: they are parts of one layer in files of {run.family.name}, where only method 'lora' fits"
+        )
+    if method.makes == "lora":
         file = run.adapter.export(run.adapter.parameters(), base, {})
         assert isinstance(file, LoraFile)
         yield from reading_limits(file)

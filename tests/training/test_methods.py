@@ -51,7 +51,7 @@ def predict(denoiser, base):
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_a_method_whose_package_is_missing_is_refused_before_training_with_the_command(base, method, monkeypatch):
     check_base_options(base, replace(CONFIG, method=method))
-    monkeypatch.setattr("core.training.methods.find_spec", lambda package: None)
+    monkeypatch.setattr("core.training.job.find_spec", lambda package: None)
     check_base_options(base, CONFIG)
     with pytest.raises(MissingPackage, match=f"'{method}' needs a package. Install it: pip install peft"):
         check_base_options(base, replace(CONFIG, method=method))
