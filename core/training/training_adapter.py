@@ -145,27 +145,25 @@ class AttachedAdapter:
             self._on = True
 
     def _add(self, change: LayerChange, places: Places, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Any:
-        return _added(change, places, inputs[0], output) if self._on else None
+        """Return what a layer with the change in it outputs, given its `output` without the change."""
+        if not self._on:
+            return None
+        factors = [factor.to(output.dtype) for factor in change.factors]
+        x = inputs[0].to(output.dtype)
+        if factors and places:
+            x = F.conv2d(x, factors[0], None, *places)
+            for factor in factors[1:]:
+                x = F.conv2d(x, factor)
+            output = output + x
+        elif factors:
+            for factor in factors[:-1]:
+                x = F.linear(x, factor)
+            # The product and the sum in one kernel, so that the sum is rounded once.
+            output = torch.addmm(output.flatten(0, -2), x.flatten(0, -2), factors[-1].t()).view(output.shape)
+        return output if change.bias is None else output + change.bias.to(output.dtype)
 
 
 def _places(layer: nn.Module) -> Places:
     """Return the stride, padding, dilation and groups of a convolution, also a wrapped one. None for a linear layer."""
     convolution = next((module for module in layer.modules() if isinstance(module, nn.Conv2d)), None)
     return convolution and (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-
-
-def _added(change: LayerChange, places: Places, x: Tensor, output: Tensor) -> Tensor:
-    """Return what a layer with the change in it outputs for `x`, given its `output` without the change."""
-    factors = [factor.to(output.dtype) for factor in change.factors]
-    x = x.to(output.dtype)
-    if factors and places:
-        x = F.conv2d(x, factors[0], None, *places)
-        for factor in factors[1:]:
-            x = F.conv2d(x, factor)
-        output = output + x
-    elif factors:
-        for factor in factors[:-1]:
-            x = F.linear(x, factor)
-        # The product and the sum in one kernel, so that the sum is rounded once.
-        output = torch.addmm(output.flatten(0, -2), x.flatten(0, -2), factors[-1].t()).view(output.shape)
-    return output if change.bias is None else output + change.bias.to(output.dtype)
