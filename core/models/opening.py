@@ -62,7 +62,7 @@ def load_base(
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a diffusers folder already has all parts. Leave out {', '.join(given)}")
             folder = download(str(source)) if is_on_hub else path
-            base = _of_folder(folder, prediction_type, zero_terminal_snr)
+            base = _checked(read_folder(folder, prediction_type, zero_terminal_snr))
             return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
@@ -202,6 +202,15 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         )
 
 
+def _checked(base: Base) -> Base:
+    try:
+        _check_variant(base.family, base.components)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{base.name}: {error}") from None
+    _check_layers(base.name, base.components)
+    return base
+
+
 def _tokenizer_kind(family: FamilySpec, tensors: Mapping[str, Tensor]) -> str | None:
     """Return the kind of the text encoder that the tokenizer is for. Some models of a family have another one than the rest."""
     read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
@@ -225,26 +234,3 @@ def _side(resolution: str | None, default: int) -> int:
     if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
         return round((int(sides[0]) * int(sides[1])) ** 0.5)
     return default
-
-
-def _of_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
-    read = read_folder(folder)
-    try:
-        _check_variant(read.family, read.components)
-    except UnknownFamily as error:
-        raise UnknownFamily(f"{folder.name}: {error}") from None
-    _check_layers(folder.name, read.components)
-    found = read.scheduler.get("prediction_type", "epsilon")
-    latent_side = read.components["denoiser"].config.get("sample_size")
-    base = Base(
-        family=read.family,
-        name=folder.name,
-        components=read.components,
-        prediction_type=read.family.prediction_type(found if prediction_type == "auto" else prediction_type),
-        zero_terminal_snr=zero_terminal_snr or bool(read.scheduler.get("rescale_betas_zero_snr")),
-        resolution=read.family.resolution,
-        says_distilled=read.says_distilled,
-    )
-    if isinstance(latent_side, int) and read.family.names.is_unet:
-        return replace(base, resolution=latent_side * base.latent_shape.pixels)
-    return base
