@@ -6,7 +6,7 @@ from ...config import TrainConfig
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.spec import FamilySpec, Networks
-from . import dora, dreambooth, lora, lycoris, oft, pivotal, textual_inversion
+from . import dora, dreambooth, lora, lycoris, oft, textual_inversion
 from .method import Adapter, Method, Trained
 
 METHODS: dict[str, Method] = {
@@ -16,8 +16,8 @@ METHODS: dict[str, Method] = {
     "lokr": lycoris.LOKR,
     "lora": lora.METHOD,
     "oft": oft.METHOD,
-    "pivotal": pivotal.METHOD,
-    "textual-inversion": textual_inversion.METHOD,
+    "pivotal": textual_inversion.PIVOTAL,
+    "textual-inversion": textual_inversion.TEXTUAL_INVERSION,
 }
 
 

@@ -1,21 +1,26 @@
-"""Textual inversion (arXiv:2208.01618): train token vectors of the trigger word while the networks stay frozen."""
+"""Textual inversion (arXiv:2208.01618): train token vectors of the trigger word while the networks stay frozen.
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+Pivotal tuning (after arXiv:2106.05744) trains them together with a LoRA.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ...config import OptimizerSettings, TrainConfig
 from ...errors import BadConfig, LoraMisfit
-from ...lora.embeddings import WORD_KEY, embedding_tensors
+from ...lora.embeddings import WORD_KEY, bundled_tensors, embedding_files, embedding_tensors
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.clip import add_word, caption_tokens, token_table
 from ...models.spec import FamilySpec, Networks
 from ...tensor_names import NAME_TABLES
-from .method import Adapter, Method, refuse_settings_of_lora, switched_off
+from .lora import LoraAdapter
+from .lora import attach as attach_lora
+from .method import Adapter, Method, Trained, refuse_settings_of_lora, switched_off
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +91,58 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
     return WordAdapter(networks, config.trigger_word, vectors, longest)
 
 
-METHOD = Method(
+@dataclass(frozen=True, eq=False)
+class PivotalAdapter(Adapter):
+    """A LoRA and the token vectors of a new word."""
+
+    networks: Networks
+    lora: LoraAdapter
+    word: WordAdapter
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.lora.parameters() | self.word.parameters()
+
+    def rate(self, name: str, config: OptimizerSettings, peak: float) -> float:
+        return (self.word if name.endswith(".vectors") else self.lora).rate(name, config, peak)
+
+    def constrain(self) -> None:
+        self.word.constrain()
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        lora = self.lora.export(values, base, metadata)
+        bundle = bundled_tensors(base.family.name, self.word.word, self.word.of_parts(values))
+        return replace(lora, tensors={**lora.tensors, **bundle})
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with self.lora.disabled(), self.word.disabled():
+            yield
+
+
+def attach_pivotal(
+    networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None
+) -> Adapter:
+    word = attach(networks, family, config, continue_from)
+    adapted = networks if config.text_encoder_lr else {"denoiser": networks["denoiser"]}
+    return PivotalAdapter(networks, attach_lora(adapted, family, config, None), word)
+
+
+def embedding_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
+    """Return the embedding as a separate file, for ComfyUI and other tools that don't read it from the LoRA."""
+    assert isinstance(file, LoraFile)
+    (embedding,) = embedding_files(file).values()
+    return embedding
+
+
+TEXTUAL_INVERSION = Method(
     "textual inversion: vectors of a new word (arXiv:2208.01618)",
     attach,
     trains_text=lambda config: True,
     makes="embedding",
+)
+PIVOTAL = Method(
+    "pivotal tuning: a LoRA and vectors of a new word",
+    attach_pivotal,
+    trains_text=lambda config: True,
+    beside={"embedding": embedding_beside},
 )
