@@ -39,9 +39,9 @@ from core.config import TrainConfig
 from core.device import deterministic_if, device_and_dtype, precision_name, release_memory, whole_or_in_tiles
 from core.errors import BadConfig
 from core.models.base import Base, CaptionEncoder
-from core.models.eight_bits import InEightBits, linear, times
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS, MemoryPlan, blocks_of
+from core.models.narrow_layers import InEightBits, linear, times
 from core.pictures.generate import Job, generate
 from core.pictures.sampling import load_vae
 from core.storage.files import write_text

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..device import synchronize
 from ..storage.stored import NarrowTensor, Widen, as_stored
-from .eight_bits import LIMITS, InEightBits, linear, times
-from .narrow_layers import NarrowLinear, narrowed, times_scale
+from .narrow_layers import LIMITS, InEightBits, NarrowLinear, linear, narrowed, times, times_scale
 from .quantised import widen_fp8, widen_int8
 
 MULTIPLE = 16

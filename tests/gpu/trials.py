@@ -24,9 +24,8 @@ from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
 from core.models import Base, load_base
-from core.models.eight_bits import InEightBits, linear, times
 from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
-from core.models.narrow_layers import times_scale
+from core.models.narrow_layers import InEightBits, linear, times, times_scale
 from core.models.quantised import widen_fp8
 from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate

@@ -9,9 +9,17 @@ from torch import nn
 import core.training.step as step_module
 from core.config import TrainConfig
 from core.models import narrow_layers, products
-from core.models.eight_bits import FEWEST_ROWS, InEightBits, linear, times
 from core.models.memory_plan import MemoryPlan
-from core.models.narrow_layers import NarrowLinear, make_narrow, narrowed, times_scale
+from core.models.narrow_layers import (
+    FEWEST_ROWS,
+    InEightBits,
+    NarrowLinear,
+    linear,
+    make_narrow,
+    narrowed,
+    times,
+    times_scale,
+)
 from core.models.products import choose_products, has_int8_products, time_in_eight_bits
 from core.models.quantised import widen_fp8
 from core.storage.stored import NarrowTensor, as_stored

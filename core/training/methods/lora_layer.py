@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...models.eight_bits import linear, times
-from ...models.narrow_layers import as_under_autocast, narrow_of
+from ...models.narrow_layers import as_under_autocast, linear, narrow_of, times
 from ...storage.stored import Widen
 
 _Form = tuple[float, Widen, int]
@@ -131,7 +130,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     `down` is the stacked matrices A, or the one that all layers share. The other arguments are all matrices B, all biases, and
     the parts of all weights. The weights are widened for a product and again for the backward pass, or multiplied in 8 bits
-    (eight_bits.py). Everything but their parts is in the dtype of x.
+    (narrow_layers.py). Everything but their parts is in the dtype of x.
     """
 
     @staticmethod
