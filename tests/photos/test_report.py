@@ -387,7 +387,7 @@ REAL_PHOTOS = {
     "cut beside an eye, right (`obama_partial_face2.jpg`)": "review",
     "cut through the middle of the face": "reject",
     "a face 72 pixels wide": "reject",
-    "blurred by 2 pixels": "reject",
+    "blurred by 2 pixels": "review",
     "enlarged from a sixth": "reject",
     "darkened to 15 %": "reject",
     "darkened to 30 %": "review",
