@@ -277,8 +277,10 @@ class FamilySpec:
         """Build the network of a part on the meta device: shapes without numbers, which `materialise` adds."""
         with torch.device("meta"), _Uninitialised():
             network = self.build(part, config)
-        if part == "denoiser":
-            _leave_out(network, self.unused)
+        for path, module in list(network.named_modules()) if part == "denoiser" else ():
+            for name, _ in list(module.named_children()):
+                if re.search(self.unused, f"{path}.{name}"):
+                    delattr(module, name)
         return network
 
     def prediction_type(self, named: str) -> PredictionType:
@@ -295,14 +297,6 @@ class FamilySpec:
             return FlowSchedule(self.flow_shift, self.latent_shape(components).positions_side)
         assert prediction_type != "flow"
         return NoiseSchedule.scaled_linear(prediction_type, zero_terminal_snr)
-
-
-def _leave_out(network: nn.Module, unused: str) -> None:
-    """Remove the modules of a network whose paths match the regular expression."""
-    for path, module in list(network.named_modules()):
-        for name, _ in list(module.named_children()):
-            if re.search(unused, f"{path}.{name}"):
-                delattr(module, name)
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -1,6 +1,6 @@
 """The model families. Each other file in this folder is a family, with a FamilySpec that describes it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -11,19 +11,10 @@ from ...storage.stored import LazyTensors, stored_under
 from ...tensor_names import NAME_TABLES
 from ..spec import DENOISER_PREFIX, FamilySpec
 
-
-def _specs() -> Iterator[FamilySpec]:
-    """Yield the FamilySpec in each file of this folder. Only a family's names have to be registered, in NAME_TABLES."""
-    for file in iter_modules(__path__):
-        values = vars(import_module(f".{file.name}", __name__)).values()
-        yield from (value for value in values if isinstance(value, FamilySpec))
-
-
-_ORDER = list(NAME_TABLES)
-FAMILIES: dict[str, FamilySpec] = {
-    family.name: family for family in sorted(_specs(), key=lambda family: _ORDER.index(family.name))
-}
-"""The families by name, in the order of NAME_TABLES."""
+_FILES = (vars(import_module(f".{file.name}", __name__)).values() for file in iter_modules(__path__))
+_FOUND = {value.name: value for values in _FILES for value in values if isinstance(value, FamilySpec)}
+FAMILIES: dict[str, FamilySpec] = {name: _FOUND[name] for name in sorted(_FOUND, key=list(NAME_TABLES).index)}
+"""The families by name, in the order of NAME_TABLES, where their names have to be registered."""
 
 _OTHERS = {
     DENOISER_PREFIX + "blocks.0.self_attn.q.weight": "Wan",
