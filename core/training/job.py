@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -96,7 +95,7 @@ def train(
     output = None if output is None else Path(output)
     given = photos if isinstance(photos, Ready) else _read(photos, strict, callbacks.on_warning)
     if config is None:
-        base = _loaded(base)
+        base = base if isinstance(base, Base) else load_base(base)
         config = _usual_config(base, given, held_out, callbacks.on_warning)
     if not isinstance(config, TrainConfig):
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
@@ -104,7 +103,8 @@ def train(
     with place, deterministic_if(config.deterministic):
         base = _checked_base(base, config, output, training_adapter is not None)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
-        start, adapter = _checked_start(continue_from, base), _opened(training_adapter, base)
+        start = _checked_start(continue_from, base)
+        adapter = None if training_adapter is None else TrainingAdapter.open(training_adapter, base)
         base = base.as_distilled() if adapter else base
         device = usable_device(device)
         for hint in hints(base, config, adapter is not None, device):
@@ -175,17 +175,13 @@ def _checked_base(
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None, adapted: bool
 ) -> Base:
     """Load the base model if needed. Raises an error when the settings don't suit it or the output would replace its file."""
-    base = _loaded(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+    if not isinstance(base, Base):
+        base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
     for file in base.files:
         if output is not None and output.exists() and output.samefile(file.path):
             raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace. Choose another output")
     check_base_options(base, config, adapted)
     return base
-
-
-def _loaded(base: Base | str | os.PathLike[str] | Mapping[str, Tensor], **schedule: Any) -> Base:
-    """Load the base model if needed, with that schedule."""
-    return base if isinstance(base, Base) else load_base(base, **schedule)
 
 
 def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out: bool) -> None:
@@ -206,11 +202,6 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
     start = (start if isinstance(start, LoraFile) else LoraFile.read(start)).of_loaded(shapes, base.family.unused)
     fit(start, base.family.name, shapes).check(start.name)
     return start
-
-
-def _opened(source: TrainingAdapter | LoraFile | str | os.PathLike[str] | None, base: Base) -> TrainingAdapter | None:
-    """Read the training adapter, if needed. Raises a FaceLoraError when it does not fit the base model."""
-    return source if source is None or isinstance(source, TrainingAdapter) else TrainingAdapter.open(source, base)
 
 
 def _read(photos: str | os.PathLike[str] | Sequence[PhotoLike], strict: bool, on_warning: OnWarning) -> list[Photo]:

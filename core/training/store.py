@@ -344,9 +344,6 @@ def _train(
         if callbacks.on_sample:
             callbacks.on_sample(step, images)
 
-    def measured(step: int, lora: Trained) -> None:
-        run.add_measured(step, lora, PRECISIONS[job.config.save_precision])
-
     try:
         return train(
             job.photos,
@@ -359,7 +356,10 @@ def _train(
             resume=True,
             device=device,
             callbacks=replace(
-                callbacks, on_step=_recorded(run, on_point, callbacks.on_step), on_sample=sample, on_measured=measured
+                callbacks,
+                on_step=_recorded(run, on_point, callbacks.on_step),
+                on_sample=sample,
+                on_measured=partial(run.add_measured, dtype=PRECISIONS[job.config.save_precision]),
             ),
         )
     finally:

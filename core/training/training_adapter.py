@@ -59,12 +59,14 @@ class TrainingAdapter:
     """The change of each layer of the denoiser, by its path."""
 
     @classmethod
-    def open(cls, source: LoraFile | str | os.PathLike[str], base: Base) -> "TrainingAdapter":
-        """Read a training adapter from a LoRA file of any supported kind and naming.
+    def open(cls, source: "TrainingAdapter | LoraFile | str | os.PathLike[str]", base: Base) -> "TrainingAdapter":
+        """Read a training adapter from a LoRA of any supported kind and naming. One that is open is returned unchanged.
 
         Raises a FaceLoraError that names the file when it is not a usable LoRA, or LoraMisfit when it does not fit the base
         model.
         """
+        if isinstance(source, TrainingAdapter):
+            return source
         usual = base.family.training_adapter
         expected = f"expected a LoRA for {base.family.title} in safetensors" + (f", such as {usual}" if usual else "")
         try:
