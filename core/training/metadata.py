@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import OptimizerSettings, PersonSettings, TrainConfig
+from ..config import OptimizerSettings, TrainConfig
 from ..lora.metadata import cover, thumbnail_url
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
@@ -108,25 +108,20 @@ def training_metadata(
     }
 
 
-def _phrase(config: PersonSettings) -> str:
-    """Return the trigger phrase: the trigger word and the class word."""
-    return f"{config.trigger_word} {config.class_word}"
-
-
 def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: Image.Image | None) -> dict[str, Any]:
     """Build the metadata of the ModelSpec standard, which Civitai and LoRA managers show."""
-    resolution = config.resolution or base.resolution
+    phrase, resolution = f"{config.trigger_word} {config.class_word}", config.resolution or base.resolution
     limits = (config.timestep_min, config.timestep_max)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base.family.architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.implementation_version": IMPLEMENTATION,
-        "modelspec.title": _phrase(config),
+        "modelspec.title": phrase,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(finished_at)),
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "flow": None}[base.prediction_type],
-        "modelspec.trigger_phrase": _phrase(config),
+        "modelspec.trigger_phrase": phrase,
         "modelspec.timestep_range": None if limits == (0, TIMESTEPS - 1) else f"{limits[0]},{limits[1] + 1}",
         "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
         **(cover(thumbnail_url(thumbnail)) if thumbnail else {}),
@@ -135,7 +130,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
 
 def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
     """Describe the photos: their number, sizes and captions."""
-    phrase, resolution = _phrase(config), config.resolution or base.resolution
+    phrase, resolution = f"{config.trigger_word} {config.class_word}", config.resolution or base.resolution
     pictures = [image for image in cache.images if not image.is_class]
     class_count = len(cache.images) - len(pictures)
     pixels = base.latent_shape.pixels
