@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import MethodSettings, TrainConfig
+from ...config import TrainConfig
 from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.kinds import rank_of
@@ -30,15 +30,20 @@ Roles = Mapping[str, nn.Parameter]
 """The trained tensors of a layer by role, such as `hada_w1_a`, as in lora.kinds."""
 PEFT_NAME = "facelora"
 """The name under which peft keeps our adapter in its layers."""
-_PEFT_ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _KAIMING = None
 """As a deviation, it means uniform within 1 / sqrt(fan in), which is Kaiming's initialisation with a = sqrt 5."""
+_DEVIATIONS = {
+    "hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0,
+    "lokr_w1": _KAIMING, "lokr_w2": 0.0, "lokr_w2_a": _KAIMING, "lokr_w2_b": 0.0,
+    "oft_blocks": 0.0,
+}  # fmt: skip
+"""The standard deviation that each role starts with: as in LyCORIS, one factor is 0, and the first step has an effect."""
 _SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
 """A ratio of scales is applied to the first of these factors that a layer has."""
 
 
 def _peft_roles(layer: nn.Module) -> Roles:
-    return {role: getattr(layer, role)[PEFT_NAME] for role in _PEFT_ROLES if PEFT_NAME in getattr(layer, role, ())}
+    return {role: getattr(layer, role)[PEFT_NAME] for role in _DEVIATIONS if PEFT_NAME in getattr(layer, role, ())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +66,16 @@ class LycorisAdapter(Adapter):
             for role, parameter in self.roles_of(layer).items()
         }
 
-    def start(
-        self, family: str, config: TrainConfig, deviations: Mapping[str, float | None], continue_from: LoraFile | None
-    ) -> None:
+    def start(self, family: str, config: TrainConfig, continue_from: LoraFile | None) -> None:
         """Load the tensors, float32, from a file, or draw them from the seed on the CPU, so that all machines start alike.
 
-        `deviations` has the standard deviation of each role, or _KAIMING. Raises BadConfig for settings that the kind doesn't
-        support, and LoraMisfit when the file does not fit.
+        Raises BadConfig for settings that the kind doesn't support, and LoraMisfit when the file does not fit.
         """
         refuse_settings_of_lora(config)
         scheme_of_kinds(NAME_TABLES[family], self.layers)  # raise an error now if the file could not be written later
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in sorted(self.parameters().items()):
-            deviation = deviations[name.rpartition(".")[2]]
+            deviation = _DEVIATIONS[name.rpartition(".")[2]]
             if deviation is None:
                 bound = 1 / math.sqrt(parameter[0].numel())
                 parameter.data.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
@@ -128,73 +130,49 @@ class LycorisAdapter(Adapter):
                 roles[scaled].mul_(alpha / self.alphas[module])
 
 
-def attach_loha(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
-    from peft import LoHaConfig
-
-    targets = target_modules(family, config, networks, LOHA.joins_modules)
-    layers = peft_layers(networks, targets, config, partial(LoHaConfig, use_effective_conv2d=False))
-    alphas = {module: alpha for module, (_, alpha) in targets.items()}
-    adapter = LycorisAdapter(networks, "loha", layers, alphas, {"algo": "loha"})
-    # Start as in LyCORIS: one factor is 0, and the others are large enough for the first step to have an effect.
-    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
-    adapter.start(family.name, config, deviations, continue_from)
-    return adapter
-
-
-def attach_lokr(networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None) -> Adapter:
-    from peft import LoKrConfig
-
-    targets = target_modules(family, config, networks, LOKR.joins_modules)
-    peft_config = partial(LoKrConfig, decompose_factor=config.lokr_factor, use_effective_conv2d=False)
-    layers = peft_layers(networks, targets, config, peft_config)
-    alphas = {module: alpha for module, (_, alpha) in targets.items()}
-    for module, layer in layers.items():
-        if "lokr_w2" in _peft_roles(layer):
-            # Neither factor has a rank to divide by, so LyCORIS and ComfyUI don't scale the product.
-            layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
-            alphas[module] = float(targets[module][0])
-    adapter = LycorisAdapter(networks, "lokr", layers, alphas, {"algo": "lokr", "factor": config.lokr_factor})
-    deviations = {"lokr_w1": _KAIMING, "lokr_w2": 0.0, "lokr_w2_a": _KAIMING, "lokr_w2_b": 0.0}
-    adapter.start(family.name, config, deviations, continue_from)
-    return adapter
-
-
-def peft_layers(
-    networks: Networks,
-    targets: Mapping[ModuleId, tuple[int, float]],
-    config: MethodSettings,
-    peft_config: Callable[..., Any],
-) -> dict[ModuleId, nn.Module]:
-    """Replace the target modules with peft's layers, under the adapter name PEFT_NAME, and return these.
-
-    `peft_config` makes peft's configuration from the options that all kinds share: r, alpha, target_modules, rank_pattern and
-    alpha_pattern.
-    """
-    from peft import inject_adapter_in_model
+def _attach(
+    networks: Networks, family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None, kind: str
+) -> Adapter:
+    """Replace the target modules by peft's layers of LoHa ("loha") or LoKr ("lokr"), under the name PEFT_NAME."""
+    import peft
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+    peft_config: Callable[..., Any] = peft.LoHaConfig
+    arguments: dict[str, object] = {"algo": kind}
+    if kind == "lokr":
+        peft_config = partial(peft.LoKrConfig, decompose_factor=config.lokr_factor)
+        arguments |= {"factor": config.lokr_factor}
+    targets = target_modules(family, config, networks, joined=False)
+    alphas = {module: alpha for module, (_, alpha) in targets.items()}
     layers: dict[ModuleId, nn.Module] = {}
     for part, network in networks.items():
         ranks = {path: rank for (owner, path), (rank, _) in targets.items() if owner == part}
-        alphas = {path: alpha for (owner, path), (_, alpha) in targets.items() if owner == part}
+        alphas_here = {path: alpha for (owner, path), alpha in alphas.items() if owner == part}
         configured = peft_config(
             r=config.rank,
-            alpha=config.alpha_for(config.rank),
+            alpha=config.alpha_for(config.rank),  # pyright: ignore[reportArgumentType]  # peft says int, but divides it
             target_modules=list(ranks),
             rank_pattern=_exceptions(ranks, config.rank),
-            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
+            alpha_pattern=_exceptions(alphas_here, config.alpha_for(config.rank)),
+            use_effective_conv2d=False,
         )
         # Without data, which LycorisAdapter.start draws. Without fake tensors too, used in memory prediction: peft can't move
         # them.
         with unset_fake_temporarily():
-            inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
+            peft.inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
         layers |= {(part, path): network.get_submodule(path) for path in ranks}
-    for layer in layers.values():
+    for module, layer in layers.items():
         for parameters in layer.children():
             if isinstance(parameters, nn.ParameterDict) and PEFT_NAME in parameters:
                 numbers = torch.empty(parameters[PEFT_NAME].shape, device=layer.base_layer.weight.device)  # pyright: ignore
                 parameters[PEFT_NAME] = nn.Parameter(numbers)
-    return layers
+        if "lokr_w2" in _peft_roles(layer):
+            # Neither factor has a rank to divide by, so LyCORIS and ComfyUI don't scale the product.
+            layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
+            alphas[module] = float(targets[module][0])
+    adapter = LycorisAdapter(networks, kind, layers, alphas, arguments)
+    adapter.start(family.name, config, continue_from)
+    return adapter
 
 
 def _exceptions(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -211,11 +189,15 @@ def _exceptions(values: Mapping[str, float], default: float) -> dict[str, float]
 
 LOHA = Method(
     "LoHa, the product of two LoRAs element by element (arXiv:2108.06098)",
-    attach_loha,
+    partial(_attach, kind="loha"),
     rate_factor=0.15,
     joins_modules=False,
     package="peft",
 )
 LOKR = Method(
-    "LoKr, a Kronecker product (arXiv:2309.14859)", attach_lokr, rate_factor=3.0, joins_modules=False, package="peft"
+    "LoKr, a Kronecker product (arXiv:2309.14859)",
+    partial(_attach, kind="lokr"),
+    rate_factor=3.0,
+    joins_modules=False,
+    package="peft",
 )

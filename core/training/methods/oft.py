@@ -67,7 +67,7 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
         networks, "oft", layers, dict.fromkeys(layers, UNBOUND), {"algo": "diag-oft"},
         roles_of=lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
     )  # fmt: skip
-    adapter.start(family.name, config, {"oft_blocks": 0.0}, continue_from)
+    adapter.start(family.name, config, continue_from)
     return adapter
 
 
