@@ -302,7 +302,8 @@ def test_readers_say_which_module_is_of_another_size_than_the_model_s_and_all_bu
     assert verdicts.pop("ComfyUI") == ("loads in part", 1) and set(verdicts.values()) == {("not at all", 9)}
     text = format_inspection(report)
     assert f"8 of 9 modules; it does not support modules of other sizes than in FLUX.1, e.g. {module}" in text
-    assert "InvokeAI: 0 of 9 modules; it does not support a file with modules of other sizes" in text
+    (line,) = (line for line in text.splitlines() if "InvokeAI" in line)
+    assert line.endswith(": 0 of 9 modules; it does not support a file with modules of other sizes than in FLUX.1")
 
 
 def test_a_change_of_a_bias_that_the_module_lacks_is_not_said_to_load():
@@ -322,8 +323,8 @@ def test_of_a_file_in_no_published_sizes_it_is_said_that_the_names_are_known(tmp
     report = report_of(shapes, tmp_path / "a.safetensors")
     assert report["readers"]["ComfyUI"]["verdict"] == "knows the names"
     assert report["readers"]["sd-scripts"]["verdict"] == "not at all"
-    alike = ("ComfyUI", "diffusers", "SD.Next", "stable-diffusion.cpp", "OneTrainer", "ai-toolkit")
-    assert f"{', '.join(alike)}: all 9 modules, only by their names" in format_inspection(report)
+    lines = [line.split() for line in format_inspection(report).splitlines() if "all 9 modules, only by" in line]
+    assert [line[:2] for line in lines] == [["loads", "ComfyUI,"]], "programs that load it alike share a line"
 
 
 def test_one_module_of_another_model_does_not_make_the_file_that_model_s():
