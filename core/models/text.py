@@ -1,11 +1,10 @@
-"""The text encoders of diffusion transformers: CLIP, T5, Qwen and Mistral, from files in the naming of transformers or GGUF.
+"""The text encoders of diffusion transformers: CLIP, T5, Qwen and Mistral, from files in the naming of transformers.
 
 The package includes CLIP's tokenizer. The others are too large, so users provide a folder that has one.
 """
 
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from ..errors import BadFile, UnknownFamily
 from ..storage.gguf_file import GgufTensors
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of, stored_under
+from ..storage.stored import LazyTensors, Stored, shape_of, stored_under
 from . import clip
 from .ldm import VAE_PREFIXES, build_vae, count_children, shapes_in
 from .spec import Component, Conditioning, FamilySpec, stack_conditioning
+from .text_gguf import in_transformers_names
 
 PREFIX = "text_encoders.{}.transformer."
 """The prefix of a text encoder's tensors in a checkpoint, by its kind, as ComfyUI writes it."""
@@ -72,7 +72,7 @@ def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
     sees_pictures = False
     if isinstance(tensors, GgufTensors):
         sees_pictures = tensors.architecture == "qwen3vl"
-        tensors = _in_transformers_names(tensors)
+        tensors = in_transformers_names(tensors)
     found = {kind: stored for kind in KINDS if (stored := _stored(tensors, kind, f"{kind}.transformer."))}
     return found or {_kind_of(tensors, sees_pictures): {name: Stored(tensors, name) for name in tensors}}
 
@@ -404,95 +404,3 @@ def pooled_clip(encoder: nn.Module, captions: Sequence[str]) -> Tensor:
     tokens = clip.token_chunks(captions, 1, padding=clip.END)
     _, output = clip.encode_chunks(encoder, tokens, layer=1, final_norm=True)
     return output.pooler_output
-
-
-# --- GGUF, with llama.cpp's tensor names ---
-
-_T5 = {
-    "token_embd": "shared",
-    "enc.output_norm": "encoder.final_layer_norm",
-    "enc.blk.{}.attn_norm": "encoder.block.{}.layer.0.layer_norm",
-    "enc.blk.{}.attn_q": "encoder.block.{}.layer.0.SelfAttention.q",
-    "enc.blk.{}.attn_k": "encoder.block.{}.layer.0.SelfAttention.k",
-    "enc.blk.{}.attn_v": "encoder.block.{}.layer.0.SelfAttention.v",
-    "enc.blk.{}.attn_o": "encoder.block.{}.layer.0.SelfAttention.o",
-    "enc.blk.{}.attn_rel_b": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
-    "enc.blk.{}.ffn_norm": "encoder.block.{}.layer.1.layer_norm",
-    "enc.blk.{}.ffn_gate": "encoder.block.{}.layer.1.DenseReluDense.wi_0",
-    "enc.blk.{}.ffn_up": "encoder.block.{}.layer.1.DenseReluDense.wi_1",
-    "enc.blk.{}.ffn_down": "encoder.block.{}.layer.1.DenseReluDense.wo",
-}
-_DECODER = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
-    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
-    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
-    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
-    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
-    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
-    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
-    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
-    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
-}
-"""Module names without layer numbers, llama.cpp's and transformers'."""
-GGUF_NAMES: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(("t5", "t5encoder"), _T5),
-    **dict.fromkeys(("qwen2vl", "qwen3", "qwen3vl", "llama", "mistral3"), _DECODER),
-}
-"""The module names of each supported architecture, by its name in GGUF."""
-_SIDE_BY_SIDE = ("llama", "mistral3")
-"""Architectures where the two numbers that rotary embeddings rotate together are next to each other in queries and keys."""
-_LEFT_OUT_GGUF = r"dec\.|output\.|rope_freqs\."
-"""Name prefixes of the parts that write words, and of numbers that are computed here."""
-
-
-def _in_transformers_names(tensors: GgufTensors) -> LazyTensors:
-    """Return a text encoder's tensors under transformers' names, on demand. Names that aren't llama.cpp's are kept.
-
-    Raises UnknownFamily for an unknown architecture.
-    """
-    if "token_embd.weight" not in tensors:
-        return tensors
-    names = GGUF_NAMES.get(tensors.architecture)
-    if names is None:
-        raise UnknownFamily(
-            f"a text encoder in GGUF of the unknown architecture {tensors.architecture[:40]!r}. "
-            f"Supported: {', '.join(GGUF_NAMES)}"
-        )
-    renamed = {_renamed(name, names): Stored(tensors, name) for name in tensors if not re.match(_LEFT_OUT_GGUF, name)}
-    if tensors.architecture in _SIDE_BY_SIDE:
-        for own in [name for name in renamed if re.search(r"self_attn\.[qk]_proj\.weight$", name)]:
-            name = renamed[own].name
-            if (rows := shape_of(tensors, name)[0]) % _HEAD_WIDTH_QWEN:
-                raise UnknownFamily(f"{name} has {rows} rows, not a multiple of the head width {_HEAD_WIDTH_QWEN}")
-            renamed[own] = _InHalves(tensors, name)
-    return LazyTensors(renamed)
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Return the name of a tensor in transformers, or the same name if it isn't known."""
-    path, _, kind = name.rpartition(".")
-    layer = re.search(r"\.(\d+)\.", path)
-    if layer is None:
-        return f"{names.get(path, path)}.{kind}"
-    before, after = path[: layer.start()], path[layer.end() :]
-    return f"{names.get(f'{before}.{{}}.{after}', path).replace('{}', layer[1])}.{kind}"
-
-
-@dataclass(frozen=True, eq=False)
-class _InHalves(Stored):
-    """The weight of queries or keys, with a head's rows in transformers' order: all first numbers, then all second ones."""
-
-    def __call__(self) -> Tensor:
-        return _in_halves(super().__call__())
-
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
-        narrow = super().narrow(read)
-        return narrow and narrow.cut(_in_halves)
-
-
-def _in_halves(rows: Tensor) -> Tensor:
-    return rows.unflatten(0, (-1, _HEAD_WIDTH_QWEN // 2, 2)).transpose(1, 2).flatten(0, 2)

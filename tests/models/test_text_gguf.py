@@ -13,7 +13,7 @@ from core.errors import UnknownFamily
 from core.models import load_base, text
 from core.models.narrow_layers import NarrowLinear
 from core.models.spec import materialise
-from core.models.text import GGUF_NAMES
+from core.models.text_gguf import NAMES
 from core.storage.gguf_file import open_gguf
 from tests.tooling import RandomTensors, write_gguf
 
@@ -35,9 +35,9 @@ def llama_cpps(architecture: str) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(ARCHITECTURES[architecture], 2)
 
 
-@pytest.mark.parametrize("architecture", GGUF_NAMES)
+@pytest.mark.parametrize("architecture", NAMES)
 def test_the_names_are_those_of_llama_cpp_and_no_tensor_is_left_out(architecture):
-    names, known = GGUF_NAMES[architecture], llama_cpps(architecture)
+    names, known = NAMES[architecture], llama_cpps(architecture)
     tensors = gguf.MODEL_TENSORS[ARCHITECTURES[architecture]]
     its_own = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "{}") for tensor in tensors}
     for theirs, ours in names.items():
