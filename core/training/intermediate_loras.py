@@ -1,9 +1,7 @@
 """The intermediate LoRAs of a training run: draw and measure their samples, save their files, and choose the one to keep."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,73 +10,22 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import until_it_fits
-from ..errors import OutOfMemory
 from ..lora.file import LoraFile
 from ..models.base import Base
-from ..models.memory_plan import MemoryPlan
-from ..progress import OnWarning
 from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.files import write_file
 from .callbacks import Callbacks
+from .drawing import Drawing, Shot
 from .encode import LatentCache
 from .likeness import LikenessPoint, Selection
 from .metadata import training_metadata
-from .methods import METHODS
 from .methods.method import Trained
-from .samples import DrawShots, Samples, Shot, is_whole
+from .samples import Samples, is_whole
 from .state import RunState
 from .step import Run
 
 THUMBNAIL = "thumbnail"
 """The name of the thumbnail among the tensors of a run's state: uint8 pixels (H, W, 3)."""
-
-
-class Drawing:
-    """Draws pictures with a run's networks. What they need in memory does not change how the run trains."""
-
-    def __init__(self, run: Run):
-        self._run = run
-        self._offload: float = 0.0
-        """The share of the blocks that were brought in for the last picture, the least that is tried for the next one."""
-
-    def draw(
-        self,
-        draw_shots: DrawShots,
-        shots: Sequence[Shot],
-        on_warning: OnWarning,
-        values: Mapping[str, Tensor] | None = None,
-    ) -> list[Image.Image]:
-        """Draw an image of each shot with the adapter as it would be saved now, or with other `values` in it.
-
-        The training adapter is off, because the LoRA will be used without it. If memory runs out, more blocks are brought in
-        until the images are drawn, which changes neither them nor the training, and `on_warning` is called.
-        """
-        run = self._run
-        run.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
-        plan, adapter = run.memory.plan, run.training_adapter
-        self._offload = max(plan.offload, self._offload)
-        with run.holding(run.trained() if values is None else values), adapter.off() if adapter else nullcontext():
-            try:
-                if self._offload > plan.offload:
-                    run.adopt(replace(plan, offload=self._offload))
-                return until_it_fits(
-                    partial(draw_shots, run.denoiser, run.encoders, shots), self._bringing_in(plan, on_warning)
-                )
-            finally:
-                if run.memory.plan != plan:
-                    run.adopt(plan)
-
-    def _bringing_in(self, plan: MemoryPlan, on_warning: OnWarning) -> Iterator[Callable[[], None]]:
-        """Yield the adoption of each plan that brings in more blocks. Then raise OutOfMemory."""
-        for share in (0.5, 1.0) if METHODS[self._run.config.method].freezes_weights else ():
-            if share > self._offload:
-                self._offload, plan = share, replace(plan, offload=share)
-                on_warning(f"out of memory: a sample does not fit. Drawing it with {plan}")
-                yield partial(self._run.adopt, plan)
-        raise OutOfMemory(
-            f"a sample does not fit into the device's memory ({plan}). Use a lower resolution, or sample_every 0"
-        )
 
 
 class IntermediateLoras:

@@ -1,7 +1,7 @@
 """The pictures drawn during training: samples with the current adapter, and class images with the base model alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,10 @@ from ..pictures.sampling import decode_latents, encode_pairs, load_vae, sample_l
 from ..pictures.sizes import checked_size
 from ..progress import OnProgress, silent
 from ..storage.cache_folder import content_key, made_folder
+from .drawing import DrawShots, Shot
 from .likeness import LikenessWatch
 from .methods import METHODS
 
-Shot = tuple[str, int]
-"""The prompt and the seed of a picture."""
-DrawShots = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Image.Image]]
-"""A function of (denoiser, text encoders, shots) that draws an image of each shot with the current adapter."""
 SAMPLE_BATCH = 4
 """The number of pictures in a batch of samples."""
 SAMPLE_SCALE, SMALLEST_SAMPLE = 0.75, 512

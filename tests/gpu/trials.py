@@ -31,7 +31,7 @@ from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
 from core.training.callbacks import Callbacks, StepReport
-from core.training.intermediate_loras import Drawing
+from core.training.drawing import Drawing
 from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run

@@ -32,8 +32,8 @@ from core.models.selective import is_kept
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
+from core.training.drawing import Drawing
 from core.training.encode import LatentCache
-from core.training.intermediate_loras import Drawing
 from core.training.loop import train_lora
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.metadata import WEIGHTS_KEY

@@ -22,14 +22,15 @@ from core.models import Base, load_base
 from core.photos import Photo
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from core.training.drawing import Drawing
 from core.training.encode import Batches
 from core.training.identity import run_identity
-from core.training.intermediate_loras import Drawing
 from core.training.job import train
 from core.training.loop import train_lora
 from core.training.methods import peak_rate
+from core.training.optimizer import learning_rate_factor
 from core.training.samples import Samples
-from core.training.step import Run, learning_rate_factor
+from core.training.step import Run
 from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow, started_run
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Order
 from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
+from core.training.drawing import Drawing
 from core.training.encode import LatentCache
-from core.training.intermediate_loras import Drawing
 from core.training.job import train
 from core.training.loop import train_lora
 from core.training.samples import build_draw_shots
