@@ -4,9 +4,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,13 +14,23 @@ from ..storage.files import read_json
 from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stored import LazyTensors, Stored
 from . import text
-from .base import Base
 from .families import FAMILIES
 from .ldm import current_vae_path
-from .spec import UNQUANTISED, Component
+from .spec import UNQUANTISED, Component, FamilySpec
 
 _INDEXES = ("model_index.json", "modular_model_index.json")
 """The files that name a folder's pipeline. The second belongs to pipelines assembled from blocks."""
+
+
+class DiffusersFolder(NamedTuple):
+    """The content of a folder."""
+
+    family: FamilySpec
+    components: dict[str, Component]
+    """The networks by part, as in Base."""
+    scheduler: dict[str, Any]
+    """The config of its scheduler. Empty if it doesn't have one."""
+    says_distilled: bool
 
 
 def is_hub_id(source: str) -> bool:
@@ -44,7 +53,7 @@ def download(hub_id: str) -> Path:
         raise BadFile(f"{hub_id}: not found as a file or folder, and not available on the hub: {reason}") from error
 
 
-def read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
+def read_folder(folder: Path) -> DiffusersFolder:
     """Read a folder. Only safetensors weights are read.
 
     Raises BadFile when something is missing or quantised, UnknownFamily for a pipeline or a scheduler that is not supported.
@@ -85,19 +94,7 @@ def read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> 
             f"{folder.name}: its scheduler is {name} with prediction_type {predicted!r}, which is not supported. "
             "Supported: epsilon and v_prediction on the noise of Stable Diffusion"
         )
-    base = Base(
-        family=family,
-        name=folder.name,
-        components=components,
-        prediction_type=family.prediction_type(predicted if prediction_type == "auto" else prediction_type),
-        zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
-        resolution=family.resolution,
-        says_distilled=index.get("is_distilled") is True,
-    )
-    latent_side = components["denoiser"].config.get("sample_size")
-    if isinstance(latent_side, int) and family.names.is_unet:
-        return replace(base, resolution=latent_side * base.latent_shape.pixels)
-    return base
+    return DiffusersFolder(family, components, scheduler, index.get("is_distilled") is True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Open a base model: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from ..storage.gguf_file import SUFFIX, open_gguf
@@ -62,7 +61,7 @@ def load_base(
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a diffusers folder already has all parts. Leave out {', '.join(given)}")
             folder = download(str(source)) if is_on_hub else path
-            base = _checked(read_folder(folder, prediction_type, zero_terminal_snr))
+            base = _of_folder(folder, prediction_type, zero_terminal_snr)
             return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
@@ -202,15 +201,6 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         )
 
 
-def _checked(base: Base) -> Base:
-    try:
-        _check_variant(base.family, base.components)
-    except UnknownFamily as error:
-        raise UnknownFamily(f"{base.name}: {error}") from None
-    _check_layers(base.name, base.components)
-    return base
-
-
 def _tokenizer_kind(family: FamilySpec, tensors: Mapping[str, Tensor]) -> str | None:
     """Return the kind of the text encoder that the tokenizer is for. Some models of a family have another one than the rest."""
     read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
@@ -221,11 +211,20 @@ def _check_layers(name: str, components: Mapping[str, Component]) -> None:
     """Raise BadFile when a part seems to have more layers than tensors. Building them could take minutes and gigabytes."""
     for part, component in components.items():
         named = [count for key, count in component.config.items() if "layers" in key and "window" not in key]
-        if (layers := max((n for n in tree_leaves(named) if isinstance(n, int)), default=0)) > len(component.tensors):
+        if (layers := max(_numbers_in(named), default=0)) > len(component.tensors):
             raise BadFile(
                 f"{name}: the config of the {part.replace('_', ' ')} has {layers} layers, but there are only "
                 f"{len(component.tensors)} tensors"
             )
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    """Yield the integers in a value of a config, which may be lists within lists."""
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _numbers_in(one)
+    elif isinstance(value, int):
+        yield value
 
 
 def _side(resolution: str | None, default: int) -> int:
@@ -234,3 +233,26 @@ def _side(resolution: str | None, default: int) -> int:
     if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
         return round((int(sides[0]) * int(sides[1])) ** 0.5)
     return default
+
+
+def _of_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
+    read = read_folder(folder)
+    try:
+        _check_variant(read.family, read.components)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
+    _check_layers(folder.name, read.components)
+    found = read.scheduler.get("prediction_type", "epsilon")
+    latent_side = read.components["denoiser"].config.get("sample_size")
+    base = Base(
+        family=read.family,
+        name=folder.name,
+        components=read.components,
+        prediction_type=read.family.prediction_type(found if prediction_type == "auto" else prediction_type),
+        zero_terminal_snr=zero_terminal_snr or bool(read.scheduler.get("rescale_betas_zero_snr")),
+        resolution=read.family.resolution,
+        says_distilled=read.says_distilled,
+    )
+    if isinstance(latent_side, int) and read.family.names.is_unet:
+        return replace(base, resolution=latent_side * base.latent_shape.pixels)
+    return base
