@@ -1,4 +1,4 @@
-"""The training methods. To add one: a file here that defines METHOD, a line in METHODS, and its name in `config.MethodName`."""
+"""The training methods. To add one: a `Method` in a file here, a line in METHODS, and its name in `config.MethodName`."""
 
 from collections.abc import Mapping
 
