@@ -312,8 +312,11 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="Guidance, the CFG scale (default: what suits the base model or the style)",
     )
-    parser.add_argument("--sampler", help="Sampler; an unknown name lists them (default: what suits the base "
-                        "model: dpmpp_2m_karras; FLUX.1 and later: euler)")  # fmt: skip
+    parser.add_argument(
+        "--sampler",
+        help="Sampler; an unknown name lists them (default: dpmpp_2m_karras for SD1.5 and SDXL, euler for other "
+        "and for distilled models)",
+    )
     parser.add_argument(
         "--clip-skip", type=int, default=1, help="Layer of the text encoder to use; 1 is the last (default: 1)"
     )

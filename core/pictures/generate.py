@@ -353,9 +353,12 @@ def parameters_text(
     guidance = {"CFG scale": f"{job.guidance:g}"}
     if base.embeds_guidance:  # Forge uses these names.
         guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
+    sampler = SAMPLERS[sampler_name(config.sampler, base)].title
+    spaced = base.few_steps and base.family.predicts_noise and "Karras" not in sampler
     settings = {
         "Steps": f"{job.steps}",
-        "Sampler": SAMPLERS[sampler_name(config.sampler, base)].title,
+        "Sampler": sampler,
+        **({"Schedule type": "SGM Uniform"} if spaced else {}),  # Evenly spaced timesteps that begin at pure noise.
         **guidance,
         "Seed": f"{job.seed}",
         "Size": f"{width}x{height}",

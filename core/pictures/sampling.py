@@ -91,7 +91,8 @@ def sampler_name(name: str | None, base: Base) -> str:
 
     Raises BadConfig for a sampler that the family doesn't support, or that doesn't simply take a flow map's steps.
     """
-    known, usual = ([*SAMPLERS], "dpmpp_2m_karras") if base.family.predicts_noise else (FLOW_SAMPLERS, "euler")
+    known = SAMPLERS if base.family.predicts_noise else FLOW_SAMPLERS
+    usual = "euler" if base.few_steps or not base.family.predicts_noise else "dpmpp_2m_karras"
     if name is None:
         return usual
     if name not in known:
@@ -115,13 +116,15 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
         shift = schedule.shift_for(latents)
         settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     else:
+        # Leading steps are a whole number of timesteps apart, so many of them would start far below pure noise. Distilled models
+        # draw from pure noise, at evenly spaced timesteps.
+        from_noise = base.zero_terminal_snr or base.few_steps or steps > MOST_LEADING
         settings = {
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",
             "prediction_type": base.prediction_type,
-            # Leading steps are a whole number of timesteps apart, so with many steps they would start far below pure noise.
-            "timestep_spacing": "trailing" if base.zero_terminal_snr or steps > MOST_LEADING else "leading",
+            "timestep_spacing": "trailing" if from_noise else "leading",
             "steps_offset": 1,
         }
         if base.zero_terminal_snr:

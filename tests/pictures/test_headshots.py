@@ -626,6 +626,26 @@ def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("name", "distilled"),
+    [
+        ("JuggernautXL_Lightning.safetensors", True),
+        ("sdxl_dmd2.safetensors", True),
+        ("sd_xl_base_1.0.safetensors", False),
+    ],
+)
+def test_sdxl_lightning_draws_in_eight_even_steps_from_pure_noise(small_sdxl, name: str, distilled: bool) -> None:
+    base = replace(load_base(small_sdxl), name=name)
+    job = Job("a photo", 1, steps=30, guidance=7.0).on(base)
+    assert (job.steps, job.guidance) == ((8, 1.0) if distilled else (30, 7.0))
+    times = build_sampler(None, base, 8, torch.zeros(1, 4, 8, 8)).timesteps.tolist()
+    assert (times == [999, 874, 749, 624, 499, 374, 249, 124]) == distilled  # Those of SDXL-Lightning's authors.
+    _, _, settings = read_as_a1111_does(parameters_text(base, [], job, GenerateConfig()))
+    assert (settings["Sampler"], settings.get("Schedule type")) == (
+        ("Euler", "SGM Uniform") if distilled else ("DPM++ 2M Karras", None)
+    )
+
+
+@pytest.mark.parametrize(
     "wrong", [{"prompt": "half \ud83d"}, {"negative": "\udcff"}, {"steps": 0}, {"guidance": float("nan")}]
 )
 def test_jobs_that_cannot_be_drawn_are_refused(wrong) -> None:
