@@ -33,6 +33,14 @@ from tools.memory_tables import CARDS, DOCUMENT, MODELS, SHARE, Card, base_of, c
 from tools.photo_tables import replace_table, table
 
 PHOTOS, HEADSHOTS, PACK = 15, 20, "corporate"
+DISTILLED = {
+    "SDXL": "SDXL-Lightning", "FLUX.1-dev": "FLUX.1-schnell", "FLUX.2 klein 4B": "FLUX.2 klein 4B, distilled",
+    "Z-Image": "Z-Image-Turbo", "Qwen-Image": "Qwen-Image-Lightning", "Krea 2": "Krea 2 Turbo",
+    "ERNIE-Image": "ERNIE-Image-Turbo",
+}  # fmt: skip
+"""The versions of models that draw in a few steps."""
+Found = dict[str, dict[str, dict[str, Ledger]]]
+"""The work of a job by model, recipe and card."""
 SHOWN = ("SD1.5", "SDXL", "FLUX.1-dev", "Z-Image", "Krea 2")
 """The models whose parts have columns."""
 _BLOCKS = {
@@ -53,26 +61,29 @@ def with_vae(name: str) -> Base:
     return replace(base, components={**base.components, **vae}, resolution=base.family.resolution)
 
 
-def ledgers(name: str) -> dict[str, dict[str, Ledger]]:
-    """The work of a job by recipe and card; without cards on which no memory plan fits."""
+def ledgers(name: str) -> Found:
+    """The work of jobs that draw on the model, and on its distilled version; without cards that no memory plan fits."""
     base = with_vae(name)
+    drawn_on = {name: base} | ({DISTILLED[name]: base.as_distilled()} if name in DISTILLED else {})
     whole = cache_of(MODELS[name], base)
     text = next(iter(whole.text.values()))
     count = functools.cache(lambda rank, side: count_passes(base, TrainConfig(rank=rank), (side, side), None, text))
-    found: dict[str, dict[str, Ledger]] = {}
+    found: Found = {title: {recipe: {} for recipe in RECIPES} for title in drawn_on}
     for recipe in RECIPES:
         config = replace(recipe_config(recipe, base, PHOTOS), precision="bf16")
         side = config.resolution or base.resolution
         photos = [Photo.from_image(Image.new("RGB", (side, side)), f"{number}.png") for number in range(PHOTOS)]
         passes, cache = count(config.rank, side)
-        jobs = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS).jobs(base)
+        order = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS)
         prediction = StepPrediction(cache, base, config, torch.device("cpu"), torch.bfloat16)
         needs = {plan: prediction.bytes(plan) for plan in memory_plans(config, base)}
-        found[recipe] = {}
         for card in CARDS:
             plan = first_that_fits(list(needs), lambda plan, room=card.room, needs=needs: needs[plan] <= room)
             if needs[plan] <= card.room:
-                found[recipe][card.name] = Basis(base, passes, plan, needs[plan]).ledger(photos, config, jobs)
+                shared = Basis(base, passes, plan, needs[plan])
+                for title, drawing in drawn_on.items():
+                    jobs = replace(order, drawn_on=drawing).jobs(base)
+                    found[title][recipe][card.name] = shared.ledger(photos, config, jobs)
     return found
 
 
@@ -85,8 +96,8 @@ def hours(taken: float) -> str:
     return f"{taken / 60:.0f} min" if taken < 5400 else f"{taken / 3600:.3g} h"
 
 
-def tables(found: Mapping[str, Mapping[str, Mapping[str, Ledger]]]) -> dict[str, str]:
-    """The tables by name: the parts of jobs on one card, and the sums on all cards."""
+def tables(found: Found) -> dict[str, str]:
+    """The tables by name: the parts of jobs on one card, and the sums on all cards, also of drawing on distilled models."""
     (card,) = (card for card in CARDS if card.memory == 12)
     shown = {name: found[name]["balanced"][card.name] for name in SHOWN if name in found}
     rows = [[part, *(hours(seconds(one, card)[part]) for one in shown.values())] for part in PARTS]
@@ -101,10 +112,14 @@ def tables(found: Mapping[str, Mapping[str, Mapping[str, Ledger]]]) -> dict[str,
         there = [recipes[recipe].get(card.name) for recipe in RECIPES]
         return ", ".join(hours(sum(seconds(one, card).values())) if one else "–" for one in there)
 
-    whole = [[name, *(sums(recipes, card) for card in CARDS)] for name, recipes in found.items()]
+    whole = {name: [sums(recipes, card) for card in CARDS] for name, recipes in found.items()}
+    head = [", ".join(RECIPES), *(card.name for card in CARDS)]
     return {
         "a job by part": table([f"balanced, {card.name}", *shown], rows),
-        "whole jobs": table([", ".join(RECIPES), *(card.name for card in CARDS)], whole),
+        "whole jobs": table(head, [[name, *whole[name]] for name in MODELS if name in whole]),
+        "drawn on distilled models": table(
+            head, [[f"{name}, drawn on {other}", *whole[other]] for name, other in DISTILLED.items() if other in whole]
+        ),
     }
 
 
@@ -113,7 +128,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS, help="a model of the tables; default all")
     parser.add_argument("--json", action="store_true", help="print seconds instead of writing tables")
     options = parser.parse_args()
-    found = {name: ledgers(name) for name in options.model or MODELS}
+    found = {title: one for name in options.model or MODELS for title, one in ledgers(name).items()}
     if options.json:
         cards = {card.name: card for card in CARDS}
         values = {

@@ -203,6 +203,10 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="File with other settings of the training run")
     add_training_adapter(parser)
+    parser.add_argument(
+        "--draw-on", metavar="BASE",
+        help="Base model to draw on, instead of the one trained on: another of its family, such as SDXL-Lightning",
+    )  # fmt: skip
     add_sidecars_option(parser)
     add_settings(parser, ("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
 

@@ -15,7 +15,7 @@ from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, device_rate, ledger_of, make
 from ..training import recipe_config
-from .common import DEMO, BarProgress, JsonProgress, base_from
+from .common import DEMO, BarProgress, JsonProgress, base_from, drawn_on_from
 from .computing import device_from, show_work, work_in_short
 from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown, training_adapter_from
@@ -31,7 +31,7 @@ def run_headshots(options: argparse.Namespace) -> int:
     folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
-    adapter = training_adapter_from(options, base)
+    adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options)
     stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
 
     def check_stop() -> None:
@@ -46,7 +46,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
-        order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter)
+        order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter, drawn_on=drawn_on)
         if asks or options.dry_run:
             ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
             if options.dry_run:

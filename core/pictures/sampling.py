@@ -116,8 +116,8 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
         shift = schedule.shift_for(latents)
         settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     else:
-        # Leading steps are a whole number of timesteps apart, so many of them would start far below pure noise. Distilled models
-        # draw from pure noise, at evenly spaced timesteps.
+        # Leading steps are a whole number of timesteps apart, so many of them would start far below pure noise. Distilled
+        # models draw from pure noise, at evenly spaced timesteps.
         from_noise = base.zero_terminal_snr or base.few_steps or steps > MOST_LEADING
         settings = {
             "beta_start": 0.00085,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..config import TrainConfig
+from ..errors import BadConfig
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos import Photo, Ready, SetReport
@@ -43,17 +44,29 @@ class Order:
     """Width and height of the pictures in pixels; None derives them from each style and the base model."""
     training_adapter: TrainingAdapter | None = None
     """An adapter that is applied in the training steps only."""
+    drawn_on: Base | None = None
+    """Another base model of the same family to draw on, such as one distilled to a few steps. None draws on the trained one."""
 
     def __post_init__(self) -> None:
         check_count(self.count)
 
     def on(self, base: Base) -> Base:
-        """Return the base model as used for training and drawing."""
+        """Return the base model as used for training, and for drawing unless there is another one for it."""
         return base.as_distilled() if self.training_adapter else base
 
+    def drawing(self, base: Base) -> Base:
+        """Return the base model to draw on. Raises BadConfig if a LoRA trained on `base` doesn't fit it."""
+        other = self.drawn_on
+        if other and other.family is not base.family:
+            raise BadConfig(
+                f"{other.name} is {other.family.title}. "
+                f"Pictures can only be drawn on {base.family.title}, the family of {base.name}"
+            )
+        return other or self.on(base)
+
     def jobs(self, base: Base) -> list[Job]:
-        """Return the pictures to draw, in rounds over the styles of the pack."""
-        base, subject = self.on(base), Subject(self.config.trigger_word, self.config.class_word)
+        """Return the pictures to draw, in rounds over the styles of the pack. Raises BadConfig as `drawing` does."""
+        base, subject = self.drawing(base), Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
         return [
             replace(job, size=self.size or job.size) for job in (Job.from_style(prompt).on(base) for prompt in prompts)
@@ -97,13 +110,12 @@ def make(
     are ordered again. Without the face networks, pictures aren't ranked, and small faces aren't redrawn. Each callback may
     raise to cancel. Errors are subclasses of FaceLoraError.
     """
-    base = order.on(base)
+    jobs, drawing, base = order.jobs(base), order.drawing(base), order.on(base)
     job = TrainingJob(order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter)
     trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
-    jobs = order.jobs(base)
     callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     shots = make_headshots(
-        base,
+        drawing,
         [(LoraFile.read(trained.path), 1.0)],
         jobs,
         folder,

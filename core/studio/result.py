@@ -59,6 +59,8 @@ class Terms:
     """Training settings that override the recipe's."""
     training_adapter: TrainingAdapter | None = None
     """An adapter that is applied in everyone's training steps only."""
+    drawn_on: Base | None = None
+    """Another base model of the same family to draw everyone's pictures on."""
 
     def order(self, person: Person, photos: int, base: Base, callbacks: Callbacks = NO_CALLBACKS) -> Order:
         """Return the order for a person with that number of photos. Raises BadConfig for an invalid setting."""
@@ -69,7 +71,9 @@ class Terms:
         if name not in self.packs:
             raise BadConfig(f"style_pack = {name!r}: choose one of {', '.join(sorted(self.packs))}")
         count = person.count or self.count
-        return Order(person.name, config, self.packs[name], count, self.seed, self.size, self.training_adapter)
+        return Order(
+            person.name, config, self.packs[name], count, self.seed, self.size, self.training_adapter, self.drawn_on
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,9 @@ def _check_agreed(person: Person) -> None:
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
     _check_agreed(person)
-    base.compute_hashes(callbacks.progress(READING))
+    for model in (base, terms.drawn_on):
+        if model:
+            model.compute_hashes(callbacks.progress(READING))
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
     folder = output / person.name
@@ -216,8 +222,9 @@ def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Ca
 
 def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
     """Return a hash of the order, the base model, and the photos' fingerprints or number."""
-    adapter = [order.training_adapter.digest] if order.training_adapter else []
-    return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *adapter)
+    others = [order.training_adapter.digest] if order.training_adapter else []
+    others += [order.drawn_on.identity] if order.drawn_on else []
+    return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *others)
 
 
 def _result(person: Person, outcome: Outcome, output: Path, cost: Cost) -> Result:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,3 +238,29 @@ def test_faces_are_looked_for_once_in_each_photo_of_a_whole_job(desk, monkeypatc
     made = make(check(photos, base, config), base, Order("anna", config, pack, count=1), folder / "out")
     assert made.trained.likenesses() and made.report.network
     assert looked.count((92, 112)) == 8  # pictures are smaller
+
+
+def drawn_as(folder: Path) -> str:
+    """The parameters of the one picture in a folder."""
+    (picture,) = folder.glob("0*.png")
+    return Image.open(picture).info["parameters"]
+
+
+def test_a_lora_is_trained_on_one_base_model_and_draws_on_another(desk, small_sdxl, capsys):
+    folder = desk("anna")
+    other = shutil.copy(BASE_FILE, folder / "other.safetensors")
+    command = ["headshots", str(folder / "photos"), "--base", "demo", "--count", "1", "--yes", *quickly(folder)]
+    command += ["--style-pack", "quick"]
+    main([*command, "--draw-on", str(other), "--output", str(folder / "out")])
+    assert "Model: other" in drawn_as(folder / "out")
+    lora = LoraFile.read(folder / "out" / "sks.safetensors")
+    assert lora.metadata["ss_sd_model_name"] == BASE_FILE.name
+    main([*command, "--output", str(folder / "out")])  # The same LoRA draws on its own base model.
+    assert LoraFile.read(folder / "out" / "sks.safetensors").model_hash == lora.model_hash
+    assert f"Model: {BASE_FILE.stem}," in drawn_as(folder / "out")
+    capsys.readouterr()
+    assert main([*command, "--draw-on", str(small_sdxl), "--output", str(folder / "none")]) == 1
+    assert (
+        "can only be drawn on Stable Diffusion 1.x, the family of " in capsys.readouterr().err
+        and not (folder / "none").exists()
+    )
