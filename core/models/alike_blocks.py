@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import BoundArguments, signature
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class AlikeBlocks:
             kind.again = count.peak - start
             kind.operations_again = count.operations - operations
             kind.operations_of_products = products.operations
-            kind.again_beside_products = products.peak_beside - start
+            kind.again_beside_products = products.peak_again - start
             packed[_place(tensor)] = kept = tensor.detach()
             return kept
 
@@ -255,7 +255,7 @@ class _Kind:
     again: int = 0
     """The same until the last tensor is kept for the backward pass, where a recomputation ends."""
     again_beside_products: int = 0
-    """The peak of a selective recomputation beyond what is in use before it, which includes what was kept."""
+    """The peak of a selective recomputation beyond what is in use before it, which includes what was kept and not yet taken."""
     backward: int = 0
     """The peak in the backward pass and a recomputation, beyond what is in use before it."""
     kept: int = 0
@@ -360,10 +360,10 @@ class _Products(TorchDispatchMode):
     def __init__(self, count: MemoryCount):
         super().__init__()
         self.operations: int = 0
-        self.peak_beside: int = count.live
-        """The peak of all that is in use besides what is kept."""
+        self.peak_again: int = count.live
+        """The peak in a selective recomputation, not counting what was kept until it is taken. Then it may be freed."""
         self._count = count
-        self._size = self._in_use = 0
+        self._size = 0
         self._alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -378,14 +378,9 @@ class _Products(TorchDispatchMode):
                     storage = tensor.untyped_storage()
                     if storage._cdata not in self._alive:
                         self._alive[storage._cdata] = storage
-                        size = allocated(storage.nbytes(), self._count.device)
-                        self._size, self._in_use = self._size + size, self._in_use + size
-                        finalize(storage, self._free, size)
-        self.peak_beside = max(self.peak_beside, self._count.live - self._in_use)
+                        self._size += allocated(storage.nbytes(), self._count.device)
+        self.peak_again = max(self.peak_again, self._count.live - self._size)
         return result
-
-    def _free(self, size: int) -> None:
-        self._in_use -= size
 
     def bytes_beside(self, others: Container[int]) -> tuple[int, int]:
         """Return how many bytes it has counted and how many of them are in use, both without storages at these places."""
