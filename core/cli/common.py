@@ -25,18 +25,10 @@ DEMO = "demo"
 """The value of `--base` for the small base model that comes with the package."""
 
 
-def base_from(options: argparse.Namespace, **schedule: Any) -> "models.Base":
-    return _opened(options.base, options, **schedule)
-
-
-def drawn_on_from(options: argparse.Namespace) -> "models.Base | None":
-    """Return the base model that pictures are drawn on, if it isn't the one that is trained on."""
-    return _opened(options.draw_on, options) if options.draw_on else None
-
-
-def _opened(name: str, options: argparse.Namespace, **schedule: Any) -> "models.Base":
+def base_from(options: argparse.Namespace, name: str | None = None, **schedule: Any) -> "models.Base":
+    """Open the base model of that name; for None, the one of `--base`."""
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    return models.load_base(_source(name), **files, **schedule)
+    return models.load_base(_source(name or options.base), **files, **schedule)
 
 
 def _source(name: str):

@@ -65,7 +65,7 @@ def run_generate(options: argparse.Namespace) -> None:
         )
         for line in without_trigger(loras, [job.prompt for job in jobs]):
             progress.warning(line)
-        if line := few_steps_hint(options, base):
+        if line := few_steps_hint(base, options.steps, options.guidance):
             progress.warning(line)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
@@ -113,15 +113,20 @@ def _print_headshots(shots: Sequence[Headshot], folder: Path, people: int) -> No
     print(f"overview: {folder / 'gallery.html'} and contact_sheet.png")
 
 
-def few_steps_hint(options: argparse.Namespace, base: Base) -> str | None:
-    """Return a line on how a base model draws if only its name shows that it was distilled; None if nothing changes."""
-    own = {"--steps": f"in {base.steps} steps", "--guidance": "without guidance"}
-    left = {option: how for option, how in own.items() if getattr(options, option[2:]) is None}
+def few_steps_hint(
+    base: Base, steps: int | None = None, guidance: float | None = None, remedy: str | None = None
+) -> str | None:
+    """Return a line on how a base model draws if only its name shows that it was distilled; None if nothing changes.
+
+    `steps` and `guidance` are the options, if they are given. `remedy` is what to do if the name is wrong; for None, give them.
+    """
+    own = {"--steps": (steps, f"in {base.steps} steps"), "--guidance": (guidance, "without guidance")}
+    left = {option: how for option, (given, how) in own.items() if given is None}
     if not (base.few_steps and left) or base.is_distilled:
         return None
     return (
         f"{base.name}: its name says that it was distilled to a few steps, so it draws {' '.join(left.values())}; "
-        f"if that is wrong, set {' and '.join(left)}"
+        "if that is wrong, " + (remedy or f"set {' and '.join(left)}")
     )
 
 

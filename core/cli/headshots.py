@@ -11,12 +11,15 @@ from .. import demo
 from ..config import TrainConfig
 from ..errors import BadConfig
 from ..lora import file_word, write_sidecars
+from ..models import Base
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
-from ..studio import Order, Outcome, check, device_rate, ledger_of, make
+from ..progress import OnWarning
+from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
 from ..training import recipe_config
-from .common import DEMO, BarProgress, JsonProgress, base_from, drawn_on_from
+from .common import DEMO, BarProgress, JsonProgress, base_from
 from .computing import device_from, show_work, work_in_short
+from .generate import few_steps_hint
 from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown, training_adapter_from
 
@@ -31,7 +34,7 @@ def run_headshots(options: argparse.Namespace) -> int:
     folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
-    adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options)
+    adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options, base, **schedule_from(given))
     stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
 
     def check_stop() -> None:
@@ -40,6 +43,7 @@ def run_headshots(options: argparse.Namespace) -> int:
 
     callbacks = shown(progress, check_stop)
     with progress:
+        hint_at_few_steps(drawn_on or base, progress.warning)
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
         ready = check(photos, base, config, callbacks)
@@ -63,6 +67,21 @@ def run_headshots(options: argparse.Namespace) -> int:
         print(_summary(outcome), *outcome.advice, sep="\n")
         print(f"LoRA: {outcome.trained.path}\ngallery: {folder / 'gallery.html'}")
     return 1 if outcome.advice else 0
+
+
+def drawn_on_from(options: argparse.Namespace, base: Base, **schedule: Any) -> Base | None:
+    """Return the base model to draw on if it isn't the one to train on. Raises BadConfig or BadFile if it doesn't fit that."""
+    if not options.draw_on:
+        return None
+    other = base_from(options, options.draw_on, **schedule)
+    check_drawn_on(other, base)
+    return other
+
+
+def hint_at_few_steps(base: Base, on_warning: OnWarning) -> None:
+    """Warn if only the base model's name makes it draw in a few steps."""
+    if line := few_steps_hint(base, remedy="rename the file"):
+        on_warning(line)
 
 
 def _order(options: argparse.Namespace, config: TrainConfig, asks: bool) -> Order:

@@ -11,9 +11,9 @@ from ..errors import BadConfig
 from ..lora import write_sidecars
 from ..pictures import find_style_packs
 from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
-from .common import DEMO, JsonProgress, base_from, drawn_on_from
+from .common import DEMO, JsonProgress, base_from
 from .computing import device_from, show_work
-from .headshots import COUNT, STYLE_PACK
+from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps
 from .settings import schedule_from, settings_from
 from .studio_progress import StudioProgress, planned
 from .train import StopOnSignal, shown, training_adapter_from
@@ -23,8 +23,6 @@ def run_studio(options: argparse.Namespace) -> int:
     """Run the command. Returns 1 if anyone failed, else 0."""
     if options.ray and options.device:
         raise BadConfig("--device: leave this out, since each of Ray's workers has its own device")
-    if options.ray and options.draw_on:
-        raise BadConfig("--draw-on: leave this out, since Ray's workers draw on the base model that they train on")
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
@@ -38,7 +36,7 @@ def run_studio(options: argparse.Namespace) -> int:
         recipe=options.recipe,
         settings=given,
         training_adapter=training_adapter_from(options, base),
-        drawn_on=drawn_on_from(options),
+        drawn_on=drawn_on_from(options, base, **schedule_from(given)),
     )
     stop, failed = StopOnSignal(), False
     before = plan(people, base, options.output, terms, device)
@@ -49,6 +47,7 @@ def run_studio(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt  # Our own errors would only fail this person.
 
     callbacks = shown(progress, check_stop)
+    hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
     if isinstance(progress, JsonProgress):
         progress.print(_described(before))
     else:

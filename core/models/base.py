@@ -115,7 +115,9 @@ class Base:
     def few_steps(self) -> FewSteps | None:
         """How the model draws if it or its name declares distillation to a few steps. None for all others."""
         named = self.is_named_distilled and not self.embeds_guidance
-        return self.family.few_steps if self.is_distilled or named else None
+        few = self.family.few_steps if self.is_distilled or named else None
+        said = re.search(r"(?<!\d)([1-9]|1[0-6])[-_ ]?step", self.name, re.IGNORECASE)
+        return replace(few, steps=int(said[1])) if few and said else few
 
     @property
     def steps(self) -> int:
@@ -182,6 +184,11 @@ class Base:
             weight.nbytes if weight else dtype.itemsize * math.prod(dtype_and_shape(tensors, name)[1])
             for name, weight in narrow.items()
         )
+
+    def require(self, *parts: str) -> None:
+        """Raise BadFile if one of the parts is missing."""
+        for part in parts:
+            self._component(part)
 
     def _component(self, part: str) -> Component:
         if part not in self.components:

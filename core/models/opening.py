@@ -62,7 +62,8 @@ def load_base(
                 raise BadConfig(f"{source}: a diffusers folder already has all parts. Leave out {', '.join(given)}")
             folder = download(str(source)) if is_on_hub else path
             base = _of_folder(folder, prediction_type, zero_terminal_snr)
-            return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
+            name = str(source).rsplit("/", 1)[-1] if is_on_hub else base.name
+            return replace(base, name=name, caption_encoder=caption_encoder, opened_with=opened_with)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]

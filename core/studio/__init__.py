@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .person import Order as Order
     from .person import Outcome as Outcome
     from .person import check as check
+    from .person import check_drawn_on as check_drawn_on
     from .person import ledger_of as ledger_of
     from .person import make as make
     from .result import Result as Result

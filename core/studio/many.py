@@ -172,7 +172,7 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
     earlier: list[Cost] = []
     with suppress(BadFile):  # A damaged report will be rewritten.
         costs = [result.cost for result in read_report(output) if result.cost]
-        earlier = [cost for cost in costs if (cost.base, cost.processor) == (base.identity, used)]
+        earlier = [cost for cost in costs if (cost.base, cost.processor) == (terms.identity(base), used)]
     return Plan(to_make, tuple(made_before), tuple(refused), tuple(earlier))
 
 

@@ -20,7 +20,7 @@ from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
-from ..training.callbacks import NO_CALLBACKS, Callbacks
+from ..training.callbacks import NO_CALLBACKS, READING, Callbacks
 from ..training.job import ready_for, settled
 from ..training.store import TrainedFile, TrainingJob, find_or_train
 from ..training.training_adapter import TrainingAdapter
@@ -51,22 +51,12 @@ class Order:
         check_count(self.count)
 
     def on(self, base: Base) -> Base:
-        """Return the base model as used for training, and for drawing unless there is another one for it."""
+        """Return the base model as used for training, and for drawing unless there is another one for that."""
         return base.as_distilled() if self.training_adapter else base
 
-    def drawing(self, base: Base) -> Base:
-        """Return the base model to draw on. Raises BadConfig if a LoRA trained on `base` doesn't fit it."""
-        other = self.drawn_on
-        if other and other.family is not base.family:
-            raise BadConfig(
-                f"{other.name} is {other.family.title}. "
-                f"Pictures can only be drawn on {base.family.title}, the family of {base.name}"
-            )
-        return other or self.on(base)
-
     def jobs(self, base: Base) -> list[Job]:
-        """Return the pictures to draw, in rounds over the styles of the pack. Raises BadConfig as `drawing` does."""
-        base, subject = self.drawing(base), Subject(self.config.trigger_word, self.config.class_word)
+        """Return the pictures to draw, in rounds over the styles of the pack."""
+        base, subject = self.drawn_on or self.on(base), Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
         return [
             replace(job, size=self.size or job.size) for job in (Job.from_style(prompt).on(base) for prompt in prompts)
@@ -84,6 +74,19 @@ class Outcome:
     """The pictures, most alike first where likeness could be measured."""
     advice: tuple[str, ...]
     """Sentences on how to improve if no picture is like the person; else empty."""
+
+
+def check_drawn_on(other: Base, base: Base) -> None:
+    """Raise BadConfig or BadFile if `other` can't draw with a LoRA that is trained on `base`."""
+    if other.family is not base.family:
+        raise BadConfig(
+            f"{other.name} is {other.family.title}. "
+            f"Pictures can only be drawn on {base.family.title}, the family of {base.name}"
+        )
+    other.require("denoiser", "vae", *other.text_encoders)
+    shapes = base.module_shapes()
+    if any(shapes.get(module, shape) != shape for module, shape in other.module_shapes().items()):
+        raise BadConfig(f"{other.name} is larger or smaller than {base.name}, so a LoRA of one does not fit the other")
 
 
 def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> Ready:
@@ -110,12 +113,16 @@ def make(
     are ordered again. Without the face networks, pictures aren't ranked, and small faces aren't redrawn. Each callback may
     raise to cancel. Errors are subclasses of FaceLoraError.
     """
-    jobs, drawing, base = order.jobs(base), order.drawing(base), order.on(base)
+    base = order.on(base)
+    drawn_on, jobs = order.drawn_on or base, order.jobs(base)
+    if order.drawn_on:
+        check_drawn_on(drawn_on, base)
+        drawn_on.compute_hashes(callbacks.progress(READING))
     job = TrainingJob(order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter)
     trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     shots = make_headshots(
-        drawing,
+        drawn_on,
         [(LoraFile.read(trained.path), 1.0)],
         jobs,
         folder,

@@ -39,6 +39,10 @@ _LAST_STEP = 20.0
 """The seconds that stopping workers have to finish their step and save its state."""
 
 
+Opened = dict[str, Any]
+"""The arguments that open a base model."""
+
+
 class Stopped(Exception):
     """Raised in a worker when the driver has asked it to stop."""
 
@@ -46,14 +50,16 @@ class Stopped(Exception):
 class Worker:
     """The code of an actor. A second thread waits for the request to stop."""
 
-    def __init__(self, base: dict[str, Any], output: Path, terms: Terms):
-        self._opened_with, self._output, self._terms = base, output, terms
+    def __init__(self, base: Opened, drawn_on: Opened | None, output: Path, terms: Terms):
+        self._base_with, self._drawn_on_with, self._output, self._terms = base, drawn_on, output, terms
         self._stop = threading.Event()
 
     def open(self) -> str:
-        """Open the base model, and return its identity."""
-        self._base = load_base(**self._opened_with)
-        return self._base.identity
+        """Open the base models, and return their identity."""
+        self._base = load_base(**self._base_with)
+        if self._drawn_on_with:
+            self._terms = replace(self._terms, drawn_on=load_base(**self._drawn_on_with))
+        return self._terms.identity(self._base)
 
     def make(self, person: Person, again: bool) -> tuple[Result, list[str]]:
         """Make a person, and return the result and warnings."""
@@ -89,13 +95,10 @@ class RayCrew:
         host, _, port = address.rpartition(":")
         if address != LOCAL and (not host or not port.isdecimal() or "/" in address):
             raise BadConfig(f"ray = {address!r}: expected the head node's HOST:PORT, such as 10.0.0.5:6379, or {LOCAL}")
-        if base.opened_with is None:
-            raise BadConfig(
-                "a cluster's workers read the base model from its files, but this one was not loaded from files"
-            )
+        opened = [None if one is None else _opened_with(one) for one in (base, terms.drawn_on)]
         self._address, self._server = address, None if address == LOCAL else (host, int(port))
-        self._arguments = (dict(base.opened_with), output.absolute(), terms)
-        self._identity = base.identity
+        self._arguments = (*opened, output.absolute(), replace(terms, drawn_on=None))
+        self._identity = terms.identity(base)
         self._ray: Any = None
         self._owns_connection = False
         self._actors: dict[str, Any] = {}
@@ -241,3 +244,11 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(cause if isinstance(cause, FaceLoraError) else error).strip().splitlines()]
     # An out-of-memory error starts with its message, followed by advice. Other errors end with their message.
     return (lines[0] if "memory" in lines[0] else lines[-1]) if lines else type(error).__name__
+
+
+def _opened_with(base: Base) -> Opened:
+    if base.opened_with is None:
+        raise BadConfig(
+            f"a cluster's workers read base models from their files, but {base.name} was not loaded from files"
+        )
+    return dict(base.opened_with)

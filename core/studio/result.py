@@ -62,6 +62,10 @@ class Terms:
     drawn_on: Base | None = None
     """Another base model of the same family to draw everyone's pictures on."""
 
+    def identity(self, base: Base) -> str:
+        """Return a text that is equal if the same base models are used."""
+        return " ".join(one.identity for one in (base, self.drawn_on) if one)
+
     def order(self, person: Person, photos: int, base: Base, callbacks: Callbacks = NO_CALLBACKS) -> Order:
         """Return the order for a person with that number of photos. Raises BadConfig for an invalid setting."""
         own = {"class_word": person.class_word, "trigger_word": person.trigger_word}
@@ -158,7 +162,7 @@ def find_or_make(
     with locked(folder / RECORD), cache_in(folder / CACHE):
         outcome = make(ready, base, asked.order, folder, device=device, callbacks=callbacks)
     used = usable_device(device)
-    result = _result(person, outcome, output, watch.cost(used, base.identity, len(asked.photos)))
+    result = _result(person, outcome, output, watch.cost(used, terms.identity(base), len(asked.photos)))
     record = {"result": asdict(result), "digest": _digest(asked.key, result, output), "planned": planned}
     write_text(folder / RECORD, json.dumps(record, indent=1))
     shutil.rmtree(folder / CACHE, ignore_errors=True)  # It is no longer needed.

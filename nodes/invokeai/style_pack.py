@@ -16,6 +16,7 @@ from invokeai.invocation_api import (
 )
 
 from ...core.models.base import Base
+from ...core.pictures.generate import Job
 from ...core.pictures.style_pack import MOST_PICTURES, FoundPacks, StyledPrompt, Subject, find_style_packs
 from . import services
 from .models import MAIN_MODEL, base_of
@@ -101,16 +102,18 @@ class HeadshotStylePackInvocation(StylesInvocation):
     )
 
     def invoke(self, context: InvocationContext) -> HeadshotStylePackOutput:
-        found = self.prompts(base_of(context, self.model), self.subject.strip())
+        base = base_of(context, self.model)
+        found = self.prompts(base, self.subject.strip())
         one = found[self.number % len(found)]
+        job = Job.from_style(one).on(base)  # A model that was distilled to a few steps has its own.
         return HeadshotStylePackOutput(
             prompt=one.prompt,
             negative_prompt=one.negative,
             width=one.width,
             height=one.height,
             seed=one.seed,
-            steps=one.steps,
-            cfg_scale=one.guidance,
+            steps=job.steps,
+            cfg_scale=job.guidance,
             weight=one.strength,
             prompts=[item.prompt for item in found],
             negative_prompts=[item.negative for item in found],

@@ -340,6 +340,7 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         ("krea2", "krea2_turbo_fp8.safetensors", 8, math.exp(1.15)),
         ("zimage", "z_image_turbo_bf16.safetensors", 8, 3.0),
         ("qwen-image", "qwen_image_lightning.safetensors", 8, 3.0),
+        ("qwen-image", "Qwen-Image-Lightning-4steps-V2.0.safetensors", 4, 3.0),
         ("ernie-image", "ernie-image-turbo.safetensors", 8, 3.0),
         ("sd3", "sd3.5_large_turbo.safetensors", 4, 3.0),
         ("flux2", "flux-2-klein-4b.safetensors", 4, None),
@@ -381,10 +382,10 @@ def test_the_command_line_draws_a_distilled_model_in_its_steps_unless_they_are_g
     ],
 )  # fmt: skip
 def test_that_a_name_alone_makes_a_model_draw_in_few_steps_is_said(bases, name, steps, guidance, hint):
-    base, options = replace(bases["zimage"], name=name), argparse.Namespace(steps=steps, guidance=guidance)
-    said = few_steps_hint(options, base)
+    base = replace(bases["zimage"], name=name)
+    said = few_steps_hint(base, steps, guidance)
     assert said is None if hint is None else said is not None and said.startswith(name) and said.endswith(hint)
-    assert few_steps_hint(options, replace(base, says_distilled=True)) is None
+    assert few_steps_hint(replace(base, says_distilled=True), steps, guidance) is None
 
 
 def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):

@@ -626,17 +626,16 @@ def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "distilled"),
+    ("name", "steps"),
     [
-        ("JuggernautXL_Lightning.safetensors", True),
-        ("sdxl_dmd2.safetensors", True),
-        ("sd_xl_base_1.0.safetensors", False),
+        ("JuggernautXL_Lightning.safetensors", 8), ("splashedMixDMD.safetensors", 8), ("Hyper-SDXL-8steps.safetensors", 8),
+        ("sdxl_lightning_4step.safetensors", 4), ("sd_xl_base_1.0.safetensors", None), ("lcmix_12000steps.safetensors", None),
     ],
-)
-def test_sdxl_lightning_draws_in_eight_even_steps_from_pure_noise(small_sdxl, name: str, distilled: bool) -> None:
-    base = replace(load_base(small_sdxl), name=name)
+)  # fmt: skip
+def test_sdxl_lightning_draws_in_a_few_even_steps_from_pure_noise(small_sdxl, name: str, steps: int | None) -> None:
+    base, distilled = replace(load_base(small_sdxl), name=name), steps is not None
     job = Job("a photo", 1, steps=30, guidance=7.0).on(base)
-    assert (job.steps, job.guidance) == ((8, 1.0) if distilled else (30, 7.0))
+    assert (job.steps, job.guidance) == ((steps, 1.0) if distilled else (30, 7.0))
     times = build_sampler(None, base, 8, torch.zeros(1, 4, 8, 8)).timesteps.tolist()
     assert (times == [999, 874, 749, 624, 499, 374, 249, 124]) == distilled  # Those of SDXL-Lightning's authors.
     _, _, settings = read_as_a1111_does(parameters_text(base, [], job, GenerateConfig()))

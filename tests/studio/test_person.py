@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from core.cli import main
 from core.config import TrainConfig
@@ -246,7 +247,7 @@ def drawn_as(folder: Path) -> str:
     return Image.open(picture).info["parameters"]
 
 
-def test_a_lora_is_trained_on_one_base_model_and_draws_on_another(desk, small_sdxl, capsys):
+def test_a_lora_is_trained_on_one_base_model_and_draws_on_another(desk):
     folder = desk("anna")
     other = shutil.copy(BASE_FILE, folder / "other.safetensors")
     command = ["headshots", str(folder / "photos"), "--base", "demo", "--count", "1", "--yes", *quickly(folder)]
@@ -258,9 +259,31 @@ def test_a_lora_is_trained_on_one_base_model_and_draws_on_another(desk, small_sd
     main([*command, "--output", str(folder / "out")])  # The same LoRA draws on its own base model.
     assert LoraFile.read(folder / "out" / "sks.safetensors").model_hash == lora.model_hash
     assert f"Model: {BASE_FILE.stem}," in drawn_as(folder / "out")
-    capsys.readouterr()
-    assert main([*command, "--draw-on", str(small_sdxl), "--output", str(folder / "none")]) == 1
-    assert (
-        "can only be drawn on Stable Diffusion 1.x, the family of " in capsys.readouterr().err
-        and not (folder / "none").exists()
-    )
+
+
+@pytest.mark.parametrize("other", ["SDXL", "wider", "without a VAE"])
+def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, request, other, capsys):
+    folder = desk("anna")
+    given, words = {
+        "SDXL": (lambda: request.getfixturevalue("small_sdxl"), "drawn on Stable Diffusion 1.x, the family of base."),
+        "wider": (lambda: request.getfixturevalue("small_sd15"), "is larger or smaller than base.safetensors"),
+        "without a VAE": (lambda: write_unet(folder / "unet.safetensors"), "unet.safetensors: has no vae"),
+    }[other]
+    command = [
+        "headshots",
+        str(folder / "photos"),
+        "--base",
+        "demo",
+        "--yes",
+        *quickly(folder),
+        "--style-pack",
+        "quick",
+    ]
+    assert main([*command, "--draw-on", str(given()), "--output", str(folder / "out")]) == 1
+    assert words in capsys.readouterr().err and not (folder / "out").exists()
+
+
+def write_unet(path: Path) -> Path:
+    """The demo's denoiser alone."""
+    save_file({name: one for name, one in load_file(BASE_FILE).items() if name.startswith("model.")}, path)
+    return path

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from core.cli import main
 from core.demo import BASE_FILE
@@ -234,7 +235,8 @@ def test_a_ray_of_this_machines_own_begins_and_ends_with_the_run(tmp_path):
         return {pid for pid, command in processes() if "raylet" in command or "gcs_server" in command}
 
     before = rays()
-    command = [*studio(tmp_path, people=2), str(tmp_path / "out"), "--ray", "local"]
+    other = shutil.copy(BASE_FILE, tmp_path / "other.safetensors")  # The workers open it too.
+    command = [*studio(tmp_path, people=2), str(tmp_path / "out"), "--ray", "local", "--draw-on", str(other)]
     home = tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(home)}
@@ -244,6 +246,8 @@ def test_a_ray_of_this_machines_own_begins_and_ends_with_the_run(tmp_path):
         time.sleep(0.1)
     said = [json.loads(line) for line in process.communicate()[0].splitlines()]
     assert process.returncode == 0 and [one["status"] for one in said if "status" in one] == ["made", "made"]
+    for picture in (tmp_path / "out").glob("p*/001-1.png"):
+        assert "Model: other," in Image.open(picture).info["parameters"]
     assert not (home / ".ray").exists(), "a token, with which other clusters would ask for it"
     for _ in range(100):
         if not own & rays():
