@@ -61,9 +61,8 @@ def load_base(
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a diffusers folder already has all parts. Leave out {', '.join(given)}")
             folder = download(str(source)) if is_on_hub else path
-            base = _of_folder(folder, prediction_type, zero_terminal_snr)
-            name = str(source).rsplit("/", 1)[-1] if is_on_hub else base.name
-            return replace(base, name=name, caption_encoder=caption_encoder, opened_with=opened_with)
+            base = _of_folder(folder, path.name, prediction_type, zero_terminal_snr)
+            return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
@@ -236,18 +235,18 @@ def _side(resolution: str | None, default: int) -> int:
     return default
 
 
-def _of_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
+def _of_folder(folder: Path, name: str, prediction_type: str, zero_terminal_snr: bool) -> Base:
     read = read_folder(folder)
     try:
         _check_variant(read.family, read.components)
     except UnknownFamily as error:
-        raise UnknownFamily(f"{folder.name}: {error}") from None
-    _check_layers(folder.name, read.components)
+        raise UnknownFamily(f"{name}: {error}") from None
+    _check_layers(name, read.components)
     found = read.scheduler.get("prediction_type", "epsilon")
     latent_side = read.components["denoiser"].config.get("sample_size")
     base = Base(
         family=read.family,
-        name=folder.name,
+        name=name,
         components=read.components,
         prediction_type=read.family.prediction_type(found if prediction_type == "auto" else prediction_type),
         zero_terminal_snr=zero_terminal_snr or bool(read.scheduler.get("rescale_betas_zero_snr")),

@@ -400,7 +400,9 @@ def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):
 
 
 @pytest.mark.parametrize("is_distilled", [True, False])
-def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwise(bases, is_distilled, tmp_path):
+def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwise(
+    bases, is_distilled, tmp_path, monkeypatch
+):
     base = bases["flux2"]
     for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
         base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
@@ -413,6 +415,8 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
         with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
             check_base_options(read, TrainConfig())
     check_base_options(read, TrainConfig(allow_distilled=True))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: str(tmp_path))
+    assert load_base("someone/klein").name == "klein"  # and not that of the folder in the cache
 
 
 @pytest.mark.parametrize(
