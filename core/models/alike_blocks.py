@@ -351,7 +351,7 @@ def _product(size: int, count: MemoryCount) -> tuple[Tensor, bool]:
     before, one = count.operations, torch.empty(1, 1, dtype=torch.uint8, device=count.device)
     product = one.expand(max(size, 1), 1) @ one
     executed, count.operations = count.operations > before, before
-    return product, executed
+    return product if size else one.new_empty(0), executed
 
 
 class _Products(TorchDispatchMode):
