@@ -269,16 +269,7 @@ def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, r
         "wider": (lambda: request.getfixturevalue("small_sd15"), "is larger or smaller than base.safetensors"),
         "without a VAE": (lambda: write_unet(folder / "unet.safetensors"), "unet.safetensors: has no vae"),
     }[other]
-    command = [
-        "headshots",
-        str(folder / "photos"),
-        "--base",
-        "demo",
-        "--yes",
-        *quickly(folder),
-        "--style-pack",
-        "quick",
-    ]
+    command = ["headshots", str(folder / "photos"), "--base", "demo", "--yes", *quickly(folder)]
     assert main([*command, "--draw-on", str(given()), "--output", str(folder / "out")]) == 1
     assert words in capsys.readouterr().err and not (folder / "out").exists()
 
