@@ -39,7 +39,7 @@ _SETTINGS = (
     "VAE hash", "VAE", "Denoising strength", "Clip skip", "Prediction", "Zero terminal SNR", "Lora hashes", "TI hashes",
 )  # fmt: skip
 """The settings of a picture that are kept; A1111's extensions may write anything into others."""
-_ADVICE = ("Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
+_ADVICE = ("Model", "Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
 _DRAWN = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
 """The names under which A1111, ComfyUI and InvokeAI write into the PNG files that they draw."""
 _GROUP_IN_GRAPH = '"FaceLoRAGroup"'

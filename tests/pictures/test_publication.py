@@ -86,7 +86,7 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
         "Title\n-----\nsks person\n", "The person shown has agreed", "Base model\n----------\nunknown\n",
         "Trigger words\n-------------\nsks person\n", "Strength\n--------\n0.9\n",
         f"Licence of the base model\n{25 * '-'}\nunknown\n",
-        "Sampler: Euler a, Steps: 2, CFG scale: 4.5, Size: 64x64\n",
+        "Model: small, Sampler: Euler a, Steps: 2, CFG scale: 4.5, Size: 64x64\n",
     ):  # fmt: skip
         assert text in page, text
 
