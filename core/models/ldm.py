@@ -12,7 +12,7 @@ from ..errors import UnknownFamily, UnmatchedKeys
 from ..storage.stored import LazyTensors, Stored, shape_of, stored_under
 from ..tensor_names.unet import diffusers_unet_path, inverse, ldm_unet_path, replace_head
 from .packages import import_diffusers
-from .spec import DENOISER_PREFIX, Component, LatentShape
+from .spec import DENOISER_PREFIX, Component, FewSteps, LatentShape
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_OUTSIDE_BLOCKS = {
@@ -263,3 +263,7 @@ UNET_TARGETS["transformer+conv"] = (
     r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(downsamplers|upsamplers)\.\d+\.conv)"
 )
 """The modules that sd-scripts adapts with `conv_dim`. The tests compare their names with lists made by sd-scripts."""
+DISTILLED_NAMES = r"turbo|lightning|hyper(-?sd|[-_ ]?vae|(?![-_ ]?[a-z]))|(lcm|dmd2?)(?![a-z])"
+"""File names of checkpoints distilled to a few steps, as people share them. "Hyper" is also a part of other words."""
+FEW_STEPS = FewSteps(8)
+"""The largest number of SDXL-Lightning (arXiv:2402.13929) and Hyper-SD (arXiv:2404.13686), which both take even steps."""

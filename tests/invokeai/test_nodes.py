@@ -127,6 +127,16 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
 
 
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("base", 20, 6.0), ("base_hyper", 8, 1.0)])
+def test_a_style_pack_gives_a_distilled_models_own_steps(desk, name: str, steps: int, guidance: float):
+    file = desk.context.folder / f"{name}.safetensors"
+    if not file.exists():
+        file.symlink_to(BASE_FILE)
+    model = desk.context.add_model(file.name, BaseModelType.StableDiffusion1, ModelType.Main)
+    found = NODES["facelora_style_pack"](model=model, count=2).invoke(desk.context)
+    assert (found.steps, found.cfg_scale) == (steps, guidance)
+
+
 def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
     desk.context.on_boards["b"] = [photo.image_name for photo in desk.photos[1:]]
     node = NODES["facelora_photo_report"](photos=desk.photos[:2], photo_board=BoardField("b"))

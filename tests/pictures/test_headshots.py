@@ -626,14 +626,17 @@ def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"),
+    ("model", "name", "steps"),
     [
-        ("JuggernautXL_Lightning.safetensors", 8), ("splashedMixDMD.safetensors", 8), ("Hyper-SDXL-8steps.safetensors", 8),
-        ("sdxl_lightning_4step.safetensors", 4), ("sd_xl_base_1.0.safetensors", None), ("lcmix_12000steps.safetensors", None),
+        ("sdxl", "JuggernautXL_Lightning", 8), ("sdxl", "splashedMixDMD", 8), ("sdxl", "Hyper-SDXL-8steps", 8),
+        ("sdxl", "sdxl_lightning_4step", 4), ("sdxl", "juggernautXL_xHyper", 8), ("sdxl", "sd_xl_base_1.0", None),
+        ("sdxl", "lcmix_12000steps", None), ("sdxl", "hyperrealism_XL", None),
+        ("sd15", "realisticVisionV60B1_v51HyperVAE", 8), ("sd15", "dreamshaper_8LCM", 8), ("sd15", "Hyper-Realism", None),
     ],
 )  # fmt: skip
-def test_sdxl_lightning_draws_in_a_few_even_steps_from_pure_noise(small_sdxl, name: str, steps: int | None) -> None:
-    base, distilled = replace(load_base(small_sdxl), name=name), steps is not None
+def test_lightning_and_hyper_draw_in_a_few_even_steps_from_pure_noise(model, name: str, steps: int | None, request) -> None:
+    base = replace(load_base(request.getfixturevalue(f"small_{model}")), name=f"{name}.safetensors")
+    distilled = steps is not None
     job = Job("a photo", 1, steps=30, guidance=7.0).on(base)
     assert (job.steps, job.guidance) == ((steps, 1.0) if distilled else (30, 7.0))
     times = build_sampler(None, base, 8, torch.zeros(1, 4, 8, 8)).timesteps.tolist()

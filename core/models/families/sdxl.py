@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...tensor_names.stable_diffusion import SDXL as NAMES
 from .. import clip, ldm, text
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
+from ..spec import Component, Conditioning, FamilySpec, Networks
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 LATENT_SCALE = 0.13025
@@ -84,8 +84,8 @@ SDXL = FamilySpec(
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
-    distilled_names="turbo|lightning|hyper-?sd|(lcm|dmd2?)(?![a-z])",
-    few_steps=FewSteps(8),  # SDXL-Lightning's largest number (arXiv:2402.13929)
+    distilled_names=ldm.DISTILLED_NAMES,
+    few_steps=ldm.FEW_STEPS,
     recognise=recognise,
     lookalikes={
         "conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight": "the SDXL refiner",
