@@ -112,7 +112,7 @@ class ComfyPage:
 
     def clear(self) -> None:
         """An empty graph, and nothing wrong so far."""
-        self.open(EMPTY, "")
+        self.run("(workflow) => window.app.loadGraphData(workflow, true, true, null)", EMPTY)
         self.problems.clear()
 
     def open(self, workflow: dict[str, Any], name: str) -> None:
