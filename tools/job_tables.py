@@ -34,9 +34,9 @@ from tools.photo_tables import replace_table, table
 
 PHOTOS, HEADSHOTS, PACK = 15, 20, "corporate"
 DISTILLED = {
-    "SDXL": "SDXL-Lightning", "FLUX.1-dev": "FLUX.1-schnell", "FLUX.2 klein 4B": "FLUX.2 klein 4B, distilled",
-    "Z-Image": "Z-Image-Turbo", "Qwen-Image": "Qwen-Image-Lightning", "Krea 2": "Krea 2 Turbo",
-    "ERNIE-Image": "ERNIE-Image-Turbo",
+    "SD1.5": "SD1.5 with Hyper-SD", "SDXL": "SDXL-Lightning", "FLUX.1-dev": "FLUX.1-schnell",
+    "FLUX.2 klein 4B": "FLUX.2 klein 4B, distilled", "Z-Image": "Z-Image-Turbo", "Qwen-Image": "Qwen-Image-Lightning",
+    "Krea 2": "Krea 2 Turbo", "ERNIE-Image": "ERNIE-Image-Turbo",
 }  # fmt: skip
 """The versions of models that draw in a few steps."""
 Found = dict[str, dict[str, dict[str, Ledger]]]
