@@ -7,6 +7,8 @@ OnProgress = Callable[[int, int], None]
 """A function that is called with (steps done, total steps)."""
 OnPhase = Callable[[str, int, int], None]
 """A function that is called with (phase, steps done, total steps). The total is 0 for a phase without steps to count."""
+READING = "reading the model"
+"""The phase in which a base model's hashes are computed, which reads its whole file."""
 OnWarning = Callable[[str], None]
 """A function that is called with a sentence about something that the user should know."""
 
@@ -19,3 +21,15 @@ def steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
     """Return a function to call after each step, which reports how many of the `total` steps are done."""
     done = itertools.count(1)
     return lambda: on_progress(next(done), total)
+
+
+def percent(on_progress: OnProgress, total: int) -> Callable[[], None]:
+    """Return a function to call after each of `total` steps, which reports each new percentage that is done, and 100."""
+    done = itertools.count(1)
+
+    def step() -> None:
+        number = next(done)
+        if 100 * number // total > 100 * (number - 1) // total:
+            on_progress(100 * number // total, 100)
+
+    return step

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from core.training.callbacks import LOADING, READING, likeness_word
+from core.progress import READING
+from core.training.callbacks import LOADING, likeness_word
 
 from .prose import ROOT, translated_texts
 

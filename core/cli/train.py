@@ -14,6 +14,7 @@ from ..lora.file import KEY, LoraFile
 from ..lora.sidecars import write_sidecars
 from ..models.base import Base
 from ..photos import read_photos
+from ..progress import READING
 from ..studio import basis, device_rate
 from ..training import (
     LIKENESS_KEY,
@@ -27,7 +28,6 @@ from ..training import (
     state_path,
     train,
 )
-from ..training.callbacks import READING
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
 from .settings import schedule_from, settings_from

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..device import free_memory, keeps_narrow_weights
 from ..errors import BadFile, FaceLoraError, MissingPackage
-from ..progress import OnProgress, silent
-from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
+from ..progress import OnProgress, percent, silent
+from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, tensor_bytes
 from ..storage.stored import dtype_and_shape, narrow_in
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
 from .memory_plan import MemoryPlan, MemorySaver
@@ -37,6 +37,9 @@ class CaptionEncoder:
 
 LARGE_ENCODER = 2 * 2**30
 """A text encoder of at least this many bytes counts as a language model."""
+_File = Literal["file", "vae_file"]
+_FILES: tuple[_File, ...] = ("file", "vae_file")
+"""The files of a base model that have a hash of their own."""
 
 
 @dataclass(frozen=True)
@@ -259,13 +262,8 @@ class Base:
         """
         every = ("denoiser", "vae", *(() if self.caption_encoder else self.text_encoders))
         parts = [part for part in every if part in self.components and part not in self._digests]
-        total, done, cancelled = sum(len(self.components[part].tensors) for part in parts), 0, threading.Event()
-
-        def step() -> None:
-            nonlocal done
-            before, done = 100 * done // total, done + 1
-            if 100 * done // total > before:
-                on_progress(100 * done // total, 100)
+        step = percent(on_progress, sum(len(self.components[part].tensors) for part in parts))
+        cancelled = threading.Event()
 
         def go_on() -> None:
             if cancelled.is_set():
@@ -273,7 +271,7 @@ class Base:
 
         # Whole files are hashed in a second thread. What one thread has read, the other finds in memory.
         with ThreadPoolExecutor(1) as pool:
-            files = pool.submit(lambda: [self._file_hash(name, go_on) for name in ("file", "vae_file")])
+            files = pool.submit(lambda: [self._file_hash(name, go_on) for name in _FILES])
             try:
                 for part in parts:
                     self._digests[part] = _digest(part, self.components[part].tensors, step)
@@ -282,6 +280,13 @@ class Base:
             finally:
                 cancelled.set()
         files.result()
+
+    def hash_files(self, on_progress: OnProgress = silent) -> None:
+        """Compute the hashes of the files, which pictures name. `on_progress` is called as by `compute_hashes`."""
+        left: list[_File] = [name for name in _FILES if getattr(self, name) and name not in self._digests]
+        step = percent(on_progress, sum(-(-getattr(self, name).path.stat().st_size // CHUNK_BYTES) for name in left))
+        for name in left:
+            self._file_hash(name, step)
 
     def fingerprint(self, *parts: str) -> str:
         """Return a sha256 over the tensors of the parts, equal for equal weights from any source. The tensors are read once."""
@@ -311,7 +316,7 @@ class Base:
         """The sha256 of the VAE's own file, or None without one."""
         return self._file_hash("vae_file")
 
-    def _file_hash(self, name: Literal["file", "vae_file"], on_chunk: Callable[[], None] = silent) -> str | None:
+    def _file_hash(self, name: _File, on_chunk: Callable[[], None] = silent) -> str | None:
         file = getattr(self, name)
         if file and name not in self._digests:
             self._digests[name] = file.sha256(on_chunk=on_chunk)

@@ -20,7 +20,7 @@ from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
-from ..progress import OnPhase, silent
+from ..progress import READING, OnPhase, silent
 from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
 from .gallery import SAME_PERSON, Models, gallery_page
@@ -66,9 +66,9 @@ def make_headshots(
     requested again. Files of another batch in `folder`/kept move to `folder`/kept/earlier. The files contact_sheet.png,
     gallery.html and headshots.json are written too.
 
-    `on_progress(phase, done, total)` is called with the phases "pictures" and "faces", and may raise to cancel. Raises BadFile
-    if the folder cannot be written, InUse if another batch is being drawn into it, and BadPhoto if no reference photo shows a
-    face. Raises BadConfig if two jobs are the same, or if `keep` is given without `reference` or below 1.
+    `on_progress(phase, done, total)` is called with the phases READING, "pictures" and "faces", and may raise to cancel. Raises
+    BadFile if the folder cannot be written, InUse if another batch is being drawn into it, and BadPhoto if no reference photo
+    shows a face. Raises BadConfig if two jobs are the same, or if `keep` is given without `reference` or below 1.
     """
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
@@ -119,6 +119,7 @@ class Batch:
         person = self.person
         with locked(folder / OVERVIEW):
             remove_leftovers(folder, r".*\.png")
+            self.base.hash_files(partial(self.on_progress, READING))
             self.draw_missing(paths, face_pass)
             if person and face_pass.below:
                 found = {job: _face_outcome(path) for job, path in paths.items()}

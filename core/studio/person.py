@@ -20,7 +20,7 @@ from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
-from ..training.callbacks import NO_CALLBACKS, READING, Callbacks
+from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import ready_for, settled
 from ..training.store import TrainedFile, TrainingJob, find_or_train
 from ..training.training_adapter import TrainingAdapter
@@ -117,7 +117,6 @@ def make(
     drawn_on, jobs = order.drawn_on or base, order.jobs(base)
     if order.drawn_on:
         check_drawn_on(drawn_on, base)
-        drawn_on.compute_hashes(callbacks.progress(READING))
     job = TrainingJob(order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter)
     trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.

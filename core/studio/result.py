@@ -21,10 +21,11 @@ from ..models.base import Base
 from ..photos import Photo, count_photos, read_photos
 from ..pictures.headshot import Headshot
 from ..pictures.style_pack import StylePack
+from ..progress import READING
 from ..storage.cache_folder import cache_in, content_key
 from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import locked
-from ..training.callbacks import NO_CALLBACKS, READING, Callbacks
+from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
 from ..training.training_adapter import TrainingAdapter
 from .cost import Cost, Stopwatch, cost_of

@@ -40,8 +40,6 @@ class StepReport:
         return self.likeness if self.likeness is not None and self.likeness.step == self.step else None
 
 
-READING = "reading the model"
-"""The phase in which the base model's hashes are computed, which reads all of its weights."""
 LOADING = "loading the model"
 """The phase between the last caption and the first step or sample."""
 

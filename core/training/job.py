@@ -37,11 +37,11 @@ from ..photos import (
     trigger_hint,
     with_masks,
 )
-from ..progress import OnWarning, silent
+from ..progress import READING, OnWarning, silent
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
-from .callbacks import LOADING, NO_CALLBACKS, READING, Callbacks
+from .callbacks import LOADING, NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, faces_of
 from .loop import train_lora

@@ -31,7 +31,7 @@ from ..models.base import Base
 from ..photos import Photo, Ready
 from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
-from ..progress import OnWarning, silent
+from ..progress import READING, OnWarning, silent
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import (
     EARLIER,
@@ -46,7 +46,7 @@ from ..storage.files import (
 )
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
-from .callbacks import NO_CALLBACKS, READING, Callbacks, StepReport
+from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
 from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, metadata_of, ready_for, settled, train
 from .likeness import LIKENESS_KEY

@@ -25,7 +25,7 @@ from ...core.bench import examine, format_doctor
 from ...core.errors import BadConfig
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
-from ...core.training.callbacks import READING
+from ...core.progress import READING
 from . import people
 from .runs import QueuedRun, Runs
 

@@ -28,8 +28,9 @@ from ...core.lora.file import LoraFile
 from ...core.models.base import Base
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import OVERRULE
+from ...core.progress import READING
 from ...core.threads import within_quota
-from ...core.training.callbacks import LOADING, READING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
+from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import TrainedFile, TrainingJob, find_or_train, is_trained, lora_path
 from ...core.training.training_adapter import TrainingAdapter

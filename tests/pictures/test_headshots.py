@@ -38,6 +38,7 @@ from core.pictures.headshot import FacePass, Headshot, blend, cut_out
 from core.pictures.headshots import batch_summary, make_headshots
 from core.pictures.sampling import SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
+from core.progress import READING
 from tests.tooling import held_elsewhere, mostly_slow, random_lora, small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
@@ -95,7 +96,7 @@ def test_texts_are_encoded_some_at_a_time(base) -> None:
 
 def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> None:
     def stop_at_two(phase: str, done: int, total: int) -> None:
-        if done == 2:
+        if (phase, done) == ("pictures", 2):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
@@ -105,6 +106,24 @@ def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> No
     shots = make_headshots(base, [], jobs(4), tmp_path)
     assert len(shots) == 4
     assert made.items() <= times(tmp_path).items()
+
+
+def test_reading_the_file_for_its_hash_is_shown_and_can_be_cancelled(tmp_path: Path) -> None:
+    """Pictures name their model by its hash, which takes half a minute for a large file."""
+    base, shown = load_base(BASE_FILE), []
+
+    def cancel_at_half(phase: str, done: int, total: int) -> None:
+        shown.append((phase, total))
+        if 2 * done >= total:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make_headshots(base, [], jobs(1), tmp_path, on_progress=cancel_at_half)
+    assert set(shown) == {(READING, 100)} and len(shown) > 3 and not times(tmp_path)
+    make_headshots(base, [], jobs(1), tmp_path, on_progress=lambda phase, *_: shown.append((phase, 1)))
+    shown.clear()
+    make_headshots(base, [], jobs(1), tmp_path, on_progress=lambda phase, *_: shown.append((phase, 1)))
+    assert not shown
 
 
 def test_a_picture_of_another_setting_or_cut_short_is_made_again(base, tmp_path: Path) -> None:
@@ -132,9 +151,11 @@ def test_a_picture_that_was_made_otherwise_is_set_aside_and_comes_back(base, tmp
     made, drawn = [], []
     for prompt in ("a photo of person", "a drawing of person", "a photo of person", "a drawing of person"):
         job = Job(prompt, 0, size=(64, 80), steps=1)
-        make_headshots(base, [], [job], tmp_path, on_progress=lambda *_, prompt=prompt: drawn.append(prompt))
+        make_headshots(
+            base, [], [job], tmp_path, on_progress=lambda phase, *_, prompt=prompt: drawn.append((phase, prompt))
+        )
         made.append(foreign.read_bytes())
-    assert drawn == ["a photo of person", "a drawing of person"]
+    assert [prompt for phase, prompt in drawn if phase == "pictures"] == ["a photo of person", "a drawing of person"]
     assert made[0] == made[2] != made[1] == made[3]
     assert {path.read_bytes() for path in (tmp_path / "earlier").iterdir()} == {b"somebody's", made[0]}
 
@@ -634,7 +655,9 @@ def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> N
         ("sd15", "realisticVisionV60B1_v51HyperVAE", 8), ("sd15", "dreamshaper_8LCM", 8), ("sd15", "Hyper-Realism", None),
     ],
 )  # fmt: skip
-def test_lightning_and_hyper_draw_in_a_few_even_steps_from_pure_noise(model, name: str, steps: int | None, request) -> None:
+def test_lightning_and_hyper_draw_in_a_few_even_steps_from_pure_noise(
+    model, name: str, steps: int | None, request
+) -> None:
     base = replace(load_base(request.getfixturevalue(f"small_{model}")), name=f"{name}.safetensors")
     distilled = steps is not None
     job = Job("a photo", 1, steps=30, guidance=7.0).on(base)
