@@ -7,10 +7,10 @@ OnProgress = Callable[[int, int], None]
 """A function that is called with (steps done, total steps)."""
 OnPhase = Callable[[str, int, int], None]
 """A function that is called with (phase, steps done, total steps). The total is 0 for a phase without steps to count."""
-READING = "reading the model"
-"""The phase in which a base model's hashes are computed, which reads its whole file."""
 OnWarning = Callable[[str], None]
 """A function that is called with a sentence about something that the user should know."""
+READING = "reading the model"
+"""The phase in which a base model's hashes are computed, which reads its whole file."""
 
 
 def silent(*_: object) -> None:

@@ -263,7 +263,7 @@ UNET_TARGETS["transformer+conv"] = (
     r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(downsamplers|upsamplers)\.\d+\.conv)"
 )
 """The modules that sd-scripts adapts with `conv_dim`. The tests compare their names with lists made by sd-scripts."""
-DISTILLED_NAMES = r"turbo|lightning|hyper(-?sd|[-_ ]?vae|(?![-_ ]?[a-z]))|(lcm|dmd2?)(?![a-z])"
-"""File names of checkpoints distilled to a few steps, as people share them. "Hyper" is also a part of other words."""
+DISTILLED_NAMES = r"turbo|lightning|hyper(?![-_ ]?(?!sd|vae|fp|bf)[a-z])|(lcm|dmd2?)(?![a-z])"
+"""File names of checkpoints distilled to a few steps, as people share them. "Hyper" also begins other words."""
 FEW_STEPS = FewSteps(8)
-"""The largest number of SDXL-Lightning (arXiv:2402.13929) and Hyper-SD (arXiv:2404.13686), which both take even steps."""
+"""The most steps of SDXL-Lightning (arXiv:2402.13929), and of Hyper-SD (arXiv:2404.13686) without guidance."""

@@ -112,12 +112,15 @@ class ComfyPage:
 
     def clear(self) -> None:
         """An empty graph, and nothing wrong so far."""
-        self.run("(workflow) => window.app.loadGraphData(workflow, true, true, null)", EMPTY)
+        self._load(EMPTY, "")
         self.problems.clear()
 
     def open(self, workflow: dict[str, Any], name: str) -> None:
-        self.run("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name || null)", [workflow, name])
+        self._load(workflow, name)
         self._page.wait_for_timeout(800)
+
+    def _load(self, workflow: dict[str, Any], name: str) -> None:
+        self.run("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name || null)", [workflow, name])
 
     def saved(self) -> dict[str, Any]:
         """The graph as the frontend would write it into a file."""
