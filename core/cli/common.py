@@ -26,12 +26,18 @@ DEMO = "demo"
 
 
 def base_from(options: argparse.Namespace, name: str | None = None, **schedule: Any) -> "models.Base":
-    """Open the base model of that name; for None, the one of `--base`."""
+    """Open the base model of that name; for None, the one of `--base`.
+
+    The additional files are for both it and the one of `--draw-on`, or for the one that is not a diffusers folder.
+    """
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    return models.load_base(_source(name or options.base), **files, **schedule)
+    source, other = _source(name or options.base), _source(options.base if name else getattr(options, "draw_on", None))
+    if other and models.has_all_parts(source) and not models.has_all_parts(other):
+        files = {}
+    return models.load_base(source, **files, **schedule)
 
 
-def _source(name: str):
+def _source(name: Any):
     """Return the argument for `load_base`: the embedded base model for `demo`, else the given name."""
     if name != DEMO:
         return name

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .families import FAMILIES as FAMILIES
     from .memory_plan import MemoryCount as MemoryCount
     from .memory_plan import MemoryPlan as MemoryPlan
+    from .opening import has_all_parts as has_all_parts
     from .opening import load_base as load_base
     from .spec import Component as Component
     from .spec import Conditioning as Conditioning

@@ -54,13 +54,11 @@ def load_base(
     opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
     if not isinstance(source, Mapping):
         path = Path(source)
-        # os.path, because Path's own methods raise for a folder without access or a name that is too long.
-        is_on_hub = not os.path.exists(path) and is_hub_id(str(source))
-        if os.path.isdir(path) or is_on_hub:
+        if has_all_parts(source):
             parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a diffusers folder already has all parts. Leave out {', '.join(given)}")
-            folder = download(str(source)) if is_on_hub else path
+            folder = path if os.path.exists(path) else download(str(source))
             base = _of_folder(folder, path.name, prediction_type, zero_terminal_snr)
             return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
     name, file = _opened(source)
@@ -99,6 +97,12 @@ def load_base(
         own_recipes=metadata.get(RECIPES_KEY, "{}"),
         opened_with=opened_with,
     )
+
+
+def has_all_parts(source: str | os.PathLike[str]) -> bool:
+    """Return whether a base model is a diffusers folder or a hub id. Additional files are for others."""
+    # os.path, because Path's own methods raise for a folder without access or a name that is too long.
+    return os.path.isdir(source) or (not os.path.exists(source) and is_hub_id(str(source)))
 
 
 def _from_files(

@@ -274,6 +274,20 @@ def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, r
     assert words in capsys.readouterr().err and not (folder / "out").exists()
 
 
+def test_files_beside_the_two_base_models_are_for_the_one_that_is_no_diffusers_folder(desk):
+    folder = desk("anna")
+    base, tensors = load_base(BASE_FILE), load_file(BASE_FILE)
+    base.pipeline().save_pretrained(folder / "base")
+    rest = {name: one for name, one in tensors.items() if name.startswith("first_stage_model.")}
+    save_file(rest, folder / "vae.safetensors")
+    unet = write_unet(folder / "unet.safetensors")
+    command = ["headshots", str(folder / "photos"), "--dry-run", *quickly(folder)]
+    command += ["--no-check-photos", "--vae", str(folder / "vae.safetensors"), "--text-encoder", str(BASE_FILE)]
+    for one, other in ((folder / "base", unet), (unet, folder / "base")):
+        assert main([*command, "--base", str(one), "--draw-on", str(other)]) == 0
+    assert main([*command, "--base", str(folder / "base"), "--draw-on", str(folder / "base")]) == 1
+
+
 def write_unet(path: Path) -> Path:
     """The demo's denoiser alone."""
     save_file({name: one for name, one in load_file(BASE_FILE).items() if name.startswith("model.")}, path)
