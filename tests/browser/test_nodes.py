@@ -247,8 +247,6 @@ def test_styles_are_chosen_by_their_pictures(either_page):
 
 def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(either_page, server, lora):
     page = either_page
-    page.reload()  # so that the list of files has the LoRA
-    page.clear()
     nodes = [
         node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
         node("apply", "FaceLoRAApply", {"lora_name": lora}, {"model": "base.MODEL"}),
@@ -288,8 +286,6 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
 
 
 def test_group_portrait_shows_what_is_read_in_which_place_and_takes_braces_as_they_are(page, server, lora):
-    page.reload()
-    page.clear()
     nodes = [
         node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
         node("anna", "FaceLoRAPerson", {"lora_name": lora}, {}),

@@ -72,12 +72,10 @@ def check_all(page: ComfyPage) -> None:
 
 
 def test_every_workflow_opens_without_a_warning_and_with_room_for_20_photos(page, server, lora, flows):
-    page.reload()  # so that the loaders' lists have all files
     check_all(page)
 
 
 def test_templates_for_a_lora_name_no_checkpoint_and_no_lora_and_ask_for_one_lora_once(page, server, lora):
-    page.reload()
     there = {file.name for folder in ("checkpoints", "loras") for file in (server.folder / "models" / folder).iterdir()}
     for name in [name for name in NAMES if name[0] in "6789I"]:
         page.open(workflow_file(name), name)
@@ -123,10 +121,8 @@ def newest_page(newest, browser) -> Iterator[ComfyPage]:
 
 @pytest.mark.slow
 def test_every_workflow_opens_without_a_warning_in_the_newest_frontend(newest_page, newest, lora, flows):
-    newest_page.reload()
     check_all(newest_page)
     newest.post("/settings/Comfy.VueNodes.Enabled", True)
-    newest_page.reload()
     check_all(newest_page)
     newest.post("/settings/Comfy.VueNodes.Enabled", False)
 
