@@ -132,7 +132,7 @@ def face_luma(image: Image.Image, face: Face, side: float) -> np.ndarray:
     It covers the part of the face's box inside the picture, shrunk to at most `side` pixels on the long side.
     """
     crop = image.crop(_inside(image, face)).convert("L")
-    crop.thumbnail((side, side), Image.Resampling.LANCZOS)
+    crop.thumbnail((max(1, side), max(1, side)), Image.Resampling.LANCZOS)
     return np.asarray(crop, np.float64)
 
 

@@ -257,7 +257,11 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: OnWarning) -> Iterator
     if not repeats:
         return
     for subfolder in (path for path in entries if path.is_dir() and not path.name.startswith(".")):
-        inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
+        try:
+            inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
+        except OSError as problem:
+            on_warning(f"folder {subfolder.name!r} left out: it cannot be read ({problem.strerror or problem})")
+            continue
         match = _REPEATS_FOLDER.fullmatch(subfolder.name)
         if match and 0 < int(match[1]) <= MAX_REPEATS:
             yield from ((path, int(match[1])) for path in inside)
@@ -288,7 +292,7 @@ def _read_photo(path: Path, repeats: int) -> Photo:
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
     if os.path.isfile(mask_path):  # The name may be too long for the file system.
-        with _opened(mask_path.name, _read_bytes(mask_path)) as mask:
+        with _opened(f"{name}: the mask {mask_path.name}", _read_bytes(mask_path)) as mask:
             mask.load()
             mask_size = _upright(mask.size, mask)
         if mask_size != size:
@@ -320,9 +324,12 @@ def _read_caption(path: Path, photo: str) -> str | None:
     if not path.is_file():
         return None
     try:
-        text = read_bytes(path, MAX_CAPTION_BYTES, name=path.name, error=BadPhoto).decode("utf-8-sig")
+        named = f"{photo}: the caption {path.name}"
+        text = read_bytes(path, MAX_CAPTION_BYTES, name=named, error=BadPhoto).decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError  # This is UTF-16 without its mark.
         return " ".join(text.split()) or None
-    except UnicodeDecodeError as problem:
+    except UnicodeError as problem:
         raise BadPhoto(f"{photo}: the caption {path.name} is not UTF-8 text; save it as UTF-8") from problem
 
 

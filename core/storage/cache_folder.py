@@ -52,7 +52,9 @@ def cache_folder() -> Path:
         return Path(folder)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "facelora"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelora"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # By the XDG specification, a path that is not absolute counts as none.
+    return (caches if caches.is_absolute() else Path.home() / ".cache") / "facelora"
 
 
 def made_folder(*names: str) -> Path:

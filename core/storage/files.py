@@ -215,8 +215,8 @@ def remove_leftovers(folder: Path, names: str) -> None:
     of a running process are kept.
     """
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
-    for leftover in folder.iterdir():
-        if pattern.fullmatch(leftover.name):
+    with suppress(OSError):  # A folder may be writable, but not readable.
+        for leftover in filter(lambda path: pattern.fullmatch(path.name), folder.iterdir()):
             with suppress(OSError):
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 

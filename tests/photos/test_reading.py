@@ -140,7 +140,9 @@ def test_a_photo_whose_caption_cannot_be_read_is_named_with_it(tmp_path):
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     told: list[str] = []
     assert [photo.name for photo in read_photos(tmp_path, on_warning=told.append)] == ["b.png"]
-    assert told == ["left out: a.png: the caption a.txt is not UTF-8 text; save it as UTF-8"]
+    (tmp_path / "a.txt").write_bytes("a photo".encode("utf-16-le"))
+    read_photos(tmp_path, on_warning=told.append)
+    assert told == 2 * ["left out: a.png: the caption a.txt is not UTF-8 text; save it as UTF-8"]
 
 
 def test_captions_come_from_text_files_as_one_line(tmp_path):
@@ -209,6 +211,24 @@ def test_a_folder_that_may_not_be_read_is_refused_in_one_line(tmp_path, monkeypa
     monkeypatch.setattr(reading.Path, "iterdir", refuse)
     with pytest.raises(BadPhoto, match=r"cannot be read \(Permission denied\)"):
         read_photos(tmp_path)
+
+
+def test_a_sub_folder_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
+    """Such as `System Volume Information` on a USB stick."""
+    listed = reading.Path.iterdir
+
+    def refuse(folder):
+        if folder != tmp_path:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(reading.Path, "iterdir", refuse)
+    told: list[str] = []
+    assert [photo.name for photo in read_photos(tmp_path, on_warning=told.append)] == ["a.png"]
+    assert told == ["folder 'closed' left out: it cannot be read (Permission denied)"]
+    assert reading.count_photos(tmp_path) == 1
 
 
 def test_a_link_to_a_photo_that_is_gone_is_named_and_left_out(tmp_path):

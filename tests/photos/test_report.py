@@ -58,6 +58,12 @@ def side_by_side(*images):
     return canvas
 
 
+@pytest.mark.parametrize("side", [0, 0.4, -5])
+def test_a_senseless_side_for_sharpness_shows_nothing_sharp(side):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    assert measure.sharpness(measure.face_luma(picture, Face((8, 8, 40, 40), TEMPLATE, 1.0), side)) == 0.0
+
+
 def test_a_good_photo_is_used_without_reasons(network):
     assert verdict_of(orl(5, 9), network) == ("use", "")
 

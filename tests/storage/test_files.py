@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import BadFile
+from core.storage.cache_folder import cache_folder
 from core.storage.files import check_writable, read_bytes, read_json, remove_leftovers, write_text
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes and other permissions")
@@ -62,6 +63,22 @@ def test_leftovers_are_deleted_by_the_whole_name_alone(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, r"face\.png")
     assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_a_folder_whose_names_may_not_be_read_has_no_leftovers(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    remove_leftovers(tmp_path, r"face\.png")
+
+
+@pytest.mark.parametrize("value", ["", "relative"])
+def test_only_an_absolute_path_names_the_folder_of_caches(monkeypatch, tmp_path, value):
+    monkeypatch.delenv("FACELORA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert cache_folder() == tmp_path / ".cache" / "facelora"
 
 
 def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monkeypatch):
