@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..errors import BadConfig, BadStylePack, one_line
 from ..lora import LoraFile
+from ..lora.names import trigger_phrases
 from ..models import Base, caption_tokens
 from ..photos import (
     read_photo_files,
@@ -142,19 +143,19 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
 
 
 def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) -> list[str]:
-    """Return a warning for each LoRA whose trigger phrase is in none of the prompts."""
-    phrases = {lora.name: lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras}
-    return [
-        f"no prompt contains the trigger phrase of {Path(name).name}, {phrase!r}"
-        for name, phrase in phrases.items()
-        if phrase and not any(phrase.casefold() in prompt.casefold() for prompt in prompts)
-    ]
+    """Return a warning for each LoRA that has trigger phrases, none of which is in any of the prompts."""
+    shown, warnings = "\n".join(prompts).casefold(), []
+    for lora, _ in loras:
+        phrases = trigger_phrases(lora.metadata)
+        if phrases and not any(phrase.casefold() in shown for phrase in phrases):
+            words = " or ".join(map(repr, phrases))
+            warnings.append(f"no prompt contains the trigger phrase of {Path(lora.name).name}, {words}")
+    return warnings
 
 
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
-    """Return the trigger phrase of the first LoRA whose metadata have one, else None."""
-    phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
-    return next((phrase for phrase in phrases if phrase), None)
+    """Return the first trigger phrase in the metadata of the LoRAs, if there is one."""
+    return next((phrase for lora, _ in loras for phrase in trigger_phrases(lora.metadata)), None)
 
 
 def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
@@ -297,7 +298,7 @@ def _example(names: Sequence[str]) -> str:
 def _person(name: str, file: str) -> GroupMember:
     path, strength = split_strength(file)
     lora = LoraFile.read(path)
-    phrase = lora.metadata.get("modelspec.trigger_phrase")
+    phrase = trigger_phrase([(lora, strength)])
     if not phrase:
         raise BadConfig(
             f"--person {name}: {Path(path).name} has no trigger phrase in its metadata; "

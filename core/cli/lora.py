@@ -28,6 +28,7 @@ from ..lora import (
     write_sidecars,
 )
 from ..pictures import publish
+from ..storage.files import check_writable
 from .arguments import EDITABLE
 from .common import checkpoint, print_warning, progress_bar, split_strength
 
@@ -35,8 +36,13 @@ from .common import checkpoint, print_warning, progress_bar, split_strength
 def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[LoraFile] = ()) -> None:
     """Write the LoRA, and beside it the trigger word vectors of its sources if its naming scheme cannot contain them."""
     words = [(source, embedding_files(source)) for source in sources]  # If they are broken, nothing is written.
+    places: dict[Path, str] = {}
     for word in (word for _, files in words for word in files):
-        _check_place_of_word(_beside(options.output, word), word)
+        place = _beside(options.output, word)
+        if places.setdefault(place, word) != word:
+            raise BadFile(f"{place}: this would be the file of both {places[place]!r} and {word!r}")
+        check_writable(place)
+        _check_place_of_word(place, word)
     lora.save(options.output, PRECISIONS[options.precision], on_progress=progress_bar("writing"))
     size = options.output.stat().st_size / 1e6
     lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
@@ -109,8 +115,8 @@ def run_merge(options: argparse.Namespace) -> None:
         merged, error = merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging"))
         _save(merged, error, options, [lora for lora, _ in loras] if merged.scheme == "diffusers" else [])
         return
-    if options.rank is not None:
-        raise BadConfig("--rank and --into are both given: a checkpoint has no rank")
+    if given := [name for name in ("rank", "to") if getattr(options, name) is not None]:
+        raise BadConfig(f"--{given[0]} and --into are both given: a checkpoint has no rank, and keeps its names")
     count = merge_into_checkpoint(
         into, loras, options.output, on_progress=progress_bar("merging"), on_warning=print_warning
     )

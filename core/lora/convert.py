@@ -450,6 +450,11 @@ def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
     first = modules[0]
     # A 1x1 convolution may be a Linear in another file, so reshape all to the form of the first.
     downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
-    ups = [(module.scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:]) for module in modules]
+    # The sum has one scale, the largest: a small one in the up matrices could make them too small for fp16.
+    scale = max((module.scale for module in modules), key=abs) or 1.0
+    ups = [
+        (module.scale / scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:])
+        for module in modules
+    ]
     down, up = torch.cat(downs), torch.cat(ups, dim=1)
-    return LoraModule(down, up, float(down.shape[0]))
+    return LoraModule(down, up, scale * down.shape[0])

@@ -25,6 +25,8 @@ BIAS_DIFFERENCES = ("diff_b", "b_norm")
 """The roles of tensors that are the difference of a bias. The module must have a bias."""
 BIAS_ROLES = (*BIAS_DIFFERENCES, "bias")
 """The roles of tensors that change a bias, with or without a weight. `bias` is the bias of peft's up matrix."""
+_BESIDE = ("alpha", "dora", *BIAS_ROLES)
+"""The roles of tensors that may be beside those of any kind."""
 UNBOUND = 1000.0
 """The alpha of an unbounded rotation. SD.Next and sd-scripts would take 0 for a bound that allows no rotation."""
 LARGEST_WEIGHT = 1 << 30
@@ -36,10 +38,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 """The shape of each tensor of a module, by its role."""
 
 
+_FACTORS = {
+    **dict.fromkeys(("lora", "locon", "dora"), ("down", "up", "mid")),
+    **dict.fromkeys(("oft", "boft"), ("oft_blocks", "rescale")),
+    "loha": ("hada_",), "lokr": ("lokr_",), "full": ("diff",), "norm": ("w_norm",), "bias": (),
+}  # fmt: skip
+"""The roles of each kind, or how they begin, without those of a bias, a magnitude and an alpha."""
+
+
 def kind_of(shapes: Shapes) -> str | None:
-    """Return the kind of adapter, one of KINDS, of tensors with these roles and shapes; None if they don't form one."""
+    """Return the kind of adapter, one of KINDS, of tensors with these roles and shapes; None if they don't form one.
+
+    Two changes of the same module don't form one either.
+    """
     kind = _kind_by_roles(shapes)
-    return kind if kind and _fit_together(kind, shapes) and _fit_beside(kind, shapes) else None
+    if not kind or not all(role in _BESIDE or role.startswith(_FACTORS[kind]) for role in shapes):
+        return None
+    return kind if _fit_together(kind, shapes) and _fit_beside(kind, shapes) else None
 
 
 def _kind_by_roles(shapes: Shapes) -> str | None:

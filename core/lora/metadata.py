@@ -17,7 +17,7 @@ from ..photos.reading import read_photo_files
 from ..progress import OnProgress, silent, steps
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
-from .names import PEFT_KEY, PHRASE_KEY, WORD_KEY, LoraHeader, json_in, trigger_words
+from .names import PEFT_KEY, PHRASE_KEY, WORD_KEY, LoraHeader, json_in, peft_metadata, trigger_words
 from .report import SETTINGS
 
 MODELSPEC_VERSION = "1.0.1"
@@ -72,7 +72,9 @@ def edit_metadata(
     removed = {*remove, *(key for key, value in given.items() if value == "")}
     if removed & cover("").keys():  # Both keys hold the same picture of the person.
         removed |= cover("").keys()
-    metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
+    # A configuration of peft stays behind, beside the original file.
+    beside = _scales_of_peft(peft_metadata(file.path)) if output else {}
+    metadata = {key: value for key, value in (beside | file.metadata | given).items() if key not in removed}
     if any(key.startswith("modelspec.") for key in metadata):
         # Programs ignore modelspec's other keys if its version is missing.
         metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
@@ -167,15 +169,20 @@ def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
-    if PEFT_KEY in metadata:
-        # This may be the only place with the scale of the modules, but it also contains the base model's path.
-        config = json_in(metadata, PEFT_KEY, dict)
-        shared[PEFT_KEY] = json.dumps({key: value for key, value in config.items() if _PEFT_NUMBERS.fullmatch(key)})
+    shared |= _scales_of_peft(metadata)
     if words := trigger_words(metadata):
         # Each program reads the trigger words from one of these two keys.
         phrase = metadata.get(PHRASE_KEY) or words[0]
         shared |= {PHRASE_KEY: phrase, "ss_tag_frequency": json.dumps({words[0]: {words[0]: 1}})}
     return shared
+
+
+def _scales_of_peft(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return peft's configuration without the base model's path, since only it may have the scale of the modules."""
+    if PEFT_KEY not in metadata:
+        return {}
+    config = json_in(metadata, PEFT_KEY, dict)
+    return {PEFT_KEY: json.dumps({key: value for key, value in config.items() if _PEFT_NUMBERS.fullmatch(key)})}
 
 
 def personal_part(text: str, known: Collection[str] = ()) -> str | None:

@@ -1,5 +1,6 @@
 """Low-rank changes of weights, and their tensors in each naming scheme."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,8 +72,8 @@ def name_modules(
         module = fuse(fusion, {index: modules[module_id] for index, module_id in parts.items()})
         if scheme != "kohya":
             module = without_tucker(module)
-            up = module.up if module.scale == 1 else module.up.float() * module.scale
-            return {f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": up}
+            down, up = _scaled(module)
+            return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         in_denoiser = all(part == "denoiser" for part, _ in parts.values())
         if in_denoiser and table.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
             module = replace(module, down=module.down[:, :, None, None], up=module.up[:, :, None, None])
@@ -82,6 +83,24 @@ def name_modules(
 
     makers = [partial(tensors_of, name, *fusion) for name, fusion in fusions.items()]
     return ComputedTensors([*makers, lambda: extra or {}])
+
+
+_SMALL = -13
+"""The exponent of the smallest maximum of a down matrix: 2^-13 leaves 11 binary digits of its fp16 values."""
+
+
+def _scaled(module: LoraModule) -> tuple[Tensor, Tensor]:
+    """Return down and up with the scale multiplied into them.
+
+    A small scale goes into down, as far as fp16 can hold it there. Up starts at 0 and may be too small for it. Equal down
+    matrices stay equal, so modules that share one can be fused again.
+    """
+    if module.scale == 1:
+        return module.down, module.up
+    down, factor = module.down.float(), 1.0
+    if 0 < abs(module.scale) < 1 and (largest := float(down.abs().max())) > 0:
+        factor = 2.0 ** min(0, max(math.frexp(module.scale)[1], _SMALL - math.frexp(largest)[1]))
+    return down * factor, module.up.float() * (module.scale / factor)
 
 
 def suffix_of(role: str) -> str:
@@ -166,6 +185,10 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
         if fusion.halves_swapped and first.up.shape[0] == 2 * first.down.shape[1]:
             return replace(first, up=first.up.roll(first.up.shape[0] // 2, 0))
         return first
+    if kernels := [index for index, module in parts.items() if module.down.ndim != 2]:
+        raise UnmatchedKeys(
+            f"{fusion.parts[kernels[0]]} is changed like a convolution, but is a Linear in {fusion.original}"
+        )
     rows = [round(size * first.down.shape[1]) for size in fusion.sizes]
     for index, module in parts.items():
         if module.up.shape[0] != rows[index]:

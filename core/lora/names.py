@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import BadFile, NoLora, UnknownFamily, counted
+from ..errors import BadFile, NoLora, UnknownFamily, UnmatchedKeys, counted
 from ..storage.files import read_json
 from ..storage.header import Header
 from ..tensor_names import (
@@ -49,6 +50,10 @@ WORD_KEY = "facelora.word"
 """The metadata key of an embedding's word in prompts."""
 PEFT_KEY = "lora_adapter_metadata"
 """The metadata key of peft's configuration."""
+_PLAIN = re.compile(r"[\w.]+")
+"""A pattern in peft's configuration that is a name or the end of one."""
+_BRIEF = re.compile(r"(?=.{1,200}$)(?!([^*(]*[*(]){4})([\w.^$|()]|\.\*|\\\.|\[\w+\])+")
+"""Another pattern there: a regular expression with few ways to match, since one from a stranger's file may never end."""
 _T = TypeVar("_T")
 _FEW = 10
 """The number of modules with unpublished names that are allowed, for small custom models."""
@@ -320,12 +325,13 @@ class LoraNames:
         config = self._peft_config
         # `save_lora_adapter` of diffusers' denoisers writes the names and this configuration without a prefix.
         prefix, dot, path = ("", "", entry.name) if entry.scheme == "bare" else entry.name.partition(".")
+        path = path.removeprefix("model.") if prefix == "base_model" else path
 
         def number(name: str, patterns: str) -> float | None:
             by_path = config.get(prefix + dot + patterns)
             found = config.get(prefix + dot + name)
             if isinstance(by_path, dict):
-                matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
+                matching = (value for pattern, value in by_path.items() if self._matches(pattern, path))
                 found = next(matching, found)
             return float(found) if isinstance(found, (int, float)) else None
 
@@ -336,6 +342,22 @@ class LoraNames:
             return None
         # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
         return alpha / (math.sqrt(rank) if config.get(prefix + dot + "use_rslora") is True else rank)
+
+    def _matches(self, pattern: str, path: str) -> bool:
+        """Return whether a pattern in peft's configuration, a regular expression, matches the end of a path as in peft.
+
+        Raises UnmatchedKeys for one that could take too long, or that is none.
+        """
+        if _PLAIN.fullmatch(pattern):
+            return f".{path}".endswith(f".{pattern}")
+        try:
+            if _BRIEF.fullmatch(pattern):
+                return re.match(rf"(.*\.)?({pattern})$", path) is not None
+        except re.error:
+            pass
+        raise UnmatchedKeys(
+            f"{self.name}: its alphas are given by the pattern {shortened(pattern)!r}, which is not understood"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -494,7 +516,7 @@ def word_of(lora: LoraNames, key: str) -> str:
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """Return the trigger words in the metadata, best first: from modelspec and the subsets, then frequent tags."""
-    words = [word.strip() for word in metadata.get(PHRASE_KEY, "").split(",")]
+    words = trigger_phrases(metadata)
     for dataset in json_in(metadata, "ss_datasets", list):
         subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
         for subset in subsets if isinstance(subsets, list) else []:
@@ -505,6 +527,11 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
             counts = [(tag, count) for tag, count in tags.items() if isinstance(count, int)]
             words += [tag.strip() for tag, _ in sorted(counts, key=lambda pair: -pair[1])[:5]]
     return [word for word in dict.fromkeys(words) if word and word != "None"]
+
+
+def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
+    """Return the trigger phrases in modelspec's metadata. A merged LoRA has several."""
+    return [phrase for word in metadata.get(PHRASE_KEY, "").split(",") if (phrase := word.strip())]
 
 
 def peft_metadata(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FaceLoraError, counted, one_line
+from ..errors import BadFile, FaceLoraError, counted, one_line
 from .kinds import KINDS
 from .names import LoraHeader, shortened, trigger_words, word_of
 from .readers import READERS, Reading, read_by
@@ -109,13 +109,29 @@ def inspect_files(
     """
     for given in map(Path, paths):
         is_folder = given.is_dir()
-        for path in sorted(given.rglob("*.safetensors")) if is_folder else [given]:
+        for path in sorted(_safetensors_in(given)) if is_folder else [given]:
             name = path.relative_to(given).as_posix() if is_folder else os.fspath(path)
             try:
+                if path.is_dir() and is_folder:
+                    raise BadFile(f"{path}: this folder cannot be read")
                 yield inspect(path) | {"file": name}
             except FaceLoraError as error:
                 identity = {"verdict": "refused", "models": [], "nearest": None, "misfits": []}
                 yield {"file": name, "identity": identity, "error": str(error).removeprefix(f"{path}: ")}
+
+
+def _safetensors_in(folder: Path) -> list[Path]:
+    """Return the safetensors files in a folder, its subfolders and linked folders, and those of these that can't be read."""
+    found: list[Path] = []
+    seen = set[str]()
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append(Path(error.filename)))
+    for root, folders, files in walk:
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()  # A link leads back to it.
+        else:
+            found += [Path(root, name) for name in files if name.lower().endswith(".safetensors")]
+        seen.add(real)
+    return found
 
 
 def format_line(report: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The commands for LoRA files, run as a user runs them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from core.cli import main
-from core.cli.generate import without_trigger
+from core.cli.generate import trigger_phrase, without_trigger
 from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -278,6 +279,12 @@ def test_a_word_of_a_family_without_files_of_words_is_not_left_out_silently(tmp_
 def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
     write_lora(tmp_path / "me.safetensors", 0, metadata={"modelspec.trigger_phrase": "sks Person"})
     write_lora(tmp_path / "style.safetensors", 1)
+    write_lora(tmp_path / "both.safetensors", 1, metadata={"modelspec.trigger_phrase": "sks Person, ohwx woman"})
+    both = [(LoraFile.read(tmp_path / "both.safetensors"), 1.0)]
+    assert without_trigger(both, ["ohwx woman in a hat"]) == [] and trigger_phrase(both) == "sks Person"
+    assert without_trigger(both, ["a woman"]) == [
+        "no prompt contains the trigger phrase of both.safetensors, 'sks Person' or 'ohwx woman'"
+    ]
     loras = [(LoraFile.read(tmp_path / f"{name}.safetensors"), 1.0) for name in ("me", "style")]
     assert without_trigger(loras, ["a man in a hat", "SKS person in a hat"]) == []
     assert without_trigger(loras, ["a man in a hat"]) == [
@@ -373,6 +380,55 @@ def test_converted_for_diffusers_a_word_is_a_file_beside_it_whatever_the_word_is
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "convert-x_y.safetensors", "convert.safetensors", "merge-x_y.safetensors", "merge.safetensors",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("x y", "x_y"), ("x" * 300,)])
+def test_words_whose_files_cannot_be_written_are_refused_before_anything_is(tmp_path, capsys, words):
+    write_lora(tmp_path / "a.safetensors", 0)
+    more = {f"bundle_emb.{word}.string_to_param.*": torch.randn(2, 768) for word in words}
+    save_safetensors(tmp_path / "b.safetensors", dict(SafetensorsFile.open(tmp_path / "a.safetensors")) | more)
+    output = tmp_path / "c.safetensors"
+    assert main(["convert", str(tmp_path / "b.safetensors"), "--output", str(output), "--to", "diffusers"]) == 1
+    said = capsys.readouterr().err
+    assert "would be the file of both 'x y' and 'x_y'" in said if len(words) == 2 else "File name too long" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_a_folder_is_inspected_with_its_links_and_whatever_the_case_of_names(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "loras", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    write_lora(folder / "a.SAFETENSORS", 0)
+    write_lora(elsewhere / "b.safetensors", 0)
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # Following this would never end.
+    run("inspect", folder, "--json")
+    assert [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()] == [
+        "a.SAFETENSORS", "linked/b.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_read_is_named_among_the_inspected(tmp_path, capsys, monkeypatch):
+    write_lora(tmp_path / "a.safetensors", 0)
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "closed: this folder cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_merged_into_with_settings_for_a_lora(tmp_path, capsys):
+    write_lora(path := tmp_path / "me.safetensors", 0)
+    command = ["merge", str(path), "--into", str(path), "--output", str(tmp_path / "out.safetensors")]
+    for option, value in (("--rank", "4"), ("--to", "kohya")):
+        assert main([*command, option, value]) == 1
+        assert f"{option} and --into are both given" in capsys.readouterr().err
 
 
 def test_no_name_of_a_file_gives_a_terminal_commands(tmp_path, capsys):

@@ -219,6 +219,37 @@ def test_what_is_not_understood_or_there_twice_is_never_left_out_silently():
                     refused()
 
 
+@pytest.mark.parametrize("role", ["diff", "set_weight", "w_norm", "rescale", "oft_blocks", "hada_w1_a", "lokr_w2"])
+def test_a_second_change_of_the_same_module_is_never_left_out_silently(role):
+    plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
+    lora = LoraFile("sd15", {}, plain | {f"{NAME}.{role}": torch.ones(64, 768)})
+    with pytest.raises(UnmatchedKeys):
+        convert_lora(lora, "kohya")
+
+
+def test_a_small_alpha_makes_no_change_too_small_for_fp16(tmp_path):
+    """Kohya's usual alpha is 1, and the up matrix starts at 0. In fp16 this one is 0.1 to 0.2 % off by itself."""
+    up, down = 1e-5 * torch.randn(64, 128), torch.randn(128, 768) / 768**0.5
+    tensors = {f"{NAME}.lora_down.weight": down, f"{NAME}.lora_up.weight": up, f"{NAME}.alpha": torch.tensor(1.0)}
+    lora = LoraFile("sd15", {}, tensors)
+    halves = merge_loras([(lora, 0.5), (lora, 0.5)])[0]
+    for number, made in enumerate((convert_lora(lora, "diffusers")[0], convert_lora(lora, "comfy")[0], halves)):
+        made.save(path := tmp_path / f"{number}.safetensors", torch.float16)
+        (_, change), wanted = next(iter(LoraFile.read(path, "sd15").changes())), up @ down / 128
+        assert (change.flatten(1) - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_a_linear_changed_like_a_convolution_is_not_fused():
+    q, k = (f"transformer.transformer_blocks.0.attn.to_{letter}" for letter in "qk")
+    tensors = {
+        f"{q}.lora_A.weight": torch.ones(2, 3072, 3, 3), f"{q}.lora_B.weight": torch.ones(3072, 2, 1, 1),
+        f"{k}.lora_A.weight": torch.ones(2, 3072), f"{k}.lora_B.weight": torch.ones(3072, 2),
+    }  # fmt: skip
+    for some_of in (tensors, {name: one for name, one in tensors.items() if name.startswith(q)}):
+        with pytest.raises(UnmatchedKeys, match=r"to_q is changed like a convolution"):
+            dict(convert_lora(LoraFile("flux1", {}, some_of), "kohya")[0].tensors)
+
+
 def test_alpha_and_magnitude_of_peft_are_written_as_kohyas_readers_expect_them():
     prefix = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
     tensors = {

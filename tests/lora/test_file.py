@@ -200,6 +200,32 @@ def test_the_alpha_that_peft_writes_into_a_file_beside_is_used(tmp_path):
         LoraFile.read(tmp_path / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "pattern", ["to_(q|v)", r".*attn2\.to_q", "^mid_block.*q", "^mid_block.attn2.to_q", "to_[qv]", "_q"]
+)
+def test_the_patterns_of_peft_are_regular_expressions_for_the_end_of_a_name(tmp_path, pattern):
+    from peft import LoraConfig, get_peft_model
+
+    network = small_network()
+    config = LoraConfig(
+        r=4, lora_alpha=8, alpha_pattern={pattern: 2}, target_modules=["to_q", "to_k"], init_lora_weights=False
+    )
+    get_peft_model(network, config).save_pretrained(tmp_path)  # pyright: ignore
+    for (_, path), module in LoraFile.read(tmp_path / "adapter_model.safetensors").modules().items():
+        layer = network.get_submodule(path)
+        torch.testing.assert_close(module.delta(), layer.get_delta_weight("default").detach())  # pyright: ignore
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)(a|a)(a|a)(a|a)", ".*.*.*.*", "(to_q", "a" * 201 + "|b", ""])
+def test_a_pattern_of_peft_that_may_never_end_is_refused(pattern):
+    name = "unet.mid_block.attentions.0.proj_in"
+    tensors = {f"{name}.lora_A.weight": torch.randn(4, 320), f"{name}.lora_B.weight": torch.randn(320, 4)}
+    config = {"unet.lora_alpha": 8, "unet.alpha_pattern": {pattern: 2}}
+    lora = LoraFile.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(UnmatchedKeys, match="which is not understood"):
+        list(lora.modules().values())
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_the_alpha_of_pefts_other_adapters_is_used_where_factors_are_whole_too(tmp_path, kind):
     import peft

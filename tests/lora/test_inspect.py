@@ -203,6 +203,16 @@ def test_an_edit_changes_nothing_else(saved):
     }  # fmt: skip
 
 
+def test_edited_into_another_file_a_lora_of_peft_keeps_its_strength_and_not_the_path_of_its_base(tmp_path):
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.mid_block.attentions.0.proj_in"
+    save_safetensors(path, {f"{name}.lora_A.weight": torch.ones(8, 320), f"{name}.lora_B.weight": torch.ones(320, 8)})
+    config = {"r": 8, "lora_alpha": 16, "base_model_name_or_path": "/home/someone/model"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    metadata = edit_metadata(path, tmp_path / "new.safetensors", title="Me")
+    (module,) = LoraFile.read(tmp_path / "new.safetensors").modules().values()
+    assert module.scale == 2.0 and "someone" not in json.dumps(metadata)
+
+
 def test_a_thumbnail_is_small_and_carries_neither_exif_nor_a_comment(saved, tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "camera of a private person"
