@@ -49,12 +49,24 @@ function feeding(node, input) {
   return link && node.graph.getNodeById(link.origin_id)
 }
 
+/** The widgets of loaders in which a base model's file is chosen, and the event after a choice. */
+const BASES = ["ckpt_name", "unet_name"]
+export const BASE_CHOSEN = "facelora.base-chosen"
+
 /** The base model's file for a node, by its name in the loader; "" if none is found. */
 export function baseOf(node) {
-  const model = feeding(node, "model"), names = ["ckpt_name", "unet_name"]
+  const model = feeding(node, "model")
   if (!model) return ""
-  return names.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
+  return BASES.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
 }
+
+app.registerExtension({
+  name: "facelora.bases",
+  nodeCreated(node) {
+    for (const widget of BASES.map((name) => widgetOf(node, name)).filter(Boolean))
+      whenSet(widget, () => document.dispatchEvent(new Event(BASE_CHOSEN)))
+  },
+})
 
 /** Tells ComfyUI that a value of the node has changed, so that it is kept after F5. */
 export function remember(node) {

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { DELETED } from "./people.js"
 import { say } from "./words.js"
@@ -64,6 +64,12 @@ function thumbnail(name) {
   return thumbnails.get(name)
 }
 
+/** Forgets a photo's thumbnail: another photo may get its name. */
+function forgetThumbnail(name) {
+  thumbnails.get(name)?.then((address) => URL.revokeObjectURL(address))
+  thumbnails.delete(name)
+}
+
 class Pictures {
   constructor(node) {
     this.node = node
@@ -98,6 +104,7 @@ class Pictures {
     node.pasteFiles = (files) => this.add([...files])
     for (const name of ["pictures", "folder", "check"]) whenChanged(node, widgetOf(node, name), () => this.changed())
     for (const name of ["pictures", "folder"]) whenSet(widgetOf(node, name), () => fedBy(node, TRAIN).forEach(forgetCheckpoint))
+    after(node, "onConnectionsChange", () => this.changed())
     after(node, "onExecuted", ({ facelora_photos: [seen] = [] }) => seen && this.report(seen))
     this.show()
   }
@@ -122,6 +129,7 @@ class Pictures {
 
   /** Checks the node's photos once nothing has changed for a moment. */
   changed() {
+    this.asked = undefined // an answer on its way is about other photos
     this.seen = { photos: this.seen.photos.filter(({ name }) => this.names.includes(name)) }
     this.show()
     clearTimeout(this.soon)
@@ -166,6 +174,7 @@ class Pictures {
       this.note.textContent = say("uploading {} of {}", index + 1, wanted.length)
       try {
         const name = await upload(file, person, folderOf(this.names.at(-1) ?? ""))
+        if (!this.names.includes(name)) forgetThumbnail(name)
         this.ownNames[name] = file.name
         if (this.names.includes(name)) this.refused.append(make("div", "facelora-quiet", say("{} was already added", file.name)))
         else if (!MASK.test(name)) this.names = [...this.names, name]
@@ -238,10 +247,13 @@ class Pictures {
 }
 
 const panels = new Set()
+const checkAll = () => panels.forEach((shown) => shown.changed())
+document.addEventListener(BASE_CHOSEN, checkAll)
 
 app.registerExtension({
   name: "facelora.photos",
   nodeCreated(node) {
+    if (node.comfyClass === TRAIN) whenSet(widgetOf(node, "resolution"), checkAll)
     if (node.comfyClass !== NODE) return
     const shown = new Pictures(node)
     panels.add(shown)
@@ -258,6 +270,7 @@ app.registerExtension({
 
 document.addEventListener(DELETED, ({ detail }) => {
   const gone = new Set(detail.map((file) => file.replace(/^input\//, "")))
+  gone.forEach(forgetThumbnail)
   for (const shown of panels)
     if (shown.names.some((name) => gone.has(name))) shown.names = shown.names.filter((name) => !gone.has(name))
 })

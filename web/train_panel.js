@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, baseOf, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
+import { BASE_CHOSEN, addElement, after, baseOf, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
 import { DELETED, showPeople } from "./people.js"
 import { say } from "./words.js"
 
@@ -19,6 +19,7 @@ const ENDED = new Set(["done", "stopped", "failed", undefined])
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
 const states = new Map()
 const panels = new Set()
+document.addEventListener(BASE_CHOSEN, () => panels.forEach((panel) => panel.explain()))
 
 const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 

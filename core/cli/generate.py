@@ -159,8 +159,8 @@ def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
 
 
 def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
-    if options.style or options.subject:
-        raise BadConfig("--style and --subject require --style-pack")
+    if options.style or options.subject or options.style_folder:
+        raise BadConfig("--style, --subject and --style-folder require --style-pack")
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
     if not prompts:
         raise BadConfig("no --prompt given, and no LoRA has a trigger phrase")
@@ -172,7 +172,7 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
     guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count only adds pictures, without renumbering any.
     return [
-        Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
+        Job(prompt, (options.seed + number) % 2**64, options.negative, options.size, steps, guidance)
         for number in range(options.count)
         for prompt in prompts
     ]

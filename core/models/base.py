@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
@@ -110,17 +109,10 @@ class Base:
         return base
 
     @property
-    def is_named_distilled(self) -> bool:
-        """Whether the model's name indicates distillation to a few steps."""
-        return re.search(self.family.distilled_names, self.name, re.IGNORECASE) is not None
-
-    @property
     def few_steps(self) -> FewSteps | None:
         """How the model draws if it or its name declares distillation to a few steps. None for all others."""
-        named = self.is_named_distilled and not self.embeds_guidance
-        few = self.family.few_steps if self.is_distilled or named else None
-        said = re.search(r"(?<!\d)([1-9]|1[0-6])[-_ ]?step", self.name, re.IGNORECASE)
-        return replace(few, steps=int(said[1])) if few and said else few
+        named = self.family.is_named_distilled(self.name) and not self.embeds_guidance
+        return self.family.few_steps_named(self.name) if self.is_distilled or named else None
 
     @property
     def steps(self) -> int:

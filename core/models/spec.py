@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -237,6 +237,15 @@ class FamilySpec:
     def name(self) -> str:
         """The short name in code and messages, such as sd15."""
         return self.names.name
+
+    def is_named_distilled(self, name: str) -> bool:
+        """Return whether a model's name indicates distillation to a few steps."""
+        return re.search(self.distilled_names, name, re.IGNORECASE) is not None
+
+    def few_steps_named(self, name: str) -> FewSteps | None:
+        """Return how a distilled model of that name draws. Some names, such as `sdxl_lightning_4step`, give the steps."""
+        said = re.search(r"(?<!\d)([1-9]|1[0-6])[-_ ]?step", name, re.IGNORECASE)
+        return replace(self.few_steps, steps=int(said[1])) if self.few_steps and said else self.few_steps
 
     @property
     def base_model_version(self) -> str:

@@ -4,6 +4,7 @@ import html
 import os
 import shlex
 import subprocess
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,13 +61,15 @@ def _card(shot: Headshot, compared: bool, models: Models) -> str:
         facts.append(("face redrawn", f"likeness {change}, {'used' if shot.face_pass.kept else 'not used'}"))
     rows = "".join(f"<dt>{what}</dt><dd>{html.escape(value)}</dd>" for what, value in facts if value)
     title = html.escape(job.style or job.prompt)
-    copies = [("Copy prompt", job.prompt)]
+    buttons = f'<button data-copy="{html.escape(job.prompt)}">Copy prompt</button>'
     if named := models(job):
-        copies.append(("Copy command for more like this", _command(shot, named)))
-    buttons = "".join(f'<button data-copy="{html.escape(text)}">{what}</button>' for what, text in copies)
+        command = html.escape(_command(shot, named))
+        buttons += f'<button data-copy="{command}" data-command>Copy command for more like this</button>'
+    made = f"{zlib.crc32(shot.path.read_bytes()):08x}"  # Another batch has other pictures of the same names.
     return (
-        f'<figure data-style="{html.escape(job.style)}" data-file="{name}"><a href="{name}"><img src="{name}" loading="lazy" '
-        f'alt="{title}, seed {job.seed}"></a>{badge}<button class="star" aria-pressed="false" aria-label="favourite"></button>'
+        f'<figure data-style="{html.escape(job.style)}" data-file="{name}" data-made="{made}"><a href="{name}">'
+        f'<img src="{name}" loading="lazy" alt="{title}, seed {job.seed}"></a>{badge}'
+        '<button class="star" aria-pressed="false" aria-label="favourite"></button>'
         f"<figcaption><details><summary>{title}</summary>{buttons}<dl>{rows}</dl></details></figcaption></figure>"
     )
 

@@ -101,7 +101,7 @@ class GroupFaces:
 
     image: Image.Image
     before: float
-    """The lowest likeness of a person before; 0 if a face was missing."""
+    """The lowest likeness of a person before, of those whose face was there."""
     after: float
 
 
@@ -120,12 +120,12 @@ def redraw_faces(
 
     Each face is drawn in its own cut-out, with only its person's LoRA and words. A new face is used if likeness doesn't fall. A
     face that isn't alike is redrawn with another seed, up to TRIES times. `on_progress(done, total)` is called after each try
-    with each person, and may raise to cancel.
+    with each person, and may raise to cancel. The result has only the pictures in which a face was redrawn.
     """
     group = reference.group
     found = {key: reference.find(image) for key, (_, image) in pictures.items()}
     images = {key: image for key, (_, image) in pictures.items()}
-    before = {key: least_alike(faces) or 0.0 for key, faces in found.items()}
+    before: dict[_Key, float] = {}
     for number, person in enumerate(group.people):
         own = [*loras, (person.lora, person.strength)]
         for attempt in range(TRIES):
@@ -136,6 +136,7 @@ def redraw_faces(
                 if seen and (small or seen.likeness < SAME_PERSON):
                     part = _part_of(base, reference, number, images[key], seen.face)
                     parts[key] = (_job_of(group, person, job, attempt), part)
+                    before.setdefault(key, _lowest(found[key]))
             for key, drawn in drawn_again(base, own, parts, config, face_pass.denoise, device):
                 image = blend(images[key], parts[key][1], drawn)
                 now, was = reference.find(image), found[key][number]
@@ -144,7 +145,12 @@ def redraw_faces(
                     images[key], found[key] = image, now
             if on_progress:
                 on_progress(number * TRIES + attempt + 1, len(group.people) * TRIES)
-    return {key: GroupFaces(images[key], before[key], least_alike(found[key]) or 0.0) for key in pictures}
+    return {key: GroupFaces(images[key], lowest, _lowest(found[key])) for key, lowest in before.items()}
+
+
+def _lowest(found: Sequence[FoundFace | None]) -> float:
+    """Return the smallest likeness of those whose face is there."""
+    return min(one.likeness for one in found if one)
 
 
 def _job_of(group: Group, person: GroupMember, job: Job, attempt: int) -> Job:
@@ -210,7 +216,8 @@ class _GroupBatch(Batch):
             on_progress=lambda done, total: self.on_progress("faces", done, total),
         )  # fmt: skip
         for job, faces in drawn.items():
-            outcome = FaceOutcome(face_pass.below, face_pass.denoise, faces.before, faces.after)
+            taken = faces.image is not pictures[job][1]
+            outcome = FaceOutcome(face_pass.below, face_pass.denoise, faces.before, faces.after, taken)
             save_outcome(paths[job], job, faces.image, outcome)
 
     def model_options(self, folder: Path, job: Job) -> list[str]:

@@ -26,11 +26,13 @@ class FaceOutcome:
     """The likeness of the picture as it was first drawn."""
     after: float | None
     """The likeness with the new face; None if no face is found in the picture any more."""
+    taken: bool = True
+    """Whether any of a group picture's new faces is used."""
 
     @property
     def kept(self) -> bool:
         """Whether the new face is used: it is if likeness didn't fall."""
-        return self.after is not None and self.after >= self.before
+        return self.taken and self.after is not None and self.after >= self.before
 
     @property
     def settings(self) -> "FacePass":

@@ -30,7 +30,7 @@ from .sheet import contact_sheet
 from .sizes import checked_size
 
 OVERVIEW = "headshots.json"
-CONTACT_SHEET = "contact_sheet.png"
+CONTACT_SHEET, GALLERY = "contact_sheet.png", "gallery.html"
 KEPT = "kept"
 PICTURE_NAME = r"\d{3,}-\d+\.png"
 """The pattern of a picture's file name: its number in the batch, then its seed."""
@@ -204,6 +204,10 @@ class Batch:
         """Return the `facelora generate` options for a job's models, for the folder's page; none unless all are files."""
         loras = [lora for lora, _ in self.loras]
         named = _base_options(self.base, folder) if all(Path(lora.name).is_file() for lora in loras) else []
+        if self.config.sampler:
+            named.append(f"--sampler={self.config.sampler}")
+        if self.config.clip_skip > 1:
+            named.append(f"--clip-skip={self.config.clip_skip}")
         used = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
         return named and [*named, *(f"--lora={lora}" for lora in used)]
 
@@ -238,9 +242,9 @@ def _face_outcome(path: Path) -> FaceOutcome | None:
         text = image.info.get("face_pass", "")
     try:
         given = json.loads(text)
-        after = given.pop("after")
+        after, taken = given.pop("after"), given.pop("taken", True) is True
         numbers = {name: float(value) for name, value in given.items()}
-        outcome = FaceOutcome(**numbers, after=None if after is None else float(after))
+        outcome = FaceOutcome(**numbers, after=None if after is None else float(after), taken=taken)
         _ = outcome.settings  # Raises BadConfig for numbers that no pass can have.
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
         return None
@@ -298,7 +302,11 @@ def _base_options(base: Base, folder: Path) -> list[str]:
         return []
     encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
     files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]
-    return [f"--{name}={_named(file.path, folder)}" for name, file in files if file]
+    named = [f"--{name}={_named(file.path, folder)}" for name, file in files if file]
+    schedule = base.opened_with or {}
+    if schedule.get("prediction_type", "auto") != "auto":
+        named.append(f"--prediction-type={schedule['prediction_type']}")
+    return [*named, "--zero-terminal-snr"] if schedule.get("zero_terminal_snr") else named
 
 
 def lora_option(lora: LoraFile, strength: float, folder: Path) -> str:
@@ -323,8 +331,11 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) | {"models": models(shot.job)} for shot in shots]
+    if not (folder / OVERVIEW).exists():  # Then files of these names are not ours.
+        for name in (GALLERY, CONTACT_SHEET):
+            set_aside(folder / name)
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
-    write_text(folder / "gallery.html", gallery_page(shots, summary, compared, models))
+    write_text(folder / GALLERY, gallery_page(shots, summary, compared, models))
 
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:

@@ -434,7 +434,7 @@ def hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) 
     """Yield warnings about the trigger word, the base model, the precision and the device to give before training."""
     if of_trigger := trigger_hint(config.trigger_word, load_tokenizer()):
         yield of_trigger
-    if base.is_named_distilled and not (adapted or config.allow_distilled):
+    if base.family.is_named_distilled(base.name) and not (adapted or config.allow_distilled):
         yield f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}"
     if config.precision == "fp16" and base.family.overflows_in_fp16:
         yield f"precision fp16: values of {base.family.title} overflow in it. Use auto, bf16 or fp32"

@@ -29,7 +29,7 @@ from ...core.lora.names import Entry
 from ...core.models.base import Base, CaptionEncoder
 from ...core.models.families import FAMILIES
 from ...core.models.opening import load_base
-from ...core.models.spec import Conditioning
+from ...core.models.spec import Conditioning, FewSteps
 from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
 from ...core.storage.gguf_file import dequantised_array, dtype_of, narrow_gguf
@@ -55,6 +55,13 @@ def style_family(model: Any) -> str:
         known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
         raise UnknownFamily(f"MODEL is {kind}, which style packs don't support. Set family to one of: {known}")
     return FAMILY_OF_CLASS[kind]
+
+
+def few_steps(model: Any) -> FewSteps | None:
+    """Return how a MODEL draws whose file's name says that it was distilled to a few steps; None for all others."""
+    family, name = FAMILIES.get(FAMILY_OF_CLASS.get(_class_name(model), "")), _file_name(model)
+    guided = model.model.model_config.unet_config.get("guidance_embed")
+    return family.few_steps_named(name) if family and family.is_named_distilled(name) and not guided else None
 
 
 def trained_family(model: Any) -> str:

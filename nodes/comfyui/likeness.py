@@ -26,6 +26,7 @@ class LikenessScore(io.ComfyNode):
             search_aliases=["face similarity", "face score", "rank images"],
             is_input_list=True,
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to measure."),
                 io.MultiType.Input(
@@ -70,7 +71,7 @@ class LikenessScore(io.ComfyNode):
             found, title = [None] * len(judged), f"not compared: {problem}"
         scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
-        panel.scored([scores[index] for index in order])
+        panel.scored(cls.hidden.unique_id, [scores[index] for index in order])
         labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
         sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[labels])
         return io.NodeOutput(

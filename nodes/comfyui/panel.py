@@ -45,8 +45,8 @@ USER = "facelora_user"
 _runs = Runs()
 _trained: dict[str, tuple[QueuedRun, str]] = {}
 """The last training run of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
-_scores: dict[str, list[float]] = {}
-"""The likeness of the pictures of a prompt, until it ends."""
+_scores: dict[str, dict[str, list[float]]] = {}
+"""The likeness of the pictures that a Likeness Score has put in order, by its id, for a prompt until it ends."""
 _judged: dict[str, float] = {}
 """The likeness of the headshots so far, by digest. ComfyUI shows them again for a prompt that it doesn't need to run."""
 _pages: dict[str, str] = {}
@@ -113,37 +113,36 @@ def remember(run: QueuedRun, key: str, **facts: Any) -> None:
         _trained[run.workflow or run.prompt] = (run, key)
 
 
-def scored(scores: Sequence[float]) -> None:
-    """Note the likeness of the pictures that the running prompt has drawn, in their order."""
-    _scores[_running("").prompt] = list(scores)
+def scored(node_id: str, scores: Sequence[float]) -> None:
+    """Note the likeness of the pictures that a node of the running prompt has put in order."""
+    _scores.setdefault(_running("").prompt, {})[node_id] = list(scores)
 
 
 def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
     """Add the pictures that a prompt has saved to the training run whose LoRA drew them, and show them in its panel."""
     _, prompt_id, graph, extra, *_ = prompt
-    scores = _scores.pop(prompt_id, [])
+    scores = _scores.pop(prompt_id, {})
     trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
     run, key = _trained.get(_workflow_of(extra) or prompt_id, (None, None))
     if len(trains) != 1 or run is None or key is None or extra.get(USER, run.user) != run.user:
         return
     if all(state["prompt"] != run.prompt for state in _runs.of(run.user)):  # the training run was deleted
         return
-    images = [
-        image
-        for node, shown in outputs.items()
-        for image in shown.get("images", ())
-        if isinstance(image, dict) and image.get("type") == "output" and trains[0] in _ancestors(graph, node)
-    ]
-    if images:
+    headshots = []
+    for node, shown in outputs.items():
+        images = [one for one in shown.get("images", ()) if isinstance(one, dict) and one.get("type") == "output"]
+        links = _links(graph, node)
+        if not images or trains[0] not in {source for source, _ in links}:
+            continue
         names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
         digests = [people.digest_of(name) for name in names]
         people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)))
-        if len(scores) == len(images):
-            _judged.update((one, score) for one, score in zip(digests, scores, strict=True) if one)
-        publish(
-            run,
-            {"headshots": [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]},
-        )
+        # The order is only known of pictures that come from a node's sorted ones.
+        for judged in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
+            _judged.update((one, score) for one, score in zip(digests, judged, strict=True) if one)
+        headshots += [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]
+    if headshots:
+        publish(run, {"headshots": headshots})
 
 
 def _note_end(prompt: Sequence[Any]) -> None:
@@ -239,14 +238,21 @@ def _is_output(node: Any) -> bool:
 
 def _ancestors(graph: Mapping[str, Any], key: str) -> set[str]:
     """Return the ids of the nodes that a node depends on."""
-    found: set[str] = set()
-    waiting = [key]
+    return {source for source, _ in _links(graph, key)}
+
+
+def _links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
+    """Return all that a node depends on: (id of a node, number of its output)."""
+    found: set[tuple[str, int]] = set()
+    waiting, seen = [key], {key}
     while waiting:
         match graph.get(waiting.pop()):
             case {"inputs": dict(inputs)}:
-                links = {value[0] for value in inputs.values() if isinstance(value, list) and len(value) == 2}
-                waiting += links - found
+                links = {(one[0], one[1]) for one in inputs.values() if isinstance(one, list) and len(one) == 2}
                 found |= links
+                new = {source for source, _ in links} - seen
+                waiting += new
+                seen |= new
     return found
 
 

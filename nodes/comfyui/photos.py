@@ -208,7 +208,8 @@ def _read(
         on_warning(f"{folder}: this folder doesn't exist in ComfyUI's input folder. Only the added photos are used")
     elif folder != NO_FOLDER:
         photos += read_photos(_path(folder, user), strict=strict, on_warning=on_warning)
-    for name in _names(pictures):
+    in_folder = {_name_below_input(photo) for photo in photos}
+    for name in (name for name in _names(pictures) if name not in in_folder):
         problems: list[str] = []
         photos += read_photo_files([_path(name, user)], strict=strict, on_warning=problems.append)
         for problem in problems:

@@ -13,7 +13,7 @@ from server import PromptServer
 from ...core.errors import BadConfig, BadStylePack
 from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
 from ...core.pictures.style_picture import style_picture
-from .convert import style_family
+from .convert import few_steps, style_family
 from .folders import says_no_server_paths, without_server_paths
 
 FROM_MODEL = "that of the model"
@@ -86,7 +86,8 @@ class HeadshotStylePack(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "model", optional=True,
-                    tooltip="The model that draws the pictures. Needed only if family is 'that of the model'.",
+                    tooltip="The model that draws the pictures. Needed only if family is 'that of the model'. If its "
+                    "file's name says that it was distilled to a few steps, steps and guidance suit it.",
                 ),
             ],
             outputs=_outputs(),
@@ -122,14 +123,15 @@ class HeadshotStylePack(io.ComfyNode):
             Subject(subject.strip(), class_word=""), family, count, first_seed,
             styles=_names(styles) or None, resolution=resolution or None,
         )  # fmt: skip
+        few = few_steps(model) if model is not None else None  # Such a model draws in its own steps, without guidance.
         return io.NodeOutput(
             [item.prompt for item in prompts],
             [item.negative for item in prompts],
             [item.seed for item in prompts],
             [item.width for item in prompts],
             [item.height for item in prompts],
-            [item.guidance for item in prompts],
-            [item.steps for item in prompts],
+            [1.0 if few else item.guidance for item in prompts],
+            [few.steps if few else item.steps for item in prompts],
             [item.style for item in prompts],
             [item.strength for item in prompts],
             ui=ui.PreviewText("\n".join(found.problems)),

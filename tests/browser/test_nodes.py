@@ -1,5 +1,6 @@
 """The nodes under a user's hands, in both designs of ComfyUI's frontend."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from core.pictures.style_pack import find_style_packs
 from tests.tooling import write_photos
 
 from .pictures import write_drawn_photos
-from .workflows import BUILD, SD15
+from .workflows import BUILD, SD15, SDXL
 
 pytestmark = pytest.mark.browser
 
@@ -139,12 +140,51 @@ def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page,
     page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('6 of 6 usable')")
     assert page.page.locator(".facelora-refused").inner_text() == "✕ garbage.jpg: this picture cannot be read"
     assert page.widgets(PHOTOS)["pictures"].startswith("photos/Gerda/photo 01.png\n")
+    for resolution, usable in ((1024, 0), (64, 6)):  # they are checked again for another resolution
+        page.set_widgets({TRAIN: {"resolution": resolution}})
+        page.wait_for(
+            f"() => document.querySelector('.facelora-headline').textContent.startsWith('{usable} of 6 usable')"
+        )
+    with page.page.expect_request("**/facelora/check") as checked, page.page.expect_request("**/facelora/recipe?*"):
+        page.set_widgets({"CheckpointLoaderSimple": {"ckpt_name": SDXL["name"]}})
+    assert checked.value.post_data_json["base"] == SDXL["name"]
+    page.set_widgets({"CheckpointLoaderSimple": {"ckpt_name": SD15["name"]}})
     page.page.wait_for_timeout(1500)  # the frontend writes its draft
     page.reload()
     page.wait_for("() => document.querySelector('.facelora-headline')?.textContent.startsWith('6 of 6 usable')")
     titles = page.page.locator(".facelora-tile").evaluate_all("(all) => all.map((one) => one.title.split('\\n')[0])")
     assert titles == [f"{number}.png" for number in range(6)]
     assert page.complaints() == []
+
+
+def test_nothing_is_said_of_photos_that_were_removed_while_they_were_checked(page, files):
+    held = []
+    page.page.route("**/facelora/check", lambda route: held.append(route))
+    page.add(PHOTOS)
+    page.set_widgets({PHOTOS: {"check": True}})
+    page.drop(PHOTOS, files[:3])
+    while not held:
+        page.page.wait_for_timeout(50)
+    page.page.click(".facelora-remove-all")
+    with page.page.expect_response("**/facelora/check"):
+        held[0].continue_()
+    page.page.wait_for_timeout(300)
+    assert page.page.locator(".facelora-headline").inner_text() == ""
+
+
+def test_a_deleted_persons_photo_is_not_shown_for_the_next_of_that_name(page, server, files):
+    page.add(PHOTOS)
+    page.drop(PHOTOS, files[:1])
+    page.wait_for("() => document.querySelector('.facelora-tile img')?.naturalWidth === 160")
+    name = page.widgets(PHOTOS)["pictures"]
+    shutil.rmtree((server.folder / "input" / name).parent)
+    gone = f"() => document.dispatchEvent(new CustomEvent('facelora.deleted', {{ detail: ['input/{name}'] }}))"
+    page.run(gone)
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 0")
+    Image.new("RGB", (200, 300)).save(files[1])
+    page.drop(PHOTOS, files[1:2])
+    page.wait_for("() => document.querySelector('.facelora-tile img')?.naturalWidth === 107")
+    assert page.widgets(PHOTOS)["pictures"] == name
 
 
 def test_run_asks_which_person_where_the_photos_show_two(page, server, tmp_path):

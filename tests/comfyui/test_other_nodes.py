@@ -113,6 +113,20 @@ def test_the_model_tells_the_family(server):
     assert [int(width) for width in texts(result, "widths")] == [styled.width for styled in expected]
 
 
+def test_a_distilled_model_gets_its_steps_and_no_guidance(server):
+    checkpoints = server.folder / "models" / "checkpoints"
+    (checkpoints / "sd15_lightning_4step.safetensors").symlink_to(checkpoints / "sd15.safetensors")
+    graph = {
+        "base": node("CheckpointLoaderSimple", ckpt_name="sd15_lightning_4step.safetensors"),
+        "styles": node("FaceLoRAStylePack", model=["base", 0], **STYLES),
+        "guidance": node("PreviewAny", source=["styles", 5]),
+        "steps": node("PreviewAny", source=["styles", 6]),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert (texts(result, "guidance"), texts(result, "steps")) == (["1.0"] * 3, ["4"] * 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"), [({"styles": "baroque"}, "no style 'baroque'"), ({"pack": "x"}, "no style pack 'x'")]
 )
@@ -185,6 +199,8 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
     assert server.drop(photos / "2.png", "Dora")["name"] == "photos/Dora-2/photo 01.png", "another Dora"
     seen = server.post("/facelora/check", {"folder": "(no folder)", "pictures": "\n".join(names[1:3])})
     assert [seen["own_names"][name] for name in names[1:3]] == ["1.png", "0.png"]
+    twice = server.post("/facelora/check", {"folder": "photos/Dora", "pictures": "\n".join(names[1:3])})
+    assert sorted(tile["name"] for tile in twice["photos"]) == sorted(names[1:3]), "once each"
     assert "0.png" not in json.dumps(server.run({"photos": load_photos("photos/Dora", check=True)}).outputs)
 
 

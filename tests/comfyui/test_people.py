@@ -65,6 +65,18 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     assert again["headshots"] == [shot], "a run in which nothing was drawn again"
 
 
+def test_no_likeness_is_shown_beside_pictures_that_are_not_in_its_order(server, tmp_path):
+    files = sorted(write_photos(tmp_path / "lola", count=3, scale=2, person=2).glob("*.png"))
+    graph = headshots_of(server, "lola", [server.drop(files[0], "lola")["name"]], training_seed=59)
+    graph["empty"]["inputs"]["batch_size"] = 3
+    graph["saved"]["inputs"]["images"] = ["decoded", 0]
+    page = {"extra_pnginfo": {"workflow": {"id": "of the page of lola", "nodes": []}}}
+    answer = server.post("/prompt", {"prompt": graph, "extra_data": page})
+    assert server.wait(answer["prompt_id"]).status == "success"
+    (state,) = [one for one in server.get("/facelora/training") if one["workflow"] == "of the page of lola"]
+    assert [shot["score"] for shot in state["headshots"]] == [None] * 3
+
+
 def test_nobody_is_deleted_while_their_headshots_are_drawn(server, tmp_path):
     photos = [
         server.drop(file, "tilda")["name"] for file in write_photos(tmp_path / "tilda", count=1, scale=2).glob("*.png")

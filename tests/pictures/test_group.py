@@ -339,6 +339,32 @@ def test_a_face_that_is_not_alike_is_drawn_again_until_it_is(
     ]
 
 
+@pytest.mark.parametrize(
+    ("people", "alike", "redrawn"),
+    [((1, 2), True, False), ((3, 4), False, True), ((3, 4), True, True), ((), True, False)],
+    ids=["all were alike", "no new face is more alike", "new faces", "nobody"],
+)
+def test_a_page_says_of_a_face_that_it_was_redrawn_only_if_it_was(
+    base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people, alike: bool, redrawn: bool
+) -> None:
+    def photos(base, loras, parts, config, denoise, device):
+        person = next(number for number, one in enumerate(COUPLE.people) if loras == [(one.lora, one.strength)])
+        for key, (_, part) in parts.items():
+            new = person_photos(person + 1)[5].resize(part.image.size)
+            yield key, new if alike else Image.new("RGB", part.image.size)
+
+    monkeypatch.setattr(faces_module, "drawn_again", photos)
+    job = replace(JOB, seed=1, size=(184, 112))
+    picture = side_by_side_picture(*people) if people else Image.new("RGB", (184, 112))
+    Picture(picture, job, group_parameters(base, COUPLE, [], job, GenerateConfig())).save(tmp_path / "001-1.png")
+    reference = {"anna": person_photos(1)[:2], "ben": person_photos(2)[:2]}
+    for _ in range(2):  # The second time, the outcome is read from the picture.
+        (shot,) = make_group_pictures(base, COUPLE, [job], tmp_path, reference=reference)
+        assert (shot.face_pass is not None) is redrawn
+        assert bool(shot.face_pass and shot.face_pass.kept) is (redrawn and alike)
+    assert ("face redrawn" in (tmp_path / "gallery.html").read_text()) is redrawn
+
+
 # A batch
 
 

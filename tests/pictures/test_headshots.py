@@ -476,6 +476,32 @@ def test_what_an_earlier_batch_kept_is_set_aside(base, tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes() == kept[name] for name in kept if name != "001-0.png")
 
 
+def test_a_command_for_more_of_a_picture_names_the_sampler_and_how_the_base_predicts(base, tmp_path: Path) -> None:
+    used = load_base(BASE_FILE, prediction_type="v_prediction", zero_terminal_snr=True)
+    for one, config, wanted in (
+        (
+            used,
+            GenerateConfig(sampler="euler"),
+            ["--prediction-type=v_prediction", "--zero-terminal-snr", "--sampler=euler"],
+        ),
+        (base, GenerateConfig(), []),
+    ):
+        make_headshots(one, [], jobs(1), tmp_path, config)
+        data = json.loads((tmp_path / "headshots.json").read_text("utf-8"))
+        assert data["headshots"][0]["models"] == ["--base=demo", *wanted]
+        assert all(option in (tmp_path / "gallery.html").read_text("utf-8") for option in wanted)
+
+
+def test_files_of_others_with_the_names_of_a_batch_are_set_aside(base, tmp_path: Path) -> None:
+    for name in ("gallery.html", "contact_sheet.png"):
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        make_headshots(base, [], jobs(1), tmp_path)
+    assert {path.name: path.read_text() for path in (tmp_path / "earlier").iterdir()} == {
+        "gallery.html": "mine", "contact_sheet.png": "mine",
+    }  # fmt: skip
+
+
 def test_neither_the_page_nor_its_data_name_a_folder_of_the_machine(base, tmp_path: Path) -> None:
     home, folder = tmp_path / "janes-home", tmp_path / "janes-home" / "janes-pictures"
     own, elsewhere = folder / "loras" / "anna.safetensors", home / "janes-models" / "grey.safetensors"
