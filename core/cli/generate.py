@@ -143,7 +143,7 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
 
 
 def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) -> list[str]:
-    """Return a warning for each LoRA that has trigger phrases, none of which is in any of the prompts."""
+    """Return a warning for each LoRA whose trigger phrases are all missing from the prompts."""
     shown, warnings = "\n".join(prompts).casefold(), []
     for lora, _ in loras:
         phrases = trigger_phrases(lora.metadata)

@@ -86,8 +86,8 @@ class HeadshotStylePack(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "model", optional=True,
-                    tooltip="The model that draws the pictures. Needed only if family is 'that of the model'. If its "
-                    "file's name says that it was distilled to a few steps, steps and guidance suit it.",
+                    tooltip="The model that draws the pictures. Needed only if family is 'that of the model'. A "
+                    "model that was distilled to a few steps, by the name of its file, gets these steps and no guidance.",
                 ),
             ],
             outputs=_outputs(),
