@@ -193,7 +193,7 @@ def make_group_pictures(
     check_group(base, group, jobs, loras, config)
     people = None if reference is None else GroupReference(group, reference)
     compared_with = 0 if people is None else len(group.people)
-    batch = _GroupBatch(base, loras, config, device, on_progress or silent, people, compared_with, group)
+    batch = _GroupBatch(base, loras, config, device, on_progress or silent, silent, people, compared_with, group)
     return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
 
 

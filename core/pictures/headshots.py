@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ def make_headshots(
     keep: int | None = None,
     device: torch.device | None = None,
     on_progress: OnPhase | None = None,
+    check_cancelled: Callable[[], None] = silent,
 ) -> list[Headshot]:
     """Draw the pictures of all jobs into `folder` as PNG files, and return them; most alike first with a `reference`.
 
@@ -66,15 +67,18 @@ def make_headshots(
     requested again. Files of another batch in `folder`/kept move to `folder`/kept/earlier. The files contact_sheet.png,
     gallery.html and headshots.json are written too.
 
-    `on_progress(phase, done, total)` is called with the phases READING, "pictures" and "faces", and may raise to cancel. Raises
-    BadFile if the folder cannot be written, InUse if another batch is being drawn into it, and BadPhoto if no reference photo
-    shows a face. Raises BadConfig if two jobs are the same, or if `keep` is given without `reference` or below 1.
+    `on_progress(phase, done, total)` is called with the phases READING, "pictures" and "faces", and `check_cancelled` in each
+    sampling step of a picture. Both may raise to cancel. Raises BadFile if the folder cannot be written, InUse if another
+    batch is being drawn into it, and BadPhoto if no reference photo shows a face. Raises BadConfig if two jobs are the same, or
+    if `keep` is given without `reference` or below 1.
     """
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     compared_with = 0 if person is None else 1
-    batch = Batch(base, loras, config or GenerateConfig(), device, on_progress or silent, person, compared_with)
+    batch = Batch(
+        base, loras, config or GenerateConfig(), device, on_progress or silent, check_cancelled, person, compared_with
+    )
     return batch.make(jobs, folder, face_pass or FacePass(), keep)
 
 
@@ -103,6 +107,7 @@ class Batch:
     config: GenerateConfig
     device: torch.device | None
     on_progress: OnPhase
+    check_cancelled: Callable[[], None]
     person: Compared | None
     compared_with: int
     """The number of people that a picture is compared with."""
@@ -135,7 +140,9 @@ class Batch:
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
-        return generate(self.base, self.loras, jobs, self.config, device=self.device)
+        return generate(
+            self.base, self.loras, jobs, self.config, device=self.device, on_step=lambda *_: self.check_cancelled()
+        )
 
     def parameters(self, job: Job) -> str:
         """Return the text that identifies a picture of the job."""

@@ -20,6 +20,7 @@ from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
+from ..progress import silent
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import ready_for, settled
 from ..training.store import TrainedFile, TrainingJob, find_or_train
@@ -128,6 +129,7 @@ def make(
         reference=ready.reference(),
         device=device,
         on_progress=callbacks.on_phase,
+        check_cancelled=callbacks.check_cancelled or silent,
     )
     set_others_aside(shots, folder, trained.path.stem)
     return Outcome(ready.report, trained, shots, _advice(ready.report, order, shots))

@@ -64,7 +64,9 @@ class Worker:
     def make(self, person: Person, again: bool) -> tuple[Result, list[str]]:
         """Make a person, and return the result and warnings."""
         warnings: list[str] = []
-        callbacks = Callbacks(on_step=self._check, on_phase=self._check, on_warning=warnings.append)
+        callbacks = Callbacks(
+            on_step=self._check, on_phase=self._check, on_warning=warnings.append, check_cancelled=self._check
+        )
         deadline = time.monotonic() + (_LOCK if again else 0)
         while True:
             try:

@@ -94,6 +94,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
                 reference=self.reference(context, progress),
                 device=device,
                 on_progress=progress.phase,
+                check_cancelled=progress.check_cancelled,
             )
 
     def _save(self, shot: Headshot, context: InvocationContext) -> str:

@@ -108,6 +108,19 @@ def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> No
     assert made.items() <= times(tmp_path).items()
 
 
+def test_a_picture_is_cancelled_within_a_sampling_step(base, tmp_path: Path) -> None:
+    checks = iter(range(5))
+
+    def cancel_at_fifth() -> None:
+        if next(checks) == 4:
+            raise InterruptedError
+
+    several = [replace(job, steps=4) for job in jobs(2)]
+    with pytest.raises(InterruptedError):
+        make_headshots(base, [], several, tmp_path, check_cancelled=cancel_at_fifth)
+    assert len(times(tmp_path)) == 1, "the first is whole"
+
+
 def test_reading_the_file_for_its_hash_is_shown_and_can_be_cancelled(tmp_path: Path) -> None:
     """Pictures name their model by its hash, for which its whole file is read."""
     base, shown = load_base(BASE_FILE), []
