@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ..config import TrainConfig, config_from
@@ -28,6 +28,7 @@ from ..training import (
     state_path,
     train,
 )
+from ..training.job import metadata_of
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
 from .settings import schedule_from, settings_from
@@ -64,13 +65,16 @@ def run_train(options: argparse.Namespace) -> None:
         if stop.asked:
             raise Cancelled(f"stopped while {phase}; nothing is lost; run the command again")
 
-    if "learning_rate" in given and METHODS[config.method].makes == "embedding" and config.optimizer != "prodigy":
+    makes = METHODS[config.method].makes
+    if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
         raise BadConfig("--face-network has no effect with --no-check-photos: leave it out")
     if options.judge and not config.hold_out:
         raise BadConfig("--judge requires held-out photos: set --hold-out")
+    if options.sidecars and makes != "lora":
+        raise BadConfig(f"--sidecars: method {config.method!r} doesn't make a LoRA (but: {makes}). Leave it out")
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
     class_photos = None
@@ -85,36 +89,35 @@ def run_train(options: argparse.Namespace) -> None:
     key = None
     with stop, progress:
         # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
-        if METHODS[config.method].makes == "lora" and not faces and not judge:
+        if not faces and not judge:
             job = job.looked_at(base, progress.warning)
             base.compute_hashes(callbacks.progress(READING))
             key = job.key(base)
-        found = key is not None and not options.restart and has_key(options.output, key)
-        if found:
-            lora = LoraFile.read(options.output)
-        else:
+        found = key is not None and not options.restart and has_key(options.output, key, makes)
+        if not found:
             _check_nothing_is_replaced(options)
-            lora = train(
+            train(
                 job.photos, base, job.config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
                 device=device_from(options), metadata={KEY: key} if key else {},
                 callbacks=callbacks,
             )  # fmt: skip
-    _end(options, lora.metadata, config, found)
+    _end(options, config, found)
 
 
-def _end(options: argparse.Namespace, metadata: Mapping[str, str], config: TrainConfig, found: bool) -> None:
+def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
     """Write the files beside the output, and print what was made."""
-    if options.sidecars and METHODS[config.method].makes == "lora":
+    if options.sidecars:
         write_sidecars(options.output)
-    size = options.output.stat().st_size
+    size, metadata, makes = options.output.stat().st_size, metadata_of(options.output), METHODS[config.method].makes
     trigger = metadata["modelspec.trigger_phrase"]
     if options.json:
         print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
     else:
         if found:
             print("already trained from the same photos and settings; use --restart to train it again")
-        print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); use it in a prompt: a photo of {trigger}")
+        kind = f"rank {config.rank}" if makes == "lora" else makes
+        print(f"{options.output}  ({size / 1e6:.1f} MB, {kind}); use it in a prompt: a photo of {trigger}")
         if LIKENESS_KEY in metadata:
             print(format_likeness(json.loads(metadata[LIKENESS_KEY])))
 

@@ -85,7 +85,7 @@ def lora_path(name: str) -> str:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A LoRA to be trained, without the base model."""
+    """A LoRA, or what another method makes, to be trained. The base model is not part of it."""
 
     name: str
     """The name of its file within the LoRA folder, without the suffix, with `/` between folders."""
@@ -95,12 +95,6 @@ class TrainingJob:
     """The class images for prior preservation. If empty, `config.class_images` pictures are drawn."""
     continue_from: LoraFile | None = None
     training_adapter: TrainingAdapter | None = None
-
-    def __post_init__(self) -> None:
-        if (made := METHODS[self.config.method].makes) != "lora":
-            raise BadConfig(
-                f"method = {self.config.method!r} doesn't make a LoRA (but: {made}). Use the command facelora train"
-            )
 
     @property
     def used(self) -> Sequence[Photo]:
@@ -124,6 +118,13 @@ class TrainingJob:
         """
         ready = ready_for(self.photos, base, self.config, on_warning=on_warning)
         return replace(self, photos=ready, config=settled(self.config, ready))
+
+    def check_makes_lora(self) -> None:
+        """Raise BadConfig if the method makes an embedding or a checkpoint instead of a LoRA."""
+        if (made := METHODS[self.config.method].makes) != "lora":
+            raise BadConfig(
+                f"method = {self.config.method!r} doesn't make a LoRA (but: {made}). Use the command facelora train"
+            )
 
 
 @dataclass
@@ -305,6 +306,7 @@ def find_or_train(
     was measured, and at most two others per second. Samples are always kept in the run's folder. Errors are subclasses of
     FaceLoraError. InUse means that another run is training the same job.
     """
+    job.check_makes_lora()
     job = job.looked_at(base, callbacks.on_warning)
     base.compute_hashes(callbacks.progress(READING))
     key = job.key(base)
@@ -464,12 +466,14 @@ def _set_lora_aside(path: Path) -> None:
             set_aside(file)
 
 
-def has_key(path: Path, key: str) -> bool:
-    """Return whether the path has a LoRA with the key of a job (`TrainingJob.key`) in its metadata.
+def has_key(path: Path, key: str, makes: str = "lora") -> bool:
+    """Return whether the path has a file with the key of a job (`TrainingJob.key`) in its metadata. `Method.makes` is its type.
 
-    Its tensors must match the hash in the metadata, if there is one. They must also have one dtype, as they were written,
-    because the hash covers only their bytes.
+    The tensors of a LoRA or an embedding must match the hash in the metadata, if there is one. They must also have one dtype,
+    as they were written, because the hash covers only their bytes. A checkpoint has no hash.
     """
+    if makes == "checkpoint":
+        return metadata_of(path).get(KEY) == key
     try:
         lora = LoraFile.read(path)
         lora.check()

@@ -173,6 +173,7 @@ class TrainFaceLora(io.ComfyNode):
             class_photos=photos_of(class_photos),
             continue_from=lora_file(continue_from[0]) if continue_from else None,
         )
+        job.check_makes_lora()
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):

@@ -94,6 +94,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         photos = self.read_photos(context, progress)
         base = base_of(context, self.model)
         job = TrainingJob(lora_path(self.name), self._config(base, len(photos), progress), photos)
+        job.check_makes_lora()
         progress.show("checking the photos")
         job = _looked_at(job, base, progress)
         services.make_room(context)

@@ -1,5 +1,6 @@
 """Methods on frozen networks: which modules, how they start, what is read out, and what does not fit."""
 
+import json
 import math
 from dataclasses import replace
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
+from core.cli import main
 from core.config import MethodName, TrainConfig
 from core.errors import BadConfig, LoraMisfit, MissingPackage
 from core.lora.file import LoraFile
@@ -166,3 +168,31 @@ def test_the_settings_name_every_method_and_no_other():
     defined = {id(value) for module in modules for value in vars(module).values() if isinstance(value, Method)}
     assert set(get_args(MethodName)) == set(METHODS)
     assert defined == set(map(id, METHODS.values()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_trains_with_every_method_once_and_draws_with_the_file(
+    small_sd15, photo_folder, tmp_path, method, capsys
+):
+    output = tmp_path / "me.safetensors"
+    command = ["train", str(photo_folder), "--base", str(small_sd15), "--output", str(output), "--method", method]
+    command += ["--recipe", "none", "--resolution", "32", "--rank", "2", "--steps", "2", "--no-check-photos"]
+    kind = {"textual-inversion": "embedding", "dreambooth": "checkpoint"}.get(method, "rank 2")
+    assert main(command) == 0 and f" MB, {kind});" in capsys.readouterr().out.splitlines()[-1]
+    before = output.read_bytes()
+    assert main([*command, "--json"]) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["found"]
+    assert output.read_bytes() == before
+    assert main([*command, "--seed", "2"]) == 1 and "already exists" in capsys.readouterr().err
+    drawn_on = ["--base", str(output)] if kind == "checkpoint" else ["--base", str(small_sd15), "--lora", str(output)]
+    options = ["--size", "32x32", "--steps", "1", "--count", "1", "--prompt"]
+    assert main(["generate", *drawn_on, "--output", str(tmp_path), *options, "a photo of sks person"]) == 0
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.makes != "lora"])
+def test_what_is_no_lora_has_a_dry_run_and_no_files_that_describe_a_lora(
+    small_sd15, photo_folder, tmp_path, method, capsys
+):
+    command = ["train", str(photo_folder), "--base", str(small_sd15), "--output", str(tmp_path / "me.safetensors")]
+    command += ["--method", method, "--recipe", "none", "--resolution", "32", "--no-check-photos"]
+    assert main([*command, "--dry-run"]) == 0 and main([*command, "--sidecars"]) == 1
+    assert f"--sidecars: method '{method}' doesn't make a LoRA" in capsys.readouterr().err and not [*tmp_path.iterdir()]

@@ -567,9 +567,9 @@ def test_a_history_that_is_damaged_is_begun_anew(tmp_path, content):
 
 
 @pytest.mark.parametrize("method", ["dreambooth", "textual-inversion"])
-def test_what_makes_no_lora_is_refused(job, method):
+def test_what_makes_no_lora_is_refused(job, base, loras, method):
     with pytest.raises(BadConfig, match=f"method = '{method}' doesn't make a LoRA"):
-        replace(job, config=replace(CONFIG, method=method))
+        trained(replace(job, config=replace(CONFIG, method=method)), base, loras)
 
 
 def test_a_word_with_vectors_of_its_own_is_in_the_file_alone(job, base, loras):

@@ -16,7 +16,7 @@ from ...config import OptimizerSettings, TrainConfig
 from ...device import free_memory
 from ...errors import BadConfig, LoraMisfit, OutOfMemory
 from ...lora.changes import factorise
-from ...lora.file import LoraFile
+from ...lora.file import KEY, LoraFile
 from ...lora.modules import LoraModule
 from ...models.base import Base
 from ...models.clip import OPENCLIP_LAYER, OPENCLIP_OUTSIDE
@@ -146,6 +146,7 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
             down, up, _ = factorise(change, rank, path)
             modules[part, path] = LoraModule(down, up, float(rank))
     metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
+    metadata.pop(KEY, None)  # It finds the checkpoint.
     return LoraFile.from_modules(base.family.name, modules, metadata, names=base.names)
 
 
