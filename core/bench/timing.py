@@ -33,10 +33,12 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
         work()
         return torch.cuda.max_memory_allocated(device)
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
-    if libc is None or not hasattr(libc, "malloc_trim"):
+    record = Path("/proc/self/clear_refs")
+    if libc is None or not hasattr(libc, "malloc_trim") or not record.exists():
+        work()
         return None
     libc.malloc_trim(0)  # Releases freed memory that the C library holds: it must not count.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Resets the kernel's record of the peak.
+    record.write_text("5", encoding="utf-8")  # Resets the kernel's record of the peak.
     work()
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(peak[1]) * 1024 if peak else None

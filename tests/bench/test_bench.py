@@ -160,6 +160,12 @@ def test_peak_memory_sees_what_was_allocated_and_freed_again():
     assert abs(small_again - small) < 20 * 2**20
 
 
+def test_work_is_done_where_its_memory_is_not_measured(monkeypatch):
+    done: list[bool] = []
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    assert bench.peak_memory(lambda: done.append(True), CPU) is None and done == [True]
+
+
 def test_both_loops_do_the_same_arithmetic(report):
     assert report["ours"]["flops_per_step"] == pytest.approx(report["peer"]["flops_per_step"], rel=1e-3)
 
