@@ -37,9 +37,9 @@ def run_headshots(options: argparse.Namespace) -> int:
     adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options, base, **schedule_from(given))
     stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
 
-    def check_stop() -> None:
+    def check_stop(where: str) -> None:
         if stop.asked:
-            raise Cancelled("stopped; run the same command again to continue")
+            raise Cancelled(f"stopped{where}; run the same command again to continue")
 
     callbacks = shown(progress, check_stop)
     with progress:

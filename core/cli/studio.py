@@ -42,7 +42,7 @@ def run_studio(options: argparse.Namespace) -> int:
     before = plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
 
-    def check_stop() -> None:
+    def check_stop(_where: str) -> None:
         if stop.asked:
             raise KeyboardInterrupt  # Our own errors would only fail this person.
 

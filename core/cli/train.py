@@ -50,20 +50,9 @@ def run_train(options: argparse.Namespace) -> None:
         else recipe_config(options.recipe, base, len(photos), given, progress.warning)
     )
 
-    def on_step(report) -> None:
-        progress.step(report)
+    def check_stop(where: str) -> None:
         if stop.asked:
-            raise Cancelled(
-                f"stopped after step {report.step} of {report.steps}; "
-                f"continue with --resume (state: {state_path(options.output)})"
-            )
-
-    def on_phase(phase: str, done: int, total: int) -> None:
-        if phase == "samples":  # Samples are drawn during training, whose bar stays.
-            return
-        progress.phase(phase, done, total)
-        if stop.asked:
-            raise Cancelled(f"stopped while {phase}; nothing is lost; run the command again")
+            raise Cancelled(f"stopped{where}; continue with --resume")
 
     makes = METHODS[config.method].makes
     if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
@@ -85,7 +74,7 @@ def run_train(options: argparse.Namespace) -> None:
     job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
     if options.dry_run:
         return _show_work(options, base, job.looked_at(base, progress.warning))
-    callbacks = Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
+    callbacks = shown(progress, check_stop)
     key = None
     with stop, progress:
         # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
@@ -163,17 +152,20 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def shown(progress: Progress, check_stop: Callable[[], None]) -> Callbacks:
-    """Return callbacks that show progress and check for a stop. Samples are part of training, whose bar stays."""
+def shown(progress: Progress, check_stop: Callable[[str], None]) -> Callbacks:
+    """Return callbacks that show progress and check for a stop. Samples are part of training, whose bar stays.
+
+    `check_stop` is called with the words for a finished step, such as " after step 2 of 10", else with an empty text.
+    """
 
     def on_step(report: StepReport) -> None:
         progress.step(report)
-        check_stop()
+        check_stop(f" after step {report.step} of {report.steps}")
 
     def on_phase(phase: str, done: int, total: int) -> None:
         if phase != "samples":
             progress.phase(phase, done, total)
-        check_stop()
+        check_stop("")
 
     return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning, check_cancelled=check_stop)
 

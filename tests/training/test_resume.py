@@ -16,6 +16,7 @@ import torch
 from core.cli import main
 from core.cli.common import JsonProgress
 from core.errors import BadConfig, BadFile
+from core.pictures.sampling import sample_latents
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.state import RunState, pack_optimizer, read_state, unpack_optimizer
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
@@ -164,6 +165,21 @@ def test_a_signal_in_a_step_stops_the_run_after_it(tmp_path, small_sd15, photo_f
 
 
 @pytest.mark.slow
+def test_a_signal_while_a_sample_is_drawn_stops_the_run_before_it_is_whole(
+    tmp_path, small_sd15, photo_folder, monkeypatch, capsys
+):
+    def sample_after_signal(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return sample_latents(*arguments, **options)
+
+    monkeypatch.setattr("core.training.samples.sample_latents", sample_after_signal)
+    options = ("--steps", "3", "--sample-every", "2", "--sample-steps", "2")
+    assert main(training(tmp_path, small_sd15, photo_folder, "face.safetensors", *options)) == 1
+    assert capsys.readouterr().err == "facelora: stopped; continue with --resume\n"
+    assert SafetensorsFile.open(tmp_path / "face.state.safetensors").metadata["step"] == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["face.state.safetensors"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_process_with_a_state_from_which_it_goes_on(tmp_path, small_sd15, photo_folder, number):
     arguments = command(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "100000")
