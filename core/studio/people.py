@@ -174,6 +174,8 @@ def _check_twice(place: Path, people: Iterable[Person]) -> None:
     """Raise BadConfig for a name that two people have (`Anna` and `anna` may be the same folder)."""
     seen: set[str] = set()
     for person in people:
-        if not person.problem and person.name.casefold() in seen:
+        if person.problem:
+            continue
+        if person.name.casefold() in seen:
             raise BadConfig(f"{place}: two people are called {person.name!r}; choose another name for one")
         seen.add(person.name.casefold())

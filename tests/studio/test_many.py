@@ -325,6 +325,12 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, write, words):
         read_people(write(tmp_path))
 
 
+@pytest.mark.parametrize("rows", ["Bob,a,maybe\nbob,b,yes\n", "bob,b,yes\nBob,a,maybe\n"])
+def test_a_faulty_entry_of_the_same_name_does_not_refuse_the_manifest(tmp_path, rows):
+    people = read_people(table(f"name,photos,agreed\n{rows}")(tmp_path))
+    assert [person.name for person in people if not person.problem] == ["bob"] and len(people) == 2
+
+
 @pytest.mark.slow
 def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, base, terms, people):
     folder = tmp_path / "out" / "anna"
