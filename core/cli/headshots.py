@@ -31,6 +31,8 @@ Answer = TypeVar("Answer")
 def run_headshots(options: argparse.Namespace) -> int:
     """Run the command. Returns 1 if no picture is like the person, else 0."""
     place = options.photos.resolve()
+    if not (options.output or place.name):
+        raise BadConfig(f"{place}: pictures can't be saved beside this folder: choose one with --output")
     folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)

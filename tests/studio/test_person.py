@@ -292,3 +292,10 @@ def write_unet(path: Path) -> Path:
     """The demo's denoiser alone."""
     save_file({name: one for name, one in load_file(BASE_FILE).items() if name.startswith("model.")}, path)
     return path
+
+
+def test_photos_in_a_folder_without_a_name_need_an_output(capsys):
+    assert main(["headshots", "/", "--base", "demo"]) == 1
+    assert (
+        capsys.readouterr().err == "facelora: /: pictures can't be saved beside this folder: choose one with --output\n"
+    )
