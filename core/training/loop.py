@@ -78,7 +78,7 @@ def train_lora(
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
             intermediate.look_when_due()  # a resumed run may have been cancelled before it had drawn these
-        while run.step < config.steps:
+        while run.step < config.steps and not intermediate.is_enough():
             with state.saved_when_cancelled():
                 loss = run.accumulate_within_memory(callbacks.on_warning)
             run.update(loss)
@@ -93,8 +93,6 @@ def train_lora(
                 run.check_finite()
                 break
             state.save_when_due()
-            if intermediate.is_enough():
-                break
         with state.saved_when_cancelled():
             intermediate.measure_last()
         return intermediate.chosen()

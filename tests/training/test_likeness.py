@@ -26,6 +26,7 @@ from core.training.job import train
 from core.training.likeness import (
     LIKENESS_KEY,
     NEUTRAL_PROMPTS,
+    PATIENCE,
     LikenessPoint,
     LikenessWatch,
     Selection,
@@ -386,6 +387,22 @@ def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, base, netw
     resumed = train(photos_of(35), base, config, faces=network, output=tmp_path / "part.safetensors", resume=True)
     assert resumed.metadata[LIKENESS_KEY] == whole.metadata[LIKENESS_KEY]
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
+
+
+def test_a_run_that_was_cancelled_in_its_last_step_takes_no_other(tmp_path, base, network):
+    config = replace(CONFIG, steps=9, learning_rate=1e-9, sample_every=1, likeness_pictures=1, stop_early=True)
+    steps: list[int] = []
+
+    def cancel(report):
+        steps.append(report.step)
+        if report.step == PATIENCE + 1:
+            raise KeyboardInterrupt
+
+    output, callbacks = tmp_path / "part.safetensors", Callbacks(on_step=cancel)
+    with pytest.raises(KeyboardInterrupt):
+        train(photos_of(35), base, config, faces=network, output=output, callbacks=callbacks)
+    train(photos_of(35), base, config, faces=network, output=output, resume=True, callbacks=callbacks)
+    assert steps == [*range(1, PATIENCE + 2)]
 
 
 def test_photos_that_the_report_rejects_are_left_out_and_faces_come_closer():
