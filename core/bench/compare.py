@@ -110,7 +110,8 @@ class Comparison:
             self.config_of(method)  # Raises for an invalid rate before training starts.
 
     def config_of(self, method: str) -> TrainConfig:
-        config, rate = replace(self.config, method=method), self.rates.get(method)
+        # All photos are used, so that every method learns from the same ones.
+        config, rate = replace(self.config, method=method, check_photos=False), self.rates.get(method)
         finds_rate = config.optimizer == "prodigy"
         if METHODS[method].makes == "embedding" and not finds_rate:
             return config if rate is None else replace(config, embedding_lr=rate)

@@ -70,6 +70,12 @@ def test_the_rate_of_textual_inversion_is_that_of_its_vectors(base):
     assert peak_rate(replace(comparison, rates={}).config_of("textual-inversion")) == TrainConfig.embedding_lr
 
 
+def test_every_method_learns_from_all_photos_whether_or_not_they_would_be_checked(base):
+    checked, unchecked = (Comparison(base, ("lora",), replace(CONFIG, check_photos=value)) for value in (True, False))
+    assert checked.identity == unchecked.identity
+    assert checked.config_of("lora") == unchecked.config_of("lora") == replace(CONFIG, check_photos=False)
+
+
 def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
     comparison = Comparison(base, ("lora",), CONFIG)
     write_results(tmp_path / "a.json", comparison.identity, [result("a", "lora")])
