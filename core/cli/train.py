@@ -78,7 +78,7 @@ def run_train(options: argparse.Namespace) -> None:
     key = None
     with stop, progress:
         # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
-        if not faces and not judge:
+        if options.face_network in (None, "sface") and not judge:
             job = job.looked_at(base, progress.warning)
             base.compute_hashes(callbacks.progress(READING))
             key = job.key(base)

@@ -120,7 +120,8 @@ def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
 
     assert run("--steps", "1") == (False, 1)
     before = output.read_bytes()
-    assert run("--steps", "1") == (True, 0) and output.read_bytes() == before
+    for options in ((), ("--face-network", "sface")):  # the default by its name
+        assert run("--steps", "1", *options) == (True, 0) and output.read_bytes() == before
     assert run("--steps", "1", "--restart") == (False, 1)
     again = output.read_bytes()
     for options in ((), ("--resume",)):  # there is no state to go on from
