@@ -7,7 +7,7 @@ others. `plan` lists in advance who is to be made, how much work that is, and ho
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,17 +61,26 @@ def run(
     if ray is not None:
         made = _on_cluster(people, base, output, terms, callbacks, ray)
     due, written = 0.0, 0
+
+    def report() -> None:
+        """Write the results, and those of other people who are in the report. Only people of this call count as made."""
+        names = {result.name for result in results}
+        others = [one for one in read_report(output) if one.name not in names]
+        write_report(
+            output, [*(replace(one, status="found") if one.status == "made" else one for one in others), *results]
+        )
+
     try:
         for result in made:
             results.append(result)
             begun = time.monotonic()
             if begun >= due:
-                write_report(output, results)
+                report()
                 due, written = begun + _REPORT_PAUSE * (time.monotonic() - begun), len(results)
             yield result
     finally:
         if written < len(results):
-            write_report(output, results)
+            report()
 
 
 def _here(
@@ -111,17 +120,20 @@ def forget(name: str, output: Path) -> int:
     """
     folders = {path.parent.name: path.parent for path in output.glob(f"*/{RECORD}")}
     folders |= {path.parent.name: path.parent for path in output.glob(f"*/{CACHE}")}
-    if name not in folders:
-        raise BadConfig(
-            f"{output}: {name!r} was not found; this output contains {', '.join(sorted(folders)) or 'nobody'}"
-        )
-    with locked(folders[name] / RECORD):  # Release it before deleting: Windows cannot delete a held lock.
+    folder = folders.get(name)
+    with locked(folder / RECORD) if folder else nullcontext():  # Windows cannot delete a held lock: release it first.
         left = read_report(output)
-    count = sum(path.is_file() for path in folders[name].rglob("*"))
-    try:
-        shutil.rmtree(folders[name])
-    except OSError as error:
-        raise BadFile(f"{error.filename}: cannot be deleted: {error.strerror or error}") from None
+    if name not in (known := {*folders, *(one.name for one in left)}):
+        raise BadConfig(
+            f"{output}: {name!r} was not found; this output contains {', '.join(sorted(known)) or 'nobody'}"
+        )
+    count = 0
+    if folder:
+        count = sum(path.is_file() for path in folder.rglob("*"))
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise BadFile(f"{error.filename}: cannot be deleted: {error.strerror or error}") from None
     if left:
         write_report(output, [one for one in left if one.name != name])
     return count

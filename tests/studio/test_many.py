@@ -126,10 +126,11 @@ def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path,
     assert "files of anna deleted" in capsys.readouterr().out
     assert not (output / "anna").exists() and (output / "ben").exists() and (people[0].photos / "1.png").exists()
     assert "anna" not in (output / "report.json").read_text() + (output / "report.html").read_text()
-    for name in ("mine", "nobody", "../people/anna", "."):
+    for name in ("nobody", "../people/anna", "."):
         with pytest.raises(BadConfig, match="was not found; this output contains"):
             forget(name, output)
-    assert (output / "mine" / "letter.txt").read_text() == "dear"
+    assert forget("mine", output) == 0  # which only has a line in the report
+    assert "mine" not in (output / "report.json").read_text() and (output / "mine" / "letter.txt").exists()
 
 
 def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_path, base, terms, people):
@@ -137,7 +138,8 @@ def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_p
     (home / "anna" / ".cache").mkdir(parents=True)
     (home / "anna" / "letter.txt").write_text("dear")
     assert "this folder has files of another program" in next(run(people[:1], base, home, terms)).reason
-    with pytest.raises(BadConfig, match="'anna' was not found"):
+    assert forget("anna", home) == 0
+    with pytest.raises(BadConfig, match="'anna' was not found; this output contains nobody"):
         forget("anna", home)
     assert (home / "anna" / "letter.txt").exists() and (home / "anna" / ".cache").exists()
 
@@ -291,10 +293,20 @@ def test_the_report_on_many_people_is_not_written_after_each(tmp_path, base, ter
     assert next(everyone).name == "p0" and written == [1]
     assert len(list(everyone)) == 499 and written[-1] == 500 and len(written) < 50
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["people"]) == 500
+    whole = len(written)
     stopped = run(crowd, base, tmp_path / "out", terms)
     assert [next(stopped).name for _ in range(20)][-1] == "p19"
     del stopped
-    assert written[-1] == 20
+    assert len(written) > whole + 1 and written[-1] == 500
+
+
+def test_people_of_earlier_calls_stay_in_the_report(tmp_path, base, terms, people, monkeypatch):
+    monkeypatch.setattr("core.studio.many.find_or_make", lambda person, *_: Result(person.name, "made"))
+    for one in ([people[0]], [people[1]], [people[1]]):
+        list(run(one, base, tmp_path / "out", terms))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(one["name"], one["status"]) for one in report["people"]] == [("anna", "found"), ("ben", "made")]
+    assert (report["made"], report["found"]) == (1, 1)
 
 
 def test_whatever_goes_wrong_with_one_person_the_others_are_made(tmp_path, base, terms, people, monkeypatch):
