@@ -43,7 +43,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         if stop.asked:
             raise Cancelled(f"stopped{where}; run the same command again to continue")
 
-    callbacks = shown(progress, check_stop)
+    callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
     with progress:
         hint_at_few_steps(drawn_on or base, progress.warning)
         photos = read_photos(options.photos, on_warning=progress.warning)

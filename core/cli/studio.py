@@ -46,7 +46,7 @@ def run_studio(options: argparse.Namespace) -> int:
         if stop.asked:
             raise KeyboardInterrupt  # Our own errors would only fail this person.
 
-    callbacks = shown(progress, check_stop)
+    callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
     hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
     if isinstance(progress, JsonProgress):
         progress.print(_described(before))

@@ -167,11 +167,11 @@ def shown(progress: Progress, check_stop: Callable[[str], None]) -> Callbacks:
             progress.phase(phase, done, total)
         check_stop("")
 
-    return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning, check_cancelled=check_stop)
+    return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
 
 
 class StopOnSignal:
-    """Make Ctrl-C and SIGTERM only set `asked` within the context, to stop at the next check. A second signal stops at once."""
+    """Make Ctrl-C and SIGTERM only set `asked` within the context, to stop between two steps. A second signal stops at once."""
 
     asked: bool = False
 
