@@ -38,7 +38,7 @@ from ..photos import (
     with_masks,
 )
 from ..progress import READING, OnWarning, silent
-from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
+from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, set_aside, write_file
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from .callbacks import LOADING, NO_CALLBACKS, Callbacks
@@ -115,19 +115,15 @@ def train(
         base.compute_hashes(callbacks.progress(READING))
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
         cache, samples = _prepared(ready, watch, class_photos, base, config, device, callbacks)
+        if output is not None and not resume:
+            _set_earlier_aside(output, base, start)
         lora = train_lora(
-            cache,
-            base,
-            config,
-            device=device,
-            continue_from=start,
-            training_adapter=adapter,
+            cache, base, config, device=device, continue_from=start, training_adapter=adapter, samples=samples,
             state_path=None if output is None else state_path(output),
             resume=resume,
             extra_metadata=None if output is None else {"ss_output_name": output.stem},
-            samples=samples,
             callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
-        )
+        )  # fmt: skip
         release_memory()  # for whatever needs it next: drawing, another person, ComfyUI's next node
         if metadata:
             lora = lora.with_metadata({**lora.metadata, **metadata})
@@ -379,7 +375,7 @@ def delete_leftovers(output: Path) -> None:
     names = rf"{re.escape(output.stem)}(\.state|-embedding|-lora|-step\d{{6,}})?{re.escape(output.suffix)}"
     remove_leftovers(output.parent, names)
     if (samples := _samples_folder(output)).is_dir():
-        remove_leftovers(samples, r"step\d{6,}-\d+\.png")
+        remove_leftovers(samples, _SAMPLE)
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
@@ -394,11 +390,27 @@ def foreign_checkpoint(output: Path, config: OutputSettings) -> Path | None:
 
 def _foreign(output: Path, addition: str) -> Path | None:
     """Find a file named like the output plus `addition` (a regular expression) that is not from a run with this output."""
+    return next((path for path, is_ours in _named_like(output, addition) if not is_ours), None)
+
+
+def _named_like(output: Path, addition: str) -> list[tuple[Path, bool]]:
+    """Return the files named like the output plus `addition`, each with whether it is from a run with this output."""
     pattern = re.compile(rf"{re.escape(output.stem)}{addition}{re.escape(output.suffix)}")
-    for path in output.parent.iterdir():
-        if pattern.fullmatch(path.name) and metadata_of(path).get("ss_output_name") != output.stem:
-            return path
-    return None
+    found = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+    return [(path, metadata_of(path).get("ss_output_name") == output.stem) for path in found]
+
+
+def _set_earlier_aside(output: Path, base: Base, start: LoraFile | None) -> None:
+    """Move the intermediate LoRAs and samples of an earlier run with this output into folders `earlier` beside them.
+
+    A file of the base model, and the LoRA to continue from, stay, because this run reads them.
+    """
+    read = {Path(name).resolve() for name in [*(file.path for file in base.files), *([start.name] if start else [])]}
+    loras = [path for path, is_ours in _named_like(output, r"-step\d{6,}") if is_ours]
+    samples = [path for path in _samples_folder(output).glob("step*.png") if re.fullmatch(_SAMPLE, path.name)]
+    for path in [*loras, *samples]:
+        if path.resolve() not in read:
+            set_aside(path)
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
@@ -406,6 +418,10 @@ def metadata_of(path: Path) -> Mapping[str, str]:
     with suppress(FaceLoraError):
         return SafetensorsFile.open(path).metadata
     return {}
+
+
+_SAMPLE = r"step\d{6,}-\d+\.png"
+"""The names of samples in their folder, as a regular expression."""
 
 
 def _samples_folder(output: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,6 +308,20 @@ def test_a_state_of_version_0_1_0_has_no_digest_and_is_taken(tmp_path):
     save_safetensors(path, tensors, metadata | {"digest": "", "identity": "[1]"})
     with pytest.raises(BadFile, match="not the state of a training run"):
         read_state(path, IDENTITY)
+
+
+def test_a_restart_moves_the_earlier_files_of_steps_away_and_no_others(tmp_path, small_sd15, photo_folder):
+    arguments = training(tmp_path, small_sd15, photo_folder, "face.safetensors", "--sample-steps", "1")
+    assert main([*arguments, "--steps", "2", "--save-every", "1", "--sample-every", "2"]) == 0
+    first, samples = tmp_path / "face-step000001.safetensors", tmp_path / "face-samples"
+    save_safetensors(tmp_path / "face-step000007.safetensors", tensors_of(first), {"ss_output_name": "mine"})
+    (samples / "mine.png").touch()
+    read = shutil.copy(first, tmp_path / "face-step000003.safetensors")
+    assert main([*arguments, "--steps", "1", "--restart", "--continue-from", str(read)]) == 0
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
+        "earlier/face-step000001.safetensors", "face-samples/earlier/step000002-0.png", "face-samples/mine.png",
+        "face-step000003.safetensors", "face-step000007.safetensors", "face.safetensors",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
