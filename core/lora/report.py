@@ -121,7 +121,7 @@ def inspect_files(
 
 
 def _safetensors_in(folder: Path) -> list[Path]:
-    """Return the safetensors files in a folder, its subfolders and linked folders, and those of these that can't be read."""
+    """Return the safetensors files in a folder and its subfolders, also linked ones, and the folders that can't be read."""
     found: list[Path] = []
     seen = set[str]()
     walk = os.walk(folder, followlinks=True, onerror=lambda error: found.append(Path(error.filename)))

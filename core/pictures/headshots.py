@@ -210,13 +210,15 @@ class Batch:
     def model_options(self, folder: Path, job: Job) -> list[str]:
         """Return the `facelora generate` options for a job's models, for the folder's page; none unless all are files."""
         loras = [lora for lora, _ in self.loras]
-        named = _base_options(self.base, folder) if all(Path(lora.name).is_file() for lora in loras) else []
+        named = _base_options(self.base, folder)
+        if not named or not all(Path(lora.name).is_file() for lora in loras):
+            return []
         if self.config.sampler:
             named.append(f"--sampler={self.config.sampler}")
         if self.config.clip_skip > 1:
             named.append(f"--clip-skip={self.config.clip_skip}")
         used = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
-        return named and [*named, *(f"--lora={lora}" for lora in used)]
+        return [*named, *(f"--lora={lora}" for lora in used)]
 
 
 def set_others_aside(shots: Sequence[Headshot], folder: Path, lora: str) -> None:

@@ -248,7 +248,8 @@ def _links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
     while waiting:
         match graph.get(waiting.pop()):
             case {"inputs": dict(inputs)}:
-                links = {(one[0], one[1]) for one in inputs.values() if isinstance(one, list) and len(one) == 2}
+                values = (one for one in inputs.values() if isinstance(one, list))
+                links = {(one[0], one[1]) for one in values if [*map(type, one)] == [str, int]}
                 found |= links
                 new = {source for source, _ in links} - seen
                 waiting += new

@@ -498,11 +498,12 @@ def test_a_command_for_more_of_a_picture_names_the_sampler_and_how_the_base_pred
             ["--prediction-type=v_prediction", "--zero-terminal-snr", "--sampler=euler"],
         ),
         (base, GenerateConfig(), []),
+        (load_base(load_file(BASE_FILE)), GenerateConfig(sampler="euler"), None),
     ):
         make_headshots(one, [], jobs(1), tmp_path, config)
         data = json.loads((tmp_path / "headshots.json").read_text("utf-8"))
-        assert data["headshots"][0]["models"] == ["--base=demo", *wanted]
-        assert all(option in (tmp_path / "gallery.html").read_text("utf-8") for option in wanted)
+        assert data["headshots"][0]["models"] == ([] if wanted is None else ["--base=demo", *wanted])
+        assert all(option in (tmp_path / "gallery.html").read_text("utf-8") for option in wanted or ())
 
 
 def test_files_of_others_with_the_names_of_a_batch_are_set_aside(base, tmp_path: Path) -> None:
