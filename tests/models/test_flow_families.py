@@ -365,7 +365,7 @@ def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guida
 def test_the_command_line_draws_a_distilled_model_in_its_steps_unless_they_are_given(bases, given, drawn):
     base = replace(bases["zimage"], name="z_image_turbo_bf16.safetensors")
     options = argparse.Namespace(
-        style=None, subject=None, prompt=["a photo"], count=1, seed=1, negative="", size=None,
+        style=None, subject=None, style_folder=[], prompt=["a photo"], count=1, seed=1, negative="", size=None,
         steps=given[0], guidance=given[1],
     )  # fmt: skip
     (job,) = prompt_jobs(options, base, [])
