@@ -32,7 +32,7 @@ from ..photos.captions import class_caption, default_caption
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sampling import encode_pictures, encode_prompts
 from ..pictures.sheet import contact_sheet
-from ..progress import OnPhase
+from ..progress import OnPhase, OnWarning, silent
 from ..storage.cache_folder import content_key
 from ..storage.files import make_folder, read_json, write_file, write_text
 from ..training.callbacks import Callbacks, StepReport
@@ -110,7 +110,7 @@ class Comparison:
             self.config_of(method)  # Raises for an invalid rate before training starts.
 
     def config_of(self, method: str) -> TrainConfig:
-        # All photos are used, so that every method learns from the same ones.
+        # The photos have been checked once, for all methods.
         config, rate = replace(self.config, method=method, check_photos=False), self.rates.get(method)
         finds_rate = config.optimizer == "prodigy"
         if METHODS[method].makes == "embedding" and not finds_rate:
@@ -122,7 +122,7 @@ class Comparison:
     @property
     def identity(self) -> dict[str, str]:
         """The settings and the base model as texts; results with an equal identity can be compared."""
-        common = replace(self.config, method="lora", check_photos=False)  # Nothing is checked here.
+        common = replace(self.config, method="lora")
         settings = {
             **asdict(common), "learning_rate": peak_rate(common),
             "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
@@ -138,11 +138,13 @@ def compare(
     *,
     device: torch.device | None = None,
     on_phase: OnPhase | None = None,
+    on_warning: OnWarning = silent,
 ) -> list[MethodResult]:
     """Train and measure all methods, and return a MethodResult for each person and method, the base model included.
 
-    Results of the same comparison that `output` already has are not made again. It gets compare.json, a report for each person,
-    and for each method its files and a row of pictures.
+    Each person's photos are checked once, if the settings say so; `on_warning` is told of those left out. Results of the same
+    comparison that `output` already has are not made again. It gets compare.json, a report for each person, and for each
+    method its files and a row of pictures.
     """
     device = usable_device(device)
     make_folder(output)
@@ -152,7 +154,7 @@ def compare(
         identity = {**comparison.identity, "photos": content_key(*(photo.fingerprint for photo in photos))}
         found = {result.method: result for result in known_results(report, identity)}
         missing = [method for method in methods if method not in found]
-        judge = MethodTrial(comparison, photos, faces, device) if missing else None
+        judge = MethodTrial(comparison, photos, faces, device, on_warning) if missing else None
         for method in missing:
             assert judge
             found[method], pictures = judge.result(person, method, output)
@@ -203,10 +205,13 @@ class MethodTrial:
         photos: Sequence[Photo],
         faces: FaceNetwork,
         device: torch.device,
+        on_warning: OnWarning,
     ):
         config = comparison.config
         limits = Thresholds.for_resolution(config.resolution or comparison.base.resolution, faces.name)
-        ready = make_ready(photos, faces, limits, check=False, hold_out=comparison.held_out)
+        ready = make_ready(
+            photos, faces, limits, check=config.check_photos, hold_out=comparison.held_out, on_warning=on_warning
+        )
         training = [item.photo for item in ready.training]
         self.comparison: Comparison = comparison
         self.faces: FaceNetwork = faces

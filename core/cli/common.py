@@ -28,7 +28,8 @@ DEMO = "demo"
 def base_from(options: argparse.Namespace, name: str | None = None, **schedule: Any) -> "models.Base":
     """Open the base model of that name; for None, the one of `--base`.
 
-    The additional files are for both it and the one of `--draw-on`, or for the one that is not a diffusers folder.
+    The additional files are for this one and the one of `--draw-on`. If only one of them is a diffusers folder, they are for
+    the other.
     """
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
     source, other = _source(name or options.base), _source(options.base if name else getattr(options, "draw_on", None))

@@ -43,8 +43,9 @@ def run_compare(options: argparse.Namespace) -> None:
             for name, folder in zip(names, options.photos, strict=True)
         }
         results = compare(
-            people, comparison, options.output, load_faces(), device=device_from(options), on_phase=progress.phase
-        )
+            people, comparison, options.output, load_faces(), device=device_from(options), on_phase=progress.phase,
+            on_warning=progress.warning,
+        )  # fmt: skip
     if options.json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
         return

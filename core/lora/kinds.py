@@ -43,7 +43,7 @@ _FACTORS = {
     **dict.fromkeys(("oft", "boft"), ("oft_blocks", "rescale")),
     "loha": ("hada_",), "lokr": ("lokr_",), "full": ("diff",), "norm": ("w_norm",), "bias": (),
 }  # fmt: skip
-"""The roles of each kind, or how they begin, without those of a bias, a magnitude and an alpha."""
+"""The roles of each kind, or their beginnings, except for the roles in _BESIDE."""
 
 
 def kind_of(shapes: Shapes) -> str | None:

@@ -100,7 +100,7 @@ def load_base(
 
 
 def has_all_parts(source: str | os.PathLike[str]) -> bool:
-    """Return whether a base model is a diffusers folder or a hub id. Additional files are for others."""
+    """Return whether a base model is a diffusers folder or a hub id, which take no additional files."""
     # os.path, because Path's own methods raise for a folder without access or a name that is too long.
     return os.path.isdir(source) or (not os.path.exists(source) and is_hub_id(str(source)))
 

@@ -398,7 +398,7 @@ ASPECTS = ("1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9")
 _STYLE_FIELDS = ("name", "category", "framing", "aspect", "strength", "prompts", "axes", "picture")
 # The required form of a text: a pattern, and its name in messages.
 _ANY, _TEXT = (r"", "a text"), (r"\S", "a text")
-_NAME = (r"^(?=\S)[^,]*(?<=\S)\Z", "a name without commas, which separate styles, or spaces at its ends")
+_NAME = (r"^(?=\S)[^,]*(?<=\S)\Z", "a name without commas, which separate styles, and without spaces around it")
 _AXIS = (
     r"^(?!(subject|framing)\Z)[a-z][a-z_]*\Z",
     "a placeholder's name (lower-case letters and _; not subject or framing)",

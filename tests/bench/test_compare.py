@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from core.bench.compare import (
     Comparison,
     MethodResult,
+    MethodTrial,
     compare,
     known_results,
     summary_rows,
@@ -70,10 +72,18 @@ def test_the_rate_of_textual_inversion_is_that_of_its_vectors(base):
     assert peak_rate(replace(comparison, rates={}).config_of("textual-inversion")) == TrainConfig.embedding_lr
 
 
-def test_every_method_learns_from_all_photos_whether_or_not_they_would_be_checked(base):
+def test_photos_are_checked_once_for_all_methods_and_a_strangers_is_left_out_with_a_word(base, monkeypatch):
+    monkeypatch.setattr(MethodTrial, "_pictures", lambda *_: ([], [], []))
+    images = [*person_photos(35)[:9], person_photos(36)[0]]
+    photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(images)]
     checked, unchecked = (Comparison(base, ("lora",), replace(CONFIG, check_photos=value)) for value in (True, False))
-    assert checked.identity == unchecked.identity
-    assert checked.config_of("lora") == unchecked.config_of("lora") == replace(CONFIG, check_photos=False)
+    assert checked.identity != unchecked.identity
+    assert checked.config_of("lora") == unchecked.config_of("lora"), "not checked once more"
+    for comparison, count in ((checked, 7), (unchecked, 8)):
+        told: list[str] = []
+        trial = MethodTrial(comparison, photos, load_faces(), torch.device("cpu"), told.append)
+        assert len(trial.training) == count
+        assert ("9.png is left out" in " ".join(told)) is (comparison is checked)
 
 
 def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):

@@ -114,6 +114,13 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         read_photos(tmp_path, strict=True)
 
 
+def test_a_photo_whose_mask_cannot_be_read_is_named_with_it(tmp_path):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "a-masklabel.png").write_bytes(b"no picture")
+    with pytest.raises(BadPhoto, match=r"^a\.png: the mask a-masklabel\.png: "):
+        read_photos(tmp_path, strict=True)
+
+
 def test_the_first_frame_of_an_animation_is_the_photo(tmp_path):
     for name in ("a.gif", "b.webp", "c.png"):
         picture().save(tmp_path / name, save_all=True, append_images=[picture(left=GREEN, right=RED)], duration=50)

@@ -744,6 +744,15 @@ def test_headshots_of_a_style_pack_come_from_the_command_line(
     assert all("sks person" in picture["prompt"] for picture in report["headshots"])
 
 
+def test_seeds_begin_again_at_0_after_the_largest_and_a_folder_of_styles_needs_a_pack(tmp_path: Path, capsys) -> None:
+    command = ["generate", "--base", "demo", "--output", str(tmp_path / "out"), "--prompt", "a photo of person"]
+    command += ["--steps", "1", "--size", "64x80"]
+    assert main([*command, "--count", "2", "--seed", str(2**64 - 1)]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("0*.png")} == {f"001-{2**64 - 1}.png", "002-0.png"}
+    assert main([*command, "--style-folder", str(tmp_path)]) == 1
+    assert "--style-folder require --style-pack" in capsys.readouterr().err
+
+
 def test_a_prompt_that_is_given_twice_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--prompt", "a", "--prompt", "a"]
     assert main(command) == 1

@@ -276,6 +276,7 @@ def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
             r"prompts.tags.prompt: '{subject} \ud83d' contains an invalid character (an unpaired surrogate)",
         ),
         ({"name": "Wall, red"}, 'name: "Wall, red" is not a name without commas, which separate styles'),
+        ({"name": " Wall"}, 'name: " Wall" is not a name without commas, which separate styles, and without spaces'),
     ],
 )
 def test_a_bad_style_is_named_with_file_style_and_field_and_the_good_ones_load(change, expected, tmp_path):

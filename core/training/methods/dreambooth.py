@@ -146,7 +146,7 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
             down, up, _ = factorise(change, rank, path)
             modules[part, path] = LoraModule(down, up, float(rank))
     metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
-    metadata.pop(KEY, None)  # It finds the checkpoint.
+    metadata.pop(KEY, None)  # This is the key of the checkpoint.
     return LoraFile.from_modules(base.family.name, modules, metadata, names=base.names)
 
 
