@@ -66,9 +66,9 @@ def folders_for(user: str | None) -> list[str]:
 
 
 def own_name(name: str) -> str:
-    """Return the original name of a dropped photo, by its name below the input folder; for other photos, that name."""
+    """Return the original name of a dropped photo's file, by its name below the input folder; for others, the file's name."""
     path = input_folder() / name
-    return _own_names(path.parent).get(path.name, name)
+    return _own_names(path.parent).get(path.name, path.name)
 
 
 def _own_names(folder: Path) -> dict[str, str]:

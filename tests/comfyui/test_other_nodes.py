@@ -179,6 +179,8 @@ def test_load_face_photos_can_be_run_by_itself(server):
     result = server.run({"photos": load_photos("clara", check=True)})
     assert result.status == "success", result.error
     assert len(result.outputs["photos"]["facelora_photos"][0]["photos"]) == 3
+    seen = server.post("/facelora/check", {"folder": "clara", "pictures": ""})
+    assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
 
 
 def test_where_no_photo_can_be_read_the_reason_is_said(server):
