@@ -7,7 +7,8 @@ import base64
 import io
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def _running_prompts() -> set[str]:
     return {prompt for _, prompt, *_ in list(PromptServer.instance.prompt_queue.currently_running.values())}
 
 
+@contextmanager
+def _never_raising() -> Iterator[None]:
+    """Log a fault, which would end the thread in which ComfyUI runs prompts."""
+    try:
+        yield
+    except Exception:
+        logging.exception("FaceLoRA: the end of a prompt was not noted")
+
+
 def _hear_of_ends() -> None:
     """Call the functions above with each prompt that ends, because ComfyUI tells only the page that queued it."""
     queue = PromptServer.instance.prompt_queue
@@ -165,12 +175,11 @@ def _hear_of_ends() -> None:
 
     def task_done(item_id: int, history_result: Mapping[str, Any], *rest: Any, **named: Any) -> None:
         prompt = queue.currently_running[item_id]
-        done(item_id, history_result, *rest, **named)
-        try:
+        with _never_raising():  # before the prompt counts as done: whoever waits for it asks for its headshots next
             _note_headshots(prompt, history_result.get("outputs", {}))
+        done(item_id, history_result, *rest, **named)
+        with _never_raising():
             _note_end(prompt)
-        except Exception:  # it would end the thread in which ComfyUI runs prompts
-            logging.exception("FaceLoRA: the end of a prompt was not noted")
 
     queue.task_done = task_done
 
