@@ -36,7 +36,8 @@ class DiffusersFolder(NamedTuple):
 def is_hub_id(source: str) -> bool:
     """Return whether the text has the form of a hub id, `owner/name`."""
     parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+    files = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".bin")
+    return len(parts) == 2 and all(parts) and not source.lower().endswith(files)
 
 
 def download(hub_id: str) -> Path:

@@ -238,8 +238,9 @@ def test_a_name_that_is_no_file_is_only_taken_for_a_hub_id_when_it_looks_like_on
         BadFile, match=r"someone/model: not found as a file or folder, and not available on the hub: no network"
     ):
         load_base("someone/model")
-    with pytest.raises(BadFile, match=r"missing\.safetensors: cannot be read: No such file"):
-        load_base("folder/missing.safetensors")
+    for name in ("missing.safetensors", "missing.SAFETENSORS", "missing.sft", "missing.gguf"):
+        with pytest.raises(BadFile, match=rf"{name}: cannot be read: No such file"):
+            load_base(f"folder/{name}", vae=tmp_path)
 
 
 def test_a_weight_without_the_axes_of_a_layer_is_named(small_sd15, tmp_path):
