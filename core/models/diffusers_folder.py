@@ -119,10 +119,26 @@ def _folder_tensors(folder: Path, part: str, left_out: str) -> Mapping[str, Tens
             f"{folder.name}: has no .safetensors files ({others}). Pickled weights are not read. Convert them first"
         )
     readers: dict[str, Callable[[], Tensor]] = {}
-    for path in plain:
+    for path in _in_index(folder, plain):
         file = SafetensorsFile.open(path)
         for name in file:
             if name.endswith(("position_ids", "logit_scale")) or re.search(left_out, name):
                 continue
             readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
     return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)
+
+
+def _in_index(folder: Path, paths: list[Path]) -> list[Path]:
+    """Return those of a folder's files that its index names, as diffusers does: earlier weights may be left beside them.
+
+    Without an index, or without any file in it, return all. Raises BadFile when only some of its files are there.
+    """
+    for index in folder.glob("*.safetensors.index.json"):
+        files = _read_config(index).get("weight_map")
+        named = {folder / str(name) for name in files.values()} if isinstance(files, dict) else set()
+        if named.isdisjoint(paths):
+            continue  # The index of weights that were not downloaded, beside a copy in fp16.
+        if missing := sorted(path.name for path in named.difference(paths)):
+            raise BadFile(f"{folder.name}: {missing[0]} is missing, which {index.name} names. Download it again")
+        return sorted(named)
+    return paths

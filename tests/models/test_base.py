@@ -105,6 +105,27 @@ def test_of_a_folder_with_an_fp16_copy_the_full_weights_are_read_and_the_copy_wh
     assert load_base(folder).components["denoiser"].tensors["conv_in.weight"].dtype == torch.float16
 
 
+def test_of_a_folder_with_an_index_only_the_files_in_it_are_read_and_all_of_them_are_needed(folder):
+    unet = folder / "unet"
+    whole = load_file(unet / "diffusion_pytorch_model.safetensors")
+    earlier = {name: tensor + 1 for name, tensor in whole.items()}
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00002-of-00003.safetensors"):
+        save_file(earlier, unet / name)
+    shards = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    files = {name: shards[number % 2] for number, name in enumerate(sorted(whole))}
+    for shard in shards:
+        save_file({name: tensor for name, tensor in whole.items() if files[name] == shard}, unet / shard)
+    index = unet / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    read = load_base(folder).components["denoiser"].tensors
+    assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
+    (unet / shards[1]).unlink()
+    with pytest.raises(BadFile, match=rf"unet: {shards[1]} is missing, which {index.name} names"):
+        load_base(folder)
+    (unet / shards[0]).unlink()
+    assert torch.equal(load_base(folder).components["denoiser"].tensors["conv_in.bias"], earlier["conv_in.bias"])
+
+
 def test_the_folders_scheduler_says_what_is_predicted(folder):
     path = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
