@@ -263,7 +263,7 @@ class Base:
 
         # Whole files are hashed in a second thread. What one thread has read, the other finds in memory.
         with ThreadPoolExecutor(1) as pool:
-            files = pool.submit(lambda: [self._file_hash(name, go_on) for name in _FILES])
+            files = pool.submit(lambda: [*(self._file_hash(name, go_on) for name in _FILES), self.legacy_hash])
             try:
                 for part in parts:
                     self._digests[part] = _digest(part, self.components[part].tensors, step)

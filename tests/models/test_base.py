@@ -264,6 +264,16 @@ def test_a_name_that_is_no_file_is_only_taken_for_a_hub_id_when_it_looks_like_on
             load_base(f"folder/{name}", vae=tmp_path)
 
 
+def test_the_hashes_of_a_file_are_known_when_it_is_gone_after_they_were_computed(small_sd15, tmp_path):
+    """As when it is moved or replaced during a training run, whose metadata has them."""
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(small_sd15.read_bytes())
+    base, other = load_base(path), load_base(small_sd15)
+    base.compute_hashes()
+    path.unlink()
+    assert (base.sha256, base.legacy_hash) == (other.sha256, other.legacy_hash)
+
+
 def test_a_weight_without_the_axes_of_a_layer_is_named(small_sd15, tmp_path):
     name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     save_file(load_file(small_sd15) | {name: torch.zeros(64)}, tmp_path / "a.safetensors")
