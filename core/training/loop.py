@@ -95,7 +95,7 @@ def train_lora(
             state.save_when_due()
         with state.saved_when_cancelled():
             intermediate.measure_last()
-        return intermediate.chosen()
+            return intermediate.chosen()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from PIL import Image
 from core.cli.common import JsonProgress
 from core.config import TrainConfig
 from core.device import deterministic_if
-from core.errors import BadConfig, MissingPackage, TrainingDiverged
+from core.errors import BadConfig, BadFile, MissingPackage, TrainingDiverged
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo
@@ -443,6 +443,17 @@ def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches
             callbacks=Callbacks(check_cancelled=cancel),
         )
     assert not state.exists()
+
+
+def test_a_run_whose_file_cannot_be_made_in_the_end_leaves_a_state(bases, caches, tmp_path, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise BadFile("no space left")
+
+    state = tmp_path / "run.state.safetensors"
+    monkeypatch.setattr("core.training.intermediate_loras.training_metadata", refuse)
+    with pytest.raises(BadFile, match="no space left"):
+        train_lora(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, steps=2), device=CPU, state_path=state)
+    assert SafetensorsFile.open(state).metadata["step"] == "2"
 
 
 def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):
