@@ -53,7 +53,7 @@ def load_base(
     schedule = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
     opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
     if not isinstance(source, Mapping):
-        path = Path(source)
+        path = Path(os.path.abspath(source))  # whose name is not empty for "."
         if has_all_parts(source):
             parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
             if given := [what for what, one in parts.items() if one]:

@@ -105,6 +105,13 @@ def test_of_a_folder_with_an_fp16_copy_the_full_weights_are_read_and_the_copy_wh
     assert load_base(folder).components["denoiser"].tensors["conv_in.weight"].dtype == torch.float16
 
 
+def test_the_current_folder_has_its_name_by_which_distilled_models_are_known(folder, monkeypatch):
+    monkeypatch.chdir(folder.rename(folder.with_name("some-turbo")))
+    base = load_base(".")
+    assert base.name == "some-turbo"
+    assert base.few_steps
+
+
 def test_of_a_folder_with_an_index_only_the_files_in_it_are_read_and_all_of_them_are_needed(folder):
     unet = folder / "unet"
     whole = load_file(unet / "diffusion_pytorch_model.safetensors")
