@@ -160,6 +160,10 @@ def _encode_images(
                 mean, deviation = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels))
                 found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
+            if not _is_finite(found):
+                raise BadFile(
+                    f"{base.name}: its VAE makes NaN or infinite values of {image.photo.name}. Use another (vae)"
+                )
             # tiles change the result a little, and a later run may have enough memory for whole pictures
             if not vae.use_tiling:
                 _write("latents", key, found, {_PHOTO: image.photo.digest})
@@ -189,6 +193,10 @@ def _encode_prompts(
                     encoders = encoders or base.load_text_encoders(device, torch.float32)
                     conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
             found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
+            if not _is_finite(found):
+                raise BadFile(
+                    f"{base.name}: its text encoder makes NaN or infinite values of {prompt!r}. Use another (text_encoders)"
+                )
             _write("text", key, found)
         results[prompt, chunks] = found
         progress(index + 1)
@@ -217,7 +225,11 @@ def _read(kind: str, key: str) -> dict[str, Tensor] | None:
     except BadFile:
         return None
     as_written = file.metadata.get(_CHECKSUM) == _checksum(key, tensors)
-    return tensors if as_written and all(tensor.isfinite().all() for tensor in tensors.values()) else None
+    return tensors if as_written and _is_finite(tensors) else None
+
+
+def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def _write(kind: str, key: str, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -362,6 +362,9 @@ class Run:
         names = sorted({self.images[i].name for n in range(self.config.accumulation)
                         for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
         advice = "Lower the learning rate" + (", or use precision bf16" if self.dtype == torch.float16 else "")
+        if int(self.first_bad_step) == 0:
+            other = "precision bf16, or " if self.dtype == torch.float16 else ""
+            advice = f"Use {other}another file of the base model, since no weight had changed yet"
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
             f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}. {advice}"

@@ -1,5 +1,6 @@
 """What the encoders make of photos and captions: computed once, by content, and damaged or strange files do no harm."""
 
+import math
 import os
 import re
 import shutil
@@ -86,6 +87,21 @@ def test_each_encoder_is_loaded_once(dataset, base, monkeypatch):
     loaded = loads(monkeypatch)
     encode(dataset, base, CONFIG, device=CPU)
     assert loaded == ["vae", "text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "said"),
+    [
+        ("vae", "encoder.conv_in.bias", r"its VAE makes NaN or infinite values of .*\. Use another \(vae\)"),
+        ("text_encoder", "text_model.final_layer_norm.bias", r"its text encoder makes NaN .*\(text_encoders\)"),
+    ],
+)
+def test_an_encoder_with_damaged_weights_is_named_before_training(dataset, base, part, tensor, said):
+    component = base.components[part]
+    broken = {**component.tensors, tensor: torch.full_like(component.tensors[tensor], math.nan)}
+    other = replace(base, components={**base.components, part: replace(component, tensors=broken)})
+    with pytest.raises(BadFile, match=said):
+        encode(dataset, other, CONFIG, device=CPU)
 
 
 def test_names_in_the_cache_say_nothing(dataset, base, empty_cache):

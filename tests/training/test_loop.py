@@ -525,9 +525,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases
     cache = person_only(caches["sd15"])
     broken = replace(cache.images[0], mean=torch.full((4, 16, 16), math.nan))
     state = tmp_path / "run.state.safetensors"
-    with pytest.raises(TrainingDiverged, match=r"NaN or infinite in step 1 on a\.png at learning rate 0\.0001\. Lower"):
+    said = r"NaN or infinite in step 1 on a\.png at learning rate 0\.0001\. Use another file of the base model"
+    with pytest.raises(TrainingDiverged, match=said):
         train_lora(replace(cache, images=(broken,)), bases["sd15"], PLAIN, device=CPU, state_path=state)
     assert not state.exists()
+    run = Run(cache, bases["sd15"], PLAIN, CPU)
+    run.train_step()
+    run.update(torch.tensor(math.nan))
+    with pytest.raises(TrainingDiverged, match=r"in step 2 on .*\. Lower the learning rate$"):
+        run.check_finite()
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(capsys):
