@@ -365,6 +365,8 @@ def materialise(
                 narrow[path] = weight.map(lambda part: usable(part.to(device)))
                 continue
         tensor = tensors[name]
+        if (1, *tensor.shape) == place.shape:
+            tensor = tensor[None]  # Some GGUF files lack a first side of 1.
         if tensor.shape != place.shape:
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.is_floating_point() and not tensor.is_floating_point():

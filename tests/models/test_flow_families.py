@@ -83,6 +83,14 @@ def test_a_diffusers_folder_with_a_language_model_is_the_same_base(bases, family
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "name"), [("zimage", "x_pad_token"), ("sd3", "pos_embed.pos_embed")])
+def test_a_tensor_without_its_first_side_of_1_is_read_as_some_gguf_files_have_it(bases, family, name):
+    base, component = bases[family], bases[family].components["denoiser"]
+    flat = replace(component, tensors={**component.tensors, name: component.tensors[name][0]})
+    read = replace(base, components={**base.components, "denoiser": flat}).load("denoiser", CPU, torch.float32)
+    assert torch.equal(read.state_dict()[name], component.tensors[name])
+
+
 def test_a_diffusers_that_is_too_old_for_a_model_is_named(bases, monkeypatch):
     monkeypatch.setattr("diffusers.__version__", "0.35.2")
     with pytest.raises(

@@ -75,7 +75,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "intermediate_size": shape("blocks.0.mlp.gate.weight")[0],
         "timestep_embed_dim": shape("tmlp.0.weight")[1],
         "text_hidden_dim": text_width,
-        "num_text_layers": shape("txtfusion.projector.weight")[1],
+        "num_text_layers": shape("txtfusion.projector.weight")[-1],
         "text_num_attention_heads": text_width // text_head,
         "text_num_key_value_heads": shape(f"{fusion}.attn.wk.weight")[0] // text_head,
         "text_intermediate_size": shape(f"{fusion}.mlp.gate.weight")[0],
