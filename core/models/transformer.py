@@ -52,10 +52,10 @@ def transformer_component(
             continue
         path, _, kind = short.rpartition(".")
         fusion = keys.of_original(path)
-        if fusion is None:
-            readers[short] = read
-        elif len(fusion.parts) == 1 and not fusion.halves_swapped:
+        if fusion and len(fusion.parts) == 1 and not fusion.halves_swapped:
             readers[f"{fusion.parts[0]}.{kind}"] = read
+        elif fusion is None or kind not in ("weight", "bias") or f"{path}.weight" not in stored:
+            readers[short] = read  # Loading the network reports a tensor that it does not have.
         else:
             weight = stored[f"{path}.weight"].name
             for index, part in enumerate(fusion.parts):

@@ -474,6 +474,19 @@ def test_a_variant_with_other_inputs_is_refused(parts):
         load_base({**parts["flux"], "img_in.weight": torch.zeros(WIDTH, 384)})
 
 
+def test_a_fused_layer_with_unknown_or_missing_tensors_is_refused_by_name(parts):
+    """As of quantisations that are not known here."""
+    layer = "double_blocks.0.img_attn.qkv"
+    base = load_base({**parts["flux"], f"{layer}.output_scale": torch.ones(())})
+    base.compute_hashes()
+    assert base.weight_bytes("denoiser", torch.int8)
+    with pytest.raises(UnmatchedKeys, match=rf"has unknown 1 tensor, e\.g\. {layer}\.output_scale"):
+        base.load("denoiser", CPU, torch.float32)
+    without = {name: tensor for name, tensor in parts["flux"].items() if name != f"{layer}.weight"}
+    with pytest.raises(UnmatchedKeys, match=r"lacks 6 tensors, e\.g\. transformer_blocks\.0\.attn\.to_k\.bias"):
+        load_base(without).load("denoiser", CPU, torch.float32)
+
+
 def test_the_sizes_of_sd3_are_read_where_a_gguf_file_lacks_the_first_side_of_its_positions():
     whole, flat = (load_base({**SD3_SHAPES, "pos_embed": torch.empty(*side, 144, 64)}) for side in ((1,), ()))
     assert flat.components["denoiser"].config == whole.components["denoiser"].config
