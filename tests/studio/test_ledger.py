@@ -226,6 +226,14 @@ def test_a_dry_run_prints_the_work_and_writes_no_file(folder, capsys, command):
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["headshots", "studio"])
+def test_style_packs_that_cannot_be_used_are_named(folder, capsys, command):
+    source = folder / "people" / ("anna" if command == "headshots" else "")
+    given = [command, str(source), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--no-check-photos"]
+    main([*given, "--style-folder", str(folder / "mistyped"), "--style-pack", "mine"])
+    assert f"warning: {folder / 'mistyped'}: this folder of style packs does not exist\n" in capsys.readouterr().err
+
+
 def test_a_studio_where_somebody_was_measured_goes_by_that(folder, base, capsys):
     same: dict[str, float] = dict.fromkeys(PHASES, 1000.0)
     measured = Cost("cpu", processor(CPU), base.identity, Work(1, 9, 300, 20), same, same)
