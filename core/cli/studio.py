@@ -60,7 +60,8 @@ def run_studio(options: argparse.Namespace) -> int:
     if options.dry_run:
         if ledger := plan_ledger(before, people, base, terms, device, callbacks):
             # People who were made on this machine are a better measure than a matrix product.
-            rate = ledger.total / before.seconds if before.seconds else device_rate(base, device)
+            precision = given.get("precision", "auto")
+            rate = ledger.total / before.seconds if before.seconds else device_rate(base, device, precision)
             show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.

@@ -198,11 +198,15 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder, capsys):
+def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder, capsys, monkeypatch):
     (folder / "people" / "carl").mkdir()
     (folder / "people" / "carl" / "person.toml").write_text("agreed = true\n")
     Image.new("RGB", (4, 4)).save(folder / "people" / "carl" / "a.png")
-    assert main(["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]) == 0
+    (folder / "own.toml").write_text('precision = "bf16"')
+    given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]
+    rates: list[str] = []
+    monkeypatch.setattr("core.cli.studio.device_rate", lambda base, device, precision: rates.append(precision) or 1e12)
+    assert main([*given, "--config", str(folder / "own.toml")]) == 0 and rates == ["bf16"]
     printed = capsys.readouterr()
     assert "carl is not included in the estimate: a.png: " in printed.err and "likeness " in printed.out
 
