@@ -171,11 +171,9 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
     steps = base.steps if options.steps is None else options.steps
     guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count only adds pictures, without renumbering any.
-    return [
-        Job(prompt, (options.seed + number) % 2**64, options.negative, options.size, steps, guidance)
-        for number in range(options.count)
-        for prompt in prompts
-    ]
+    # A Job checks the first seed, which is as given.
+    seeds = [options.seed, *((options.seed + number) % 2**64 for number in range(1, options.count))]
+    return [Job(prompt, seed, options.negative, options.size, steps, guidance) for seed in seeds for prompt in prompts]
 
 
 def pack_jobs(

@@ -52,7 +52,8 @@ def run_headshots(options: argparse.Namespace) -> int:
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
-        order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter, drawn_on=drawn_on)
+        order = _order(options, config, asks, progress.warning)
+        order = dataclasses.replace(order, training_adapter=adapter, drawn_on=drawn_on)
         if asks or options.dry_run:
             ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
             if options.dry_run:
@@ -86,11 +87,13 @@ def hint_at_few_steps(base: Base, on_warning: OnWarning) -> None:
         on_warning(line)
 
 
-def _order(options: argparse.Namespace, config: TrainConfig, asks: bool) -> Order:
+def _order(options: argparse.Namespace, config: TrainConfig, asks: bool, on_warning: OnWarning) -> Order:
     """Return the order from the options, else from answers to questions, else from the defaults."""
     is_demo = options.base == DEMO
     usual = demo.STYLE_PACK if is_demo else STYLE_PACK
     found = find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder])
+    for problem in found.problems:
+        on_warning(problem)
     if asks and not hasattr(options, "setting_class_word"):
         config = dataclasses.replace(config, class_word=_answer("class word: woman, man, ...", config.class_word, str))
     pack = options.style_pack

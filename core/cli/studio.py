@@ -27,8 +27,9 @@ def run_studio(options: argparse.Namespace) -> int:
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
     is_demo = options.base == DEMO
+    found = find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder])
     terms = Terms(
-        packs=find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder]).packs,
+        packs=found.packs,
         style_pack=options.style_pack or (demo.STYLE_PACK if is_demo else STYLE_PACK),
         count=COUNT if options.count is None else options.count,
         seed=options.seed,
@@ -47,6 +48,8 @@ def run_studio(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt  # Our own errors would only fail this person.
 
     callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
+    for problem in found.problems:
+        callbacks.on_warning(problem)
     hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
     if isinstance(progress, JsonProgress):
         progress.print(_described(before))
@@ -57,7 +60,8 @@ def run_studio(options: argparse.Namespace) -> int:
     if options.dry_run:
         if ledger := plan_ledger(before, people, base, terms, device, callbacks):
             # People who were made on this machine are a better measure than a matrix product.
-            rate = ledger.total / before.seconds if before.seconds else device_rate(base, device)
+            precision = given.get("precision", "auto")
+            rate = ledger.total / before.seconds if before.seconds else device_rate(base, device, precision)
             show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from ..errors import BadConfig, BadFile
+from ..lora.embeddings import file_word
 from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
 from ..lora.inspect import verify_lora
@@ -147,7 +148,7 @@ def _file_name(title: str, lora: str) -> str:
     if not name:
         fault = f"its title {title!r} contains nothing usable in a file name" if title.strip() else "it has no title"
         raise BadConfig(f"{lora}: {fault}; set title")
-    return name
+    return file_word(name)
 
 
 def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: OnWarning) -> Iterator[Photo]:

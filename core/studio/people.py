@@ -65,7 +65,10 @@ def read_people(place: Path) -> list[Person]:
             raise BadFile(f"{place}: cannot be read: {error.strerror or error}") from None
         people = [_person(folder.name, folder, _said_in(folder)) for folder in folders]
     else:
-        text = read_bytes(place, _MAX_BYTES).decode("utf-8-sig", errors="replace")
+        try:
+            text = read_bytes(place, _MAX_BYTES).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise BadConfig(f"{place}: not UTF-8 text; save it again as UTF-8") from None
         rows = _json_lines(place, text) if place.suffix in (".jsonl", ".json") else _csv_rows(place, text)
         people = [_of_row(place, number, row) for number, row in enumerate(rows, start=1)]
     if not people:

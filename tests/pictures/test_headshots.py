@@ -749,6 +749,8 @@ def test_seeds_begin_again_at_0_after_the_largest_and_a_folder_of_styles_needs_a
     command += ["--steps", "1", "--size", "64x80"]
     assert main([*command, "--count", "2", "--seed", str(2**64 - 1)]) == 0
     assert {path.name for path in (tmp_path / "out").glob("0*.png")} == {f"001-{2**64 - 1}.png", "002-0.png"}
+    assert main([*command, "--seed", "-1"]) == 1
+    assert "seed = -1: must be between 0 and 2**64 - 1" in capsys.readouterr().err
     assert main([*command, "--style-folder", str(tmp_path)]) == 1
     assert "--style-folder require --style-pack" in capsys.readouterr().err
 

@@ -198,11 +198,15 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder, capsys):
+def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder, capsys, monkeypatch):
     (folder / "people" / "carl").mkdir()
     (folder / "people" / "carl" / "person.toml").write_text("agreed = true\n")
     Image.new("RGB", (4, 4)).save(folder / "people" / "carl" / "a.png")
-    assert main(["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]) == 0
+    (folder / "own.toml").write_text('precision = "bf16"')
+    given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]
+    rates: list[str] = []
+    monkeypatch.setattr("core.cli.studio.device_rate", lambda base, device, precision: rates.append(precision) or 1e12)
+    assert main([*given, "--config", str(folder / "own.toml")]) == 0 and rates == ["bf16"]
     printed = capsys.readouterr()
     assert "carl is not included in the estimate: a.png: " in printed.err and "likeness " in printed.out
 
@@ -224,6 +228,14 @@ def test_a_dry_run_prints_the_work_and_writes_no_file(folder, capsys, command):
     assert sum(part["operations"] for part in values["parts"].values()) == pytest.approx(values["operations"])
     assert bool(values["parts"]["headshots"]["operations"]) == (command != "train")
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["headshots", "studio"])
+def test_style_packs_that_cannot_be_used_are_named(folder, capsys, command):
+    source = folder / "people" / ("anna" if command == "headshots" else "")
+    given = [command, str(source), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--no-check-photos"]
+    main([*given, "--style-folder", str(folder / "mistyped"), "--style-pack", "mine"])
+    assert f"warning: {folder / 'mistyped'}: this folder of style packs does not exist\n" in capsys.readouterr().err
 
 
 def test_a_studio_where_somebody_was_measured_goes_by_that(folder, base, capsys):

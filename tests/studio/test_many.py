@@ -211,9 +211,9 @@ def row(**values: object) -> Callable[[Path], Path]:
     return write
 
 
-def table(text: str) -> Callable[[Path], Path]:
+def table(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        (folder / "people.csv").write_bytes(text.encode())
+        (folder / "people.csv").write_bytes(text.encode(encoding))
         return folder / "people.csv"
 
     return write
@@ -328,6 +328,7 @@ def test_whatever_goes_wrong_with_one_person_the_others_are_made(tmp_path, base,
     [
         (table("name,photos\nanna,a\n"), "missing columns: agreed"),
         (table("name,photos,agreed\n"), "no people found"),
+        (table("name,photos,agreed\nZoë,a,yes\n", "cp1252"), "people.csv: not UTF-8 text"),
         (table("name,photos,agreed\nAnna,a,yes\nanna,b,yes\n"), "two people are called 'anna'"),
         (row(photos="a"), "person 1: name and photos"),
     ],
