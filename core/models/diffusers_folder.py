@@ -21,6 +21,9 @@ from .spec import UNQUANTISED, Component, FamilySpec
 _INDEXES = ("model_index.json", "modular_model_index.json")
 """The files that name a folder's pipeline. The second belongs to pipelines assembled from blocks."""
 
+_COPIES = (".fp16", ".non_ema", ".ema")
+"""Parts of the names of files with the same weights in fp16, or with a running average, beside the plain weights."""
+
 
 class DiffusersFolder(NamedTuple):
     """The content of a folder."""
@@ -41,14 +44,26 @@ def is_hub_id(source: str) -> bool:
 
 
 def download(hub_id: str) -> Path:
-    """Download a model from the hub, unless it is cached, and return its folder. Raises BadFile when that fails."""
+    """Download a model from the hub, unless it is cached, and return its folder. Raises BadFile when that fails.
+
+    Copies in fp16, and running averages, are only downloaded if a part has no other weights.
+    """
     from huggingface_hub import snapshot_download
 
+    # Only these folders, since a repository may also hold the same weights in a single file.
+    parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*", "processor")
+    wanted = [
+        *_INDEXES,
+        *(f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")),
+    ]
     try:
-        # Only these folders, since a repository may also hold the same weights in a single file.
-        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*", "processor")
-        wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
-        return Path(snapshot_download(hub_id, allow_patterns=[*_INDEXES, *wanted]))
+        folder = Path(
+            snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=[f"*{word}*" for word in _COPIES])
+        )
+        networks = [path.parent for path in folder.glob("*/config.json")]
+        if not all(any(network.glob("*.safetensors")) for network in networks):
+            folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
+        return folder
     except Exception as error:  # the hub client raises many kinds of errors, down to those of its HTTP library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{hub_id}: not found as a file or folder, and not available on the hub: {reason}") from error
@@ -111,8 +126,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _folder_tensors(folder: Path, part: str, left_out: str) -> Mapping[str, Tensor]:
     """Read the tensors in a part's folder, except those whose names match `left_out`."""
     paths = sorted(folder.glob("*.safetensors"))
-    # In addition to the plain weights, a folder may hold them in fp16, or a running average of them.
-    plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
+    plain = [path for path in paths if not any(word in path.name for word in _COPIES)] or paths
     if not plain:
         others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
         raise BadFile(

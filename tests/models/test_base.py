@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from core.errors import BadConfig, BadFile, MissingPackage, UnknownFamily, UnmatchedKeys
@@ -103,6 +104,28 @@ def test_of_a_folder_with_an_fp16_copy_the_full_weights_are_read_and_the_copy_wh
     assert load_base(folder).components["denoiser"].tensors["conv_in.weight"].dtype == torch.float32
     path.unlink()
     assert load_base(folder).components["denoiser"].tensors["conv_in.weight"].dtype == torch.float16
+
+
+def test_of_a_model_on_the_hub_a_copy_in_fp16_is_only_downloaded_when_it_is_alone(folder, tmp_path, monkeypatch):
+    local = tmp_path / "cache"
+
+    def download(hub_id: str, **patterns: list[str]) -> str:
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, **patterns):
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, local / name)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(path, half)
+    assert load_base("someone/model").components["denoiser"].tensors["conv_in.weight"].dtype == torch.float32
+    assert not (local / "unet" / half.name).exists()
+    shutil.rmtree(local)
+    path.unlink()
+    load_base("someone/model")
+    assert (local / "unet" / half.name).exists()
 
 
 def test_the_current_folder_has_its_name_by_which_distilled_models_are_known(folder, monkeypatch):
