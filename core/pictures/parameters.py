@@ -10,7 +10,8 @@ from PIL import Image, PngImagePlugin
 
 from ..storage.files import write_file
 
-_SETTING = re.compile(r'\s*(?P<name>\w[\w /-]*):\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'\s*(?P<name>\w[\w /-]*):\s*(?P<value>"(?:[^"\\]|\\.)*"|\{[^}]*\}|\[[^\]]*\]|[^,]*)(?:,|$)')
+"""Matches a setting. Its value may be in quotes, or a JSON object or list without them, as Civitai's programs write it."""
 
 
 @dataclass(frozen=True)
