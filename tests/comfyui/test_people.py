@@ -65,6 +65,26 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     assert again["headshots"] == [shot], "a run in which nothing was drawn again"
 
 
+def test_headshots_of_a_prompt_that_reuses_the_training_of_an_earlier_one_belong_to_it(server, tmp_path):
+    (file,) = write_photos(tmp_path / "tina", count=1, scale=2, person=14).glob("*.png")
+    graph = headshots_of(server, "tina", [server.drop(file, "tina")["name"]], training_seed=62)
+    server.run(graph)
+    graph["sampler"]["inputs"]["seed"] += 1
+    assert "train" in server.run(graph).cached
+    record, *_ = server.get("/facelora/people")
+    assert (record["name"], record["headshots"]) == ("tina", 2)
+
+    graph["sampler"]["inputs"]["steps"] = 10_000
+    mark, prompt_id = server.mark(), server.queue(graph)
+    server.wait_for_log("10000 [", mark)
+    assert server.get("/facelora/people")[0]["phase"] == "drawing"
+    assert "headshots are being drawn" in server.delete(f"/facelora/people/{record['key']}")["error"]
+    server.post("/interrupt", {})
+    server.wait(prompt_id)
+    server.delete(f"/facelora/people/{record['key']}")
+    assert not [*(server.folder / "output" / "headshots").glob("tina_*")]
+
+
 def test_no_likeness_is_shown_beside_pictures_that_are_not_in_its_order(server, tmp_path):
     files = sorted(write_photos(tmp_path / "lola", count=3, scale=2, person=2).glob("*.png"))
     graph = headshots_of(server, "lola", [server.drop(files[0], "lola")["name"]], training_seed=59)
