@@ -178,6 +178,15 @@ def test_own_photos_in_the_folder_of_dropped_ones_are_neither_deleted_nor_replac
     assert {file: file.read_bytes() for file in own.iterdir()} == before
 
 
+def test_uploaded_names_of_photos_delete_nothing_outside_their_folder(server, tmp_path):
+    record = trained(server, tmp_path, "pia", 16, training_seed=63)
+    names = server.folder / "input" / "photos" / "pia" / ".names.json"
+    names.write_text(names.read_text().replace("{", '{"../../../elsewhere.txt": "4.png", ', 1))
+    (elsewhere := server.folder / "elsewhere.txt").touch()
+    assert "input/photos/pia/photo 01.png" in server.delete(f"/facelora/people/{record['key']}")["deleted"]
+    assert elsewhere.exists() and not names.exists()
+
+
 def test_a_file_beside_dropped_photos_stays_with_its_folder(server, tmp_path):
     record = trained(server, tmp_path, "petra", 11, training_seed=59)
     note = server.folder / "input" / "photos" / "petra" / "notes.txt"
