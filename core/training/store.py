@@ -417,7 +417,7 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
     """
     for number in itertools.count(1):
         path = folder / f"{job.name}{f'-{number}' if number > 1 else ''}.safetensors"
-        if path.exists():
+        if os.path.exists(path):  # Path.exists fails for a name that is too long
             if not has_key(path, key):
                 continue
             yield path, True

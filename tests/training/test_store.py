@@ -307,6 +307,13 @@ def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_
     assert not state_of(job, base).with_name("lora.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "ü" * 130], ids=["letters", "bytes"])
+def test_a_name_that_is_too_long_for_a_file_is_refused(job, base, loras, name):
+    loras.mkdir()
+    with pytest.raises(BadFile, match="cannot be written there: File name too long"):
+        find_or_train(replace(job, name=name), base, [loras])
+
+
 def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, loras):
     def take_the_folder_away(report: StepReport) -> None:
         if report.step == report.steps:
