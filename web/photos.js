@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  BASE_CHOSEN, addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, outputOf, remember, showLarge, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { DELETED } from "./people.js"
 import { say } from "./words.js"
@@ -262,7 +262,7 @@ app.registerExtension({
   /** The outputs of a workflow that is shown again. */
   onNodeOutputsUpdated(outputs) {
     for (const shown of panels) {
-      const [seen] = outputs[shown.node.id]?.facelora_photos ?? []
+      const [seen] = outputOf(shown.node, outputs)?.facelora_photos ?? []
       if (seen) shown.report(seen)
     }
   },

@@ -325,6 +325,25 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     assert page.complaints() == []
 
 
+def test_what_a_lora_is_stands_in_a_node_of_a_subgraph_too_when_its_tab_is_opened_again(page, server, lora):
+    nodes = [node(key, "FaceLoRAInspect", {"lora_name": lora}, {}) for key in ("outside", "inside")]
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
+    page.run("() => { app.graph.convertToSubgraph(new Set([app.graph.nodes.at(-1)])) }")
+    page.open(page.saved(), "subgraph")
+    shown = """() => app.graph.nodes.flatMap((node) => node.subgraph?.nodes ?? [node])
+        .map((node) => node.widgets.find(({ name }) => name === "result_text").element.textContent.includes("sks person"))"""
+    assert page.run(shown) == [False, False]
+    assert server.wait(page.queue()).status == "success"
+    page.page.wait_for_timeout(500)
+    assert page.run(shown) == [True, True]
+
+    page.clear()  # another tab, and back
+    page.page.get_by_text("subgraph").first.click()
+    page.page.wait_for_timeout(1000)
+    assert page.run(shown) == [True, True]
+    assert page.problems == []
+
+
 def test_group_portrait_shows_what_is_read_in_which_place_and_takes_braces_as_they_are(page, server, lora):
     nodes = [
         node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
