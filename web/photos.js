@@ -190,7 +190,8 @@ class Pictures {
 
   /** Whether Run may continue. If the photos show different people, the user is asked first. */
   async agreed() {
-    const trains = fedBy(this.node, TRAIN).filter((train) => widgetOf(train, "use").value !== ALL)
+    const asks = (train) => train.mode === LiteGraph.ALWAYS && widgetOf(train, "use").value !== ALL // not muted or bypassed
+    const trains = fedBy(this.node, TRAIN).filter(asks)
     if (!this.seen.mixed || !trains.length) return true
     const answer = await choose(say("These photos show different people"), this.people(), say("Train on all photos"))
     if (answer === undefined) return false

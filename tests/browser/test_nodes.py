@@ -210,6 +210,14 @@ def test_run_asks_which_person_where_the_photos_show_two(page, server, tmp_path)
     assert "3 of 3 usable, and 5 are needed" in result.error
 
 
+def test_run_asks_nothing_about_mixed_photos_where_training_is_muted(page, server, tmp_path):
+    photos_and_training(page, name="Helga")
+    page.drop(PHOTOS, mixed(tmp_path / "two"))
+    page.wait_for("() => document.querySelector('.facelora-says-rejected.facelora-headline')")
+    page.run("() => { app.graph.nodes.find((one) => one.type === 'FaceLoRATrain').mode = LiteGraph.NEVER }")
+    assert server.wait(page.queue()).status == "success"
+
+
 def test_mixed_photos_are_an_error_on_the_server_unless_it_is_overruled(page, server, tmp_path):
     photos_and_training(page, name="Ida", resolution=64, steps=1, samples=0, settings="batch_size = 1")
     page.drop(PHOTOS, mixed(tmp_path / "two"))
