@@ -29,6 +29,7 @@ from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.progress import READING
 from ...core.storage.cache_folder import content_key
 from . import people
+from .folders import without_server_paths
 from .runs import QueuedRun, Runs
 
 EVENT = "facelora.training"
@@ -340,6 +341,9 @@ def add_routes() -> None:
             place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
         except BadConfig as problem:
             return web.json_response({"error": str(problem)}, status=409)
+        except OSError as problem:  # on Windows, another program may read the file
+            said = f"{problem.filename}: cannot be deleted ({problem.strerror}). Close what uses it, and delete again"
+            return web.json_response({"error": without_server_paths(said)}, status=409)
         _runs.forget(QueuedRun(user, **place))
         return web.json_response({"deleted": deleted})
 

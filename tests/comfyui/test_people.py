@@ -1,5 +1,6 @@
 """What is kept of each training, and that a person is deleted with all that is theirs and nothing else."""
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_photos_of_two_trainings_are_deleted_with_the_last_of_them(server, tmp_p
     assert all(photo.exists() for photo in photos) and not (loras(server) / "olga.safetensors").exists()
     server.delete(f"/facelora/people/{second['key']}")
     assert not any(photo.exists() for photo in photos)
+
+
+def test_a_file_that_cannot_be_deleted_is_named_and_the_next_attempt_deletes_it(server, tmp_path):
+    """As on Windows while a program reads the file."""
+    record = trained(server, tmp_path, "xenia", 17, training_seed=64)
+    lora = loras(server) / "xenia.safetensors"
+    if subprocess.run(["chattr", "+i", lora], check=False).returncode:
+        pytest.skip("this disk or user cannot forbid to delete a file")
+    said = server.delete(f"/facelora/people/{record['key']}")
+    subprocess.run(["chattr", "-i", lora], check=True)
+    assert said["error"].startswith("loras/xenia.safetensors: cannot be deleted (Operation not permitted)")
+    assert "xenia.safetensors" in server.delete(f"/facelora/people/{record['key']}")["deleted"]
 
 
 def test_a_graph_whose_training_was_deleted_is_run_again_without_a_record(server, tmp_path):
