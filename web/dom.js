@@ -108,6 +108,9 @@ export function after(node, event, then) {
   }
 }
 
+/** A node's part of the outputs of all nodes. The key of a node in a subgraph begins with the subgraph's id. */
+export const outputOf = ({ graph, id }, outputs) => outputs[graph?.isRootGraph ? id : `${graph?.id}:${id}`]
+
 /** Calls a function whenever a widget is given a new value: typed, or chosen. */
 export function whenSet(widget, then) {
   const before = widget.callback

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  BASE_CHOSEN, addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, remember, showLarge, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, outputOf, remember, showLarge, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { DELETED } from "./people.js"
 import { say } from "./words.js"
@@ -190,7 +190,8 @@ class Pictures {
 
   /** Whether Run may continue. If the photos show different people, the user is asked first. */
   async agreed() {
-    const trains = fedBy(this.node, TRAIN).filter((train) => widgetOf(train, "use").value !== ALL)
+    const asks = (train) => train.mode === LiteGraph.ALWAYS && widgetOf(train, "use").value !== ALL // not muted or bypassed
+    const trains = fedBy(this.node, TRAIN).filter(asks)
     if (!this.seen.mixed || !trains.length) return true
     const answer = await choose(say("These photos show different people"), this.people(), say("Train on all photos"))
     if (answer === undefined) return false
@@ -262,7 +263,7 @@ app.registerExtension({
   /** The outputs of a workflow that is shown again. */
   onNodeOutputsUpdated(outputs) {
     for (const shown of panels) {
-      const [seen] = outputs[shown.node.id]?.facelora_photos ?? []
+      const [seen] = outputOf(shown.node, outputs)?.facelora_photos ?? []
       if (seen) shown.report(seen)
     }
   },

@@ -1,7 +1,7 @@
 /** The text that a node shows once it has run, such as the name of a LoRA or a saved file. */
 
 import { app } from "../../scripts/app.js"
-import { addElement, after, make, makeRoom, readReport, showLarge, widgetOf } from "./dom.js"
+import { addElement, after, make, makeRoom, outputOf, readReport, showLarge, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAGroup", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
@@ -57,6 +57,6 @@ app.registerExtension({
   },
   /** The outputs of a workflow that is shown again. */
   onNodeOutputsUpdated(outputs) {
-    for (const shown of panels) shown.show(outputs[shown.node.id]?.text)
+    for (const shown of panels) shown.show(outputOf(shown.node, outputs)?.text)
   },
 })

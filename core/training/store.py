@@ -303,8 +303,8 @@ def find_or_train(
     An exception from a callback cancels: the run is kept, and the next call continues it. StopAndKeep from `on_step` ends the
     training run, and its file counts as the job's. Before training, `on_history` is called with the losses of steps from
     earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after which likeness
-    was measured, and at most two others per second. Samples are always kept in the run's folder. Errors are subclasses of
-    FaceLoraError. InUse means that another run is training the same job.
+    was measured, and at most two others per second. A loss that is not finite is left out. Samples are always kept in the
+    run's folder. Errors are subclasses of FaceLoraError. InUse means that another run is training the same job.
     """
     job.check_makes_lora()
     job = job.looked_at(base, callbacks.on_warning)
@@ -379,8 +379,9 @@ def _recorded(
         now = time.monotonic()
         if report.measured or now - looked > LOOK_INTERVAL or report.step == report.steps:
             looked = now
-            run.add(report.step, report.loss)
-            on_point(report)
+            if math.isfinite(report.loss):  # else the run soon raises TrainingDiverged; a page cannot read NaN in JSON
+                run.add(report.step, report.loss)
+                on_point(report)
         if now - saved > SAVE_INTERVAL:
             saved = now
             run.save_history()
@@ -417,7 +418,7 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
     """
     for number in itertools.count(1):
         path = folder / f"{job.name}{f'-{number}' if number > 1 else ''}.safetensors"
-        if path.exists():
+        if os.path.exists(path):  # Path.exists fails for a name that is too long
             if not has_key(path, key):
                 continue
             yield path, True

@@ -27,7 +27,9 @@ from ...core.errors import BadConfig
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.progress import READING
+from ...core.storage.cache_folder import content_key
 from . import people
+from .folders import without_server_paths
 from .runs import QueuedRun, Runs
 
 EVENT = "facelora.training"
@@ -45,7 +47,7 @@ USER = "facelora_user"
 
 _runs = Runs()
 _trained: dict[str, tuple[QueuedRun, str]] = {}
-"""The last training run of each page's workflow, or of a prompt that no page has sent: its run and the key of its job."""
+"""The last training run of each `_training_of`: its run and the key of its job."""
 _scores: dict[str, dict[str, list[float]]] = {}
 """The likeness of the pictures that a Likeness Score has put in order, by its id, for a prompt until it ends."""
 _judged: dict[str, float] = {}
@@ -106,12 +108,26 @@ stop_is_wanted = _runs.stop_is_wanted
 
 def remember(run: QueuedRun, key: str, **facts: Any) -> None:
     """Begin the record of a training run, by the key of its job, with the graph that its page shows."""
-    (_, _, graph, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
+    queued, *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
+    extra = queued[3]
     workflow = extra["extra_pnginfo"]["workflow"] if run.workflow else None
     place = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node}
     people.note(run.user, key, phase=people.RUNNING, begun=time.time(), graph=workflow, run=place, **facts)
-    if sum(node["class_type"] == TRAIN for node in graph.values()) == 1:
-        _trained[run.workflow or run.prompt] = (run, key)
+    if training := _training_of(queued):
+        _trained[training] = (run, key)
+
+
+def _training_of(prompt: Sequence[Any]) -> str:
+    """Return a hash of a prompt's user, its Train Face LoRA and all that it depends on. Without one such node, return "".
+
+    ComfyUI may reuse the training of any earlier prompt with the same hash.
+    """
+    _, _, graph, extra, *_ = prompt
+    trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
+    if len(trains) != 1:
+        return ""
+    nodes = sorted({trains[0], *_ancestors(graph, trains[0])} & graph.keys())
+    return content_key(_user_in(extra), [(key, graph[key]["class_type"], graph[key]["inputs"]) for key in nodes])
 
 
 def scored(node_id: str, scores: Sequence[float]) -> None:
@@ -123,17 +139,14 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
     """Add the pictures that a prompt has saved to the training run whose LoRA drew them, and show them in its panel."""
     _, prompt_id, graph, extra, *_ = prompt
     scores = _scores.pop(prompt_id, {})
-    trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
-    run, key = _trained.get(_workflow_of(extra) or prompt_id, (None, None))
-    if len(trains) != 1 or run is None or key is None or extra.get(USER, run.user) != run.user:
-        return
-    if all(state["prompt"] != run.prompt for state in _runs.of(run.user)):  # the training run was deleted
+    run, key = _trained.get(_training_of(prompt), (None, None))
+    if run is None or key is None:
         return
     headshots = []
     for node, shown in outputs.items():
         images = [one for one in shown.get("images", ()) if isinstance(one, dict) and one.get("type") == "output"]
         links = _links(graph, node)
-        if not images or trains[0] not in {source for source, _ in links}:
+        if not images or run.node not in {source for source, _ in links}:
             continue
         names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
         digests = [people.digest_of(name) for name in names]
@@ -142,7 +155,9 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         for judged in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
             _judged.update((one, score) for one, score in zip(digests, judged, strict=True) if one)
         headshots += [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]
-    if headshots:
+    # Another training run, or none if this one was deleted, may be shown in its place.
+    is_shown = any(state["prompt"] == run.prompt for state in _runs.of(run.user))
+    if headshots and is_shown and run.workflow == _workflow_of(extra):
         publish(run, {"headshots": headshots})
 
 
@@ -156,7 +171,10 @@ def _note_end(prompt: Sequence[Any]) -> None:
 
 
 def _running_prompts() -> set[str]:
-    return {prompt for _, prompt, *_ in list(PromptServer.instance.prompt_queue.currently_running.values())}
+    """Return the ids of the prompts that run now, and of those whose training they reuse."""
+    running = list(PromptServer.instance.prompt_queue.currently_running.values())
+    reused = [_trained[training][0].prompt for one in running if (training := _training_of(one)) in _trained]
+    return {*reused, *(prompt for _, prompt, *_ in running)}
 
 
 @contextmanager
@@ -323,6 +341,9 @@ def add_routes() -> None:
             place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
         except BadConfig as problem:
             return web.json_response({"error": str(problem)}, status=409)
+        except OSError as problem:  # on Windows, another program may read the file
+            said = f"{problem.filename}: cannot be deleted ({problem.strerror}). Close what uses it, and delete again"
+            return web.json_response({"error": without_server_paths(said)}, status=409)
         _runs.forget(QueuedRun(user, **place))
         return web.json_response({"deleted": deleted})
 

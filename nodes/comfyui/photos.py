@@ -317,7 +317,10 @@ def add_routes() -> None:
 
     @routes.post("/facelora/photos")
     async def photos(request: web.Request) -> web.Response:
-        user, form = panel.user_of(request), await request.post()
+        user = panel.user_of(request)
+        form: Any = {}
+        with suppress(ValueError):  # not a form
+            form = await request.post()
         if user is None or not isinstance(file := form.get("file"), web.FileField):
             return web.json_response({"error": "send a form with the fields person, folder and file"}, status=400)
         person, folder = (str(form.get(name, "")) for name in ("person", "folder"))
@@ -334,7 +337,7 @@ def add_routes() -> None:
             asked = await request.json()
             folder, pictures, base = (str(asked.get(name, "")) for name in ("folder", "pictures", "base"))
             given = int(asked.get("resolution", 0))
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, OverflowError, TypeError, ValueError):
             return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution"}'}, status=400)
         try:
             found = None if given else await asyncio.to_thread(opened, base)

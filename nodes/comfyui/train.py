@@ -134,7 +134,8 @@ class TrainFaceLora(io.ComfyNode):
 
         It takes one argument, since ComfyUI repeats the message for each.
         """
-        text = settings[0] if isinstance(settings, list) else settings
+        # ComfyUI gives a list, or (None,) if the text comes from another node and is unknown until that runs.
+        text = settings[0] if isinstance(settings, list | tuple) else settings
         # The lines may be valid only beside a certain recipe or widget: with many steps, samples or photos held out.
         plenty = {"steps": 100_000, "sample_every": 1}
         try:

@@ -210,6 +210,14 @@ def test_run_asks_which_person_where_the_photos_show_two(page, server, tmp_path)
     assert "3 of 3 usable, and 5 are needed" in result.error
 
 
+def test_run_asks_nothing_about_mixed_photos_where_training_is_muted(page, server, tmp_path):
+    photos_and_training(page, name="Helga")
+    page.drop(PHOTOS, mixed(tmp_path / "two"))
+    page.wait_for("() => document.querySelector('.facelora-says-rejected.facelora-headline')")
+    page.run("() => { app.graph.nodes.find((one) => one.type === 'FaceLoRATrain').mode = LiteGraph.NEVER }")
+    assert server.wait(page.queue()).status == "success"
+
+
 def test_mixed_photos_are_an_error_on_the_server_unless_it_is_overruled(page, server, tmp_path):
     photos_and_training(page, name="Ida", resolution=64, steps=1, samples=0, settings="batch_size = 1")
     page.drop(PHOTOS, mixed(tmp_path / "two"))
@@ -323,6 +331,25 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     page.page.click(".facelora-about")
     page.page.locator(".facelora-large[open]", has_text="arXiv:2106.09685").wait_for()
     assert page.complaints() == []
+
+
+def test_what_a_lora_is_stands_in_a_node_of_a_subgraph_too_when_its_tab_is_opened_again(page, server, lora):
+    nodes = [node(key, "FaceLoRAInspect", {"lora_name": lora}, {}) for key in ("outside", "inside")]
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
+    page.run("() => { app.graph.convertToSubgraph(new Set([app.graph.nodes.at(-1)])) }")
+    page.open(page.saved(), "subgraph")
+    shown = """() => app.graph.nodes.flatMap((node) => node.subgraph?.nodes ?? [node])
+        .map((node) => node.widgets.find(({ name }) => name === "result_text").element.textContent.includes("sks person"))"""
+    assert page.run(shown) == [False, False]
+    assert server.wait(page.queue()).status == "success"
+    page.page.wait_for_timeout(500)
+    assert page.run(shown) == [True, True]
+
+    page.clear()  # another tab, and back
+    page.page.get_by_text("subgraph").first.click()
+    page.page.wait_for_timeout(1000)
+    assert page.run(shown) == [True, True]
+    assert page.problems == []
 
 
 def test_group_portrait_shows_what_is_read_in_which_place_and_takes_braces_as_they_are(page, server, lora):

@@ -1,5 +1,6 @@
 """What is kept of each training, and that a person is deleted with all that is theirs and nothing else."""
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -65,6 +66,26 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     assert again["headshots"] == [shot], "a run in which nothing was drawn again"
 
 
+def test_headshots_of_a_prompt_that_reuses_the_training_of_an_earlier_one_belong_to_it(server, tmp_path):
+    (file,) = write_photos(tmp_path / "tina", count=1, scale=2, person=14).glob("*.png")
+    graph = headshots_of(server, "tina", [server.drop(file, "tina")["name"]], training_seed=62)
+    server.run(graph)
+    graph["sampler"]["inputs"]["seed"] += 1
+    assert "train" in server.run(graph).cached
+    record, *_ = server.get("/facelora/people")
+    assert (record["name"], record["headshots"]) == ("tina", 2)
+
+    graph["sampler"]["inputs"]["steps"] = 10_000
+    mark, prompt_id = server.mark(), server.queue(graph)
+    server.wait_for_log("10000 [", mark)
+    assert server.get("/facelora/people")[0]["phase"] == "drawing"
+    assert "headshots are being drawn" in server.delete(f"/facelora/people/{record['key']}")["error"]
+    server.post("/interrupt", {})
+    server.wait(prompt_id)
+    server.delete(f"/facelora/people/{record['key']}")
+    assert not [*(server.folder / "output" / "headshots").glob("tina_*")]
+
+
 def test_no_likeness_is_shown_beside_pictures_that_are_not_in_its_order(server, tmp_path):
     files = sorted(write_photos(tmp_path / "lola", count=3, scale=2, person=2).glob("*.png"))
     graph = headshots_of(server, "lola", [server.drop(files[0], "lola")["name"]], training_seed=59)
@@ -125,6 +146,18 @@ def test_photos_of_two_trainings_are_deleted_with_the_last_of_them(server, tmp_p
     assert not any(photo.exists() for photo in photos)
 
 
+def test_a_file_that_cannot_be_deleted_is_named_and_the_next_attempt_deletes_it(server, tmp_path):
+    """As on Windows while a program reads the file."""
+    record = trained(server, tmp_path, "xenia", 17, training_seed=64)
+    lora = loras(server) / "xenia.safetensors"
+    if subprocess.run(["chattr", "+i", lora], check=False).returncode:
+        pytest.skip("this disk or user cannot forbid to delete a file")
+    said = server.delete(f"/facelora/people/{record['key']}")
+    subprocess.run(["chattr", "-i", lora], check=True)
+    assert said["error"].startswith("loras/xenia.safetensors: cannot be deleted (Operation not permitted)")
+    assert "xenia.safetensors" in server.delete(f"/facelora/people/{record['key']}")["deleted"]
+
+
 def test_a_graph_whose_training_was_deleted_is_run_again_without_a_record(server, tmp_path):
     trained(server, tmp_path, "rosa", 8, training_seed=57)
     photos = [f"photos/rosa/photo {number:02}.png" for number in (1, 2, 3)]
@@ -156,6 +189,15 @@ def test_own_photos_in_the_folder_of_dropped_ones_are_neither_deleted_nor_replac
     record, *_ = server.get("/facelora/people")
     server.delete(f"/facelora/people/{record['key']}")
     assert {file: file.read_bytes() for file in own.iterdir()} == before
+
+
+def test_uploaded_names_of_photos_delete_nothing_outside_their_folder(server, tmp_path):
+    record = trained(server, tmp_path, "pia", 16, training_seed=63)
+    names = server.folder / "input" / "photos" / "pia" / ".names.json"
+    names.write_text(names.read_text().replace("{", '{"../../../elsewhere.txt": "4.png", ', 1))
+    (elsewhere := server.folder / "elsewhere.txt").touch()
+    assert "input/photos/pia/photo 01.png" in server.delete(f"/facelora/people/{record['key']}")["deleted"]
+    assert elsewhere.exists() and not names.exists()
 
 
 def test_a_file_beside_dropped_photos_stays_with_its_folder(server, tmp_path):

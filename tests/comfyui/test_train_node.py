@@ -262,6 +262,12 @@ def test_a_setting_that_needs_the_recipe_or_the_widgets_is_not_refused(server, s
     assert "gone.png: this picture doesn't exist" in server.run(graph | wired).error, "it was begun"
 
 
+def test_settings_from_another_node_are_read_when_the_node_runs(server):
+    graph = training() | {"text": node("PrimitiveString", value="rnak = 4")}
+    graph["train"]["inputs"]["settings"] = ["text", 0]
+    assert "rnak" in server.run(graph).error
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -11,7 +11,8 @@ from .desk import PHOTO_FORMATS, pictures
 
 ROUTES = {
     "/facelora/training": (), "/facelora/stop": (), "/facelora/styles": ("pack",), "/facelora/style": ("pack", "style"),
-    "/facelora/photo": ("name",),
+    "/facelora/photo": ("name",), "/facelora/photos": (), "/facelora/check": (), "/facelora/people": (),
+    "/facelora/lora": ("name",), "/facelora/recipe": ("name", "base"),
 }  # fmt: skip
 """Route -> the names in its query."""
 _WORDS = (

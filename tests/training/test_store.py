@@ -1,6 +1,7 @@
 """What is trained already is found again: keys, files and their names, runs that are cancelled and go on."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import core
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
-from core.errors import BadConfig, BadFile, InUse
+from core.errors import BadConfig, BadFile, InUse, TrainingDiverged
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo, read_photos
@@ -305,6 +306,13 @@ def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_
     with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
         trained(job, base, tmp_path / "loras")
     assert not state_of(job, base).with_name("lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "ü" * 130], ids=["letters", "bytes"])
+def test_a_name_that_is_too_long_for_a_file_is_refused(job, base, loras, name):
+    loras.mkdir()
+    with pytest.raises(BadFile, match="cannot be written there: File name too long"):
+        find_or_train(replace(job, name=name), base, [loras])
 
 
 def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, loras):
@@ -690,6 +698,16 @@ def test_the_history_is_saved_while_it_grows(long_job, base, loras, every_loss, 
 def test_the_loss_is_looked_at_seldom_and_at_the_end(long_job, base, loras, monkeypatch):
     monkeypatch.setattr(store, "LOOK_INTERVAL", 1e9)
     assert [step for step, _ in trained(long_job, base, loras).run.history()] == [1, 6]
+
+
+def test_a_loss_that_is_no_number_is_not_shown(long_job, base, loras, every_loss):
+    """A page cannot read NaN in JSON."""
+    shown: list[float] = []
+    job = replace(long_job, config=replace(LONG, learning_rate=100.0, max_grad_norm=0.0))
+    with pytest.raises(TrainingDiverged):
+        find_or_train(job, base, [loras], on_point=lambda report: shown.append(report.loss))
+    history = RunFolder(cache_folder() / "runs" / job.key(base)).history()
+    assert shown == [loss for _, loss in history] and all(map(math.isfinite, shown))
 
 
 def test_stopped_with_what_was_learned_it_is_the_jobs_file(long_job, base, loras, every_loss):
