@@ -360,10 +360,7 @@ class TrainConfig(
     # The bases are listed from the last group to the first, because a dataclass begins with the fields of its last base.
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for item in dataclasses.fields(self):
-            low, high = item.metadata["low"], item.metadata["high"]
-            _check_value(item.name, getattr(self, item.name), hints[item.name], low, high)
+        _check_values({item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
         for group in GROUPS.values():
             group._check(self)
         if self.thumbnail and self.sample_every > self.steps:
@@ -373,6 +370,14 @@ class TrainConfig(
 def group_of(setting: str) -> str:
     """Return the heading of a setting's group."""
     return next(heading for heading, group in GROUPS.items() if setting in group.__annotations__)
+
+
+def _check_values(settings: Mapping[str, Any]) -> None:
+    hints = get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        if item.name in settings:
+            low, high = item.metadata["low"], item.metadata["high"]
+            _check_value(item.name, settings[item.name], hints[item.name], low, high)
 
 
 def _check_value(name: str, value: Any, hint: Any, low: float | None, high: float) -> None:
@@ -468,7 +473,10 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings by their names in TrainConfig, with _ for -. Raises BadConfig for unknown or repeated ones."""
+    """Return the settings by their names in TrainConfig, with _ for -.
+
+    Raises BadConfig for unknown or repeated names, and for values of the wrong type or out of range.
+    """
     import difflib
 
     known = [item.name for item in dataclasses.fields(TrainConfig)]
@@ -481,4 +489,5 @@ def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if name in cleaned:
             raise BadConfig(f"{name} is set twice, also as {name.replace('_', '-')}: remove one of them")
         cleaned[name] = tuple(value) if isinstance(value, list) else value
+    _check_values(cleaned)
     return cleaned

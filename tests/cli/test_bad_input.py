@@ -226,7 +226,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "device without numbers": (options("--device", "meta"), "--device meta: "),
     "unknown setting": (toml("learning_rat = 1"), r"toml: unknown setting 'learning_rat'; did you mean learning_rate"),
     "setting twice": (toml("min-snr-gamma = 1\nmin_snr_gamma = 2"), r"toml: min_snr_gamma is set twice, also as min-snr"),
-    "wrong type": (toml('seed = "many"'), "seed = 'many': expected int"),
+    "wrong type": (toml('seed = "many"'), r"settings\.toml: seed = 'many': expected int"),
     "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
     "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
     "deep TOML": (toml("rank = " + "[" * 5000), "not a TOML file: values are nested too deeply"),

@@ -1,5 +1,6 @@
 """What is kept of each training, and that a person is deleted with all that is theirs and nothing else."""
 
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_file_that_cannot_be_deleted_is_named_and_the_next_attempt_deletes_it(
     """As on Windows while a program reads the file."""
     record = trained(server, tmp_path, "xenia", 17, training_seed=64)
     lora = loras(server) / "xenia.safetensors"
-    if subprocess.run(["chattr", "+i", lora], check=False).returncode:
+    if not shutil.which("chattr") or subprocess.run(["chattr", "+i", lora], check=False).returncode:
         pytest.skip("this disk or user cannot forbid to delete a file")
     said = server.delete(f"/facelora/people/{record['key']}")
     subprocess.run(["chattr", "-i", lora], check=True)
