@@ -48,7 +48,8 @@ def run_studio(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt  # Our own errors would only fail this person.
 
     callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
-    for problem in found.problems:
+    refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
+    for problem in (*found.problems, *(refused if options.dry_run else ())):
         callbacks.on_warning(problem)
     hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
     if isinstance(progress, JsonProgress):

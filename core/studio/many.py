@@ -26,7 +26,7 @@ from .people import Person
 from .queue import hand_out
 from .ray_crew import RayCrew
 from .report import read_report, write_report
-from .result import CACHE, RECORD, Result, Terms, failed, find, find_or_make, is_made
+from .result import CACHE, RECORD, Result, Terms, check_agreed, failed, find, find_or_make, is_made
 
 _REPORT_PAUSE = 20
 """The report is rewritten after this many times the time that writing it took: with many people it is long."""
@@ -147,8 +147,8 @@ class Plan:
     """The work for each person to make, by name. Training that stops early takes fewer steps."""
     made_before: tuple[str, ...]
     """People who are finished already, unless a photo or one of the files has changed."""
-    refused: tuple[str, ...]
-    """People who will fail because of a fault in their entry."""
+    refused: Mapping[str, str]
+    """Why people will fail because of a fault in their entry, by name."""
     earlier: tuple[Cost, ...]
     """The costs of people in the output's report on the same base model and processor."""
 
@@ -167,25 +167,24 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
     """Return the plan of a call to `run` with the same arguments."""
     to_make: dict[str, Work] = {}
     made_before: list[str] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     for person in people:
-        photos = count_photos(person.photos) if person.agreed and not person.problem else 0
         try:
-            order = terms.order(person, photos, base) if photos else None
-            if order is None:
-                refused.append(person.name)
-            elif is_made(order, photos, base, output):
+            check_agreed(person)
+            photos = count_photos(person.photos) or len(read_photos(person.photos))  # This raises why there are none.
+            order = terms.order(person, photos, base)
+            if is_made(order, photos, base, output):
                 made_before.append(person.name)
             else:
                 to_make[person.name] = Work(1, photos, order.config.steps, order.count)
-        except Exception:  # `run` will report it.
-            refused.append(person.name)
+        except Exception as error:
+            refused[person.name] = failed(person, error).reason
     used = processor(usable_device(device))
     earlier: list[Cost] = []
     with suppress(BadFile):  # A damaged report will be rewritten.
         costs = [result.cost for result in read_report(output) if result.cost]
         earlier = [cost for cost in costs if (cost.base, cost.processor) == (terms.identity(base), used)]
-    return Plan(to_make, tuple(made_before), tuple(refused), tuple(earlier))
+    return Plan(to_make, tuple(made_before), refused, tuple(earlier))
 
 
 def plan_ledger(

@@ -131,7 +131,7 @@ def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | Non
 
     Photos are read only if there is an earlier result. Raises FaceLoraError for anything that keeps the person from being made.
     """
-    _check_agreed(person)
+    check_agreed(person)
     if not (output / person.name / RECORD).exists():
         return None
     return _asked(person, base, output, terms, NO_CALLBACKS).recorded(output)
@@ -203,7 +203,8 @@ class _Asked:
             return None
 
 
-def _check_agreed(person: Person) -> None:
+def check_agreed(person: Person) -> None:
+    """Raise BadConfig if the person's entry has a fault, or if they have not agreed."""
     if person.problem:
         raise BadConfig(person.problem)
     if not person.agreed:
@@ -211,7 +212,7 @@ def _check_agreed(person: Person) -> None:
 
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
-    _check_agreed(person)
+    check_agreed(person)
     for model in (base, terms.drawn_on):
         if model:
             model.compute_hashes(callbacks.progress(READING))

@@ -202,12 +202,15 @@ def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder
     (folder / "people" / "carl").mkdir()
     (folder / "people" / "carl" / "person.toml").write_text("agreed = true\n")
     Image.new("RGB", (4, 4)).save(folder / "people" / "carl" / "a.png")
+    (folder / "people" / "dora").mkdir()
+    (folder / "people" / "dora" / "person.toml").write_text("agreed = false\n")
     (folder / "own.toml").write_text('precision = "bf16"')
     given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]
     rates: list[str] = []
     monkeypatch.setattr("core.cli.studio.device_rate", lambda base, device, precision: rates.append(precision) or 1e12)
     assert main([*given, "--config", str(folder / "own.toml")]) == 0 and rates == ["bf16"]
     printed = capsys.readouterr()
+    assert "dora will be refused: the person has not agreed" in printed.err
     assert "carl is not included in the estimate: a.png: " in printed.err and "likeness " in printed.out
 
 
