@@ -24,18 +24,22 @@ from .options import (
     add_training_adapter,
     show_first,
 )
-from .outputs import add_overwrite, edited_file, output_file, output_folder
+from .outputs import add_overwrite, edited_file, given_path, output_file, output_folder
 from .settings import SCHEDULE, add_settings
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     # Without this, argparse would list every setting in each message about wrong usage.
     parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="Folder of photos (jpg, png, webp, heic, ...)")
+    parser.add_argument(
+        "photos", type=given_path, metavar="PHOTOS", help="Folder of photos (jpg, png, webp, heic, ...)"
+    )
     add_base(parser, required=True)
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE.safetensors", help="LoRA to write")
-    parser.add_argument("--class-photos", type=Path, metavar="DIR", help="Photos of the class, for prior preservation")
-    parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to continue from")
+    parser.add_argument(
+        "--class-photos", type=given_path, metavar="DIR", help="Photos of the class, for prior preservation"
+    )
+    parser.add_argument("--continue-from", type=given_path, metavar="FILE", help="LoRA to continue from")
     add_training_adapter(parser)
     add_config(parser)
     parser.add_argument(
@@ -69,7 +73,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help-all lists them)"
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="One folder of photos for each person")
+    parser.add_argument(
+        "photos", type=given_path, nargs="+", metavar="PHOTOS", help="One folder of photos for each person"
+    )
     add_base(parser, required=True)
     parser.add_argument(
         "--methods",
@@ -148,7 +154,7 @@ def add_clear_cache(parser: argparse.ArgumentParser) -> None:
 
 def add_headshots(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="Folder of 10 to 20 photos of one person")
+    parser.add_argument("photos", type=given_path, metavar="PHOTOS", help="Folder of 10 to 20 photos of one person")
     add_base(parser, required=True)
     parser.add_argument(
         "--output", type=output_folder, metavar="DIR",
@@ -164,7 +170,7 @@ def add_headshots(parser: argparse.ArgumentParser) -> None:
 def add_studio(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s PEOPLE --base BASE --output DIR [OPTIONS] (--help lists them)"
     parser.add_argument(
-        "people", type=Path, metavar="PEOPLE",
+        "people", type=given_path, metavar="PEOPLE",
         help="Folder with a folder for each person: photos, and a person.toml with agreed = true. Or a manifest "
         "(.csv, .jsonl) with name, photos and agreed",
     )  # fmt: skip
@@ -201,7 +207,9 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
         default="balanced",
         help="Preset for a quick, normal or thorough training run (default: balanced)",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="File with other settings of the training run")
+    parser.add_argument(
+        "--config", type=given_path, metavar="FILE.toml", help="File with other settings of the training run"
+    )
     add_training_adapter(parser)
     parser.add_argument(
         "--draw-on", metavar="BASE",
@@ -336,7 +344,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="Folder of photos of one person")
+    parser.add_argument("photos", type=given_path, metavar="PHOTOS", help="Folder of photos of one person")
     parser.add_argument(
         "--sheet", type=output_file, metavar="FILE.html", help="Also write a page with the faces and the reasons"
     )
@@ -369,9 +377,9 @@ def _threshold(text: str) -> tuple[str, float]:
 
 
 def add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="Folder of pictures")
+    parser.add_argument("images", type=given_path, metavar="IMAGES", help="Folder of pictures")
     parser.add_argument(
-        "--reference", type=Path, required=True, metavar="PHOTOS", help="Folder of photos of the person"
+        "--reference", type=given_path, required=True, metavar="PHOTOS", help="Folder of photos of the person"
     )
     parser.add_argument(
         "--sheet", type=output_file, metavar="FILE.png", help="Also write a sheet of the sorted pictures"
@@ -400,7 +408,7 @@ def _add_lora_output(parser: argparse.ArgumentParser) -> None:
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE|FOLDER",
+        "files", nargs="+", type=given_path, metavar="FILE|FOLDER",
         help="A LoRA. Several files, or a folder, print one line each",
     )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="Read no tensors. The norms of the blocks are left out")
@@ -408,12 +416,12 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="LoRA to check")
-    parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="Base model that the LoRA should fit")
+    parser.add_argument("file", type=given_path, metavar="FILE", help="LoRA to check")
+    parser.add_argument("--base", type=given_path, metavar="CHECKPOINT", help="Base model that the LoRA should fit")
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="IN", help="LoRA with any tensor names")
+    parser.add_argument("file", type=given_path, metavar="IN", help="LoRA with any tensor names")
     _add_lora_output(parser)
     naming = parser.add_mutually_exclusive_group(required=True)
     naming.add_argument("--to", choices=SCHEMES, help=_SCHEMES_HELP)
@@ -431,7 +439,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--base",
-        type=Path,
+        type=given_path,
         metavar="CHECKPOINT",
         help="For --plain-rank: the base model that a DoRA or OFT was trained on",
     )
@@ -448,14 +456,14 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--into",
-        type=Path,
+        type=given_path,
         metavar="CHECKPOINT",
         help="Merge into a copy of this checkpoint instead, and keep its precision",
     )
 
 
 def add_resize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="IN", help="LoRA to resize")
+    parser.add_argument("file", type=given_path, metavar="IN", help="LoRA to resize")
     _add_lora_output(parser)
     parser.add_argument("--rank", type=int, metavar="N", help="Largest rank of a module")
     parser.add_argument(
@@ -467,8 +475,8 @@ def add_resize(parser: argparse.ArgumentParser) -> None:
 
 
 def add_extract(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("original", type=Path, metavar="ORIGINAL", help="Original checkpoint")
-    parser.add_argument("tuned", type=Path, metavar="TUNED", help="Checkpoint that was trained from it")
+    parser.add_argument("original", type=given_path, metavar="ORIGINAL", help="Original checkpoint")
+    parser.add_argument("tuned", type=given_path, metavar="TUNED", help="Checkpoint that was trained from it")
     _add_lora_output(parser)
     parser.add_argument("--rank", type=int, default=64, metavar="N", help="Rank of the LoRA (default: 64)")
 
@@ -491,7 +499,7 @@ def add_metadata(parser: argparse.ArgumentParser) -> None:
         help="New tag, which replaces all tags; may be repeated",
     )
     parser.add_argument(
-        "--thumbnail", type=Path, metavar="PICTURE", help="Picture to put into the file as a small copy"
+        "--thumbnail", type=given_path, metavar="PICTURE", help="Picture to put into the file as a small copy"
     )
     parser.add_argument(
         "--remove", action="append", default=[], metavar="KEY", help="Metadata key to remove; may be repeated"
@@ -501,21 +509,21 @@ def add_metadata(parser: argparse.ArgumentParser) -> None:
 def add_sidecars(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="LoRA. Existing files beside it stay, except unedited ones that this command wrote",
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="PICTURE",
+        "--picture", type=given_path, metavar="PICTURE",
         help="Also write a copy as NAME.png and NAME.preview.png. It shows the person: use it only if they agree",
     )  # fmt: skip
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="LORA", help="LoRA to publish. The file stays unchanged")
+    parser.add_argument("file", type=given_path, metavar="LORA", help="LoRA to publish. The file stays unchanged")
     parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="Folder to make")
     parser.add_argument(
-        "--pictures", nargs="+", type=Path, default=[], metavar="FILE|FOLDER",
+        "--pictures", nargs="+", type=given_path, default=[], metavar="FILE|FOLDER",
         help="Example pictures. Their metadata is removed, except for how they were drawn",
     )  # fmt: skip
     parser.add_argument(

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from ..config import Precision
+from .outputs import given_path
 
 
 class HelpAll(argparse.Action):
@@ -44,7 +44,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="File with settings. Options override it")
+    parser.add_argument(
+        "--config", type=given_path, metavar="FILE.toml", help="File with settings. Options override it"
+    )
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +69,7 @@ def add_style_folder(parser: argparse.ArgumentParser) -> None:
         "--style-folder",
         action="append",
         default=[],
-        type=Path,
+        type=given_path,
         metavar="DIR",
         help="Folder with your own style packs; may be repeated",
     )
@@ -110,7 +112,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 
 def add_training_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--training-adapter", type=Path, metavar="FILE",
+        "--training-adapter", type=given_path, metavar="FILE",
         help="LoRA that undoes the distillation of a base model (Turbo, schnell). Used only during training steps",
     )  # fmt: skip
 

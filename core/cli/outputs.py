@@ -18,6 +18,11 @@ def output_file(text: str) -> Path:
     return _named(text)
 
 
+def given_path(text: str) -> Path:
+    """Convert an argument to the path of a file or folder to read."""
+    return _named(text)
+
+
 def edited_file(text: str) -> Path:
     """Convert an argument to the path of a file that is changed in place, unless an output is given."""
     return _named(text)

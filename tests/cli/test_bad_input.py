@@ -272,6 +272,12 @@ def test_an_unknown_option_is_wrong_usage(desk, capsys):
     assert "unknown: --learning-rte; did you mean --learning-rate?" in errors and len(errors.splitlines()) == 2
 
 
+def test_an_empty_folder_name_is_wrong_usage_and_not_the_current_folder(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "", "--base", "demo", "--output", "a.safetensors"])
+    assert "PHOTOS: the name is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_wrong_usage_is_told_without_a_list_of_all_settings(capsys, command):
     with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.cli import COMMANDS, build_parser, main
-from core.cli.outputs import edited_file, output_file, output_folder
+from core.cli.outputs import edited_file, given_path, output_file, output_folder
 from core.errors import BadFile
 from core.photos import is_sheet
 from core.storage.files import check_writable, write_text
@@ -81,7 +81,7 @@ def test_every_option_with_a_path_is_an_input_or_an_output():
         for action in build_parser(command)[1]._actions:
             if any(word in str(action.metavar) for word in ("FILE", "DIR", "FOLDER")):
                 known = action.type in (output_file, output_folder, edited_file) or action.dest in INPUTS
-                assert known or action.type is not Path, f"{command} {action.dest}: an input or an output?"
+                assert known or action.type is not given_path, f"{command} {action.dest}: an input or an output?"
 
 
 @pytest.mark.parametrize(("command", "action"), FILES, ids=lambda one: getattr(one, "dest", one))
