@@ -66,11 +66,13 @@ def device_and_dtype(
 
 
 def usable_device(device: torch.device | None = None) -> torch.device:
-    """Return the device, by default CUDA, else Intel's XPU, else Apple's MPS, else the CPU.
+    """Return the device, by default CUDA, else Intel's XPU, else Apple's MPS, else the CPU. CUDA without an index gets one.
 
     Raises BadConfig for a GPU that this torch has no kernels for.
     """
     device = device or best_device()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if reason := why_no_kernels(device):
         raise BadConfig(reason)
     return device

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core.device import fastest_dtype
+from core.device import fastest_dtype, usable_device
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -36,3 +36,10 @@ def test_an_intel_gpu_has_bf16_where_it_says_so(has, dtype, monkeypatch):
 def test_an_apple_gpu_has_bf16_from_macos_14_on(newer, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: newer)
     assert fastest_dtype(torch.device("mps")) == dtype
+
+
+def test_a_card_without_an_index_is_the_current_one(monkeypatch):
+    """Memory is counted for a card with its index."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    assert usable_device(torch.device("cuda")) == torch.device("cuda", 1)

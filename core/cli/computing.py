@@ -37,8 +37,6 @@ def named_or_best(name: str | None) -> torch.device:
         raise BadConfig(
             f"--device {name}: {reason}; available: {', '.join(name for name, here in available.items() if here)}"
         ) from None
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
