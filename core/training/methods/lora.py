@@ -127,7 +127,8 @@ class LoraAdapter(Adapter):
             layer = self.layers[part, path]
             if module.down.numel() != layer.down.numel() or module.up.numel() != layer.up.numel():
                 raise LoraMisfit(
-                    f"the LoRA to continue from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}"
+                    f"the LoRA to continue from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}. "
+                    "Choose the same rank"
                 )
             # Scale B by the ratio of the scales, so that the change is the same whatever alpha the file has.
             ratio = module.scale / layer.scale
