@@ -33,9 +33,11 @@ function row(person, root, leave) {
   const facts = make("div", "facelora-facts", make("b", "", nameOf(person)), likeness,
     make("div", "facelora-quiet", `${say(PHASES[person.phase])} · ${date}`))
   const open = make("button", "", say("Open"))
+  open.disabled = !person.can_open
+  if (open.disabled) open.title = say("This training run was queued without a workflow.")
   open.addEventListener("click", async () => {
     const graph = await read(`/facelora/people/${person.key}`)
-    if (!graph) return
+    if (!graph) return // deleted elsewhere
     leave()
     await app.loadGraphData(graph, true, true, person.name)
   })
@@ -76,6 +78,8 @@ app.registerExtension({
       render: (root) => {
         const list = make("div", "facelora-people")
         root.replaceChildren(make("div", "facelora-panel facelora-sidebar", make("h3", "", say("Trained people")), list))
+        const refresh = () => (list.isConnected ? listPeople(list) : api.removeEventListener("status", refresh))
+        api.addEventListener("status", refresh) // the queue has changed
         listPeople(list)
       },
     })

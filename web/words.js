@@ -11,6 +11,7 @@ const ZH = {
   "Trained people": "已训练的人物",
   "List all your training runs, to open or delete them": "列出你的所有训练，可以打开或删除",
   "No one has been trained yet.": "还没有训练过任何人。",
+  "This training run was queued without a workflow.": "此训练不是从工作流提交的。",
   "training": "训练中",
   "drawing headshots": "正在生成形象照",
   "stopped": "已停止",

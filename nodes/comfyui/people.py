@@ -71,7 +71,8 @@ def of(user: str | None, prompts: Collection[str]) -> list[Record]:
         elif phase == "done" and record["run"]["prompt"] in prompts:
             phase = DRAWING
         counts = {"photos": len(record["photos"]), "headshots": len(record["headshots"])}
-        shown.append({name: record.get(name) for name in PUBLIC} | counts | {"phase": phase})
+        others = {"phase": phase, "can_open": record.get("graph") is not None}
+        shown.append({name: record.get(name) for name in PUBLIC} | counts | others)
     return shown
 
 

@@ -13,12 +13,13 @@ pytestmark = pytest.mark.browser
 
 
 def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, browser, server):
-    page.run(BUILD, train_node(seed=61, name="petra", steps=2, samples=0, settings=""))
-    assert server.wait(page.queue()).status == "success"
     other = ComfyPage(browser, server)
     other.page.get_by_role("button", name="Trained people").first.click()
+    page.run(BUILD, train_node(seed=61, name="petra", steps=2, samples=0, settings=""))
+    assert server.wait(page.queue()).status == "success"
     person = other.page.locator(".facelora-sidebar .facelora-person", has_text="petra")
-    assert "done" in person.inner_text() and person.locator("img").evaluate("(image) => image.naturalWidth > 0")
+    person.filter(has_text="done").wait_for()
+    assert person.locator("img").evaluate("(image) => image.naturalWidth > 0")
     person.get_by_role("button", name="Open").click()
     other.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done: petra')")
     other.page.locator(".facelora-all").click()

@@ -55,7 +55,7 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     record, *_ = server.get("/facelora/people")
     assert (record["name"], record["phase"], record["file"]) == ("lina", "done", "lina.safetensors")
     assert record["picture"].startswith("data:image/jpeg") and record["begun"] > 1.6e9
-    assert (record["photos"], record["headshots"]) == (3, 1)
+    assert (record["photos"], record["headshots"], record["can_open"]) == (3, 1, True)
     assert server.get(f"/facelora/people/{record['key']}") == graph
     (state,) = [one for one in server.get("/facelora/training") if one["workflow"] == graph["id"]]
     (shot,) = state["headshots"]
@@ -75,6 +75,7 @@ def test_headshots_of_a_prompt_that_reuses_the_training_of_an_earlier_one_belong
     assert "train" in server.run(graph).cached
     record, *_ = server.get("/facelora/people")
     assert (record["name"], record["headshots"]) == ("tina", 2)
+    assert not record["can_open"], "it was queued without a page"
 
     graph["sampler"]["inputs"]["steps"] = 10_000
     mark, prompt_id = server.mark(), server.queue(graph)
