@@ -1,8 +1,8 @@
 """The nodes' texts outside of their code. `python -m tests.comfyui.texts` writes them from what a server reports.
 
-It writes `locales/en/nodeDefs.json`, and the part below the prose of each help page in `web/docs/NODE/LANGUAGE.md`: the tables
-of inputs, outputs, recipes and settings. The Chinese tables use `locales/zh/nodeDefs.json` and `locales/zh/help.json`, which
-are written by hand. ComfyUI asks for the page in its language first, then for `web/docs/NODE.md`, a copy of the English page.
+It writes the part below the prose of each help page in `web/docs/NODE/LANGUAGE.md`: the tables of inputs, outputs, recipes and
+settings. The Chinese tables use `locales/zh/nodeDefs.json` and `locales/zh/help.json`, which are written by hand. ComfyUI asks
+for the page in its language first, then for `web/docs/NODE.md`, a copy of the English page.
 """
 
 import json
@@ -223,10 +223,6 @@ def write_all() -> None:
         (Path(folder) / "input").mkdir()
         with running_server(Path(folder)) as server:
             infos = node_infos(server)
-    texts = {name: english(info) for name, info in infos.items()}
-    target = LOCALES / "en" / "nodeDefs.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, info in infos.items():
         for language in LANGUAGES:
             file = page(name, language)
