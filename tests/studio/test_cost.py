@@ -158,7 +158,7 @@ def progress(capsys, terminal: bool = False, monkeypatch=None) -> StudioProgress
         "ben",
         "a person with a very long name who needs more than a line of a terminal to be named in full",
     ]
-    return StudioProgress(names, Plan(dict.fromkeys(names, Work(1, 5, 100, 2)), (), (), ()))
+    return StudioProgress(names, Plan(dict.fromkeys(names, Work(1, 5, 100, 2)), (), {}, ()))
 
 
 def test_the_line_says_who_is_done_how_fast_it_goes_and_when_it_ends(capsys) -> None:
@@ -245,7 +245,7 @@ def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: P
     page = (tmp_path / "report.html").read_text()
     assert "<title>Studio: 2 made, 1 none alike, 1 failed</title>" in page and "<td>none alike</td>" in page
     assert read_json(tmp_path / "report.json")["none_alike"] == 1
-    shown = StudioProgress(["anna", "ben", "carl", "eve"], Plan({}, (), (), ()))
+    shown = StudioProgress(["anna", "ben", "carl", "eve"], Plan({}, (), {}, ()))
     for one in results:
         shown.ended(one)
     assert capsys.readouterr().err.splitlines() == [
