@@ -74,7 +74,8 @@ def own_name(name: str) -> str:
 def _own_names(folder: Path) -> dict[str, str]:
     with suppress(BadFile, AttributeError):
         # Anyone who may upload pictures may upload this file too, so a name may lead out of the folder.
-        return {name: own for name, own in read_json(folder / NAMES).items() if Path(name).name == name}
+        named = read_json(folder / NAMES).items()
+        return {name: own for name, own in named if Path(name).name == name and isinstance(own, str)}
     return {}
 
 

@@ -122,17 +122,20 @@ def digest_of(name: str) -> str:
 
 
 def _delete_loras(key: str, name: str) -> list[str]:
-    """Delete the files of a training run from the folders of LoRAs, of embeddings, and of Save Face LoRA."""
+    """Delete the files of a training run from the folders of LoRAs, of embeddings, and of Save Face LoRA.
+
+    Files that are found through another one are deleted before it, so that a second attempt finds what is left of them.
+    """
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
     with suppress(InUse), locked(folders[0] / f"{name}.safetensors"):
         pass  # this deletes the lock file that a killed server left
     words = Path(folder_paths.get_folder_paths("embeddings")[0])
     deleted = []
-    for path in files_of(key, [*folders, Path(folder_paths.get_output_directory()) / "loras"]):
+    for path in reversed(files_of(key, [*folders, Path(folder_paths.get_output_directory()) / "loras"])):
         lora = LoraFile.read(path)
         names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
         del lora  # Windows can't delete a file that is still open
-        for file in (path, *map(path.with_suffix, SIDECARS), *(words / name for name in names)):
+        for file in (*map(path.with_suffix, SIDECARS), *(words / name for name in names), path):
             if file.is_file():
                 file.unlink()
                 deleted.append(file.name)
