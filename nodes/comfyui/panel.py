@@ -118,16 +118,24 @@ def remember(run: QueuedRun, key: str, **facts: Any) -> None:
 
 
 def _training_of(prompt: Sequence[Any]) -> str:
-    """Return a hash of a prompt's user, its Train Face LoRA and all that it depends on. Without one such node, return "".
+    """Return a hash of a prompt's user, its Train Face LoRA and all that it depends on; "" unless it has one such node.
 
-    ComfyUI may reuse the training of any earlier prompt with the same hash.
+    ComfyUI may reuse the training of any earlier prompt with the same hash. It ignores the ids of the nodes before it.
     """
     _, _, graph, extra, *_ = prompt
     trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]
     if len(trains) != 1:
         return ""
-    nodes = sorted({trains[0], *_ancestors(graph, trains[0])} & graph.keys())
-    return content_key(_user_in(extra), [(key, graph[key]["class_type"], graph[key]["inputs"]) for key in nodes])
+    keys, nodes = list(trains), []
+    for key in keys:  # which grows
+        node, inputs = graph.get(key, {}), []
+        for name, value in sorted(node.get("inputs", {}).items()):
+            if _is_link(value):
+                keys += [value[0]] if value[0] not in keys else []
+                value = (keys.index(value[0]), value[1])
+            inputs.append((name, value))
+        nodes.append((node.get("class_type"), inputs))
+    return content_key(_user_in(extra), trains[0], nodes)
 
 
 def scored(node_id: str, scores: Sequence[float]) -> None:
@@ -263,6 +271,10 @@ def _is_output(node: Any) -> bool:
     return bool(getattr(kind, "OUTPUT_NODE", False))
 
 
+def _is_link(value: object) -> bool:
+    return isinstance(value, list) and [*map(type, value)] == [str, int]
+
+
 def _ancestors(graph: Mapping[str, Any], key: str) -> set[str]:
     """Return the ids of the nodes that a node depends on."""
     return {source for source, _ in _links(graph, key)}
@@ -275,8 +287,7 @@ def _links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
     while waiting:
         match graph.get(waiting.pop()):
             case {"inputs": dict(inputs)}:
-                values = (one for one in inputs.values() if isinstance(one, list))
-                links = {(one[0], one[1]) for one in values if [*map(type, one)] == [str, int]}
+                links = {(one[0], one[1]) for one in inputs.values() if _is_link(one)}
                 found |= links
                 new = {source for source, _ in links} - seen
                 waiting += new
@@ -342,7 +353,8 @@ def add_routes() -> None:
         except BadConfig as problem:
             return web.json_response({"error": str(problem)}, status=409)
         except OSError as problem:  # on Windows, another program may read the file
-            said = f"{problem.filename}: cannot be deleted ({problem.strerror}). Close what uses it, and delete again"
+            advice = "Close the program that uses it, then delete again"
+            said = f"{problem.filename}: cannot be deleted ({problem.strerror}). {advice}"
             return web.json_response({"error": without_server_paths(said)}, status=409)
         _runs.forget(QueuedRun(user, **place))
         return web.json_response({"deleted": deleted})
