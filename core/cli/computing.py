@@ -29,15 +29,15 @@ def named_or_best(name: str | None) -> torch.device:
     if name is None:
         return best_device()
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # Reading fails on the device "meta", which has no values.
+        made = torch.zeros(1, device=name)
+        made.item()  # Reading fails on the device "meta", which has no values.
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         raise BadConfig(
             f"--device {name}: {reason}; available: {', '.join(name for name, here in available.items() if here)}"
         ) from None
-    return device
+    return made.device if made.is_cuda else torch.device(name)
 
 
 def show_work(ledger: "Ledger", rate: float, as_json: bool) -> None:
