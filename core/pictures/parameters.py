@@ -4,14 +4,15 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import Image, PngImagePlugin
 
 from ..storage.files import write_file
 
-_SETTING = re.compile(r'\s*(?P<name>\w[\w /-]*):\s*(?P<value>"(?:[^"\\]|\\.)*"|\{[^}]*\}|\[[^\]]*\]|[^,]*)(?:,|$)')
-"""Matches a setting. Its value may be in quotes, or a JSON object or list without them, as Civitai's programs write it."""
+_NAME = re.compile(r"\s*(\w[\w /-]*):\s*")
+_VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,11 @@ class Parameters:
         *lines, last = text.strip().split("\n")
         if not last.startswith("Steps: "):
             return None
-        settings = {}
-        while last:
-            match = _SETTING.match(last)
-            if match is None:
+        settings, end = {}, 0
+        while end < len(last):
+            if (name := _NAME.match(last, end)) is None or (found := _value(last, name.end())) is None:
                 return None
-            settings[match["name"]] = _unquoted(match["value"])
-            last = last[match.end() :]
+            settings[name[1]], end = found
         prompt, _, negative = "\n".join(lines).partition("\nNegative prompt:")
         return cls(prompt, negative.strip(), settings)
 
@@ -53,6 +52,20 @@ class Parameters:
 def _quoted(value: str) -> str:
     """Quote the value as A1111 does if it would otherwise be read as several values."""
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
+
+
+def _value(text: str, start: int) -> tuple[str, int] | None:
+    """Return the value that starts there, and where the next setting starts; None if it isn't a value.
+
+    It may be in quotes, or a JSON object or list without them, as Civitai's programs write it.
+    """
+    with suppress(ValueError, RecursionError):
+        if text.startswith(("{", "["), start):
+            _, end = json.JSONDecoder().raw_decode(text, start)
+            if text[end : end + 1] in ("", ","):
+                return text[start:end], end + 1
+    match = _VALUE.match(text, start)
+    return match and (_unquoted(match[1]), match.end())
 
 
 def _unquoted(value: str) -> str:

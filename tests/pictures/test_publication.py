@@ -122,9 +122,7 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
     of_comfyui, of_a1111 = write_picture(tmp_path / "jane/3.png", None), tmp_path / "jane/4.jpg"
     exif = Image.Exif()
     settings = f'Steps: 7, Lora hashes: "jane_doe: {hash_}", Hashes: {{"vae": "735e", "lora:jane_doe": "{hash_}"}}'
-    said = (
-        f'sks <lora:jane_doe:1>\n{settings}, Civitai resources: [{{"type": "lora", "modelVersionId": 1}}], Version: 1'
-    )
+    said = f'sks <lora:jane_doe:1>\n{settings}, Civitai resources: [{{"type": "lora", "modelName": "sks [fp8]"}}], Version: 1'
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + said.encode("utf-16-be")
     Image.new("RGB", (64, 32), "red").save(of_a1111, exif=exif)
     given = [photo, png, of_comfyui, of_a1111]
