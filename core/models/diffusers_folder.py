@@ -51,7 +51,8 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # Only these folders, since a repository may also hold the same weights in a single file.
-    parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*", "processor")
+    networks = ("unet", "transformer", "vae", "text_encoder*")
+    parts = (*networks, "scheduler", "tokenizer*", "processor")
     wanted = [
         *_INDEXES,
         *(f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")),
@@ -60,8 +61,8 @@ def download(hub_id: str) -> Path:
         folder = Path(
             snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=[f"*{word}*" for word in _COPIES])
         )
-        networks = [path.parent for path in folder.glob("*/config.json")]
-        if not all(any(network.glob("*.safetensors")) for network in networks):
+        found = [config.parent for network in networks for config in folder.glob(f"{network}/config.json")]
+        if not all(any(network.glob("*.safetensors")) for network in found):
             folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
         return folder
     except Exception as error:  # the hub client raises many kinds of errors, down to those of its HTTP library
@@ -143,16 +144,19 @@ def _folder_tensors(folder: Path, part: str, left_out: str) -> Mapping[str, Tens
 
 
 def _in_index(folder: Path, paths: list[Path]) -> list[Path]:
-    """Return those of a folder's files that its index names, as diffusers does: earlier weights may be left beside them.
+    """Return the files that the folder's index lists, because earlier weights may be left beside them.
 
-    Without an index, or without any file in it, return all. Raises BadFile when only some of its files are there.
+    Without an index, or without any file in it, return all. Like transformers, prefer a single file of a text encoder. Raises
+    BadFile when only some of the listed files are there.
     """
+    if (single := folder / "model.safetensors") in paths:
+        return [single]
     for index in folder.glob("*.safetensors.index.json"):
         files = _read_config(index).get("weight_map")
         named = {folder / str(name) for name in files.values()} if isinstance(files, dict) else set()
         if named.isdisjoint(paths):
             continue  # The index of weights that were not downloaded, beside a copy in fp16.
         if missing := sorted(path.name for path in named.difference(paths)):
-            raise BadFile(f"{folder.name}: {missing[0]} is missing, which {index.name} names. Download it again")
+            raise BadFile(f"{folder.name}: {index.name} lists {missing[0]}, which is missing. Download it again")
         return sorted(named)
     return paths

@@ -151,10 +151,20 @@ def test_of_a_folder_with_an_index_only_the_files_in_it_are_read_and_all_of_them
     read = load_base(folder).components["denoiser"].tensors
     assert all(torch.equal(read[name], tensor) for name, tensor in whole.items())
     (unet / shards[1]).unlink()
-    with pytest.raises(BadFile, match=rf"unet: {shards[1]} is missing, which {index.name} names"):
+    with pytest.raises(BadFile, match=rf"unet: {index.name} lists {shards[1]}, which is missing"):
         load_base(folder)
     (unet / shards[0]).unlink()
     assert torch.equal(load_base(folder).components["denoiser"].tensors["conv_in.bias"], earlier["conv_in.bias"])
+
+    encoder, shard = folder / "text_encoder", "model-00001-of-00001.safetensors"
+    whole = load_file(encoder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in whole.items()}, encoder / shard)
+    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(whole, shard)}))
+    name = next(name for name in whole if name.endswith("final_layer_norm.bias"))
+    read = load_base(folder).components["text_encoder"].tensors
+    assert any(torch.equal(read[known], whole[name]) for known in read if known.endswith("final_layer_norm.bias")), (
+        "transformers prefers a single file"
+    )
 
 
 def test_the_folders_scheduler_says_what_is_predicted(folder):
