@@ -161,9 +161,7 @@ def _encode_images(
                 found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
             if not _is_finite(found):
-                raise BadFile(
-                    f"{base.name}: its VAE makes NaN or infinite values of {image.photo.name}. Use another (vae)"
-                )
+                raise _damaged(base, "VAE", image.photo.name)
             # tiles change the result a little, and a later run may have enough memory for whole pictures
             if not vae.use_tiling:
                 _write("latents", key, found, {_PHOTO: image.photo.digest})
@@ -194,9 +192,7 @@ def _encode_prompts(
                     conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
             found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
             if not _is_finite(found):
-                raise BadFile(
-                    f"{base.name}: its text encoder makes NaN or infinite values of {prompt!r}. Use another (text_encoders)"
-                )
+                raise _damaged(base, "text encoder", repr(prompt))
             _write("text", key, found)
         results[prompt, chunks] = found
         progress(index + 1)
@@ -226,6 +222,13 @@ def _read(kind: str, key: str) -> dict[str, Tensor] | None:
         return None
     as_written = file.metadata.get(_CHECKSUM) == _checksum(key, tensors)
     return tensors if as_written and _is_finite(tensors) else None
+
+
+def _damaged(base: Base, network: str, what: str) -> BadFile:
+    return BadFile(
+        f"{base.name}: its {network} turns {what} into NaN or infinite values. The file may be damaged: download it again, or "
+        "use another"
+    )
 
 
 def _is_finite(tensors: Mapping[str, Tensor]) -> bool:

@@ -364,7 +364,7 @@ class Run:
         advice = "Lower the learning rate" + (", or use precision bf16" if self.dtype == torch.float16 else "")
         if int(self.first_bad_step) == 0:
             other = "precision bf16, or " if self.dtype == torch.float16 else ""
-            advice = f"Use {other}another file of the base model, since no weight had changed yet"
+            advice = f"Use {other}another file of the base model: the LoRA had changed nothing yet"
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
             f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}. {advice}"

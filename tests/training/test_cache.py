@@ -92,8 +92,8 @@ def test_each_encoder_is_loaded_once(dataset, base, monkeypatch):
 @pytest.mark.parametrize(
     ("part", "tensor", "said"),
     [
-        ("vae", "encoder.conv_in.bias", r"its VAE makes NaN or infinite values of .*\. Use another \(vae\)"),
-        ("text_encoder", "text_model.final_layer_norm.bias", r"its text encoder makes NaN .*\(text_encoders\)"),
+        ("vae", "encoder.conv_in.bias", "its VAE turns .* into NaN or infinite values"),
+        ("text_encoder", "text_model.final_layer_norm.bias", "its text encoder turns .* into NaN or infinite values"),
     ],
 )
 def test_an_encoder_with_damaged_weights_is_named_before_training(dataset, base, part, tensor, said):
