@@ -24,6 +24,19 @@ export async function listPeople(root, leave = () => {}) {
   if (!people.length) root.append(make("div", "facelora-quiet", say("No one has been trained yet.")))
 }
 
+/** Shows the list in an element, again and again as long as it is on the page. */
+function keepListed(root) {
+  const events = ["status", "facelora.training"]
+  let phase, last = listPeople(root)
+  const refresh = ({ detail }) => {
+    if (!root.isConnected) return events.forEach((event) => api.removeEventListener(event, refresh))
+    if (!detail || (detail.phase && detail.phase === phase)) return // the connection is lost; one more step
+    phase = detail.phase ?? phase
+    last = last.then(() => listPeople(root))
+  }
+  for (const event of events) api.addEventListener(event, refresh)
+}
+
 function row(person, root, leave) {
   const picture = make("img", "")
   if (person.picture) picture.src = person.picture
@@ -78,9 +91,7 @@ app.registerExtension({
       render: (root) => {
         const list = make("div", "facelora-people")
         root.replaceChildren(make("div", "facelora-panel facelora-sidebar", make("h3", "", say("Trained people")), list))
-        const refresh = () => (list.isConnected ? listPeople(list) : api.removeEventListener("status", refresh))
-        api.addEventListener("status", refresh) // the queue has changed
-        listPeople(list)
+        keepListed(list)
       },
     })
   },

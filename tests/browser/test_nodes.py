@@ -340,15 +340,14 @@ def test_what_a_lora_is_stands_in_a_node_of_a_subgraph_too_when_its_tab_is_opene
     page.open(page.saved(), "subgraph")
     shown = """() => app.graph.nodes.flatMap((node) => node.subgraph?.nodes ?? [node])
         .map((node) => node.widgets.find(({ name }) => name === "result_text").element.textContent.includes("sks person"))"""
+    both = f"() => String(({shown})()) === 'true,true'"
     assert page.run(shown) == [False, False]
     assert server.wait(page.queue()).status == "success"
-    page.page.wait_for_timeout(500)
-    assert page.run(shown) == [True, True]
+    page.wait_for(both)
 
     page.clear()  # another tab, and back
     page.page.get_by_text("subgraph").first.click()
-    page.page.wait_for_timeout(1000)
-    assert page.run(shown) == [True, True]
+    page.wait_for(both)
     assert page.problems == []
 
 

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.browser
 def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, browser, server):
     other = ComfyPage(browser, server)
     other.page.get_by_role("button", name="Trained people").first.click()
-    page.run(BUILD, train_node(seed=61, name="petra", steps=2, samples=0, settings=""))
-    assert server.wait(page.queue()).status == "success"
+    page.run(BUILD, train_node(seed=61, name="petra", steps=40, samples=0, settings=""))
+    prompt_id = page.queue()
     person = other.page.locator(".facelora-sidebar .facelora-person", has_text="petra")
+    person.filter(has_text="training").wait_for()
+    assert server.wait(prompt_id).status == "success"
     person.filter(has_text="done").wait_for()
-    assert person.locator("img").evaluate("(image) => image.naturalWidth > 0")
+    other.wait_for("() => document.querySelector('.facelora-sidebar .facelora-person img').naturalWidth > 0")
     person.get_by_role("button", name="Open").click()
     other.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done: petra')")
     other.page.locator(".facelora-all").click()
