@@ -3,13 +3,15 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
 from .. import demo
 from ..errors import BadConfig
 from ..lora import write_sidecars
-from ..pictures import find_style_packs
+from ..models import Base
+from ..pictures import StylePack, find_style_packs
 from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
 from .common import DEMO, JsonProgress, base_from
 from .computing import device_from, show_work
@@ -26,19 +28,8 @@ def run_studio(options: argparse.Namespace) -> int:
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
-    is_demo = options.base == DEMO
-    found = find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder])
-    terms = Terms(
-        packs=found.packs,
-        style_pack=options.style_pack or (demo.STYLE_PACK if is_demo else STYLE_PACK),
-        count=COUNT if options.count is None else options.count,
-        seed=options.seed,
-        size=demo.PICTURE_SIZE if is_demo else None,
-        recipe=options.recipe,
-        settings=given,
-        training_adapter=training_adapter_from(options, base),
-        drawn_on=drawn_on_from(options, base, **schedule_from(given)),
-    )
+    found = find_style_packs([*([demo.FOLDER] if options.base == DEMO else []), *options.style_folder])
+    terms = _terms(options, base, given, found.packs)
     stop, failed = StopOnSignal(), False
     before = plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
@@ -77,6 +68,21 @@ def run_studio(options: argparse.Namespace) -> int:
     if not options.json:
         print(f"report: {options.output / 'report.html'}")
     return 1 if failed else 0
+
+
+def _terms(options: argparse.Namespace, base: Base, given: Mapping[str, Any], packs: Mapping[str, StylePack]) -> Terms:
+    is_demo = options.base == DEMO
+    return Terms(
+        packs=packs,
+        style_pack=options.style_pack or (demo.STYLE_PACK if is_demo else STYLE_PACK),
+        count=COUNT if options.count is None else options.count,
+        seed=options.seed,
+        size=demo.PICTURE_SIZE if is_demo else None,
+        recipe=options.recipe,
+        settings=given,
+        training_adapter=training_adapter_from(options, base),
+        drawn_on=drawn_on_from(options, base, **schedule_from(given)),
+    )
 
 
 def _described(before: Plan) -> dict[str, Any]:
