@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
 
-from .. import models  # Its modules load only when a name is used.
+from .. import models, pictures  # Their modules load only when a name is used.
 from ..errors import BadConfig, one_line
 from ..progress import OnProgress
 from ..storage.files import is_text
@@ -45,6 +45,13 @@ def _source(name: Any):
     from ..demo import embedded_base
 
     return embedded_base()
+
+
+def packs_for(options: argparse.Namespace) -> "pictures.FoundPacks":
+    """Find the style packs for `--base` in the package and in `--style-folder`."""
+    from ..demo import FOLDER
+
+    return pictures.find_style_packs([*([FOLDER] if options.base == DEMO else []), *options.style_folder])
 
 
 @overload

@@ -31,14 +31,13 @@ from ..pictures import (
     Subject,
     batch_summary,
     check_count,
-    find_style_packs,
     long_prompts,
     make_group_pictures,
     make_headshots,
 )
 from ..pictures.group import Area, read_box
 from ..progress import OnWarning
-from .common import BarProgress, base_from, print_warning, split_strength
+from .common import BarProgress, base_from, packs_for, print_warning, split_strength
 from .computing import device_from
 from .settings import given_settings
 
@@ -186,7 +185,7 @@ def pack_jobs(
     """Return the jobs of a style pack. For a group, the list of names is the subject, and the size is the group's."""
     if options.prompt:
         raise BadConfig("--prompt and --style-pack are both given; use only one")
-    found = find_style_packs(options.style_folder)
+    found = packs_for(options)
     for problem in found.problems:
         progress.warning(problem)
     phrase = options.subject or trigger_phrase(loras)
@@ -213,7 +212,7 @@ def pack_jobs(
 
 
 def list_style_packs(options: argparse.Namespace) -> None:
-    found = find_style_packs(options.style_folder)
+    found = packs_for(options)
     problems = list(found.problems)
     packs = {}
     for name, pack in sorted(found.packs.items()):

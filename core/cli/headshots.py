@@ -13,11 +13,11 @@ from ..errors import BadConfig
 from ..lora import file_word, write_sidecars
 from ..models import Base
 from ..photos import read_photos
-from ..pictures import batch_summary, find_style_packs
+from ..pictures import batch_summary
 from ..progress import OnWarning
 from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
 from ..training import recipe_config
-from .common import DEMO, BarProgress, JsonProgress, base_from
+from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, work_in_short
 from .generate import few_steps_hint
 from .settings import schedule_from, settings_from
@@ -91,7 +91,7 @@ def _order(options: argparse.Namespace, config: TrainConfig, asks: bool, on_warn
     """Return the order from the options, else from answers to questions, else from the defaults."""
     is_demo = options.base == DEMO
     usual = demo.STYLE_PACK if is_demo else STYLE_PACK
-    found = find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder])
+    found = packs_for(options)
     for problem in found.problems:
         on_warning(problem)
     if asks and not hasattr(options, "setting_class_word"):

@@ -11,9 +11,9 @@ from .. import demo
 from ..errors import BadConfig
 from ..lora import write_sidecars
 from ..models import Base
-from ..pictures import StylePack, find_style_packs
+from ..pictures import StylePack
 from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
-from .common import DEMO, JsonProgress, base_from
+from .common import DEMO, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work
 from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps
 from .settings import schedule_from, settings_from
@@ -28,7 +28,7 @@ def run_studio(options: argparse.Namespace) -> int:
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
-    found = find_style_packs([*([demo.FOLDER] if options.base == DEMO else []), *options.style_folder])
+    found = packs_for(options)
     terms = _terms(options, base, given, found.packs)
     stop, failed = StopOnSignal(), False
     before = plan(people, base, options.output, terms, device)

@@ -784,7 +784,10 @@ def test_no_length_of_clip_is_minded_where_a_base_reads_with_another_encoder(
 
 def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--style-pack", "list"]) == 0
-    assert "corporate: Corporate\n    Classic grey studio\n" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "corporate: Corporate\n    Classic grey studio\n" in listed and "demo: " not in listed
+    assert main(["generate", "--base", "demo", "--style-pack", "list"]) == 0
+    assert "demo: What the demo's base model knows\n    Photo\n" in capsys.readouterr().out
     assert main(["generate", "--style-pack", "corporate", "--output", "x"]) == 1
     assert capsys.readouterr().err == "facelora: --base FILE is missing\n"
 
