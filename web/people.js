@@ -24,17 +24,21 @@ export async function listPeople(root, leave = () => {}) {
   if (!people.length) root.append(make("div", "facelora-quiet", say("No one has been trained yet.")))
 }
 
-/** Shows the list in an element, again and again as long as it is on the page. */
+/** Shows the list in an element, and again after each change, as long as the element is on the page. */
 function keepListed(root) {
   const events = ["status", "facelora.training"]
-  let phase, last = listPeople(root)
+  let phase, last = Promise.resolve()
+  const list = () => {
+    last = last.then(() => listPeople(root)).catch(() => {}) // ComfyUI shows that the server is gone
+  }
   const refresh = ({ detail }) => {
     if (!root.isConnected) return events.forEach((event) => api.removeEventListener(event, refresh))
     if (!detail || (detail.phase && detail.phase === phase)) return // the connection is lost; one more step
     phase = detail.phase ?? phase
-    last = last.then(() => listPeople(root))
+    list()
   }
   for (const event of events) api.addEventListener(event, refresh)
+  list()
 }
 
 function row(person, root, leave) {

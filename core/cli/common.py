@@ -49,9 +49,11 @@ def _source(name: Any):
 
 def packs_for(options: argparse.Namespace) -> "pictures.FoundPacks":
     """Find the style packs for `--base` in the package and in `--style-folder`."""
+    if options.base != DEMO:
+        return pictures.find_style_packs(options.style_folder)
     from ..demo import FOLDER
 
-    return pictures.find_style_packs([*([FOLDER] if options.base == DEMO else []), *options.style_folder])
+    return pictures.find_style_packs([FOLDER, *options.style_folder])
 
 
 @overload

@@ -17,6 +17,7 @@ from ..device import processor, usable_device
 from ..errors import BadConfig, BadFile
 from ..models.base import Base
 from ..photos import count_photos, read_photos
+from ..progress import silent
 from ..storage.files import make_folder
 from ..storage.locks import locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
@@ -171,7 +172,8 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
     for person in people:
         try:
             check_agreed(person)
-            photos = count_photos(person.photos) or len(read_photos(person.photos))  # This raises why there are none.
+            # Without any, reading them raises the reason.
+            photos = count_photos(person.photos) or len(read_photos(person.photos, on_warning=silent))
             order = terms.order(person, photos, base)
             if is_made(order, photos, base, output):
                 made_before.append(person.name)

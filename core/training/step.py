@@ -361,10 +361,10 @@ class Run:
             step = self.step - 1
         names = sorted({self.images[i].name for n in range(self.config.accumulation)
                         for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
-        advice = "Lower the learning rate" + (", or use precision bf16" if self.dtype == torch.float16 else "")
+        advice = "Lower the learning rate"
         if int(self.first_bad_step) == 0:
-            other = "precision bf16, or " if self.dtype == torch.float16 else ""
-            advice = f"Use {other}another file of the base model: the LoRA had changed nothing yet"
+            advice = "Nothing was trained yet, so the base model's file may be damaged: download it again"
+        advice += ", or use precision bf16" if self.dtype == torch.float16 else ""
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
             f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}. {advice}"

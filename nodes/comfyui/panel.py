@@ -118,9 +118,9 @@ def remember(run: QueuedRun, key: str, **facts: Any) -> None:
 
 
 def _training_of(prompt: Sequence[Any]) -> str:
-    """Return a hash of a prompt's user, its Train Face LoRA and all that it depends on; "" unless it has one such node.
+    """Return a hash of a prompt's user, its Train Face LoRA and all that the node depends on; "" unless there is one such node.
 
-    ComfyUI may reuse the training of any earlier prompt with the same hash. It ignores the ids of the nodes before it.
+    ComfyUI may reuse the training of any earlier prompt with the same hash: its cache ignores the ids of other nodes, too.
     """
     _, _, graph, extra, *_ = prompt
     trains = [key for key, node in graph.items() if node["class_type"] == TRAIN]

@@ -210,9 +210,8 @@ def test_what_cannot_be_published_is_refused_in_one_line_and_no_file_is_touched(
     for title, fault in ((None, "it has no title"), ("?!", r"its title '\?!' contains nothing usable")):
         with pytest.raises(BadConfig, match=rf"untitled\.safetensors: {fault}.*; set title$"):
             publish_agreed(untitled, out, title=title)
-    assert (
-        publish_agreed(untitled, tmp_path / "con", title="Con").lora.name == "Con_.safetensors"
-    )  # a device on Windows
+    device = publish_agreed(untitled, tmp_path / "con", title="Con")
+    assert device.lora.name == "Con_.safetensors", "Con is a device on Windows"
     assert not out.exists()
 
 
