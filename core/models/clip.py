@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
+from ..errors import BadConfig, LoraMisfit
 from ..storage.stored import LazyTensors, Stored
 from .ldm import count_children, shapes_in
 from .spec import Component, replace_module
@@ -200,13 +200,7 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
     if not projection:
         readers.pop("text_projection.weight", None)
     tensors = LazyTensors(readers)
-    shape_in_file = shapes_in(tensors, f"the text encoder {what}")
-
-    def shape(name: str) -> tuple[int, ...]:
-        if len(found := shape_in_file(name)) != 2:
-            raise UnmatchedKeys(f"the text encoder {what}: {name} has shape {list(found)}, expected a matrix")
-        return found
-
+    shape = shapes_in(tensors, f"the text encoder {what}")
     vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
     config = {
         "vocab_size": vocabulary,

@@ -74,13 +74,19 @@ def count_children(names: Iterable[str], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def shapes_in(tensors: Mapping[str, Tensor], what: str) -> Callable[[str], tuple[int, ...]]:
-    """Return a function that looks up a tensor's shape by its name. It raises UnmatchedKeys, about `what`, if it is missing."""
+def shapes_in(tensors: Mapping[str, Tensor], what: str) -> Callable[..., tuple[int, ...]]:
+    """Return a function that looks up a tensor's shape by its name and the allowed numbers of sides, 2 by default.
 
-    def shape(name: str) -> tuple[int, ...]:
+    It raises UnmatchedKeys, about `what`, if the tensor is missing, or has another number of sides or an empty one.
+    """
+
+    def shape(name: str, *sides: int) -> tuple[int, ...]:
         if name not in tensors:
             raise UnmatchedKeys(f"{what} lacks {name}")
-        return shape_of(tensors, name)
+        if len(found := shape_of(tensors, name)) not in (sides or (2,)) or 0 in found:
+            expected = " or ".join(map(str, sides or (2,)))
+            raise UnmatchedKeys(f"{what}: {name} has shape {list(found)}, expected {expected} sides above 0")
+        return found
 
     return shape
 
@@ -99,11 +105,8 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     stored = stored_under(tensors, DENOISER_PREFIX)
     names, shape_in_file = stored.keys(), shapes_in(tensors, "the denoiser")
 
-    def shape(name: str) -> tuple[int, ...]:
-        full = DENOISER_PREFIX + name
-        if len(found := shape_in_file(full)) < 2:
-            raise UnmatchedKeys(f"{full} of the denoiser has shape {list(found)}, which is not a layer's weight")
-        return found
+    def shape(name: str, *sides: int) -> tuple[int, ...]:
+        return shape_in_file(DENOISER_PREFIX + name, *sides)
 
     widths, resnets, depths = [], [], []
     started = False
@@ -112,7 +115,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
             started = False
             continue
         if not started:
-            widths.append(shape(f"input_blocks.{number}.0.out_layers.3.weight")[0])
+            widths.append(shape(f"input_blocks.{number}.0.out_layers.3.weight", 4)[0])
             depths.append(count_children(names, f"input_blocks.{number}.1.transformer_blocks"))
             resnets.append(0)
             started = True
@@ -129,8 +132,8 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     mid_depth = count_children(names, "middle_block.1.transformer_blocks")
     config: dict[str, Any] = {
-        "in_channels": shape(FIRST_WEIGHT)[1],
-        "out_channels": shape("out.2.weight")[0],
+        "in_channels": shape(FIRST_WEIGHT, 4)[1],
+        "out_channels": shape("out.2.weight", 4)[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
@@ -139,7 +142,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         "transformer_layers_per_block": tuple([*(max(depth, 1) for depth in depths[:-1]), mid_depth]),
         "cross_attention_dim": context_width,
         "attention_head_dim": 8 if head_width is None else tuple(width // head_width for width in widths),
-        "use_linear_projection": len(shape("middle_block.1.proj_in.weight")) == 2,
+        "use_linear_projection": len(shape("middle_block.1.proj_in.weight", 2, 4)) == 2,
     }
     if POOLED_WEIGHT in names:
         config |= {
@@ -179,13 +182,13 @@ def vae_component(
         odd = "has" if levels and not quant_conv else "lacks"
         raise UnmatchedKeys(f"the VAE {odd} {'quant_conv.weight' if levels else 'encoder.down'}")
     shape = shapes_in(LazyTensors({name: Stored(tensors, given) for name, given in names.items()}), "the VAE")
-    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(levels))
+    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels))
     config: dict[str, Any] = {
         "block_out_channels": widths,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": count_children(names, "encoder.down_blocks.0.resnets"),
-        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "latent_channels": shape("decoder.conv_in.weight", 4)[1],
         "scaling_factor": latent_scale,
         "shift_factor": latent_shift,
         "use_quant_conv": quant_conv,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from ..storage.gguf_file import SUFFIX, open_gguf
 from ..storage.safetensors_file import SafetensorsFile
-from ..storage.stored import LazyTensors, Stored
+from ..storage.stored import LazyTensors, Stored, dtype_and_shape
 from . import text
 from .base import Base, CaptionEncoder
 from .diffusers_folder import download, is_hub_id, read_folder
@@ -69,6 +69,9 @@ def load_base(
         tensors, given = _one_checkpoint(name, file, vae_file, encoder_files)
         family = detect_family(tensors)
         components = family.split(tensors)
+        if isinstance(file, SafetensorsFile):  # In other mappings, shapes may only be known by computing the tensors.
+            for one in components["denoiser"].tensors:
+                dtype_and_shape(components["denoiser"].tensors, one)
         _check_variant(family, components)
         text.check_encoders(family, components, given)
     except (UnknownFamily, UnmatchedKeys) as error:

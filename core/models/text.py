@@ -90,12 +90,12 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
         return "t5xxl"
     for name in ("text_model.final_layer_norm.weight", "final_layer_norm.weight"):
         if name in tensors:
-            return "clip_g" if shape_of(tensors, name)[0] == 1280 else "clip_l"
+            return "clip_g" if shape_of(tensors, name) == (1280,) else "clip_l"
     if "transformer.resblocks.0.ln_1.weight" in tensors:
-        return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight")[0] == 768 else "clip_g"
+        return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight") == (768,) else "clip_g"
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
-        is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
+        is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"]) == (4096,)
         # Its language model equals Qwen3's. Only the half that sees pictures, or a declaration in the file, distinguishes
         # them.
         sees_pictures = sees_pictures or any("visual.deepstack_merger_list." in name for name in tensors)
@@ -104,8 +104,8 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"
     table = qwen.get("embed_tokens.weight")
-    if table and _is_mistral(qwen) and shape_of(tensors, table)[0] == _VOCABULARIES["mistral"][0]:
-        return "ministral3_3b" if shape_of(tensors, table)[1] == _MINISTRAL_WIDTH else "mistral3_24b"
+    if table and _is_mistral(qwen) and shape_of(tensors, table)[:1] == _VOCABULARIES["mistral"][:1]:
+        return "ministral3_3b" if shape_of(tensors, table)[1:] == (_MINISTRAL_WIDTH,) else "mistral3_24b"
     raise UnknownFamily(
         f"unknown text encoder, e.g. {next(iter(tensors), 'no tensor')!r}. Supported: {', '.join(KINDS.values())}"
     )

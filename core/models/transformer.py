@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MissingPackage
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of, stored_under
+from ..errors import MissingPackage, UnmatchedKeys
+from ..storage.stored import LazyTensors, NarrowTensor, Stored, stored_under
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, shapes_in, vae_component
 from .packages import import_diffusers
@@ -40,10 +40,11 @@ def transformer_component(
     }
     readers: dict[str, Callable[[], Tensor]] = {}
     kept: dict[str, Tensor] = {}
+    shape = shapes_of(tensors)
 
     @cache
-    def inputs_of(weight: str) -> int:
-        return shape_of(tensors, weight)[1]
+    def inputs_of(path: str) -> int:
+        return shape(f"{path}.weight")[1]
 
     for short, read in stored.items():
         renamed = next((re.sub(pattern, new, short) for pattern, new in renames if re.fullmatch(pattern, short)), None)
@@ -57,10 +58,9 @@ def transformer_component(
         elif fusion is None or kind not in ("weight", "bias") or f"{path}.weight" not in stored:
             readers[short] = read  # Loading the network reports a tensor that it does not have.
         else:
-            weight = stored[f"{path}.weight"].name
             for index, part in enumerate(fusion.parts):
                 place = Place("denoiser", fusion, None)
-                readers[f"{part}.{kind}"] = _Rows(tensors, read.name, place, index, partial(inputs_of, weight), kept)
+                readers[f"{part}.{kind}"] = _Rows(tensors, read.name, place, index, partial(inputs_of, path), kept)
     return Component(config, LazyTensors(readers))
 
 
@@ -84,18 +84,26 @@ class _Rows(Stored):
         return self._cut(whole)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        dtype, (rows, *others) = super().layout()
-        return dtype, (self.place.rows(rows, self.inputs())[self.index], *others)
+        dtype, shape = super().layout()
+        return dtype, (self._rows(shape)[self.index], *shape[1:])
 
     def narrow(self, read: bool = True) -> NarrowTensor | None:
         whole = super().narrow(read)
         return whole and whole.cut(self._cut)
 
     def _cut(self, whole: Tensor) -> Tensor:
+        self._rows(whole.shape)
         return self.place.split(whole, self.inputs())[self.index][1].contiguous()
 
+    def _rows(self, shape: Sequence[int]) -> list[int]:
+        """Return the number of rows of each module. Raises UnmatchedKeys when a tensor of this shape doesn't have them."""
+        try:
+            return self.place.rows(shape[0], self.inputs())
+        except (IndexError, ValueError):
+            raise UnmatchedKeys(f"{self.name} has shape {list(shape)}, which does not fit its modules") from None
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[..., tuple[int, ...]]:
     """Return a function that looks up the shape of a denoiser's tensor by its original name, see `ldm.shapes_in`."""
     return shapes_in(LazyTensors(stored_under(tensors, DENOISER_PREFIX)), "the denoiser")
 

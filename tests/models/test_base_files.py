@@ -694,9 +694,30 @@ def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_s
     (key,) = (key for key in tensors if key.endswith(f"{name}.weight"))
     save_safetensors(tmp_path / "odd.safetensors", tensors | {key: torch.zeros(shape)})
     with pytest.raises(
-        UnmatchedKeys, match=rf"{re.escape(name)}\.weight has shape {re.escape(str(list(shape)))}, expected a matrix"
+        UnmatchedKeys,
+        match=rf"{re.escape(name)}\.weight has shape {re.escape(str(list(shape)))}, expected 2 sides above 0",
     ):
         load_base(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 5), (0, 0)])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("flux", "img_in.weight"), ("flux", "txt_in.weight"), ("flux", "double_blocks.0.img_attn.qkv.weight"),
+        ("flux", "double_blocks.0.img_attn.qkv.bias"), ("ae", "decoder.conv_in.weight"), ("t5xxl", "shared.weight"),
+        ("clip_l", "text_model.final_layer_norm.weight"),
+    ],
+)  # fmt: skip
+def test_a_tensor_with_other_sides_than_its_layer_s_is_refused_by_its_name(files, parts, tokenizer, part, name, shape):
+    save_safetensors(files[part], parts[part] | {name: torch.zeros(shape)})
+    with pytest.raises(UnmatchedKeys) as refused:
+        base = load_base(
+            files["flux"], vae=files["ae"], text_encoders=[files["clip_l"], files["t5xxl"]], tokenizer=tokenizer
+        )
+        base.load_text_encoders(CPU, torch.float32)
+    message = str(refused.value)
+    assert message.startswith("flux.safetensors") and f"{name} has shape {list(shape)}, " in message
 
 
 def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):

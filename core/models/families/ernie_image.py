@@ -32,7 +32,7 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
-    width, channels, patch, _ = shape("x_embedder.proj.weight")
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     config = {
         "hidden_size": width,
         "num_attention_heads": width // sum(ROTARY_AXES),

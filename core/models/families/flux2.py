@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UnmatchedKeys
-from ...storage.stored import LazyTensors, Stored, shape_of
+from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
-from ..ldm import kl_pixels, vae_component
+from ..ldm import kl_pixels, shapes_in, vae_component
 from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 from . import flux1
@@ -75,9 +74,8 @@ def vae(tensors: Mapping[str, Tensor]) -> Component:
     # The widths of the decoder are read separately, since one version has a narrower decoder.
     levels = reversed(range(len(config["block_out_channels"])))
     firsts = [f"decoder.up_blocks.{level}.resnets.0.conv1.weight" for level in levels]
-    if missing := set(firsts) - set(plain.tensors):
-        raise UnmatchedKeys(f"the VAE lacks {min(missing)}")
-    config["decoder_block_out_channels"] = tuple(shape_of(plain.tensors, name)[0] for name in firsts)
+    shape = shapes_in(plain.tensors, "the VAE")
+    config["decoder_block_out_channels"] = tuple(shape(name, 4)[0] for name in firsts)
     tensors_of_vae = {name: Stored(plain.tensors, name) for name in plain.tensors}
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
     counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}

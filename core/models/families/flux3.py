@@ -57,7 +57,7 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("emb_in.image.weight")
-    (head,) = shape("single_blocks.0.norm.query_norm.scale")
+    (head,) = shape("single_blocks.0.norm.query_norm.scale", 1)
     config = {
         "in_channels": channels,
         "cond_in_channels": shape("emb_in.image_cond.weight")[1],

@@ -74,7 +74,7 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("input_proj.weight")
-    (head,) = shape("layers.0.attention.norm_q.weight")
+    (head,) = shape("layers.0.attention.norm_q.weight", 1)
     config = {
         "in_channels": channels,
         "num_layers": count_children(names, "layers"),

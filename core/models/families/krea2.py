@@ -62,9 +62,9 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("first.weight")
-    (head,) = shape("blocks.0.attn.qknorm.qnorm.scale")
+    (head,) = shape("blocks.0.attn.qknorm.qnorm.scale", 1)
     fusion = "txtfusion.layerwise_blocks.0"
-    (text_head,) = shape(f"{fusion}.attn.qknorm.qnorm.scale")
+    (text_head,) = shape(f"{fusion}.attn.qknorm.qnorm.scale", 1)
     text_width = shape(f"{fusion}.attn.wq.weight")[1]
     config = {
         "in_channels": channels,
@@ -75,7 +75,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "intermediate_size": shape("blocks.0.mlp.gate.weight")[0],
         "timestep_embed_dim": shape("tmlp.0.weight")[1],
         "text_hidden_dim": text_width,
-        "num_text_layers": shape("txtfusion.projector.weight")[-1],
+        "num_text_layers": shape("txtfusion.projector.weight", 1, 2)[-1],
         "text_num_attention_heads": text_width // text_head,
         "text_num_key_value_heads": shape(f"{fusion}.attn.wk.weight")[0] // text_head,
         "text_intermediate_size": shape(f"{fusion}.mlp.gate.weight")[0],
@@ -96,7 +96,8 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 
 def _in_rows(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    return tensors[name].reshape(6, -1)
+    whole = tensors[name]
+    return whole if whole.numel() % 6 else whole.reshape(6, -1)
 
 
 def rotary_axes(head: int) -> tuple[int, int, int]:

@@ -101,7 +101,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
     shape = shapes_in(of_vae, "the VAE")
 
     def width(name: str) -> int:
-        return shape(f"{name}.weight")[0]
+        return shape(f"{name}.weight", 4, 5)[0]
 
     base, blocks = width("encoder.conv_in"), count_children(of_vae, "encoder.down_blocks")
     config: dict[str, Any] = {

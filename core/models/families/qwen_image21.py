@@ -45,7 +45,7 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("img_in.weight")
-    (head,) = shape("transformer_blocks.0.attn.norm_q.weight")
+    (head,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
     config = {
         "in_channels": channels,
         "out_channels": shape("proj_out.weight")[0],
@@ -82,7 +82,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
     of_layer = shapes_in(LazyTensors(stored), "the VAE is not Qwen-Image 2.1's: it")
 
     def shape(layer: str) -> tuple[int, ...]:
-        return of_layer(f"{layer}.weight")
+        return of_layer(f"{layer}.weight", 4, 5)
 
     base, levels = shape("encoder.conv_in")[0], count_children(stored, "encoder.down_blocks")
     config: dict[str, Any] = {

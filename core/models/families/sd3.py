@@ -41,7 +41,7 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
-    width, channels, patch, _ = shape("x_embedder.proj.weight")
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     layers = count_children(names, "joint_blocks")
     config = {
         "patch_size": patch,
@@ -53,7 +53,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "joint_attention_dim": shape("context_embedder.weight")[1],
         "caption_projection_dim": shape("context_embedder.weight")[0],
         "pooled_projection_dim": shape("y_embedder.mlp.0.weight")[1],
-        "pos_embed_max_size": round(shape("pos_embed")[-2] ** 0.5),
+        "pos_embed_max_size": round(shape("pos_embed", 2, 3)[-2] ** 0.5),
         # The first blocks of SD3.5 Medium have a second attention, on the image alone.
         "dual_attention_layers": tuple(
             layer for layer in range(layers) if f"joint_blocks.{layer}.x_block.attn2.qkv.weight" in names
