@@ -436,10 +436,10 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
         candidates = [identity.nearest_family]
     if len(candidates) != 1:
         candidates = families_of(modules, candidates or None) or candidates
-    if not candidates and types.keys() <= set(EMBEDDING_KEYS):
+    if not candidates and types and types.keys() <= set(EMBEDDING_KEYS):
         candidates = families_of_embedding({key: shape for key, (_, shape) in types.items()})
     if not candidates:
-        example = shortened(next(iter(types), "none"))
+        example = shortened(next(iter(types), ""))
         if not modules:
             what = _what_else(types) or f"no adapter found in its {counted(len(types), 'tensor')}, e.g. {example!r}"
             raise NoLora(f"{name}: not a LoRA: {what}")
@@ -470,9 +470,11 @@ _WORD_WIDTHS = {768, 1024, 1280, 4096}
 
 def _what_else(types: Types) -> str | None:
     """Describe what a file without an adapter's tensors contains instead; None if its names don't show it."""
+    if not types:
+        return "it has no tensors"
     if any(map(NUMBERED.fullmatch, types)):
         return "its modules are numbered (cloneofsimo/lora), but don't fit SD1.x or SD2.x in any known order"
-    if types and all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
+    if all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
         return f"it is a textual-inversion embedding ({', '.join(map(repr, types))})"
     if key := next((key for key in types if "lora" in key.lower()), None):
         return f"{shortened(key)!r} does not end like a LoRA's tensor, such as .lora_down.weight or .lora_A.weight"

@@ -247,6 +247,7 @@ def factors_of(*names: str) -> dict[str, torch.Tensor]:
 
 
 STRANGE = {
+    "nothing": ({}, r"^LoRA: not a LoRA: it has no tensors$"),
     "a textual inversion of diffusers": (
         {"<s1>": torch.zeros(2, 768)},
         r"it is a textual-inversion embedding \('<s1>'\)",
