@@ -104,10 +104,10 @@ def publish(
     source, folder = LoraFile.read(lora), Path(output)
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: this folder already exists; choose another output")
-    if not source.entries:
-        raise BadFile(f"{source.name}: this file is an embedding; only LoRAs can be published")
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
         raise BadFile(f"{source.name}: {fault.text}; repair it before publishing")
+    if not source.entries:
+        raise BadFile(f"{source.name}: this file is an embedding; only LoRAs can be published")
     if _is_loaded_by_none(source):
         on_warning(
             f"{source.name}: no image program loads its {source.scheme} names. Convert it, and publish the result: "

@@ -207,6 +207,11 @@ def test_what_cannot_be_published_is_refused_in_one_line_and_no_file_is_touched(
         assert {file.name for file in tmp_path.iterdir() if file.is_dir()} == {"there", "empty"}
     with pytest.raises(BadConfig, match="the person shown must have agreed"):
         publish(path, out)
+    half = {f"unet.{MODULE[1]}.lora_A.weight": torch.ones(2, 64)}
+    save_file(half, tmp_path / "half.safetensors")
+    for name, fault in (("word", "this file is an embedding"), ("half", "1 tensor is not recognised or incomplete")):
+        with pytest.raises(BadFile, match=rf"{name}\.safetensors: {fault}"):
+            publish_agreed(tmp_path / f"{name}.safetensors", out)
     for title, fault in ((None, "it has no title"), ("?!", r"its title '\?!' contains nothing usable")):
         with pytest.raises(BadConfig, match=rf"untitled\.safetensors: {fault}.*; set title$"):
             publish_agreed(untitled, out, title=title)
