@@ -406,6 +406,7 @@ def merge_loras(
     collected: dict[ModuleId, list[LoraModule]] = {}
     vectors: dict[str, Tensor] = {}
     for lora, weight in loras:
+        lora.check()
         if not lora.entries:
             raise LoraMisfit(f"{lora.name}: has no modules to merge")
         for key, found in lora.bundled_words().items():

@@ -564,6 +564,12 @@ def test_an_alpha_that_scales_nothing_is_not_carried_on_where_it_is_infinite(rol
         convert_lora(lora, "comfy")
 
 
+def test_of_a_lora_whose_only_module_is_incomplete_a_merge_names_the_tensor():
+    half = LoraFile("sd15", {}, {f"{NAME}.lora_down.weight": torch.ones(2, 768)}, "half")
+    with pytest.raises(UnmatchedKeys, match=r"half: 1 tensor is not recognised.* of shape \[2, 768\]"):
+        merge_loras([(half, 1.0)])
+
+
 def test_loras_of_two_families_are_not_merged():
     other = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})
     with pytest.raises(LoraMisfit, match="only LoRAs for the same family"):
