@@ -40,7 +40,7 @@ class BaseLayers:
     shapes: dict[ModuleId, tuple[int, ...]]
     """The shape of each module's weight in diffusers."""
     biased: set[ModuleId]
-    """The modules that have a bias."""
+    """The modules that have a bias of their size."""
     names: NameTable
     """The names of its modules in LoRA files. UNets with other blocks than the published ones use diffusers' names."""
 
@@ -70,7 +70,7 @@ class BaseLayers:
             for module, outputs in zip(place.modules, rows, strict=True):
                 self.shapes[module] = (outputs, *shape[1:])
                 self._names[module] = weight
-            if bias_name(weight) in tensor_shapes:
+            if tensor_shapes.get(bias_name(weight)) == tuple(shape[:1]):
                 self.biased.update(place.modules)
 
     def name_of(self, module: ModuleId) -> str:

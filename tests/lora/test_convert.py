@@ -872,6 +872,23 @@ def test_what_is_extracted_from_a_model_of_any_family_and_merged_in_makes_it_the
             assert torch.allclose(merged[name], weight, atol=1e-2), name
 
 
+@pytest.mark.parametrize("size", [(), (7,)])
+def test_a_bias_of_another_size_than_its_layer_s_is_taken_for_none(size, tmp_path):
+    layers = {"input_blocks.1.1.proj_in.": (8, 320), "middle_block.1.transformer_blocks.0.attn2.to_k.": (8, 1024)}
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        weights = {f"model.diffusion_model.{layer}weight": torch.full(shape, value) for layer, shape in layers.items()}
+        save_safetensors(
+            tmp_path / name, weights | {"model.diffusion_model.input_blocks.1.1.proj_in.bias": torch.ones(size)}
+        )
+    lora, _ = extract_lora(tmp_path / "base", tmp_path / "tuned", rank=1)
+    assert len(lora.entries) == 2 and merge_into_checkpoint(tmp_path / "base", [(lora, 1.0)], tmp_path / "merged") == 2
+    layer = lora.entries[0].name
+    assert layer.endswith("proj_in")
+    biased = replace(lora, tensors={**lora.tensors, f"{layer}.diff_b": torch.ones(8)})
+    with pytest.raises(LoraMisfit, match=r"changes a bias, but .*proj_in has none"):
+        merge_into_checkpoint(tmp_path / "base", [(biased, 1.0)], tmp_path / "merged")
+
+
 @pytest.mark.parametrize(
     ("sign", "metadata"),
     [
