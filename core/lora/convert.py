@@ -76,7 +76,8 @@ def convert_lora(
     # diffusers refuses files with anything but adapters.
     words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
-    return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
+    made = replace(lora, tensors=tensors, metadata=converted.metadata)
+    return NewLora(made.with_metadata(metadata_for(made, scheme)), error)
 
 
 def _names_of(lora: LoraFile) -> NameTable:
@@ -167,13 +168,17 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
         "modelspec.architecture": f"{words['modelspec.architecture']}/lora",
     }
+    ranks = {str(entry.rank) for entry in lora.entries}
     if scheme == "kohya":
-        ranks = {entry.rank for entry in lora.entries}
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
         known["ss_base_model_version"] = words["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
-        known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return known | {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
+        known["ss_network_dim"] = next(iter(ranks)) if len(ranks) == 1 else "Dynamic"
+    kept = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
+    if kept.get("ss_network_dim", "").isdecimal() and not {kept["ss_network_dim"], "None"} & ranks:
+        # Fusing and splitting modules changes their ranks.
+        kept = {key: value for key, value in kept.items() if key not in ("ss_network_dim", "ss_network_alpha")}
+    return known | kept
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:

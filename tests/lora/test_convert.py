@@ -80,6 +80,19 @@ def test_what_is_known_of_a_file_without_metadata_is_written():
         assert back["ss_base_model_version"] == "sd_v1"
 
 
+def test_the_metadata_never_state_a_rank_that_no_module_has():
+    names = [f"transformer.transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    tensors = {f"{name}.lora_A.weight": torch.randn(4, 3072) for name in names}
+    tensors |= {f"{name}.lora_B.weight": torch.randn(3072, 4) for name in names}
+    stated = {"ss_network_dim": "4", "ss_network_alpha": "4.0", "ss_base_model_version": "flux1"}
+    lora = LoraFile.from_tensors(tensors, stated)
+    split = convert_lora(lora, "diffusers").lora
+    assert split.metadata.items() >= stated.items()
+    fused = convert_lora(lora, "kohya").lora
+    assert fused.entries[0].rank == 12 and fused.metadata["ss_network_dim"] == "12"
+    assert "ss_network_alpha" not in fused.metadata and fused.modules().keys() == lora.modules().keys()
+
+
 def test_the_hash_of_other_tensors_does_not_come_along(tmp_path):
     plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
     lora = LoraFile.from_tensors(plain, {"modelspec.hash_sha256": "0x12", "modelspec.title": "A face"})
