@@ -168,14 +168,15 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
         "modelspec.architecture": f"{words['modelspec.architecture']}/lora",
     }
-    ranks = {str(entry.rank) for entry in lora.entries}
+    ranks = {entry.rank for entry in lora.entries}
     if scheme == "kohya":
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
         known["ss_base_model_version"] = words["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
-        known["ss_network_dim"] = next(iter(ranks)) if len(ranks) == 1 else "Dynamic"
+        known["ss_network_dim"] = str(*ranks) if len(ranks) == 1 else "Dynamic"
     kept = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
-    if kept.get("ss_network_dim", "").isdecimal() and not {kept["ss_network_dim"], "None"} & ranks:
+    dim = kept.get("ss_network_dim", "")
+    if dim.isdecimal() and None not in ranks and int(dim) not in ranks:
         # Fusing and splitting modules changes their ranks.
         kept = {key: value for key, value in kept.items() if key not in ("ss_network_dim", "ss_network_alpha")}
     return known | kept
