@@ -11,6 +11,7 @@ from PIL import Image
 
 from core.demo import BASE_FILE
 from core.errors import FaceLoraError
+from core.storage.cache_folder import cache_folder, clear_cache
 from tests.tooling import write_photos
 
 from . import standin
@@ -125,6 +126,16 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
     assert drawn.likenesses == sorted(drawn.likenesses)
     assert {values["seed"] for values in desk.context.saved.values()} == {7, 8}
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
+
+
+def test_pictures_of_a_cancelled_batch_are_deleted_with_the_cache(desk):
+    desk.context.cancel_at = "pictures: 1 of 2"
+    node = NODES["facelora_headshots"](model=desk.model, lora=train(desk).lora, count=2, styles="", resolution=72)
+    with pytest.raises(standin.CanceledException):
+        node.invoke(desk.context)
+    assert list(cache_folder().glob("headshots/*/*.png"))
+    clear_cache()
+    assert not cache_folder().exists()
 
 
 @pytest.mark.parametrize(("name", "steps", "guidance"), [("base", 20, 6.0), ("base_hyper", 8, 1.0)])
