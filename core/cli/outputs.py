@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
-from ..storage.files import check_output, clean_place
+from ..storage.files import check_ending, check_output, clean_place
 from .common import DEMO, checkpoint
 
 
@@ -49,21 +49,23 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
 
     Temporary files of a killed command are deleted. Raises BadFile for a file that this command reads, and for a device, pipe
     or folder instead of a file. It is also raised for an existing file without --overwrite, if the command has that option.
-    Raises InUse while another command writes the file.
+    Raises InUse while another command writes the file. For a dry run, nothing is locked or written.
     """
     kinds = {action.dest: action for action in parser._actions}
     given = {name: value for name, value in vars(options).items() if name in kinds and value is not None}
     outputs = {name: path for name, path in given.items() if kinds[name].type in (output_file, output_folder)}
     inputs = [value for name, value in given.items() if name not in outputs]
     edited = [path for name, path in given.items() if kinds[name].type is edited_file and os.path.isfile(path)]
+    dry_run = getattr(options, "dry_run", False)
     with ExitStack() as held:
-        for name, path in {} if getattr(options, "dry_run", False) else outputs.items():
+        for name, path in outputs.items():
             if kinds[name].type is output_folder:
                 _check_folder(path, inputs)
                 continue
-            check_output(path, Path(str(kinds[name].metavar)).suffix)
+            (check_ending if dry_run else check_output)(path, Path(str(kinds[name].metavar)).suffix)
             _check_file(path, inputs, options)
-            edited.append(path)
+            if not dry_run:
+                edited.append(path)
         for path in map(Path, map(os.path.realpath, edited)):
             from ..storage.locks import locked  # Loads filelock.
 

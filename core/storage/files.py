@@ -203,9 +203,13 @@ def check_writable(path: Path) -> None:
 
 def check_output(path: Path, ending: str = ".safetensors") -> None:
     """Raise BadFile when a file cannot be written to `path`, or when its name has a different ending."""
+    check_ending(path, ending)
+    check_writable(path)
+
+
+def check_ending(path: Path, ending: str) -> None:
     if ending and path.suffix.lower() != ending:
         raise BadFile(f"{path}: the name of the output file must end in {ending}")
-    check_writable(path)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:

@@ -128,6 +128,18 @@ def test_a_folder_is_no_file_and_none_that_is_read(command, action, desk, capsys
             assert "this command reads this folder" in refused(command, action, name, capsys)
 
 
+@pytest.mark.parametrize(
+    ("command", "output", "words"),
+    [("train", "new.pt", "must end in .safetensors"), ("train", "lora.safetensors", "this command reads this file"),
+     ("headshots", "mine", "this is not a folder"), ("studio", "photos", "this command reads this folder")],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_the_run_would_refuse(command, output, words, desk, capsys):
+    before = sorted(desk.rglob("*"))
+    assert main([command, *ARGUMENTS[command], "--output", output, "--dry-run"]) == 1
+    assert f"{output}: " in (said := capsys.readouterr().err) and words in said
+    assert sorted(desk.rglob("*")) == before
+
+
 def test_an_empty_name_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["check", "photos", "--sheet", ""])
