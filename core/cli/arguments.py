@@ -24,7 +24,7 @@ from .options import (
     add_training_adapter,
     show_first,
 )
-from .outputs import add_overwrite, edited_file, given_path, output_file, output_folder
+from .outputs import add_overwrite, edited_file, given_name, given_path, output_file, output_folder
 from .settings import SCHEDULE, add_settings
 
 
@@ -212,7 +212,7 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
     )
     add_training_adapter(parser)
     parser.add_argument(
-        "--draw-on", metavar="BASE",
+        "--draw-on", type=given_name, metavar="BASE",
         help="Base model to draw on, instead of the one trained on: another of its family, such as SDXL-Lightning",
     )  # fmt: skip
     add_sidecars_option(parser)
@@ -223,7 +223,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_base(parser, required=False)
     add_settings(parser, SCHEDULE)
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA to draw with; may be repeated"
+        "--lora",
+        type=given_name,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to draw with; may be repeated",
     )
     _add_people(parser)
     _add_prompts(parser)
@@ -446,7 +451,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="LoRAs with their strengths (default: 1)")
+    parser.add_argument(
+        "files", nargs="+", type=given_name, metavar="FILE[:STRENGTH]", help="LoRAs with their strengths (default: 1)"
+    )
     _add_lora_output(parser)
     parser.add_argument(
         "--to", choices=SCHEMES, help=f"{_SCHEMES_HELP} (default: what most programs load for the model)"

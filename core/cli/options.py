@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
 from ..config import Precision
-from .outputs import given_path
+from .outputs import given_name, given_path
 
 
 class HelpAll(argparse.Action):
@@ -82,15 +82,19 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--base", required=required, help="Base model: checkpoint file, diffusers folder, hub id, "
-                        "or demo, the small one of the package")  # fmt: skip
-    parser.add_argument("--vae", metavar="FILE", help="VAE, if the base model's file has only the denoiser")
     parser.add_argument(
-        "--text-encoder", action="append", default=[], metavar="FILE",
+        "--base", type=given_name, required=required,
+        help="Base model: checkpoint file, diffusers folder, hub id, or demo, the small one of the package",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vae", type=given_name, metavar="FILE", help="VAE, if the base model's file has only the denoiser"
+    )
+    parser.add_argument(
+        "--text-encoder", type=given_name, action="append", default=[], metavar="FILE",
         help="Text encoder, if the base model's file has none; repeat it for each (FLUX.1: CLIP-L and T5)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", metavar="DIR",
+        "--tokenizer", type=given_name, metavar="DIR",
         help="Folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or ComfyUI's "
         "comfy/text_encoders",
     )  # fmt: skip

@@ -23,6 +23,12 @@ def given_path(text: str) -> Path:
     return _named(text)
 
 
+def given_name(text: str) -> str:
+    """Convert an argument to the name of a file, a folder or a model."""
+    _named(text)
+    return text
+
+
 def edited_file(text: str) -> Path:
     """Convert an argument to the path of a file that is changed in place, unless an output is given."""
     return _named(text)

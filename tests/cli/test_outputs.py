@@ -140,10 +140,15 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(command, output, words, des
     assert sorted(desk.rglob("*")) == before
 
 
-def test_an_empty_name_is_wrong_usage(capsys):
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("check", "--sheet"), ("headshots", "--draw-on"),
+     *(("generate", option) for option in ("--base", "--vae", "--text-encoder", "--tokenizer", "--lora"))],
+)  # fmt: skip
+def test_an_empty_name_is_wrong_usage(command, option, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["check", "photos", "--sheet", ""])
-    assert "argument --sheet: the name is empty" in capsys.readouterr().err
+        main([command, *ARGUMENTS[command], option, ""])
+    assert f"argument {option}: the name is empty" in capsys.readouterr().err
 
 
 def test_a_sheet_replaces_a_sheet(desk, photo_folder, capsys):
