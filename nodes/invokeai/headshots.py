@@ -4,6 +4,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import torch
 from invokeai.invocation_api import (
@@ -25,6 +26,7 @@ from ...core.models.base import Base
 from ...core.pictures.generate import Job
 from ...core.pictures.headshot import Headshot
 from ...core.pictures.headshots import make_headshots, read_picture
+from ...core.progress import READING
 from ...core.storage.cache_folder import content_key, made_folder
 from ...core.threads import within_quota
 from . import services
@@ -82,6 +84,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         self, base: Base, lora: LoraFile, jobs: list[Job], context: InvocationContext, progress: NodeProgress
     ) -> list[Headshot]:
         """Draw the pictures into a folder of the cache. Returns them with the highest likeness first."""
+        base.compute_hashes(partial(progress.phase, READING))
         folder = made_folder("headshots", content_key("headshots", base.identity, lora.model_hash, jobs))
         services.make_room(context)
         device = services.device()

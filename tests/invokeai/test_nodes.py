@@ -128,6 +128,14 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
 
 
+def test_reading_the_model_for_headshots_is_shown_and_can_be_cancelled(desk):
+    node = NODES["facelora_headshots"](model=desk.model, lora=train(desk).lora, count=2, styles="", resolution=72)
+    desk.context.shown, desk.context.cancel_at = [], "reading the model"
+    with pytest.raises(standin.CanceledException):
+        node.invoke(desk.context)
+    assert not list(cache_folder().glob("headshots/*"))
+
+
 def test_pictures_of_a_cancelled_batch_are_deleted_with_the_cache(desk):
     desk.context.cancel_at = "pictures: 1 of 2"
     node = NODES["facelora_headshots"](model=desk.model, lora=train(desk).lora, count=2, styles="", resolution=72)
