@@ -28,7 +28,9 @@ def find_packs() -> FoundPacks:
     return find_style_packs([folder] if folder.is_dir() else [])
 
 
-_TITLES = {name: pack.title for name, pack in find_packs().packs.items()}
+_FOUND = find_packs()
+_TITLES = {name: pack.title for name, pack in _FOUND.packs.items()}
+_NOT_USED = "".join(f"\nNot used: {problem}" for problem in _FOUND.problems)
 if TYPE_CHECKING:
     PackName = str
 else:
@@ -40,7 +42,7 @@ class StylesInvocation(BaseInvocation):
 
     model: ModelIdentifierField = InputField(description="The base model: SD1.5 or SDXL.", **MAIN_MODEL)
     style_pack: PackName = InputField(
-        default="corporate", description="The pack of headshot styles.", ui_choice_labels=_TITLES
+        default="corporate", description=f"The pack of headshot styles.{_NOT_USED}", ui_choice_labels=_TITLES
     )
     styles: str = InputField(
         default="", description="Names of styles in the pack, separated by commas. If empty, all styles are used."

@@ -1,6 +1,8 @@
 """The nodes for InvokeAI beside a stand-in for it: their fields, their workflow, and what they do with a model and photos."""
 
+import importlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -134,6 +136,19 @@ def test_reading_the_model_for_headshots_is_shown_and_can_be_cancelled(desk):
     with pytest.raises(standin.CanceledException):
         node.invoke(desk.context)
     assert not list(cache_folder().glob("headshots/*"))
+
+
+def test_a_pack_that_cannot_be_used_is_named_at_the_field_for_it(pack):
+    module = sys.modules["ComfyUI-FaceLoRA.nodes.invokeai.style_pack"]
+    folder = module.services.root_folder() / "style_packs"
+    folder.mkdir()
+    (folder / "mine.json").write_text("[")
+    try:
+        fields = fields_of(importlib.reload(module).StylesInvocation)
+    finally:
+        shutil.rmtree(folder)
+        importlib.reload(module)
+    assert "\nNot used: mine.json: " in fields["style_pack"].options["description"]
 
 
 def test_pictures_of_a_cancelled_batch_are_deleted_with_the_cache(desk):
