@@ -53,18 +53,27 @@ def make_room(context: InvocationContext) -> None:
 
 
 def register_lora(
-    context: InvocationContext, path: Path, trigger_phrase: str, description: str, cover: Image.Image | None
+    context: InvocationContext,
+    path: Path,
+    trigger_phrase: str,
+    description: str,
+    cover: Image.Image | None,
+    is_new: bool,
 ) -> ModelIdentifierField:
     """The LoRA among InvokeAI's models: the record of that file, or a new one with words and a cover picture.
 
-    Raises BadFile when InvokeAI does not take the file for a LoRA.
+    A new file gets a new record: that of an earlier file, deleted by hand, has other words and another picture. Raises BadFile
+    when InvokeAI does not take the file for a LoRA.
     """
     install, records = _service(context, "model_manager", "install"), _service(context, "model_manager", "store")
     images = _service(context, "model_images")
     models = context.config.get().models_path
     stored = path.relative_to(models) if path.is_relative_to(models) else path  # as InvokeAI writes it into its records
     found = context.models.search_by_path(Path(stored.as_posix()))
-    if found:
+    if is_new:
+        for record in found:
+            install.unregister(record.key)
+    elif found:
         return ModelIdentifierField.from_config(found[0])
     named = ModelRecordChanges(name=path.stem, description=description)
     # A job of its installer: its pages list the new model at once.

@@ -103,7 +103,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         phrase = next(iter(trigger_words(metadata)), "")
         cover = samples[max(samples)][0] if self.cover and samples else None
         described = metadata.get("modelspec.description") or f"A person. Words for the person in prompts: {phrase}"
-        lora = services.register_lora(context, made.path, phrase, described, cover)
+        lora = services.register_lora(context, made.path, phrase, described, cover, is_new=not made.found)
         return TrainFaceLoraOutput(
             lora=lora,
             model=self.model,

@@ -177,7 +177,9 @@ class InvocationContext:
         self.util = SimpleNamespace(signal_progress=self._show, is_canceled=self._is_canceled)
         self.logger = SimpleNamespace(info=print, warning=print)
         store = SimpleNamespace(update_model=self._update)
-        install = SimpleNamespace(heuristic_import=self._register, wait_for_job=lambda job, timeout: job)
+        install = SimpleNamespace(
+            heuristic_import=self._register, wait_for_job=lambda job, timeout: job, unregister=self._unregister
+        )
         self._services = SimpleNamespace(
             model_manager=SimpleNamespace(install=install, store=store), model_images=SimpleNamespace(save=self._cover)
         )
@@ -209,6 +211,9 @@ class InvocationContext:
         path = str(Path(source).relative_to(self.folder))
         made = self.add_model(path, BaseModelType.StableDiffusion1, ModelType.LoRA)
         return SimpleNamespace(config_out=self.configs[made.key], error=None)
+
+    def _unregister(self, key: str) -> None:
+        del self.configs[key]
 
     def _update(self, key: str, changes: ModelRecordChanges) -> None:
         self.configs[key].trigger_phrases = changes.trigger_phrases

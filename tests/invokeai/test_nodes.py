@@ -107,6 +107,14 @@ def test_a_trained_lora_is_registered_with_its_words_and_a_cover_and_then_found(
     assert again.lora == made.lora and again.report.startswith("anna: already trained")
 
 
+def test_a_lora_in_the_place_of_one_deleted_by_hand_has_its_own_words(desk):
+    before = train(desk, class_word="man").lora
+    (desk.context.folder / "facelora" / "anna.safetensors").unlink()
+    after = train(desk, class_word="woman").lora
+    assert after.key != before.key and before.key not in desk.context.configs
+    assert desk.context.configs[after.key].trigger_phrases == {"sks woman"}
+
+
 def test_a_cancelled_run_ends_as_cancelled_and_goes_on(desk):
     desk.context.cancel_at = "step 1 of"
     with pytest.raises(standin.CanceledException):

@@ -19,6 +19,7 @@ CONTEXT = {
 SERVICES = {
     "heuristic_import": "invokeai.app.services.model_install.model_install_default.ModelInstallService",
     "wait_for_job": "invokeai.app.services.model_install.model_install_default.ModelInstallService",
+    "unregister": "invokeai.app.services.model_install.model_install_default.ModelInstallService",
     "update_model": "invokeai.app.services.model_records.model_records_sql.ModelRecordServiceSQL",
     "save": "invokeai.app.services.model_images.model_images_default.ModelImageFileStorageDisk",
 }
