@@ -23,6 +23,7 @@ from ...core.faces import Reference, faces_if_installed
 from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files
 from ...core.photos.report import VERDICTS
 from ...core.pictures.sheet import contact_sheet
+from . import services
 from .models import MAIN_MODEL, base_of
 from .progress import NodeProgress
 
@@ -58,7 +59,7 @@ class PhotosInvocation(BaseInvocation):
         names = self.image_names(context)
         if not names:
             raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a board that has them")
-        paths = [context.images.get_path(name) for name in names]
+        paths = [services.photo_path(context, name) for name in names]
         photos = read_photo_files(paths, on_warning=progress.warning)
         if not photos:
             raise BadPhoto(f"none of the {counted(len(names), 'photo')} can be read. Add others as jpg or png files")

@@ -12,13 +12,14 @@ from typing import Any
 from invokeai.invocation_api import InvocationContext, ModelIdentifierField, ModelType, __version__
 from PIL import Image
 
-from ...core.errors import BadFile, MissingPackage
+from ...core.errors import BadFile, BadPhoto, MissingPackage
 
 SEEN_IN = "6.14.2"
 _ADVICE = f"these nodes were made for InvokeAI {SEEN_IN}, and this is {__version__}. Update this pack or InvokeAI"
 
 try:
     from invokeai.app.services.config.config_default import get_config
+    from invokeai.app.services.image_records.image_records_common import ImageRecordNotFoundException
     from invokeai.app.services.model_records.model_records_base import ModelRecordChanges
     from invokeai.app.services.session_processor.session_processor_common import CanceledException
     from invokeai.backend.util.devices import TorchDevice
@@ -39,6 +40,14 @@ def root_folder() -> Path:
 def device() -> Any:
     """The torch device that InvokeAI computes on, in this thread."""
     return TorchDevice.choose_torch_device()
+
+
+def photo_path(context: InvocationContext, name: str) -> Path:
+    """Where InvokeAI keeps the photo of that name. Raises BadPhoto if it has been deleted."""
+    try:
+        return Path(context.images.get_path(name))
+    except ImageRecordNotFoundException:
+        raise BadPhoto(f"{name}: this photo is not in InvokeAI's gallery any more. Add another one instead") from None
 
 
 def raise_if_cancelled(context: InvocationContext) -> None:

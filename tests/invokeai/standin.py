@@ -143,6 +143,10 @@ class ModelRecordChanges:
     trigger_phrases: set[str] | None = None
 
 
+class ImageRecordNotFoundException(Exception):
+    pass
+
+
 class CanceledException(Exception):
     pass
 
@@ -190,6 +194,8 @@ class InvocationContext:
         return ModelIdentifierField.from_config(config)
 
     def _path(self, image_name: str) -> Path:
+        if not (self.folder / image_name).exists():
+            raise ImageRecordNotFoundException
         return self.folder / image_name
 
     def _pil(self, image_name: str, mode: str) -> Image.Image:
@@ -232,6 +238,9 @@ MODULES: dict[str, dict[str, Any]] = {
         )
     } | {"__version__": "6.14.2"},
     "invokeai.app.invocations.load_custom_nodes": {},
+    "invokeai.app.services.image_records.image_records_common": {
+        "ImageRecordNotFoundException": ImageRecordNotFoundException
+    },
     "invokeai.app.services.model_records.model_records_base": {"ModelRecordChanges": ModelRecordChanges},
     "invokeai.app.services.session_processor.session_processor_common": {"CanceledException": CanceledException},
     "invokeai.backend.util.devices": {"TorchDevice": TorchDevice},

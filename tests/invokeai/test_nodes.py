@@ -192,6 +192,7 @@ def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
     [
         ({"photos": None}, "no photos: add 10 to 20 photos of one person, or choose a board that has them"),
         ({"photos": [ImageField("grey.png")] * 2, "check_photos": True}, "0 of 1 usable"),
+        ({"photos": [ImageField("gone.png")]}, r"gone\.png: this photo is not in InvokeAI's gallery any more"),
         ({"settings": "rnk = 3"}, "rank"),
         ({"settings": "rank 3"}, "each line is NAME = VALUE"),
         ({"name": "../anna"}, "give a file name"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .setup_invokeai import PYTHON, STAMP
-from .standin import MODULES, CanceledException, InvocationContext
+from .standin import MODULES, CanceledException, ImageRecordNotFoundException, InvocationContext
 
 CONTEXT = {
     "ImagesInterface": "images", "BoardsInterface": "boards", "ModelsInterface": "models", "UtilInterface": "util",
@@ -53,7 +53,7 @@ def wanted(thing: Any) -> Any:
     """What the real one must have: an enum's values, or the names of parameters."""
     if isinstance(thing, type) and issubclass(thing, Enum):
         return {member.name: member.value for member in thing}
-    if not callable(thing) or thing in (CanceledException, InvocationContext):
+    if not callable(thing) or thing in (CanceledException, ImageRecordNotFoundException, InvocationContext):
         return []
     return [name for name, one in inspect.signature(thing).parameters.items() if one.kind != one.VAR_KEYWORD]
 
