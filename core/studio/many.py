@@ -64,11 +64,15 @@ def run(
     due, written = 0.0, 0
 
     def report() -> None:
-        """Write the results, and those of other people who are in the report. Only people of this call count as made."""
-        names = {result.name for result in results}
+        """Write the results, and those of other people who are in the report. Only people of this call count as made.
+
+        For a person whom another run is making, that run's line counts.
+        """
+        names = {result.name for result in results if not result.in_use}
         others = [one for one in read_report(output) if one.name not in names]
+        mine = [one for one in results if one.name not in {one.name for one in others}]
         write_report(
-            output, [*(replace(one, status="found") if one.status == "made" else one for one in others), *results]
+            output, [*(replace(one, status="found") if one.status == "made" else one for one in others), *mine]
         )
 
     try:

@@ -16,7 +16,7 @@ import torch
 
 from ..config import RecipeName
 from ..device import usable_device
-from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..errors import BadConfig, BadFile, FaceLoraError, InUse, one_line
 from ..models.base import Base
 from ..photos import Photo, count_photos, read_photos
 from ..pictures.headshot import Headshot
@@ -102,6 +102,8 @@ class Result:
     """How much the class has come to look like the person, measured in training; None if it was not measured."""
     cost: Cost | None = None
     """The cost of making it; None if it failed."""
+    in_use: bool = field(default=False, repr=False)  # The digests of earlier records are of a repr without it.
+    """Whether it failed because another run is making the person."""
 
     @property
     def told(self) -> str:
@@ -123,7 +125,7 @@ class Result:
 def failed(person: Person, error: Exception) -> Result:
     """Return the result of a person whose job raised the error."""
     reason = str(error) if isinstance(error, FaceLoraError) else one_line(f"{type(error).__name__}: {error}")
-    return Result(person.name, "failed", reason)
+    return Result(person.name, "failed", reason, in_use=isinstance(error, InUse))
 
 
 def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:

@@ -16,6 +16,7 @@ from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.studio import Person, Result, Terms, forget, many, plan, read_people, run
+from core.studio.report import read_report
 from core.studio.result import find
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
@@ -405,3 +406,14 @@ def test_another_programs_report_is_not_replaced(tmp_path, base, terms, people, 
     with pytest.raises(BadFile, match=f"{name}: this is not a studio"):
         list(run([replace(people[0], agreed=False)], base, output, terms))
     assert files(output) == {name} and (output / name).read_text() == text
+
+
+def test_a_person_made_by_another_run_is_not_reported_as_failed(tmp_path, base, terms, people):
+    output = tmp_path / "out"
+    (output / "anna" / ".facelora-cache").mkdir(parents=True)
+    second = run(people, base, output, terms)
+    with held_elsewhere(output / "anna" / "studio.json"):
+        assert "another process is writing this file" in next(second).reason
+    assert [one.status for one in run(people[:1], base, output, terms)] == ["made"]
+    assert [one.status for one in second] == ["made"]
+    assert {one.name: one.status for one in read_report(output)} == {"anna": "found", "ben": "made"}
