@@ -12,8 +12,9 @@ from ..errors import BadConfig
 from ..lora import write_sidecars
 from ..models import Base
 from ..pictures import StylePack
+from ..progress import READING
 from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
-from .common import DEMO, JsonProgress, base_from, packs_for
+from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
 from .computing import device_from, show_work
 from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps
 from .settings import schedule_from, settings_from
@@ -31,6 +32,10 @@ def run_studio(options: argparse.Namespace) -> int:
     found = packs_for(options)
     terms = _terms(options, base, given, found.packs)
     stop, failed = StopOnSignal(), False
+    if (
+        not options.dry_run or options.output.exists()
+    ):  # The plan compares the base model with those of earlier results.
+        _compute_hashes(base, terms.drawn_on)
     before = plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
 
@@ -83,6 +88,12 @@ def _terms(options: argparse.Namespace, base: Base, given: Mapping[str, Any], pa
         training_adapter=training_adapter_from(options, base),
         drawn_on=drawn_on_from(options, base, **schedule_from(given)),
     )
+
+
+def _compute_hashes(*models: Base | None) -> None:
+    for model in models:
+        if model:
+            model.compute_hashes(progress_bar(READING))
 
 
 def _described(before: Plan) -> dict[str, Any]:

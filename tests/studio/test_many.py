@@ -417,3 +417,15 @@ def test_a_person_made_by_another_run_is_not_reported_as_failed(tmp_path, base, 
     assert [one.status for one in run(people[:1], base, output, terms)] == ["made"]
     assert [one.status for one in second] == ["made"]
     assert {one.name: one.status for one in read_report(output)} == {"anna": "found", "ben": "made"}
+
+
+def test_reading_the_model_is_shown_before_the_plan(tmp_path, people, monkeypatch, capsys):
+    def planned(*_: object) -> None:
+        raise BadConfig(f"shown: {shown}")
+
+    shown: list[str] = []
+    monkeypatch.setattr("core.cli.studio.plan", planned)
+    monkeypatch.setattr("core.cli.studio.progress_bar", lambda name: lambda *_: shown.append(name), raising=False)
+    command = ["studio", str(people[0].photos.parent), "--base", "demo", "--output", str(tmp_path / "out")]
+    assert main([*command, "--dry-run"]) == 1 and "shown: []" in capsys.readouterr().err
+    assert main(command) == 1 and "shown: ['reading the model'" in capsys.readouterr().err
