@@ -37,6 +37,8 @@ def run_headshots(options: argparse.Namespace) -> int:
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
     adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options, base, **schedule_from(given))
+    if options.style_pack:
+        packs_for(options).pick(options.style_pack)  # Raises now, not after the photos have been checked.
     stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
 
     def check_stop(where: str) -> None:

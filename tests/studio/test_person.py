@@ -274,6 +274,13 @@ def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, r
     assert words in capsys.readouterr().err and not (folder / "out").exists()
 
 
+def test_an_unknown_style_pack_is_refused_before_the_photos_are_read(desk, monkeypatch, capsys):
+    monkeypatch.setattr("core.cli.headshots.read_photos", lambda *_, **__: pytest.fail("photos were read"))
+    command = ["headshots", str(desk("anna") / "photos"), "--base", "demo", "--yes", "--style-pack", "none"]
+    assert main(command) == 1
+    assert "no style pack 'none'; choose one of: " in capsys.readouterr().err
+
+
 def test_files_beside_the_two_base_models_are_for_the_one_that_is_no_diffusers_folder(desk):
     folder = desk("anna")
     base, tensors = load_base(BASE_FILE), load_file(BASE_FILE)
