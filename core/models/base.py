@@ -276,7 +276,7 @@ class Base:
     def hash_files(self, on_progress: OnProgress = silent) -> None:
         """Compute the hashes of the files, which pictures name. `on_progress` is called as by `compute_hashes`."""
         left: list[_File] = [name for name in _FILES if getattr(self, name) and name not in self._digests]
-        step = percent(on_progress, sum(-(-getattr(self, name).path.stat().st_size // CHUNK_BYTES) for name in left))
+        step = percent(on_progress, sum(-(-getattr(self, name).size // CHUNK_BYTES) for name in left))
         for name in left:
             self._file_hash(name, step)
 

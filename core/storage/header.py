@@ -67,7 +67,7 @@ class Header:
     codes: dict[str, str]
     """The type code of each tensor by name, a key of TYPES."""
     _offsets: dict[str, int]
-    _size: int
+    size: int
 
     @classmethod
     def open(cls: type[_File], path: str | os.PathLike[str]) -> _File:
@@ -107,7 +107,7 @@ class Header:
     def _reopened(self) -> Iterator[BinaryIO]:
         try:
             with self.path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != self._size:
+                if os.fstat(file.fileno()).st_size != self.size:
                     raise BadFile(f"{self.path}: the file has changed since it was opened")
                 yield file
         except OSError as error:

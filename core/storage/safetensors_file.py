@@ -91,10 +91,10 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
     def sha256(self, *, with_header: bool = True, on_chunk: Callable[[], None] = silent) -> str:
         """Compute the SHA-256 of the whole file, or of everything after its header, as 64 hex digits.
 
-        `on_chunk` is called after each MiB, and may raise to cancel.
+        `on_chunk` is called after each MiB, and may raise to cancel. Raises BadFile when the file was changed or removed.
         """
         digest = hashlib.sha256()
-        with self.path.open("rb") as file:
+        with self._reopened() as file:
             if not with_header:
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
             while chunk := file.read(CHUNK_BYTES):

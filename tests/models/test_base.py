@@ -315,6 +315,15 @@ def test_the_hashes_of_a_file_are_known_when_it_is_gone_after_they_were_computed
     assert (base.sha256, base.legacy_hash) == (other.sha256, other.legacy_hash)
 
 
+def test_a_file_that_is_gone_before_its_hash_is_computed_is_named(small_sd15, tmp_path):
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(small_sd15.read_bytes())
+    base = load_base(path)
+    path.unlink()
+    with pytest.raises(BadFile, match=r"base\.safetensors: cannot be read: No such file"):
+        base.hash_files()
+
+
 def test_a_weight_without_the_axes_of_a_layer_is_named(small_sd15, tmp_path):
     name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     save_file(load_file(small_sd15) | {name: torch.zeros(64)}, tmp_path / "a.safetensors")
