@@ -146,6 +146,8 @@ def processor(device: torch.device) -> str:
     """Return the name of the device's processor, as reported by the system."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
     names = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", names.read_text(encoding="utf-8")) if names.exists() else None
     return found[1] if found else platform.processor() or platform.machine()

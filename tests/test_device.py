@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core.device import fastest_dtype, usable_device
+from core.device import fastest_dtype, processor, usable_device
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -30,6 +30,11 @@ def test_an_amd_card_has_bf16_from_rdna_3_and_cdna_on(architecture, capability, 
 def test_an_intel_gpu_has_bf16_where_it_says_so(has, dtype, monkeypatch):
     monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda: has)
     assert fastest_dtype(torch.device("xpu", 0)) == dtype
+
+
+def test_an_intel_gpu_has_its_own_name(monkeypatch):
+    monkeypatch.setattr("torch.xpu.get_device_name", lambda device: "Intel Arc B580")
+    assert processor(torch.device("xpu")) == "Intel Arc B580"
 
 
 @pytest.mark.parametrize(("newer", "dtype"), [(True, BF16), (False, FP32)])
