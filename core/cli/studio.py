@@ -32,9 +32,8 @@ def run_studio(options: argparse.Namespace) -> int:
     found = packs_for(options)
     terms = _terms(options, base, given, found.packs)
     stop, failed = StopOnSignal(), False
-    if (
-        not options.dry_run or options.output.exists()
-    ):  # The plan compares the base model with those of earlier results.
+    # The plan compares the base model with those of earlier results.
+    if options.output.exists() or not options.dry_run:
         _compute_hashes(base, terms.drawn_on)
     before = plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)

@@ -23,7 +23,7 @@ def locked(path: Path) -> Iterator[None]:
     killed process; the empty file that remains locks nothing. On a file system without locks, this does nothing.
     """
     path = Path(os.path.realpath(path))  # All links to a file share one lock.
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=WAIT, is_singleton=True)
+    lock = FileLock(lock_of(path), timeout=WAIT, is_singleton=True)
     if lock.is_locked or not _acquire(lock, path):
         yield
         return
@@ -34,6 +34,11 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def lock_of(path: Path) -> Path:
+    """Return the path of a file's lock."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _acquire(lock: FileLock, path: Path) -> bool:

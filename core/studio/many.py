@@ -27,7 +27,7 @@ from .people import Person
 from .queue import hand_out
 from .ray_crew import RayCrew
 from .report import read_report, write_report
-from .result import CACHE, RECORD, Result, Terms, check_agreed, failed, find, find_or_make, is_made
+from .result import CACHE, RECORD, Result, Terms, check_person, failed, find, find_or_make, is_made
 
 _REPORT_PAUSE = 20
 """The report is rewritten after this many times the time that writing it took: with many people it is long."""
@@ -153,7 +153,7 @@ class Plan:
     made_before: tuple[str, ...]
     """People who are finished already, unless a photo or one of the files has changed."""
     refused: Mapping[str, str]
-    """Why people will fail because of a fault in their entry, by name."""
+    """Why people will fail because of a fault in their entry, photos or folder, by name."""
     earlier: tuple[Cost, ...]
     """The costs of people in the output's report on the same base model and processor."""
 
@@ -175,7 +175,7 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
     refused: dict[str, str] = {}
     for person in people:
         try:
-            check_agreed(person)
+            check_person(person, output)
             # Without any, reading them raises the reason.
             photos = count_photos(person.photos) or len(read_photos(person.photos, on_warning=silent))
             order = terms.order(person, photos, base)

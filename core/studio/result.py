@@ -6,6 +6,7 @@ files of a person are in that person's folder, so that everything can be deleted
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from ..pictures.style_pack import StylePack
 from ..progress import READING
 from ..storage.cache_folder import cache_in, content_key
 from ..storage.files import make_folder, read_bytes, read_json, write_text
-from ..storage.locks import locked
+from ..storage.locks import lock_of, locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
 from ..training.training_adapter import TrainingAdapter
@@ -133,7 +134,7 @@ def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | Non
 
     Photos are read only if there is an earlier result. Raises FaceLoraError for anything that keeps the person from being made.
     """
-    check_agreed(person)
+    check_person(person, output)
     if not (output / person.name / RECORD).exists():
         return None
     return _asked(person, base, output, terms, NO_CALLBACKS).recorded(output)
@@ -205,26 +206,30 @@ class _Asked:
             return None
 
 
-def check_agreed(person: Person) -> None:
-    """Raise BadConfig if the person's entry has a fault, or if they have not agreed."""
+def check_person(person: Person, output: Path) -> None:
+    """Raise BadConfig if the person's entry has a fault, or if they have not agreed.
+
+    Raises BadFile if the person's folder in `output` has files, but is nobody's.
+    """
     if person.problem:
         raise BadConfig(person.problem)
     if not person.agreed:
         raise BadConfig("the person has not agreed; set agreed = true if they have")
+    folder = output / person.name
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    if names - {lock_of(folder / RECORD).name} and not names & {RECORD, CACHE}:
+        raise BadFile(
+            f"{folder}: this folder has files of another program; choose another output, or another name for this person"
+        )
 
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
-    check_agreed(person)
+    check_person(person, output)
     for model in (base, terms.drawn_on):
         if model:
             model.compute_hashes(callbacks.progress(READING))
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
-    folder = output / person.name
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists() and not (folder / CACHE).exists():
-        raise BadFile(
-            f"{folder}: this folder has files of another program; choose another output, or another name for this person"
-        )
     return _Asked(photos, order, _key(order, [photo.fingerprint for photo in photos], base))
 
 

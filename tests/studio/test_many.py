@@ -121,6 +121,7 @@ def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path,
         list(run(people[:1], base, output, terms, callbacks=Callbacks(on_step=stop)))
     assert any(name.endswith(".state.safetensors") for name in files(output / "anna" / ".facelora-cache"))
     mine = [replace(people[1], name="mine")]
+    assert "this folder has files of another program" in plan(mine, base, output, terms).refused["mine"]
     assert "this folder has files of another program" in next(run(mine, base, output, terms)).reason
     assert [result.status for result in run(people, base, output, terms)] == ["made", "made"]
     assert main(["forget", "anna", "--output", str(output)]) == 0
@@ -143,6 +144,13 @@ def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_p
     with pytest.raises(BadConfig, match="'anna' was not found; this output contains nobody"):
         forget("anna", home)
     assert (home / "anna" / "letter.txt").exists() and (home / "anna" / ".cache").exists()
+
+
+def test_a_person_whose_making_was_killed_at_its_start_is_made(tmp_path, base, terms, people):
+    output = tmp_path / "out"
+    (output / "anna").mkdir(parents=True)
+    (output / "anna" / ".studio.json.lock").touch()
+    assert [result.status for result in run(people[:1], base, output, terms)] == ["made"]
 
 
 def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, people):
