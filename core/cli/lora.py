@@ -68,6 +68,10 @@ def run_convert(options: argparse.Namespace) -> None:
             f"{options.file}: treated as {lora.family}, but its modules also fit {' and '.join(others)}, and its metadata "
             "name none of them; choose one with --family"
         )
+    if lora.entries and not lora.identity.models:
+        print_warning(
+            f"{options.file}: no published {lora.family} model has its modules, so programs may not load the result"
+        )
     weight = None
     if path is not None:
         base = BaseWeights.open(path)

@@ -276,6 +276,14 @@ def test_a_word_of_a_family_without_files_of_words_is_not_left_out_silently(tmp_
     assert "warning: the vectors of 'sks' are left out" in capsys.readouterr().err
 
 
+def test_modules_of_no_published_model_are_not_converted_silently(tmp_path, capsys):
+    name = "transformer.double_blocks.0.img_attn.qkv.0"  # a name in OneTrainer's backups
+    path = tmp_path / "backup.safetensors"
+    save_safetensors(path, {f"{name}.lora_A.weight": torch.ones(4, 3072), f"{name}.lora_B.weight": torch.ones(3072, 4)})
+    run("convert", path, "--output", tmp_path / "b.safetensors", "--to", "kohya", "--family", "flux1")
+    assert "no published flux1 model has its modules, so programs may not load the result" in capsys.readouterr().err
+
+
 def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
     write_lora(tmp_path / "me.safetensors", 0, metadata={"modelspec.trigger_phrase": "sks Person"})
     write_lora(tmp_path / "style.safetensors", 1)
