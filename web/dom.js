@@ -84,6 +84,22 @@ export function showLarge(element) {
   openDialog(dialog)
 }
 
+/** Lets a click, Enter or the space bar show a picture large, or what `large` makes of a copy of it. */
+export function enlargeable(image, large = (copy) => copy) {
+  Object.assign(image, { tabIndex: 0, role: "button" })
+  image.addEventListener("click", () => {
+    const copy = image.cloneNode()
+    for (const name of ["tabindex", "role"]) copy.removeAttribute(name)
+    showLarge(large(copy))
+  })
+  image.addEventListener("keydown", (event) => {
+    if (event.repeat || !["Enter", " "].includes(event.key)) return
+    event.preventDefault() // the space bar would scroll the page
+    image.click()
+  })
+  return image
+}
+
 /** Opens a dialog until it is closed, or Escape is pressed: ComfyUI keeps that key from the browser. */
 export function openDialog(dialog) {
   dialog.addEventListener("keydown", ({ key }) => key === "Escape" && dialog.close())

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  BASE_CHOSEN, addElement, after, baseOf, choose, fedBy, forgetCheckpoint, isApp, make, makeRoom, outputOf, remember, showLarge, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, addElement, after, baseOf, choose, enlargeable, fedBy, forgetCheckpoint, isApp, make, makeRoom, outputOf, remember, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { DELETED } from "./people.js"
 import { say } from "./words.js"
@@ -230,14 +230,15 @@ class Pictures {
   }
 
   tile(name, photo, removable) {
-    const image = Object.assign(make("img", ""), { alt: "" })
+    const image = make("img", "")
     thumbnail(name).then((address) => (image.src = address))
     const own = this.ownNames[name] ?? name.split("/").at(-1)
+    image.alt = own
     const word = photo?.person ? say("person {}", photo.person) : say(WORDS[photo?.verdict] ?? "")
     const verdict = photo?.person ? "rejected" : photo?.verdict ?? "unknown"
     const tile = make("div", `facelora-tile facelora-${verdict} ${photo?.person ? "facelora-person-of" : ""}`, image, make("span", "facelora-word", word))
     tile.title = [own, photo?.reason].filter(Boolean).join("\n")
-    image.addEventListener("click", () => showLarge(make("figure", "", image.cloneNode(), make("figcaption", "", `${word} ${tile.title}`))))
+    enlargeable(image, (copy) => make("figure", "", copy, make("figcaption", "", `${word} ${tile.title}`)))
     if (!removable) return tile
     const remove = make("button", "", "×")
     remove.title = say("Remove {}", own)

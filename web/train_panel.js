@@ -3,7 +3,9 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { BASE_CHOSEN, addElement, after, baseOf, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf } from "./dom.js"
+import {
+  BASE_CHOSEN, addElement, after, baseOf, enlargeable, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf,
+} from "./dom.js"
 import { DELETED, showPeople } from "./people.js"
 import { say } from "./words.js"
 
@@ -106,7 +108,6 @@ class Panel {
       make("div", "facelora-row", this.status, this.people, this.machine),
       make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel)),
       this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots)
-    this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
@@ -192,9 +193,10 @@ class Panel {
       samePerson ? say("{} or more: the same person. Below {}: someone else", samePerson, someoneElse) : ""
     this.offer(state.checkpoints ?? [])
     this.pictures.hidden = !state.samples?.length && !state.photos?.length
-    fill(this.photos, state.photos)
-    fill(this.samples, state.samples)
-    this.samplesTitle.textContent = state.samples?.length ? say("samples, step {}", state.samples_step) : say("samples")
+    fill(this.photos, say("photos"), state.photos)
+    const title = state.samples?.length ? say("samples, step {}", state.samples_step) : say("samples")
+    this.samplesTitle.textContent = title
+    fill(this.samples, title, state.samples)
     this.headshots.hidden = !state.headshots?.length
     this.headshots.replaceChildren(...(state.headshots ?? []).map((shot) => headshot(shot, state.limits)))
     this.grow(active)
@@ -251,8 +253,7 @@ class Panel {
 /** A headshot with its likeness to the person. The title has it in words. */
 function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson] = []) {
   const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
-  const image = Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" })
-  image.addEventListener("click", () => showLarge(image.cloneNode()))
+  const image = enlargeable(Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" }))
   if (score == null) return make("div", "facelora-headshot", image)
   const word = score >= samePerson ? "the same person" : score >= someoneElse ? "perhaps" : "someone else"
   const shown = make("div", `facelora-headshot facelora-${VERDICTS[word]}`, image,
@@ -262,10 +263,10 @@ function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson
 }
 
 /** Shows pictures given as data URLs. Pictures that are already shown stay unchanged. */
-function fill(strip, urls = []) {
+function fill(strip, alt, urls = []) {
   if (strip.shown === urls) return
   strip.shown = urls
-  strip.replaceChildren(...urls.map((url) => Object.assign(document.createElement("img"), { src: url })))
+  strip.replaceChildren(...urls.map((src) => enlargeable(Object.assign(make("img", ""), { src, alt }))))
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph

@@ -267,14 +267,16 @@ def test_no_button_of_a_narrow_panel_breaks_into_lines(page):
     assert round(buttons[0]["height"]) == round(buttons[1]["height"]) < 40
 
 
-def test_a_click_enlarges_a_picture_until_the_next_key(page):
+def test_a_click_or_a_key_enlarges_a_picture_until_the_next_key(page):
     page.run(BUILD, train_node(seed=16))
     pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
     hear(page, prompt="ours", phase="done", file="x.safetensors", samples=[pixel], samples_step=1)
-    page.page.locator(".facelora-samples img").click()
-    page.wait_for("() => document.querySelector('.facelora-large[open] img')")
-    page.page.keyboard.press("Escape")
-    page.wait_for("() => !document.querySelector('.facelora-large')")
+    picture = page.page.get_by_role("button", name="samples, step 1")
+    for enlarge in (picture.click, lambda: picture.press("Enter"), lambda: picture.press(" ")):
+        enlarge()
+        page.wait_for("() => document.querySelector('.facelora-large[open] img')")
+        page.page.keyboard.press("Escape")
+        page.wait_for("() => !document.querySelector('.facelora-large')")
 
 
 def test_a_button_shows_what_the_machine_has_for_training(page, server):
