@@ -68,15 +68,13 @@ def run_convert(options: argparse.Namespace) -> None:
             f"{options.file}: treated as {lora.family}, but its modules also fit {' and '.join(others)}, and its metadata "
             "name none of them; choose one with --family"
         )
-    if lora.entries and not lora.identity.models:
-        print_warning(
-            f"{options.file}: no published {lora.family} model has its modules, so programs may not load the result"
-        )
     weight = None
     if path is not None:
         base = BaseWeights.open(path)
         fit(lora, base.family, base.shapes).check(lora.name)
         weight = base.read
+    elif lora.entries and not lora.identity.models and not lora.identity.is_near:
+        print_warning(f"{options.file}: no published model has most of its modules; programs may not load the result")
     settings = options.plain_rank, weight, progress_bar("converting")
     if options.readers is None:
         converted, error = convert_lora(lora, options.to, *settings)
