@@ -13,7 +13,7 @@ from ..lora import write_sidecars
 from ..models import Base
 from ..pictures import StylePack
 from ..progress import READING
-from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
+from ..studio import REPORT, Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
 from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
 from .computing import device_from, show_work
 from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps
@@ -32,9 +32,8 @@ def run_studio(options: argparse.Namespace) -> int:
     found = packs_for(options)
     terms = _terms(options, base, given, found.packs)
     stop, failed = StopOnSignal(), False
-    # The plan compares the base model with those of earlier results.
-    if options.output.exists() or not options.dry_run:
-        _compute_hashes(base, terms.drawn_on)
+    if (options.output / REPORT).is_file():  # The plan compares the base model with those in the report.
+        terms.compute_hashes(base, progress_bar(READING))
     before = plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
 
@@ -87,12 +86,6 @@ def _terms(options: argparse.Namespace, base: Base, given: Mapping[str, Any], pa
         training_adapter=training_adapter_from(options, base),
         drawn_on=drawn_on_from(options, base, **schedule_from(given)),
     )
-
-
-def _compute_hashes(*models: Base | None) -> None:
-    for model in models:
-        if model:
-            model.compute_hashes(progress_bar(READING))
 
 
 def _described(before: Plan) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .many import plan as plan
     from .many import plan_ledger as plan_ledger
     from .many import run as run
+    from .people import REPORT as REPORT
     from .people import Person as Person
     from .people import read_people as read_people
     from .person import Order as Order

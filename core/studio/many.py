@@ -17,7 +17,7 @@ from ..device import processor, usable_device
 from ..errors import BadConfig, BadFile
 from ..models.base import Base
 from ..photos import count_photos, read_photos
-from ..progress import silent
+from ..progress import READING, silent
 from ..storage.files import make_folder
 from ..storage.locks import locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
@@ -51,7 +51,8 @@ def run(
 
     With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on its own device. With
     "local", workers on this machine's GPUs do. All machines must have photos, base model and `output` under the same paths. Of
-    the callbacks, `on_warning` is called, and `on_phase` with ("people", done, all) and ("at work", workers, all).
+    the callbacks, `on_warning` is called, and `on_phase` while the base model is read, then with ("people", done, all) and
+    ("at work", workers, all).
     """
     make_folder(output)
     read_report(output)  # Raises for a file of that name that isn't a report.
@@ -69,11 +70,9 @@ def run(
         For a person whom another run is making, that run's line counts.
         """
         names = {result.name for result in results if not result.in_use}
-        others = [one for one in read_report(output) if one.name not in names]
-        mine = [one for one in results if one.name not in {one.name for one in others}]
-        write_report(
-            output, [*(replace(one, status="found") if one.status == "made" else one for one in others), *mine]
-        )
+        others = {one.name: one for one in read_report(output) if one.name not in names}
+        found = [replace(one, status="found") if one.status == "made" else one for one in others.values()]
+        write_report(output, [*found, *(one for one in results if one.name not in others)])
 
     try:
         for result in made:
@@ -112,7 +111,7 @@ def _on_cluster(
         except Exception as error:
             return failed(person, error)
 
-    with RayCrew(address, base, output, terms) as crew:
+    with RayCrew(address, base, output, terms, callbacks.progress(READING)) as crew:
         yield from hand_out(people, crew, look, callbacks)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import BadConfig, FaceLoraError, InUse, MissingPackage
 from ..models.base import Base
 from ..models.opening import load_base
+from ..progress import OnProgress
 from ..training.callbacks import Callbacks
 from .people import Person
 from .queue import News
@@ -90,8 +91,11 @@ class Worker:
 class RayCrew:
     """The workers of the cluster that this machine belongs to. It is connected to, or started, with the first worker."""
 
-    def __init__(self, address: str, base: Base, output: Path, terms: Terms):
-        """Take the head node's address, HOST:PORT, or LOCAL. Raises BadConfig or MissingPackage if it cannot work."""
+    def __init__(self, address: str, base: Base, output: Path, terms: Terms, on_progress: OnProgress):
+        """Take the head node's address, HOST:PORT, or LOCAL, and read the base models' files.
+
+        Raises BadConfig or MissingPackage if it cannot work.
+        """
         if find_spec("ray") is None:
             raise MissingPackage(f"a cluster requires Ray, which is not installed: {INSTALL_RAY}")
         host, _, port = address.rpartition(":")
@@ -100,6 +104,7 @@ class RayCrew:
         opened = [None if one is None else _opened_with(one) for one in (base, terms.drawn_on)]
         self._address, self._server = address, None if address == LOCAL else (host, int(port))
         self._arguments = (*opened, output.absolute(), replace(terms, drawn_on=None))
+        terms.compute_hashes(base, on_progress)
         self._identity = terms.identity(base)
         self._ray: Any = None
         self._owns_connection = False

@@ -22,7 +22,7 @@ from ..models.base import Base
 from ..photos import Photo, count_photos, read_photos
 from ..pictures.headshot import Headshot
 from ..pictures.style_pack import StylePack
-from ..progress import READING
+from ..progress import READING, OnProgress
 from ..storage.cache_folder import cache_in, content_key
 from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import lock_of, locked
@@ -67,6 +67,12 @@ class Terms:
     def identity(self, base: Base) -> str:
         """Return a text that is equal if the same base models are used."""
         return " ".join(one.identity for one in (base, self.drawn_on) if one)
+
+    def compute_hashes(self, base: Base, on_progress: OnProgress) -> None:
+        """Compute the identity in advance: the base models' files are read."""
+        for model in (base, self.drawn_on):
+            if model:
+                model.compute_hashes(on_progress)
 
     def order(self, person: Person, photos: int, base: Base, callbacks: Callbacks = NO_CALLBACKS) -> Order:
         """Return the order for a person with that number of photos. Raises BadConfig for an invalid setting."""
@@ -225,9 +231,7 @@ def check_person(person: Person, output: Path) -> None:
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
     check_person(person, output)
-    for model in (base, terms.drawn_on):
-        if model:
-            model.compute_hashes(callbacks.progress(READING))
+    terms.compute_hashes(base, callbacks.progress(READING))
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
     return _Asked(photos, order, _key(order, [photo.fingerprint for photo in photos], base))

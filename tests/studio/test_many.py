@@ -433,7 +433,8 @@ def test_reading_the_model_is_shown_before_the_plan(tmp_path, people, monkeypatc
 
     shown: list[str] = []
     monkeypatch.setattr("core.cli.studio.plan", planned)
-    monkeypatch.setattr("core.cli.studio.progress_bar", lambda name: lambda *_: shown.append(name), raising=False)
-    command = ["studio", str(people[0].photos.parent), "--base", "demo", "--output", str(tmp_path / "out")]
-    assert main([*command, "--dry-run"]) == 1 and "shown: []" in capsys.readouterr().err
+    monkeypatch.setattr("core.cli.studio.progress_bar", lambda name: lambda *_: shown.append(name))
+    command = ["studio", str(people[0].photos.parent), "--base", "demo", "--output", str(tmp_path), "--dry-run"]
+    assert main(command) == 1 and "shown: []" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text('{"people": []}')
     assert main(command) == 1 and "shown: ['reading the model'" in capsys.readouterr().err
