@@ -46,8 +46,8 @@ def photo_path(context: InvocationContext, name: str) -> Path:
     """Where InvokeAI keeps the photo of that name. Raises BadPhoto if it has been deleted."""
     try:
         return Path(context.images.get_path(name))
-    except ImageRecordNotFoundException:
-        raise BadPhoto(f"{name}: this photo is not in InvokeAI's gallery any more. Add another one instead") from None
+    except (ImageRecordNotFoundException, PermissionError):  # The latter without an administrator's rights.
+        raise BadPhoto(f"{name}: this photo is not in your gallery any more. Add another one instead") from None
 
 
 def raise_if_cancelled(context: InvocationContext) -> None:
@@ -82,6 +82,7 @@ def register_lora(
     if is_new:
         for record in found:
             install.unregister(record.key)
+            Path(images.get_path(record.key)).unlink(missing_ok=True)
     elif found:
         return ModelIdentifierField.from_config(found[0])
     named = ModelRecordChanges(name=path.stem, description=description)

@@ -185,7 +185,8 @@ class InvocationContext:
             heuristic_import=self._register, wait_for_job=lambda job, timeout: job, unregister=self._unregister
         )
         self._services = SimpleNamespace(
-            model_manager=SimpleNamespace(install=install, store=store), model_images=SimpleNamespace(save=self._cover)
+            model_manager=SimpleNamespace(install=install, store=store),
+            model_images=SimpleNamespace(save=self._cover, get_path=self._cover_path),
         )
 
     def add_model(self, path: str, base: BaseModelType, type: ModelType, **words: Any) -> ModelIdentifierField:
@@ -226,6 +227,10 @@ class InvocationContext:
 
     def _cover(self, image: Image.Image, model_key: str) -> None:
         self.covers[model_key] = image
+        image.save(self._cover_path(model_key))
+
+    def _cover_path(self, model_key: str) -> Path:
+        return self.folder / f"{model_key}.webp"
 
 
 MODULES: dict[str, dict[str, Any]] = {

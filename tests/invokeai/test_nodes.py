@@ -112,6 +112,7 @@ def test_a_lora_in_the_place_of_one_deleted_by_hand_has_its_own_words(desk):
     (desk.context.folder / "facelora" / "anna.safetensors").unlink()
     after = train(desk, class_word="woman").lora
     assert after.key != before.key and before.key not in desk.context.configs
+    assert [cover.stem for cover in desk.context.folder.glob("*.webp")] == [after.key]
     assert desk.context.configs[after.key].trigger_phrases == {"sks woman"}
 
 
@@ -192,7 +193,7 @@ def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
     [
         ({"photos": None}, "no photos: add 10 to 20 photos of one person, or choose a board that has them"),
         ({"photos": [ImageField("grey.png")] * 2, "check_photos": True}, "0 of 1 usable"),
-        ({"photos": [ImageField("gone.png")]}, r"gone\.png: this photo is not in InvokeAI's gallery any more"),
+        ({"photos": [ImageField("gone.png")]}, r"gone\.png: this photo is not in your gallery any more"),
         ({"settings": "rnk = 3"}, "rank"),
         ({"settings": "rank 3"}, "each line is NAME = VALUE"),
         ({"name": "../anna"}, "give a file name"),

@@ -21,6 +21,7 @@ SERVICES = {
     "wait_for_job": "invokeai.app.services.model_install.model_install_default.ModelInstallService",
     "unregister": "invokeai.app.services.model_install.model_install_default.ModelInstallService",
     "update_model": "invokeai.app.services.model_records.model_records_sql.ModelRecordServiceSQL",
+    "get_path": "invokeai.app.services.model_images.model_images_default.ModelImageFileStorageDisk",
     "save": "invokeai.app.services.model_images.model_images_default.ModelImageFileStorageDisk",
 }
 """InvokeAI's class of each method of its services."""
