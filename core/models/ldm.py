@@ -85,7 +85,9 @@ def shapes_in(tensors: Mapping[str, Tensor], what: str) -> Callable[..., tuple[i
             raise UnmatchedKeys(f"{what} lacks {name}")
         if len(found := shape_of(tensors, name)) not in (sides or (2,)) or 0 in found:
             expected = " or ".join(map(str, sides or (2,)))
-            raise UnmatchedKeys(f"{what}: {name} has shape {list(found)}, expected {expected} sides above 0")
+            raise UnmatchedKeys(
+                f"{what}: {name} has shape {list(found)}, expected {expected} dimensions, none of them 0"
+            )
         return found
 
     return shape

@@ -695,7 +695,7 @@ def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_s
     save_safetensors(tmp_path / "odd.safetensors", tensors | {key: torch.zeros(shape)})
     with pytest.raises(
         UnmatchedKeys,
-        match=rf"{re.escape(name)}\.weight has shape {re.escape(str(list(shape)))}, expected 2 sides above 0",
+        match=rf"{re.escape(name)}\.weight has shape {re.escape(str(list(shape)))}, expected 2 dimensions, none of them 0",
     ):
         load_base(tmp_path / "odd.safetensors")
 

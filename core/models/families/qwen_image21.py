@@ -79,7 +79,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
     first_level = r"encoder\.down(?:samples\.0\.downsamples|_blocks\.0\.resnets)\.\d+\.(?:residual\.2|conv1)\.weight"
     resnets = sum(re.fullmatch(first_level, name) is not None for name in tensors)
     stored = {diffusers_vae_path(name, resnets): Stored(tensors, name) for name in tensors}
-    of_layer = shapes_in(LazyTensors(stored), "the VAE is not Qwen-Image 2.1's: it")
+    of_layer = shapes_in(LazyTensors(stored), "the VAE for Qwen-Image 2.1")
 
     def shape(layer: str) -> tuple[int, ...]:
         return of_layer(f"{layer}.weight", 4, 5)
