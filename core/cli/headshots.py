@@ -13,7 +13,7 @@ from ..errors import BadConfig
 from ..lora import file_word, write_sidecars
 from ..models import Base
 from ..photos import read_photos
-from ..pictures import batch_summary
+from ..pictures import FoundPacks, batch_summary
 from ..progress import OnWarning
 from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
 from ..training import recipe_config
@@ -37,8 +37,6 @@ def run_headshots(options: argparse.Namespace) -> int:
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
     adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options, base, **schedule_from(given))
-    if options.style_pack:
-        packs_for(options).pick(options.style_pack)  # Raises now, not after the photos have been checked.
     stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
 
     def check_stop(where: str) -> None:
@@ -47,6 +45,11 @@ def run_headshots(options: argparse.Namespace) -> int:
 
     callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
     with progress:
+        found = packs_for(options)
+        for problem in found.problems:
+            progress.warning(problem)
+        if options.style_pack:
+            found.pick(options.style_pack)  # Raises now, not after the photos have been checked.
         hint_at_few_steps(drawn_on or base, progress.warning)
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
@@ -54,7 +57,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
-        order = _order(options, config, asks, progress.warning)
+        order = _order(options, config, found, asks)
         order = dataclasses.replace(order, training_adapter=adapter, drawn_on=drawn_on)
         if asks or options.dry_run:
             ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
@@ -89,13 +92,10 @@ def hint_at_few_steps(base: Base, on_warning: OnWarning) -> None:
         on_warning(line)
 
 
-def _order(options: argparse.Namespace, config: TrainConfig, asks: bool, on_warning: OnWarning) -> Order:
+def _order(options: argparse.Namespace, config: TrainConfig, found: FoundPacks, asks: bool) -> Order:
     """Return the order from the options, else from answers to questions, else from the defaults."""
     is_demo = options.base == DEMO
     usual = demo.STYLE_PACK if is_demo else STYLE_PACK
-    found = packs_for(options)
-    for problem in found.problems:
-        on_warning(problem)
     if asks and not hasattr(options, "setting_class_word"):
         config = dataclasses.replace(config, class_word=_answer("class word: woman, man, ...", config.class_word, str))
     pack = options.style_pack
