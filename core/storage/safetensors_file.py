@@ -94,13 +94,17 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         `on_chunk` is called after each MiB, and may raise to cancel. Raises BadFile when the file was changed or removed.
         """
         digest = hashlib.sha256()
+        for chunk in self._chunks(with_header):
+            digest.update(chunk)
+            on_chunk()
+        return digest.hexdigest()
+
+    def _chunks(self, with_header: bool) -> Iterator[bytes]:
         with self._reopened() as file:
             if not with_header:
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
             while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                on_chunk()
-        return digest.hexdigest()
+                yield chunk
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)
