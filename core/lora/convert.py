@@ -173,7 +173,7 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
         known["ss_base_model_version"] = words["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
-        known["ss_network_dim"] = str(*ranks) if len(ranks) == 1 and None not in ranks else "Dynamic"
+        known["ss_network_dim"] = str(*ranks) if len(ranks) == 1 else "Dynamic"
     kept = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
     dim = kept.get("ss_network_dim", "")
     if dim.isdecimal() and None not in ranks and dim not in map(str, ranks):
