@@ -521,7 +521,7 @@ def test_neither_the_page_nor_its_data_name_a_folder_of_the_machine(base, tmp_pa
     own, elsewhere = folder / "loras" / "anna.safetensors", home / "janes-models" / "grey.safetensors"
     for path in (own, elsewhere):
         path.parent.mkdir(parents=True)
-        random_lora(base, "attn1.to_q").save(path)
+        random_lora(base, r".*attn1\.to_q").save(path)
     (home / "x.safetensors").symlink_to(BASE_FILE)
     loras = [(LoraFile.read(path), 1.0) for path in (own, elsewhere)]
     named = [f"--lora={Path('loras', 'anna.safetensors')}:1", "--lora=grey.safetensors:1"]
