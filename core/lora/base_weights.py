@@ -40,7 +40,7 @@ class BaseLayers:
     shapes: dict[ModuleId, tuple[int, ...]]
     """The shape of each module's weight in diffusers."""
     biased: set[ModuleId]
-    """The modules that have a bias of their size."""
+    """The modules that have a bias of the right size."""
     names: NameTable
     """The names of its modules in LoRA files. UNets with other blocks than the published ones use diffusers' names."""
 

@@ -75,16 +75,16 @@ def count_children(names: Iterable[str], prefix: str) -> int:
 
 
 def shapes_in(tensors: Mapping[str, Tensor], what: str) -> Callable[..., tuple[int, ...]]:
-    """Return a function that looks up a tensor's shape by its name and the allowed numbers of sides, 2 by default.
+    """Return a function that looks up a tensor's shape by its name and the allowed numbers of dimensions, 2 by default.
 
-    It raises UnmatchedKeys, about `what`, if the tensor is missing, or has another number of sides or an empty one.
+    It raises UnmatchedKeys, about `what`, if the tensor is missing, has another number of dimensions, or is empty.
     """
 
-    def shape(name: str, *sides: int) -> tuple[int, ...]:
+    def shape(name: str, *dimensions: int) -> tuple[int, ...]:
         if name not in tensors:
             raise UnmatchedKeys(f"{what} lacks {name}")
-        if len(found := shape_of(tensors, name)) not in (sides or (2,)) or 0 in found:
-            expected = " or ".join(map(str, sides or (2,)))
+        if len(found := shape_of(tensors, name)) not in (dimensions or (2,)) or 0 in found:
+            expected = " or ".join(map(str, dimensions or (2,)))
             raise UnmatchedKeys(
                 f"{what}: {name} has shape {list(found)}, expected {expected} dimensions, none of them 0"
             )
@@ -107,8 +107,8 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     stored = stored_under(tensors, DENOISER_PREFIX)
     names, shape_in_file = stored.keys(), shapes_in(tensors, "the denoiser")
 
-    def shape(name: str, *sides: int) -> tuple[int, ...]:
-        return shape_in_file(DENOISER_PREFIX + name, *sides)
+    def shape(name: str, *dimensions: int) -> tuple[int, ...]:
+        return shape_in_file(DENOISER_PREFIX + name, *dimensions)
 
     widths, resnets, depths = [], [], []
     started = False

@@ -69,7 +69,7 @@ def load_base(
         tensors, given = _one_checkpoint(name, file, vae_file, encoder_files)
         family = detect_family(tensors)
         components = family.split(tensors)
-        if isinstance(file, SafetensorsFile):  # In other mappings, shapes may only be known by computing the tensors.
+        if not isinstance(source, Mapping):  # In a given mapping, shapes may only be known by computing the tensors.
             for one in components["denoiser"].tensors:
                 dtype_and_shape(components["denoiser"].tensors, one)
         _check_variant(family, components)

@@ -709,7 +709,9 @@ def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_s
         ("clip_l", "text_model.final_layer_norm.weight"),
     ],
 )  # fmt: skip
-def test_a_tensor_with_other_sides_than_its_layer_s_is_refused_by_its_name(files, parts, tokenizer, part, name, shape):
+def test_a_tensor_with_other_dimensions_than_its_layer_s_is_refused_by_its_name(
+    files, parts, tokenizer, part, name, shape
+):
     save_safetensors(files[part], parts[part] | {name: torch.zeros(shape)})
     with pytest.raises(UnmatchedKeys) as refused:
         base = load_base(
@@ -718,6 +720,15 @@ def test_a_tensor_with_other_sides_than_its_layer_s_is_refused_by_its_name(files
         base.load_text_encoders(CPU, torch.float32)
     message = str(refused.value)
     assert message.startswith("flux.safetensors") and f"{name} has shape {list(shape)}, " in message
+
+
+def test_a_gguf_with_other_rows_than_its_fused_layer_s_is_refused_by_its_name(files, parts, tokenizer, tmp_path):
+    name = "double_blocks.0.img_attn.qkv.bias"
+    kind = gguf.GGMLQuantizationType.F32
+    tensors = {key: (tensor, kind) for key, tensor in (parts["flux"] | {name: torch.zeros(7)}).items()}
+    path = write_gguf(tmp_path / "flux-F32.gguf", tensors)
+    with pytest.raises(UnmatchedKeys, match=rf"^flux-F32\.gguf.*{re.escape(name)} has shape \[7\]"):
+        load_base(path, vae=files["ae"], text_encoders=[files["clip_l"], files["t5xxl"]], tokenizer=tokenizer)
 
 
 def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):
