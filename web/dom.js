@@ -84,7 +84,7 @@ export function showLarge(element) {
   openDialog(dialog)
 }
 
-/** Lets a click, Enter or the space bar show a picture large, or what `large` makes of a copy of it. */
+/** Lets a click, Enter or the space bar show a copy of the picture large. `large` may add to the copy. */
 export function enlargeable(image, large = (copy) => copy) {
   Object.assign(image, { tabIndex: 0, role: "button" })
   image.addEventListener("click", () => {

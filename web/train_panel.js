@@ -262,11 +262,11 @@ function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson
   return shown
 }
 
-/** Shows pictures given as data URLs. Pictures that are already shown stay unchanged. */
-function fill(strip, alt, urls = []) {
+/** Shows pictures given as data URLs, each named by the title and its number. Pictures that are already shown stay unchanged. */
+function fill(strip, title, urls = []) {
   if (strip.shown === urls) return
   strip.shown = urls
-  strip.replaceChildren(...urls.map((src) => enlargeable(Object.assign(make("img", ""), { src, alt }))))
+  strip.replaceChildren(...urls.map((src, i) => enlargeable(Object.assign(make("img", ""), { src, alt: `${title}: ${i + 1}` }))))
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph

@@ -46,7 +46,7 @@ def photo_path(context: InvocationContext, name: str) -> Path:
     """Where InvokeAI keeps the photo of that name. Raises BadPhoto if it has been deleted."""
     try:
         return Path(context.images.get_path(name))
-    except (ImageRecordNotFoundException, PermissionError):  # The latter without an administrator's rights.
+    except (ImageRecordNotFoundException, PermissionError):  # Only administrators get the former.
         raise BadPhoto(f"{name}: this photo is not in your gallery any more. Add another one instead") from None
 
 

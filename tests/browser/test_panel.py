@@ -271,7 +271,7 @@ def test_a_click_or_a_key_enlarges_a_picture_until_the_next_key(page):
     page.run(BUILD, train_node(seed=16))
     pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
     hear(page, prompt="ours", phase="done", file="x.safetensors", samples=[pixel], samples_step=1)
-    picture = page.page.get_by_role("button", name="samples, step 1")
+    picture = page.page.get_by_role("button", name="samples, step 1: 1")
     for enlarge in (picture.click, lambda: picture.press("Enter"), lambda: picture.press(" ")):
         enlarge()
         page.wait_for("() => document.querySelector('.facelora-large[open] img')")
