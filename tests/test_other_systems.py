@@ -140,7 +140,7 @@ def test_a_drive_letter_is_no_strength():
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "cp932", "ascii"])
 def test_help_is_printed_on_a_console_of_any_encoding(encoding):
-    for arguments in (["train", "--help-all"], ["compare", "--help"]):
+    for arguments in (["train", "--help-all"], ["studio", "--help"]):
         done = run(*arguments, encoding=encoding)
         assert done.returncode == 0, done.stderr.decode()
 

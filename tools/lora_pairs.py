@@ -1,7 +1,7 @@
 """A person's LoRA and a style's together, measured: `python -m tools.lora_pairs DIR PHOTOS...` fills in docs/methods.md.
 
-DIR is what `facelora compare --output DIR PHOTOS...` has written: the people's LoRAs are taken from there, and the style's, an
-oval on white learnt from people whom the base knows, is trained into it.
+DIR is what `python -m tools.method_tables DIR PHOTOS...` has written: the people's LoRAs are taken from there, and the style's,
+an oval on white learnt from people whom the base knows, is trained into it.
 """
 
 import argparse

@@ -28,7 +28,7 @@ class Command(NamedTuple):
     for 0. It is loaded when the command is called."""
 
 
-PICTURES, JUDGING = "from photos to pictures", "check and compare"
+PICTURES, JUDGING = "from photos to pictures", "check photos and pictures"
 FILES, MACHINE = "LoRA files", "this machine"
 
 COMMANDS: dict[str, Command] = {
@@ -42,9 +42,6 @@ COMMANDS: dict[str, Command] = {
         PICTURES, "make LoRAs and headshots of many people on one base model, with a report on all", "studio"
     ),
     "train": Command(PICTURES, "train a LoRA on a folder of photos of one person", "train"),
-    "compare": Command(
-        JUDGING, "train several methods on the same photos, and measure likeness and cost of each", "compare"
-    ),
     "generate": Command(
         PICTURES, "draw pictures with a base model and LoRAs, from prompts or the styles of a pack", "generate"
     ),

@@ -71,51 +71,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help-all lists them)"
-    parser.add_argument(
-        "photos", type=given_path, nargs="+", metavar="PHOTOS", help="One folder of photos for each person"
-    )
-    add_base(parser, required=True)
-    parser.add_argument(
-        "--methods",
-        default="lora,textual-inversion,dreambooth",
-        metavar="A,B,...",
-        help="Methods to compare (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=output_folder,
-        required=True,
-        metavar="DIR",
-        help="Folder for the results. Existing ones are not made again",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        default=2,
-        metavar="N",
-        help="Photos of each person to keep back as reference photos (default: 2)",
-    )
-    parser.add_argument(
-        "--rate", action="append", default=[], metavar="METHOD=X",
-        help="Learning rate of a method; may be repeated (default: that of the settings, times what suits the method)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scene", action="append", type=unicode_text, default=[], metavar="TEXT",
-        help="What prompts ask for besides the person, to measure adherence. Give two or more (default: left, front and "
-        "right view)",
-    )  # fmt: skip
-    add_config(parser)
-    add_device(parser)
-    add_json(parser)
-    add_settings(parser)
-    show_first(
-        parser,
-        ("--base", "--output", "--methods", "--held-out", "--rate", "--scene", "--steps", "--rank", "--resolution"),
-    )
-
-
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",

@@ -19,7 +19,6 @@ ARGUMENTS = {
     "headshots": ("photos", "--base", "model.safetensors"),
     "studio": ("photos", "--base", "model.safetensors"),
     "train": ("photos", "--base", "model.safetensors", "--continue-from", "lora.safetensors", "--restart"),
-    "compare": ("photos", "--base", "model.safetensors"),
     "generate": ("--base", "model.safetensors", "--reference", "me=photos", "--person", "me=lora.safetensors:0.5"),
     "check": ("photos", "--overwrite"),
     "score": ("photos", "--reference", "photos", "--overwrite"),

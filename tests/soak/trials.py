@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from core.bench.compare import MethodResult, known_results, summary_rows, write_results
 from core.cli.settings import read_toml
 from core.config import config_from
 from core.demo import BASE_FILE
@@ -302,18 +300,6 @@ def panel(desk: Desk, draw: Random) -> None:
         second.stop("anna", "p", "5")
         second.begin(run_)
         second.add(run_, {"begin": True, "phase": "training", "step": 1, "loss": 0.5})
-
-
-def reports(desk: Desk, draw: Random) -> None:
-    """What a comparison has measured before is damaged: it is measured again, or shown."""
-    identity = {"settings": "{}", "base": "0"}
-    result = MethodResult("anna", "lora", 1e-4, 10, 0.5, 1.0, 1000, 0.9, 0.1, 2.0, 10**9)
-    path = desk.room / "anna.json"
-    write_results(path, identity, [result, replace(result, method="base")])
-    path.write_bytes(damaged_json(path.read_bytes(), draw))
-    if known := known_results(path, identity):
-        summary_rows(known)
-        write_results(path, identity, known)
 
 
 def cache_entry(desk: Desk, draw: Random) -> None:
@@ -716,7 +702,7 @@ class Kind(NamedTuple):
 TRIALS: dict[str, Kind] = {
     "lora": Kind(lora, 400, 1), "applied_lora": Kind(applied_lora, 200, 1), "photo": Kind(photo, 200, 3),
     "style_pack": Kind(style_pack, 150, 1), "settings": Kind(settings, 200, 1), "run_folder": Kind(run_folder, 40, 3),
-    "panel": Kind(panel, 20, 1), "reports": Kind(reports, 20, 1), "checkpoint": Kind(checkpoint, 20, 1),
+    "panel": Kind(panel, 20, 1), "checkpoint": Kind(checkpoint, 20, 1),
     "diffusers_folder": Kind(diffusers_folder, 10, 1), "cache_entry": Kind(cache_entry, 10, 1), "drawn": Kind(drawn, 2, 2),
     "people": Kind(people, 40, 1), "studio": Kind(studio, 1, 2),
     "state": Kind(state, 3, 1), "stored": Kind(stored, 2, 1), "continued": Kind(continued, 2, 1),
