@@ -96,7 +96,10 @@ class Panel {
     this.time = make("span", "facelora-time facelora-quiet")
     this.loss = make("div", "facelora-loss", svg())
     this.likeness = make("div", "facelora-likeness", svg())
-    this.checkpoints = make("div", "facelora-checkpoints")
+    this.steps = make("span", "facelora-steps")
+    const useStep = make("span", "facelora-quiet", say("Use step"))
+    useStep.title = useStep.textContent
+    this.checkpoints = make("div", "facelora-checkpoints", useStep, this.steps)
     this.photos = make("div", "facelora-strip facelora-photos")
     this.samples = make("div", "facelora-strip facelora-samples")
     this.samplesTitle = make("div", "facelora-quiet")
@@ -191,14 +194,14 @@ class Panel {
     const [someoneElse, samePerson] = state.limits ?? []
     this.likeness.title =
       samePerson ? say("{} or more: the same person. Below {}: someone else", samePerson, someoneElse) : ""
-    this.offer(state.checkpoints ?? [])
+    this.offer(state.checkpoints)
     this.pictures.hidden = !state.samples?.length && !state.photos?.length
-    fill(this.photos, say("photos"), state.photos)
+    fill(this.photos, state.photos, picture(say("photos")))
     const title = state.samples?.length ? say("samples, step {}", state.samples_step) : say("samples")
     this.samplesTitle.textContent = title
-    fill(this.samples, title, state.samples)
+    fill(this.samples, state.samples, picture(title))
     this.headshots.hidden = !state.headshots?.length
-    this.headshots.replaceChildren(...(state.headshots ?? []).map((shot) => headshot(shot, state.limits)))
+    fill(this.headshots, state.headshots, (shot) => headshot(shot, state.limits))
     this.grow(active)
   }
 
@@ -209,9 +212,9 @@ class Panel {
   }
 
   /** Shows a button for each measured step. The node's input `checkpoint` is the chosen step; 0 is the kept one. */
-  offer(choices) {
+  offer(choices = []) {
     this.checkpoints.hidden = choices.length < 2
-    const buttons = choices.map(({ step, likeness, kept }) => {
+    fill(this.steps, choices, ({ step, likeness, kept }) => {
       const button = make("button", "", `${step}`)
       button.title = say("Likeness {}. The next run outputs this step's LoRA, without training again", likeness.toFixed(2))
       button.dataset.checkpoint = kept ? 0 : step
@@ -222,9 +225,6 @@ class Panel {
       })
       return button
     })
-    const title = make("span", "facelora-quiet", say("Use step"))
-    title.title = title.textContent
-    this.checkpoints.replaceChildren(title, ...buttons)
     this.mark()
   }
 
@@ -262,11 +262,14 @@ function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson
   return shown
 }
 
-/** Shows pictures given as data URLs, each named by the title and its number. Pictures that are already shown stay unchanged. */
-function fill(strip, title, urls = []) {
-  if (strip.shown === urls) return
-  strip.shown = urls
-  strip.replaceChildren(...urls.map((src, i) => enlargeable(Object.assign(make("img", ""), { src, alt: `${title}: ${i + 1}` }))))
+/** Makes a picture of a data URL, named by the title and its number. */
+const picture = (title) => (src, i) => enlargeable(Object.assign(make("img", ""), { src, alt: `${title}: ${i + 1}` }))
+
+/** Shows what is made of each item. What is already shown stays unchanged, and so keeps the keyboard's focus. */
+function fill(element, items, made) {
+  if (element.shown === items) return
+  element.shown = items
+  element.replaceChildren(...(items ?? []).map(made))
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph

@@ -279,6 +279,20 @@ def test_a_click_or_a_key_enlarges_a_picture_until_the_next_key(page):
         page.wait_for("() => !document.querySelector('.facelora-large')")
 
 
+def test_the_keyboard_stays_on_a_picture_and_on_a_button_while_news_arrives(page):
+    page.run(BUILD, train_node(seed=17))
+    shots = [{"filename": name, "subfolder": "", "type": "output", "score": 0.6} for name in ("a.png", "b.png")]
+    steps = [{"step": step, "likeness": step / 100, "kept": step == 50} for step in (25, 50)]
+    hear(page, prompt="ours", phase="drawing", limits=[0.4, 0.55], headshots=shots, checkpoints=steps)
+    for name in ("b.png", "25"):
+        button = page.page.get_by_role("button", name=name)
+        button.focus()
+        hear(page, prompt="ours", begin=False, phase="drawing", done=1, total=2)
+        assert button.evaluate("(button) => button === document.activeElement")
+    hear(page, prompt="ours", begin=False, headshots=[*shots, {**shots[0], "filename": "c.png"}])
+    assert page.page.locator(".facelora-headshot").count() == 3
+
+
 def test_a_button_shows_what_the_machine_has_for_training(page, server):
     page.run(BUILD, train_node(1))
     page.page.click(".facelora-machine")
