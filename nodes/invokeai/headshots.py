@@ -21,6 +21,7 @@ from invokeai.invocation_api import (
 )
 
 from ...core.device import within_free_memory
+from ...core.errors import counted
 from ...core.lora.file import LoraFile
 from ...core.models.base import Base
 from ...core.pictures.generate import Job
@@ -43,6 +44,7 @@ class HeadshotsOutput(BaseInvocationOutput):
         description="The likeness of each picture to the photos. 0.55 or more is usually the same person. -1 means no "
         "face, or no photos."
     )
+    report: str = OutputField(description="The highest likeness, and notes about the photos.")
 
 
 @invocation(
@@ -78,6 +80,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         return HeadshotsOutput(
             pictures=[ImageField(image_name=name) for name in names],
             likenesses=[-1.0 if shot.likeness is None else shot.likeness for shot in shots],
+            report="\n".join([_summary(shots), *progress.notes]),
         )
 
     def _draw(
@@ -110,3 +113,9 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
             "loras": [{"model": self.lora.model_dump(mode="json"), "weight": self.weight * job.strength}],
         }  # fmt: skip
         return context.images.save(image, metadata=MetadataField(values)).image_name
+
+
+def _summary(shots: list[Headshot]) -> str:
+    """Return one line about the pictures: their number, and the highest likeness if measured."""
+    best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
+    return counted(len(shots), "picture") + ("" if best is None else f", highest likeness {best:.2f}")

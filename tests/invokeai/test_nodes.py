@@ -137,6 +137,16 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
     assert drawn.likenesses == sorted(drawn.likenesses)
     assert {values["seed"] for values in desk.context.saved.values()} == {7, 8}
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
+    assert drawn.report == f"2 pictures, highest likeness {drawn.likenesses[-1]:.2f}"
+
+
+def test_headshots_report_why_there_is_no_likeness(desk, monkeypatch):
+    photos = sys.modules["ComfyUI-FaceLoRA.nodes.invokeai.photos"]
+    monkeypatch.setattr(photos, "faces_if_installed", lambda on_warning: on_warning("no face networks"))
+    node = NODES["facelora_headshots"](
+        model=desk.model, lora=train(desk).lora, count=2, styles="", resolution=72, photos=desk.photos
+    )
+    assert node.invoke(desk.context).report == "2 pictures\nno face networks"
 
 
 def test_reading_the_model_for_headshots_is_shown_and_can_be_cancelled(desk):
