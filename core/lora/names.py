@@ -38,7 +38,7 @@ from ..tensor_names import (
     plain_name,
     shows_other_blocks,
 )
-from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, rank_of, weight_shape
+from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, KINDS, kind_of, rank_of, weight_shape
 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
@@ -408,6 +408,10 @@ def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Calla
     """
     if len(types) > MOST_TENSORS:
         raise BadFile(f"{name}: has {len(types):,} tensors, but a LoRA can have at most {MOST_TENSORS:,}")
+    for end, kind in _UNREAD.items():
+        if key := next((key for key in types if key.endswith(end)), None):
+            what = f"its tensors are those of {kind}, e.g. {shortened(key)!r}"
+            raise UnknownFamily(f"{name}: not supported: {what}; known kinds: {', '.join(KINDS)}")
     content = content_of(types)
     identity = content.identity(family_in_metadata(metadata))
     lora = make(_detect_family(content, identity, types, metadata, name))
@@ -464,6 +468,12 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     return family
 
 
+_UNREAD = {
+    ".oft_R.weight": "OFT v2 (peft, OneTrainer)",
+    ".on_input": "IA3 (LyCORIS)",
+    ".a1.weight": "GLoRA (LyCORIS)",
+}
+"""Kinds of adapters that are not read, by the ends of names that only these have."""
 _WORD_WIDTHS = {768, 1024, 1280, 4096}
 """The widths of the text encoders that learn new words."""
 

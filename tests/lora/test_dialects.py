@@ -260,6 +260,24 @@ STRANGE = {
         {"lora_unet_mid_block_attentions_0_proj_in_lora_down.weight": torch.zeros(2, 1280)},
         r"_lora_down.weight' does not end like a LoRA's tensor, such as \.lora_down\.weight",
     ),
+    "OFT of OneTrainer": (
+        {"lora_unet_mid_block_attentions_0_proj_in.oft_R.weight": torch.zeros(40, 496)},
+        r"not supported: its tensors are those of OFT v2 \(peft, OneTrainer\), e\.g\. 'lora_unet_mid.*oft_R\.weight'",
+    ),
+    "OFT of OneTrainer with magnitudes": (
+        {
+            "lora_unet_mid_block_attentions_0_proj_in.oft_R.weight": torch.zeros(40, 496),
+            "lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(1280, 1),
+        },
+        r"not supported: its tensors are those of OFT v2",
+    ),
+    "IA3 of LyCORIS": (
+        {
+            "lora_unet_mid_block_attentions_0_proj_in.on_input": torch.zeros(()),
+            "lora_unet_mid_block_attentions_0_proj_in.weight": torch.zeros(1, 1280),
+        },
+        r"not supported: its tensors are those of IA3 \(LyCORIS\)",
+    ),
     "a language model": (factors_of("base_model.model.model.layers.0.self_attn.q_proj"), "is for a language model"),
     "another language model": (factors_of("base_model.model.transformer.h.0.attn.c_attn"), "is for a language model"),
     "SAM": (factors_of("base_model.model.vision_encoder.layers.0.attn.qkv"), "is for a vision model like SAM or ViT"),
