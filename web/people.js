@@ -42,7 +42,7 @@ function keepListed(root) {
 }
 
 function row(person, root, leave) {
-  const picture = make("img", "")
+  const picture = Object.assign(make("img", ""), { alt: "" }) // the name is beside it
   if (person.picture) picture.src = person.picture
   const date = new Date(1000 * person.begun).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })
   const likeness = make("div", `facelora-says-${VERDICTS[person.likeness_word] ?? "nothing"}`)

@@ -206,7 +206,7 @@ class Pictures {
     return numbers.map((number) => {
       const names = this.seen.photos.filter(({ person }) => person === number).map(({ name }) => name)
       const images = names.map((name) => {
-        const image = make("img", "")
+        const image = Object.assign(make("img", ""), { alt: "" })
         thumbnail(name).then((address) => (image.src = address))
         return image
       })
