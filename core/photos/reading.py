@@ -343,7 +343,7 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
         _refuse_float_pixels(name, source)
         yield source
         return
-    if name.lower().endswith(HEIF_SUFFIXES):
+    if name.lower().endswith(HEIF_SUFFIXES) or source[4:11] == b"ftyphei":  # Some programs rename HEIC files to .jpg.
         _support_heif(name)
     # Pillow warns about large pictures and unreadable tags. Damaged photos are reported by our own errors.
     with warnings.catch_warnings(), _without_damage(name):

@@ -308,6 +308,13 @@ def test_a_missing_heif_package_is_named(tmp_path, monkeypatch):
         read_photos(tmp_path, strict=True)
 
 
+def test_a_heic_photo_renamed_to_jpg_is_read_whatever_was_read_before(tmp_path, monkeypatch):
+    pillow_heif.register_heif_opener()
+    picture().save(tmp_path / "a.jpg", "HEIF")
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    assert only_photo(tmp_path).size == (64, 48)
+
+
 def test_a_photo_deleted_after_reading_says_so(tmp_path):
     picture().save(tmp_path / "a.png")
     photo = only_photo(tmp_path)
