@@ -40,8 +40,8 @@ MAX_SIDE = 65_535
 MAX_BYTES = 2**30
 """The largest file that is read: larger than 178 uncompressed megapixels at 16 bits."""
 
-MAX_REPEATS = 10_000
-"""The most repeats that a folder name can set."""
+MAX_REPEATS = 1_000
+"""The most repeats that a folder name can set: the number in a larger one, such as `2019_Italy`, is a year."""
 
 MAX_CAPTION_BYTES = 2**20
 """The longest caption that is read, in bytes: text encoders take a few hundred words."""
