@@ -48,7 +48,7 @@ MAX_CAPTION_BYTES = 2**20
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
 """The Pillow decoders for PHOTO_SUFFIXES. Pillow picks a decoder by content, and another one runs Ghostscript."""
-_REPEATS_FOLDER = re.compile(r"(\d+)_.*")
+_REPEATS_FOLDER = re.compile(r"(\d+)_.*(?<!-headshots)")  # The command headshots writes its pictures there.
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -443,6 +443,16 @@ def test_a_folder_with_too_many_repeats_is_left_out_with_a_warning(tmp_path):
     assert len(warnings) == 3 and all("(10 repeats, at most 1,000)" in warning for warning in warnings)
 
 
+def test_headshots_beside_the_photos_they_were_made_from_are_no_photos(tmp_path):
+    for name in ("10_me", "10_me-headshots"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / name / "1.png")
+    warnings: list[str] = []
+    (photo,) = read_photos(tmp_path, on_warning=warnings.append)
+    assert photo.repeats == 10
+    assert warnings[0].startswith("folder '10_me-headshots' with 1 photo left out: ")
+
+
 def sample(mode):
     noise = np.random.default_rng(0).integers(0, 2**16, (41, 37, 4), dtype=np.uint16)
     if mode == "I;16":
