@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import BadConfig
 from ..faces import Face, FaceNetwork
+from .dataset import MAX_ASPECT
 from .reading import Photo
 
 
@@ -173,6 +174,13 @@ def features_in_frame(image_size: tuple[int, int], face: Face) -> bool:
     The detector places features that are cut off outside the picture: it did so on every ORL face cut in half.
     """
     return bool(((face.landmarks >= 0) & (face.landmarks <= np.array(image_size))).all())
+
+
+def features_in_middle(image_size: tuple[int, int], face: Face) -> bool:
+    """Return whether the same points are in the middle of a long picture, which is all of it that `prepare` trains on."""
+    size = np.array(image_size)
+    cut_off = np.maximum(0, size - MAX_ASPECT * size[::-1]) / 2
+    return bool(((face.landmarks >= cut_off) & (face.landmarks <= size - cut_off)).all())
 
 
 def pose(face: Face) -> tuple[float, float]:

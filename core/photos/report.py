@@ -315,6 +315,8 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
         add(REVIEW, f"{pixels}; {limits.face_pixels_review:.0f} are better")
     if not measure.features_in_frame(look.photo.size, face):
         add(REJECT, "an eye, the nose or the mouth is cut off", "cut off")
+    elif not measure.features_in_middle(look.photo.size, face):
+        add(REJECT, "the face is outside the middle of a long picture: cut it to the part around the face", "too long")
     elif in_frame < limits.in_frame_review:
         add(REVIEW, "part of the face is outside the picture")
     if sharp < limits.sharpness_reject:

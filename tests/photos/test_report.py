@@ -14,6 +14,7 @@ from core.cli import main
 from core.errors import BadConfig, BadFile
 from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
+from core.photos.dataset import prepare
 from core.photos.report import framing
 from tests.face_samples import NUMBERS, PEOPLE, orl
 from tools.photo_tables import (
@@ -106,6 +107,17 @@ def test_a_face_that_is_small_in_a_large_picture_needs_a_crop(network):
     canvas = Image.new("RGB", (1200, 1000), "slategray")
     canvas.paste(orl(5, 9), (500, 300))
     assert verdict_of(canvas, network) == ("use with crop", "the face is small in the picture: a closer part is used")
+
+
+@pytest.mark.parametrize(("place", "expected"), [(0, "reject"), (200, "use"), (400, "reject")])
+def test_a_long_picture_is_rejected_unless_the_face_is_in_the_part_that_is_trained_on(network, place, expected):
+    panorama = Image.new("RGB", (492, 112), "grey")
+    panorama.paste(orl(5, 8), (place, 0))
+    verdict, why = verdict_of(panorama, network)
+    assert verdict == expected
+    assert ("outside the middle of a long picture" in why) == (expected == "reject")
+    (image,) = prepare([photo(panorama)], resolution=64, size_multiple=8, trigger="sks", class_word="man").images
+    assert (image.crop[0] < place + 46 < image.crop[2]) == (expected == "use")
 
 
 def test_of_two_copies_the_better_one_is_kept(network):
