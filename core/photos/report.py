@@ -342,9 +342,9 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
         add(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant")
     elif others:
         people = "another person" if len(others) == 1 else f"{len(others)} other people"
-        add(CROP, f"{people} in the picture: cropped out or masked")
+        add(CROP, f"{people} in the picture: crop it, or set face_crops or face_masks")
     if face.share_of(look.photo.size) < limits.face_share_crop:
-        add(CROP, "the face is small in the picture: a closer part is used")
+        add(CROP, "the face is small in the picture: crop it, or set face_crops")
 
     return PhotoReport(
         look.photo,

@@ -83,8 +83,8 @@ TRIED = {
     "half a face": (lambda: orl(5, 9).crop((0, 0, 46, 112)), "reject", "cut off"),
     "without an ear": (lambda: orl(5, 9).crop((30, 0, 92, 112)), "review", "part of the face is outside"),
     "someone else": (lambda: orl(6, 1), "reject", "this seems to be someone else (likeness 0.2"),
-    "two others too": (lambda: side_by_side(orl(1, 1), orl(5, 9), orl(2, 1)), "use with crop", "2 other people"),
-    "one other too": (lambda: side_by_side(orl(5, 9), orl(2, 1)), "use with crop", "another person in the picture"),
+    "two others too": (lambda: side_by_side(orl(1, 1), orl(5, 9), orl(2, 1)), "use with crop", "2 other people in the picture: crop"),
+    "one other too": (lambda: side_by_side(orl(5, 9), orl(2, 1)), "use with crop", "another person in the picture: crop"),
 }
 
 
@@ -106,7 +106,7 @@ def test_small_faces_are_rejected_or_reviewed_by_their_pixels_in_the_photo(netwo
 def test_a_face_that_is_small_in_a_large_picture_needs_a_crop(network):
     canvas = Image.new("RGB", (1200, 1000), "slategray")
     canvas.paste(orl(5, 9), (500, 300))
-    assert verdict_of(canvas, network) == ("use with crop", "the face is small in the picture: a closer part is used")
+    assert verdict_of(canvas, network) == ("use with crop", "the face is small in the picture: crop it, or set face_crops")
 
 
 @pytest.mark.parametrize(("place", "expected"), [(0, "reject"), (200, "use"), (400, "reject")])
