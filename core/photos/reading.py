@@ -254,22 +254,33 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: OnWarning) -> Iterator
     for path in entries:
         if _is_photo_file(path):
             yield path, 1
+    _mention_captions(entries, on_warning)
     if not repeats:
         return
     for subfolder in (path for path in entries if path.is_dir() and not path.name.startswith(".")):
         try:
-            inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
+            files = sorted(subfolder.iterdir(), key=lambda path: path.name)
+            inside = list(filter(_is_photo_file, files))
         except OSError as problem:
             on_warning(f"folder {subfolder.name!r} left out: it cannot be read ({problem.strerror or problem})")
             continue
         match = _REPEATS_FOLDER.fullmatch(subfolder.name)
         if match and 0 < int(match[1]) <= MAX_REPEATS:
             yield from ((path, int(match[1])) for path in inside)
+            _mention_captions(files, on_warning)
         elif inside:
             on_warning(
                 f"folder {subfolder.name!r} with {counted(len(inside), 'photo')} left out: "
                 f"only sub-folders with a name like '10_name' (10 repeats, at most {MAX_REPEATS:,}) are read"
             )
+
+
+def _mention_captions(files: Iterable[Path], on_warning: OnWarning) -> None:
+    """Mention captions in the files of other tools, which are not read."""
+    found = [path.name for path in files if path.suffix == ".caption" or path.name == "metadata.jsonl"]
+    if found:
+        count = counted(len(found), "caption file is", "caption files are")
+        on_warning(f"{count} not read, such as {found[0]!r}: write the caption of NAME.jpg into NAME.txt")
 
 
 def _is_photo_file(path: Path) -> bool:

@@ -161,6 +161,22 @@ def test_captions_come_from_text_files_as_one_line(tmp_path):
     assert [photo.caption for photo in read_photos(tmp_path)] == ["photo of sks person, smiling, é", None, None]
 
 
+def test_caption_files_that_are_not_read_are_mentioned(tmp_path):
+    folder = tmp_path / "10_sks person"
+    folder.mkdir()
+    for name in ("a", "b"):
+        picture().save(folder / f"{name}.png")
+        (folder / f"{name}.caption").write_text("sks person, smiling")
+    picture().save(tmp_path / "top.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "top.png", "text": "sks person"}')
+    said = []
+    read_photos(tmp_path, on_warning=said.append)
+    assert said == [
+        "1 caption file is not read, such as 'metadata.jsonl': write the caption of NAME.jpg into NAME.txt",
+        "2 caption files are not read, such as 'a.caption': write the caption of NAME.jpg into NAME.txt",
+    ]
+
+
 def test_kohya_folders_give_repeats_and_other_folders_are_mentioned(tmp_path):
     for folder in ("10_sks person", "3_more", "old"):
         (tmp_path / folder).mkdir()
