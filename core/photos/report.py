@@ -178,8 +178,10 @@ def check_photos(
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # Without a majority for one person, nobody can tell who doesn't belong.
     majority = len(matches) > 2 and 2 * sum(matches) > len(matches)
+    told = _most_of_another(looks, chosen, thresholds) < sum(matches)
     reports = [
-        _judge(look, index, alike, majority, thresholds) for look, (index, alike) in zip(looks, chosen, strict=True)
+        _judge(look, index, alike, majority, told, thresholds)
+        for look, (index, alike) in zip(looks, chosen, strict=True)
     ]
     reports = _mark_copies(reports, looks, [index for index, _ in chosen], thresholds)
     usable = [
@@ -244,6 +246,16 @@ def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
     return chosen
 
 
+def _most_of_another(looks: Sequence[Look], chosen: Sequence[tuple[int, float | None]], limits: Thresholds) -> int:
+    """Return on how many photos the most frequent person is who isn't the chosen one."""
+    others = [np.delete(look.vectors, index, 0) for look, (index, _) in zip(looks, chosen, strict=True) if look.faces]
+    if not others:
+        return 0
+    everyone = np.concatenate(others)
+    counts = sum((likeness(everyone, faces) >= limits.likeness_reject).any(1) for faces in others)
+    return int(np.max(counts, initial=0))
+
+
 def _people(looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds) -> tuple[int, ...]:
     """The number of the person on each photo, from 1 for the one on most of them; 0 where no face was found."""
     numbers = [0] * len(looks)
@@ -291,7 +303,7 @@ def _mark_copies(
     return marked
 
 
-def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
+def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bool, limits: Thresholds) -> PhotoReport:
     if not look.faces:
         nothing = "no face was found; make sure that the whole face can be seen"
         nobody = Finding(REJECT, TURNS.get(look.turn, nothing), "turned" if look.turn else "without a face")
@@ -338,7 +350,7 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
             add(REVIEW, "the photos show different people, and no one is in most of them")
     elif alike is not None and alike < limits.likeness_review:
         add(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
-    if others and alike is None:
+    if others and (alike is None or not told):
         add(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant")
     elif others:
         people = "another person" if len(others) == 1 else f"{len(others)} other people"

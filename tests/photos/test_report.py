@@ -83,8 +83,12 @@ TRIED = {
     "half a face": (lambda: orl(5, 9).crop((0, 0, 46, 112)), "reject", "cut off"),
     "without an ear": (lambda: orl(5, 9).crop((30, 0, 92, 112)), "review", "part of the face is outside"),
     "someone else": (lambda: orl(6, 1), "reject", "this seems to be someone else (likeness 0.2"),
-    "two others too": (lambda: side_by_side(orl(1, 1), orl(5, 9), orl(2, 1)), "use with crop", "2 other people in the picture: crop"),
-    "one other too": (lambda: side_by_side(orl(5, 9), orl(2, 1)), "use with crop", "another person in the picture: crop"),
+    "two others too": (lambda: side_by_side(orl(1, 1), orl(5, 9), orl(2, 1)), "use with crop", "2 other people"),
+    "one other too": (
+        lambda: side_by_side(orl(5, 9), orl(2, 1)),
+        "use with crop",
+        "another person in the picture: crop",
+    ),
 }
 
 
@@ -106,7 +110,10 @@ def test_small_faces_are_rejected_or_reviewed_by_their_pixels_in_the_photo(netwo
 def test_a_face_that_is_small_in_a_large_picture_needs_a_crop(network):
     canvas = Image.new("RGB", (1200, 1000), "slategray")
     canvas.paste(orl(5, 9), (500, 300))
-    assert verdict_of(canvas, network) == ("use with crop", "the face is small in the picture: crop it, or set face_crops")
+    assert verdict_of(canvas, network) == (
+        "use with crop",
+        "the face is small in the picture: crop it, or set face_crops",
+    )
 
 
 @pytest.mark.parametrize(("place", "expected"), [(0, "reject"), (200, "use"), (400, "reject")])
@@ -157,6 +164,16 @@ def test_the_person_can_be_found_from_group_photos_alone(network):
     report = check_photos(pairs, network, SMALL)
     assert [item.verdict for item in report.photos] == ["use with crop"] * 4
     assert all(item.face and item.face.box[0] > 80 for item in report.photos)
+
+
+def test_a_couple_in_every_photo_is_reviewed_since_nobody_said_who_is_meant(network):
+    couple = [photo(side_by_side(orl(5, number), orl(2, number)), f"{number}") for number in (1, 2, 3, 4, 5)]
+    for item in check_photos(couple, network, SMALL).photos:
+        assert item.verdict == "review"
+        assert item.findings[0].sentence == "2 people, and no other photo to tell which one is meant"
+    told = check_photos([*couple, photo(orl(2, 8), "8")], network, SMALL)
+    assert [item.verdict for item in told.photos] == ["use with crop"] * 5 + ["use"]
+    assert all(item.face and item.face.box[0] > 80 for item in told.photos[:5])
 
 
 def test_an_intruder_is_not_named_when_no_one_has_the_majority(network):
