@@ -103,7 +103,7 @@ def _good(report: SetReport, on_warning: OnWarning) -> tuple[PhotoReport, ...]:
     """Return the photos that the report does not reject. Raises BadPhoto if too few remain."""
     rejected = [item for item in report.photos if item.verdict == REJECT]
     for item in rejected:
-        on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
+        on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
     if not report.enough:
         raise BadPhoto(f"{report.headline}{OVERRULE}")
     if rejected:

@@ -32,6 +32,14 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+def test_each_reason_for_leaving_out_a_photo_ends_before_the_next(photos):
+    (photos / "friend-too.png").write_bytes((photos / "friend.png").read_bytes())
+    warnings: list[str] = []
+    train(photos, BASE_FILE, CONFIG, callbacks=Callbacks(on_warning=warnings.append))
+    (line,) = [warning for warning in warnings if warning.startswith("friend.png ")]
+    assert line.endswith("to the other photos); the same picture as friend-too.png")
+
+
 def trained_on(lora: LoraFile) -> int:
     return int(lora.metadata["ss_num_train_images"])
 
