@@ -197,13 +197,13 @@ def assign_bucket(size: Size, resolution: int, multiple: int, upscale: bool = Fa
     """Return the bucket (width, height) whose aspect is closest to the photo's `size`; the larger one of a tie.
 
     The bucket is never larger than the photo, unless `upscale` is set. Raises BadPhoto when a side of the photo is
-    shorter than `multiple` (with `upscale`, shorter than SMALLEST_SIDE), and BadConfig when the resolution is.
+    shorter than SMALLEST_SIDE (without `upscale`, also than `multiple`), and BadConfig for a resolution below that.
     """
     if resolution < multiple:
         raise BadConfig(f"resolution {resolution} is below {multiple}, the smallest that this model family can draw")
     sizes = bucket_sizes(resolution, multiple, within=None if upscale else size)
     if not sizes or min(size) < SMALLEST_SIDE:
-        least = SMALLEST_SIDE if upscale else multiple
+        least = SMALLEST_SIDE if upscale else max(multiple, SMALLEST_SIDE)
         raise BadPhoto(f"{size[0]}x{size[1]} pixels are too few: each side needs at least {least}")
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda bucket: (round(abs(math.log(bucket[0] / bucket[1]) - aspect), 9), -math.prod(bucket)))

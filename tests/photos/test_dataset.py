@@ -69,6 +69,8 @@ def test_too_small_photos_and_too_small_resolutions_are_refused():
         assign_bucket((63, 200), 512, 64)
     with pytest.raises(BadPhoto, match="3x200 pixels are too few: each side needs at least 16"):
         assign_bucket((3, 200), 512, 64, upscale=True)
+    with pytest.raises(BadPhoto, match="8x200 pixels are too few: each side needs at least 16"):
+        assign_bucket((8, 200), 512, 8)
     with pytest.raises(BadConfig, match="resolution 32 is below 64"):
         assign_bucket((500, 500), 32, 64)
 
