@@ -320,7 +320,10 @@ def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the operation that makes the picture upright; None if it already is."""
-    return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except DAMAGED:  # The EXIF data are damaged, but the picture may be whole.
+        return None
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -141,6 +141,12 @@ def test_a_broken_colour_profile_is_ignored(tmp_path):
     assert only_photo(tmp_path).image().getpixel((5, 5)) == RED
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_broken_exif_data_are_ignored(tmp_path, suffix):
+    picture().save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0no header")
+    assert only_photo(tmp_path).image().size == (64, 48)
+
+
 def test_a_photo_whose_caption_cannot_be_read_is_named_with_it(tmp_path):
     picture().save(tmp_path / "a.png")
     picture().save(tmp_path / "b.png")
