@@ -345,7 +345,8 @@ def _fill(template: str, texts: Mapping[str, str]) -> str:
 def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]:
     """Return the packs of a folder with their paths, by file name. Adds a line to `problems` for each unusable file."""
     if not os.path.isdir(folder):
-        problems.append(f"{folder}: this folder of style packs does not exist")
+        fault = "is a file; give the folder that it is in" if os.path.isfile(folder) else "does not exist"
+        problems.append(f"{folder}: this folder of style packs {fault}")
         return []
     packs = []
     for path in sorted(folder.glob("*.json")):

@@ -509,6 +509,12 @@ def test_bad_files_and_missing_folders_are_reported_and_the_other_packs_load(tmp
     ]
 
 
+def test_a_pack_in_the_place_of_its_folder_is_not_said_to_be_missing(tmp_path):
+    write(tmp_path / "mine.json", good_pack(good_style()))
+    (problem,) = find_style_packs([tmp_path / "mine.json"]).problems
+    assert problem.endswith("mine.json: this folder of style packs is a file; give the folder that it is in")
+
+
 # Expansion
 
 
