@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import safetensors.torch
 import torch
@@ -213,7 +213,15 @@ def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
     return _pack_header(entries, metadata)
 
 
+def check_metadata(metadata: Mapping[Any, Any]) -> None:
+    """Raise BadFile for metadata that are not texts by name: no program reads a file with others."""
+    for name, text in metadata.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise BadFile(f"metadata: {name!r} = {text!r}: a safetensors file holds only texts by name; use str(value)")
+
+
 def _pack_header(entries: Mapping[str, object], metadata: Mapping[str, str] | None) -> bytes:
+    check_metadata(metadata or {})
     head = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
     # Metadata can hold file names, which need not be valid Unicode.
     text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

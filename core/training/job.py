@@ -40,7 +40,7 @@ from ..photos import (
 from ..progress import READING, OnWarning, silent
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, set_aside, write_file
 from ..storage.locks import locked
-from ..storage.safetensors_file import SafetensorsFile
+from ..storage.safetensors_file import SafetensorsFile, check_metadata
 from .callbacks import LOADING, NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, faces_of
@@ -99,6 +99,7 @@ def train(
         config = _usual_config(base, given, held_out, callbacks.on_warning)
     if not isinstance(config, TrainConfig):
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
+    check_metadata(metadata or {})
     place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
     with place, deterministic_if(config.deterministic):
         base = _checked_base(base, config, output, training_adapter is not None)

@@ -300,6 +300,14 @@ def test_a_missing_folder_is_named(tmp_path):
         save_safetensors(tmp_path / "none" / "a", {"x": torch.ones(4)})
 
 
+def test_metadata_that_are_no_texts_are_refused_and_the_file_before_stays(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_safetensors(file, {"x": torch.ones(4)}, {"epoch": "2"})
+    with pytest.raises(BadFile, match=r"metadata: 'epoch' = 3: a safetensors file holds only texts"):
+        save_safetensors(file, {"x": torch.ones(4)}, {"epoch": 3})
+    assert SafetensorsFile.open(file).metadata == {"epoch": "2"} and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_type_without_a_name_in_the_format_is_refused(tmp_path):
     with pytest.raises(BadFile, match=r"'x' has the unsupported dtype torch\.complex128"):
         save_safetensors(tmp_path / "a", {"x": torch.ones(4, dtype=torch.complex128)})

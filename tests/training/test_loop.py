@@ -607,6 +607,13 @@ def test_what_was_written_has_the_files_name(bases, photo_folder, tmp_path):
     assert lora.name == LoraFile.read(tmp_path / "me.safetensors").name
 
 
+def test_metadata_that_no_file_can_hold_are_refused_before_the_first_step(bases, photo_folder, tmp_path):
+    config = TrainConfig(rank=2, steps=1, resolution=32, check_photos=False)
+    steps = Callbacks(on_step=lambda report: pytest.fail("a step was taken"))
+    with pytest.raises(BadFile, match=r"metadata: 'epoch' = 3"):
+        train(photo_folder, bases["sd15"], config, device=CPU, metadata={"epoch": 3}, callbacks=steps)  # pyright: ignore
+
+
 def test_a_resumed_run_keeps_the_thumbnail_of_before(bases, caches, tmp_path):
     config = replace(PLAIN, steps=5, sample_every=3, thumbnail=True)
     drawn = Samples(lambda *_: [Image.new("RGB", (64, 80), "red")], [("a", 1)])
