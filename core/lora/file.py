@@ -45,7 +45,7 @@ class LoraFile(LoraNames):
 
     family: str
     """The model family that the LoRA is for, a name in tensor_names.NAME_TABLES."""
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(repr=False)
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
     """The name of the LoRA in messages: the file's path, if it was read from a file."""

@@ -200,10 +200,11 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
     """Raise BadConfig unless these are a loaded base model and LoRAs with strengths, and the base model supports clip_skip."""
     if not isinstance(base, Base):
         raise BadConfig(f"base = {base!r}: expected a Base, as returned by load_base(path)")
-    for pair in loras:
+    pairs = loras if isinstance(loras, Sequence) else [loras]  # an iterator, such as a zip, can be read only once
+    for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LoraFile)):
             raise BadConfig(
-                f"loras: {pair!r}: expected a pair of a LoraFile, as returned by LoraFile.read(path), and a strength"
+                f"loras: {pair!r}: expected a list of pairs of a LoraFile, as returned by LoraFile.read(path), and a strength"
             )
         lora, strength = pair
         if not math.isfinite(strength):

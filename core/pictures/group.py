@@ -304,7 +304,8 @@ def check_group(
     base: Base, group: Group, jobs: Sequence[Job], loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig
 ) -> None:
     """Raise the errors of `generate_group` for invalid arguments, before anything is loaded."""
-    check_drawing(base, [*loras, *((person.lora, person.strength) for person in group.people)], config)
+    check_drawing(base, loras, config)
+    check_drawing(base, [(person.lora, person.strength) for person in group.people], config)
     for person in group.people:
         if person.lora.family != base.family.name:
             raise LoraMisfit(

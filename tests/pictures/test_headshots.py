@@ -81,6 +81,16 @@ def test_a_picture_depends_on_its_own_texts_and_not_on_longer_ones_in_its_batch(
     assert together[replace(alone.job, guidance=1.0)].tobytes() == list(together.values())[-1].tobytes()
 
 
+def test_loras_that_can_be_read_only_once_are_refused_as_is_one_without_a_strength(base, tmp_path) -> None:
+    """The check would use up a zip, and the pictures would be drawn without the LoRAs."""
+    lora = random_lora(base, r".*attn1\.to_q")
+    with pytest.raises(BadConfig, match=r"loras: <zip object at \w+>: expected a list of pairs of a LoraFile"):
+        next(generate(base, zip([lora], [1.0], strict=True), jobs(1)))  # pyright: ignore
+    with pytest.raises(BadConfig) as refused:
+        make_headshots(base, [lora], jobs(1), tmp_path / "out")  # pyright: ignore
+    assert str(refused.value).startswith("loras: LoraFile(family='sd15', name='LoRA'): expected a list")
+
+
 def test_texts_are_encoded_some_at_a_time(base) -> None:
     family, sizes = base.family, []
 
