@@ -52,7 +52,7 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def device_and_dtype(
-    precision: Precision = "auto", device: torch.device | None = None, overflows_in_fp16: bool = False
+    precision: Precision = "auto", device: torch.device | str | None = None, overflows_in_fp16: bool = False
 ) -> tuple[torch.device, torch.dtype]:
     """Return the device and the dtype to compute with.
 
@@ -65,17 +65,31 @@ def device_and_dtype(
     return device, fastest_dtype(device, overflows_in_fp16)
 
 
-def usable_device(device: torch.device | None = None) -> torch.device:
+def usable_device(device: torch.device | str | None = None) -> torch.device:
     """Return the device, by default CUDA, else Intel's XPU, else Apple's MPS, else the CPU. CUDA without an index gets one.
 
-    Raises BadConfig for a GPU that this torch has no kernels for.
+    Raises BadConfig for a name of no available device, and for a GPU that this torch has no kernels for.
     """
-    device = device or best_device()
+    device = named_device(device) if isinstance(device, str) else device or best_device()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if reason := why_no_kernels(device):
         raise BadConfig(reason)
     return device
+
+
+def named_device(name: str) -> torch.device:
+    """Return the device of that name, even if this torch has no kernels for it. Raises BadConfig if it isn't available."""
+    try:
+        made = torch.zeros(1, device=name)
+        made.item()  # Reading fails on the device "meta", which has no values.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        raise BadConfig(
+            f"device {name}: {reason}; available: {', '.join(name for name, here in available.items() if here)}"
+        ) from None
+    return made.device if made.is_cuda else torch.device(name)
 
 
 def best_device() -> torch.device:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core.device import fastest_dtype, processor, usable_device
+from core.errors import BadConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -41,6 +42,12 @@ def test_an_intel_gpu_has_its_own_name(monkeypatch):
 def test_an_apple_gpu_has_bf16_from_macos_14_on(newer, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: newer)
     assert fastest_dtype(torch.device("mps")) == dtype
+
+
+def test_a_device_can_be_given_by_its_name_as_to_torch():
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(BadConfig, match=r"^device toaster: .*; available: .*cpu$"):
+        usable_device("toaster")
 
 
 def test_a_card_without_an_index_is_the_current_one(monkeypatch):

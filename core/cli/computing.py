@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..device import best_device, stay_within_free_memory, usable_device
-from ..errors import BadConfig
+from ..device import best_device, named_device, stay_within_free_memory, usable_device
 from .common import rough_duration
 
 if TYPE_CHECKING:
@@ -26,18 +25,7 @@ def device_from(options: argparse.Namespace) -> torch.device:
 
 def named_or_best(name: str | None) -> torch.device:
     """Return the device of that name, else the best one, even if this torch has no kernels for it."""
-    if name is None:
-        return best_device()
-    try:
-        made = torch.zeros(1, device=name)
-        made.item()  # Reading fails on the device "meta", which has no values.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        raise BadConfig(
-            f"--device {name}: {reason}; available: {', '.join(name for name, here in available.items() if here)}"
-        ) from None
-    return made.device if made.is_cuda else torch.device(name)
+    return best_device() if name is None else named_device(name)
 
 
 def show_work(ledger: "Ledger", rate: float, as_json: bool) -> None:

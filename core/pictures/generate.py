@@ -149,7 +149,7 @@ def generate(
     *,
     starts: Mapping[Job, Image.Image] | None = None,
     denoise: float = 1.0,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     on_step: OnProgress | None = None,
 ) -> Iterator[Picture]:
     """Draw the pictures of all jobs, and yield them batch by batch; jobs of equal strength are drawn together.

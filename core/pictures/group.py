@@ -259,7 +259,7 @@ def generate_group(
     config: GenerateConfig | None = None,
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     on_step: OnProgress | None = None,
 ) -> Iterator[Picture]:
     """Draw the pictures of all jobs, one by one; prompts name everyone in braces: "{anna} and {ben} in an office".

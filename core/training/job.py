@@ -67,7 +67,7 @@ def train(
     resume: bool = False,
     restart: bool = False,
     strict: bool = False,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:

@@ -38,7 +38,7 @@ def train_lora(
     base: Base,
     config: TrainConfig,
     *,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     continue_from: LoraFile | None = None,
     training_adapter: TrainingAdapter | None = None,
     state_path: Path | None = None,
