@@ -183,7 +183,10 @@ def as_photo(picture: PhotoLike, name: str) -> Photo:
     if isinstance(picture, Image.Image):
         return Photo.from_image(picture, name)
     what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-    raise BadPhoto(f"{name} is {what}: expected a Photo, a PIL image, or an array of uint8 (height, width, 3)")
+    raise BadPhoto(
+        f"{name} is {what}: expected a Photo, a PIL image, or an array of uint8 (height, width, 3). To read files, use "
+        "photos.read_photo_files"
+    )
 
 
 def read_photos(

@@ -58,10 +58,10 @@ def train(
     config: TrainConfig | None = None,
     *,
     output: str | os.PathLike[str] | None = None,
-    class_photos: str | os.PathLike[str] | Sequence[Photo] | None = None,
+    class_photos: str | os.PathLike[str] | Sequence[PhotoLike] | None = None,
     continue_from: LoraFile | str | os.PathLike[str] | None = None,
     training_adapter: TrainingAdapter | LoraFile | str | os.PathLike[str] | None = None,
-    held_out: Sequence[Photo] = (),
+    held_out: str | os.PathLike[str] | Sequence[PhotoLike] = (),
     faces: FaceNetwork | None = None,
     judge: FaceNetwork | None = None,
     resume: bool = False,
@@ -74,11 +74,11 @@ def train(
     """Train a LoRA, write it to `output` (a `.safetensors` path) if that is given, and return it.
 
     `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or a Ready from
-    `ready_for`. `class_photos`, for prior preservation, is a folder or a list. Without a `config`, the recipe `balanced` is
-    used: see `core.training.recipe_config`. With `output`, which is replaced if it exists, the state is kept beside it until
-    the run ends. If a state exists, `resume=True` continues from it and `restart=True` replaces it. Otherwise it is an error.
-    Every `save_every` steps a numbered LoRA is saved beside the output. Samples are saved in `<name>-samples`. Callbacks can
-    take over both.
+    `ready_for`. `class_photos`, for prior preservation, and `held_out` are a folder or a list too. Without a `config`, the
+    recipe `balanced` is used: see `core.training.recipe_config`. With `output`, which is replaced if it exists, the state is
+    kept beside it until the run ends. If a state exists, `resume=True` continues from it and `restart=True` replaces it.
+    Otherwise it is an error. Every `save_every` steps a numbered LoRA is saved beside the output. Samples are saved in
+    `<name>-samples`. Callbacks can take over both.
 
     A `training_adapter` is a LoRA that undoes a base model's distillation to a few steps. It is active in training steps only.
     Samples and class images are drawn without it, and without guidance.
@@ -94,6 +94,7 @@ def train(
     """
     output = None if output is None else Path(output)
     given = photos if isinstance(photos, Ready) else _read(photos, strict, callbacks.on_warning)
+    held_out = _read(held_out, strict, callbacks.on_warning, "held_out")
     if config is None:
         base = base if isinstance(base, Base) else load_base(base)
         config = _usual_config(base, given, held_out, callbacks.on_warning)
@@ -201,15 +202,17 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
     return start
 
 
-def _read(photos: str | os.PathLike[str] | Sequence[PhotoLike], strict: bool, on_warning: OnWarning) -> list[Photo]:
-    """Return the photos as a list. If `photos` is a folder, they are read from it."""
+def _read(
+    photos: str | os.PathLike[str] | Sequence[PhotoLike], strict: bool, on_warning: OnWarning, name: str = "photos"
+) -> list[Photo]:
+    """Return the photos as a list. If `photos` is a folder, they are read from it. `name` is the argument's, for messages."""
     if isinstance(photos, str | os.PathLike):
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
-    return [as_photo(photo, f"photos[{number}]") for number, photo in enumerate(photos)]
+    return [as_photo(photo, f"{name}[{number}]") for number, photo in enumerate(photos)]
 
 
 def _read_or_make_class_photos(
-    class_photos: str | os.PathLike[str] | Sequence[Photo] | None,
+    class_photos: str | os.PathLike[str] | Sequence[PhotoLike] | None,
     base: Base,
     config: TrainConfig,
     device: torch.device,
@@ -222,7 +225,7 @@ def _read_or_make_class_photos(
             base, config.class_word, config.class_images, resolution=config.resolution, device=device,
             on_progress=callbacks.progress("class images"),
         )  # fmt: skip
-    return [] if class_photos is None else _read(class_photos, strict, callbacks.on_warning)
+    return [] if class_photos is None else _read(class_photos, strict, callbacks.on_warning, "class_photos")
 
 
 def ready_for(

@@ -19,6 +19,7 @@ from core.models import load_base
 from core.photos import Photo, Thresholds, make_ready, read_photos
 from core.training import Callbacks, TrainingJob, find_or_train, train
 from core.training.job import ready_for, settled
+from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
 
 CONFIG = TrainConfig(steps=1, rank=2)
@@ -146,3 +147,19 @@ def test_photos_without_a_face_are_named_where_likeness_is_to_be_measured(photos
     assert unseen.network is None
     with pytest.raises(BadPhoto, match="no face was found in the 4 photos trained on"):
         train(unseen, BASE_FILE, config, held_out=held_out)
+
+
+def test_photos_to_hold_out_are_given_like_those_to_train_on(photos, tmp_path):
+    """As a list of pictures, and as a folder; what is no picture is named with its argument."""
+    images = [person_photos(35)[number].convert("RGB") for number in (8, 9)]
+    (tmp_path / "out").mkdir()
+    for number, image in enumerate(images):
+        image.save(tmp_path / "out" / f"{number}.png")
+    config = replace(CONFIG, sample_every=1, sample_steps=1, likeness_pictures=1)
+    curves = [
+        train(photos, BASE_FILE, config, held_out=held_out).metadata[LIKENESS_KEY]
+        for held_out in (images, tmp_path / "out", read_photos(tmp_path / "out"))
+    ]
+    assert curves[0] == curves[1] == curves[2]
+    with pytest.raises(BadPhoto, match=r"held_out\[0\] is str: expected a Photo, .* use photos\.read_photo_files"):
+        train(photos, BASE_FILE, config, held_out=[str(tmp_path / "out" / "0.png")])  # pyright: ignore
