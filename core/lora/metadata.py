@@ -58,7 +58,7 @@ def edit_metadata(
         "author": author,
         "description": description,
         "trigger_phrase": trigger_phrase,
-        "tags": None if tags is None else ", ".join(tags),
+        "tags": tags if tags is None or isinstance(tags, str) else ", ".join(tags),  # a text is a sequence of letters
         "license": license,
         "usage_hint": usage_hint,
     }

@@ -195,6 +195,10 @@ def test_edited_metadata_leave_the_tensors_and_their_hash(saved, tmp_path):
     assert metadata["sshs_legacy_hash"] == file_hashes(saved)["sshs_legacy_hash"]
 
 
+def test_tags_in_one_text_are_not_taken_apart_into_letters(saved):
+    assert edit_metadata(saved, tags="portrait, photo")["modelspec.tags"] == "portrait, photo"
+
+
 def test_an_edit_changes_nothing_else(saved):
     file = SafetensorsFile.open(saved)
     save_safetensors(saved, dict(file), before := {**file.metadata, "ss_training_comment": ""})
