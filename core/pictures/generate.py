@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -119,6 +119,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise BadConfig(f"sampler = {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        if self.precision not in get_args(Precision):
+            raise BadConfig(f"precision = {self.precision!r}: must be one of {', '.join(get_args(Precision))}")
         for name in ("batch_size", "clip_skip"):
             if getattr(self, name) < 1:
                 raise BadConfig(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -158,12 +160,13 @@ def generate(
     With `starts`, a picture of the job's size for each job, these pictures are redrawn: only the last `denoise` share of the
     steps (above 0 to 1) is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
 
-    Raises BadConfig for a strength that is not finite, and for a size, sampler or clip_skip that the base model doesn't
-    support. Raises OutOfMemory if the device has too little memory.
+    Raises BadConfig for a strength that is not finite, a job without a fitting picture in `starts`, and a size, sampler or
+    clip_skip that the base model doesn't support. Raises OutOfMemory if the device has too little memory.
     """
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
+    starts = _checked_starts(base, jobs, starts, denoise) if starts else None
     device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
     groups = by_strength(jobs)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
@@ -213,6 +216,20 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
         raise BadConfig(
             f"clip_skip = {config.clip_skip}: {base.family.title} does not let you choose the layer. Leave it at 1"
         )
+
+
+def _checked_starts(
+    base: Base, jobs: Sequence[Job], starts: Mapping[Job, Image.Image], denoise: float
+) -> dict[Job, Image.Image]:
+    """Return the pictures to redraw, in RGB, by the jobs with sizes. Raises BadConfig where one is missing or doesn't fit."""
+    if not 0 < denoise <= 1:
+        raise BadConfig(f"denoise = {denoise}: must be above 0, up to 1")
+    found = {replace(job, size=checked_size(base, job.size)): image.convert("RGB") for job, image in starts.items()}
+    for job in jobs:
+        if job not in found or found[job].size != job.size:
+            width, height = checked_size(base, job.size)
+            raise BadConfig(f"starts: {job.prompt!r} with seed {job.seed} needs a picture of {width}x{height} pixels")
+    return found
 
 
 def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:

@@ -741,6 +741,23 @@ def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) 
     assert distance(0.1) < 12 < distance(1.0)  # of 255
 
 
+def test_a_picture_to_redraw_belongs_to_its_job_and_has_its_size(base) -> None:
+    job, photo = Job("a photo of person", 1, steps=1, guidance=1), Image.new("L", (72, 72))
+    (picture,) = generate(base, [], [job], starts={job: photo}, denoise=0.5)
+    assert picture.job.size == photo.size
+    with pytest.raises(BadConfig, match="starts: 'a photo of person' with seed 1 needs a picture of 72x72 pixels"):
+        next(generate(base, [], [job], starts={job: photo.resize((92, 112))}, denoise=0.5))
+    with pytest.raises(BadConfig, match="starts: 'a photo of person' with seed 2 needs a picture of 72x72 pixels"):
+        next(generate(base, [], [job, replace(job, seed=2)], starts={job: photo}, denoise=0.5))
+    with pytest.raises(BadConfig, match=r"denoise = 35: must be above 0, up to 1"):
+        next(generate(base, [], [job], starts={job: photo}, denoise=35))
+
+
+def test_a_precision_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BadConfig, match="precision = 'fp8': must be one of auto, fp32, bf16, fp16"):
+        GenerateConfig(precision="fp8")  # pyright: ignore
+
+
 # The command line
 
 
