@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..config import OutputSettings, TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device, why_no_gpu
-from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError, MissingPackage
+from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError, LoraMisfit, MissingPackage
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
+from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
 from ..models.opening import load_base
@@ -193,11 +194,16 @@ def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out:
 
 
 def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) -> LoraFile | None:
-    """Read the LoRA to continue from, if needed. Raises LoraMisfit when it does not fit the base model."""
+    """Read the LoRA to continue from, if needed. Raises LoraMisfit when it does not fit the base model, or has words."""
     if start is None:
         return None
     shapes = base.module_shapes()
     start = (start if isinstance(start, LoraFile) else LoraFile.read(start)).of_loaded(shapes, base.family.unused)
+    if words := ", ".join(dict.fromkeys(word_of(start, key) for key in start.embedding_keys)):
+        raise LoraMisfit(
+            f"{start.name}: has vectors of {words}, which training cannot continue and would lose. Convert it to diffusers' "
+            "names, which leaves them out, or choose another LoRA"
+        )
     fit(start, base.family.name, shapes).check(start.name)
     return start
 

@@ -16,6 +16,7 @@ from core.lora.file import LoraFile
 from core.models.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.pictures.sampling import encode_prompts
 from core.training.callbacks import Callbacks
+from core.training.job import train
 from core.training.loop import train_lora
 from core.training.methods import files_beside
 from core.training.step import Run
@@ -183,6 +184,14 @@ def test_a_file_to_go_on_from_is_refused(bases, caches, method):
     start = LoraFile("sd15", {}, {})
     with pytest.raises(LoraMisfit, match=f"method '{method}' starts from words, not from a file"):
         Run(caches["sd15"], bases["sd15"], replace(CONFIG, method=method), CPU, continue_from=start)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_with_vectors_is_not_gone_on_from_without_them(bases, caches, photo_folder, method):
+    run = started_run(bases, caches, "sd15", method)
+    start, config = run.adapter.export(run.parameters, bases["sd15"], {}), replace(CONFIG, method="lora", steps=1)
+    with pytest.raises(LoraMisfit, match="LoRA: has vectors of sks, which training cannot continue and would lose"):
+        train(photo_folder, bases["sd15"], replace(config, check_photos=False), device=CPU, continue_from=start)
 
 
 def test_settings_of_a_lora_are_refused_by_vectors_alone(bases, caches):
