@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -107,6 +107,7 @@ def train(
         base = _checked_base(base, config, output, training_adapter is not None)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
         start = _checked_start(continue_from, base)
+        read = _files_read(base, start, output, config)
         adapter = None if training_adapter is None else TrainingAdapter.open(training_adapter, base)
         base = base.as_distilled() if adapter else base
         device = usable_device(device)
@@ -119,7 +120,7 @@ def train(
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
         cache, samples = _prepared(ready, watch, class_photos, base, config, device, callbacks)
         if output is not None and not resume:
-            _set_earlier_aside(output, base, start)
+            _set_earlier_aside(output, read)
         lora = train_lora(
             cache, base, config, device=device, continue_from=start, training_adapter=adapter, samples=samples,
             state_path=None if output is None else state_path(output),
@@ -410,12 +411,21 @@ def _named_like(output: Path, addition: str) -> list[tuple[Path, bool]]:
     return [(path, metadata_of(path).get("ss_output_name") == output.stem) for path in found]
 
 
-def _set_earlier_aside(output: Path, base: Base, start: LoraFile | None) -> None:
+def _files_read(base: Base, start: LoraFile | None, output: Path | None, config: TrainConfig) -> set[Path]:
+    """Return the files that a run reads. Raises BadFile when one of its intermediate LoRAs would replace one of them."""
+    read = {Path(name).resolve() for name in [*(file.path for file in base.files), *([start.name] if start else [])]}
+    steps = range(config.save_every, config.steps + 1, config.save_every) if config.save_every else ()
+    for path, _ in _named_like(output, r"-step\d{6,}") if output else ():
+        if path.resolve() in read and int(path.stem.rpartition("-step")[2]) in steps:
+            raise BadFile(f"{path}: has the name of an intermediate LoRA of save_every, {_WOULD_REPLACE}")
+    return read
+
+
+def _set_earlier_aside(output: Path, read: Collection[Path]) -> None:
     """Move the intermediate LoRAs and samples of an earlier run with this output into folders `earlier` beside them.
 
-    A file of the base model, and the LoRA to continue from, stay, because this run reads them.
+    The files of `read` stay: those of the base model, and the LoRA to continue from.
     """
-    read = {Path(name).resolve() for name in [*(file.path for file in base.files), *([start.name] if start else [])]}
     loras = [path for path, is_ours in _named_like(output, r"-step\d{6,}") if is_ours]
     samples = [path for path in _samples_folder(output).glob("step*.png") if re.fullmatch(_SAMPLE, path.name)]
     for path in [*loras, *samples]:

@@ -324,6 +324,18 @@ def test_a_restart_moves_the_earlier_files_of_steps_away_and_no_others(tmp_path,
     ]  # fmt: skip
 
 
+def test_a_step_to_go_on_from_is_not_replaced_by_that_of_the_new_run(tmp_path, small_sd15, photo_folder, capsys):
+    arguments = training(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "2", "--save-every", "1")
+    assert main(arguments) == 0
+    read = tmp_path / "face-step000001.safetensors"
+    before = read.read_bytes()
+    assert main([*arguments, "--restart", "--continue-from", str(read)]) == 1
+    assert f"{read}: has the name of an intermediate LoRA of save_every" in capsys.readouterr().err
+    assert read.read_bytes() == before
+    assert main([*arguments, "--save-every", "2", "--restart", "--continue-from", str(read)]) == 0
+    assert read.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_resuming_with_other_settings_photos_or_base_is_refused_and_the_state_stays(tmp_path, small_sd15, photo_folder):
     options = ["--steps", "100000", "--state-interval", "0"]
