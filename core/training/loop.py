@@ -77,7 +77,8 @@ def train_lora(
         intermediate.see_base()
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
-            intermediate.look_when_due()  # a resumed run may have been cancelled before it had drawn these
+            intermediate.save_when_due()  # a resumed run may have been cancelled before it had saved or drawn these
+            intermediate.look_when_due()
         while run.step < config.steps and not intermediate.is_enough():
             with state.saved_when_cancelled():
                 loss = run.accumulate_within_memory(callbacks.on_warning)

@@ -508,6 +508,23 @@ def test_a_sampler_that_raises_also_leaves_a_state(bases, caches, tmp_path):
     assert SafetensorsFile.open(state).metadata["step"] == "1"
 
 
+def test_a_step_that_could_not_be_saved_is_saved_when_the_run_goes_on(bases, photo_folder, tmp_path, monkeypatch):
+    config = TrainConfig(rank=2, steps=3, save_every=1, resolution=32, check_photos=False)
+    output, save = tmp_path / "me.safetensors", LoraFile.save
+
+    def full(lora, path, *rest):
+        if "step000001" in str(path):
+            raise BadFile(f"{path}: No space left on device")
+        save(lora, path, *rest)
+
+    with monkeypatch.context() as disk, pytest.raises(BadFile, match="No space left"):
+        disk.setattr(LoraFile, "save", full)
+        train(photo_folder, bases["sd15"], config, output=output, device=CPU)
+    train(photo_folder, bases["sd15"], config, output=output, device=CPU, resume=True)
+    names = ["me-step000001.safetensors", "me-step000002.safetensors", "me.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, caches):
     run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, dropout=0.3), CPU)
     modes = []
