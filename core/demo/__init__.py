@@ -6,6 +6,7 @@ photos are held out as reference photos.
 
 import functools
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -110,7 +111,7 @@ def embedded_base() -> Path:
 
 
 def run(
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     person: int = 35,
     config: TrainConfig | None = None,
@@ -125,7 +126,7 @@ def run(
     if person not in UNSEEN_PEOPLE:
         raise BadConfig(f"person {person}: must be 35 to 40, since the base model has seen people 1 to 34")
     config = config or CONFIG
-    make_folder(output)
+    output = make_folder(output)
     _check_files(output)
     faces = load_faces()
     photos = person_photos(person)

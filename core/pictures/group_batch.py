@@ -1,5 +1,6 @@
 """Batches of group pictures: match faces with people, redraw each with its person's LoRA, and rank by likeness."""
 
+import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,7 +174,7 @@ def make_group_pictures(
     base: Base,
     group: Group,
     jobs: Sequence[Job],
-    folder: Path,
+    folder: str | os.PathLike[str],
     config: GenerateConfig | None = None,
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),

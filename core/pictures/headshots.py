@@ -46,7 +46,7 @@ def make_headshots(
     base: Base,
     loras: Sequence[tuple[LoraFile, float]],
     jobs: Sequence[Job],
-    folder: Path,
+    folder: str | os.PathLike[str],
     config: GenerateConfig | None = None,
     *,
     reference: Iterable[Image.Image] | Reference | None = None,
@@ -112,9 +112,11 @@ class Batch:
     compared_with: int
     """The number of people that a picture is compared with."""
 
-    def make(self, jobs: Sequence[Job], folder: Path, face_pass: FacePass, keep: int | None) -> list[Headshot]:
+    def make(
+        self, jobs: Sequence[Job], folder: str | os.PathLike[str], face_pass: FacePass, keep: int | None
+    ) -> list[Headshot]:
         """Make the pictures of the jobs in the folder, as described in `make_headshots`; the jobs have sizes."""
-        make_folder(folder)
+        folder = make_folder(folder)
         for job, count in Counter(jobs).items():
             if count > 1:
                 raise BadConfig(

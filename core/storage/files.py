@@ -76,9 +76,9 @@ def replace(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def make_folder(path: Path) -> Path:
+def make_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder at `path`, creating it and its parents if needed. Raises BadFile when it cannot be created."""
-    with writing(path):
+    with writing(path := Path(path)):
         path.mkdir(parents=True, exist_ok=True)
     return path
 

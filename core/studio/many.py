@@ -4,6 +4,7 @@ On one machine people are made one after the other; on a cluster each worker mak
 others. `plan` lists in advance who is to be made, how much work that is, and how long others have taken.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +37,7 @@ _REPORT_PAUSE = 20
 def run(
     people: Iterable[Person],
     base: Base,
-    output: Path,
+    output: str | os.PathLike[str],
     terms: Terms,
     *,
     device: torch.device | None = None,
@@ -54,7 +55,7 @@ def run(
     the callbacks, `on_warning` is called, and `on_phase` while the base model is read, then with ("people", done, all) and
     ("at work", workers, all).
     """
-    make_folder(output)
+    output = make_folder(output)
     read_report(output)  # Raises for a file of that name that isn't a report.
     output = output.absolute()  # The report only removes the folders of absolute paths.
     people = [replace(person, photos=person.photos.absolute()) for person in people]
@@ -115,13 +116,14 @@ def _on_cluster(
         yield from hand_out(people, crew, look, callbacks)
 
 
-def forget(name: str, output: Path) -> int:
+def forget(name: str, output: str | os.PathLike[str]) -> int:
     """Delete everything that the studio has of a person, including the report's line, and return the number of files.
 
     Photos elsewhere, such as those that the LoRA was trained on, aren't the studio's and are kept. Raises BadConfig if the
     output doesn't have the person, and InUse while the person is being made. Raises BadFile, and deletes nothing, if something
     cannot be deleted or the report is damaged.
     """
+    output = Path(output)
     folders = {path.parent.name: path.parent for path in output.glob(f"*/{RECORD}")}
     folders |= {path.parent.name: path.parent for path in output.glob(f"*/{CACHE}")}
     folder = folders.get(name)
@@ -167,8 +169,15 @@ class Plan:
         return seconds_for(self.work, self.earlier)
 
 
-def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, device: torch.device | None = None) -> Plan:
+def plan(
+    people: Iterable[Person],
+    base: Base,
+    output: str | os.PathLike[str],
+    terms: Terms,
+    device: torch.device | None = None,
+) -> Plan:
     """Return the plan of a call to `run` with the same arguments."""
+    output = Path(output)
     to_make: dict[str, Work] = {}
     made_before: list[str] = []
     refused: dict[str, str] = {}

@@ -48,7 +48,7 @@ class Person:
 _SAID = {field.name: field for field in fields(Person) if field.name not in ("name", "photos", "problem")}
 
 
-def read_people(place: Path) -> list[Person]:
+def read_people(place: str | os.PathLike[str]) -> list[Person]:
     """Read the people from a folder of folders, in the order of their names, or from a manifest, in its own order.
 
     Each folder has photos and a `person.toml`, such as `agreed = true` and `class_word = "woman"`. A manifest is a CSV file
@@ -58,6 +58,7 @@ def read_people(place: Path) -> list[Person]:
     A fault in one person's entry becomes that person's `problem`; all others are still made. Raises BadFile or BadConfig if
     nothing can be read, and for a name that two people have.
     """
+    place = Path(place)
     if os.path.isdir(place):
         try:
             folders = sorted(path for path in place.iterdir() if os.path.isdir(path) and not path.name.startswith("."))

@@ -4,6 +4,7 @@ Every stage saves its results, and reuses those that it or an earlier call has s
 with the same arguments makes the same files. It only repeats the last steps since a saved state.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def make(
     ready: Ready,
     base: Base,
     order: Order,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
@@ -114,7 +115,7 @@ def make(
     are ordered again. Without the face networks, pictures aren't ranked, and small faces aren't redrawn. Each callback may
     raise to cancel. Errors are subclasses of FaceLoraError.
     """
-    base = order.on(base)
+    base, folder = order.on(base), Path(folder)
     drawn_on, jobs = order.drawn_on or base, order.jobs(base)
     if order.drawn_on:
         check_drawn_on(drawn_on, base)

@@ -376,8 +376,9 @@ def _written(lora: Trained, base: Base, config: TrainConfig, output: Path) -> Tr
     return replace(lora, name=str(output))
 
 
-def state_path(output: Path) -> Path:
+def state_path(output: str | os.PathLike[str]) -> Path:
     """Return the path for the state of an unfinished run: `NAME.state.safetensors` beside the output."""
+    output = Path(output)
     return output.with_name(f"{output.stem}.state.safetensors")
 
 

@@ -282,7 +282,7 @@ def is_trained(job: TrainingJob, base: Base, folders: Sequence[Path]) -> bool:
 def find_or_train(
     job: TrainingJob,
     base: Base,
-    folders: Sequence[Path],
+    folders: Sequence[str | os.PathLike[str]],
     *,
     own_name: bool = False,
     device: torch.device | None = None,
@@ -306,6 +306,7 @@ def find_or_train(
     was measured, and at most two others per second. A loss that is not finite is left out. Samples are always kept in the
     run's folder. Errors are subclasses of FaceLoraError. InUse means that another run is training the same job.
     """
+    folders = [Path(folder) for folder in folders]
     job.check_makes_lora()
     job = job.looked_at(base, callbacks.on_warning)
     base.compute_hashes(callbacks.progress(READING))

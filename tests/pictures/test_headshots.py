@@ -104,6 +104,11 @@ def test_texts_are_encoded_some_at_a_time(base) -> None:
     assert sizes == [16, 16, 9] and len(pairs) == 40
 
 
+def test_a_script_can_give_the_folder_as_text(base, tmp_path: Path) -> None:
+    (shot,) = make_headshots(base, [], jobs(1), str(tmp_path / "new" / "out"))
+    assert shot.path == tmp_path / "new" / "out" / "001-0.png" and shot.path.is_file()
+
+
 def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> None:
     def stop_at_two(phase: str, done: int, total: int) -> None:
         if (phase, done) == ("pictures", 2):

@@ -153,6 +153,14 @@ def test_a_person_whose_making_was_killed_at_its_start_is_made(tmp_path, base, t
     assert [result.status for result in run(people[:1], base, output, terms)] == ["made"]
 
 
+def test_a_script_can_give_folders_as_text(tmp_path, base, terms, people):
+    output = str(tmp_path / "out")
+    assert [result.status for result in run(people[:1], base, output, terms)] == ["made"]
+    assert not plan(people[:1], base, output, terms).to_make
+    assert forget(people[0].name, output)
+    assert [person.name for person in read_people(str(tmp_path / "people"))] == ["anna", "ben"]
+
+
 def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, people):
     list(run([replace(people[0], agreed=False)], base, tmp_path, terms))
     report = tmp_path / "report.json"
