@@ -42,7 +42,8 @@ def output_folder(text: str) -> Path:
 def _named(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
+    path = Path(text)
+    return path.expanduser() if path.parts[:1] == ("~",) else path  # Bash leaves it in --output=~/FILE.
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,12 @@ def actions(command: str) -> list[argparse.Action]:
     return [action for action in build_parser(command)[1]._actions if action.type in (output_file, output_folder)]
 
 
+def test_a_home_folder_that_the_shell_has_left_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert output_file("~/a.safetensors") == given_path("~/a.safetensors") == tmp_path / "a.safetensors"
+    assert output_file("~a.safetensors") == Path("~a.safetensors") and output_folder("a/~") == Path("a/~")
+
+
 FILES = [(command, action) for command in COMMANDS for action in actions(command) if action.type is output_file]
 FOLDERS = [(command, action) for command in COMMANDS for action in actions(command) if action.type is output_folder]
 
