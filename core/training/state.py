@@ -74,7 +74,10 @@ def _check_digest(file: SafetensorsFile) -> None:
 
 def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     """Read the saved state. Raises BadConfig when it is from a run with another identity, BadFile when it is damaged."""
-    file = SafetensorsFile.open(path)
+    try:
+        file = SafetensorsFile.open(path)
+    except BadFile as error:
+        raise BadFile(str(error).replace("download it again", _BEGIN_ANEW)) from None
     try:
         step, saved = int(file.metadata["step"]), dict(json.loads(file.metadata["identity"]))
         scalars, version = dict(json.loads(file.metadata["scalars"])), file.metadata["version"]

@@ -300,6 +300,13 @@ def test_a_state_with_a_flipped_bit_is_refused_since_training_would_go_on_from_i
             read_state(path, IDENTITY)
 
 
+def test_a_state_that_is_cut_short_cannot_be_downloaded_again(tmp_path):
+    path = saved_state(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BadFile, match="truncated or damaged: .*; delete it, or start over with restart$"):
+        read_state(path, IDENTITY)
+
+
 def test_a_state_of_version_0_1_0_has_no_digest_and_is_taken(tmp_path):
     path = saved_state(tmp_path)
     metadata, tensors = SafetensorsFile.open(path).metadata, tensors_of(path)
