@@ -311,7 +311,7 @@ def _base_options(base: Base, folder: Path) -> list[str]:
     """Return the options that name the base model's files, as `_named` does; none unless it is loaded from files."""
     if base.file is None or base.family.tokenizer:  # A base doesn't record the folder of its tokenizer.
         return []
-    encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
+    encoders = [file for file in base.files if file is not base.file and file is not base.vae_file]
     files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]
     named = [f"--{name}={_named(file.path, folder)}" for name, file in files if file]
     schedule = base.opened_with or {}

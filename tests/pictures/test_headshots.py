@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -519,6 +520,13 @@ def test_a_command_for_more_of_a_picture_names_the_sampler_and_how_the_base_pred
         data = json.loads((tmp_path / "headshots.json").read_text("utf-8"))
         assert data["headshots"][0]["models"] == ([] if wanted is None else ["--base=demo", *wanted])
         assert all(option in (tmp_path / "gallery.html").read_text("utf-8") for option in wanted or ())
+
+
+def test_the_vae_may_come_from_another_checkpoint_of_the_same_tensors(tmp_path: Path) -> None:
+    other = shutil.copy(BASE_FILE, tmp_path / "other.safetensors")
+    make_headshots(load_base(BASE_FILE, vae=other), [], jobs(1), tmp_path)
+    data = json.loads((tmp_path / "headshots.json").read_text("utf-8"))
+    assert data["headshots"][0]["models"] == ["--base=demo", "--vae=other.safetensors"]
 
 
 def test_files_of_others_with_the_names_of_a_batch_are_set_aside(base, tmp_path: Path) -> None:
