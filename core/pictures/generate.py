@@ -13,7 +13,7 @@ from typing import TypeVar, get_args
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Precision
 from ..device import (
@@ -160,8 +160,8 @@ def generate(
     With `starts`, a picture of the job's size for each job, these pictures are redrawn: only the last `denoise` share of the
     steps (above 0 to 1) is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
 
-    Raises BadConfig for a strength that is not finite, a job without a fitting picture in `starts`, and a size, sampler or
-    clip_skip that the base model doesn't support. Raises OutOfMemory if the device has too little memory.
+    Raises BadConfig for a strength that is not finite, a job without a fitting picture in `starts`, a picture that becomes NaN,
+    and a size, sampler or clip_skip that the base model doesn't support. Raises OutOfMemory if the device has too little memory.
     """
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
@@ -190,13 +190,22 @@ def generate(
                             steps=first.steps, guidance=first.guidance, sampler=config.sampler, start=begin,
                             denoise=denoise, on_step=on_step,
                         )  # fmt: skip
-                        return decode_latents(base, vae, latents)
+                        return finished(base, vae, latents)
 
                     images = within_memory(
                         memory, partial(in_parts_that_fit, draw, list(zip(batch, pairs, strict=True)))
                     )
                     for job, image in zip(batch, images, strict=True):
                         yield Picture(image, job, parameters_text(base, loras, job, config))
+
+
+def finished(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
+    """Return the pictures of latents. Raises BadConfig for NaN and infinity, whose pictures would be black."""
+    if not latents.isfinite().all():
+        raise BadConfig(
+            f"{base.name}: a picture became NaN or infinite; use a lower strength of the LoRAs or the precision fp32"
+        )
+    return decode_latents(base, vae, latents)
 
 
 def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig) -> None:

@@ -34,13 +34,14 @@ from .generate import (
     by_strength,
     check_drawing,
     encode_texts,
+    finished,
     load_denoiser,
     parameters_text,
     texts_of,
     within_memory,
 )
 from .parameters import Parameters
-from .sampling import Prediction, decode_latents, denoised, guided_prediction, load_vae
+from .sampling import Prediction, denoised, guided_prediction, load_vae
 from .sizes import checked_size
 
 RelativeBox = tuple[float, float, float, float]
@@ -294,7 +295,7 @@ def generate_group(
                             base, predict, device=device, seeds=[job.seed], size=job.size, steps=job.steps,
                             sampler=config.sampler, on_step=on_step,
                         )  # fmt: skip
-                        return decode_latents(base, vae, latents)
+                        return finished(base, vae, latents)
 
                     (image,) = within_memory(memory, draw)
                     yield Picture(image, job, group_parameters(base, group, loras, job, config))

@@ -213,7 +213,7 @@ def latents_of(base, group: Group, monkeypatch: pytest.MonkeyPatch, loras=()) ->
     """The latents that a group's picture is decoded from."""
     seen = []
     with monkeypatch.context() as patched:
-        patched.setattr(group_module, "decode_latents", lambda base, vae, latents: [seen.append(latents)])
+        patched.setattr(group_module, "finished", lambda base, vae, latents: [seen.append(latents)])
         list(generate_group(base, group, [JOB], loras=loras))
     return seen[0]
 

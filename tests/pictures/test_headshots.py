@@ -684,6 +684,12 @@ def test_a_strength_that_is_not_finite_is_refused_also_of_a_file_that_holds_word
         next(generate(base, [(word, strength)], jobs(1)))
 
 
+def test_a_picture_of_nan_is_refused_instead_of_drawn_black(base, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match=r"base.safetensors: a picture became NaN or infinite; use a lower strength"):
+        make_headshots(base, [(random_lora(base, ".*attn1.*"), 1e30)], jobs(1), tmp_path)
+    assert not times(tmp_path)
+
+
 def test_numpys_integers_are_seeds_and_what_is_not_loaded_is_named(base) -> None:
     job = Job("a photo", np.int64(3), size=(64, 80), steps=1, guidance=1.0)  # pyright: ignore[reportArgumentType]
     (picture,) = generate(base, [], [job])
