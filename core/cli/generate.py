@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from ..errors import BadConfig, BadStylePack, one_line
 from ..lora import LoraFile
@@ -268,11 +268,12 @@ def photos_from(group: Group, references: Sequence[str], on_warning: OnWarning) 
 
 
 def _place(name: str, text: str) -> Area:
-    """Return the region from LEFT,TOP,RIGHT,BOTTOM, or the mask from the file of that name."""
+    """Return the region from LEFT,TOP,RIGHT,BOTTOM, or the mask from the file of that name: transparent is black in it."""
     if not text.lower().endswith(PHOTO_SUFFIXES):
         return read_box(name, text)
     (mask,) = read_photo_files([text], strict=True)
-    return Mask(mask.image())
+    white, opaque = mask.image().convert("L"), mask.mask()
+    return Mask(ImageChops.multiply(white, opaque) if opaque else white)
 
 
 def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:

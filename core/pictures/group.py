@@ -142,7 +142,9 @@ class Group:
             object.__setattr__(self, "layout", side_by_side(len(names)))
         if len(self.layout) != len(names):
             raise BadConfig(f"{len(self.layout)} regions for {len(names)} people: give one for each person")
-        for name, (left, top, right, bottom) in zip(names, self.boxes, strict=True):
+        for name, place, (left, top, right, bottom) in zip(names, self.layout, self.boxes, strict=True):
+            if isinstance(place, Mask) and right == 0:
+                raise BadConfig(f"region of {name}: the mask is black everywhere; it must be white where {name} is")
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
                 raise BadConfig(
                     f"region of {name}: {left:g},{top:g},{right:g},{bottom:g}: must be left,top,right,bottom "

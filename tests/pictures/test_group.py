@@ -14,6 +14,7 @@ import core.pictures.group as group_module
 import core.pictures.group_batch as faces_module
 from core import GenerateConfig, Job, LoraFile, LoraModule, generate, load_base
 from core.cli import main
+from core.cli.generate import _place
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, LoraMisfit
@@ -150,8 +151,16 @@ def test_a_mask_is_the_weight_of_its_person_and_its_box_the_region() -> None:
     assert regions == [(0, 32, 64, 96), (64, 0, 128, 128)]
     anna, _, scene = group.soft_masks(regions, (128, 128))
     assert anna[64, 32] == 1 and anna[36, 4] == 0 and scene[36, 4] == 1 and scene[64, 32] == 0
-    with pytest.raises(BadConfig, match="region of anna: 0,0,0,0"):
+    with pytest.raises(BadConfig, match="region of anna: the mask is black everywhere; it must be white where"):
         Group((ANNA,), (Mask(Image.new("L", (8, 8))),))
+
+
+def test_transparent_parts_of_a_mask_are_black(tmp_path: Path) -> None:
+    mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    mask.paste("white", (0, 0, 4, 8))
+    mask.save(tmp_path / "mask.png")
+    place = _place("anna", str(tmp_path / "mask.png"))
+    assert isinstance(place, Mask) and place.box == (0, 0, 0.5, 1)
 
 
 def test_pictures_of_other_masks_are_not_taken_for_each_other_and_show_several_people(base) -> None:
