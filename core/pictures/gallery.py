@@ -88,7 +88,8 @@ def _command(shot: Headshot, models: Sequence[str]) -> str:
     if job.size:
         settings["size"] = f"{job.size[0]}x{job.size[1]}"
     # With "=", a text that begins with a dash is not read as an option.
-    words = ["facelora", "generate", *models, *(f"--{name}={value}" for name, value in settings.items() if value != "")]
+    given = [f"--{name}={value}" for name, value in settings.items() if value != "" or name == "prompt"]
+    words = ["facelora", "generate", *models, *given]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

@@ -529,6 +529,11 @@ def test_the_vae_may_come_from_another_checkpoint_of_the_same_tensors(tmp_path: 
     assert data["headshots"][0]["models"] == ["--base=demo", "--vae=other.safetensors"]
 
 
+def test_a_command_for_more_of_a_picture_without_words_has_the_empty_prompt(base, tmp_path: Path) -> None:
+    make_headshots(base, [], [replace(jobs(1)[0], prompt="")], tmp_path)
+    assert "--base=demo --prompt= --seed=0" in (tmp_path / "gallery.html").read_text("utf-8")
+
+
 def test_files_of_others_with_the_names_of_a_batch_are_set_aside(base, tmp_path: Path) -> None:
     for name in ("gallery.html", "contact_sheet.png"):
         (tmp_path / name).write_text("mine")
