@@ -146,7 +146,8 @@ def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) 
     shown, warnings = "\n".join(prompts).casefold(), []
     for lora, _ in loras:
         phrases = trigger_phrases(lora.metadata)
-        if phrases and not any(phrase.casefold() in shown for phrase in phrases):
+        called = phrases if lora.entries else [*phrases, Path(lora.name).stem]  # An embedding has two names.
+        if phrases and not any(phrase.casefold() in shown for phrase in called):
             words = " or ".join(map(repr, phrases))
             warnings.append(f"no prompt contains the trigger phrase of {Path(lora.name).name}, {words}")
     return warnings

@@ -302,6 +302,11 @@ def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
     assert without_trigger(both, ["a woman"]) == [
         "no prompt contains the trigger phrase of both.safetensors, 'sks Person' or 'ohwx woman'"
     ]
+    word = LoraFile(
+        "sd15", {"modelspec.trigger_phrase": "sks woman"}, {"emb_params": torch.zeros(1, 64)}, name="me.safetensors"
+    )
+    assert without_trigger([(word, 1.0)], ["a photo of embedding:me"]) == []
+    assert without_trigger([(word, 1.0)], ["a photo of a woman"])
     loras = [(LoraFile.read(tmp_path / f"{name}.safetensors"), 1.0) for name in ("me", "style")]
     assert without_trigger(loras, ["a man in a hat", "SKS person in a hat"]) == []
     assert without_trigger(loras, ["a man in a hat"]) == [
