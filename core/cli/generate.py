@@ -132,11 +132,11 @@ def few_steps_hint(
 
 def unread_syntax(texts: Sequence[str]) -> list[str]:
     """Return a warning for each part of the prompts that is special syntax in A1111 and ComfyUI, such as `(word:1.3)`."""
-    weights, files = r"[(\[][^()\[\]]*:\s*[\d.]+\s*[)\]]", r"<(?:lora|lyco|hypernet):[^<>]*>"
-    found = {match for text in texts for match in re.findall(f"{weights}|{files}", text)}
+    weights, files = r"[(\[][^()\[\]]*:\s*-?[\d.]+\s*[)\]]|\(\([^()]*\)\)", r"<(?:lora|lyco|hypernet):[^<>]*>"
+    found = {match for text in texts for match in re.findall(rf"{weights}|{files}|\bBREAK\b", text)}
     return [
         f"{match!r} is read as ordinary text: "
-        + ("use --lora for the file" if match.startswith("<") else "words cannot have weights")
+        + {"<": "use --lora for the file", "B": "prompts cannot be divided"}.get(match[0], "words cannot have weights")
         for match in sorted(found)
     ]
 

@@ -817,9 +817,10 @@ def test_a_prompt_that_is_given_twice_is_refused(base, tmp_path: Path, capsys: p
 def test_what_other_programs_take_for_more_than_text_is_warned_of(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--count", "1", "--size", "64x64"]
     command += ["--steps", "1", "--prompt", "a photo (of: a person), 16:9", "--prompt", "a <lora:anna:0.8> (smile:1.2)"]
-    assert main([*command, "--negative", "[blurry:0.5]"]) == 0
+    assert main([*command, "--negative", "[blurry:0.5] BREAK ((hat))"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
-    assert [warning.split("'")[1] for warning in warnings] == ["(smile:1.2)", "<lora:anna:0.8>", "[blurry:0.5]"]
+    named = ["((hat))", "(smile:1.2)", "<lora:anna:0.8>", "BREAK", "[blurry:0.5]"]
+    assert [warning.split("'")[1] for warning in warnings] == named
 
 
 def test_no_length_of_clip_is_minded_where_a_base_reads_with_another_encoder(
