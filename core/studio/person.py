@@ -17,7 +17,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos import Photo, Ready, SetReport
 from ..pictures.gallery import SAME_PERSON
-from ..pictures.generate import Job
+from ..pictures.generate import GenerateConfig, Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
@@ -127,6 +127,7 @@ def make(
         [(LoraFile.read(trained.path), 1.0)],
         jobs,
         folder,
+        GenerateConfig(clip_skip=order.config.clip_skip, precision=order.config.precision),
         reference=ready.reference(),
         device=device,
         on_progress=callbacks.on_phase,

@@ -24,7 +24,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import read_photos
 from core.pictures import find_style_packs, headshots
-from core.studio import Order, Outcome, check, make
+from core.studio import Order, Outcome, check, make, person
 from core.training import Callbacks, store
 from tests.tooling import write_photos, write_quick_pack
 
@@ -113,6 +113,17 @@ def assert_the_same_files_and_nothing_done_twice(folder: Path, whole: Path) -> N
 
 
 @pytest.mark.slow
+def test_pictures_are_drawn_with_the_layer_that_was_trained_with_and_in_the_same_precision(desk, monkeypatch):
+    folder, given = desk("anna"), []
+    monkeypatch.setattr(person, "make_headshots", lambda *arguments, **_: given.append(arguments[4]) or [])
+    config = replace(CONFIG, steps=1, clip_skip=2, precision="fp32")
+    base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
+    ready = check(read_photos(folder / "photos"), base, config)
+    monkeypatch.setattr(person, "_advice", lambda *_: ())
+    make(ready, base, Order("anna", config, pack, count=1), folder / "out")
+    assert (given[0].clip_skip, given[0].precision) == (2, "fp32")
+
+
 def test_interrupted_the_job_goes_on_where_it_was(desk):
     whole = desk("whole")
     outcome = do(whole, "", lambda: None)
