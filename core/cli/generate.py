@@ -63,7 +63,7 @@ def run_generate(options: argparse.Namespace) -> None:
             if options.style_pack
             else prompt_jobs(options, base, loras)
         )
-        for line in without_trigger(loras, [job.prompt for job in jobs]):
+        for line in [*without_trigger(loras, [job.prompt for job in jobs]), *unused_strengths(loras)]:
             progress.warning(line)
         if line := few_steps_hint(base, options.steps, options.guidance):
             progress.warning(line)
@@ -151,6 +151,15 @@ def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) 
             words = " or ".join(map(repr, phrases))
             warnings.append(f"no prompt contains the trigger phrase of {Path(lora.name).name}, {words}")
     return warnings
+
+
+def unused_strengths(loras: Sequence[tuple[Any, float]]) -> list[str]:
+    """Return a warning for each embedding with another strength than 1, which changes nothing."""
+    return [
+        f"{Path(lora.name).name} is an embedding, which has no strength: {strength:g} has no effect"
+        for lora, strength in loras
+        if strength != 1 and not lora.entries
+    ]
 
 
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from core.cli import main
-from core.cli.generate import trigger_phrase, without_trigger
+from core.cli.generate import trigger_phrase, unused_strengths, without_trigger
 from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -307,6 +307,10 @@ def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
     )
     assert without_trigger([(word, 1.0)], ["a photo of embedding:me"]) == []
     assert without_trigger([(word, 1.0)], ["a photo of a woman"])
+    assert unused_strengths([(word, 0.2)]) == [
+        "me.safetensors is an embedding, which has no strength: 0.2 has no effect"
+    ]
+    assert unused_strengths([(word, 1.0), (both[0][0], 0.2)]) == []
     loras = [(LoraFile.read(tmp_path / f"{name}.safetensors"), 1.0) for name in ("me", "style")]
     assert without_trigger(loras, ["a man in a hat", "SKS person in a hat"]) == []
     assert without_trigger(loras, ["a man in a hat"]) == [
