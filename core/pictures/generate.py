@@ -160,8 +160,9 @@ def generate(
     With `starts`, a picture of the job's size for each job, these pictures are redrawn: only the last `denoise` share of the
     steps (above 0 to 1) is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
 
-    Raises BadConfig for a strength that is not finite, a job without a fitting picture in `starts`, a picture that becomes NaN,
-    and a size, sampler or clip_skip that the base model doesn't support. Raises OutOfMemory if the device has too little memory.
+    Raises BadConfig for a strength that is not finite, a job without a fitting picture in `starts`, and a picture that becomes
+    NaN. Raises it also for a size, sampler or clip_skip that the base model doesn't support, and OutOfMemory if the device has
+    too little memory.
     """
     config = config or GenerateConfig()
     check_drawing(base, loras, config)

@@ -37,7 +37,7 @@ def size_near(aspect: str, resolution: int, size_multiple: int) -> tuple[int, in
     """
     across, down = (int(part) for part in aspect.split(":"))
     side = resolution // size_multiple  # Sides are in multiples of size_multiple from here on.
-    shorter = round(side * math.sqrt(min(across, down) / max(across, down)))
+    shorter = max(1, round(side * math.sqrt(min(across, down) / max(across, down))))
     longer = side * side // shorter
     width, height = (shorter, longer) if across < down else (longer, shorter)
     return width * size_multiple, height * size_multiple

@@ -640,6 +640,10 @@ def test_sizes_at_1024_are_those_that_sdxl_was_trained_on(aspect, size):
     assert size_near(aspect, 1024, 64) == size
 
 
+def test_a_very_narrow_picture_is_one_multiple_wide():
+    assert size_near("1:300", 512, 64) == (64, 4096)
+
+
 @given(
     st.sampled_from(["1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9"]),
     st.integers(64, 2048),

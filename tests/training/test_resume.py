@@ -303,7 +303,7 @@ def test_a_state_with_a_flipped_bit_is_refused_since_training_would_go_on_from_i
 def test_a_state_that_is_cut_short_cannot_be_downloaded_again(tmp_path):
     path = saved_state(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BadFile, match="truncated or damaged: .*; delete it, or start over with restart$"):
+    with pytest.raises(BadFile, match=r"truncated or damaged: .*; delete it, or start over with restart$"):
         read_state(path, IDENTITY)
 
 
