@@ -437,4 +437,5 @@ def _name_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | N
     is_unet_of_diffusers = family.is_unet and "diffusers" in whose and named.scheme in ("diffusers", "bare")
     if is_unet_of_diffusers and (".processor." in named.module_name or ".to_" not in named.path):
         return None
-    return f"{named.scheme} names of {'diffusers' if 'diffusers' in whose else 'the original model'}"
+    model = "diffusers" if "diffusers" in whose else "the original model"
+    return "names of diffusers" if named.scheme == model else f"{named.scheme} names of {model}"
