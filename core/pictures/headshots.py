@@ -58,9 +58,9 @@ def make_headshots(
 ) -> list[Headshot]:
     """Draw the pictures of all jobs into `folder` as PNG files, and return them; most alike first with a `reference`.
 
-    `reference` is photos of the person, or a Reference made from them. With it, faces that `face_pass` considers small are
-    redrawn, and a new face is used if likeness doesn't fall. Then the `keep` most alike pictures (None: a quarter) are copied
-    into `folder`/kept, but none with a likeness below SAME_PERSON.
+    `reference` is photos of the person (of a Photo, its `image()`), or a Reference made from them. With it, faces that
+    `face_pass` considers small are redrawn, and a new face is used if likeness doesn't fall. Then the `keep` most alike
+    pictures (None: a quarter) are copied into `folder`/kept, but none with a likeness below SAME_PERSON.
 
     A picture that already exists and was made from the same job, models and settings is not drawn again, so an interrupted
     batch continues where it stopped. A different picture of that name moves to `folder`/earlier, and moves back when it is
