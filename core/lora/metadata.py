@@ -157,6 +157,7 @@ _QUOTED_PATH = re.compile(rf"""(?<=['"]){_ROOT}[^'"]*(?=['"])""")
 _PHOTO = re.compile(
     r"""(?<![^\s\\/:,"'(<])[^\s\\/:,"'(<]+\.(?:jpe?g|jfif|png|webp|bmp|tiff?|gif|avif|hei[cf])\b""", re.IGNORECASE
 )
+_LINK = re.compile(r"""\bhttps?://[^\s"'<>]+""", re.IGNORECASE)
 _NOBODY = {"root", "user", "admin", "administrator", "ubuntu"}
 """User names that many computers have, and that identify nobody."""
 
@@ -188,10 +189,12 @@ def _scales_of_peft(metadata: Mapping[str, str]) -> dict[str, str]:
 def personal_part(text: str, known: Collection[str] = ()) -> str | None:
     """Describe the first part of a text that reveals a computer or a photo, for a message; None if nothing does.
 
-    This is a path, a picture's file name, or the name of this computer's user, unless it is one of the `known` words.
+    This is a path or a picture's file name outside web links, or the name of this computer's user, unless it is one of the
+    `known` words.
     """
+    without_links = _LINK.sub("", text)
     for what, pattern in (("the path", _PATH), ("the file name", _PHOTO)):
-        if found := pattern.search(text):
+        if found := pattern.search(without_links):
             return f"{what} {found[0]!r}"
     users = {os.path.basename(os.path.expanduser("~"))}
     with suppress(KeyError, OSError, ImportError):  # A computer may not know its user.

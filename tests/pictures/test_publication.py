@@ -165,7 +165,7 @@ def test_a_text_with_something_personal_is_refused_by_its_name_and_nothing_is_le
     )
     assert list(tmp_path.iterdir()) == [path]
     made = publish_agreed(
-        path, tmp_path / "out", description="A person, 1/2 of a pair: https://example.org/a/b (50mm f/1.8)"
+        path, tmp_path / "out", description="A person, 1/2 of a pair: https://example.org/a/b.png (50mm f/1.8)"
     )
     assert b"jane" not in contents(made.folder).lower()
 
