@@ -304,7 +304,7 @@ def test_metadata_that_are_no_texts_are_refused_and_the_file_before_stays(tmp_pa
     file = tmp_path / "a.safetensors"
     save_safetensors(file, {"x": torch.ones(4)}, {"epoch": "2"})
     with pytest.raises(BadFile, match=r"metadata: 'epoch' = 3: a safetensors file holds only texts"):
-        save_safetensors(file, {"x": torch.ones(4)}, {"epoch": 3})
+        save_safetensors(file, {"x": torch.ones(4)}, {"epoch": 3})  # pyright: ignore
     assert SafetensorsFile.open(file).metadata == {"epoch": "2"} and list(tmp_path.iterdir()) == [file]
 
 

@@ -190,6 +190,7 @@ def test_a_file_to_go_on_from_is_refused(bases, caches, method):
 def test_a_file_with_vectors_is_not_gone_on_from_without_them(bases, caches, photo_folder, method):
     run = started_run(bases, caches, "sd15", method)
     start, config = run.adapter.export(run.parameters, bases["sd15"], {}), replace(CONFIG, method="lora", steps=1)
+    assert isinstance(start, LoraFile)
     with pytest.raises(LoraMisfit, match="LoRA: has vectors of sks, which training cannot continue and would lose"):
         train(photo_folder, bases["sd15"], replace(config, check_photos=False), device=CPU, continue_from=start)
 
