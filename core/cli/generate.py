@@ -136,7 +136,9 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
     found = {match for text in texts for match in re.findall(rf"{weights}|{files}|\bBREAK\b", text)}
     return [
         f"{match!r} is read as ordinary text: "
-        + {"<": "use --lora for the file", "B": "prompts cannot be divided"}.get(match[0], "words cannot have weights")
+        + {"<": "use facelora generate --lora for the file", "B": "prompts cannot be divided"}.get(
+            match[0], "words cannot have weights"
+        )
         for match in sorted(found)
     ]
 

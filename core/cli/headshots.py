@@ -13,13 +13,13 @@ from ..errors import BadConfig
 from ..lora import file_word, write_sidecars
 from ..models import Base
 from ..photos import read_photos
-from ..pictures import FoundPacks, batch_summary
+from ..pictures import FoundPacks, StylePack, batch_summary
 from ..progress import OnWarning
 from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
 from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, work_in_short
-from .generate import few_steps_hint
+from .generate import few_steps_hint, unread_syntax
 from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown, training_adapter_from
 
@@ -59,6 +59,8 @@ def run_headshots(options: argparse.Namespace) -> int:
             print(f"photos: {ready.report.headline}")
         order = _order(options, config, found, asks)
         order = dataclasses.replace(order, training_adapter=adapter, drawn_on=drawn_on)
+        for line in unread_in_pack(order.pack, base):
+            progress.warning(line)
         if asks or options.dry_run:
             ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
             if options.dry_run:
@@ -90,6 +92,13 @@ def hint_at_few_steps(base: Base, on_warning: OnWarning) -> None:
     """Warn if only the base model's name makes it draw in a few steps."""
     if line := few_steps_hint(base, remedy="rename the file"):
         on_warning(line)
+
+
+def unread_in_pack(pack: StylePack, base: Base) -> list[str]:
+    """Return a warning for each part of the pack's texts for the base model that is special syntax in other programs."""
+    wordings = [style.wording(base.family.name) for style in pack.styles]
+    values = [value for style in pack.styles for axis in style.axes.values() for value in axis]
+    return unread_syntax([*values, *(text for wording in wordings for text in (wording.prompt, wording.negative))])
 
 
 def _order(options: argparse.Namespace, config: TrainConfig, found: FoundPacks, asks: bool) -> Order:

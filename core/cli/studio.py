@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -13,10 +13,10 @@ from ..lora import write_sidecars
 from ..models import Base
 from ..pictures import StylePack
 from ..progress import READING
-from ..studio import REPORT, Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
+from ..studio import REPORT, Person, Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
 from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
 from .computing import device_from, show_work
-from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps
+from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps, unread_in_pack
 from .settings import schedule_from, settings_from
 from .studio_progress import StudioProgress, planned
 from .train import StopOnSignal, shown, training_adapter_from
@@ -43,7 +43,7 @@ def run_studio(options: argparse.Namespace) -> int:
 
     callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
-    for problem in (*found.problems, *(refused if options.dry_run else ())):
+    for problem in (*found.problems, *_unread(people, terms, base), *(refused if options.dry_run else ())):
         callbacks.on_warning(problem)
     hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
     if isinstance(progress, JsonProgress):
@@ -86,6 +86,12 @@ def _terms(options: argparse.Namespace, base: Base, given: Mapping[str, Any], pa
         training_adapter=training_adapter_from(options, base),
         drawn_on=drawn_on_from(options, base, **schedule_from(given)),
     )
+
+
+def _unread(people: Sequence[Person], terms: Terms, base: Base) -> list[str]:
+    """Return a warning for each part of the people's style packs that is special syntax in other programs."""
+    chosen = {person.style_pack or terms.style_pack for person in people} & terms.packs.keys()
+    return [line for name in sorted(chosen) for line in unread_in_pack(terms.packs[name], base)]
 
 
 def _described(before: Plan) -> dict[str, Any]:

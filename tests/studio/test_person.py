@@ -292,6 +292,22 @@ def test_an_unknown_style_pack_is_refused_before_the_photos_are_read(desk, monke
     assert "no style pack 'none'; choose one of: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["headshots", "studio"])
+def test_syntax_of_other_programs_in_a_style_pack_is_warned_of(desk, capsys, command):
+    folder = desk("anna")
+    pack = folder / "packs" / "quick.json"
+    pack.write_text(pack.read_text().replace("{framing} photo", "<lora:film:0.7> ({framing}:1.2) photo"))
+    if command == "headshots":
+        photos, style = folder / "photos", ["--style-pack", "quick"]
+    else:
+        photos, style = folder / "people.csv", ["--output", str(folder / "out")]
+        photos.write_text("name,photos,agreed,style_pack\nanna,photos,true,quick\n")
+    assert main([command, str(photos), "--base", "demo", "--dry-run", *style, *quickly(folder)]) == 0
+    warned = capsys.readouterr().err
+    assert "'({framing}:1.2)' is read as ordinary text: words cannot have weights" in warned
+    assert "'<lora:film:0.7>' is read as ordinary text: use facelora generate --lora for the file" in warned
+
+
 def test_files_beside_the_two_base_models_are_for_the_one_that_is_no_diffusers_folder(desk):
     folder = desk("anna")
     base, tensors = load_base(BASE_FILE), load_file(BASE_FILE)
