@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..device import free_memory, keeps_narrow_weights
 from ..errors import BadFile, FaceLoraError, MissingPackage
 from ..progress import OnProgress, percent, silent
+from ..storage.gguf_file import GgufTensors
 from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, tensor_bytes
 from ..storage.stored import dtype_and_shape, narrow_in
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
@@ -56,11 +57,11 @@ class Base:
     """The side of the square that the model was trained at, in pixels."""
     says_distilled: bool = False
     """Whether its diffusers folder declares that it was distilled to a few steps."""
-    file: SafetensorsFile | None = field(default=None, repr=False)
+    file: SafetensorsFile | GgufTensors | None = field(default=None, repr=False)
     """The checkpoint file. None for a folder or a mapping."""
-    vae_file: SafetensorsFile | None = field(default=None, repr=False)
+    vae_file: SafetensorsFile | GgufTensors | None = field(default=None, repr=False)
     """The VAE's own file, or None."""
-    files: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
+    files: tuple[SafetensorsFile | GgufTensors, ...] = field(default=(), repr=False)
     """All files that were opened, including those of text encoders."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """An encoder of captions that replaces the base model's own text encoders."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
-from ..storage.gguf_file import SUFFIX, open_gguf
+from ..storage.gguf_file import SUFFIX, GgufTensors, open_gguf
 from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stored import LazyTensors, Stored, dtype_and_shape
 from . import text
@@ -93,9 +93,9 @@ def load_base(
         prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
         zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
         resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
-        file=file if isinstance(file, SafetensorsFile) else None,
-        vae_file=vae_file if isinstance(vae_file, SafetensorsFile) else None,
-        files=tuple(one for one in opened if isinstance(one, SafetensorsFile)),
+        file=file if isinstance(file, SafetensorsFile | GgufTensors) else None,
+        vae_file=vae_file if isinstance(vae_file, SafetensorsFile | GgufTensors) else None,
+        files=tuple(one for one in opened if isinstance(one, SafetensorsFile | GgufTensors)),
         caption_encoder=caption_encoder,
         own_recipes=metadata.get(RECIPES_KEY, "{}"),
         opened_with=opened_with,

@@ -1,5 +1,6 @@
 """Read GGUF files, the quantised format of llama.cpp and ComfyUI-GGUF, through the package gguf."""
 
+import hashlib
 import os
 import stat
 import sys
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile, MissingPackage
+from ..progress import silent
 from .files import map_file
+from .safetensors_file import CHUNK_BYTES, tensor_bytes
 from .stored import LazyTensors, NarrowTensor, Stored, outline
 
 SUFFIX = ".gguf"
@@ -29,8 +32,24 @@ _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 class GgufTensors(LazyTensors):
     """The tensors of a GGUF file."""
 
+    path: Path
     architecture: str
     """The architecture that the file states, such as "flux" or "qwen3"; empty if it states none."""
+    content: Tensor
+    """The bytes of the file."""
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return len(self.content)
+
+    def sha256(self, *, on_chunk: Callable[[], None] = silent) -> str:
+        """Compute the SHA-256 of the file, as 64 hex digits. `on_chunk` is called after each MiB, and may raise to cancel."""
+        digest = hashlib.sha256()
+        for chunk in self.content.split(CHUNK_BYTES):
+            digest.update(tensor_bytes(chunk))
+            on_chunk()
+        return digest.hexdigest()
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
@@ -70,6 +89,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
         with path.open("rb") as file:
             whole = torch.frombuffer(map_file(file), dtype=torch.uint8)
         tensors = GgufTensors({tensor.name: _GgufTensor.of(reader, tensor, whole) for tensor in reader.tensors})
+        tensors.path, tensors.content = path, whole
         said = reader.get_field("general.architecture")
         tensors.architecture = "" if said is None else str(said.contents())
         return tensors

@@ -1,5 +1,6 @@
 """FLUX.1 from the files that ComfyUI users have: denoiser, text encoders and VAE apart or in one, plain or scaled fp8."""
 
+import hashlib
 import json
 import math
 import re
@@ -260,7 +261,9 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
         tmp_path / "flux1-q8.gguf", {name: (tensor, kinds[name]) for name, tensor in parts["flux"].items()}
     )
     base = load_base(path, vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
-    assert (base.family.name, base.name) == ("flux1", "flux1-q8.gguf") and base.sha256 is None
+    assert (base.family.name, base.name) == ("flux1", "flux1-q8.gguf")
+    assert base.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    base.hash_files()
     read, plain = (
         base.load("denoiser", CPU, torch.float32),
         load_base(parts["flux"]).load("denoiser", CPU, torch.float32),

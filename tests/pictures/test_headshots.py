@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,7 @@ from core.pictures.headshots import batch_summary, make_headshots
 from core.pictures.sampling import SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
 from core.progress import READING
-from tests.tooling import held_elsewhere, mostly_slow, random_lora, small_flow_base, write_photos
+from tests.tooling import held_elsewhere, mostly_slow, random_lora, small_flow_base, write_gguf, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
 
@@ -367,6 +368,21 @@ def test_a_picture_of_another_vae_file_is_made_again(tmp_path: Path) -> None:
         digest = hashlib.sha256((tmp_path / "vae.safetensors").read_bytes()).hexdigest()
         assert (said["VAE"], said["VAE hash"]) == ("vae.safetensors", digest[:10])
     assert pictures[0] != pictures[1]
+
+
+def test_a_picture_by_another_gguf_file_of_the_same_name_is_made_again(tmp_path: Path) -> None:
+    kinds, tensors = gguf.GGMLQuantizationType, load_file(BASE_FILE)
+    prefix, path = "model.diffusion_model.", tmp_path / "unet.gguf"
+    for factor in (1.0, 0.9):
+        weights = {name.removeprefix(prefix): factor * one for name, one in tensors.items() if name.startswith(prefix)}
+        write_gguf(path, {name: (one, kinds.F16 if one.ndim > 1 else kinds.F32) for name, one in weights.items()})
+        base = load_base(path, vae=tensors, text_encoders=[tensors])
+        (shot,) = make_headshots(base, [], jobs(1), tmp_path / "out")
+        assert (
+            f"Model hash: {hashlib.sha256(path.read_bytes()).hexdigest()[:10]}"
+            in Image.open(shot.path).info["parameters"]
+        )
+    assert (tmp_path / "out" / "earlier" / shot.path.name).exists()
 
 
 def test_a_base_can_be_said_to_predict_otherwise_and_the_picture_is_made_again(tmp_path: Path) -> None:
