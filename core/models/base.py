@@ -37,6 +37,8 @@ class CaptionEncoder:
 
 LARGE_ENCODER = 2 * 2**30
 """A text encoder of at least this many bytes counts as a language model."""
+WeightsFile = SafetensorsFile | GgufTensors
+"""A file that a base model is read from."""
 _File = Literal["file", "vae_file"]
 _FILES: tuple[_File, ...] = ("file", "vae_file")
 """The files of a base model that have a hash of their own."""
@@ -57,11 +59,11 @@ class Base:
     """The side of the square that the model was trained at, in pixels."""
     says_distilled: bool = False
     """Whether its diffusers folder declares that it was distilled to a few steps."""
-    file: SafetensorsFile | GgufTensors | None = field(default=None, repr=False)
+    file: WeightsFile | None = field(default=None, repr=False)
     """The checkpoint file. None for a folder or a mapping."""
-    vae_file: SafetensorsFile | GgufTensors | None = field(default=None, repr=False)
+    vae_file: WeightsFile | None = field(default=None, repr=False)
     """The VAE's own file, or None."""
-    files: tuple[SafetensorsFile | GgufTensors, ...] = field(default=(), repr=False)
+    files: tuple[WeightsFile, ...] = field(default=(), repr=False)
     """All files that were opened, including those of text encoders."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """An encoder of captions that replaces the base model's own text encoders."""

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
-from ..storage.gguf_file import SUFFIX, GgufTensors, open_gguf
+from ..storage.gguf_file import SUFFIX, open_gguf
 from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stored import LazyTensors, Stored, dtype_and_shape
 from . import text
-from .base import Base, CaptionEncoder
+from .base import Base, CaptionEncoder, WeightsFile
 from .diffusers_folder import download, is_hub_id, read_folder
 from .families import detect_family
 from .ldm import VAE_PREFIXES, original_unet_names
@@ -93,9 +93,9 @@ def load_base(
         prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
         zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
         resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
-        file=file if isinstance(file, SafetensorsFile | GgufTensors) else None,
-        vae_file=vae_file if isinstance(vae_file, SafetensorsFile | GgufTensors) else None,
-        files=tuple(one for one in opened if isinstance(one, SafetensorsFile | GgufTensors)),
+        file=file if isinstance(file, WeightsFile) else None,
+        vae_file=vae_file if isinstance(vae_file, WeightsFile) else None,
+        files=tuple(one for one in opened if isinstance(one, WeightsFile)),
         caption_encoder=caption_encoder,
         own_recipes=metadata.get(RECIPES_KEY, "{}"),
         opened_with=opened_with,

@@ -1,6 +1,5 @@
 """Read GGUF files, the quantised format of llama.cpp and ComfyUI-GGUF, through the package gguf."""
 
-import hashlib
 import os
 import stat
 import sys
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..errors import BadFile, MissingPackage
 from ..progress import silent
 from .files import map_file
-from .safetensors_file import CHUNK_BYTES, tensor_bytes
+from .safetensors_file import CHUNK_BYTES, sha256_of, tensor_bytes
 from .stored import LazyTensors, NarrowTensor, Stored, outline
 
 SUFFIX = ".gguf"
@@ -45,11 +44,7 @@ class GgufTensors(LazyTensors):
 
     def sha256(self, *, on_chunk: Callable[[], None] = silent) -> str:
         """Compute the SHA-256 of the file, as 64 hex digits. `on_chunk` is called after each MiB, and may raise to cancel."""
-        digest = hashlib.sha256()
-        for chunk in self.content.split(CHUNK_BYTES):
-            digest.update(tensor_bytes(chunk))
-            on_chunk()
-        return digest.hexdigest()
+        return sha256_of(map(tensor_bytes, self.content.split(CHUNK_BYTES)), on_chunk)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:

@@ -43,6 +43,15 @@ _STORAGE_ORDER = [
 ]  # fmt: skip
 
 
+def sha256_of(chunks: Iterable[bytes | memoryview], on_chunk: Callable[[], None]) -> str:
+    """Return the SHA-256 of a file's chunks, as 64 hex digits. `on_chunk` is called after each, and may raise to cancel."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        on_chunk()
+    return digest.hexdigest()
+
+
 @dataclass(eq=False, repr=False)
 class SafetensorsFile(Header, Mapping[str, Tensor]):
     """A safetensors file with a checked header, as a mapping from names to tensors.
@@ -93,11 +102,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
 
         `on_chunk` is called after each MiB, and may raise to cancel. Raises BadFile when the file was changed or removed.
         """
-        digest = hashlib.sha256()
-        for chunk in self._chunks(with_header):
-            digest.update(chunk)
-            on_chunk()
-        return digest.hexdigest()
+        return sha256_of(self._chunks(with_header), on_chunk)
 
     def _chunks(self, with_header: bool) -> Iterator[bytes]:
         with self._reopened() as file:

@@ -150,7 +150,7 @@ def test_photos_without_a_face_are_named_where_likeness_is_to_be_measured(photos
 
 
 def test_photos_to_hold_out_are_given_like_those_to_train_on(photos, tmp_path):
-    """As a list of pictures, and as a folder; what is no picture is named with its argument."""
+    """They may be a list of pictures or a folder. An error names the argument and its first entry that isn't a picture."""
     images = [person_photos(35)[number].convert("RGB") for number in (8, 9)]
     (tmp_path / "out").mkdir()
     for number, image in enumerate(images):
