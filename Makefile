@@ -24,7 +24,8 @@ MINUTES ?= 5
 # The commands that measure a GPU.
 GPU := gpu-correctness gpu-memory gpu-speed gpu-compiled
 
-.PHONY: demo test test-suite test-fast test-portable test-deprecations test-newest-frontend test-all coverage soak
+.PHONY: demo test test-suite test-fast test-portable test-deprecations test-newest-frontend test-processors test-all
+.PHONY: coverage soak
 .PHONY: setup-test lint bench docs constraints dist try-wheel gpu $(GPU)
 
 demo: $(STAMP)
@@ -62,6 +63,10 @@ test-deprecations: $(STAMP)
 test-newest-frontend: setup-test
 	$(PYTEST) -m slow -k newest_frontend tests/browser/test_workflows.py
 
+# The tests that compare numbers, with each instruction set that this processor has.
+test-processors: $(STAMP)
+	$(RUN) -m tests.processors
+
 # How much of each room the fast tests run, in percent. No figure is a goal.
 coverage: $(STAMP)
 	$(PYTEST) -m "$(FAST)" --cov=core --cov-report=
@@ -72,6 +77,7 @@ test-all: lint setup-test
 	$(RUN) tests/invokeai/setup_invokeai.py
 	$(RUN) tests/setup_comfy_cli.py
 	$(PYTEST) -m "not clock" --hypothesis-profile random
+	$(RUN) -m tests.processors
 	$(RUN) -m pytest -m clock
 
 # Random damage, kills and closed disks, and odd requests to a real server; what failed is in soak.json.

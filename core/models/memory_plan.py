@@ -492,4 +492,6 @@ def _counter() -> Any:
             sdpa_backward_flop_count(gradient, query, key, value)
         ),
     }
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        more[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
     return FlopCounterMode(display=False, custom_mapping=more)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from ..storage.stored import NarrowTensor, Widen, as_stored
+from . import cpu_matmul
 
 FEWEST_ROWS = 17
 """The fewest rows of x that `torch._int_mm` takes on a GPU. Fewer are multiplied with the widened weight."""
@@ -55,7 +56,7 @@ class InEightBits:
 def linear(x: Tensor, widen: Widen, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b (..., out) for x (..., in), in the dtype of x."""
     if not _is_in_eight_bits(x, widen):
-        return F.linear(x, widen(parts, x.dtype), bias)
+        return cpu_matmul.linear(x, widen(parts, x.dtype), bias)
     weight, *scales = parts
     product = _product(x, weight.t(), *scales)
     return product if bias is None else product.add_(bias)
@@ -65,7 +66,7 @@ def times(gradient: Tensor, widen: Widen, parts: Sequence[Tensor], total: Tensor
     """Return g W (..., in) for g (..., out), in the dtype of g; added to `total`, which is changed, if there is one."""
     if not _is_in_eight_bits(gradient, widen):
         wide = widen(parts, gradient.dtype)
-        return gradient @ wide if total is None else total.addmm_(gradient, wide)
+        return cpu_matmul.linear(gradient, wide.t()) if total is None else cpu_matmul.add_product(total, gradient, wide)
     weight, *scales = parts
     for scale in scales:
         gradient = gradient * scale.to(gradient.dtype).reshape(-1)

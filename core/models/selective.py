@@ -19,9 +19,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _PRODUCTS = ("mm", "addmm", "bmm", "convolution", "_scaled_mm")
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 KEPT = [
-    getattr(torch.ops.aten, name).default
-    for name in (*_PRODUCTS, *(f"_scaled_dot_product_{kind}" for kind in _ATTENTION))
-    if hasattr(torch.ops.aten, name)
+    getattr(room, name).default
+    for room, names in (
+        (torch.ops.aten, (*_PRODUCTS, *(f"_scaled_dot_product_{kind}" for kind in _ATTENTION))),
+        (torch.ops.mkldnn, ("_linear_pointwise",)),
+    )
+    for name in names
+    if hasattr(room, name)
 ]
 """The operations whose results are kept. Not products of int8: their sums take twice the bytes of what is made of them."""
 _FACTORS = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.bmm.default: (0, 1)}

@@ -16,7 +16,7 @@ from ..device import whole_or_in_tiles
 from ..errors import BadConfig
 from ..models.base import Base
 from ..models.clip import chunk_count, words_of
-from ..models.convolution import FrozenConvolutions
+from ..models.frozen_layers import FrozenLayers
 from ..models.objective import TIMESTEPS, FlowSchedule
 from ..models.packages import import_diffusers
 from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
@@ -213,7 +213,7 @@ def sample_latents(
         base, denoiser, positive, negative, device=device, dtype=dtype, size=size, guidance=guidance
     )
     with (
-        FrozenConvolutions(denoiser, device).in_use(),
+        FrozenLayers(denoiser, device).in_use(),
         torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32),
     ):
         return denoised(

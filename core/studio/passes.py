@@ -74,7 +74,7 @@ def count_passes(
     cache = _cache(base, config, size, made)
     with torch.random.fork_rng([]):
         step = StepPrediction(cache, faked, config, _CPU, torch.float32, training_adapter)
-        step.run.convolutions = None  # Count without a CPU's faster convolutions, which are part of its speed.
+        step.run.frozen_layers = None  # Count without a CPU's faster convolutions, which are part of its speed.
         train = step.operations(step.run.accumulate)
         predictions = {math.prod(one): step.operations(partial(_predict, step.run, faked, made, one)) for one in sizes}
     whole = predictions[math.prod(size)]

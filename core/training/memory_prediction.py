@@ -101,7 +101,7 @@ class StepPrediction:
         return self._known[plan]
 
     def _keeps_kernels(self) -> bool:
-        return self.run.convolutions is not None and self.run.convolutions.keeps_kernels
+        return self.run.frozen_layers is not None and self.run.frozen_layers.keeps_kernels
 
     def operations(self, work: Callable[[], object]) -> int:
         """Count the floating-point operations of `work`, which uses `run`. The first step must not recompute blocks.
@@ -119,7 +119,7 @@ class StepPrediction:
         run = self.run
         run.optimizer.zero_grad()
         run.adopt(plan)
-        run.convolutions = run.convolutions if kernels else None
+        run.frozen_layers = run.frozen_layers if kernels else None
         beside = [tensor for tensor in run.adapter.beside() if tensor.device == run.device]
         there = [*run.memory.resident(), *beside, *run.adapter.copies().values()]
         for encoder in run.encoders.values():

@@ -17,7 +17,7 @@ from ..errors import OutOfMemory, TrainingDiverged
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.compiled import CompiledBlocks, why_not_compiled
-from ..models.convolution import FrozenConvolutions
+from ..models.frozen_layers import FrozenLayers
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.objective import Schedule, draw_noise, sample_losses
 from ..models.products import choose_products
@@ -127,7 +127,7 @@ class Run:
         self.in_eight_bits: bool = self._choose_products()
         """Whether products with frozen weights are computed in 8 bits."""
         self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
-        self.convolutions: FrozenConvolutions | None = self._frozen_convolutions()
+        self.frozen_layers: FrozenLayers | None = self._frozen_layers()
         self.parameters: dict[str, nn.Parameter] = self.adapter.parameters()
         self.average: dict[str, Tensor] | None = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
@@ -176,18 +176,18 @@ class Run:
         wanted = "off" if wanted == "auto" and self.config.deterministic else wanted
         return choose_products(self.denoiser, wanted, self.device, self.dtype)
 
-    def _frozen_convolutions(self) -> FrozenConvolutions | None:
+    def _frozen_layers(self) -> FrozenLayers | None:
+        if self.compiled:
+            return None
         # With offloading, transformed kernels would stay on the device while the weights don't. A selective recomputation must
         # repeat the operations of the forward pass, and kernels are transformed only once.
-        plan = self.memory.plan
-        if self.compiled or plan.offload or plan.selective:
-            return None
-        return FrozenConvolutions(self.denoiser, self.device)
+        plan, networks = self.memory.plan, nn.ModuleList([self.denoiser, *self.encoders.values()])
+        return FrozenLayers(networks, self.device, convolutions=not (plan.offload or plan.selective))
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:
         """Speed up the passes of a step: blocks run in their fast form, and the adapter is cast once for all passes."""
-        blocks = self.compiled or self.convolutions
+        blocks = self.compiled or self.frozen_layers
         with blocks.in_use() if blocks else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
             yield
 
@@ -201,11 +201,12 @@ class Run:
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a memory plan between two steps. Weights that are already in 8 bits stay that way."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.frozen_layers = None  # It would keep the layers that the plan replaces.
         narrows = plan.weights != self.memory.plan.weights
         self.memory.adopt(plan)
         if narrows:
             self.in_eight_bits = self._choose_products()
-        self.convolutions = self._frozen_convolutions()
+        self.frozen_layers = self._frozen_layers()
 
     def update(self, loss: Tensor) -> None:
         """Update the adapter with the accumulated gradients of that loss, and count the step."""

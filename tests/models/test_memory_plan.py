@@ -317,7 +317,7 @@ def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monk
     monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
     run = Run(cache, base, replace(CONFIG, method=method), CPU)
     full = [weakref.ref(p) for p in run.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
-    run.memory.adopt(NARROW)
+    run.adopt(NARROW)
     run.train_step()
     gc.collect()
     assert full and all(weight() is None for weight in full)

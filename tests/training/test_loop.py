@@ -107,9 +107,10 @@ def test_a_step_is_one_of_adamw_on_the_clipped_mean_gradient(bases, caches):
     run.train_step()
 
     optimizer = torch.optim.AdamW(reference.parameters.values(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
-    for number in (0, 1):
-        (loss,) = map(reference.loss_of, reference.passes(number))
-        (loss / 2).backward()
+    with reference.fast():  # Adam turns the rounding of small gradients into steps, so both have the same products.
+        for number in (0, 1):
+            (loss,) = map(reference.loss_of, reference.passes(number))
+            (loss / 2).backward()
     norm = torch.stack([p.grad.norm() for p in reference.parameters.values() if p.grad is not None]).norm()
     assert norm > 0.01
     for parameter in reference.parameters.values():

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ...models.cpu_matmul import add_product, matmul
+from ...models.cpu_matmul import linear as linear_of
 from ...models.narrow_layers import as_under_autocast, linear, narrow_of, times
 from ...storage.stored import Widen
 
@@ -136,7 +138,7 @@ class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forms: Sequence[_Form], down: Tensor, *others: Any) -> tuple[Tensor, ...]:
         ups, biases, parts = others[: len(forms)], others[len(forms) : 2 * len(forms)], others[2 * len(forms) :]
-        low = F.linear(x, down)  # A x of all layers, side by side
+        low = linear_of(x, down)  # A x of all layers, side by side
         outputs = []
         for column, (scale, widen, _), up, weight, bias in zip(
             _columns(low, ups), forms, ups, _by_layer(parts, forms), biases, strict=True
@@ -161,14 +163,16 @@ class _AdaptedLinears(torch.autograd.Function):
         x_gradient, up_gradients = None, []
         for number, (gradient, (scale, widen, _)) in enumerate(zip(gradients, forms, strict=True)):
             gradient, up = gradient.flatten(0, -2), ups[number]
-            # With beta = 0 addmm ignores the values of its first argument, and multiplies a product by alpha in one kernel.
             summed = number > 0 and len(down) == up.shape[1]  # the layers share one matrix A
-            low_gradients[number].addmm_(gradient, up, beta=int(summed), alpha=scale)  # s g B
-            up_gradients.append(torch.addmm(up, gradient.t(), parts[number], beta=0, alpha=scale))  # s g^T (A x)
+            add_product(low_gradients[number], gradient, up, beta=int(summed), alpha=scale)  # s g B
+            up_gradient = torch.empty_like(up)
+            up_gradients.append(
+                add_product(up_gradient, gradient.t(), parts[number], beta=0, alpha=scale)
+            )  # s g^T (A x)
             if ctx.needs_input_grad[0]:  # g W, summed over the layers
                 x_gradient = times(gradient, widen, weights[number], x_gradient)
         low_gradient = low_gradient.flatten(0, -2)
-        down_gradient = low_gradient.t() @ x.flatten(0, -2)
+        down_gradient = matmul(low_gradient.t(), x.flatten(0, -2))
         if x_gradient is not None:
             x_gradient = x_gradient.addmm_(low_gradient, down).view(x.shape)
         return x_gradient, None, down_gradient, *up_gradients, *(None,) * (len(ctx.needs_input_grad) - 3 - len(ups))

@@ -1,4 +1,4 @@
-"""core/models/convolution.py: what a CPU computes in less time is what torch computes, and only where weights are frozen."""
+"""core/models/frozen_layers.py: what a CPU computes in less time is what torch computes, and only where weights are frozen."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.config import TrainConfig
-from core.models import convolution, load_base
-from core.models.convolution import FrozenConvolutions
+from core.models import frozen_layers, load_base
+from core.models.frozen_layers import FrozenLayers
 from core.models.memory_plan import MemoryPlan
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
@@ -21,7 +21,7 @@ def _layer(inputs: int, outputs: int, **options) -> nn.Conv2d:
 
 
 def _computes_itself(layer: nn.Module, device: torch.device = CPU) -> bool:
-    with FrozenConvolutions(layer, device).in_use():
+    with FrozenLayers(layer, device).in_use():
         return "forward" in vars(layer)
 
 
@@ -40,14 +40,14 @@ def _computes_itself(layer: nn.Module, device: torch.device = CPU) -> bool:
 def test_outputs_and_gradients_are_torchs_up_to_rounding(channels, options, shape, name, monkeypatch):
     """Beside float64, they are no more than four times as far off as torch's own in float32."""
     layer, calls = _layer(*channels, **options), []
-    function = getattr(convolution, name)
+    function = getattr(frozen_layers, name)
     monkeypatch.setattr(function, "apply", lambda *inputs, apply=function.apply: calls.append(1) or apply(*inputs))
     x = torch.randn(shape[0], layer.in_channels, *shape[1:], requires_grad=True)
     weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
     exact = nn.functional.conv2d(x.double(), weight, bias, layer.stride, layer.padding)
     gradient = torch.randn(exact.shape)
     plain = layer(x)
-    with FrozenConvolutions(layer, CPU).in_use():
+    with FrozenLayers(layer, CPU).in_use():
         ours = layer(x)
     assert calls == [1]
     (exact_back,) = torch.autograd.grad(exact, x, gradient.double())
@@ -75,6 +75,23 @@ def test_only_frozen_layers_that_gain_are_taken_and_only_within_the_context():
     assert not _computes_itself(large, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_linear_layer_computes_as_torchs_where_another_library_is_faster(bias, monkeypatch):
+    monkeypatch.setattr(frozen_layers, "has_faster_products", lambda: True)
+    layer, x = nn.Linear(24, 40, bias=bias).requires_grad_(False), torch.randn(2, 7, 24, requires_grad=True)
+    plain = layer(x)
+    with FrozenLayers(layer, CPU).in_use():
+        ours = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(ours, plain)
+    gradient = torch.randn_like(plain)
+    torch.testing.assert_close(*(torch.autograd.grad(output, x, gradient)[0] for output in (ours, plain)))
+    assert _computes_itself(layer) and not _computes_itself(layer.requires_grad_(True))
+    monkeypatch.setattr(frozen_layers, "has_faster_products", lambda: False)
+    assert not _computes_itself(layer.requires_grad_(False))
+
+
 @pytest.mark.parametrize(
     ("channels", "dtype", "size"),
     [
@@ -83,11 +100,11 @@ def test_only_frozen_layers_that_gain_are_taken_and_only_within_the_context():
     ],
 )  # fmt: skip
 def test_what_gains_nothing_by_its_size_or_dtype_is_left_to_torch(channels, dtype, size, monkeypatch):
-    monkeypatch.setattr(convolution._Winograd, "apply", None)
-    monkeypatch.setattr(convolution._Product, "apply", None)
+    monkeypatch.setattr(frozen_layers._Winograd, "apply", None)
+    monkeypatch.setattr(frozen_layers._Product, "apply", None)
     layer = _layer(channels, channels).to(dtype)
     x = torch.randn(1, channels, *size, dtype=dtype)
-    with FrozenConvolutions(layer, CPU).in_use():
+    with FrozenLayers(layer, CPU).in_use():
         ours = layer(x)
     torch.testing.assert_close(ours, layer(x))
 
@@ -95,7 +112,7 @@ def test_what_gains_nothing_by_its_size_or_dtype_is_left_to_torch(channels, dtyp
 def test_a_large_weight_in_16_bits_is_one_product_too():
     layer = _layer(1280, 1280).bfloat16()
     x = torch.randn(1, 1280, 8, 8, dtype=torch.bfloat16, requires_grad=True)
-    with FrozenConvolutions(layer, CPU).in_use():
+    with FrozenLayers(layer, CPU).in_use():
         ours = layer(x)
     plain = layer(x)
     assert ours.dtype == plain.dtype and "_Product" in str(ours.grad_fn.next_functions)
@@ -106,14 +123,14 @@ def test_a_large_weight_in_16_bits_is_one_product_too():
 @pytest.mark.parametrize("channels", [256, 1280])
 def test_under_autocast_a_layer_computes_in_16_bits_as_without(channels):
     layer = _layer(channels, channels)
-    with FrozenConvolutions(layer, CPU).in_use(), torch.autocast("cpu", torch.bfloat16):
+    with FrozenLayers(layer, CPU).in_use(), torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(1, channels, 16, 16)).dtype == torch.bfloat16
 
 
 def test_in_inference_mode_and_with_recomputation_they_compute_the_same():
     layer = _layer(256, 256)
     x = torch.randn(1, 256, 16, 16, requires_grad=True)
-    frozen = FrozenConvolutions(layer, CPU)
+    frozen = FrozenLayers(layer, CPU)
     with frozen.in_use():
         plain = layer(x)
         again = checkpoint(layer, x, use_reentrant=False)
@@ -125,14 +142,14 @@ def test_in_inference_mode_and_with_recomputation_they_compute_the_same():
 def test_a_layer_with_a_forward_of_somebody_elses_keeps_it():
     layer = _layer(256, 256)
     theirs = layer.forward = lambda input: input
-    with FrozenConvolutions(layer, CPU).in_use():
+    with FrozenLayers(layer, CPU).in_use():
         assert layer.forward is theirs
     assert layer.forward is theirs
 
 
 def test_a_failure_leaves_the_network_as_it_was():
     layer = _layer(256, 256)
-    with pytest.raises(RuntimeError), FrozenConvolutions(layer, CPU).in_use():
+    with pytest.raises(RuntimeError), FrozenLayers(layer, CPU).in_use():
         layer(torch.zeros(1, 1, 16, 16))
     assert "forward" not in vars(layer)
 
@@ -145,9 +162,9 @@ def test_a_step_has_the_same_gradients_with_them(small_sd15, monkeypatch):
     plain = started_run(cache, base, config)
     calls = set()
     for name, value in {"_LEAST_CHANNELS": 1, "_LEAST_POSITIONS": 65, "_LARGE_WEIGHT": 30_000}.items():
-        monkeypatch.setattr(convolution, name, value)
+        monkeypatch.setattr(frozen_layers, name, value)
     for name in ("_Winograd", "_Product"):
-        function = getattr(convolution, name)
+        function = getattr(frozen_layers, name)
         monkeypatch.setattr(
             function, "apply", lambda *inputs, name=name, apply=function.apply: calls.add(name) or apply(*inputs)
         )
@@ -158,8 +175,8 @@ def test_a_step_has_the_same_gradients_with_them(small_sd15, monkeypatch):
     assert predicted_memory(cache, base, config, CPU, torch.float32, MemoryPlan()) > 0
     while not ours.memory.plan.offload:  # whose kernels would stay beside weights that are brought in
         ours.adopt(ours.plans[ours.plans.index(ours.memory.plan) + 1])
-        assert not ours.convolutions or ours.convolutions._forwards.keys() <= set(ours.denoiser.modules())
-    assert ours.convolutions is None
+        assert not ours.frozen_layers or ours.frozen_layers._forwards.keys() <= set(ours.denoiser.modules())
+    assert ours.frozen_layers and not ours.frozen_layers.keeps_kernels
 
 
 def _gradient(run: Run) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Convolutions with frozen weights, computed faster on a CPU than by torch.
+"""Layers with frozen weights, computed faster on a CPU than by torch.
+
+Linear layers use the faster library (cpu_matmul.py), and so do the products of convolutions.
 
 Kernels of 3x3 use Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, arXiv:1509.09308), in float32. A tile of four by
 four inputs is transformed by additions. So is the kernel, once for all calls. Their sixteen products, each summed over the
@@ -16,6 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .cpu_matmul import faster_products, has_faster_products, linear, matmul
 
 _LARGE_WEIGHT = 10_000_000
 """The number of weights above which oneDNN, which computes torch's convolutions, rearranges a weight in each call."""
@@ -31,25 +36,23 @@ _KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
-class FrozenConvolutions:
-    """The convolutions of a network that can be made faster as long as its weights don't change.
+class FrozenLayers:
+    """The layers of a network that can be made faster as long as its weights don't change.
 
-    If a weight changes, they still compute with the old weight.
+    If a weight changes, convolutions still compute with the old weight.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device):
+    def __init__(self, network: nn.Module, device: torch.device, convolutions: bool = True):
         """Select the layers that get faster if the network computes on that device. On a GPU, none is selected.
 
-        Transformed kernels take 16/9 of the memory of their weights. They are computed when a layer is first used.
+        `convolutions` is whether convolutions are selected too. Transformed kernels take 16/9 of the memory of their weights.
+        They are computed when a layer is first used.
         """
-        self._forwards: dict[nn.Conv2d, Callable[[Tensor], Tensor]] = {}
+        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for layer in network.modules() if device.type == "cpu" else ():
-            if type(layer) is not nn.Conv2d or layer.weight.requires_grad or not _is_plain(layer):
-                continue
-            if layer.weight.numel() > _LARGE_WEIGHT:
-                self._forwards[layer] = partial(_with_one_product, layer)
-            elif _has_small_kernel(layer) and min(layer.weight.shape[:2]) >= _LEAST_CHANNELS:
-                self._forwards[layer] = _WithFewerMultiplications(layer)
+            forward = _forward_of(layer, convolutions)
+            if forward is not None:
+                self._forwards[layer] = forward
 
     @property
     def keeps_kernels(self) -> bool:
@@ -66,10 +69,43 @@ class FrozenConvolutions:
         for layer, forward in ours.items():
             layer.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            yield
+            with faster_products():
+                yield
         finally:
             for layer in ours:
                 del layer.forward
+
+
+def _forward_of(layer: nn.Module, convolutions: bool) -> Callable[[Tensor], Tensor] | None:
+    """Return the faster form of a layer, or None if it has none."""
+    if type(layer) is nn.Linear and not layer.weight.requires_grad and has_faster_products():
+        return partial(_linear, layer)
+    if not convolutions or type(layer) is not nn.Conv2d or layer.weight.requires_grad or not _is_plain(layer):
+        return None
+    if layer.weight.numel() > _LARGE_WEIGHT:
+        return partial(_with_one_product, layer)
+    gains = _has_small_kernel(layer) and min(layer.weight.shape[:2]) >= _LEAST_CHANNELS
+    return _WithFewerMultiplications(layer) if gains else None
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled("cpu") or (layer.bias is not None and layer.bias.requires_grad):
+        return nn.Linear.forward(layer, x)
+    output: Tensor = _FrozenLinear.apply(x, layer.weight, layer.bias)
+    return output
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        return linear(gradients[0], weight.t()), None, None
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
@@ -101,14 +137,14 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: dict[str, Any]) -> Tensor:
         ctx.weight, ctx.size, ctx.window = weight, x.shape[2:], window
         columns = F.unfold(x, **window).transpose(0, 1)
-        output = weight.flatten(1) @ columns.flatten(1)
+        output = matmul(weight.flatten(1), columns.flatten(1))
         if bias is not None:
             output += bias[:, None]
         return output.unflatten(1, columns.shape[1:]).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        rows = gradients[0].mT.flatten(0, 1) @ ctx.weight.flatten(1)
+        rows = matmul(gradients[0].mT.flatten(0, 1), ctx.weight.flatten(1))
         columns = rows.unflatten(0, (len(gradients[0]), -1)).mT
         return F.fold(columns, ctx.size, **ctx.window), None, None, None
 
@@ -164,7 +200,7 @@ def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
     for start, end in _strips(batch, height, width):
         tiles = padded[:, :, 2 * start : 2 * end + 2].unfold(2, 4, 2).unfold(3, 4, 2)
         inputs = before @ tiles.permute(4, 5, 1, 0, 2, 3).reshape(16, -1)
-        products = torch.bmm(kernel, inputs.unflatten(1, (x.shape[1], -1)))
+        products = matmul(kernel, inputs.unflatten(1, (x.shape[1], -1)))
         outputs = after @ products.flatten(1)
         output[:, :, start:end] = outputs.view(2, 2, channels, batch, end - start, across).permute(3, 2, 4, 0, 5, 1)
     return output.view(batch, channels, height, width)
@@ -179,7 +215,7 @@ def _convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
     for start, end in _strips(batch, height, width):
         tiles = outputs[:, :, start:end].permute(3, 5, 1, 0, 2, 4)
         products = after @ tiles.reshape(4, -1)
-        inputs = torch.bmm(kernel.mT, products.unflatten(1, (kernel.shape[1], -1)))
+        inputs = matmul(kernel.mT, products.unflatten(1, (kernel.shape[1], -1)))
         tiles = (before @ inputs.flatten(1)).view(2, 2, 2, 2, channels, batch, end - start, across)
         tiles = tiles.permute(0, 2, 5, 4, 6, 1, 7, 3)
         for down in range(2):
