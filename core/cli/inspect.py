@@ -1,12 +1,15 @@
-"""The command `inspect`. With --fast it works without torch, for programs that inspect thousands of files."""
+"""The command `inspect`. With --fast it reads LoRAs without torch, for programs that inspect thousands of files."""
 
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from .. import lora  # Its modules load only when a name is used.
-from ..errors import BadFile
+from .. import lora, photos, storage  # Their modules load only when a name is used.
+from ..errors import BadFile, BadPhoto, one_line
 from .common import progress_bar
 
 
@@ -15,21 +18,49 @@ def run_inspect(options: argparse.Namespace) -> None:
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)
     if is_one and not options.fast:
-        inspect = partial(lora.inspect_lora, on_progress=progress_bar("reading"))
+        inspect_lora = partial(lora.inspect_lora, on_progress=progress_bar("reading"))
     else:
-        inspect = lora.inspect_header if options.fast else lora.inspect_lora
+        inspect_lora = lora.inspect_header if options.fast else lora.inspect_lora
+
+    def inspect(path: Path) -> dict[str, Any]:
+        return _inspect_picture(path) if _is_picture(path) else inspect_lora(path)
+
     if is_one and not options.json:
-        print(lora.format_inspection(inspect(first)))
+        report = inspect(Path(first))
+        print(_picture_line(report) if _is_picture(Path(first)) else lora.format_inspection(report))
         return
     count, refused = 0, []
     for report in lora.inspect_files(options.files, inspect):
         count += 1
         refused += [f"{report['file']}: {report['error']}"] if "error" in report else []
-        text = json.dumps(report, indent=1 if is_one else None) if options.json else lora.format_line(report)
-        print(text, flush=True)
+        line = _picture_line if "digital_source_type" in report else lora.format_line
+        print(json.dumps(report, indent=1 if is_one else None) if options.json else line(report), flush=True)
     if not count:
         raise BadFile(f"{first}: this folder has no .safetensors file")
     if refused:
         raise BadFile(
             refused[0] if is_one else f"{len(refused)} of {count} files were refused; the first: {refused[0]}"
         )
+
+
+def _is_picture(path: Path) -> bool:
+    # The module with the suffixes of pictures also loads numpy, which --fast does without.
+    return path.suffix.lower() != ".safetensors" and path.name.lower().endswith(photos.PHOTO_SUFFIXES)
+
+
+def _inspect_picture(path: Path) -> dict[str, Any]:
+    """Report the mark of a picture, as values for JSON. Raises BadFile when it can't be read."""
+    try:
+        photos.read_photo_files([path], strict=True)
+    except BadPhoto as error:
+        raise BadFile(f"{path}: {str(error).removeprefix(f'{path.name}: ')}") from None
+    return {"file": os.fspath(path), **storage.inspect_mark(path)}
+
+
+def _picture_line(report: Mapping[str, Any]) -> str:
+    kind, tool = report["digital_source_type"], report["creator_tool"]
+    if kind is None:
+        return one_line(f"{report['file']}: not marked as drawn by a program")
+    drawn = {"trainedAlgorithmicMedia": "drawn", "compositeWithTrainedAlgorithmicMedia": "partly drawn"}
+    what = f"{drawn[kind]} by a program ({kind})" if kind in drawn else kind
+    return one_line(f"{report['file']}: marked as {what}{f', {tool}' if tool else ''}")

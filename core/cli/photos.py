@@ -6,8 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL.PngImagePlugin import PngInfo
-
 from ..faces import Reference, check_judge, faces_if_installed, load_faces
 from ..photos import (
     SHEET_KEY,
@@ -23,7 +21,7 @@ from ..pictures import (
     CONTACT_SHEET,
     contact_sheet,
 )
-from ..storage import write_file
+from ..storage.drawn import DRAWN, PARTLY_DRAWN, read_mark, save_png
 from ..training import Score
 from .common import base_from, print_warning, terminal_width
 
@@ -78,9 +76,13 @@ def run_score(options: argparse.Namespace) -> None:
             [(f"{6 * number + 1} to {6 * number + len(row)}", [image for image, _ in row]) for number, row in enumerate(rows)],
             tile=224, labels=[[label for _, label in row] for row in rows], title="likeness, the most alike first",
         )  # fmt: skip
-        marked = PngInfo()
-        marked.add_text(SHEET_KEY, "score")
-        write_file(options.sheet, lambda file: sheet.save(file, "PNG", pnginfo=marked))
+        save_png(options.sheet, sheet, {SHEET_KEY: "score"}, mark=_mark_of_sheet(images))
+
+
+def _mark_of_sheet(images: Sequence[Photo]) -> str | None:
+    """Return the mark of a sheet of these pictures. Some or all may be photos."""
+    marks = {read_mark(image.source) for image in images if isinstance(image.source, Path)}
+    return DRAWN if marks == {DRAWN} else PARTLY_DRAWN if marks - {None} else None
 
 
 def _is_sheet(photo: Photo) -> bool:

@@ -23,7 +23,8 @@ from ..models.opening import load_base
 from ..photos import Photo
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sheet import contact_sheet
-from ..storage.files import make_folder, write_file, write_text
+from ..storage.drawn import PARTLY_DRAWN, save_png
+from ..storage.files import make_folder, write_text
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import train
 from ..training.likeness import picture_change
@@ -185,7 +186,7 @@ def run(
     labels = [[f"{value:.2f}" for value in judge.likeness(images)] for _, images in rows]
     title = f"likeness to the photos held out: {report.likeness_before:.2f} before, {report.likeness_after:.2f} after"
     sheet = contact_sheet(rows, labels=labels, title=title)
-    write_file(output / "contact_sheet.png", functools.partial(sheet.save, format="PNG"))
+    save_png(output / "contact_sheet.png", sheet, mark=PARTLY_DRAWN)  # It also has the photos.
     write_text(output / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     return report
 

@@ -1,8 +1,6 @@
 """Edit the metadata of LoRA files without changing their tensors, and remove what is personal from metadata and other texts."""
 
-import base64
 import getpass
-import io
 import json
 import os
 import re
@@ -15,6 +13,7 @@ from PIL import Image
 from ..errors import BadConfig, BadFile, BadPhoto, NoLora, UnknownFamily
 from ..photos.reading import read_photo_files
 from ..progress import OnProgress, silent, steps
+from ..storage.drawn import jpeg_url, read_mark
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
 from .names import PEFT_KEY, PHRASE_KEY, WORD_KEY, LoraHeader, json_in, peft_metadata, trigger_words
@@ -107,7 +106,7 @@ def small_picture(picture: str | os.PathLike[str]) -> str:
 
     Raises BadFile when it cannot be read.
     """
-    return thumbnail_url(opened_picture(picture, THUMBNAIL_SIDE))
+    return jpeg_url(opened_picture(picture, THUMBNAIL_SIDE), THUMBNAIL_SIDE, read_mark(picture))
 
 
 def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
@@ -127,14 +126,6 @@ def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
 def cover(url: str) -> dict[str, str]:
     """Return the metadata that programs read a LoRA's picture from. The values are empty for an empty data URL."""
     return {"modelspec.thumbnail": url, "ssmd_cover_images": json.dumps([url.partition(",")[2]]) if url else ""}
-
-
-def thumbnail_url(image: Image.Image) -> str:
-    """Return the picture as a data URL of a JPEG, its longer side at most THUMBNAIL_SIDE pixels."""
-    small, data = image.convert("RGB"), io.BytesIO()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    small.save(data, "JPEG", quality=85, comment="")  # Otherwise PIL copies the picture's own comment.
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 _MODELSPEC = (

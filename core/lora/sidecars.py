@@ -5,13 +5,13 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
 from ..progress import OnProgress, silent, steps
-from ..storage.files import read_json, write_file, write_text
+from ..storage.drawn import read_mark, save_png
+from ..storage.files import read_json, write_text
 from ..tensor_names import NAME_TABLES
 from .hashes import chunks, file_hashes
 from .metadata import opened_picture
@@ -37,8 +37,8 @@ def write_sidecars(
     An existing file is kept, unless it was written here for an older LoRA of that name and nobody has edited it.
 
     `picture` shows the person, so no picture is written unless you give one. It is saved as PNG with sides of at most
-    PICTURE_SIDE pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is
-    not a LoRA.
+    PICTURE_SIDE pixels. Of its metadata, only the mark of a drawn picture is kept. Raises BadFile when a file cannot be read or
+    written, UnknownFamily when it is not a LoRA.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -57,7 +57,7 @@ def write_sidecars(
         image = opened_picture(picture, PICTURE_SIDE)
         for beside in map(path.with_suffix, _PICTURES):
             if not os.path.lexists(beside):
-                write_file(beside, partial(image.save, format="PNG"))
+                save_png(beside, image, mark=read_mark(picture))
                 written.append(beside)
     return written
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .dataset import prepare as prepare
     from .measure import Thresholds as Thresholds
     from .reading import DAMAGED as DAMAGED
+    from .reading import PHOTO_SUFFIXES as PHOTO_SUFFIXES
     from .reading import Photo as Photo
     from .reading import PhotoLike as PhotoLike
     from .reading import as_photo as as_photo

@@ -31,9 +31,10 @@ from ..models.base import Base
 from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair, stacked_with
 from ..progress import OnProgress
+from ..storage.drawn import save_png
 from ..storage.files import is_text
 from ..storage.safetensors_file import SafetensorsFile
-from .parameters import Parameters, save_png
+from .parameters import Parameters
 from .sampling import (
     SAMPLERS,
     decode_latents,

@@ -21,6 +21,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
 from ..progress import READING, OnPhase, silent
+from ..storage.drawn import save_png
 from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
 from .gallery import SAME_PERSON, Models, gallery_page
@@ -354,7 +355,7 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
     sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary, columns=COLUMNS)
-    write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
+    save_png(folder / CONTACT_SHEET, sheet)
 
 
 def batch_summary(shots: Sequence[Headshot], people: int = 0) -> str:

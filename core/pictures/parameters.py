@@ -1,15 +1,10 @@
-"""A1111's text for describing a picture, which ComfyUI, Forge and Civitai also read, and PNG files that contain it."""
+"""A1111's text for describing a picture, which ComfyUI, Forge and Civitai also read."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-
-from PIL import Image, PngImagePlugin
-
-from ..storage.files import write_file
 
 _NAME = re.compile(r"\s*(\w[\w /-]*):\s*")
 _VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
@@ -73,17 +68,3 @@ def _unquoted(value: str) -> str:
         return json.loads(value) if value.startswith('"') else value
     except ValueError:
         return value.strip('"')
-
-
-def save_png(path: str | os.PathLike[str], image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Write the picture as a PNG, completely or not at all, with these texts by name in it and nothing else.
-
-    Raises BadFile if it cannot be written.
-    """
-    info = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        # iTXt, which is UTF-8, is written only when necessary: not every program reads it.
-        (info.add_text if text.isascii() else info.add_itxt)(name, text)
-    bare = image.copy()
-    bare.info = {}  # Otherwise a colour profile or EXIF data would be saved too.
-    write_file(path, lambda file: bare.save(file, "PNG", pnginfo=info))

@@ -24,13 +24,14 @@ from ..lora.readers import READERS, TRAINERS, read_by
 from ..models.families import FAMILIES
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..progress import OnProgress, OnWarning, silent
+from ..storage.drawn import MARK_KEYS, PROGRAM_TEXTS, save_png
 from ..storage.files import clean_place, make_folder, write_text, writing
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
 from .group import shows_several
 from .headshots import CONTACT_SHEET
-from .parameters import Parameters, save_png
+from .parameters import Parameters
 
 PAGE = "page.txt"
 """The file with the texts to paste."""
@@ -41,8 +42,6 @@ _SETTINGS = (
 )  # fmt: skip
 """The settings of a picture that are kept; A1111's extensions may write anything into others."""
 _ADVICE = ("Model", "Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
-_DRAWN = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
-"""The names under which A1111, ComfyUI and InvokeAI write into the PNG files that they draw."""
 _GROUP_IN_GRAPH = '"FaceLoRAGroup"'
 """The text in the graph of a picture that ComfyUI has drawn of several people: the type of our node, which is fixed."""
 _LORA_TAG = re.compile(r"\s*<lora:([^:>]*):?([^:>]*)[^>]*>")
@@ -166,13 +165,13 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) ->
     assert isinstance(photo.source, Path)
     try:
         with Image.open(photo.source) as image:
-            text, is_drawn = image.info.get("parameters") or _comment(image), not _DRAWN.isdisjoint(image.info)
+            text, recorded = image.info.get("parameters") or _comment(image), not PROGRAM_TEXTS.isdisjoint(image.info)
             graph = "".join(str(image.info.get(name, "")) for name in ("prompt", "workflow"))
     except DAMAGED:
-        text, is_drawn, graph = None, False, ""
+        text, recorded, graph = None, False, ""
     said = Parameters.read(text) if isinstance(text, str) else None
-    if said is None and not is_drawn:
-        on_warning(f"{photo.name}: left out: it may be a photo, since no program is recorded in it")
+    if said is None and not recorded:  # The mark of drawn pictures is not enough: sheets and covers have it too.
+        on_warning(f"{photo.name}: left out: it may be a photo or show other people, since no prompt or graph is in it")
         return None
     if (said and shows_several(said)) or _GROUP_IN_GRAPH in graph:
         on_warning(f"{photo.name}: left out: its parameters show several people, but the LoRA is of one person")
@@ -270,8 +269,8 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
     texts += [("the page", page.read_text(encoding="utf-8"))]
     for path, name in pictures.items():
         with Image.open(path) as image:
-            assert set(image.info) <= {"parameters"}
-            texts += [(f"{name}, parameters", text) for text in image.info.values()]
+            assert set(image.info) <= {"parameters", *MARK_KEYS}
+            texts.append((f"{name}, parameters", image.info.get("parameters", "")))
     words = [word for phrase in trigger_words(metadata) for word in (phrase, *phrase.split())]
     for what, text in texts:
         if part := personal_part(text, words):

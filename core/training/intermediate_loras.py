@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from ..config import TrainConfig
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..storage.cache_folder import cache_in, content_key, made_folder
-from ..storage.files import write_file
+from ..storage.drawn import save_png
 from .callbacks import Callbacks
 from .drawing import Drawing, Shot
 from .encode import LatentCache
@@ -82,7 +81,7 @@ class IntermediateLoras:
                 values = self.run.parameters  # which are the base model's here
                 images = self._drawing.draw(self._samples.draw, shots, self._callbacks.on_warning, values)
             for path, image in zip(paths, images, strict=True):
-                write_file(path, partial(image.save, format="PNG"))
+                save_png(path, image)
         self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
 
     def save_when_due(self) -> None:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +38,8 @@ from ..photos import (
     with_masks,
 )
 from ..progress import READING, OnWarning, silent
-from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, set_aside, write_file
+from ..storage.drawn import save_png
+from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, set_aside
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, check_metadata
 from .callbacks import LOADING, NO_CALLBACKS, Callbacks
@@ -362,7 +362,7 @@ def _writing_beside(callbacks: Callbacks, output: Path, config: OutputSettings) 
     def save_samples(step: int, images: list[Image.Image]) -> None:
         folder = make_folder(_samples_folder(output))
         for index, image in enumerate(images):
-            write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
+            save_png(folder / f"step{step:06d}-{index}.png", image)
 
     return replace(callbacks, on_save=callbacks.on_save or save, on_sample=callbacks.on_sample or save_samples)
 

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from ..config import OptimizerSettings, TrainConfig
-from ..lora.metadata import cover, thumbnail_url
+from ..lora.metadata import THUMBNAIL_SIDE, cover
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..models.objective import TIMESTEPS
 from ..photos.captions import tag_counts
+from ..storage.drawn import DRAWN, jpeg_url
 from .encode import LatentCache
 from .methods import peak_rate
 
@@ -124,7 +125,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
         "modelspec.trigger_phrase": phrase,
         "modelspec.timestep_range": None if limits == (0, TIMESTEPS - 1) else f"{limits[0]},{limits[1] + 1}",
         "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
-        **(cover(thumbnail_url(thumbnail)) if thumbnail else {}),
+        **(cover(jpeg_url(thumbnail, THUMBNAIL_SIDE, DRAWN)) if thumbnail else {}),
     }
 
 

@@ -33,6 +33,7 @@ from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
 from ..progress import READING, OnWarning, silent
 from ..storage.cache_folder import cache_folder, content_key, made_folder
+from ..storage.drawn import save_png
 from ..storage.files import (
     EARLIER,
     RESERVED,
@@ -40,7 +41,6 @@ from ..storage.files import (
     read_json,
     remove_leftovers,
     set_aside,
-    write_file,
     write_text,
     writing,
 )
@@ -171,7 +171,7 @@ class RunFolder:
     def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
         """Write the samples of a step into the folder, replacing earlier ones."""
         for index, image in enumerate(images):
-            write_file(self.path / f"sample-{step:06d}-{index}.png", partial(image.save, format="PNG"))
+            save_png(self.path / f"sample-{step:06d}-{index}.png", image)
 
     def samples(self) -> dict[int, list[Image.Image]]:
         """Read the samples of each step, by step, in order."""

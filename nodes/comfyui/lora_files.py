@@ -4,7 +4,6 @@
 
 import asyncio
 import json
-from functools import partial
 from pathlib import Path
 
 import folder_paths
@@ -19,7 +18,7 @@ from ...core.lora.file import LoraFile
 from ...core.lora.inspect import inspect_lora
 from ...core.lora.report import format_inspection
 from ...core.lora.sidecars import write_sidecars
-from ...core.storage.files import write_file
+from ...core.storage.drawn import save_png
 from ...core.tensor_names import SCHEMES
 from ...core.training.store import drawn_sample, lora_path
 from .convert import LoraModel, lora_file, lora_model
@@ -108,7 +107,7 @@ def _write_preview(lora: LoraFile, path: Path) -> str:
     if sample is None:
         return "no preview: the cache folder doesn't contain a sample from training this LoRA"
     picture = path.with_suffix(".preview.png")
-    write_file(picture, partial(sample.save, format="PNG"))
+    save_png(picture, sample)
     return f"preview: {picture.name}"
 
 

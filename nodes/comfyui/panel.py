@@ -3,8 +3,6 @@
 # pyright: reportMissingImports=false
 
 import asyncio
-import base64
-import io
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.progress import READING
 from ...core.storage.cache_folder import content_key
+from ...core.storage.drawn import DRAWN, jpeg_url
 from . import people
 from .folders import without_server_paths
 from .runs import QueuedRun, Runs
@@ -210,21 +209,14 @@ def _hear_of_ends() -> None:
     queue.task_done = task_done
 
 
-def data_urls(images: Sequence[Image.Image], side: int) -> list[str]:
-    """Return the pictures as `data:` URLs of JPEGs whose longer side is at most `side` pixels."""
-    urls = []
-    for image in images:
-        small = image.convert("RGB")
-        small.thumbnail((side, side))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
-        urls.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return urls
+def sample_urls(images: Sequence[Image.Image]) -> list[str]:
+    """Return the samples as `data:` URLs of small JPEGs."""
+    return [jpeg_url(image, SAMPLE_SIDE, DRAWN) for image in images]
 
 
 def photo_urls(photos: Sequence[Photo]) -> list[str]:
     """Return the first photos, as many as the panel shows, as `data:` URLs."""
-    return data_urls([photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]], PHOTO_SIDE)
+    return [jpeg_url(photo.image(shorter_side=PHOTO_SIDE), PHOTO_SIDE, mark=None) for photo in photos[:PHOTOS]]
 
 
 def user_of(request: web.Request) -> str | None:

@@ -408,7 +408,7 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
         shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": likeness_word(likeness)}
     if drawn := made.kept_samples():
         step, images = drawn
-        shown |= {"samples": panel.data_urls(images, panel.SAMPLE_SIDE), "samples_step": step}
+        shown |= {"samples": panel.sample_urls(images), "samples_step": step}
     return shown
 
 
@@ -474,7 +474,7 @@ class Watch:
             raise StopAndKeep
 
     def sample(self, step: int, images: list[Image.Image]) -> None:
-        self.show(samples=panel.data_urls(images, panel.SAMPLE_SIDE), samples_step=step)
+        self.show(samples=panel.sample_urls(images), samples_step=step)
         if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
             self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
 

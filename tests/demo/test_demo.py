@@ -12,6 +12,7 @@ from core import LoraFile, load_base, recipe_config
 from core.cli import main
 from core.demo import BASE_FILE, CONFIG
 from core.demo.people import person_photos
+from core.storage.drawn import PARTLY_DRAWN, read_mark
 from tests.lora.test_file import kohya_tensors, some
 from tools.pretrain_demo_base import RECIPES
 
@@ -59,7 +60,7 @@ def test_a_disk_that_is_full_ends_the_demo_with_a_line(tmp_path, monkeypatch, ca
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("core.demo.contact_sheet", lambda *_, **__: SimpleNamespace(save=full))
+    monkeypatch.setattr(Image.Image, "save", full)
     judge = SimpleNamespace(likeness=lambda images: [0.5] * len(images), recognised=len)
     monkeypatch.setattr("core.demo.Judge", lambda *_: judge)
     picture = SimpleNamespace(image=person_photos(35)[0])
@@ -74,6 +75,7 @@ def test_the_demo_writes_a_lora_a_sheet_and_a_report(tmp_path: Path) -> None:
     transformers, layers = 7, 12  # 2 down, 1 middle, 4 up; q, k, v, out twice, 2 of feed-forward, 2 around
     assert len(LoraFile.read(tmp_path / "lora.safetensors").modules()) == transformers * layers
     assert Image.open(tmp_path / "contact_sheet.png").width > 1000
+    assert read_mark(tmp_path / "contact_sheet.png") == PARTLY_DRAWN
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["person"] == 35
     assert report["likeness_of_photos"] == pytest.approx(0.85, abs=0.02)  # SFace on ORL, tests/test_faces.py's network

@@ -1,0 +1,121 @@
+"""Mark pictures as drawn by a program, and read such marks.
+
+The mark is IPTC's digital source type in XMP, which photo galleries, search engines and Adobe's programs can read. It also
+names this program and its version, and nothing else.
+"""
+
+import base64
+import io
+import os
+import re
+from collections.abc import Mapping
+from typing import BinaryIO, Literal
+
+from PIL import Image, PngImagePlugin
+
+from ..version import __version__
+from .files import write_file
+
+DRAWN = "trainedAlgorithmicMedia"
+"""IPTC's digital source type of a picture that a model has drawn."""
+PARTLY_DRAWN = "compositeWithTrainedAlgorithmicMedia"
+"""The same for a picture that also contains parts of photos."""
+_VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+_PACKET = (
+    '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
+    ' xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    ' xmp:CreatorTool="FaceLoRA {version}" Iptc4xmpExt:DigitalSourceType="{type}"/></rdf:RDF></x:xmpmeta>'
+    '<?xpacket end="r"?>'
+)
+_PNG_KEY, _JPEG_KEY = "XML:com.adobe.xmp", b"http://ns.adobe.com/xap/1.0/\0"
+"""The names under which PNG and JPEG files have XMP."""
+MARK_KEYS = {"xmp", _PNG_KEY}
+"""The names under which Pillow has the mark of an opened PNG."""
+# Programs write a property as an attribute, as an element, or as an element with a resource.
+_TYPE = re.compile(rf"DigitalSourceType[^<]{{0,40}}?{re.escape(_VOCABULARY)}(\w+)")
+_TOOL = re.compile(r"""CreatorTool(?:\s*=\s*["']|>)([^<>"']*)""")
+PROGRAM_TEXTS = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
+"""The names under which A1111, ComfyUI and InvokeAI write into the PNG files that they draw."""
+
+
+def write_picture(
+    file: BinaryIO,
+    image: Image.Image,
+    format: Literal["PNG", "JPEG", "WEBP"],
+    texts: Mapping[str, str] | None = None,
+    *,
+    mark: str | None = DRAWN,
+) -> None:
+    """Write the picture with the mark, a digital source type, in it; unmarked for None. A PNG also has the texts by name.
+
+    Nothing else that the picture came with is written.
+    """
+    bare = image.copy()
+    bare.info = {}  # Otherwise a colour profile, EXIF data or a comment would be saved too.
+    packet = _PACKET.format(version=__version__, type=_VOCABULARY + mark) if mark else ""
+    if format == "PNG":
+        info = PngImagePlugin.PngInfo()
+        for name, text in (texts or {}).items():
+            # iTXt, which is UTF-8, is written only when necessary: not every program reads it.
+            (info.add_text if text.isascii() else info.add_itxt)(name, text)
+        if packet:
+            info.add_itxt(_PNG_KEY, packet)
+        bare.save(file, "PNG", pnginfo=info)
+    elif format == "JPEG":
+        segment = _JPEG_KEY + packet.encode()
+        # Pillow writes XMP into JPEG files only since version 11.
+        extra = b"\xff\xe1" + (2 + len(segment)).to_bytes(2, "big") + segment if packet else b""
+        bare.save(file, "JPEG", quality=85, extra=extra)
+    else:
+        bare.save(file, "WEBP", quality=85, xmp=packet.encode())
+
+
+def save_png(
+    path: str | os.PathLike[str],
+    image: Image.Image,
+    texts: Mapping[str, str] | None = None,
+    *,
+    mark: str | None = DRAWN,
+) -> None:
+    """Write a PNG as `write_picture` does, completely or not at all. Raises BadFile if it cannot be written."""
+    write_file(path, lambda file: write_picture(file, image, "PNG", texts, mark=mark))
+
+
+def jpeg_url(image: Image.Image, side: int, mark: str | None) -> str:
+    """Return the picture as a data URL of a JPEG with the mark, its longer side at most `side` pixels."""
+    small, data = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((side, side))
+    write_picture(data, small, "JPEG", mark=mark)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def mark_of(image: Image.Image) -> str | None:
+    """Return an opened picture's digital source type, such as DRAWN or a camera's, without IPTC's address; None without one."""
+    return (found := _TYPE.search(_xmp(image))) and found[1]
+
+
+def inspect_mark(path: str | os.PathLike[str]) -> dict[str, str | None]:
+    """Return the `digital_source_type` of the picture in a file and its `creator_tool`, the program that its XMP names."""
+    with Image.open(path) as image:
+        tool = _TOOL.search(_xmp(image))
+        return {"digital_source_type": mark_of(image), "creator_tool": tool and tool[1]}
+
+
+def is_drawn(image: Image.Image) -> bool:
+    """Return whether an opened picture is marked as drawn, or has a text of a program that draws. Photos have neither."""
+    return mark_of(image) == DRAWN or not PROGRAM_TEXTS.isdisjoint(image.info)
+
+
+def read_mark(path: str | os.PathLike[str]) -> str | None:
+    """Return the mark for copies of the picture in a file: DRAWN, PARTLY_DRAWN, or None for what may be a photo."""
+    with Image.open(path) as image:
+        return DRAWN if is_drawn(image) else PARTLY_DRAWN if mark_of(image) == PARTLY_DRAWN else None
+
+
+def _xmp(image: Image.Image) -> str:
+    # Pillow only has a JPEG's XMP among its segments before version 11.
+    segments = [data for _, data in getattr(image, "applist", ())]
+    parts = [image.info.get("xmp"), image.info.get(_PNG_KEY), *(one for one in segments if one.startswith(_JPEG_KEY))]
+    texts = [part.decode("utf-8", "replace") if isinstance(part, bytes) else part for part in parts]
+    return "\n".join(text for text in texts if isinstance(text, str))
