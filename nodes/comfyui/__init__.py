@@ -12,6 +12,7 @@ from .group import GroupPerson, GroupPortrait
 from .likeness import ContactSheet, LikenessScore
 from .lora_files import InspectLora, SaveLora
 from .photos import LoadFacePhotos
+from .save import SaveHeadshots
 from .style_pack import HeadshotStylePack
 from .train import TrainFaceLora
 
@@ -26,6 +27,7 @@ NODES = [
     InspectLora,
     LikenessScore,
     ContactSheet,
+    SaveHeadshots,
 ]
 
 # ComfyUI shows an error's module with its message, and names the modules of a pack after the path of its folder.

@@ -14,6 +14,7 @@ from playwright.sync_api import Locator
 
 from core.lora.file import LoraFile
 from core.pictures.style_pack import find_style_packs
+from core.storage.drawn import DRAWN, read_mark
 from tests.comfyui.server import ComfyServer, running_server
 from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
@@ -205,6 +206,7 @@ class Hands:
         saved = [image["filename"] for output in result.outputs.values() for image in output.get("images", ())
                  if image["filename"].startswith("my-face_0000")]  # fmt: skip
         assert len(saved) >= 2
+        assert {read_mark(server.folder / "output" / "headshots" / name) for name in saved} == {DRAWN}
         shown = """(names) => {
             const pictures = [...document.images, ...app.graph.nodes.flatMap((node) => node.imgs ?? [])]
             return names.every((name) => pictures.some((one) => one.src.includes(name)))

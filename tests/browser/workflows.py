@@ -192,7 +192,9 @@ def draw(base: Base, reference: str = "") -> Node:
 
 
 def headshots(prefix: str, drawn: str) -> Node:
-    return Node("saved", "SaveImage", {"filename_prefix": prefix}, {"images": drawn}, "Headshots", height=500)
+    return Node(
+        "saved", "FaceLoRASaveHeadshots", {"filename_prefix": prefix}, {"images": drawn}, "Headshots", height=500
+    )
 
 
 def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workflow:
@@ -345,7 +347,8 @@ def group_portrait() -> Workflow:
                          {"model": BASE.model, "positive": "group.positive", "negative": "group.negative",
                           "latent_image": "group.latent"}),
                     Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": BASE.vae}),
-                    Node("saved", "SaveImage", {"filename_prefix": "groups/portrait"}, {"images": "decoded.IMAGE"}, height=420),
+                    Node("saved", "FaceLoRASaveHeadshots", {"filename_prefix": "groups/portrait"}, {"images": "decoded.IMAGE"},
+                         "Group portraits", height=420),
                 ],
                 width=460,
                 note_height=190,

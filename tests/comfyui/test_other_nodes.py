@@ -11,6 +11,9 @@ from PIL import Image
 
 from core.lora.file import LoraFile
 from core.pictures.style_pack import Subject, find_style_packs
+from core.storage.drawn import DRAWN, MARK_KEYS, mark_of
+from core.version import __version__
+from tests.marks import mark_in
 from tests.tooling import write_photos
 
 from .graphs import drawing, load_photos, node, training
@@ -358,7 +361,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     assert "sks person" in inspect.outputs["inspect"]["text"][0]
     assert server.read(f"/facelora/lora?name={file.name}").decode() == inspect.outputs["inspect"]["text"][0]
     with Image.open(file.with_suffix(".preview.png")) as picture:
-        assert picture.info == {} and min(picture.size) >= 32
+        assert mark_of(picture) == DRAWN and {*picture.info} <= MARK_KEYS and min(picture.size) >= 32
         size = picture.size
     listed = next(one for one in json.loads(server.read("/experiment/models/loras")) if one["name"] == file.name)
     shown = server.read(f"/experiment/models/preview/loras/{listed['pathIndex']}/{file.name}")
@@ -394,3 +397,20 @@ def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
     for name in ("../one", "", "a:b"):
         save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
         assert f"name {name!r}: give a file name" in server.run(graph | {"save": save}).error
+
+
+def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_it(server):
+    graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2])
+    graph["empty"]["inputs"]["batch_size"] = 2
+    graph["saved"] = node("FaceLoRASaveHeadshots", images=["decoded", 0], filename_prefix="marked/anna")
+    graph["as_usual"] = node("SaveImage", images=["decoded", 0], filename_prefix="unmarked/anna")
+    answer = server.post("/prompt", {"prompt": graph, "extra_data": {"extra_pnginfo": {"workflow": {"name": "Zoë"}}}})
+    result = server.wait(answer["prompt_id"])
+    assert result.status == "success", result.error
+    assert [image["filename"] for image in result.outputs["saved"]["images"]] == ["anna_00001_.png", "anna_00002_.png"]
+    for number in (1, 2):
+        marked, usual = (server.folder / "output" / name / f"anna_0000{number}_.png" for name in ("marked", "unmarked"))
+        assert mark_in(marked) == (DRAWN, f"FaceLoRA {__version__}") and mark_in(usual) is None
+        with Image.open(marked) as ours, Image.open(usual) as theirs:
+            assert ours.size == theirs.size
+            assert {name: ours.info[name] for name in ("prompt", "workflow")} == theirs.info

@@ -1,0 +1,54 @@
+"""The node Save Headshots, which saves pictures as Save Image does, with the mark of drawn pictures."""
+
+# pyright: reportMissingImports=false
+
+import json
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ...core.storage.drawn import save_png
+from .convert import pictures
+from .folders import says_no_server_paths
+
+
+class SaveHeadshots(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRASaveHeadshots",
+            display_name="Save Headshots",
+            category="FaceLoRA",
+            description="Saves pictures like Save Image, and marks them as drawn by a program (IPTC's digital source type), "
+            "which photo galleries and search engines can show. Don't use it for photos.",
+            search_aliases=["save image", "ai label", "iptc", "xmp", "metadata"],
+            is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            inputs=[
+                io.Image.Input("images", tooltip="The drawn pictures to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="headshots/headshot",
+                    tooltip="Start of the file names in the output folder. You can use the same placeholders as in Save "
+                    "Image, such as %date:yyyy-MM-dd% or %FaceLoRATrain.name%.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The same pictures.")],
+        )
+
+    @classmethod
+    @says_no_server_paths
+    def execute(cls, images, filename_prefix) -> io.NodeOutput:
+        graph = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        texts = {} if args.disable_metadata else {name: json.dumps(value) for name, value in graph.items()}
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory(), images.shape[2], images.shape[1]
+        )
+        saved = []
+        for number, image in enumerate(pictures(images)):
+            name = f"{stem.replace('%batch_num%', str(number))}_{counter + number:05}_.png"
+            save_png(Path(folder) / name, image, texts)
+            saved.append(ui.SavedResult(name, subfolder, io.FolderType.output))
+        return io.NodeOutput(images, ui=ui.SavedImages(saved))
