@@ -24,7 +24,7 @@ from .file import KEY, LoraFile
 from .kinds import BIAS_ROLES, UNBOUND, needs_base
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
-from .names import PHRASE_KEY, Entry, trigger_words
+from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, Entry, trigger_words
 from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 
 _OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
@@ -394,7 +394,8 @@ def merge_loras(
 
     Without `rank`, the modules are concatenated: the sum is exact, and the ranks add up. With `rank`, the result is then
     resized. Bundled embeddings are kept, except in diffusers' scheme. The metadata are the first file's, with
-    `modelspec.merged_from` and without keys that only apply to one file.
+    `modelspec.merged_from` and without keys that only apply to one file. They state that the person shown has agreed only if
+    those of all files do.
 
     Raises LoraMisfit for LoRAs of different families, without modules, or with different embeddings for one word. Raises
     UnmatchedKeys for a change that is not finite, BadConfig without LoRAs and for a rank below 1.
@@ -426,28 +427,33 @@ def merge_loras(
                     f"{there[0]} x {there[1]}"
                 )
             others.append(module)
-    titles = [
-        lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
-    ]
-    kept = ("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_v2")
-    metadata = {
-        key: value
-        for key, value in loras[0][0].metadata.items()
-        if key in kept or (key.startswith("modelspec.") and key != "modelspec.thumbnail")
-    }
-    metadata["modelspec.merged_from"] = ", ".join(titles)
-    phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
-    if phrases:
-        metadata[PHRASE_KEY] = ", ".join(dict.fromkeys(phrases))
     names = next(
         (names for names in map(_names_of, (lora for lora, _ in loras)) if names.has_other_blocks), NAME_TABLES[family]
     )
     sums = LazyValues({module_id: partial(_concatenate, modules) for module_id, modules in collected.items()})
     tensors = name_modules(names, sums, scheme, {} if scheme == "diffusers" else vectors)
-    whole, error = LoraFile(family, metadata, tensors), 0.0
+    whole, error = LoraFile(family, _merged_metadata([lora for lora, _ in loras]), tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
     return NewLora(replace(whole, metadata=metadata_for(whole, scheme)), error)
+
+
+def _merged_metadata(loras: Sequence[LoraFile]) -> dict[str, str]:
+    """Return the metadata of merged LoRAs, before those of the scheme."""
+    titles = [lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora in loras]
+    kept = ("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_v2")
+    metadata = {
+        key: value
+        for key, value in loras[0].metadata.items()
+        if key in kept or (key.startswith("modelspec.") and key != "modelspec.thumbnail")
+    }
+    metadata["modelspec.merged_from"] = ", ".join(titles)
+    if all(lora.metadata.get(SUBJECT_KEY) == AGREED for lora in loras):
+        metadata[SUBJECT_KEY] = AGREED
+    phrases = [words[0] for lora in loras if (words := trigger_words(lora.metadata))]
+    if phrases:
+        metadata[PHRASE_KEY] = ", ".join(dict.fromkeys(phrases))
+    return metadata
 
 
 def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:

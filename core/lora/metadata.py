@@ -16,7 +16,17 @@ from ..progress import OnProgress, silent, steps
 from ..storage.drawn import jpeg_url, read_mark
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
-from .names import PEFT_KEY, PHRASE_KEY, WORD_KEY, LoraHeader, json_in, peft_metadata, trigger_words
+from .names import (
+    AGREED,
+    PEFT_KEY,
+    PHRASE_KEY,
+    SUBJECT_KEY,
+    WORD_KEY,
+    LoraHeader,
+    json_in,
+    peft_metadata,
+    trigger_words,
+)
 from .report import SETTINGS
 
 MODELSPEC_VERSION = "1.0.1"
@@ -156,12 +166,14 @@ _NOBODY = {"root", "user", "admin", "administrator", "ubuntu"}
 def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return only the metadata that are useful to other people and reveal nothing about a person or a computer.
 
-    Settings, modelspec's texts and the trigger words are kept. Names of folders, files and authors, captions, times,
-    unknown keys and settings that contain a path are removed. The texts are not checked.
+    Settings, modelspec's texts, the trigger words and the statement that the person has agreed are kept. Names of folders,
+    files and authors, captions, times, unknown keys and settings that contain a path are removed. The texts are not checked.
     """
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
     shared |= _scales_of_peft(metadata)
+    if metadata.get(SUBJECT_KEY) == AGREED:
+        shared[SUBJECT_KEY] = AGREED
     if words := trigger_words(metadata):
         # Each program reads the trigger words from one of these two keys.
         phrase = metadata.get(PHRASE_KEY) or words[0]

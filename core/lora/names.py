@@ -48,6 +48,8 @@ PHRASE_KEY = "modelspec.trigger_phrase"
 """The metadata key of a LoRA's trigger words."""
 WORD_KEY = "facelora.word"
 """The metadata key of an embedding's word in prompts."""
+SUBJECT_KEY, AGREED = "facelora.subject", "real person, agreed"
+"""The metadata key and value which state that a LoRA is of a real person who has agreed, as the user has confirmed."""
 PEFT_KEY = "lora_adapter_metadata"
 """The metadata key of peft's configuration."""
 _PLAIN = re.compile(r"[\w.]+")

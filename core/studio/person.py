@@ -48,6 +48,8 @@ class Order:
     """An adapter that is applied in the training steps only."""
     drawn_on: Base | None = None
     """Another base model of the same family to draw on, such as one distilled to a few steps. None draws on the trained one."""
+    agreed: bool = False
+    """Whether the user has confirmed that the person has agreed, which the LoRA's metadata then state."""
 
     def __post_init__(self) -> None:
         check_count(self.count)
@@ -119,7 +121,9 @@ def make(
     drawn_on, jobs = order.drawn_on or base, order.jobs(base)
     if order.drawn_on:
         check_drawn_on(drawn_on, base)
-    job = TrainingJob(order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter)
+    job = TrainingJob(
+        order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter, agreed=order.agreed
+    )
     trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     shots = make_headshots(

@@ -84,7 +84,8 @@ class Terms:
             raise BadConfig(f"style_pack = {name!r}: choose one of {', '.join(sorted(self.packs))}")
         count = person.count or self.count
         return Order(
-            person.name, config, self.packs[name], count, self.seed, self.size, self.training_adapter, self.drawn_on
+            person.name, config, self.packs[name], count, self.seed, self.size, self.training_adapter, self.drawn_on,
+            person.agreed,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +27,7 @@ from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse
 from ..lora.file import KEY, LoraFile
 from ..lora.hashes import model_hash
+from ..lora.names import AGREED, SUBJECT_KEY
 from ..models.base import Base
 from ..photos import Photo, Ready
 from ..photos.reading import DAMAGED
@@ -95,6 +96,8 @@ class TrainingJob:
     """The class images for prior preservation. If empty, `config.class_images` pictures are drawn."""
     continue_from: LoraFile | None = None
     training_adapter: TrainingAdapter | None = None
+    agreed: bool = False
+    """Whether the user has confirmed that the photos are of a real person who has agreed. The file's metadata then state it."""
 
     @property
     def used(self) -> Sequence[Photo]:
@@ -324,10 +327,11 @@ def find_or_train(
                 if own_name:
                     _set_lora_aside(path)
                     lora = _trained_before(run, folders) or lora  # it may have been read from a file that has now moved
-                metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
+                said = {SUBJECT_KEY: AGREED} if job.agreed else {}
+                metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem} | said
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
                 del before, lora  # Windows can't delete a file that is still open
-                _clear(run.output, path)
+                _clear(run.output, path, said)
         run.set_made(LoraFile.read(path))
     return TrainedFile(path, run, found)
 
@@ -400,14 +404,17 @@ def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
     return None
 
 
-def _clear(output: Path, path: Path) -> None:
-    """Delete the output of a run, which is now the LoRA at `path`, and move its intermediate LoRAs beside that."""
+def _clear(output: Path, path: Path, said: Mapping[str, str]) -> None:
+    """Delete the output of a run, which is now the LoRA at `path`, and move its intermediate LoRAs beside that.
+
+    `said` is added to their metadata.
+    """
     output.unlink(missing_ok=True)
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)
     for checkpoint in output.parent.glob(f"{output.stem}-step*.safetensors"):
         file = SafetensorsFile.open(checkpoint)
         target = path.with_name(path.stem + checkpoint.name.removeprefix(output.stem))
-        copy_with_metadata(file, target, file.metadata | {"ss_output_name": path.stem})
+        copy_with_metadata(file, target, {**file.metadata, "ss_output_name": path.stem, **said})
         checkpoint.unlink()
 
 

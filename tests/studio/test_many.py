@@ -12,6 +12,8 @@ from PIL import Image
 from core.cli import main
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
+from core.lora.file import LoraFile
+from core.lora.names import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
@@ -70,7 +72,8 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
     for name, words in (("carl", "3 of 3 usable"), ("dora", "agreed"), ("ed", "choose one of")):
         assert words in first[name].reason
     assert sorted(path.name for path in output.iterdir()) == ["anna", "ben", "report.html", "report.json"]
-    assert (output / (first["anna"].lora or "")).is_file() and len(first["anna"].pictures) == 1
+    assert LoraFile.read(output / (first["anna"].lora or "")).metadata[SUBJECT_KEY] == AGREED
+    assert len(first["anna"].pictures) == 1
     # What is kept while one is made lies with the person, and goes with the end of it.
     assert files(cache_folder()) == kept_before and not (output / "anna" / ".facelora-cache").exists()
     report = json.loads((output / "report.json").read_text())

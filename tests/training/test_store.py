@@ -21,6 +21,7 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse, TrainingDiverged
 from core.lora.file import LoraFile
+from core.lora.names import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
 from core.photos import Photo, read_photos
 from core.storage.cache_folder import cache_folder, made_folder
@@ -542,6 +543,13 @@ def test_checkpoints_on_the_way_are_files_beside_it(job, base, loras):
     steps = [LoraFile.read(path).metadata["ss_steps"] for path in sorted(loras.glob("anna-2*"))]
     assert steps == ["2", "4", "6"]
     assert files(made.run.path) == ["history.json", "made.txt"]
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_the_files_of_a_person_who_has_agreed_state_it(job, base, loras, agreed):
+    trained(replace(job, config=replace(CONFIG, save_every=1), agreed=agreed), base, loras)
+    said = [LoraFile.read(path).metadata.get(SUBJECT_KEY) for path in loras.glob("anna*")]
+    assert said == [AGREED if agreed else None] * 2
 
 
 def test_checkpoints_write_over_no_file_of_others(job, base, loras):
