@@ -112,7 +112,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
             "model": self.model.model_dump(mode="json"),
             "loras": [{"model": self.lora.model_dump(mode="json"), "weight": self.weight * job.strength}],
         }  # fmt: skip
-        return context.images.save(image, metadata=MetadataField(values)).image_name
+        return services.save_drawn(context, image, MetadataField(values))
 
 
 def _summary(shots: list[Headshot]) -> str:

@@ -9,10 +9,12 @@ Each was seen in version SEEN_IN. Where another version lacks one, the error say
 from pathlib import Path
 from typing import Any
 
-from invokeai.invocation_api import InvocationContext, ModelIdentifierField, ModelType, __version__
+from invokeai.invocation_api import InvocationContext, MetadataField, ModelIdentifierField, ModelType, __version__
 from PIL import Image
 
 from ...core.errors import BadFile, BadPhoto, MissingPackage
+from ...core.storage.drawn import save_png, write_picture
+from ...core.storage.files import write_file
 
 SEEN_IN = "6.14.2"
 _ADVICE = f"these nodes were made for InvokeAI {SEEN_IN}, and this is {__version__}. Update this pack or InvokeAI"
@@ -48,6 +50,19 @@ def photo_path(context: InvocationContext, name: str) -> Path:
         return Path(context.images.get_path(name))
     except (ImageRecordNotFoundException, PermissionError):  # Only administrators get the former.
         raise BadPhoto(f"{name}: this photo is not in your gallery any more. Add another one instead") from None
+
+
+def save_drawn(context: InvocationContext, image: Image.Image, metadata: MetadataField) -> str:
+    """Save a drawn picture and return InvokeAI's name of it.
+
+    InvokeAI writes its own texts and no others, so its file is written again with these texts and the mark of drawn pictures.
+    """
+    name = context.images.save(image, metadata=metadata).image_name
+    path = context.images.get_path(name)
+    with Image.open(path) as saved:
+        texts = {key: text for key, text in saved.info.items() if isinstance(text, str)}
+    save_png(path, image, texts)
+    return name
 
 
 def raise_if_cancelled(context: InvocationContext) -> None:
@@ -96,7 +111,15 @@ def register_lora(
         records.update_model(job.config_out.key, ModelRecordChanges(trigger_phrases={trigger_phrase}))
     if cover:
         images.save(cover, job.config_out.key)
+        _mark_cover(Path(images.get_path(job.config_out.key)))
     return ModelIdentifierField.from_config(job.config_out)
+
+
+def _mark_cover(path: Path) -> None:
+    """Write a cover picture again, with the mark of drawn pictures."""
+    with Image.open(path) as saved:
+        small = saved.copy()
+    write_file(path, lambda file: write_picture(file, small, "WEBP"))
 
 
 def _service(context: InvocationContext, *names: str) -> Any:

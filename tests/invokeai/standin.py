@@ -3,6 +3,7 @@
 test_standin.py holds its names, parameters and values against the real one.
 """
 
+import json
 import sys
 import uuid
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED: Any = object()
@@ -203,8 +205,11 @@ class InvocationContext:
         return Image.open(self.folder / image_name).convert(mode)
 
     def _save(self, image: Image.Image, metadata: Any = None) -> Any:
-        name = f"{uuid.uuid4().hex}.png"
-        image.save(self.folder / name)
+        name, info = f"{uuid.uuid4().hex}.png", PngInfo()
+        if metadata:
+            info.add_text("invokeai_metadata", json.dumps(metadata.root, default=str))
+        image.info = {}
+        image.save(self.folder / name, pnginfo=info)
         self.saved[name] = metadata and metadata.root
         return SimpleNamespace(image_name=name)
 

@@ -14,6 +14,9 @@ from PIL import Image
 from core.demo import BASE_FILE
 from core.errors import FaceLoraError
 from core.storage.cache_folder import cache_folder, clear_cache
+from core.storage.drawn import DRAWN
+from core.version import __version__
+from tests.marks import mark_in
 from tests.tooling import write_photos
 
 from . import standin
@@ -100,7 +103,8 @@ def test_a_trained_lora_is_registered_with_its_words_and_a_cover_and_then_found(
     made = train(desk, class_word="man")
     config = desk.context.configs[made.lora.key]
     assert config.path == "facelora/anna.safetensors" and config.trigger_phrases == {"sks man"} == {made.trigger_phrase}
-    assert config.key in desk.context.covers and made.photo_names == [photo.image_name for photo in desk.photos]
+    assert mark_in(desk.context.folder / f"{config.key}.webp") == (DRAWN, f"FaceLoRA {__version__}")
+    assert made.photo_names == [photo.image_name for photo in desk.photos]
     assert [share for message, share, _ in desk.context.shown if message.startswith("step 3 of 3, loss")] == [1.0]
     assert desk.context.shown[-1][2] is not None, "no sample was shown"
     again = train(desk, class_word="man")
@@ -136,6 +140,10 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
     assert [one.image_name for one in drawn.pictures] == list(desk.context.saved)
     assert drawn.likenesses == sorted(drawn.likenesses)
     assert {values["seed"] for values in desk.context.saved.values()} == {7, 8}
+    for name, values in desk.context.saved.items():
+        assert mark_in(desk.context.folder / name) == (DRAWN, f"FaceLoRA {__version__}")
+        with Image.open(desk.context.folder / name) as image:
+            assert json.loads(image.info["invokeai_metadata"])["seed"] == values["seed"]
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
     assert drawn.report == f"2 pictures, highest likeness {drawn.likenesses[-1]:.2f}"
 

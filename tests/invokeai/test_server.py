@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.storage.drawn import DRAWN, mark_of, read_mark
 from core.storage.safetensors_file import save_safetensors
 
 from .conftest import BASE
@@ -55,7 +56,7 @@ def test_the_pack_comes_with_its_five_nodes_and_one_workflow(invoke):
     assert workflow(invoke)["name"] == "Photos to headshots"
 
 
-def test_the_workflow_makes_a_lora_and_headshots_and_tells_how_far_it_is(invoke, photos):
+def test_the_workflow_makes_a_lora_and_headshots_and_tells_how_far_it_is(invoke, photos, tmp_path):
     nodes, edges = as_graph(workflow(invoke))
     nodes["train"] |= {"photos": photos, "model": invoke.model(BASE), **QUICK}
     nodes["headshots"] |= {"count": 2, "resolution": 72}
@@ -65,13 +66,18 @@ def test_the_workflow_makes_a_lora_and_headshots_and_tells_how_far_it_is(invoke,
     made = item.outputs["train"]
     model = invoke.models()[made["lora"]["name"]]
     assert (model["base"], model["type"], model["trigger_phrases"]) == ("sd-1", "lora", ["sks man"])
-    assert model["description"] and invoke.read("GET", f"/api/v2/models/i/{model['key']}/image")
+    assert model["description"]
+    (tmp_path / "cover.webp").write_bytes(invoke.read("GET", f"/api/v2/models/i/{model['key']}/image"))
+    assert read_mark(tmp_path / "cover.webp") == DRAWN
     drawn = item.outputs["headshots"]
     assert len(drawn["pictures"]) == len(drawn["likenesses"]) == 2
     assert drawn["likenesses"] == sorted(drawn["likenesses"])
     name = drawn["pictures"][0]["image_name"]
     kept = invoke.call("GET", f"/api/v1/images/i/{name}/metadata")
     assert "sks man" in kept["positive_prompt"] and kept["loras"][0]["model"]["key"] == model["key"]
+    (tmp_path / "a.png").write_bytes(invoke.picture(name))
+    with Image.open(tmp_path / "a.png") as image:
+        assert mark_of(image) == DRAWN and json.loads(image.info["invokeai_metadata"]) == kept
     assert invoke.call("GET", f"/api/v1/images/i/{name}")["image_category"] == "general"
     said = [event["message"] for event in events]
     assert any(text.startswith("step 4 of 4, loss 0.") and text.endswith(" left") for text in said), said
