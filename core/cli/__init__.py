@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "check": Command(JUDGING, "check the photos: which ones help, which ones don't, and what to add", "photos"),
     "score": Command(JUDGING, "measure how much pictures look like the person in your photos", "photos"),
-    "inspect": Command(FILES, "show what is in a LoRA file", "inspect"),
+    "inspect": Command(FILES, "show what is in a LoRA file, or whether a picture is marked as drawn", "inspect"),
     "verify": Command(FILES, "check a LoRA file for faults", "lora"),
     "convert": Command(FILES, "write a LoRA with the tensor names that another program needs", "lora"),
     "merge": Command(FILES, "merge LoRAs into one LoRA or into a checkpoint", "lora"),

@@ -369,7 +369,7 @@ def _add_lora_output(parser: argparse.ArgumentParser) -> None:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", type=given_path, metavar="FILE|FOLDER",
-        help="A LoRA. Several files, or a folder, print one line each",
+        help="A LoRA or a picture. Several files, or a folder of LoRAs, print one line each",
     )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="Read no tensors. The norms of the blocks are left out")
     parser.add_argument("--json", action="store_true", help="Print everything as JSON")
