@@ -1,9 +1,8 @@
 """Matrix products of float32 on a CPU, by the faster of the two libraries that torch contains.
 
-torch computes them with MKL. On AMD's processors oneDNN is faster, by 5 to 15 % on one with AVX-512 of 256 bits, more than
-twice for products with a LoRA's matrices, and up to three times with AVX-512 of 512 bits (docs/benchmarks.md). There, MKL's
-products of few rows also depend on where a factor is in memory, so a resumed training run could end with other numbers.
-oneDNN's don't. The choice depends on the processor alone: a choice by measured times could differ when a run is resumed.
+torch computes them with MKL. On AMD's processors oneDNN is faster (docs/benchmarks.md). There, MKL's products of few rows also
+depend on where a factor is in memory, so a resumed training run could end with other numbers. oneDNN's don't. The choice
+depends on the processor alone: a choice by measured times could differ when a run is resumed.
 
 These functions have no gradients of their own. Autograd functions call them. Outside the context `faster_products`, they
 compute what torch does.

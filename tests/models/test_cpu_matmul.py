@@ -82,7 +82,9 @@ def test_other_tensors_are_left_to_torch(maker):
 @pytest.mark.parametrize("maker", ["AuthenticAMD"], indirect=True)
 def test_outside_the_context_nothing_differs_from_torch(maker):
     x, weight = torch.randn(7, 300), torch.randn(500, 300)
-    contextvars.Context().run(lambda: torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0))
+    contextvars.Context().run(
+        lambda: torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
+    )
     assert cpu_matmul._product_of(x, weight) is not None
 
 
