@@ -42,6 +42,10 @@ BROKEN_FP16 = (
 """Parts of the names of NVIDIA cards of compute capability 7.5 whose fp16 gives NaN."""
 NO_BF16 = ("gfx1030", "gfx1031", "gfx1035", "gfx1010", "gfx1011", "gfx1012", "gfx906", "gfx900", "gfx803")
 """AMD's architectures without bf16, RDNA 2 and older. Their compute capability is the number in the name."""
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")
+"""What Linux calls a processor's instructions for products of bf16."""
+LARGE = 100_000_000
+"""Such a processor computes denoisers with at least this many weights in bf16. The demo's base model has 1.7 million."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -52,17 +56,21 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def device_and_dtype(
-    precision: Precision = "auto", device: torch.device | str | None = None, overflows_in_fp16: bool = False
+    precision: Precision = "auto",
+    device: torch.device | str | None = None,
+    overflows_in_fp16: bool = False,
+    weights: int = 0,
 ) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to compute with.
+    """Return the device and the dtype to compute with, for a denoiser with that number of weights.
 
-    The device is that of `usable_device`. On a CPU, precision "auto" is always fp32. On other devices it is bf16 if the device
-    supports it, else fp16 if the device supports it and the model doesn't overflow, else fp32.
+    The device is that of `usable_device`. On a CPU, precision "auto" is bf16 if the processor multiplies bf16 and the denoiser
+    is large, else fp32. On other devices it is bf16 if the device supports it, else fp16 if the device supports it and the
+    model doesn't overflow, else fp32.
     """
     device = usable_device(device)
     if precision != "auto":
         return device, PRECISIONS[precision]
-    return device, fastest_dtype(device, overflows_in_fp16)
+    return device, fastest_dtype(device, overflows_in_fp16, weights)
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
@@ -101,8 +109,10 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False) -> torch.dtype:
-    """Return the fastest dtype with correct results on the device."""
+def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False, weights: int = 0) -> torch.dtype:
+    """Return the fastest dtype with correct results on the device, for a denoiser with that number of weights."""
+    if device.type == "cpu" and weights >= LARGE and any(flag in described_processor() for flag in BF16_FLAGS):
+        return torch.bfloat16
     if device.type == "xpu":
         return torch.bfloat16 if torch.xpu.is_bf16_supported() else torch.float32
     if device.type == "mps":
@@ -162,9 +172,17 @@ def processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "xpu":
         return torch.xpu.get_device_name(device)
-    names = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", names.read_text(encoding="utf-8")) if names.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", described_processor())
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def described_processor() -> str:
+    """Return what the system tells of the first of its processors: on Linux its maker, name and instructions."""
+    description = Path("/proc/cpuinfo")
+    if not description.exists():
+        return platform.processor()
+    with description.open(encoding="utf-8", errors="replace") as lines:
+        return lines.read(8000)  # The others are like it.
 
 
 @contextmanager

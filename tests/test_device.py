@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from core.device import fastest_dtype, processor, usable_device
+from core import device as devices
+from core.device import LARGE, fastest_dtype, processor, usable_device
 from core.errors import BadConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -42,6 +43,31 @@ def test_an_intel_gpu_has_its_own_name(monkeypatch):
 def test_an_apple_gpu_has_bf16_from_macos_14_on(newer, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: newer)
     assert fastest_dtype(torch.device("mps")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights", "dtype"),
+    [
+        ("avx512f avx512_bf16", LARGE, BF16),
+        ("avx512f amx_bf16 amx_tile", LARGE, BF16),
+        ("avx512f avx512_vnni", LARGE, FP32),
+        ("avx512f avx512_bf16", LARGE - 1, FP32),
+    ],
+)
+def test_a_processor_with_products_of_bf16_computes_large_models_so(flags, weights, dtype, monkeypatch):
+    monkeypatch.setattr(devices, "described_processor", lambda: f"model name: EPYC\nflags\t\t: fpu {flags}\n")
+    assert fastest_dtype(torch.device("cpu"), weights=weights) == dtype
+    assert processor(torch.device("cpu")) == "EPYC"
+
+
+def test_where_linux_does_not_describe_the_processor_its_name_does(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "missing")
+    monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD")
+    assert (
+        devices.described_processor()
+        == processor(torch.device("cpu"))
+        == "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD"
+    )
 
 
 def test_a_device_can_be_given_by_its_name_as_to_torch():

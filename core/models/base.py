@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..device import free_memory, keeps_narrow_weights
+from ..config import Precision
+from ..device import device_and_dtype, free_memory, keeps_narrow_weights
 from ..errors import BadFile, FaceLoraError, MissingPackage
 from ..progress import OnProgress, percent, silent
 from ..storage.gguf_file import GgufTensors
@@ -153,6 +154,14 @@ class Base:
         """Whether weights of the denoiser are stored in fewer bits than training computes with."""
         tensors = self._component("denoiser").tensors
         return any(narrow_in(tensors, name, read=False) for name in tensors)
+
+    def device_and_dtype(
+        self, precision: Precision = "auto", device: torch.device | str | None = None
+    ) -> tuple[torch.device, torch.dtype]:
+        """Return the device and the dtype to compute with. Raises BadConfig for a device that is missing."""
+        # One byte a weight gives their number.
+        weights = self.weight_bytes("denoiser", torch.uint8) if "denoiser" in self.components else 0
+        return device_and_dtype(precision, device, self.family.overflows_in_fp16, weights)
 
     def _empty(self, part: str) -> nn.Module:
         """Build the network of a part without weights.

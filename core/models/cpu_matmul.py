@@ -10,16 +10,16 @@ compute what torch does.
 
 import contextlib
 import functools
-import platform
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ..device import described_processor
 
 AMD = ("AuthenticAMD", "HygonGenuine")
 """How AMD's processors, and those of a licensee, name their maker."""
@@ -88,7 +88,8 @@ def _onednn() -> _Product | None:
 
     torch has no public name for it.
     """
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _is_of_amd()):
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not has_both or not any(maker in described_processor() for maker in AMD):
         return None
     try:
         product = torch.ops.mkldnn._linear_pointwise.default
@@ -100,11 +101,3 @@ def _onednn() -> _Product | None:
     except (AttributeError, RuntimeError, TypeError):  # another torch, in which it is gone or takes other arguments
         return None
     return product if same else None
-
-
-def _is_of_amd() -> bool:
-    names = Path("/proc/cpuinfo")
-    if not names.exists():
-        return any(maker in platform.processor() for maker in AMD)
-    with names.open(encoding="utf-8", errors="replace") as lines:
-        return any(maker in lines.read(1000) for maker in AMD)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..config import Precision
 from ..device import (
-    device_and_dtype,
     explained_memory_error,
     free_memory,
     in_parts_that_fit,
@@ -169,7 +168,7 @@ def generate(
     check_drawing(base, loras, config)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     starts = _checked_starts(base, jobs, starts, denoise) if starts else None
-    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
+    device, dtype = base.device_and_dtype(config.precision, device)
     groups = by_strength(jobs)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
         encoded = _encode(base, loras, groups, config, device)

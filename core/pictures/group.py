@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..device import device_and_dtype, explained_memory_error
+from ..device import explained_memory_error
 from ..errors import BadConfig, LoraMisfit, one_line
 from ..lora.apply import AppliedLora, apply
 from ..lora.file import LoraFile
@@ -277,7 +277,7 @@ def generate_group(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     jobs = [sized(base, group, job) for job in jobs]
-    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
+    device, dtype = base.device_and_dtype(config.precision, device)
     with explained_memory_error("smaller pictures or the device cpu"):
         encoded = _encode(base, group, loras, by_strength(jobs), config, device)
         denoiser, memory = load_denoiser(

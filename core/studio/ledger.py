@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Precision, TrainConfig
-from ..device import device_and_dtype
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..photos import Dataset, Photo, bucket_sizes
@@ -117,7 +116,7 @@ def basis(
 
     Nothing is computed: passes are counted and memory is predicted with tensors without values.
     """
-    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
+    device, dtype = base.device_and_dtype(config.precision, device)
     base = base.as_distilled() if training_adapter else base
     largest = max((image.bucket for image in _dataset(photos, base, config).images), key=math.prod)
     passes, cache = count_passes(base, config, largest, training_adapter)
@@ -180,7 +179,7 @@ def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, floa
 
 def device_rate(base: Base, device: torch.device | None = None, precision: Precision = "auto") -> float:
     """Return the operations per second of a training step, estimated by the best of three products of two large matrices."""
-    device, dtype = device_and_dtype(precision, device, base.family.overflows_in_fp16)
+    device, dtype = base.device_and_dtype(precision, device)
     side = _SIDES.get(device.type, 1024)
     matrix = torch.randn(side, side, device=device).to(dtype)
     best = float("inf")

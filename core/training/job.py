@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import OutputSettings, TrainConfig
-from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory, usable_device, why_no_gpu
+from ..device import PRECISIONS, deterministic_if, release_memory, usable_device, why_no_gpu
 from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError, LoraMisfit, MissingPackage
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
@@ -347,7 +347,7 @@ def _prepared(
     size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
     size = sample_size(base, size)
     draw = build_draw_shots(base, config, cache.prompts, device, size, callbacks.progress("samples"))
-    dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)[1]
+    dtype = base.device_and_dtype(config.precision, device)[1]
     settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
     return cache, Samples(draw, shots, watch, drawn_as)

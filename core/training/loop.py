@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config import MachineSettings, TrainConfig
-from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error, until_it_fits
+from ..device import deterministic_if, exact_arithmetic, explained_memory_error, until_it_fits
 from ..errors import BadConfig, counted
 from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
@@ -64,7 +64,7 @@ def train_lora(
     A step that does not fit into memory is repeated with a smaller memory plan, and `on_warning` is called. Raises OutOfMemory
     when no plan fits. Raises TrainingDiverged when the loss is not finite; a saved state is from before that.
     """
-    device, dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
+    device, dtype = base.device_and_dtype(config.precision, device)
     with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
         config = _possible_settings(config, base, device, dtype, callbacks.on_warning)
         run = _started(cache, base, config, device, dtype, continue_from, training_adapter, callbacks)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..config import LikenessSettings, TrainConfig
-from ..device import device_and_dtype, in_parts_that_fit
+from ..device import in_parts_that_fit
 from ..models.base import Base
 from ..models.spec import Pair
 from ..photos import Photo, bucket_sizes
@@ -69,7 +69,7 @@ def build_draw_shots(
     called with (done, total) at each sampling step.
     """
     width_height = checked_size(base, size)
-    dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)[1]
+    dtype = base.device_and_dtype(config.precision, device)[1]
     steps_of_each = sampling_steps(base, config)
 
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, until_it_fits
+from ..device import until_it_fits
 from ..errors import OutOfMemory, TrainingDiverged
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -102,7 +102,7 @@ class Run:
         self.family: FamilySpec = base.family
         self.device: torch.device
         self.dtype: torch.dtype
-        self.device, self.dtype = device_and_dtype(config.precision, device, base.family.overflows_in_fp16)
+        self.device, self.dtype = base.device_and_dtype(config.precision, device)
         self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.

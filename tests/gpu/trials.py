@@ -358,7 +358,7 @@ def dtypes_of(family: str, capability: tuple[int, int]) -> tuple[torch.dtype, to
     """The dtype that the family is computed in on a card, and that of its VAE when pictures are drawn."""
     base = small_flow_base(family)
     with fake_cuda(capability=capability):
-        device, dtype = device_and_dtype("auto", None, base.family.overflows_in_fp16)
+        device, dtype = base.device_and_dtype()
         return dtype, next(load_vae(base, device, dtype).parameters()).dtype
 
 
