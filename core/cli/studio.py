@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 from .. import demo
@@ -13,6 +14,7 @@ from ..lora import write_sidecars
 from ..models import Base
 from ..pictures import StylePack
 from ..progress import READING
+from ..storage.locks import at_work
 from ..studio import REPORT, Person, Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
 from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
 from .computing import device_from, show_work
@@ -26,6 +28,12 @@ def run_studio(options: argparse.Namespace) -> int:
     """Run the command. Returns 1 if anyone failed, else 0."""
     if options.ray and options.device:
         raise BadConfig("--device: leave this out, since each of Ray's workers has its own device")
+    waits = at_work(options.output / REPORT) if os.path.isdir(options.output) and not options.dry_run else nullcontext()
+    with waits:  # Already while the model is read, `forget` would miss people who are yet to be made.
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)

@@ -3,15 +3,14 @@
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from ..errors import BadFile, counted
-from .files import make_folder, writing
+from ..errors import BadFile
+from .files import check_deleted, delete, make_folder, writing
 
 KINDS = ("base", "class", "headshots", "latents", "memory", "panels", "runs", "text")
 """The folders in the cache folder.
@@ -90,7 +89,7 @@ def clear_cache() -> int:
 
     Other files in the folder are kept. If some files cannot be deleted, the rest are, and then BadFile names the first one.
     """
-    count, left = 0, []
+    count, left = 0, list[str]()
     for folder in (cache_folder() / kind for kind in KINDS):
         try:
             paths = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
@@ -100,18 +99,10 @@ def clear_cache() -> int:
         for path in paths:
             if not _OURS.fullmatch(path.name):
                 continue
-            try:
-                files = sum(inner.is_file() for inner in path.rglob("*")) if path.is_dir() else 1
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            except OSError as error:
-                left.append(f"{path}: cannot be deleted: {error.strerror or error}")
-            else:
-                count += files
+            count += delete(path, left)
         _remove_if_empty(folder)
     _remove_if_empty(cache_folder())
-    if left:
-        others = counted(len(left), "file or folder was", "files or folders were")
-        raise BadFile(f"{left[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")
+    check_deleted(count, left)
     return count
 
 

@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 import re
-import shutil
 import stat
 import sys
 import time
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import BadFile, FaceLoraError
+from ..errors import BadFile, FaceLoraError, counted
 
 EARLIER = "earlier"
 """The folder that `set_aside` moves files to."""
@@ -218,13 +217,44 @@ def remove_leftovers(folder: Path, names: str) -> None:
     `names` is a regular expression for the names of the finished files. The caller must hold their lock, so that the files
     of a running process are kept.
     """
-    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):  # A folder may be writable, but not readable.
-        for leftover in filter(lambda path: pattern.fullmatch(path.name), folder.iterdir()):
-            with suppress(OSError):
-                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        for path in leftovers(folder, names):
+            delete(path, [])
+
+
+def leftovers(folder: Path, names: str) -> list[Path]:
+    """Return the temporary files and folders in `folder` of files whose names match `names`, a regular expression."""
+    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
 def clean_place(path: Path) -> None:
     """Delete a killed process's temporary files of the file or folder at `path`. The caller must hold its lock."""
     remove_leftovers(path.parent, re.escape(path.name))
+
+
+def delete(path: Path, left: list[str]) -> int:
+    """Delete a file, or a folder with everything in it, and return the number of deleted files.
+
+    Links are deleted, not what they lead to. What cannot be deleted is added to `left` with the reason; the rest is deleted.
+    """
+    count, before = 0, len(left)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            for inner in list(path.iterdir()):
+                count += delete(inner, left)
+            if len(left) == before:
+                path.rmdir()
+        elif os.path.lexists(path):
+            path.unlink()
+            count = 1
+    except OSError as error:
+        left.append(f"{path}: cannot be deleted: {error.strerror or error}")
+    return count
+
+
+def check_deleted(count: int, left: list[str]) -> None:
+    """Raise BadFile with the first of the faults from `delete`, if there are any."""
+    if left:
+        others = counted(len(left), "file or folder was", "files or folders were")
+        raise BadFile(f"{left[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")

@@ -1,8 +1,10 @@
 """Locks that prevent two processes from writing the same file."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,17 +16,17 @@ WAIT = 1.0
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
     """Lock the file at `path` for writing. Only one thread of one process can be in this context.
 
-    Raises InUse while another one is. The same thread may enter the context again.
+    Raises InUse if another one is, for longer than WAIT and `wait` seconds. The same thread may enter the context again.
 
     The lock is the file `.NAME.lock` beside the file, and is deleted at the end. The operating system releases the lock of a
     killed process; the empty file that remains locks nothing. On a file system without locks, this does nothing.
     """
     path = Path(os.path.realpath(path))  # All links to a file share one lock.
-    lock = FileLock(lock_of(path), timeout=WAIT, is_singleton=True)
-    if lock.is_locked or not _acquire(lock, path):
+    lock = _lock(lock_of(path))
+    if lock.is_locked or not _acquire(lock, path, time.monotonic() + wait):
         yield
         return
     try:
@@ -36,17 +38,49 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def at_work(path: Path) -> Iterator[None]:
+    """Make `alone` raise InUse within the context. Any number of threads and processes can be in it at the same time.
+
+    Raises InUse while another one is in `alone`.
+    """
+    path = Path(os.path.realpath(path))
+    with ExitStack() as held:
+        with locked(path):
+            held.enter_context(locked(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")))
+        yield
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Lock the file at `path`. Raises InUse while another one is in `locked` or `at_work`, or this thread is in `at_work`."""
+    path = Path(os.path.realpath(path))
+    with locked(path):
+        for one in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}.lock"):
+            if _lock(one).is_locked:
+                raise InUse(f"{path}: this thread is still at work on it (lock: {one})")
+            with locked(path.with_name(one.stem[1:])):  # Afterwards the lock of a killed process is deleted.
+                pass
+        yield
+
+
 def lock_of(path: Path) -> Path:
     """Return the path of a file's lock."""
     return path.with_name(f".{path.name}.lock")
 
 
-def _acquire(lock: FileLock, path: Path) -> bool:
-    """Acquire the lock; return False on a file system without locks. Raises InUse while another process holds it."""
+def _lock(place: Path) -> FileLock:
+    return FileLock(place, timeout=WAIT, is_singleton=True)
+
+
+def _acquire(lock: FileLock, path: Path, until: float) -> bool:
+    """Acquire the lock; return False on a file system without locks. Raises InUse if another process holds it `until` then."""
     while True:
         try:
             lock.acquire()
         except Timeout:
+            if time.monotonic() < until:
+                continue
             raise InUse(
                 f"{path}: another process is writing this file (lock: {lock.lock_file}); wait until it has finished"
             ) from None

@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from .cost import Cost as Cost
     from .cost import Work as Work
     from .cost import seconds_for as seconds_for
+    from .forgetting import forget as forget
     from .ledger import PARTS as PARTS
     from .ledger import Ledger as Ledger
     from .ledger import basis as basis
     from .ledger import device_rate as device_rate
     from .many import Plan as Plan
-    from .many import forget as forget
     from .many import plan as plan
     from .many import plan_ledger as plan_ledger
     from .many import run as run

@@ -5,33 +5,34 @@ others. `plan` lists in advance who is to be made, how much work that is, and ho
 """
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..device import processor, usable_device
-from ..errors import BadConfig, BadFile
+from ..errors import BadFile
 from ..models.base import Base
 from ..photos import count_photos, read_photos
 from ..progress import READING, silent
 from ..storage.files import make_folder
-from ..storage.locks import locked
+from ..storage.locks import at_work, locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from .cost import Cost, Work, seconds_for
 from .ledger import Basis, Ledger, basis
-from .people import Person
+from .people import REPORT, Person
 from .queue import hand_out
 from .ray_crew import RayCrew
-from .report import read_report, write_report
-from .result import CACHE, RECORD, Result, Terms, check_person, failed, find, find_or_make, is_made
+from .report import delete_leftovers, read_report, write_report
+from .result import Result, Terms, check_person, failed, find, find_or_make, is_made
 
 _REPORT_PAUSE = 20
 """The report is rewritten after this many times the time that writing it took: with many people it is long."""
+_LONGEST_WRITE = 60.0
+"""The seconds to wait while another run writes the report."""
 
 
 def run(
@@ -48,7 +49,7 @@ def run(
 
     A person's files are in the folder of that name in `output`. An error while a person is made becomes that person's result.
     Exceptions that aren't an Exception, such as a callback's KeyboardInterrupt, end the call; another call continues from
-    there.
+    there. Until the end, `forget` raises InUse for this output.
 
     With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on its own device. With
     "local", workers on this machine's GPUs do. All machines must have photos, base model and `output` under the same paths. Of
@@ -70,22 +71,25 @@ def run(
 
         For a person whom another run is making, that run's line counts.
         """
-        names = {result.name for result in results if not result.in_use}
-        others = {one.name: one for one in read_report(output) if one.name not in names}
-        found = [replace(one, status="found") if one.status == "made" else one for one in others.values()]
-        write_report(output, [*found, *(one for one in results if one.name not in others)])
+        with locked(output / REPORT, wait=_LONGEST_WRITE):
+            delete_leftovers(output, [])
+            names = {result.name for result in results if not result.in_use}
+            others = {one.name: one for one in read_report(output) if one.name not in names}
+            found = [replace(one, status="found") if one.status == "made" else one for one in others.values()]
+            write_report(output, [*found, *(one for one in results if one.name not in others)])
 
-    try:
-        for result in made:
-            results.append(result)
-            begun = time.monotonic()
-            if begun >= due:
+    with at_work(output / REPORT):  # Until the end, since `forget` would miss people who are yet to be made.
+        try:
+            for result in made:
+                results.append(result)
+                begun = time.monotonic()
+                if begun >= due:
+                    report()
+                    due, written = begun + _REPORT_PAUSE * (time.monotonic() - begun), len(results)
+                yield result
+        finally:
+            if written < len(results):
                 report()
-                due, written = begun + _REPORT_PAUSE * (time.monotonic() - begun), len(results)
-            yield result
-    finally:
-        if written < len(results):
-            report()
 
 
 def _here(
@@ -114,35 +118,6 @@ def _on_cluster(
 
     with RayCrew(address, base, output, terms, callbacks.progress(READING)) as crew:
         yield from hand_out(people, crew, look, callbacks)
-
-
-def forget(name: str, output: str | os.PathLike[str]) -> int:
-    """Delete everything that the studio has of a person, including the report's line, and return the number of files.
-
-    Photos elsewhere, such as those that the LoRA was trained on, aren't the studio's and are kept. Raises BadConfig if the
-    output doesn't have the person, and InUse while the person is being made. Raises BadFile, and deletes nothing, if something
-    cannot be deleted or the report is damaged.
-    """
-    output = Path(output)
-    folders = {path.parent.name: path.parent for path in output.glob(f"*/{RECORD}")}
-    folders |= {path.parent.name: path.parent for path in output.glob(f"*/{CACHE}")}
-    folder = folders.get(name)
-    with locked(folder / RECORD) if folder else nullcontext():  # Windows cannot delete a held lock: release it first.
-        left = read_report(output)
-    if name not in (known := {*folders, *(one.name for one in left)}):
-        raise BadConfig(
-            f"{output}: {name!r} was not found; this output contains {', '.join(sorted(known)) or 'nobody'}"
-        )
-    count = 0
-    if folder:
-        count = sum(path.is_file() for path in folder.rglob("*"))
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise BadFile(f"{error.filename}: cannot be deleted: {error.strerror or error}") from None
-    if left:
-        write_report(output, [one for one in left if one.name != name])
-    return count
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from urllib.parse import quote
 
 from ..errors import BadFile, counted
 from ..lora.metadata import without_folders
-from ..storage.files import fill_page, read_json, write_text
+from ..storage.files import delete, fill_page, leftovers, read_json, write_text
 from .cost import PHASES
 from .people import PAGE, REPORT
 from .result import NONE_ALIKE, STATUSES, Result, result_of
@@ -34,13 +35,14 @@ def read_report(output: Path) -> list[Result]:
         ) from None
 
 
-def write_report(output: Path, results: Sequence[Result]) -> None:
+def write_report(output: Path, results: Sequence[Result], page_first: bool = False) -> None:
     """Write the report on the results into the output, as JSON and as a page, with those to check first at the top.
 
-    Reasons in it don't name folders of this machine, since reports are sent to others.
+    Reasons in it don't name folders of this machine, since reports are sent to others. With `page_first`, a person who is
+    no longer in the JSON file isn't on the page either, whenever the process is killed.
     """
     ranked = sorted((replace(one, reason=_shared(one.reason, output)) for one in results), key=_order)
-    write_text(output / REPORT, json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1))
+    values = json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1)
     gpu = any(one.cost.gpu_hours for one in ranked if one.cost)
     told = Counter(one.told for one in ranked)
     counts = [f"{told[word]} {word}" for word in _TOLD if told[word]]
@@ -50,7 +52,16 @@ def write_report(output: Path, results: Sequence[Result]) -> None:
         "SECONDS": "".join(f'<th class="number">{head}' for head in (*PHASES, "GPU-hours" if gpu else "CPU-hours")),
         "ROWS": "\n".join(_row(one, gpu) for one in ranked),
     }
-    write_text(output / PAGE, fill_page(Path(__file__).with_name("report.html"), parts))
+    files = [(REPORT, values), (PAGE, fill_page(Path(__file__).with_name("report.html"), parts))]
+    for name, text in reversed(files) if page_first else files:
+        write_text(output / name, text)
+
+
+def delete_leftovers(output: Path, left: list[str]) -> None:
+    """Delete what a killed process left of the report, as `delete` does. The caller must hold the report's lock."""
+    for place in {Path(os.path.realpath(output / name)) for name in (REPORT, PAGE)}:
+        for path in leftovers(place.parent, re.escape(place.name)):
+            delete(path, left)
 
 
 def _shared(reason: str, output: Path) -> str:

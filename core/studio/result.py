@@ -222,12 +222,16 @@ def check_person(person: Person, output: Path) -> None:
         raise BadConfig(person.problem)
     if not person.agreed:
         raise BadConfig("the person has not agreed; set agreed = true if they have")
-    folder = output / person.name
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    if names - {lock_of(folder / RECORD).name} and not names & {RECORD, CACHE}:
+    if is_foreign(folder := output / person.name):
         raise BadFile(
             f"{folder}: this folder has files of another program; choose another output, or another name for this person"
         )
+
+
+def is_foreign(folder: Path) -> bool:
+    """Return whether a folder has files, but nothing that makes it a person's. Raises OSError if it can't be read."""
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return bool(names - {lock_of(folder / RECORD).name}) and not names & {RECORD, CACHE}
 
 
 def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:

@@ -34,6 +34,7 @@ from core.storage import files, safetensors_file
 from core.studio import read_people
 from core.training.encode import encode
 from core.training.store import RunFolder, TrainingJob, find_or_train
+from tests.kills import child
 from tests.tooling import nodes_module
 
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
@@ -458,23 +459,6 @@ def studio(desk: Desk, draw: Random) -> None:
 
 
 # --- kills
-
-
-def child(function: Callable[[], object], dies_after: float | None = None) -> int:
-    """The exit status of a process of its own that runs the function: 0, 1 if it raised, or -9 when it was killed."""
-    process = os.fork()
-    if process == 0:
-        signal.alarm(0)
-        code = 1
-        try:
-            function()
-            code = 0
-        finally:
-            os._exit(code)
-    if dies_after is not None:
-        time.sleep(dies_after)
-        os.kill(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def _die_at(count: int, at: str = "after") -> None:

@@ -343,15 +343,16 @@ def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypa
     first, second = (made_folder("runs", content_key(name)) for name in ("one", "two"))
     for folder in (first, second):
         (folder / "history.json").write_text("[]")
-    delete = shutil.rmtree
+    delete = Path.unlink
 
-    def refuse(path):
-        if path == first:
+    def refuse(path, missing_ok=False):
+        if path.parent == first:
             raise PermissionError(13, "Permission denied")
-        delete(path)
+        delete(path, missing_ok)
 
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(BadFile, match=rf"{first.name}: cannot be deleted: Permission denied \(1 file was deleted, 1 "):
+    monkeypatch.setattr(Path, "unlink", refuse)
+    said = rf"{first.name}/history.json: cannot be deleted: Permission denied \(1 file was deleted, 1 "
+    with pytest.raises(BadFile, match=said):
         clear_cache()
     assert first.exists() and not second.exists()
 

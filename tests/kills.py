@@ -1,0 +1,69 @@
+"""Processes that are killed at any change of the disk, or have no more rights than another user."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOBODY = 65534
+"""The number of the user and the group that own nothing."""
+_CHANGES = {f"os.{name}" for name in ("chmod", "link", "mkdir", "remove", "rename", "rmdir", "symlink", "truncate")}
+"""Python's audit events before a call that changes the disk, beside those that open a file for writing."""
+
+
+def child(function: Callable[[], object], dies_after: float | None = None) -> int:
+    """The exit status of a process of its own that runs the function: what it returns, if that is a number, 3 if it raised,
+    or -9 when it was killed.
+    """
+    process = os.fork()
+    if process == 0:
+        signal.alarm(0)
+        code = 3
+        try:
+            code = function()
+        finally:
+            os._exit(code if isinstance(code, int) else 0)
+    if dies_after is not None:
+        time.sleep(dies_after)
+        os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def die_at_change(number: int) -> None:
+    """This process dies before the call of that number that would change the disk, so after the one before it."""
+    left = number
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        changes = event in _CHANGES
+        if event == "open":
+            changes = isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        left -= changes
+        if changes and left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def become_nobody() -> None:
+    """This process, which root has started, has no more rights than a user who owns nothing."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that every user may enter, and whose files are nobody's where this process is root's."""
+    if os.name == "nt" or os.geteuid():
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chown(folder, NOBODY, NOBODY)
+        yield Path(folder)
