@@ -12,7 +12,7 @@ from ..config import TrainConfig
 from ..errors import BadConfig
 from ..lora import file_word, write_sidecars
 from ..models import Base
-from ..photos import read_photos
+from ..photos import check_agreed, read_photos
 from ..pictures import FoundPacks, StylePack, batch_summary
 from ..progress import OnWarning
 from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
@@ -30,6 +30,7 @@ Answer = TypeVar("Answer")
 
 def run_headshots(options: argparse.Namespace) -> int:
     """Run the command. Returns 1 if no picture is like the person, else 0."""
+    check_agreed(options.photos)
     place = options.photos.resolve()
     if not (options.output or place.name):
         raise BadConfig(f"{place}: pictures can't be saved beside this folder: choose one with --output")

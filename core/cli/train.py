@@ -13,7 +13,7 @@ from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
 from ..lora.sidecars import write_sidecars
 from ..models.base import Base
-from ..photos import read_photos
+from ..photos import check_agreed, read_photos
 from ..progress import READING
 from ..studio import basis, device_rate
 from ..training import (
@@ -39,6 +39,7 @@ class Cancelled(FaceLoraError):
 
 
 def run_train(options: argparse.Namespace) -> None:
+    check_agreed(options.photos, *filter(None, [options.class_photos]))
     given = settings_from(options)
     base = base_from(options, **schedule_from(given))
     stop = StopOnSignal()

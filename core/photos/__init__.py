@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from .agreement import check_agreed as check_agreed
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption
     from .captions import trigger_hint as trigger_hint

@@ -12,17 +12,15 @@ from typing import Any
 
 from ..config import parse_toml
 from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..photos.agreement import MAX_BYTES, PERSON_FILE, YES
 from ..pictures.style_pack import check_count
 from ..storage.files import RESERVED, is_text, read_bytes
 
-PERSON_FILE = "person.toml"
-"""The file in a person's folder with that person's settings and agreement."""
 REPORT, PAGE = "report.json", "report.html"
 """The studio's files in its output, beside the people's folders."""
 _MOST_NAME_BYTES = 200
 """The longest name in bytes: file systems allow 255, and file names add more to the person's name."""
-_MAX_BYTES = 2**24
-_YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
+_NO = ("false", "no", "0", "")
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def read_people(place: str | os.PathLike[str]) -> list[Person]:
         people = [_person(folder.name, folder, _said_in(folder)) for folder in folders]
     else:
         try:
-            text = read_bytes(place, _MAX_BYTES).decode("utf-8-sig")
+            text = read_bytes(place, MAX_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError:
             raise BadConfig(f"{place}: not UTF-8 text; save it again as UTF-8") from None
         rows = _json_lines(place, text) if place.suffix in (".jsonl", ".json") else _csv_rows(place, text)
@@ -86,7 +84,7 @@ def _said_in(folder: Path) -> Mapping[str, Any] | str:
     if os.access(folder, os.X_OK) and not os.path.lexists(file):
         return f"{PERSON_FILE} is missing; create it with agreed = true if the person has agreed"
     try:
-        return parse_toml(read_bytes(file, _MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig"))
+        return parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig"))
     except (FaceLoraError, UnicodeDecodeError) as error:
         return one_line(f"{PERSON_FILE}: {error}")
 
@@ -145,8 +143,8 @@ def _value(key: str, value: Any) -> Any:
     if key == "agreed":
         if isinstance(value, bool):
             return value
-        if isinstance(value, str) and value.strip().lower() in (*_YES, *_NO):
-            return value.strip().lower() in _YES
+        if isinstance(value, str) and value.strip().lower() in (*YES, *_NO):
+            return value.strip().lower() in YES
         raise BadConfig(f"agreed = {value!r}: must be true or false")
     if key == "count":
         number = int(value) if isinstance(value, str) and value.strip().isdigit() else value

@@ -19,7 +19,7 @@ from ..config import RecipeName
 from ..device import usable_device
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse, one_line
 from ..models.base import Base
-from ..photos import Photo, count_photos, read_photos
+from ..photos import Photo, check_agreed, count_photos, read_photos
 from ..pictures.headshot import Headshot
 from ..pictures.style_pack import StylePack
 from ..progress import READING, OnProgress
@@ -222,6 +222,7 @@ def check_person(person: Person, output: Path) -> None:
         raise BadConfig(person.problem)
     if not person.agreed:
         raise BadConfig("the person has not agreed; set agreed = true if they have")
+    check_agreed(person.photos)  # A list of people may say otherwise.
     if is_foreign(folder := output / person.name):
         raise BadFile(
             f"{folder}: this folder has files of another program; choose another output, or another name for this person"

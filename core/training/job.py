@@ -30,6 +30,7 @@ from ..photos import (
     Region,
     Thresholds,
     as_photo,
+    check_agreed,
     face_regions,
     make_ready,
     prepare,
@@ -214,6 +215,7 @@ def _read(
 ) -> list[Photo]:
     """Return the photos as a list. If `photos` is a folder, they are read from it. `name` is the argument's, for messages."""
     if isinstance(photos, str | os.PathLike):
+        check_agreed(photos)
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
     return [as_photo(photo, f"{name}[{number}]") for number, photo in enumerate(photos)]
 
