@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -376,7 +377,8 @@ def parameters_text(
     width, height = checked_size(base, job.size)
     embeddings = [lora for lora, _ in loras if lora.embedding_keys and not lora.entries]
     loras = [(lora, factor) for lora, factor in loras if lora.entries]
-    names = [Path(lora.name).stem for lora, _ in loras]
+    # These would end the tag, or the name in the hashes.
+    names = [re.sub(r"[<>:\r\n]", "_", Path(lora.name).stem) for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     guidance = {"CFG scale": f"{job.guidance:g}"}
     if base.embeds_guidance:  # Forge uses these names.

@@ -6,7 +6,7 @@ import shutil
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,8 @@ _SETTINGS = (
 _ADVICE = ("Model", "Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
 _GROUP_IN_GRAPH = '"FaceLoRAGroup"'
 """The text in the graph of a picture that ComfyUI has drawn of several people: the type of our node, which is fixed."""
-_LORA_TAG = re.compile(r"\s*<lora:([^:>]*):?([^:>]*)[^>]*>")
+_OTHER_TAG = r"<lora:(?:[^<]*?:-?[\d.]+(?::[^<>]*)?|[^<>]*)>"
+"""Matches the tag of an unknown LoRA up to its strength, since a file's name may contain `>`."""
 _LORA_HASH = re.compile(r"(.+?): (?:0x)?([0-9a-fA-F]+)(?:, |$)")
 _KINDS = {"lora": "LORA", "dora": "DoRA"}
 """Civitai's types for kinds of adapters; all other kinds are LyCORIS there."""
@@ -185,8 +186,14 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) ->
         on_warning(f"{photo.name}: the hashes in its parameters show that it was drawn without this LoRA")
     # A LoRA's file may be named after a person; sites find it by its hash.
     names = {stem: name if stem in ours else number for stem, number in hashes.items()}
-    strengths = [strength or "1" for stem, strength in _LORA_TAG.findall(said.prompt) if stem in ours]
+    strengths = [tag[2] or "1" for tag in _tags(hashes).finditer(said.prompt) if tag[1] in ours]
     return _Example(photo, _without_names(said, names, hashes), next(iter(strengths), ""))
+
+
+def _tags(stems: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of the tags of LoRAs in a prompt. Its groups are one of these names, if it is one, and the strength."""
+    known = "|".join(map(re.escape, sorted(stems, key=len, reverse=True)))
+    return re.compile(rf"\s*(?:<lora:({known or '(?!)'})(?::(-?[\d.]+)?[^<>]*)?>|{_OTHER_TAG})")
 
 
 def _comment(image: Image.Image) -> str:
@@ -201,7 +208,7 @@ def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[s
     """Return the parameters with LoRAs renamed, and without unknown settings and names that have no hash."""
 
     def renamed(tag: re.Match[str]) -> str:
-        return f" <lora:{names[tag[1]]}:{tag[2] or 1}>" if tag[1] in names else ""
+        return f" <lora:{names[tag[1]]}:{tag[2] or 1}>" if tag[1] else ""
 
     settings = {key: said.settings[key] for key in _SETTINGS if key in said.settings}
     for key in ("Model", "VAE"):
@@ -209,7 +216,7 @@ def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[s
             settings.pop(key, None)
     if names:
         settings["Lora hashes"] = ", ".join(f"{names[stem]}: {number}" for stem, number in hashes.items())
-    prompt, negative = (_LORA_TAG.sub(renamed, text).strip() for text in (said.prompt, said.negative))
+    prompt, negative = (_tags(names).sub(renamed, text).strip() for text in (said.prompt, said.negative))
     return replace(said, prompt=prompt, negative=negative, settings=settings)
 
 

@@ -18,6 +18,7 @@ from core.errors import BadConfig, BadFile, BadPhoto
 from core.lora import convert_lora, inspect_lora
 from core.lora.modules import LoraModule
 from core.pictures import Group, GroupMember, Picture, publish
+from core.pictures.generate import parameters_text
 from core.pictures.group import group_parameters
 from core.pictures.parameters import Parameters
 from core.storage.drawn import MARK_KEYS
@@ -100,6 +101,32 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
     for personal in (b"facing", b"jane", photo_folder.parent.name.encode(), tmp_path.name.encode()):
         assert personal not in contents(tmp_path / "out"), personal
     assert "metadata entries were left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x>JaneDoe", "x: ab, JaneDoe", "x<lora:JaneDoe>", "x\nJaneDoe:2"])
+def test_no_part_of_a_loras_odd_file_name_gets_out_with_a_picture(small_sd15, tmp_path, name):
+    path, base = write_lora(tmp_path / f"{name}.safetensors"), load_base(small_sd15)
+    job = Job("sks person", 1, "", (64, 64), 1)
+    text = parameters_text(base, [(LoraFile.read(path), 0.9)], job, GenerateConfig())
+    Picture(Image.new("RGB", (64, 64)), job, text).save(tmp_path / "ours.png")
+    publish_agreed(path, tmp_path / "out", [tmp_path / "ours.png"])
+    assert b"Jane" not in contents(tmp_path / "out") and b"<lora:A_sks_person:0.9>" in contents(tmp_path / "out")
+
+
+def test_pictures_of_earlier_versions_have_no_name_of_a_file_either(tmp_path):
+    path = write_lora(tmp_path / "x>JaneDoe.safetensors")
+    number = LoraFile.read(path).model_hash[:12]
+    pictures = [
+        write_picture(tmp_path / f"{index}.png", f"sks person <lora:{name}:0.9>", **{"Lora hashes": hashes})
+        for index, (name, hashes) in enumerate((
+            ("x>JaneDoe", f"x>JaneDoe: {number}"), ("x: ab, JaneDoe", f"x: ab, JaneDoe: {number}"),
+            ("x>JaneDoe", ""), ("y:JaneDoe", f"y: {number}"),
+        ))
+    ]  # fmt: skip
+    publish_agreed(path, tmp_path / "out", pictures)
+    assert b"Jane" not in contents(tmp_path / "out")
+    with Image.open(tmp_path / "out/A_sks_person-01.png") as image:
+        assert image.info["parameters"].startswith("sks person <lora:A_sks_person:0.9>\n")
 
 
 @pytest.mark.usefixtures("nobody")
