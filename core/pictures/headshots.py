@@ -15,14 +15,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import BadConfig, counted
+from ..errors import BadConfig, BadFile, counted
 from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
 from ..progress import READING, OnPhase, silent
 from ..storage.drawn import save_png
-from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
+from ..storage.files import (
+    EARLIER,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    set_aside,
+    write_file,
+    write_text,
+    writing,
+)
 from ..storage.locks import locked
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
@@ -343,8 +352,8 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) | {"models": models(shot.job)} for shot in shots]
-    if not (folder / OVERVIEW).exists():  # Then files of these names are not ours.
-        for name in (GALLERY, CONTACT_SHEET):
+    if not _is_overview(folder / OVERVIEW):  # Then files of these names are not ours.
+        for name in (OVERVIEW, GALLERY, CONTACT_SHEET):
             set_aside(folder / name)
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
     write_text(folder / GALLERY, gallery_page(shots, summary, compared, models))
@@ -356,6 +365,15 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
     sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary, columns=COLUMNS)
     save_png(folder / CONTACT_SHEET, sheet)
+
+
+def _is_overview(path: Path) -> bool:
+    """Return whether a file is the overview of a batch. Any program may use its name."""
+    try:
+        shots = read_json(path)["headshots"]
+        return bool(shots) and all({"file", "likeness", "kept"} <= shot.keys() for shot in shots)
+    except (BadFile, LookupError, TypeError, AttributeError):
+        return False
 
 
 def batch_summary(shots: Sequence[Headshot], people: int = 0) -> str:

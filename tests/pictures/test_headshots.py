@@ -550,14 +550,14 @@ def test_a_command_for_more_of_a_picture_without_words_has_the_empty_prompt(base
     assert "--base=demo --prompt= --seed=0" in (tmp_path / "gallery.html").read_text("utf-8")
 
 
-def test_files_of_others_with_the_names_of_a_batch_are_set_aside(base, tmp_path: Path) -> None:
-    for name in ("gallery.html", "contact_sheet.png"):
-        (tmp_path / name).write_text("mine")
+@pytest.mark.parametrize("overview", [None, "mine", '{"headshots": [{"mine": 1}]}', '{"headshots": 1}', "[]"])
+def test_files_of_others_with_the_names_of_a_batch_are_set_aside(base, tmp_path: Path, overview: str | None) -> None:
+    theirs = {"gallery.html": "mine", "contact_sheet.png": "mine"} | ({"headshots.json": overview} if overview else {})
+    for name, text in theirs.items():
+        (tmp_path / name).write_text(text)
     for _ in range(2):
         make_headshots(base, [], jobs(1), tmp_path)
-    assert {path.name: path.read_text() for path in (tmp_path / "earlier").iterdir()} == {
-        "gallery.html": "mine", "contact_sheet.png": "mine",
-    }  # fmt: skip
+    assert {path.name: path.read_text() for path in (tmp_path / "earlier").iterdir()} == theirs
 
 
 def test_neither_the_page_nor_its_data_name_a_folder_of_the_machine(base, tmp_path: Path) -> None:
