@@ -5,16 +5,20 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, config_from
-from ..errors import BadConfig, FaceLoraError
+from ..errors import BadConfig, BadFile, FaceLoraError
 from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
 from ..lora.sidecars import write_sidecars
 from ..models.base import Base
 from ..photos import check_agreed, read_photos
 from ..progress import READING
+from ..storage.cache_folder import cache_folder, content_key, made_folder
+from ..storage.files import write_text
 from ..studio import basis, device_rate
 from ..training import (
     LIKENESS_KEY,
@@ -85,13 +89,15 @@ def run_train(options: argparse.Namespace) -> None:
             key = job.key(base)
         found = key is not None and not options.restart and has_key(options.output, key, makes)
         if not found:
-            _check_nothing_is_replaced(options)
+            mark = _check_nothing_is_replaced(options, key)
             train(
                 job.photos, base, job.config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
                 device=device_from(options), metadata={KEY: key} if key else {},
                 callbacks=callbacks,
             )  # fmt: skip
+            if mark:
+                mark.unlink(missing_ok=True)
     _end(options, config, found)
 
 
@@ -124,13 +130,25 @@ def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAd
     return TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
 
 
-def _check_nothing_is_replaced(options: argparse.Namespace) -> None:
-    """Raise BadConfig if the output exists, unless the user has asked to replace it."""
-    goes_on = options.resume and state_path(options.output).exists()
-    if os.path.isfile(options.output) and not (options.restart or goes_on):
+def _check_nothing_is_replaced(options: argparse.Namespace, key: str | None) -> Path | None:
+    """Raise BadConfig if the output exists, unless the user has asked to replace it. Returns the mark that they have.
+
+    The mark lets `--resume` continue with the same job and the same file if the run ends before its first state. It is None
+    without an output, and missing if it can't be written.
+    """
+    if not os.path.isfile(options.output):
+        return None
+    about, place = options.output.stat(), os.path.abspath(options.output)
+    mark = cache_folder() / "restarts" / content_key("restart", place, about.st_size, about.st_mtime_ns, key)
+    goes_on = options.resume and (state_path(options.output).exists() or mark.exists())
+    if not (options.restart or goes_on):
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"
         )
+    with suppress(BadFile):
+        made_folder("restarts")
+        write_text(mark, "")
+    return mark
 
 
 def format_likeness(measured: dict[str, Any]) -> str:

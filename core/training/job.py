@@ -122,6 +122,9 @@ def train(
         cache, samples = _prepared(ready, watch, class_photos, base, config, device, callbacks)
         if output is not None and not resume:
             _set_earlier_aside(output, read)
+            state_path(output).unlink(
+                missing_ok=True
+            )  # If this run is killed, `resume` would continue the earlier one.
         lora = train_lora(
             cache, base, config, device=device, continue_from=start, training_adapter=adapter, samples=samples,
             state_path=None if output is None else state_path(output),

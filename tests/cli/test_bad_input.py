@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,9 +24,11 @@ from core.errors import BadConfig, BadFile
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import load_base
+from core.storage.cache_folder import cache_folder
 from core.storage.safetensors_file import save_safetensors
 from core.training import train
 from core.training.identity import settings_of_the_file, settings_of_the_steps
+from tests.kills import child
 from tests.tooling import SMALL_SD15, held_elsewhere, write_checkpoint
 
 
@@ -348,6 +351,37 @@ def test_when_the_lora_cannot_be_saved_the_state_is_still_there(desk, capsys, mo
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.state.safetensors"]
     assert main([*desk.arguments(), "--resume"]) == 0
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.safetensors"]
+
+
+def test_a_restart_that_is_killed_before_its_first_state_can_be_resumed(desk, capsys, monkeypatch):
+    monkeypatch.setenv("FACELORA_CACHE", str(desk.folder / "cache"))
+    assert main(desk.arguments()) == 0
+    before = desk.output.read_bytes()
+    changed = [*desk.arguments(), "--seed", "5", "--steps", "3"]
+    desk.output.with_name("face.state.safetensors").write_bytes(b"of another run")
+
+    def restarted() -> int:
+        def killed(source: object, target: Path) -> None:
+            if target.name == "face.state.safetensors":
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        rename, os.replace = os.replace, killed
+        return main([*changed, "--state-interval", "0", "--restart"])
+
+    assert child(restarted) == -signal.SIGKILL and desk.output.read_bytes() == before
+    assert main([*changed, "--seed", "6", "--resume"]) == 1 and "already exists" in capsys.readouterr().err
+    assert main([*changed, "--resume"]) == 0 and desk.output.read_bytes() != before
+    assert os.listdir(desk.output.parent) == [desk.output.name] and not list((cache_folder() / "restarts").iterdir())
+
+
+def test_a_restart_on_a_full_disk_can_be_resumed(desk):
+    assert main(desk.arguments()) == 0
+    before, changed = desk.output.read_bytes(), [*desk.arguments(), "--seed", "5"]
+    with files_limited_to(len(before) // 2):
+        assert [main([*changed, option]) for option in ("--restart", "--resume")] == [1, 1]
+    assert desk.output.read_bytes() == before
+    assert main([*changed, "--resume"]) == 0 and desk.output.read_bytes() != before
 
 
 def test_a_new_run_does_not_replace_the_state_of_an_unfinished_one_unless_told(desk, capsys):
