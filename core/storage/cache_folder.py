@@ -5,11 +5,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from ..errors import BadFile
+from ..errors import BadFile, InUse
 from .files import check_deleted, delete, make_folder, writing
 
 KINDS = ("base", "class", "headshots", "latents", "memory", "panels", "restarts", "runs", "text")
@@ -88,7 +88,8 @@ def _is_ours(folder: Path) -> bool:
 def clear_cache() -> int:
     """Delete everything that this project has put into the cache folder, and return the number of deleted files.
 
-    Other files in the folder are kept. If some files cannot be deleted, the rest are, and then BadFile names the first one.
+    Other files in the folder are kept. If some files cannot be deleted, or are in use by a training run or a batch, the rest
+    are, and then BadFile names the first one.
     """
     count, left = 0, list[str]()
     for folder in (cache_folder() / kind for kind in KINDS):
@@ -100,11 +101,27 @@ def clear_cache() -> int:
         for path in paths:
             if not _OURS.fullmatch(path.name):
                 continue
-            count += delete(path, left)
+            count += _delete_unused(path, left)
         _remove_if_empty(folder)
     _remove_if_empty(cache_folder())
     check_deleted(count, left)
     return count
+
+
+def _delete_unused(path: Path, left: list[str]) -> int:
+    """Delete a file or folder as `delete` does, unless another process or thread holds a lock in it."""
+    from .locks import locked  # Loads filelock.
+
+    locks = [] if path.is_symlink() else list(path.glob(".*.lock"))
+    try:
+        with ExitStack() as held:
+            for lock in locks:
+                held.enter_context(locked(path / lock.stem[1:]))
+            count = sum(delete(one, left) for one in path.iterdir() if one not in locks) if locks else 0
+    except InUse as error:
+        left.append(f"{path}: is in use, repeat this later: {error}")
+        return 0
+    return count + delete(path, left)
 
 
 def _remove_if_empty(folder: Path) -> None:

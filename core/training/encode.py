@@ -237,7 +237,10 @@ def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
 
 def _write(kind: str, key: str, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
     written = {_CHECKSUM: _checksum(key, tensors), **metadata}
-    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, written)
+    try:
+        save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, written)
+    except BadFile:  # `clear_cache` may have deleted the folder or the temporary file meanwhile.
+        save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, written)
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:

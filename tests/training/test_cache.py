@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from core.pictures.generate import Job, Picture, generate
 from core.storage.cache_folder import cache_folder, clear_cache, content_key, made_folder
 from core.storage.files import write_text
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
+from core.training import Callbacks, TrainingJob, find_or_train
 from core.training.encode import encode, without_trigger
 from core.training.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
@@ -355,6 +357,49 @@ def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypa
     with pytest.raises(BadFile, match=said):
         clear_cache()
     assert first.exists() and not second.exists()
+
+
+def test_what_a_run_uses_is_kept_while_the_cache_is_cleared(dataset, base, tmp_path):
+    """Otherwise it trained to its end, could not write its history, and kept nothing."""
+    refused: list[str] = []
+
+    def clear(report: object) -> None:
+        with ThreadPoolExecutor(1) as another, pytest.raises(BadFile) as error:
+            another.submit(clear_cache).result()
+        refused.append(str(error.value))
+
+    job = TrainingJob("a", replace(CONFIG, steps=2, rank=2, check_photos=False), [one.photo for one in dataset.images])
+    assert find_or_train(job, base, [tmp_path], callbacks=Callbacks(on_step=clear)).path.exists()
+    assert len(refused) == 2 and all("is in use, repeat this later" in said for said in refused)
+    clear_cache()
+    assert not cache_folder().exists()
+
+
+def test_a_killed_runs_lock_keeps_nothing_in_the_cache():
+    folder = made_folder("runs", content_key("one"))
+    for name in ("history.json", ".lora.safetensors.lock"):
+        (folder / name).touch()
+    assert clear_cache() == 1 and not cache_folder().exists()
+
+
+def test_no_lock_beyond_a_link_is_touched_when_the_cache_is_cleared(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("photo.png", ".photo.png.lock"):
+        (tmp_path / "mine" / name).touch()
+    (made_folder("runs") / content_key("one")).symlink_to(tmp_path / "mine")
+    clear_cache()
+    assert sorted(os.listdir(tmp_path / "mine")) == [".photo.png.lock", "photo.png"] and not cache_folder().exists()
+
+
+def test_clearing_the_cache_while_it_is_written_stops_no_run(dataset, base, monkeypatch):
+    def clear_and_save(*arguments: Any) -> None:
+        if not cleared:
+            cleared.append(shutil.rmtree(cache_folder()))
+        save_safetensors(*arguments)
+
+    cleared: list[None] = []
+    monkeypatch.setattr("core.training.encode.save_safetensors", clear_and_save)
+    assert encode(dataset, base, CONFIG, device=CPU).images and cleared
 
 
 def test_a_folder_of_another_user_is_named_and_the_rest_is_gone(tmp_path, monkeypatch):
