@@ -49,9 +49,8 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    images = [
-        photo for photo in read_photos(options.images, repeats=False, on_warning=print_warning) if not _is_sheet(photo)
-    ]
+    pictures = read_photos(options.images, repeats=False, drawn=True, on_warning=print_warning)
+    images = [photo for photo in pictures if not _is_sheet(photo)]
     reference = read_photos(options.reference, on_warning=print_warning)
     network = load_faces(options.face_network)
     person = Reference.on((photo.image() for photo in reference), network)

@@ -73,7 +73,7 @@ def run_train(options: argparse.Namespace) -> None:
     judge = load_faces(options.judge) if options.judge else None
     class_photos = None
     if options.class_photos:
-        class_photos = read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
+        class_photos = read_photos(options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
     adapter = training_adapter_from(options, base)
     job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)

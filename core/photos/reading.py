@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 from ..errors import BadPhoto, check_length, counted, one_line
 from ..progress import OnWarning
 from ..storage.files import read_bytes
+from .drawn import is_our_drawing
 
 HEIF_SUFFIXES = (".heic", ".heif")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
@@ -194,13 +195,14 @@ def read_photos(
     *,
     repeats: bool = True,
     strict: bool = False,
+    drawn: bool = False,
     on_warning: OnWarning = warnings.warn,
 ) -> list[Photo]:
     """Read the photos of a folder in the order of their names, then those of its Kohya-style `N_name` folders.
 
     The latter are read only with `repeats`. A photo that cannot be read is skipped with a warning to `on_warning`; with
-    `strict` it raises instead. Captions come from `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from
-    transparency.
+    `strict` it raises instead. Pictures that this program has drawn are skipped too, unless they are asked for with `drawn`.
+    Captions come from `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
 
     Raises BadPhoto if the folder is missing, is a file, cannot be accessed, or has no readable photo.
     """
@@ -214,7 +216,7 @@ def read_photos(
     except OSError as problem:
         raise BadPhoto(f"{problem.filename or folder}: cannot be read ({problem.strerror or problem})") from problem
 
-    photos = _read_each(paths, strict, on_warning)
+    photos = _read_each(paths, strict, drawn, on_warning)
     if not photos:
         raise BadPhoto(f"{folder}: no readable photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
     return photos
@@ -228,7 +230,7 @@ def read_photo_files(
     A photo that cannot be read is skipped with a warning to `on_warning`, so the list may be empty. With `strict` it raises
     BadPhoto instead.
     """
-    return _read_each(((Path(path), 1) for path in paths), strict, on_warning)
+    return _read_each(((Path(path), 1) for path in paths), strict, True, on_warning)
 
 
 def count_photos(folder: Path) -> int:
@@ -239,15 +241,24 @@ def count_photos(folder: Path) -> int:
         return 0
 
 
-def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: OnWarning) -> list[Photo]:
-    photos = []
+class _DrawnPicture(BadPhoto):
+    """A picture that this program has drawn."""
+
+
+def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, with_drawn: bool, on_warning: OnWarning) -> list[Photo]:
+    photos: list[Photo] = []
+    drawn: list[str] = []
     for path, repeats in paths:
         try:
-            photos.append(_read_photo(path, repeats))
+            photos.append(_read_photo(path, repeats, with_drawn))
+        except _DrawnPicture as found:
+            drawn.append(str(found))
         except BadPhoto as problem:
             if strict:
                 raise
             on_warning(f"left out: {problem}")
+    if drawn:
+        on_warning(f"left out: {counted(len(drawn), 'picture')} that this program has drawn, such as {drawn[0]}")
     return photos
 
 
@@ -294,7 +305,7 @@ def _is_photo_file(path: Path) -> bool:
     return path.is_file() or path.is_symlink()  # Broken links are reported, not skipped.
 
 
-def _read_photo(path: Path, repeats: int) -> Photo:
+def _read_photo(path: Path, repeats: int, with_drawn: bool = True) -> Photo:
     name = one_line(path.name)  # It may contain terminal commands or invalid UTF-8.
     content = _read_bytes(path)
     with _opened(name, content) as image:
@@ -302,6 +313,8 @@ def _read_photo(path: Path, repeats: int) -> Photo:
         # Decode once, as cheaply as possible, so that a truncated file is found now and not during training.
         reduced = image.draft("RGB", (1, 1))
         image.load()
+        if is_our_drawing(image) and not with_drawn:
+            raise _DrawnPicture(name)
         size = _upright(full_size if reduced else image.size, image)  # TIFF files are turned upright on loading.
 
     mask_path = path.with_name(path.stem + MASK_ENDING)

@@ -154,7 +154,7 @@ def _file_name(title: str, lora: str) -> str:
 def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: OnWarning) -> Iterator[Photo]:
     for path in map(Path, pictures):
         found = (
-            read_photos(path, repeats=False, on_warning=on_warning)
+            read_photos(path, repeats=False, drawn=True, on_warning=on_warning)
             if os.path.isdir(path)
             else read_photo_files([path], strict=True)
         )

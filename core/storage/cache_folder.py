@@ -16,7 +16,7 @@ KINDS = ("base", "class", "headshots", "latents", "memory", "panels", "restarts"
 """The folders in the cache folder.
 
 In order: the base model's own pictures, class images, unfinished batches of InvokeAI's node, encoded photos, memory predictions
-(of earlier versions), contents of panels, marks of files that an unfinished training run may replace, records of training
+(of earlier versions), contents of panels. Then: marks of files that an unfinished training run may replace, records of training
 runs, captions.
 """
 _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")

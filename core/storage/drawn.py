@@ -20,12 +20,14 @@ DRAWN = "trainedAlgorithmicMedia"
 """IPTC's digital source type of a picture that a model has drawn."""
 PARTLY_DRAWN = "compositeWithTrainedAlgorithmicMedia"
 """The same for a picture that also contains parts of photos."""
+PROGRAM = "FaceLoRA "
+"""The start of this program's name and version in its marks."""
 _VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _PACKET = (
     '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
     ' xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
-    ' xmp:CreatorTool="FaceLoRA {version}" Iptc4xmpExt:DigitalSourceType="{type}"/></rdf:RDF></x:xmpmeta>'
+    ' xmp:CreatorTool="{tool}" Iptc4xmpExt:DigitalSourceType="{type}"/></rdf:RDF></x:xmpmeta>'
     '<?xpacket end="r"?>'
 )
 _PNG_KEY, _JPEG_KEY = "XML:com.adobe.xmp", b"http://ns.adobe.com/xap/1.0/\0"
@@ -53,7 +55,7 @@ def write_picture(
     """
     bare = image.copy()
     bare.info = {}  # Otherwise a colour profile, EXIF data or a comment would be saved too.
-    packet = _PACKET.format(version=__version__, type=_VOCABULARY + mark) if mark else ""
+    packet = _PACKET.format(tool=PROGRAM + __version__, type=_VOCABULARY + mark) if mark else ""
     if format == "PNG":
         info = PngImagePlugin.PngInfo()
         for name, text in (texts or {}).items():
@@ -95,11 +97,15 @@ def mark_of(image: Image.Image) -> str | None:
     return (found := _TYPE.search(_xmp(image))) and found[1]
 
 
+def tool_of(image: Image.Image) -> str | None:
+    """Return the program that an opened picture's XMP names."""
+    return (found := _TOOL.search(_xmp(image))) and found[1]
+
+
 def inspect_mark(path: str | os.PathLike[str]) -> dict[str, str | None]:
     """Return the `digital_source_type` of the picture in a file and its `creator_tool`, the program that its XMP names."""
     with Image.open(path) as image:
-        tool = _TOOL.search(_xmp(image))
-        return {"digital_source_type": mark_of(image), "creator_tool": tool and tool[1]}
+        return {"digital_source_type": mark_of(image), "creator_tool": tool_of(image)}
 
 
 def is_drawn(image: Image.Image) -> bool:

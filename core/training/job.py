@@ -122,9 +122,6 @@ def train(
         cache, samples = _prepared(ready, watch, class_photos, base, config, device, callbacks)
         if output is not None and not resume:
             _set_earlier_aside(output, read)
-            state_path(output).unlink(
-                missing_ok=True
-            )  # If this run is killed, `resume` would continue the earlier one.
         lora = train_lora(
             cache, base, config, device=device, continue_from=start, training_adapter=adapter, samples=samples,
             state_path=None if output is None else state_path(output),
@@ -219,7 +216,7 @@ def _read(
     """Return the photos as a list. If `photos` is a folder, they are read from it. `name` is the argument's, for messages."""
     if isinstance(photos, str | os.PathLike):
         check_agreed(photos)
-        return read_photos(Path(photos), strict=strict, on_warning=on_warning)
+        return read_photos(Path(photos), strict=strict, drawn=name == "class_photos", on_warning=on_warning)
     return [as_photo(photo, f"{name}[{number}]") for number, photo in enumerate(photos)]
 
 
@@ -437,6 +434,7 @@ def _set_earlier_aside(output: Path, read: Collection[Path]) -> None:
     for path in [*loras, *samples]:
         if path.resolve() not in read:
             set_aside(path)
+    state_path(output).unlink(missing_ok=True)  # Otherwise `resume` would continue it if this run is killed.
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:

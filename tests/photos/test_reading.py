@@ -16,10 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
+from PIL.PngImagePlugin import PngInfo
 
+from core.cli import main
 from core.errors import BadPhoto
 from core.photos import reading
 from core.photos.reading import Photo, read_photo_files, read_photos
+from tests.tooling import write_photos
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -473,6 +476,32 @@ def test_headshots_beside_the_photos_they_were_made_from_are_no_photos(tmp_path)
     (photo,) = read_photos(tmp_path, on_warning=warnings.append)
     assert photo.repeats == 10
     assert warnings[0].startswith("folder '10_me-headshots' with 1 photo left out: ")
+
+
+def test_pictures_that_this_program_has_drawn_are_no_photos_wherever_they_are(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", count=5)
+    command = ["generate", "--base", "demo", "--prompt", "a photo", "--steps", "1", "--size", "64x64", "--count", "1"]
+    assert main([*command, "--output", str(photos / "10_x")]) == 0
+    (photos / "10_x" / "001-1.png").rename(photos / "renamed.png")
+    main([*command, "--seed", "2", "--output", str(photos / "10_x")])
+    warnings: list[str] = []
+    assert len(read_photos(photos, strict=True, on_warning=warnings.append)) == 5
+    assert warnings == ["left out: 3 pictures that this program has drawn, such as renamed.png"]
+    assert len(read_photos(photos / "10_x", drawn=True)) == 2  # as pictures to score, or of a class
+    capsys.readouterr()
+    main(["check", str(photos)])
+    assert " of 5 usable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Steps: 1, Seed: 1, Size: 64x64, Model hash: abc, Model: a, Version: v1.10", "Size: 64x64", "my parameters"],
+)
+def test_a_picture_with_another_programs_parameters_is_read(tmp_path, text):
+    info = PngInfo()
+    info.add_text("parameters", f"a photo\n{text}")
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png", pnginfo=info)
+    assert len(read_photos(tmp_path)) == 1
 
 
 def sample(mode):
