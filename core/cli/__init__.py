@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..errors import FaceLoraError
 from ..threads import set_threads
+from .bus_error import explained_bus_error
 from .common import DEMO, Shown, end_bars
 from .outputs import checked_outputs
 
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     set_threads(few=DEMO in (called, getattr(options, "base", None)))
     try:
-        with redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
+        with explained_bus_error(), redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
             return function_of(run_of(called))(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # EOFError: Ctrl-D at a question.
         end_bars()

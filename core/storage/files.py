@@ -3,6 +3,7 @@
 This module also has the helpers that create folders, read JSON and check text.
 """
 
+import io
 import itertools
 import json
 import mmap
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ..errors import BadFile, FaceLoraError, counted
 
@@ -26,14 +27,22 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Linux's MAP_NORESERVE, which Python's mmap module only defines since version 3.13."""
 
 IS_WINDOWS = sys.platform == "win32"
-READ_ON_WINDOWS = 512 << 20
-"""Files of up to this many bytes are read on Windows, not mapped: a mapped file can't be replaced or deleted there."""
+MOST_READ, MOST_READ_ON_WINDOWS = 256 << 20, 512 << 20
+"""Files of up to this many bytes are read, not mapped, so that another program can't truncate them while they are in use. On
+Windows a mapped file can't be replaced or deleted either."""
 
 
 def map_file(file: BinaryIO) -> mmap.mmap | bytearray:
-    """Map an open file into memory. torch requires writable memory, so writes stay private to this process."""
-    if IS_WINDOWS and os.fstat(file.fileno()).st_size <= READ_ON_WINDOWS:
-        return bytearray(file.read())
+    """Map an open file into memory, or read it if it is small.
+
+    torch requires writable memory, so writes stay private to this process. Raises BadFile for a file that becomes shorter.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size <= (MOST_READ_ON_WINDOWS if IS_WINDOWS else MOST_READ):
+        content = bytearray(size)
+        if cast(io.RawIOBase, file).readinto(content) != size:
+            raise BadFile(f"{file.name}: another program has truncated the file while it was read")
+        return content
     if sys.platform == "linux":
         # Otherwise Linux would reserve memory for every writable page, perhaps more than the machine has.
         flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE

@@ -56,7 +56,7 @@ def sha256_of(chunks: Iterable[bytes | memoryview], on_chunk: Callable[[], None]
 class SafetensorsFile(Header, Mapping[str, Tensor]):
     """A safetensors file with a checked header, as a mapping from names to tensors.
 
-    Tensors are mapped from the file on access, without a copy, so reading one twice is cheap. They are private to this
+    A small file is read at once. Tensors of a large one are mapped on access, without a copy. They are private to this
     process: writing to one never changes the file. `SafetensorsFile.open(path)` opens a file.
     """
 
@@ -91,6 +91,8 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         if self._memory is None:
             with self._reopened() as file:
                 self._memory = map_file(file)
+        if isinstance(self._memory, mmap.mmap) and self._memory.size() < self.size:  # Reading would end the process.
+            raise BadFile(f"{self.path}: another program has truncated the file since it was opened")
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).reshape(shape)
         # Tensors of small types may leave the next one unaligned, and then only a copy can be read safely.

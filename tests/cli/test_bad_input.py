@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -302,6 +304,38 @@ def test_files_may_have_names_that_are_no_unicode_text(desk):
     assert main(desk.arguments()) == 0
     metadata = LoraFile.read(desk.output).metadata
     assert (metadata["ss_output_name"], metadata["ss_sd_model_name"]) == ("an?", "an?.safetensors")
+
+
+TRUNCATES_WHAT_IT_READS = """
+import os, sys, torch
+from core.cli import main
+from core.storage import files
+from core.storage.safetensors_file import SafetensorsFile
+
+files.MOST_READ = 0
+
+def tensor(self, name, read=SafetensorsFile.tensor):
+    found = read(self, name)
+    if self.path.name == "face.safetensors" and found.nbytes > 64:
+        os.truncate(self.path, 0)
+        found.clone()
+    return found
+
+SafetensorsFile.tensor = tensor
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell which file is mapped")
+def test_a_large_lora_that_is_truncated_in_use_is_named(desk, small_sd15):
+    assert main(desk.arguments()) == 0
+    command = ["generate", "--base", str(small_sd15), "--lora", str(desk.output), "--output", str(desk.folder / "out")]
+    command = [sys.executable, "-c", TRUNCATES_WHAT_IT_READS, *command, "--steps", "1", "--size", "64x64"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1, done.returncode
+    assert done.stderr.endswith(
+        f"facelora: {desk.output}: another program has truncated this file, or its disk has failed; restore it, and try again\n"
+    )
 
 
 def test_the_base_model_is_not_written_over(desk, capsys):

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from core.errors import BadFile
+from core.storage import files
 from core.storage.header import Header
 from core.storage.safetensors_file import (
     DTYPES,
@@ -221,6 +222,27 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
     (tmp_path / "a").write_bytes(b"short")
     with pytest.raises(BadFile, match="has changed"):
         file["x"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not truncate a file that is in use")
+def test_a_small_file_that_is_truncated_in_use_is_whole_in_memory(tmp_path):
+    """Reading a mapped file that has become shorter ends the process, without a message."""
+    save_safetensors(tmp_path / "a", {name: torch.ones(5000) for name in "xy"})
+    file = SafetensorsFile.open(tmp_path / "a")
+    first = file["x"]
+    os.truncate(tmp_path / "a", 100)
+    assert torch.equal(first, file["y"]) and first.sum() == 5000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not truncate a file that is in use")
+def test_a_large_file_that_is_truncated_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_READ", 0)
+    save_safetensors(tmp_path / "a", {name: torch.ones(5000) for name in "xy"})
+    file = SafetensorsFile.open(tmp_path / "a")
+    assert file["x"][0] == 1
+    os.truncate(tmp_path / "a", 100)
+    with pytest.raises(BadFile, match="a: another program has truncated the file since it was opened"):
+        file["y"]
 
 
 def damaged(good: bytes, chance: random.Random) -> bytes:
