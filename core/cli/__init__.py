@@ -2,11 +2,9 @@
 
 import argparse
 import difflib
-import io
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
 from importlib import import_module
 from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
@@ -14,8 +12,9 @@ from typing import Any, NamedTuple, NoReturn
 from ..errors import FaceLoraError
 from ..threads import set_threads
 from .bus_error import explained_bus_error
-from .common import DEMO, Shown, end_bars
+from .common import DEMO, end_bars
 from .outputs import checked_outputs
+from .streams import standard_streams
 
 
 class Command(NamedTuple):
@@ -86,9 +85,25 @@ def function_of(place: str) -> Callable[..., Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and return the exit code: 0 for success, 1 for a failure with a message on stderr, 2 for wrong usage."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Escape characters in names that the terminal's encoding lacks, as on stderr, instead of ending the program.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with standard_streams():
+        code = _answered(lambda: _run(arguments))
+        return _answered(sys.stdout.flush) or code
+
+
+def _answered(function: Callable[[], int | None]) -> int:
+    """Call the function, and return its exit code, or 1 for an error, with its message on stderr."""
+    try:
+        return function() or 0
+    except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # EOFError: Ctrl-D at a question.
+        end_bars()
+        print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
+    except BrokenPipeError:
+        pass
+    return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # Only --help and --version come before the command, and they end the program.
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -112,15 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     set_threads(few=DEMO in (called, getattr(options, "base", None)))
-    try:
-        with explained_bus_error(), redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
-            return function_of(run_of(called))(options) or 0
-    except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # EOFError: Ctrl-D at a question.
-        end_bars()
-        print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 1
+    with explained_bus_error(), checked_outputs(below, options):
+        return function_of(run_of(called))(options) or 0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,13 +5,12 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from .. import models, pictures  # Their modules load only when a name is used.
 from ..errors import BadConfig, one_line
@@ -119,22 +118,6 @@ def progress_bar(name: str) -> OnProgress:
             bar.close()
 
     return update
-
-
-class Shown:
-    """A stream that replaces control characters, except tabs and line ends: names could otherwise control the terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def end_bars() -> None:

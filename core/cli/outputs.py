@@ -43,7 +43,10 @@ def _named(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     path = Path(text)
-    return path.expanduser() if path.parts[:1] == ("~",) else path  # Bash leaves it in --output=~/FILE.
+    try:
+        return path.expanduser() if path.parts[:1] == ("~",) else path  # Bash leaves it in --output=~/FILE.
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder; give the whole path") from None
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +87,8 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
 def _check_folder(path: Path, inputs: Sequence[Any]) -> None:
     try:
         mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            os.stat(f"{path}/.")  # Raises PermissionError for a folder that may not be entered.
     except FileNotFoundError:
         mode = 0
     except OSError as error:

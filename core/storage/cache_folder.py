@@ -44,17 +44,23 @@ def cache_in(folder: Path | None) -> Iterator[None]:
 def cache_folder() -> Path:
     """Return the cache folder.
 
-    This is the folder set by `cache_in`, else $FACELORA_CACHE, else `facelora` in the user's cache folder.
+    This is the folder set by `cache_in`, else $FACELORA_CACHE, else `facelora` in the user's cache folder. Raises BadFile for a
+    user without a home folder.
     """
     if instead := _INSTEAD.get():
         return instead
     if folder := os.environ.get("FACELORA_CACHE"):
         return Path(folder)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "facelora"
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    caches = Path(os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", ""))
     # By the XDG specification, a path that is not absolute counts as none.
-    return (caches if caches.is_absolute() else Path.home() / ".cache") / "facelora"
+    if not caches.is_absolute():
+        try:
+            caches = Path.home() / ("AppData/Local" if sys.platform == "win32" else ".cache")
+        except RuntimeError:
+            raise BadFile(
+                "this user has no home folder; set FACELORA_CACHE to a folder that you can write to"
+            ) from None
+    return caches / "facelora"
 
 
 def made_folder(*names: str) -> Path:

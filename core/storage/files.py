@@ -88,6 +88,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder at `path`, creating it and its parents if needed. Raises BadFile when it cannot be created."""
     with writing(path := Path(path)):
         path.mkdir(parents=True, exist_ok=True)
+        os.stat(f"{path}/.")  # Raises PermissionError for a folder that may not be entered.
     return path
 
 

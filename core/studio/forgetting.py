@@ -27,7 +27,7 @@ def forget(name: str, output: str | os.PathLike[str]) -> int:
     """
     output = Path(output)
     try:
-        names = os.listdir(output)
+        names = os.listdir(f"{output}/.")  # Also raises for a folder that may be read, but not entered.
     except OSError as error:
         raise BadFile(f"{output}: cannot be read: {error.strerror or error}") from None
     try:
@@ -72,7 +72,7 @@ def _is_persons(folder: Path) -> bool:
 def _delete(folder: Path, left: list[str]) -> int:
     """Delete a person's folder, and return the number of files. Faults are added to `left`, as by `delete`."""
     place = Path(os.path.realpath(folder))
-    if place.is_dir():
+    if os.path.isdir(place):
         with locked(place / RECORD):  # Windows cannot delete a held lock: release it first.
             pass
     inner: list[Path] = []

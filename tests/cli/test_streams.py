@@ -1,0 +1,116 @@
+"""Commands whose streams are closed or full, or whose user has no home folder or may not enter a folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.cli import main
+from core.demo import BASE_FILE
+from core.errors import BadFile
+from core.models import load_base
+from core.pictures import Job, make_headshots
+from core.storage.cache_folder import cache_folder
+from core.studio import Terms, forget, run
+from tests.kills import become_nobody, child, open_folder
+from tests.tooling import write_photos
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such streams, and other permissions")
+ROOT = Path(__file__).parents[2]
+
+
+def command(shell: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command in a shell, with these redirections."""
+    words = [sys.executable, "-m", "core", *map(str, arguments)]
+    return subprocess.run(["sh", "-c", f'"$@" {shell}', "sh", *words], capture_output=True, text=True, cwd=ROOT)
+
+
+def training(folder: Path) -> list[str]:
+    options = ["--rank", "2", "--steps", "2", "--resolution", "32", "--no-check-photos", "--recipe", "none"]
+    photos = write_photos(folder / "photos", count=2)
+    return ["train", str(photos), "--base", "demo", "--output", str(folder / "a.safetensors"), *options]
+
+
+@pytest.mark.parametrize("shell", [">&- 2>&- <&-", "2>/dev/full"])
+def test_closed_streams_and_messages_that_cannot_be_written_stop_no_training(tmp_path, shell):
+    done = command(shell, *training(tmp_path))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--style-pack", "list"], ["completion", "bash"]])
+def test_a_full_output_is_named(arguments):
+    done = command(">/dev/full", *arguments)
+    assert done.returncode == 1
+    assert done.stderr == "facelora: standard output: cannot be written: No space left on device\n"
+
+
+def test_a_training_whose_progress_cannot_be_written_keeps_its_state(tmp_path):
+    done = command(">/dev/full", *training(tmp_path), "--json")
+    assert done.returncode == 1 and done.stderr.endswith("cannot be written: No space left on device\n"), done.stderr
+    assert command("", *training(tmp_path), "--resume").returncode == 0
+
+
+def test_a_reader_who_has_gone_is_no_error():
+    done = command("| true", "generate", "--style-pack", "list")
+    assert done.stderr == ""
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(tmp_path, monkeypatch, capsys):
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("FACELORA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(BadFile, match="this user has no home folder; set FACELORA_CACHE to a folder"):
+        cache_folder()
+    assert main(["clear-cache"]) == 1 and "set FACELORA_CACHE" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "~/photos"])
+    assert "~/photos: this user has no home folder; give the whole path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+@pytest.mark.parametrize("name", ["generate", "studio", "forget", "headshots", "demo"])
+def test_an_output_that_may_not_be_entered_is_named(name, mode):
+    with open_folder() as room:
+        photos, output = write_photos(room / "people" / "anna", count=2), room / "out"
+        said = room / "said"
+        output.mkdir()
+        output.chmod(mode)
+        arguments = {
+            "generate": ["--base", "demo", "--prompt", "a"], "studio": [photos.parent, "--base", "demo"],
+            "forget": ["anna"], "headshots": [photos, "--base", "demo"], "demo": [],
+        }  # fmt: skip
+
+        def run_command() -> int:
+            with said.open("w") as sys.stderr:
+                become_nobody()
+                return main([name, *map(str, arguments[name]), "--output", str(output)])
+
+        assert child(run_command) == 1
+        assert said.read_text() == f"facelora: {output}: cannot be written there: Permission denied\n"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+def test_scripts_are_told_of_an_output_that_may_not_be_entered(mode):
+    with open_folder() as room:
+        output = room / "out"
+        output.mkdir()
+        output.chmod(mode)
+        base = load_base(BASE_FILE)
+
+        def call() -> None:
+            become_nobody()
+            for function in (
+                lambda: forget("anna", output),
+                lambda: list(run([], base, output, Terms({}, "none"))),
+                lambda: make_headshots(base, [], [Job("a", 1)], output),
+            ):
+                with pytest.raises(BadFile, match=r"out: cannot be (read|written): Permission denied"):
+                    function()
+
+        assert child(call) == 0
