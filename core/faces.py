@@ -207,6 +207,14 @@ class Reference:
         return [round(float(score), 4) for score in likeness(vectors, self._face[None])[:, 0]]
 
 
+def check_open(name: str, image: Image.Image) -> None:
+    """Raise BadPhoto for a picture in memory that has been closed, or whose file has."""
+    try:
+        image.load()
+    except (ValueError, AssertionError, AttributeError):  # Which one depends on when it was closed.
+        raise BadPhoto(f"{name}: it is closed, so it has no pixels; copy it before you close it or its file") from None
+
+
 def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
     """Return the identity vectors of the largest face in each picture, with only one picture in memory.
 
@@ -228,6 +236,7 @@ class YuNet:
         YuNet was trained on faces of 10 to 300 pixels and is less certain above, so pictures are searched twice. A long side of
         640 pixels finds the small faces, and one of 320 the faces that fill the picture.
         """
+        check_open("a picture", image)
         # A thumbnail of 100 pixels gains nothing from 640: at three times its size, all of ORL's faces are found.
         long_side = min(640, 3 * max(image.size))
         candidates = [

@@ -304,3 +304,21 @@ def test_core_imports_diffusers_through_one_function():
 
 def test_the_demos_base_is_there_for_scripts():
     assert "demo" in vars(core)["__all__"] and core.load_base(core.demo.embedded_base()).family.name == "sd15"
+
+
+TRAINS = """
+import sys, warnings
+from core import TrainConfig, train
+
+before = list(warnings.filters)
+train(sys.argv[1], sys.argv[2], TrainConfig(steps=1, rank=2, resolution=32, check_photos=False))
+assert warnings.filters == before, [one for one in warnings.filters if one not in before]
+"""
+
+
+def test_the_first_training_leaves_the_programs_warning_filters(photo_folder, small_sd15):
+    """The libraries that it imports have filters of their own."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINS, photo_folder, small_sd15], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
-from ..storage.files import check_ending, check_output, clean_place
+from ..storage.files import check_ending, check_replaceable, check_writable, clean_place
 from .common import DEMO, checkpoint
 
 
@@ -72,9 +72,12 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
             if kinds[name].type is output_folder:
                 _check_folder(path, inputs)
                 continue
-            (check_ending if dry_run else check_output)(path, Path(str(kinds[name].metavar)).suffix)
+            check_ending(path, Path(str(kinds[name].metavar)).suffix)
+            if not dry_run:
+                check_replaceable(path)
             _check_file(path, inputs, options)
             if not dry_run:
+                check_writable(path)  # This makes its folder, so it comes last.
                 edited.append(path)
         for path in map(Path, map(os.path.realpath, edited)):
             from ..storage.locks import locked  # Loads filelock.

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from ..errors import BadPhoto, check_length, counted, one_line
+from ..faces import check_open
 from ..progress import OnWarning
 from ..storage.files import read_bytes
 from .drawn import is_our_drawing
@@ -370,6 +371,7 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
     `source` is the content of the file with that name, or a picture in memory.
     """
     if isinstance(source, Image.Image):
+        check_open(name, source)
         _refuse_float_pixels(name, source)
         yield source
         return

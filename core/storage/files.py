@@ -198,10 +198,18 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """The names that no file or folder can have on Windows, with any ending."""
 
 
+def check_replaceable(path: Path) -> Path:
+    """Return the path with links resolved. Raises BadFile for anything that `write_file` does not replace."""
+    try:
+        return _place(path)[0]
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
+
+
 def check_writable(path: Path) -> None:
     """Create the file's folder. Raises BadFile when `write_file` could not write to `path`, before hours of training."""
+    place = check_replaceable(path)
     try:
-        place, _ = _place(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         probe = _temporary(place)
         probe.touch()

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -54,6 +55,14 @@ from .samples import Samples, build_draw_shots, make_class_images, sample_shots,
 from .training_adapter import TrainingAdapter
 
 
+@contextmanager
+def _same_warning_filters() -> Iterator[None]:
+    """Restore the program's warning filters after the context: libraries that are imported in it add their own."""
+    with warnings.catch_warnings():
+        yield
+
+
+@_same_warning_filters()
 def train(
     photos: str | os.PathLike[str] | Sequence[PhotoLike] | Ready,
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor],

@@ -180,6 +180,13 @@ def test_the_folder_of_a_file_is_made(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
 
 
+def test_a_refused_link_leaves_no_folder_for_the_file_it_leads_to(desk, capsys):
+    Path("away.safetensors").symlink_to(desk / "new" / "a.safetensors")
+    before = sorted(desk.rglob("*"))
+    assert main(["convert", "lora.safetensors", "--to", "kohya", "--output", "away.safetensors"]) == 1
+    assert "this file already exists" in capsys.readouterr().err and sorted(desk.rglob("*")) == before
+
+
 def test_a_name_too_long_for_its_temporary_file_is_refused_before_the_work(tmp_path):
     with pytest.raises(BadFile, match="cannot be written there: File name too long"):
         check_writable(tmp_path / ("a" * 250))

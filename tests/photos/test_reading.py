@@ -20,8 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from core.cli import main
 from core.errors import BadPhoto
+from core.faces import Reference
 from core.photos import reading
-from core.photos.reading import Photo, read_photo_files, read_photos
+from core.photos.reading import Photo, as_photo, read_photo_files, read_photos
 from tests.tooling import write_photos
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -502,6 +503,27 @@ def test_a_picture_with_another_programs_parameters_is_read(tmp_path, text):
     info.add_text("parameters", f"a photo\n{text}")
     Image.new("RGB", (64, 64)).save(tmp_path / "1.png", pnginfo=info)
     assert len(read_photos(tmp_path)) == 1
+
+
+def closed(how: str) -> Image.Image:
+    stream = io.BytesIO()
+    picture().save(stream, "PNG")
+    image = Image.open(stream)
+    if how == "after it was loaded":
+        image.load()
+    if how == "with its file":
+        with image:
+            return image
+    image.close()
+    return image
+
+
+@pytest.mark.parametrize("how", ["before it was loaded", "after it was loaded", "with its file"])
+def test_a_closed_picture_is_refused(how):
+    with pytest.raises(BadPhoto, match=r"photos\[0\]: it is closed, so it has no pixels"):
+        as_photo(closed(how), "photos[0]")
+    with pytest.raises(BadPhoto, match="it is closed"):
+        Reference.on([closed(how)])
 
 
 def sample(mode):
