@@ -60,8 +60,11 @@ def write_report(output: Path, results: Sequence[Result], page_first: bool = Fal
 def delete_leftovers(output: Path, left: list[str]) -> None:
     """Delete what a killed process left of the report, as `delete` does. The caller must hold the report's lock."""
     for place in {Path(os.path.realpath(output / name)) for name in (REPORT, PAGE)}:
-        for path in leftovers(place.parent, re.escape(place.name)):
-            delete(path, left)
+        try:
+            for path in leftovers(place.parent, re.escape(place.name)):
+                delete(path, left)
+        except OSError as error:  # A folder may be writable, but not readable.
+            left.append(f"{place.parent}: cannot be read: {error.strerror or error}")
 
 
 def _shared(reason: str, output: Path) -> str:

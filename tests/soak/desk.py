@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 
 from core.cli import main
 from core.config import TrainConfig
+from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
@@ -33,6 +35,16 @@ TRAINING = (
     "--resolution", "32", "--rank", "2", "--steps", "3", "--batch-size", "1", "--state-interval", "0", "--no-check-photos",
     "--device", "cpu", "--json",
 )  # fmt: skip
+
+_QUICK = b"rank = 2\nsteps = 3\nbatch_size = 1\nwarmup_steps = 0\nprior_prediction = 0.0\nstate_interval = 0.0\n"
+_QUICK_PACK = json.dumps({
+    "id": "quick", "title": "Quick", "version": "1", "licence": "none",
+    "styles": [{
+        "name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5",
+        "prompts": {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}},
+    }],
+}).encode()  # fmt: skip
+"""Settings and styles with which a person is made in a second."""
 
 
 class Desk:
@@ -71,6 +83,14 @@ class Desk:
     def training(self, output: Path, *options: str) -> list[str]:
         """The arguments of a short training."""
         return ["train", str(self.photos), "--base", str(self.base), "--output", str(output), *TRAINING, *options]
+
+    def studio(self, people: Path, output: Path) -> list[object]:
+        """The arguments of a command that makes each of the people in a second."""
+        packs, settings = self.put("packs/quick.json", _QUICK_PACK).parent, self.put("settings.toml", _QUICK)
+        return [
+            "studio", people, "--base", BASE_FILE, "--output", output, "--style-pack", "quick", "--style-folder", packs,
+            "--count", "1", "--config", settings, "--no-check-photos", "--device", "cpu",
+        ]  # fmt: skip
 
     @cached_property
     def materials(self) -> tuple[list[Photo], Base, TrainConfig]:

@@ -22,7 +22,6 @@ from PIL import Image
 
 from core.cli.settings import read_toml
 from core.config import config_from
-from core.demo import BASE_FILE
 from core.errors import BadPhoto
 from core.lora.apply import apply
 from core.lora.file import LoraFile
@@ -40,6 +39,14 @@ from tests.tooling import nodes_module
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
 from .desk import Desk, cache_in, check_written, names_in, run, same, tensors_of
 from .odd_input import long_text, many_people, odd_name, odd_option, odd_size, odd_toml
+from .surroundings import (
+    another_user,
+    closed_streams,
+    full_disk_forget,
+    killed_forget,
+    killed_report,
+    killed_studio,
+)
 
 Trial = Callable[[Desk, Random], None]
 
@@ -197,16 +204,6 @@ def style_pack(desk: Desk, draw: Random) -> None:
     style = draw.choice(pack.styles)
     assert pack.picture(style) is None and style_picture(style)
 
-
-_QUICK = b"rank = 2\nsteps = 3\nbatch_size = 1\nwarmup_steps = 0\nprior_prediction = 0.0\nstate_interval = 0.0\n"
-_QUICK_PACK = json.dumps({
-    "id": "quick", "title": "Quick", "version": "1", "licence": "none",
-    "styles": [{
-        "name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5",
-        "prompts": {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}},
-    }],
-}).encode()  # fmt: skip
-"""Settings and styles with which a person is made in a second."""
 
 _TOML = (
     "steps = 800\nlearning-rate = 1e-4\nrank = 16\nalpha = 8.0\nmethod = 'lora'\ntargets = 'attention'\n"
@@ -426,12 +423,7 @@ def studio(desk: Desk, draw: Random) -> None:
         desk.put(f"people/{name}/person.toml", b"agreed = true\n")
         for photo_ in sorted(desk.photos.glob("*.png")):
             desk.put(f"people/{name}/{photo_.name}", photo_)
-    packs = desk.put("packs/quick.json", _QUICK_PACK).parent
-    settings_ = desk.put("settings.toml", _QUICK)
-    command = [
-        "studio", place, "--base", BASE_FILE, "--output", output, "--style-pack", "quick", "--style-folder", packs,
-        "--count", "1", "--config", settings_, "--no-check-photos", "--device", "cpu",
-    ]  # fmt: skip
+    command = desk.studio(place, output)
 
     def damage(folder: Path) -> None:
         path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
@@ -694,5 +686,7 @@ TRIALS: dict[str, Kind] = {
     "full_disk": Kind(full_disk, 20), "closed_folder": Kind(closed_folder, 10), "cleared_cache": Kind(cleared_cache, 10),
     "odd_option": Kind(odd_option, 150, 1), "odd_name": Kind(odd_name, 60, 1), "odd_toml": Kind(odd_toml, 60, 1),
     "long_text": Kind(long_text, 30, 1), "odd_size": Kind(odd_size, 10, 1), "many_people": Kind(many_people, 5, 1),
-    "two_at_once": Kind(two_at_once, 8), "two_trainings": Kind(two_trainings, 2),
+    "killed_forget": Kind(killed_forget, 20), "killed_report": Kind(killed_report, 10), "killed_studio": Kind(killed_studio, 2),
+    "full_disk_forget": Kind(full_disk_forget, 10), "another_user": Kind(another_user, 15),
+    "closed_streams": Kind(closed_streams, 10), "two_at_once": Kind(two_at_once, 8), "two_trainings": Kind(two_trainings, 2),
 }  # fmt: skip

@@ -112,6 +112,19 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path):
         assert code == 1 and f"{output / 'anna'}: cannot be deleted: Permission denied" in said
 
 
+def test_people_are_reported_in_a_folder_that_may_be_written_but_not_read():
+    with open_folder() as room:
+        output, base = room / "out", load_base(BASE_FILE)
+        output.mkdir(0o733)
+        output.chmod(0o733)
+
+        def run_studio() -> None:
+            become_nobody()
+            list(run([Person("carl", room / "none", agreed=True)], base, output, Terms({}, "none")))
+
+        assert child(run_studio) == 0 and [one.name for one in read_report(output)] == ["carl"]
+
+
 def test_on_a_full_disk_the_report_that_has_the_person_is_named(tmp_path, monkeypatch, capsys):
     output = write_studio(tmp_path / "out")
 
