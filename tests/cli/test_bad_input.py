@@ -395,7 +395,7 @@ def test_a_restart_that_is_killed_before_its_first_state_can_be_resumed(desk, ca
     desk.output.with_name("face.state.safetensors").write_bytes(b"of another run")
 
     def restarted() -> int:
-        def killed(source: object, target: Path) -> None:
+        def killed(source: Path, target: Path) -> None:
             if target.name == "face.state.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(source, target)

@@ -5,7 +5,9 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Generator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -178,7 +180,7 @@ def test_who_is_yet_to_be_made_cannot_be_deleted_meanwhile(tmp_path):
     assert said and "lock: " in said[0]
     with pytest.raises(InUse, match="'carl' can't be deleted"):  # The run would write the line again.
         forget("carl", output)
-    results.close()
+    cast(Generator[Result], results).close()
     assert forget("carl", output) == 0 and not list(output.glob(".*"))
 
 
