@@ -21,7 +21,11 @@ def standard_streams() -> Iterator[None]:
         # Escape characters in names that the terminal's encoding lacks, as on stderr, instead of ending the program.
         sys.stdout.reconfigure(errors="backslashreplace")
     with redirect_stdout(Shown(sys.stdout)), redirect_stderr(Told(sys.stderr)):
-        yield
+        try:
+            yield
+        finally:
+            with suppress(BadFile, BrokenPipeError):  # Otherwise Python would print a traceback at its end.
+                sys.stdout.flush()
 
 
 class _Wrapped:

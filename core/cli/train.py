@@ -96,8 +96,8 @@ def run_train(options: argparse.Namespace) -> None:
                 device=device_from(options), metadata={KEY: key} if key else {},
                 callbacks=callbacks,
             )  # fmt: skip
-            if mark:
-                mark.unlink(missing_ok=True)
+            if mark and os.path.exists(mark):
+                mark.unlink()
     _end(options, config, found)
 
 
@@ -140,7 +140,7 @@ def _check_nothing_is_replaced(options: argparse.Namespace, key: str | None) -> 
         return None
     about, place = options.output.stat(), os.path.abspath(options.output)
     mark = cache_folder() / "restarts" / content_key("restart", place, about.st_size, about.st_mtime_ns, key)
-    goes_on = options.resume and (state_path(options.output).exists() or mark.exists())
+    goes_on = options.resume and (state_path(options.output).exists() or os.path.exists(mark))
     if not (options.restart or goes_on):
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"

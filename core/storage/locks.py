@@ -1,5 +1,6 @@
 """Locks that prevent two processes from writing the same file."""
 
+import glob
 import os
 import time
 import uuid
@@ -56,7 +57,7 @@ def alone(path: Path) -> Iterator[None]:
     """Lock the file at `path`. Raises InUse while another one is in `locked` or `at_work`, or this thread is in `at_work`."""
     path = Path(os.path.realpath(path))
     with locked(path):
-        for one in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}.lock"):
+        for one in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.lock"):
             if _lock(one).is_locked:
                 raise InUse(f"{path}: this thread is still at work on it (lock: {one})")
             with locked(path.with_name(one.stem[1:])):  # Afterwards the lock of a killed process is deleted.

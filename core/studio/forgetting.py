@@ -53,7 +53,7 @@ def _forget(name: str, output: Path, names: list[str]) -> int:
         )
     count = _delete(folder, left) if name in folders else 0
     check_deleted(count, left)
-    if lines:
+    if any(line.name == name for line in lines):
         try:
             write_report(output, [line for line in lines if line.name != name], page_first=True)
         except BadFile as error:

@@ -47,6 +47,12 @@ def test_a_full_output_is_named(arguments):
     assert done.stderr == "facelora: standard output: cannot be written: No space left on device\n"
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_ends_the_parser_and_cannot_be_written_is_no_traceback(option):
+    said = command(">/dev/full", option).stderr
+    assert said in ("", "facelora: standard output: cannot be written: No space left on device\n")
+
+
 def test_a_training_whose_progress_cannot_be_written_keeps_its_state(tmp_path):
     done = command(">/dev/full", *training(tmp_path), "--json")
     assert done.returncode == 1 and done.stderr.endswith("cannot be written: No space left on device\n"), done.stderr
