@@ -36,7 +36,6 @@ from ..storage.locks import locked
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
 from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
-from .parameters import save_png
 from .sheet import contact_sheet
 from .sizes import checked_size
 

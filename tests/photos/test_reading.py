@@ -23,6 +23,7 @@ from core.errors import BadPhoto
 from core.faces import Reference
 from core.photos import reading
 from core.photos.reading import Photo, as_photo, read_photo_files, read_photos
+from core.storage.drawn import write_picture
 from tests.tooling import write_photos
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -492,6 +493,20 @@ def test_pictures_that_this_program_has_drawn_are_no_photos_wherever_they_are(tm
     capsys.readouterr()
     main(["check", str(photos)])
     assert " of 5 usable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_of_marked_pictures_only_those_that_this_program_has_drawn_are_no_photos(format, tmp_path, monkeypatch):
+    """People also train on pictures of other programs, and phones mark photos that they have retouched."""
+    photos = write_photos(tmp_path / "photos")
+    image, path = Image.open(photos / "0.png"), photos / f"drawn.{format.lower()}"
+    with path.open("wb") as file:
+        write_picture(file, image, format)
+    assert len(read_photos(photos)) == 4
+    monkeypatch.setattr("core.storage.drawn.PROGRAM", "Magic Editor ")
+    with path.open("wb") as file:
+        write_picture(file, image, format)
+    assert len(read_photos(photos)) == 5
 
 
 @pytest.mark.parametrize(
