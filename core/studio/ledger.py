@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Precision, TrainConfig
+from ..device import LARGE
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..photos import Dataset, Photo, bucket_sizes
@@ -30,11 +31,11 @@ PARTS = (
     "face pass",
 )  # fmt: skip
 """The parts of a job, in the order of tables."""
-EFFICIENCY = 0.4
-"""The share of a matrix product's speed that a training step reaches.
+EFFICIENCY, OF_LARGE_ON_CPU = 0.4, 0.65
+"""The share of a matrix product's speed that a job reaches, and that of a large base model on a CPU.
 
-On one CPU core it was 0.27 with the demo's narrow base model and 0.6 with a UNet of SD1.5's width. It has not been measured on
-a GPU.
+With the demo's narrow base model, a CPU reached 0.27 to 0.5, and with SD1.5's widths 0.62 in bf16 and 0.7 in fp32 (docs/
+benchmarks.md). It has not been measured on a GPU.
 """
 _SIDES = {"cpu": 1024, "cuda": 4096, "mps": 2048}
 """The side of the matrices whose product is timed."""
@@ -178,7 +179,7 @@ def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, floa
 
 
 def device_rate(base: Base, device: torch.device | None = None, precision: Precision = "auto") -> float:
-    """Return the operations per second of a training step, estimated by the best of three products of two large matrices."""
+    """Return the operations per second of a job, estimated by the best of three products of two large matrices."""
     device, dtype = base.device_and_dtype(precision, device)
     side = _SIDES.get(device.type, 1024)
     matrix = torch.randn(side, side, device=device).to(dtype)
@@ -187,4 +188,5 @@ def device_rate(base: Base, device: torch.device | None = None, precision: Preci
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # Wait for the device.
         best = min(best, time.perf_counter() - started)
-    return EFFICIENCY * 2 * side**3 / best
+    is_large = base.weight_bytes("denoiser", torch.uint8) >= LARGE
+    return (OF_LARGE_ON_CPU if device.type == "cpu" and is_large else EFFICIENCY) * 2 * side**3 / best

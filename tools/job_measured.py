@@ -1,0 +1,112 @@
+"""Run a whole job, and print each part's predicted and measured time: `python -m tools.job_measured PHOTOS OUTPUT --base FILE`.
+
+The prediction is that of `facelora headshots --dry-run`. With `--random sd15` or `sdxl`, FILE is written first, with random
+weights in the published size. Nothing else should run beside it.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from core.bench.timing import peak_memory
+from core.device import best_device, precision_name, processor
+from core.models import load_base
+from core.photos import read_photos
+from core.pictures.style_pack import find_style_packs
+from core.studio.ledger import Ledger, device_rate
+from core.studio.person import Order, check, ledger_of, make
+from core.training import recipe_config
+from core.training.callbacks import Callbacks
+from tests.tooling import FULL_SD15, FULL_SDXL, write_checkpoint
+from tools.photo_tables import table
+
+PARTS = {
+    "encoding": ("encoding",),
+    # The last sample of a step is decoded after its report, so these can't be told apart.
+    "training and likeness": ("training", "prior prediction", "recomputation", "likeness", "samples"),
+    "headshots": ("headshots",),
+    "face pass": ("face pass",),
+}
+"""The parts of a ledger in each part that is measured."""
+PHASES = {
+    "training": "training and likeness",
+    "samples": "training and likeness",
+    "pictures": "headshots",
+    "faces": "face pass",
+}
+"""The part of each phase that callbacks report, if its name differs."""
+
+
+class PartTimes:
+    """Adds the time between two reports to the part that the second one is about."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def reported(self, phase: str) -> None:
+        now, part = time.monotonic(), PHASES.get(phase, phase)
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def callbacks(self) -> Callbacks:
+        return Callbacks(
+            on_step=lambda _: self.reported("training"),
+            on_phase=lambda name, done, total: self.reported(name),
+            on_warning=lambda line: print(line, flush=True),
+        )
+
+
+def rows(ledger: Ledger, times: PartTimes, rate: float) -> list[tuple[str, ...]]:
+    """Return the rows of the table: TFLOP, predicted and measured seconds of each part, then of what isn't predicted."""
+    found = []
+    for part, counted in PARTS.items():
+        operations, measured = sum(ledger.operations[one] for one in counted), times.seconds.get(part, 0.0)
+        ratio = f"{operations / rate / measured:.2f}" if measured else "–"
+        found.append((part, f"{operations / 1e12:.1f}", f"{operations / rate:.0f}", f"{measured:.0f}", ratio))
+    others = {part: seconds for part, seconds in times.seconds.items() if part not in PARTS}
+    return [*found, *((part, "–", "–", f"{seconds:.0f}", "–") for part, seconds in others.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--random", choices=("sd15", "sdxl"), help="write the base model first, with random weights")
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--settings", type=json.loads, default={}, help="other settings, as JSON")
+    parser.add_argument("--count", type=int, default=20, help="pictures to draw")
+    parser.add_argument("--style-folder", type=Path, default=None, help="folder whose only style pack is used")
+    options = parser.parse_args()
+    if options.random:
+        write_checkpoint(options.base, {"sd15": FULL_SD15, "sdxl": FULL_SDXL}[options.random])
+    base, photos, times = load_base(options.base), read_photos(options.photos), PartTimes()
+    config = recipe_config(options.recipe, base, len(photos), options.settings, print)
+    folders = [options.style_folder] if options.style_folder else []
+    packs = find_style_packs(folders).packs
+    pack = packs[next(path.stem for path in options.style_folder.glob("*.json"))] if folders else packs["corporate"]
+    order, callbacks = Order("me", config, pack, options.count), times.callbacks()
+    ready = check(photos, base, config, callbacks)
+    times.reported("check")
+    device, dtype = base.device_and_dtype(config.precision)
+    ledger, rate = ledger_of(ready, base, order), device_rate(base, precision=config.precision)
+    times.reported("prediction")
+    began = time.monotonic()
+    peak = peak_memory(lambda: make(ready, base, order, options.output, callbacks=callbacks), device)
+    times.reported("ranking and gallery")
+    elapsed = time.monotonic() - began
+    print(
+        f"{base.family.title}, {config.resolution or base.resolution} px, {config.steps} steps of {config.batch_size}, "
+        f"{options.count} pictures, {precision_name(dtype)}; {processor(best_device())}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; rate {rate / 1e9:.0f} GFLOP/s; {elapsed:.0f} s from photos to gallery; "
+        f"{ledger.memory / 2**30:.2f} GiB predicted for training, peak of the job {(peak or 0) / 2**30:.2f} GiB"
+    )
+    print(table(("part", "TFLOP", "predicted, s", "measured, s", "predicted / measured"), rows(ledger, times, rate)))
+
+
+if __name__ == "__main__":
+    main()
