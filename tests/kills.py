@@ -1,7 +1,9 @@
 """Processes that are killed at any change of the disk, or have no more rights than another user."""
 
+import functools
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +18,26 @@ NOBODY = 65534
 """The number of the user and the group that own nothing."""
 _CHANGES = {f"os.{name}" for name in ("chmod", "link", "mkdir", "remove", "rename", "rmdir", "symlink", "truncate")}
 """Python's audit events before a call that changes the disk, beside those that open a file for writing."""
+
+
+def where_forks_work(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that calls `child`. In a process that has become too large to fork, it runs in a pytest of its own."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **fixtures: Any) -> None:
+        try:
+            child(lambda: None)
+        except OSError:
+            # xdist adds a group to the name.
+            name = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)").partition("@")[0]
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", name]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stdout
+        else:
+            test(*arguments, **fixtures)
+
+    return run
 
 
 def child(function: Callable[[], object], dies_after: float | None = None) -> int:

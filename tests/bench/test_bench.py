@@ -171,7 +171,8 @@ def test_both_loops_do_the_same_arithmetic(report):
 
 
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.85), ("bf16", 0.7)])
-def test_our_step_asks_torch_for_fewer_operations_than_the_peers(precision, share):
+def test_our_step_asks_torch_for_fewer_operations_than_the_peers(precision, share, monkeypatch):
+    monkeypatch.setattr("core.models.cpu_matmul._onednn", lambda: None)  # A GPU gets the operations without it.
     ours, peer = small_loops(precision=precision)
     assert bench.count_operations(ours.gradients) < share * bench.count_operations(peer.gradients)
 

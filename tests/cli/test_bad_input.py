@@ -30,7 +30,7 @@ from core.storage.cache_folder import cache_folder
 from core.storage.safetensors_file import save_safetensors
 from core.training import train
 from core.training.identity import settings_of_the_file, settings_of_the_steps
-from tests.kills import child
+from tests.kills import child, where_forks_work
 from tests.tooling import SMALL_SD15, held_elsewhere, write_checkpoint
 
 
@@ -387,6 +387,7 @@ def test_when_the_lora_cannot_be_saved_the_state_is_still_there(desk, capsys, mo
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.safetensors"]
 
 
+@where_forks_work
 def test_a_restart_that_is_killed_before_its_first_state_can_be_resumed(desk, capsys, monkeypatch):
     monkeypatch.setenv("FACELORA_CACHE", str(desk.folder / "cache"))
     assert main(desk.arguments()) == 0

@@ -14,7 +14,7 @@ from core.models import load_base
 from core.pictures import Job, make_headshots
 from core.storage.cache_folder import cache_folder
 from core.studio import Terms, forget, run
-from tests.kills import become_nobody, child, open_folder
+from tests.kills import become_nobody, child, open_folder, where_forks_work
 from tests.tooling import write_photos
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such streams, and other permissions")
@@ -81,6 +81,7 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("mode", [0o700, 0o744])
 @pytest.mark.parametrize("name", ["generate", "studio", "forget", "headshots", "demo"])
+@where_forks_work
 def test_an_output_that_may_not_be_entered_is_named(name, mode):
     with open_folder() as room:
         photos, output = write_photos(room / "people" / "anna", count=2), room / "out"
@@ -102,6 +103,7 @@ def test_an_output_that_may_not_be_entered_is_named(name, mode):
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o744])
+@where_forks_work
 def test_scripts_are_told_of_an_output_that_may_not_be_entered(mode):
     with open_folder() as room:
         output = room / "out"

@@ -18,7 +18,7 @@ from core.models import load_base
 from core.pictures import find_style_packs
 from core.studio import Person, Result, Terms, forget, run
 from core.studio.report import read_report, write_report
-from tests.kills import NOBODY, become_nobody, child, die_at_change, open_folder
+from tests.kills import NOBODY, become_nobody, child, die_at_change, open_folder, where_forks_work
 from tests.tooling import write_photos
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork, and has other permissions")
@@ -51,6 +51,7 @@ def traces(name: str, *folders: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["made", "unfinished", "link"])
+@where_forks_work
 def test_killed_after_any_change_of_the_disk_it_leaves_nothing_when_it_is_repeated(tmp_path, kind, capsys):
     number, status = 0, -signal.SIGKILL
     while status:
@@ -89,6 +90,7 @@ def give_to_nobody(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["anna/kept", "anna", "."])
+@where_forks_work
 def test_what_another_user_cannot_delete_is_told_and_deleted_later(closed):
     with open_folder() as room:
         output = write_studio(room / "out")
@@ -104,6 +106,7 @@ def test_what_another_user_cannot_delete_is_told_and_deleted_later(closed):
         assert forget_as_nobody(output)[0] == 0 and traces("anna", output) == []
 
 
+@where_forks_work
 def test_a_folder_that_cannot_be_read_is_told(tmp_path):
     with open_folder() as room:
         output = write_studio(room / "out")
@@ -114,6 +117,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path):
         assert code == 1 and f"{output / 'anna'}: cannot be deleted: Permission denied" in said
 
 
+@where_forks_work
 def test_people_are_reported_in_a_folder_that_may_be_written_but_not_read():
     with open_folder() as room:
         output, base = room / "out", load_base(BASE_FILE)
