@@ -170,7 +170,8 @@ class ComfyLoop:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             self._log: list[str] = []
-            threading.Thread(target=self._read_log, daemon=True).start()
+            self._reader = threading.Thread(target=self._read_log, daemon=True)
+            self._reader.start()
             self.step()  # After a step it has read the files, so they can be deleted.
 
     def _read_log(self) -> None:
@@ -187,6 +188,7 @@ class ComfyLoop:
             if line.startswith("STEP "):
                 return json.loads(line[5:])
         status = self._process.wait()
+        self._reader.join()  # The last line may not have been read yet.
         killed = " (killed: too little memory?)" if status == -9 else ""
         last = "".join(self._log[-1:]).strip()
         raise BadConfig(f"--comfyui: its trainer ended with exit status {status}{killed}; its last line: {last}")
