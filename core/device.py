@@ -43,9 +43,7 @@ BROKEN_FP16 = (
 NO_BF16 = ("gfx1030", "gfx1031", "gfx1035", "gfx1010", "gfx1011", "gfx1012", "gfx906", "gfx900", "gfx803")
 """AMD's architectures without bf16, RDNA 2 and older. Their compute capability is the number in the name."""
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
-"""What Linux calls a processor's instructions for products of bf16."""
-LARGE = 100_000_000
-"""Such a processor computes denoisers with at least this many weights in bf16. The demo's base model has 1.7 million."""
+"""Linux's names of a processor's instructions for products of bf16."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -59,9 +57,9 @@ def device_and_dtype(
     precision: Precision = "auto",
     device: torch.device | str | None = None,
     overflows_in_fp16: bool = False,
-    weights: int = 0,
+    is_large: bool = False,
 ) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to compute with, for a denoiser with that number of weights.
+    """Return the device and the dtype to compute with. `is_large` is whether the denoiser has the size of published models.
 
     The device is that of `usable_device`. On a CPU, precision "auto" is bf16 if the processor multiplies bf16 and the denoiser
     is large, else fp32. On other devices it is bf16 if the device supports it, else fp16 if the device supports it and the
@@ -70,7 +68,7 @@ def device_and_dtype(
     device = usable_device(device)
     if precision != "auto":
         return device, PRECISIONS[precision]
-    return device, fastest_dtype(device, overflows_in_fp16, weights)
+    return device, fastest_dtype(device, overflows_in_fp16, is_large)
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
@@ -109,9 +107,9 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False, weights: int = 0) -> torch.dtype:
-    """Return the fastest dtype with correct results on the device, for a denoiser with that number of weights."""
-    if device.type == "cpu" and weights >= LARGE and any(flag in described_processor() for flag in BF16_FLAGS):
+def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False, is_large: bool = False) -> torch.dtype:
+    """Return the fastest dtype with correct results on the device. A small network on a CPU is always computed in fp32."""
+    if device.type == "cpu" and is_large and any(flag in described_processor() for flag in BF16_FLAGS):
         return torch.bfloat16
     if device.type == "xpu":
         return torch.bfloat16 if torch.xpu.is_bf16_supported() else torch.float32

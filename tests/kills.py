@@ -59,7 +59,7 @@ def child(function: Callable[[], object], dies_after: float | None = None) -> in
 
 
 def die_at_change(number: int) -> None:
-    """This process dies before the call of that number that would change the disk, so after the one before it."""
+    """Kill this process just before its call number `number` that changes the disk."""
     left = number
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:

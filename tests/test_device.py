@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core import device as devices
-from core.device import LARGE, fastest_dtype, processor, usable_device
+from core.device import fastest_dtype, processor, usable_device
 from core.errors import BadConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -46,17 +46,17 @@ def test_an_apple_gpu_has_bf16_from_macos_14_on(newer, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "weights", "dtype"),
+    ("flags", "is_large", "dtype"),
     [
-        ("avx512f avx512_bf16", LARGE, BF16),
-        ("avx512f amx_bf16 amx_tile", LARGE, BF16),
-        ("avx512f avx512_vnni", LARGE, FP32),
-        ("avx512f avx512_bf16", LARGE - 1, FP32),
+        ("avx512f avx512_bf16", True, BF16),
+        ("avx512f amx_bf16 amx_tile", True, BF16),
+        ("avx512f avx512_vnni", True, FP32),
+        ("avx512f avx512_bf16", False, FP32),
     ],
 )
-def test_a_processor_with_products_of_bf16_computes_large_models_so(flags, weights, dtype, monkeypatch):
+def test_a_processor_with_products_of_bf16_computes_large_models_so(flags, is_large, dtype, monkeypatch):
     monkeypatch.setattr(devices, "described_processor", lambda: f"model name: EPYC\nflags\t\t: fpu {flags}\n")
-    assert fastest_dtype(torch.device("cpu"), weights=weights) == dtype
+    assert fastest_dtype(torch.device("cpu"), is_large=is_large) == dtype
     assert processor(torch.device("cpu")) == "EPYC"
 
 

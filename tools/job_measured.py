@@ -1,7 +1,7 @@
 """Run a whole job, and print each part's predicted and measured time: `python -m tools.job_measured PHOTOS OUTPUT --base FILE`.
 
-The prediction is that of `facelora headshots --dry-run`. With `--random sd15` or `sdxl`, FILE is written first, with random
-weights in the published size. Nothing else should run beside it.
+The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: SD1.5 in its published size,
+with random weights. Nothing else should run beside it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from core.studio.ledger import Ledger, device_rate
 from core.studio.person import Order, check, ledger_of, make
 from core.training import recipe_config
 from core.training.callbacks import Callbacks
-from tests.tooling import FULL_SD15, FULL_SDXL, write_checkpoint
+from tests.tooling import FULL_SD15, write_checkpoint
 from tools.photo_tables import table
 
 PARTS = {
@@ -76,20 +76,16 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--random", choices=("sd15", "sdxl"), help="write the base model first, with random weights")
+    parser.add_argument("--random", action="store_true", help="write the base model first, with random weights")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--settings", type=json.loads, default={}, help="other settings, as JSON")
     parser.add_argument("--count", type=int, default=20, help="pictures to draw")
-    parser.add_argument("--style-folder", type=Path, default=None, help="folder whose only style pack is used")
     options = parser.parse_args()
     if options.random:
-        write_checkpoint(options.base, {"sd15": FULL_SD15, "sdxl": FULL_SDXL}[options.random])
+        write_checkpoint(options.base, FULL_SD15)
     base, photos, times = load_base(options.base), read_photos(options.photos), PartTimes()
     config = recipe_config(options.recipe, base, len(photos), options.settings, print)
-    folders = [options.style_folder] if options.style_folder else []
-    packs = find_style_packs(folders).packs
-    pack = packs[next(path.stem for path in options.style_folder.glob("*.json"))] if folders else packs["corporate"]
-    order, callbacks = Order("me", config, pack, options.count), times.callbacks()
+    order, callbacks = Order("me", config, find_style_packs().pick("corporate"), options.count), times.callbacks()
     ready = check(photos, base, config, callbacks)
     times.reported("check")
     device, dtype = base.device_and_dtype(config.precision)

@@ -135,7 +135,7 @@ def examine(device: torch.device, measure: bool, on_progress: Callable[[str], No
 
     `on_progress` is told what is being measured.
     """
-    dtype, no_kernels = fastest_dtype(device), why_no_kernels(device)
+    no_kernels = why_no_kernels(device)
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     versions = {"facelora": __version__, "python": platform.python_version(), "system": platform.system()}
     versions |= {name: number for name, number in found.items() if number}
@@ -151,11 +151,11 @@ def examine(device: torch.device, measure: bool, on_progress: Callable[[str], No
         device=device.type + (f", compute capability {capability}" if capability else ""),
         processor=processor(device),
         threads=_threads(),
-        precision=precision_name(dtype),
+        precision=precision_name(fastest_dtype(device, is_large=True)),
         total_memory=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
         free_memory=free_memory(device),
         advice=tuple(advice for advice in (no_kernels or why_no_gpu(device),) if advice),
-        measured=_measured(device, dtype, on_progress) if measure and not no_kernels else None,
+        measured=_measured(device, fastest_dtype(device), on_progress) if measure and not no_kernels else None,
     )
 
 
@@ -264,7 +264,7 @@ def format_doctor(report: Report) -> str:
     """Return the report as Markdown."""
     lines = [
         f"facelora doctor: {', '.join(f'{name} {number}' for name, number in report.versions.items())}",
-        f"{report.device}: {report.processor}, {_memory(report)}precision auto is {report.precision}",
+        f"{report.device}: {report.processor}, {_memory(report)}precision auto is {report.precision} for published models",
     ]
     lines.append(f"processor threads: {report.threads.count} ({report.threads.why})")
     lines += [f"missing: {name} ({use})" for name, use in report.missing.items()]

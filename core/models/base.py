@@ -36,6 +36,8 @@ class CaptionEncoder:
     """A hash that is equal for equal encoders. It is part of the cache's keys."""
 
 
+LARGE = 100_000_000
+"""The fewest weights of a large denoiser. SD1.5 has 860 million, the demo's base model 1.7."""
 LARGE_ENCODER = 2 * 2**30
 """A text encoder of at least this many bytes counts as a language model."""
 WeightsFile = SafetensorsFile | GgufTensors
@@ -159,9 +161,13 @@ class Base:
         self, precision: Precision = "auto", device: torch.device | str | None = None
     ) -> tuple[torch.device, torch.dtype]:
         """Return the device and the dtype to compute with. Raises BadConfig for a device that is missing."""
+        return device_and_dtype(precision, device, self.family.overflows_in_fp16, self.is_large)
+
+    @cached_property
+    def is_large(self) -> bool:
+        """Whether the denoiser has the size of published models, and not that of the demo's or of a test's."""
         # One byte a weight gives their number.
-        weights = self.weight_bytes("denoiser", torch.uint8) if "denoiser" in self.components else 0
-        return device_and_dtype(precision, device, self.family.overflows_in_fp16, weights)
+        return "denoiser" in self.components and self.weight_bytes("denoiser", torch.uint8) >= LARGE
 
     def _empty(self, part: str) -> nn.Module:
         """Build the network of a part without weights.

@@ -20,8 +20,8 @@ from PIL import Image, ImageCms, ImageOps
 from ..errors import BadPhoto, check_length, counted, one_line
 from ..faces import check_open
 from ..progress import OnWarning
+from ..storage.drawn import is_our_drawing
 from ..storage.files import read_bytes
-from .drawn import is_our_drawing
 
 HEIF_SUFFIXES = (".heic", ".heif")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)

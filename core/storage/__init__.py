@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from .cache_folder import content_key as content_key
     from .cache_folder import made_folder as made_folder
     from .drawn import inspect_mark as inspect_mark
-    from .drawn import is_drawn as is_drawn
     from .files import check_output as check_output
     from .files import check_writable as check_writable
     from .files import is_text as is_text

@@ -20,8 +20,8 @@ DRAWN = "trainedAlgorithmicMedia"
 """IPTC's digital source type of a picture that a model has drawn."""
 PARTLY_DRAWN = "compositeWithTrainedAlgorithmicMedia"
 """The same for a picture that also contains parts of photos."""
-PROGRAM = "FaceLoRA "
-"""The start of this program's name and version in its marks."""
+_PROGRAM = "FaceLoRA "
+"""The start of the name and version that our marks contain."""
 _VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _PACKET = (
     '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -55,7 +55,7 @@ def write_picture(
     """
     bare = image.copy()
     bare.info = {}  # Otherwise a colour profile, EXIF data or a comment would be saved too.
-    packet = _PACKET.format(tool=PROGRAM + __version__, type=_VOCABULARY + mark) if mark else ""
+    packet = _PACKET.format(tool=_PROGRAM + __version__, type=_VOCABULARY + mark) if mark else ""
     if format == "PNG":
         info = PngImagePlugin.PngInfo()
         for name, text in (texts or {}).items():
@@ -111,6 +111,11 @@ def inspect_mark(path: str | os.PathLike[str]) -> dict[str, str | None]:
 def is_drawn(image: Image.Image) -> bool:
     """Return whether an opened picture is marked as drawn, or has a text of a program that draws. Photos have neither."""
     return mark_of(image) == DRAWN or not PROGRAM_TEXTS.isdisjoint(image.info)
+
+
+def is_our_drawing(image: Image.Image) -> bool:
+    """Return whether an opened picture is marked as drawn by this program, all of it or a part."""
+    return mark_of(image) in (DRAWN, PARTLY_DRAWN) and (tool_of(image) or "").startswith(_PROGRAM)
 
 
 def read_mark(path: str | os.PathLike[str]) -> str | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Precision, TrainConfig
-from ..device import LARGE
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..photos import Dataset, Photo, bucket_sizes
@@ -188,5 +187,4 @@ def device_rate(base: Base, device: torch.device | None = None, precision: Preci
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # Wait for the device.
         best = min(best, time.perf_counter() - started)
-    is_large = base.weight_bytes("denoiser", torch.uint8) >= LARGE
-    return (OF_LARGE_ON_CPU if device.type == "cpu" and is_large else EFFICIENCY) * 2 * side**3 / best
+    return (OF_LARGE_ON_CPU if device.type == "cpu" and base.is_large else EFFICIENCY) * 2 * side**3 / best

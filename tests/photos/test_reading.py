@@ -503,9 +503,16 @@ def test_of_marked_pictures_only_those_that_this_program_has_drawn_are_no_photos
     with path.open("wb") as file:
         write_picture(file, image, format)
     assert len(read_photos(photos)) == 4
-    monkeypatch.setattr("core.storage.drawn.PROGRAM", "Magic Editor ")
-    with path.open("wb") as file:
+    with monkeypatch.context() as other, path.open("wb") as file:
+        other.setattr("core.storage.drawn._PROGRAM", "Magic Editor ")
         write_picture(file, image, format)
+    assert len(read_photos(photos)) == 5
+
+
+def test_a_picture_of_a1111_without_its_models_hash_is_a_photo(tmp_path):
+    photos, info = write_photos(tmp_path / "photos"), PngInfo()
+    info.add_text("parameters", "a man\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x80, Model: sd15")
+    Image.open(photos / "0.png").save(photos / "theirs.png", pnginfo=info)
     assert len(read_photos(photos)) == 5
 
 
