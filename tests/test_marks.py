@@ -19,9 +19,9 @@ from core.pictures.headshots import make_headshots, save_outcome
 from core.pictures.publication import publish
 from core.storage.cache_folder import cache_in
 from core.storage.drawn import DRAWN, PARTLY_DRAWN, save_png
-from core.training.job import train
+from core.training.job import TrainingJob
 from core.training.samples import make_class_images
-from core.training.store import TrainingJob, find_or_train
+from core.training.store import LoraFolders, find_or_train, train
 from core.version import __version__
 from tests.marks import mark_in
 from tests.pictures.test_publication import write_lora
@@ -109,7 +109,7 @@ def test_samples_and_the_thumbnail_of_a_training_run(base, photo_folder, tmp_pat
 
 
 def test_samples_that_a_run_folder_keeps(base, photo_folder, tmp_path):
-    made = find_or_train(TrainingJob("anna", TRAINING, read_photos(photo_folder)), base, [tmp_path])
+    made = find_or_train(TrainingJob.of(read_photos(photo_folder), base, TRAINING), LoraFolders("anna", [tmp_path]))
     assert {mark_in(sample) for sample in made.run.path.glob("*.png")} == {MARK}
 
 

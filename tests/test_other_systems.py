@@ -52,7 +52,8 @@ def test_who_trains_a_full_size_model_without_a_gpu_is_told_what_to_install(smal
         return list(hints(base, TrainConfig(), adapted=False, device=device))
 
     assert not told()
-    monkeypatch.setattr("core.training.job._FULL_SIZE", 1)
+    monkeypatch.setattr("core.models.base.LARGE", 1)
+    base = load_base(small_sd15)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "processor, which takes hours or days: this torch only supports the CPU" in told()[0]
     monkeypatch.setattr(torch.version, "cuda", "12.8")

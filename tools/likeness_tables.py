@@ -31,8 +31,8 @@ from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.storage.files import write_text
+from core.training import train
 from core.training.callbacks import Callbacks, StepReport
-from core.training.job import train
 from core.training.likeness import TOLERANCE, LikenessPoint, LikenessWatch, Selection, faces_of, picture_change
 from tests.face_samples import sdist_photos
 from tools.photo_tables import replace_table, table

@@ -19,7 +19,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import Photo, Thresholds, make_ready, read_photos
 from core.pictures.generate import GenerateConfig, Job, generate
-from core.training.job import train
+from core.training import train
 from core.training.samples import SAMPLE_BATCH
 from tools.method_tables import DOCUMENT
 from tools.photo_tables import replace_table, table

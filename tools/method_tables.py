@@ -29,8 +29,8 @@ from core.photos.captions import class_caption, default_caption
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import encode_pictures, encode_prompts
 from core.pictures.sheet import contact_sheet
+from core.training import train
 from core.training.callbacks import Callbacks
-from core.training.job import train
 from core.training.likeness import NEUTRAL_PROMPTS, picture_change
 from core.training.methods import METHODS, peak_rate
 from core.training.samples import SAMPLE_BATCH

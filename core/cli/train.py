@@ -12,7 +12,7 @@ from typing import Any
 from ..config import TrainConfig, config_from
 from ..errors import BadConfig, BadFile, FaceLoraError
 from ..faces import load_faces
-from ..lora.file import KEY, LoraFile
+from ..lora.file import LoraFile
 from ..lora.sidecars import write_sidecars
 from ..models.base import Base
 from ..photos import check_agreed, read_photos
@@ -24,15 +24,15 @@ from ..training import (
     LIKENESS_KEY,
     METHODS,
     Callbacks,
+    OutputFile,
     StepReport,
     TrainingAdapter,
     TrainingJob,
-    has_key,
+    find_or_train,
+    is_trained,
     recipe_config,
-    state_path,
-    train,
 )
-from ..training.job import metadata_of
+from ..training.run_files import RunFiles, metadata_of
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
 from .settings import schedule_from, settings_from
@@ -71,34 +71,25 @@ def run_train(options: argparse.Namespace) -> None:
         raise BadConfig(f"--sidecars: method {config.method!r} doesn't make a LoRA (but: {makes}). Leave it out")
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
-    class_photos = None
+    class_photos = ()
     if options.class_photos:
         class_photos = read_photos(options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
-    adapter = training_adapter_from(options, base)
-    job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
+    job = TrainingJob.of(
+        photos, base, config, class_photos=class_photos, start=start, adapter=training_adapter_from(options, base),
+        faces=faces, judge=judge, on_warning=progress.warning,
+    )  # fmt: skip
     if options.dry_run:
-        return _show_work(options, base, job.looked_at(base, progress.warning))
+        return _show_work(options, job)
     callbacks = shown(progress, check_stop)
-    key = None
+    place = OutputFile(options.output, options.resume, options.restart)
     with stop, progress:
-        # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
-        if options.face_network in (None, "sface") and not judge:
-            job = job.looked_at(base, progress.warning)
-            base.compute_hashes(callbacks.progress(READING))
-            key = job.key(base)
-        found = key is not None and not options.restart and has_key(options.output, key, makes)
-        if not found:
-            mark = _check_nothing_is_replaced(options, key)
-            train(
-                job.photos, base, job.config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
-                continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
-                device=device_from(options), metadata={KEY: key} if key else {},
-                callbacks=callbacks,
-            )  # fmt: skip
-            if mark and os.path.exists(mark):
-                mark.unlink()
-    _end(options, config, found)
+        base.compute_hashes(callbacks.progress(READING))
+        mark = None if is_trained(job, place) else _check_nothing_is_replaced(options, job.key)
+        made = find_or_train(job, place, device=device_from(options), callbacks=callbacks)
+        if mark and os.path.exists(mark):
+            mark.unlink()
+    _end(options, config, made.found)
 
 
 def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
@@ -118,19 +109,20 @@ def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
             print(format_likeness(json.loads(metadata[LIKENESS_KEY])))
 
 
-def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> None:
-    """Print the work of a job on checked photos."""
-    device = device_from(options)
-    shared = basis(job.used, base, job.config, device, job.training_adapter)
-    ledger = shared.ledger(job.used, job.config, class_photos=len(job.class_photos))
-    show_work(ledger, device_rate(base, device, job.config.precision), options.json)
+def _show_work(options: argparse.Namespace, job: TrainingJob) -> None:
+    """Print the work of a job."""
+    device, photos = device_from(options), job.ready.photos
+    ledger = basis(photos, job.base, job.config, device, job.adapter).ledger(
+        photos, job.config, class_photos=len(job.class_photos)
+    )
+    show_work(ledger, device_rate(job.base, device, job.config.precision), options.json)
 
 
 def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:
     return TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
 
 
-def _check_nothing_is_replaced(options: argparse.Namespace, key: str | None) -> Path | None:
+def _check_nothing_is_replaced(options: argparse.Namespace, key: str) -> Path | None:
     """Raise BadConfig if the output exists, unless the user has asked to replace it. Returns the mark that they have.
 
     The mark lets `--resume` continue with the same job and the same file if the run ends before its first state. It is None
@@ -140,7 +132,7 @@ def _check_nothing_is_replaced(options: argparse.Namespace, key: str | None) -> 
         return None
     about, place = options.output.stat(), os.path.abspath(options.output)
     mark = cache_folder() / "restarts" / content_key("restart", place, about.st_size, about.st_mtime_ns, key)
-    goes_on = options.resume and (state_path(options.output).exists() or os.path.exists(mark))
+    goes_on = options.resume and (RunFiles(options.output).state.exists() or os.path.exists(mark))
     if not (options.restart or goes_on):
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"

@@ -26,8 +26,8 @@ from ..pictures.sheet import contact_sheet
 from ..storage.drawn import PARTLY_DRAWN, save_png
 from ..storage.files import make_folder, write_text
 from ..training.callbacks import NO_CALLBACKS, Callbacks
-from ..training.job import train
 from ..training.likeness import picture_change
+from ..training.store import train
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
 FOLDER = Path(__file__).parent

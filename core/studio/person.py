@@ -23,8 +23,9 @@ from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
 from ..progress import silent
 from ..training.callbacks import NO_CALLBACKS, Callbacks
-from ..training.job import ready_for, settled
-from ..training.store import TrainedFile, TrainingJob, find_or_train
+from ..training.job import TrainingJob, ready_for
+from ..training.store import LoraFolders, find_or_train
+from ..training.trained_file import TrainedFile
 from ..training.training_adapter import TrainingAdapter
 from .ledger import Ledger, basis
 
@@ -121,10 +122,9 @@ def make(
     drawn_on, jobs = order.drawn_on or base, order.jobs(base)
     if order.drawn_on:
         check_drawn_on(drawn_on, base)
-    job = TrainingJob(
-        order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter, agreed=order.agreed
-    )
-    trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
+    job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter)
+    place = LoraFolders(order.name, [folder], own_name=True, agreed=order.agreed)
+    trained = find_or_train(job, place, device=device, callbacks=callbacks)
     callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     shots = make_headshots(
         drawn_on,
@@ -143,9 +143,9 @@ def make(
 
 def ledger_of(ready: Ready, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
     """Return the work of `make` with the same arguments, done from scratch."""
-    photos, config = ready.photos, settled(order.config, ready)
-    shared = basis(photos, base, config, device, order.training_adapter)
-    return shared.ledger(photos, config, order.jobs(base), redraws_faces=ready.network is not None)
+    job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter)
+    shared = basis(ready.photos, base, job.config, device, order.training_adapter)
+    return shared.ledger(ready.photos, job.config, order.jobs(base), redraws_faces=ready.network is not None)
 
 
 def _advice(report: SetReport, order: Order, shots: Sequence[Headshot]) -> tuple[str, ...]:

@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from .callbacks import StopAndKeep as StopAndKeep
     from .encode import EncodedImage as EncodedImage
     from .encode import LatentCache as LatentCache
+    from .job import TrainingJob as TrainingJob
     from .job import ready_for as ready_for
-    from .job import state_path as state_path
-    from .job import train as train
     from .likeness import LIKENESS_KEY as LIKENESS_KEY
     from .likeness import Score as Score
     from .likeness import picture_change as picture_change
@@ -25,10 +24,13 @@ if TYPE_CHECKING:
     from .recipes import RECIPES as RECIPES
     from .recipes import recipe_config as recipe_config
     from .recipes import recipe_settings as recipe_settings
-    from .store import TrainedFile as TrainedFile
-    from .store import TrainingJob as TrainingJob
+    from .store import LoraFolders as LoraFolders
+    from .store import OutputFile as OutputFile
     from .store import find_or_train as find_or_train
-    from .store import has_key as has_key
+    from .store import is_trained as is_trained
+    from .store import train as train
+    from .trained_file import TrainedFile as TrainedFile
+    from .trained_file import has_key as has_key
     from .training_adapter import TrainingAdapter as TrainingAdapter
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

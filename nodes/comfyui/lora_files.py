@@ -20,7 +20,8 @@ from ...core.lora.report import format_inspection
 from ...core.lora.sidecars import write_sidecars
 from ...core.storage.drawn import save_png
 from ...core.tensor_names import SCHEMES
-from ...core.training.store import drawn_sample, lora_path
+from ...core.training.store import lora_path
+from ...core.training.trained_file import drawn_sample
 from .convert import LoraModel, lora_file, lora_model
 from .folders import says_no_server_paths, without_server_paths
 

@@ -21,7 +21,7 @@ from ...core.storage.cache_folder import cache_folder, content_key, made_folder
 from ...core.storage.files import read_json, write_text
 from ...core.storage.locks import locked
 from ...core.training.encode import forget_latents
-from ...core.training.store import files_of, forget_run
+from ...core.training.trained_file import files_of, forget_run
 from .dropped import delete_folder, own_root
 from .folders import embedding_name
 

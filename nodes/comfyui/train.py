@@ -25,14 +25,15 @@ from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
-from ...core.models.base import Base
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import OVERRULE
 from ...core.progress import READING
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
+from ...core.training.job import TrainingJob
 from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
-from ...core.training.store import TrainedFile, TrainingJob, find_or_train, is_trained, lora_path
+from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, is_trained, lora_path
+from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
 from . import panel, people
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
@@ -167,21 +168,18 @@ class TrainFaceLora(io.ComfyNode):
             rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0], use[0],
             len(person), notes.append,
         )  # fmt: skip
-        job = TrainingJob(
-            name=lora_path(name[0]),
-            config=config,
-            photos=person,
-            class_photos=photos_of(class_photos),
-            continue_from=lora_file(continue_from[0]) if continue_from else None,
-        )
-        job.check_makes_lora()
+        check_makes_lora(config)
+        place = LoraFolders(lora_path(name[0]), [Path(folder) for folder in folder_paths.get_folder_paths("loras")])
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):
             base = base_from(model[0], clip[0], vae[0], config)
-            if training_adapter:
-                job = replace(job, training_adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base))
-            made = _make(job, base, checkpoint[0], cls.hidden.unique_id, notes)
+            checked = partial(
+                TrainingJob.of, person, base, config, class_photos=photos_of(class_photos),
+                start=lora_file(continue_from[0]) if continue_from else None,
+                adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base) if training_adapter else None,
+            )  # fmt: skip
+            made = _make(checked, place, checkpoint[0], cls.hidden.unique_id, notes)
         _given_out.setdefault(name[0], set()).add(made.path)
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
@@ -307,27 +305,33 @@ def _check_parts(model: Any, clip: Any, vae: Any) -> None:
         )
 
 
-def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Sequence[str]) -> TrainedFile:
+def _make(
+    checked: Callable[..., TrainingJob], place: LoraFolders, checkpoint: int, node_id: str, notes: Sequence[str]
+) -> TrainedFile:
     """Return the trained file in the loras folder. It is trained now, shown by the panel, unless it already exists.
 
-    If `checkpoint` is not 0, its path is the intermediate LoRA of that measured step.
+    `checked` returns the job when it has checked the photos. If `checkpoint` is not 0, the path is the intermediate LoRA of
+    that measured step.
     """
     run, key = panel.begin(node_id), None
-    watch = Watch(run, job.name)
+    watch = Watch(run, place.name)
     for note in notes:
         watch.warning(note)
     try:
-        job = _looked_at(job, base, watch)
-        folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
-        base.compute_hashes(partial(watch.phase, READING))
-        if checkpoint and not is_trained(job, base, folders):
+        try:
+            job = checked(on_warning=watch.warning)
+        except BadPhoto as error:
+            anyway = f". To train on them anyway, set use (Train on) to '{ALL}'"
+            raise BadPhoto(str(error).replace(OVERRULE, anyway)) from None
+        job.base.compute_hashes(partial(watch.phase, READING))
+        if checkpoint and not is_trained(job, place):
             raise BadConfig(
                 f"checkpoint = {checkpoint}: these photos and settings have not been trained yet. Set checkpoint to 0"
             )
-        photos = panel.photo_urls(job.used)
+        photos = panel.photo_urls(job.ready.photos)
         watch.show(photos=photos)
-        key = job.key(base)
-        panel.remember(run, key, name=job.name, picture=next(iter(photos), None), **_photos_of(job))
+        key = job.key
+        panel.remember(run, key, name=place.name, picture=next(iter(photos), None), **_photos_of(job))
         callbacks = Callbacks(
             on_step=watch.step,
             on_phase=watch.phase,
@@ -338,13 +342,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         device = comfy.model_management.get_torch_device()
         with within_quota(), within_free_memory(device):
             made = find_or_train(
-                job,
-                base,
-                folders,
-                device=device,
-                on_history=watch.history,
-                on_point=watch.point,
-                callbacks=callbacks,
+                job, place, device=device, on_history=watch.history, on_point=watch.point, callbacks=callbacks
             )
         watch.show(checkpoints=_choices(made))
         if checkpoint:
@@ -374,21 +372,12 @@ def _ended(run: QueuedRun, key: str | None, phase: str) -> None:
 
 def _photos_of(job: TrainingJob) -> dict[str, list[str]]:
     """Return the digests of a training run's photos, and the names of the photos in the input folder."""
-    root, sources = input_folder(), [photo.source for photo in job.used]
+    root, sources = input_folder(), [photo.source for photo in job.ready.photos]
     files = [path for path in sources if isinstance(path, Path) and path.is_relative_to(root)]
     return {
-        "digests": [photo.digest for photo in job.used],
+        "digests": [photo.digest for photo in job.ready.photos],
         "photos": [path.relative_to(root).as_posix() for path in files],
     }
-
-
-def _looked_at(job: TrainingJob, base: Base, watch: "Watch") -> TrainingJob:
-    """Check the photos of the job. Raises BadPhoto, naming the widget's option, if too few can be used."""
-    try:
-        return job.looked_at(base, watch.warning)
-    except BadPhoto as error:
-        anyway = f". To train on them anyway, set use (Train on) to '{ALL}'"
-        raise BadPhoto(str(error).replace(OVERRULE, anyway)) from None
 
 
 def _choices(made: TrainedFile) -> list[dict[str, Any]]:

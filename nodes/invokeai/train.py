@@ -24,8 +24,10 @@ from ...core.lora.names import trigger_words
 from ...core.models.base import Base
 from ...core.photos.ready import OVERRULE
 from ...core.threads import within_quota
+from ...core.training.job import TrainingJob
 from ...core.training.recipes import MEASUREMENTS, recipe_config
-from ...core.training.store import TrainedFile, TrainingJob, find_or_train, lora_path
+from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, lora_path
+from ...core.training.trained_file import TrainedFile
 from . import services
 from .models import MAIN_MODEL, base_of
 from .photos import PhotosInvocation
@@ -93,12 +95,16 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         progress = NodeProgress(context)
         photos = self.read_photos(context, progress)
         base = base_of(context, self.model)
-        job = TrainingJob(lora_path(self.name), self._config(base, len(photos), progress), photos)
-        job.check_makes_lora()
+        place = LoraFolders(lora_path(self.name), [context.config.get().models_path / FOLDER])
+        config = self._config(base, len(photos), progress)
+        check_makes_lora(config)
         progress.show("checking the photos")
-        job = _looked_at(job, base, progress)
+        try:
+            job = TrainingJob.of(photos, base, config, on_warning=progress.warning)
+        except BadPhoto as error:
+            raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, turn off Check Photos")) from None
         services.make_room(context)
-        made = _train(job, base, context, progress)
+        made = _train(job, place, progress)
         metadata, samples = LoraFile.read(made.path).metadata, made.run.samples()
         phrase = next(iter(trigger_words(metadata)), "")
         cover = samples[max(samples)][0] if self.cover and samples else None
@@ -128,26 +134,10 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         return replace(config, sample_every=-(-config.steps // MEASUREMENTS))
 
 
-def _looked_at(job: TrainingJob, base: Base, progress: NodeProgress) -> TrainingJob:
-    """Check the photos of the job. Raises BadPhoto, naming the field that trains anyway, if too few can be used."""
-    try:
-        return job.looked_at(base, progress.warning)
-    except BadPhoto as error:
-        raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, turn off Check Photos")) from None
-
-
-def _train(job: TrainingJob, base: Base, context: InvocationContext, progress: NodeProgress) -> TrainedFile:
-    """Return the trained file in FOLDER."""
+def _train(job: TrainingJob, place: LoraFolders, progress: NodeProgress) -> TrainedFile:
     device = services.device()
     with torch.inference_mode(False), torch.enable_grad(), within_quota(), within_free_memory(device):
-        return find_or_train(
-            job,
-            base,
-            [context.config.get().models_path / FOLDER],
-            device=device,
-            on_point=progress.point,
-            callbacks=progress.callbacks(),
-        )
+        return find_or_train(job, place, device=device, on_point=progress.point, callbacks=progress.callbacks())
 
 
 def _summary(made: TrainedFile) -> str:

@@ -19,9 +19,9 @@ from core.lora.file import KEY, LoraFile
 from core.lora.hashes import model_hash
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
-from core.training.job import train
 from core.training.likeness import LIKENESS_KEY
 from core.training.recipes import recipe_settings
+from core.training.store import train
 from core.training.training_adapter import METADATA_KEY
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 

@@ -28,9 +28,9 @@ from core.models.memory_plan import PLANS, MemoryPlan, drawing_plan
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.headshot import cut_out, drawn_again
 from core.training.callbacks import Callbacks, StepReport
-from core.training.job import train
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
+from core.training.store import train
 from tests.gpu.trials import PLAIN, SHORT, Case, cached
 from tests.tooling import encoded_cache, encoded_image
 

@@ -32,9 +32,9 @@ from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
-from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
+from core.training.store import train
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base

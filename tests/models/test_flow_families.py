@@ -29,10 +29,11 @@ from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.callbacks import Callbacks
-from core.training.job import check_base_options, hints, train
+from core.training.job import check_base_options, hints
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
+from core.training.store import train
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, started_run
 
 CPU = torch.device("cpu")

@@ -25,7 +25,8 @@ from core.models import Base, load_base
 from core.photos import Photo, read_photos
 from core.pictures.style_pack import PACKAGE_FOLDER
 from core.storage.safetensors_file import SafetensorsFile
-from core.training.store import TrainingJob, find_or_train
+from core.training.job import TrainingJob
+from core.training.store import LoraFolders, find_or_train
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
@@ -102,8 +103,8 @@ class Desk:
     def kept_lora(self) -> Path:
         """What the store makes of that."""
         photos, base, config = self.materials
-        job = TrainingJob("kept", config, photos)
-        return find_or_train(job, base, [self.folder], device=torch.device("cpu")).path
+        job, place = TrainingJob.of(photos, base, config), LoraFolders("kept", [self.folder])
+        return find_or_train(job, place, device="cpu").path
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:

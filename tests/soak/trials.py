@@ -32,7 +32,9 @@ from core.pictures.style_picture import style_picture
 from core.storage import files, safetensors_file
 from core.studio import read_people
 from core.training.encode import encode
-from core.training.store import RunFolder, TrainingJob, find_or_train
+from core.training.job import TrainingJob
+from core.training.store import LoraFolders, find_or_train
+from core.training.trained_file import RunFolder
 from tests.kills import child
 from tests.tooling import nodes_module
 
@@ -264,7 +266,7 @@ def stored(desk: Desk, draw: Random) -> None:
     desk.put("good.safetensors", desk.kept_lora)  # so that there is another file to look at
     path = desk.put("me.safetensors", damaged_safetensors(desk.kept_lora.read_bytes(), draw))
     before = path.read_bytes()
-    found = find_or_train(TrainingJob("me", config, photos), base, [desk.room], device=torch.device("cpu"))
+    found = find_or_train(TrainingJob.of(photos, base, config), LoraFolders("me", [desk.room]), device="cpu")
     assert path == found.path or path.read_bytes() == before, "a file that is somebody else's is written over"
     assert same(tensors_of(found.path), tensors_of(desk.kept_lora)), "wrong tensors from the store"
     found.likenesses()

@@ -23,7 +23,7 @@ from core.pictures.generate import Job, Picture, generate
 from core.storage.cache_folder import cache_folder, clear_cache, content_key, made_folder
 from core.storage.files import write_text
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
-from core.training import Callbacks, TrainingJob, find_or_train
+from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train
 from core.training.encode import encode, without_trigger
 from core.training.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
@@ -368,8 +368,9 @@ def test_what_a_run_uses_is_kept_while_the_cache_is_cleared(dataset, base, tmp_p
             another.submit(clear_cache).result()
         refused.append(str(error.value))
 
-    job = TrainingJob("a", replace(CONFIG, steps=2, rank=2, check_photos=False), [one.photo for one in dataset.images])
-    assert find_or_train(job, base, [tmp_path], callbacks=Callbacks(on_step=clear)).path.exists()
+    config = replace(CONFIG, steps=2, rank=2, check_photos=False)
+    job = TrainingJob.of([one.photo for one in dataset.images], base, config)
+    assert find_or_train(job, LoraFolders("a", [tmp_path]), callbacks=Callbacks(on_step=clear)).path.exists()
     assert len(refused) == 2 and all("is in use, repeat this later" in said for said in refused)
     clear_cache()
     assert not cache_folder().exists()

@@ -22,7 +22,6 @@ from core.models import Base, load_base
 from core.photos import Photo, Thresholds, make_ready
 from core.storage.cache_folder import cache_in, clear_cache, made_folder
 from core.training.callbacks import Callbacks
-from core.training.job import train
 from core.training.likeness import (
     LIKENESS_KEY,
     NEUTRAL_PROMPTS,
@@ -34,6 +33,7 @@ from core.training.likeness import (
     pictures_at_a_look,
 )
 from core.training.samples import build_draw_shots, sample_size
+from core.training.store import train
 from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
@@ -321,7 +321,7 @@ def drawn(monkeypatch, tmp_path) -> list[list[tuple[str, int]]]:
         sample = build_draw_shots(*arguments)
         return lambda denoiser, encoders, shots: found.append(list(shots)) or sample(denoiser, encoders, shots)
 
-    monkeypatch.setattr("core.training.job.build_draw_shots", count)
+    monkeypatch.setattr("core.training.run_job.build_draw_shots", count)
     return found
 
 

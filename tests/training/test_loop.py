@@ -25,12 +25,12 @@ from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.drawing import Drawing
 from core.training.encode import Batches
 from core.training.identity import run_identity
-from core.training.job import train
 from core.training.loop import train_lora
 from core.training.methods import peak_rate
 from core.training.optimizer import learning_rate_factor
 from core.training.samples import Samples
 from core.training.step import Run
+from core.training.store import train
 from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow, started_run
 
 CPU = torch.device("cpu")

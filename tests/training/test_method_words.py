@@ -16,10 +16,10 @@ from core.lora.file import LoraFile
 from core.models.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.pictures.sampling import encode_prompts
 from core.training.callbacks import Callbacks
-from core.training.job import train
 from core.training.loop import train_lora
 from core.training.methods import files_beside
 from core.training.step import Run
+from core.training.store import train
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(

@@ -17,8 +17,8 @@ from core.faces import load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import Photo, Thresholds, make_ready, read_photos
-from core.training import Callbacks, TrainingJob, find_or_train, train
-from core.training.job import ready_for, settled
+from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train, train
+from core.training.job import ready_for
 from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
 
@@ -69,10 +69,10 @@ def test_a_lora_of_the_good_photos_is_found_again_whatever_else_is_in_the_folder
     """So are those that were trained before photos were checked: the key is that of the photos that are trained on."""
     base, everyone = load_base(BASE_FILE), read_photos(photos)
     good = [photo for photo in everyone if photo.name != "friend.png"]
-    unchecked = TrainingJob("anna", replace(CONFIG, check_photos=False), good)
-    made = find_or_train(unchecked, base, [tmp_path])
+    place = LoraFolders("anna", [tmp_path])
+    made = find_or_train(TrainingJob.of(good, base, replace(CONFIG, check_photos=False)), place)
     assert trained_on(LoraFile.read(made.path)) == 5
-    found = find_or_train(TrainingJob("anna", CONFIG, everyone), base, [tmp_path])
+    found = find_or_train(TrainingJob.of(everyone, base, CONFIG), place)
     assert found.found and found.path == made.path
 
 
@@ -101,7 +101,8 @@ def test_photos_that_were_asked_to_be_held_out_are_and_a_recipes_where_enough_ar
         on_warning=warnings.append,
     )  # fmt: skip
     assert len(ready.used) == count - 1 and len(ready.held_out) == kept
-    config = settled(replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True), ready)
+    config = replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True)
+    config = TrainingJob.of(ready, load_base(BASE_FILE), config).config
     assert config.stop_early == bool(kept) and any("likeness is not measured" in text for text in warnings) == (
         not kept
     )
@@ -113,7 +114,7 @@ def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos
     network, base, warnings = load_faces(), load_base(BASE_FILE), []
     config = replace(CONFIG, check_photos=False, hold_out=2, sample_every=1)
     found = ready_for(twins, base, config, faces=network, on_warning=warnings.append)
-    assert len(found.training) == 8 and not settled(config, found).hold_out
+    assert len(found.training) == 8 and not TrainingJob.of(found, base, config).config.hold_out
     assert "hold_out = 2: 0 of 8 photos show a face" in warnings[0] and "likeness is not measured" in warnings[0]
     with pytest.raises(BadPhoto, match="hold_out = 3: 0 of 8 photos show a face"):
         ready_for(twins, base, replace(config, hold_out=3), faces=network, on_warning=warnings.append)

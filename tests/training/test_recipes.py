@@ -20,9 +20,10 @@ from core.models.families import FAMILIES
 from core.models.recipe import RECIPES_KEY
 from core.photos import read_photos
 from core.training import LIKENESS_KEY, Callbacks, train
+from core.training.job import TrainingJob
 from core.training.methods import peak_rate
 from core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_config, recipe_settings, recipes_of
-from core.training.store import TrainingJob, find_or_train
+from core.training.store import LoraFolders, find_or_train
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 SD15, SDXL = FAMILIES["sd15"].recipes, FAMILIES["sdxl"].recipes
@@ -217,9 +218,8 @@ def test_where_the_check_leaves_too_few_photos_none_is_held_out(tmp_path):
     person_photos(2)[0].save(photos / "someone-else.png")
     warnings: list[str] = []
     callbacks, config = Callbacks(on_warning=warnings.append), recipe_config("balanced", load_base(base), 8)
-    found = find_or_train(
-        TrainingJob("found", config, read_photos(photos)), load_base(base), [tmp_path], callbacks=callbacks
-    )
+    job = TrainingJob.of(read_photos(photos), load_base(base), config, on_warning=warnings.append)
+    found = find_or_train(job, LoraFolders("found", [tmp_path]), callbacks=callbacks)
     for lora in (train(photos, base, config, callbacks=callbacks), LoraFile.read(found.path)):
         assert (lora.metadata["ss_num_train_images"], LIKENESS_KEY in lora.metadata) == ("7", False)
     assert sum("likeness is not measured" in warning for warning in warnings) == 2

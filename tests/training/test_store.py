@@ -5,9 +5,11 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,22 +22,59 @@ from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse, TrainingDiverged
-from core.lora.file import LoraFile
+from core.lora.file import KEY, LoraFile
 from core.lora.names import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
 from core.photos import Photo, read_photos
+from core.progress import OnWarning, silent
 from core.storage.cache_folder import cache_folder, made_folder
 from core.storage.safetensors_file import SafetensorsFile
 from core.training import store
-from core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from core.training.callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
 from core.training.identity import settings_of_the_file
+from core.training.job import TrainingJob
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
-from core.training.store import RunFolder, TrainedFile, TrainingJob, drawn_sample, find_or_train, has_key
+from core.training.store import LoraFolders, find_or_train
+from core.training.trained_file import Curve, RunFolder, TrainedFile, drawn_sample, has_key
 from tests.tooling import held_elsewhere, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
 LONG = replace(CONFIG, steps=6)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A job that can be put on any base model, and the name of its file."""
+
+    name: str
+    config: TrainConfig
+    photos: Sequence[Photo]
+    class_photos: Sequence[Photo] = ()
+    start: LoraFile | None = None
+    agreed: bool = False
+
+    def on(self, base: Base, on_warning: OnWarning = silent) -> TrainingJob:
+        return TrainingJob.of(
+            self.photos, base, self.config, class_photos=self.class_photos, start=self.start, on_warning=on_warning
+        )
+
+    def key(self, base: Base) -> str:
+        return self.on(base).key
+
+
+def made_of(
+    job: Wanted,
+    base: Base,
+    folders: Sequence[Path],
+    own_name: bool = False,
+    on_history: Callable[[Curve], None] = silent,
+    on_point: Callable[[StepReport], None] = silent,
+    callbacks: Callbacks = NO_CALLBACKS,
+) -> TrainedFile:
+    place = LoraFolders(job.name, folders, own_name, job.agreed)
+    wanted = job.on(base, callbacks.on_warning)
+    return find_or_train(wanted, place, on_history=on_history, on_point=on_point, callbacks=callbacks)
 
 
 def forget_runs() -> None:
@@ -60,13 +99,13 @@ def photos(photo_folder) -> list[Photo]:
 
 
 @pytest.fixture
-def job(photos) -> TrainingJob:
-    return TrainingJob("anna", CONFIG, photos)
+def job(photos) -> Wanted:
+    return Wanted("anna", CONFIG, photos)
 
 
 @pytest.fixture
-def long_job(photos) -> TrainingJob:
-    return TrainingJob("anna", LONG, photos)
+def long_job(photos) -> Wanted:
+    return Wanted("anna", LONG, photos)
 
 
 @pytest.fixture
@@ -74,21 +113,21 @@ def loras(tmp_path) -> Path:
     return tmp_path / "loras"
 
 
-def trained(job: TrainingJob, base: Base, *folders: Path) -> TrainedFile:
+def trained(job: Wanted, base: Base, *folders: Path) -> TrainedFile:
     """The result, of which at least one step was made."""
     steps: list[int] = []
-    made = find_or_train(job, base, folders, callbacks=Callbacks(on_step=lambda report: steps.append(report.step)))
+    made = made_of(job, base, folders, callbacks=Callbacks(on_step=lambda report: steps.append(report.step)))
     assert steps and not made.found
     return made
 
 
-def found(job: TrainingJob, base: Base, *folders: Path) -> TrainedFile:
+def found(job: Wanted, base: Base, *folders: Path) -> TrainedFile:
     """The result, for which nothing was trained, encoded or looked at."""
 
     def nothing(*_: object) -> None:
         raise AssertionError("it was trained")
 
-    made = find_or_train(
+    made = made_of(
         job, base, folders, on_point=nothing,
         callbacks=Callbacks(on_step=nothing, on_phase=nothing, on_sample=nothing, check_cancelled=nothing),
     )  # fmt: skip
@@ -107,6 +146,25 @@ def same(one: Path | dict[str, Tensor], other: Path | dict[str, Tensor]) -> bool
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_script_trains_nothing_twice(job, base, tmp_path):
+    output, steps = tmp_path / "anna.safetensors", []
+
+    def again(config: TrainConfig = CONFIG, **options: Any) -> tuple[LoraFile, int]:
+        """The LoRA, and the number of steps that it took."""
+        steps.clear()
+        counting = Callbacks(on_step=lambda report: steps.append(report.step))
+        lora = core.train(job.photos, base, config, output=output, callbacks=counting, **options)
+        assert isinstance(lora, LoraFile)
+        return lora, len(steps)
+
+    first, made = again()
+    assert made == 2 and again()[1] == 0 and again(restart=True)[1] == 2
+    named, made = again(metadata={"ss_training_comment": "Anna"})
+    assert made == 0 and named.metadata["ss_training_comment"] == "Anna"
+    assert named.tensors.keys() == first.tensors.keys() and named.model_hash == first.model_hash
+    assert again(replace(CONFIG, seed=2))[1] == 2  # made in another way, so it is replaced
 
 
 def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
@@ -147,7 +205,7 @@ def test_the_same_job_again_is_found_and_nothing_is_trained(job, base, loras):
 def test_the_file_says_what_it_was_made_from_and_is_called(job, base, loras):
     lora = LoraFile.read(trained(replace(job, name="people/anna"), base, loras).path)
     assert lora.name == str(loras / "people" / "anna.safetensors")
-    assert lora.metadata[store.KEY] == job.key(base)
+    assert lora.metadata[KEY] == job.key(base)
     assert lora.metadata["ss_output_name"] == "anna"
     assert lora.metadata["sshs_model_hash"] == lora.model_hash
     assert lora.dtype == torch.float16
@@ -159,7 +217,7 @@ def test_the_model_is_loaded_between_the_last_caption_and_the_first_step(job, ba
         on_step=lambda report: news.append("step"),
         on_phase=lambda name, done, total: news.append(f"{name} {done}/{total}"),
     )
-    find_or_train(job, base, [loras], callbacks=callbacks)
+    made_of(job, base, [loras], callbacks=callbacks)
     last = max(index for index, one in enumerate(news) if one.startswith("encoding"))
     done, total = news[last].removeprefix("encoding ").split("/")
     assert done == total and news[last + 1 : last + 3] == ["loading the model 0/0", "step"]
@@ -172,7 +230,7 @@ def test_the_base_model_is_read_first_and_that_can_be_cancelled(job, small_sd15,
         news.append((name, total))
         raise KeyboardInterrupt
 
-    for train in (partial(find_or_train, job, base, [loras]), partial(core.train, job.photos, base, job.config)):
+    for train in (partial(made_of, job, base, [loras]), partial(core.train, job.photos, base, job.config)):
         with pytest.raises(KeyboardInterrupt):
             train(callbacks=Callbacks(on_phase=cancel))
     assert news == [("reading the model", 100)] * 2
@@ -313,7 +371,7 @@ def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_
 def test_a_name_that_is_too_long_for_a_file_is_refused(job, base, loras, name):
     loras.mkdir()
     with pytest.raises(BadFile, match="cannot be written there: File name too long"):
-        find_or_train(replace(job, name=name), base, [loras])
+        made_of(replace(job, name=name), base, [loras])
 
 
 def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, loras):
@@ -323,7 +381,7 @@ def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, lo
 
     saving = replace(job, config=replace(CONFIG, save_every=1))
     with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
-        find_or_train(saving, base, [loras], callbacks=Callbacks(on_step=take_the_folder_away))
+        made_of(saving, base, [loras], callbacks=Callbacks(on_step=take_the_folder_away))
     made = found(saving, base, loras)
     assert files(loras) == ["anna-step000001.safetensors", "anna.safetensors"]
     assert files(made.run.path) == ["history.json", "made.txt"]
@@ -343,14 +401,14 @@ def test_a_file_whose_hash_a_tool_has_taken_out_is_found_by_its_key(job, base, l
 # One's own name
 
 
-def trained_under_its_own_name(job: TrainingJob, base: Base, loras: Path) -> list[int]:
+def trained_under_its_own_name(job: Wanted, base: Base, loras: Path) -> list[int]:
     """The steps that were made for the LoRA, which is the job's and has its name."""
     steps: list[int] = []
     callbacks = Callbacks(on_step=lambda report: steps.append(report.step))
-    made = find_or_train(job, base, [loras], own_name=True, callbacks=callbacks)
+    made = made_of(job, base, [loras], own_name=True, callbacks=callbacks)
     assert made.path == loras / "anna.safetensors" and made.found == (not steps)
     lora = LoraFile.read(made.path)
-    assert (lora.metadata[store.KEY], lora.metadata["ss_output_name"]) == (job.key(base), "anna")
+    assert (lora.metadata[KEY], lora.metadata["ss_output_name"]) == (job.key(base), "anna")
     return steps
 
 
@@ -393,7 +451,7 @@ def test_nothing_is_set_aside_before_the_new_one_is_trained(job, base, loras):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_or_train(replace(job, config=LONG), base, [loras], own_name=True, callbacks=Callbacks(on_step=cancel))
+        made_of(replace(job, config=LONG), base, [loras], own_name=True, callbacks=Callbacks(on_step=cancel))
     assert files(loras) == ["anna.safetensors"]
     assert trained_under_its_own_name(job, base, loras) == []
 
@@ -403,7 +461,7 @@ def test_where_only_its_key_is_gone_its_tensors_are_read_from_where_it_was_set_a
     path = loras / "anna.safetensors"
     file = SafetensorsFile.open(path)
     values = {name: file[name].clone() for name in file}
-    save_file(values, path, {key: text for key, text in file.metadata.items() if key != store.KEY})
+    save_file(values, path, {key: text for key, text in file.metadata.items() if key != KEY})
     assert trained_under_its_own_name(job, base, loras) == []
     assert files(loras) == ["anna.safetensors", "earlier/anna.safetensors"] and same(path, values)
 
@@ -413,37 +471,51 @@ def test_where_only_its_key_is_gone_its_tensors_are_read_from_where_it_was_set_a
 
 def a_lora(value: float, name: str = "LoRA") -> LoraFile:
     key = "lora_unet_down_blocks_0_attentions_0_proj_in"
-    values = {f"{key}.{side}.weight": torch.full((1, 1, 1, 1), value) for side in ("lora_down", "lora_up")}
+    shapes = {"lora_down": (1, 32, 1, 1), "lora_up": (32, 1, 1, 1)}
+    values = {f"{key}.{side}.weight": torch.full(shape, value) for side, shape in shapes.items()}
     return LoraFile("sd15", {}, values, name)
 
 
-CHANGES: dict[str, Callable[[TrainingJob], TrainingJob]] = {
+def network_called(name: str) -> Any:
+    return SimpleNamespace(name=name)
+
+
+CHANGES: dict[str, Callable[[Wanted], Wanted]] = {
     "seed": lambda job: replace(job, config=replace(job.config, seed=2)),
     "steps": lambda job: replace(job, config=replace(job.config, steps=3)),
     "trigger word": lambda job: replace(job, config=replace(job.config, trigger_word="ohwx")),
     "precision of the file": lambda job: replace(job, config=replace(job.config, save_precision="fp32")),
     "thumbnail": lambda job: replace(job, config=replace(job.config, sample_every=1, thumbnail=True)),
     "more resolutions": lambda job: replace(job, config=replace(job.config, more_resolutions=(48,))),
-    "fewer photos": lambda job: replace(job, photos=job.used[1:]),
+    "fewer photos": lambda job: replace(job, photos=job.photos[1:]),
     "another photo": lambda job: replace(
-        job, photos=[Photo.from_image(Image.new("RGB", (64, 64)), "x.png"), *job.used[1:]]
+        job, photos=[Photo.from_image(Image.new("RGB", (64, 64)), "x.png"), *job.photos[1:]]
     ),
-    "order": lambda job: replace(job, photos=job.used[::-1]),
-    "caption": lambda job: replace(job, photos=[replace(job.used[0], caption="sks"), *job.used[1:]]),
-    "repeats": lambda job: replace(job, photos=[replace(job.used[0], repeats=2), *job.used[1:]]),
+    "order": lambda job: replace(job, photos=job.photos[::-1]),
+    "caption": lambda job: replace(job, photos=[replace(job.photos[0], caption="sks"), *job.photos[1:]]),
+    "repeats": lambda job: replace(job, photos=[replace(job.photos[0], repeats=2), *job.photos[1:]]),
     "a mask": lambda job: masked(job, 128),
     "another mask": lambda job: masked(job, 129),
-    "class photos": lambda job: replace(job, class_photos=job.used[:2]),
-    "other class photos": lambda job: replace(job, class_photos=job.used[2:]),
-    "class photos as photos": lambda job: replace(job, photos=job.used[:2], class_photos=job.used[2:]),
-    "a LoRA to go on from": lambda job: replace(job, continue_from=a_lora(1.0)),
-    "another LoRA to go on from": lambda job: replace(job, continue_from=a_lora(2.0)),
+    "class photos": lambda job: replace(job, class_photos=job.photos[:2]),
+    "other class photos": lambda job: replace(job, class_photos=job.photos[2:]),
+    "class photos as photos": lambda job: replace(job, photos=job.photos[:2], class_photos=job.photos[2:]),
+    "a LoRA to go on from": lambda job: replace(job, start=a_lora(1.0)),
+    "another LoRA to go on from": lambda job: replace(job, start=a_lora(2.0)),
 }
 
 
-def masked(job: TrainingJob, value: int) -> TrainingJob:
-    mask = Image.new("L", job.used[0].size, value)
-    return replace(job, photos=[job.used[0].with_mask(mask), *job.used[1:]])
+def masked(job: Wanted, value: int) -> Wanted:
+    mask = Image.new("L", job.photos[0].size, value)
+    return replace(job, photos=[job.photos[0].with_mask(mask), *job.photos[1:]])
+
+
+def test_networks_that_hold_out_or_judge_other_than_by_default_change_the_key(job, base):
+    plain = job.on(base)
+    ready = [replace(plain.ready, network=network_called(name)) for name in ("sface", "dlib", "aura")]
+    jobs = [*(replace(plain, ready=one) for one in ready), replace(plain, judge=network_called("dlib"))]
+    jobs += [replace(plain, held_out=job.photos[:2]), replace(plain, held_out=job.photos[:1])]
+    keys = [one.key for one in jobs]
+    assert keys[0] == plain.key and len(set(keys)) == len(keys)
 
 
 def test_all_that_changes_the_file_changes_the_key(job, base):
@@ -457,11 +529,11 @@ def test_a_setting_that_earlier_versions_did_not_have_leaves_their_keys_as_they_
     assert rounded != settings_of_the_file(job.config) == settings_of_the_file(replace(job.config, memory_limit=8.0))
 
 
-def renamed_photos(job: TrainingJob) -> TrainingJob:
-    return replace(job, photos=[replace(photo, name=f"{index}.jpg") for index, photo in enumerate(job.used)])
+def renamed_photos(job: Wanted) -> Wanted:
+    return replace(job, photos=[replace(photo, name=f"{index}.jpg") for index, photo in enumerate(job.photos)])
 
 
-SAME: dict[str, Callable[[TrainingJob], TrainingJob]] = {
+SAME: dict[str, Callable[[Wanted], Wanted]] = {
     "name": lambda job: replace(job, name="berta"),
     "how often samples are drawn": lambda job: replace(job, config=replace(job.config, sample_every=1)),
     "which": lambda job: replace(job, config=replace(job.config, sample_every=2, sample_prompts=("a",), sample_steps=3)),
@@ -485,7 +557,7 @@ def test_where_likeness_is_measured_on_samples_they_count(job, base):
 
 
 def test_a_lora_to_go_on_from_counts_by_its_tensors(job, base):
-    keys = {replace(job, continue_from=a_lora(1.0, name)).key(base) for name in ("one", "another")}
+    keys = {replace(job, start=a_lora(1.0, name)).key(base) for name in ("one", "another")}
     assert len(keys) == 1
 
 
@@ -517,9 +589,9 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_are_trained_with(job, base,
     plain = trained(job, base, loras).path
     others = read_photos(write_photos(tmp_path / "others", count=2, person=36))
     jobs = [
-        replace(job, photos=[photo.with_mask(half_white(photo.size)) for photo in job.used]),
+        replace(job, photos=[photo.with_mask(half_white(photo.size)) for photo in job.photos]),
         replace(job, class_photos=others),
-        replace(job, continue_from=LoraFile.read(plain)),
+        replace(job, start=LoraFile.read(plain)),
     ]
     paths = [trained(item, base, loras).path for item in jobs]
     assert files(loras) == [f"anna{end}.safetensors" for end in ("-2", "-3", "-4", "")]
@@ -567,9 +639,9 @@ def test_checkpoints_write_over_no_file_of_others(job, base, loras):
 def test_two_runs_at_once_neither_share_a_job_nor_write_to_one_file(job, base, loras):
     loras.mkdir()
     (loras / ".anna.safetensors.0123abcd.tmp").write_bytes(b"half")
-    output = RunFolder(made_folder("runs", job.key(base))).output
+    output = RunFolder(made_folder("runs", job.key(base))).files.output
     with held_elsewhere(output), pytest.raises(InUse, match=r"lora\.safetensors: another process is writing this file"):
-        find_or_train(job, base, [loras])
+        made_of(job, base, [loras])
     with held_elsewhere(loras / "anna.safetensors"):
         assert trained(job, base, loras).path.stem == "anna-2"
         assert ".anna.safetensors.0123abcd.tmp" in files(loras)
@@ -600,7 +672,7 @@ class Cancel(BaseException):
     """As ComfyUI cancels: with what is no Exception."""
 
 
-def cancelled_at(step: int, job: TrainingJob, base: Base, *folders: Path) -> list[int]:
+def cancelled_at(step: int, job: Wanted, base: Base, *folders: Path) -> list[int]:
     """The steps that were made until it was cancelled."""
     steps: list[int] = []
 
@@ -610,15 +682,15 @@ def cancelled_at(step: int, job: TrainingJob, base: Base, *folders: Path) -> lis
             raise Cancel
 
     with pytest.raises(Cancel):
-        find_or_train(job, base, folders, callbacks=Callbacks(on_step=on_step))
+        made_of(job, base, folders, callbacks=Callbacks(on_step=on_step))
     return steps
 
 
-def state_of(job: TrainingJob, base: Base) -> Path:
+def state_of(job: Wanted, base: Base) -> Path:
     return cache_folder() / "runs" / job.key(base) / "lora.state.safetensors"
 
 
-def whole_run(job: TrainingJob, base: Base, folder: Path) -> tuple[dict[str, Tensor], Sequence[tuple[int, float]]]:
+def whole_run(job: Wanted, base: Base, folder: Path) -> tuple[dict[str, Tensor], Sequence[tuple[int, float]]]:
     """Tensors and history of a run that nothing interrupts, forgotten afterwards."""
     made = trained(job, base, folder)
     shutil.rmtree(made.run.path)
@@ -641,9 +713,7 @@ def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_jo
 
     known: list[list[tuple[int, float]]] = []
     points: list[int] = []
-    made = find_or_train(
-        long_job, base, [loras], on_history=known.append, on_point=lambda report: points.append(report.step)
-    )
+    made = made_of(long_job, base, [loras], on_history=known.append, on_point=lambda report: points.append(report.step))
     assert known == [list(history[:4])] and points == [5, 6]
     assert same(made.path, whole)
     assert made.run.history() == history
@@ -663,7 +733,7 @@ def test_cancelled_in_the_middle_of_a_step_it_makes_that_step_again(long_job, ba
             raise Cancel
 
     with pytest.raises(Cancel):
-        find_or_train(
+        made_of(
             long_job,
             base,
             [loras],
@@ -680,14 +750,14 @@ def test_under_another_name_an_unfinished_run_goes_on(long_job, base, loras):
 
 @pytest.mark.slow
 def test_a_history_longer_than_the_state_is_cut_back_to_it(photos, base, loras, tmp_path, every_loss):
-    job = TrainingJob("anna", replace(LONG, state_interval=0.0), photos)
+    job = Wanted("anna", replace(LONG, state_interval=0.0), photos)
     whole, history = whole_run(job, base, tmp_path / "whole")
     cancelled_at(2, job, base, loras)
     state = state_of(job, base)
     shutil.copy(state, tmp_path / "early")
     cancelled_at(4, job, base, loras)
     os.replace(tmp_path / "early", state)  # as if the process had been killed after step 4
-    made = find_or_train(job, base, [loras])
+    made = made_of(job, base, [loras])
     assert made.run.history() == history
     assert same(made.path, whole)
 
@@ -699,7 +769,7 @@ def test_the_history_is_saved_while_it_grows(long_job, base, loras, every_loss, 
     def on_step(_: StepReport) -> None:
         saved.append(len(RunFolder(cache_folder() / "runs" / long_job.key(base)).history()))
 
-    find_or_train(long_job, base, [loras], callbacks=Callbacks(on_step=on_step))
+    made_of(long_job, base, [loras], callbacks=Callbacks(on_step=on_step))
     assert saved == [1, 2, 3, 4, 5, 6]
 
 
@@ -713,7 +783,7 @@ def test_a_loss_that_is_no_number_is_not_shown(long_job, base, loras, every_loss
     shown: list[float] = []
     job = replace(long_job, config=replace(LONG, learning_rate=100.0, max_grad_norm=0.0))
     with pytest.raises(TrainingDiverged):
-        find_or_train(job, base, [loras], on_point=lambda report: shown.append(report.loss))
+        made_of(job, base, [loras], on_point=lambda report: shown.append(report.loss))
     history = RunFolder(cache_folder() / "runs" / job.key(base)).history()
     assert shown == [loss for _, loss in history] and all(map(math.isfinite, shown))
 
@@ -723,7 +793,7 @@ def test_stopped_with_what_was_learned_it_is_the_jobs_file(long_job, base, loras
         if report.step == 3:
             raise StopAndKeep
 
-    made = find_or_train(long_job, base, [loras], callbacks=Callbacks(on_step=stop))
+    made = made_of(long_job, base, [loras], callbacks=Callbacks(on_step=stop))
     assert not made.found
     assert LoraFile.read(made.path).metadata["ss_steps"] == "3"
     assert [step for step, _ in made.run.history()] == [1, 2, 3]
@@ -733,7 +803,7 @@ def test_stopped_with_what_was_learned_it_is_the_jobs_file(long_job, base, loras
 def test_samples_are_kept_and_handed_on(job, base, loras):
     config = replace(CONFIG, sample_every=1, sample_steps=1, sample_guidance=1.0, sample_prompts=("one", "two"))
     handed: dict[int, list[Image.Image]] = {}
-    made = find_or_train(replace(job, config=config), base, [loras], callbacks=Callbacks(on_sample=handed.__setitem__))
+    made = made_of(replace(job, config=config), base, [loras], callbacks=Callbacks(on_sample=handed.__setitem__))
     assert [*handed] == [1, 2] and [len(images) for images in handed.values()] == [2, 2]
     again = found(job, base, loras).run.samples()  # the job without samples is the same job
     assert again.keys() == handed.keys() == made.run.samples().keys()
@@ -748,7 +818,7 @@ def test_samples_are_kept_and_handed_on(job, base, loras):
 @pytest.mark.slow
 def test_samples_of_a_run_that_was_cancelled_are_still_there(photos, base, loras):
     config = replace(LONG, sample_every=2, sample_steps=1, sample_guidance=1.0)
-    job = TrainingJob("anna", config, photos)
+    job = Wanted("anna", config, photos)
     cancelled_at(4, job, base, loras)
     assert [*trained(job, base, loras).run.samples()] == [2, 4, 6]
 
@@ -765,7 +835,7 @@ def test_the_likeness_that_was_measured_is_read_from_the_file(job, base, loras):
 
 def test_another_measured_checkpoint_can_be_taken(photos, loras):
     config = replace(CONFIG, sample_every=1, hold_out=1, likeness_pictures=1, sample_steps=1, sample_guidance=1.0)
-    job, base = TrainingJob("anna", config, photos), load_base(BASE_FILE)
+    job, base = Wanted("anna", config, photos), load_base(BASE_FILE)
     made = trained(job, base, loras)
     ((step, file),) = [item for item in made.checkpoints().items() if item[1] != made.path]
     assert sorted(made.checkpoints()) == [1, 2]

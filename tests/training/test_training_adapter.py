@@ -20,6 +20,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan
+from core.photos import Thresholds, make_ready
 from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Order
@@ -27,10 +28,10 @@ from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
 from core.training.encode import LatentCache
-from core.training.job import train
 from core.training.loop import train_lora
 from core.training.samples import build_draw_shots
 from core.training.step import Run
+from core.training.store import train
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
 from tests.tooling import (
     SMALL_FLOWS,
@@ -253,7 +254,8 @@ def test_the_key_of_a_training_knows_the_adapter_by_its_tensors(base, tmp_path):
     wired = TrainingAdapter.open(
         LoraFile.from_tensors(dict(random_lora(base).tensors), random_lora(base).metadata), base
     )
-    keys = [TrainingJob("x", CONFIG, (), training_adapter=each).key(base) for each in (None, one, same, other, wired)]
+    ready = make_ready([], None, Thresholds(face_pixels_reject=9), check=False)
+    keys = [TrainingJob(ready, base, CONFIG, adapter=each).key for each in (None, one, same, other, wired)]
     assert keys[1] == keys[2] == keys[4] and len(set(keys)) == 3
 
 
@@ -316,7 +318,7 @@ def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15
 def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatch):
     """Its file's name says nothing, as in ComfyUI, where it is not known: without guidance, on the few steps' own times."""
     seen = []
-    monkeypatch.setattr("core.training.job.build_draw_shots", lambda base, *_: seen.append(base))
+    monkeypatch.setattr("core.training.run_job.build_draw_shots", lambda base, *_: seen.append(base))
     config = replace(CONFIG, steps=1, check_photos=False, resolution=64, sample_every=1)
     with pytest.raises(TypeError):  # there is no sampler
         train(write_photos(tmp_path / "photos", 2), base, config, training_adapter=random_lora(base),

@@ -1,0 +1,106 @@
+"""Run a training job from its photos to its LoRA."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ..device import deterministic_if, release_memory, usable_device
+from ..photos import Photo, face_regions, with_masks
+from ..progress import READING
+from .callbacks import LOADING, NO_CALLBACKS, Callbacks
+from .encode import LatentCache, encode
+from .job import TrainingJob, dataset_of, fitting, hints
+from .loop import train_lora
+from .methods import trains_text
+from .methods.method import Trained
+from .run_files import RunFiles
+from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size
+
+
+@contextmanager
+def _same_warning_filters() -> Iterator[None]:
+    """Restore the program's warning filters after the context: libraries that are imported in it add their own."""
+    with warnings.catch_warnings():
+        yield
+
+
+@_same_warning_filters()
+def run_job(
+    job: TrainingJob,
+    files: RunFiles | None = None,
+    *,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
+) -> Trained:
+    """Train the job, and return the result, with `metadata` added. With `files`, which the caller holds, it is written too.
+
+    The state is kept in `files` until the run ends, and `resume` continues from it if it exists.
+    """
+    if job.adapter:
+        job = replace(job, base=job.base.as_distilled())
+    base, config = job.base, job.config
+    with deterministic_if(config.deterministic):
+        device = usable_device(device)
+        for hint in hints(base, config, job.adapter is not None, device):
+            callbacks.on_warning(hint)
+        base.compute_hashes(callbacks.progress(READING))
+        class_photos = job.class_photos
+        if config.class_images:
+            class_photos = make_class_images(
+                base, config.class_word, config.class_images, resolution=config.resolution, device=device,
+                on_progress=callbacks.progress("class images"),
+            )  # fmt: skip
+        cache, samples = _prepared(job, class_photos, device, callbacks)
+        if files and not resume:
+            files.set_earlier_aside(job.files_read())
+        lora = train_lora(
+            cache, base, config, device=device, continue_from=fitting(job.start, base) if job.start else None,
+            training_adapter=job.adapter, samples=samples, state_path=files and files.state, resume=resume,
+            extra_metadata={"ss_output_name": files.output.stem} if files else None,
+            callbacks=files.written_by(callbacks, config) if files else callbacks,
+        )  # fmt: skip
+        release_memory()  # for whatever needs it next: drawing, another person, ComfyUI's next node
+    if metadata:
+        lora = lora.with_metadata({**lora.metadata, **metadata})
+    if files:
+        files.write(lora, job)
+        lora = replace(lora, name=str(files.output))
+    return lora
+
+
+def _prepared(
+    job: TrainingJob, class_photos: Sequence[Photo], device: torch.device, callbacks: Callbacks
+) -> tuple[LatentCache, Samples | None]:
+    """Encode the photos and captions, and prepare the samples to draw during training (None if not wanted)."""
+    ready, base, config, watch = job.ready, job.base, job.config, job.likeness_watch()
+    photos, regions, report = [item.photo for item in ready.training], None, ready.report
+    if config.face_crops:
+        regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
+    if config.face_masks:
+        photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
+    dataset = dataset_of(photos, base, config, class_photos, regions)
+    for warning in dataset.warnings:
+        callbacks.on_warning(warning)
+    shots = sample_shots(config) if config.sample_every else []
+    prompts = [prompt for prompt, _ in [*shots, *(watch.shots if watch else [])]]
+    cache = encode(
+        dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding")
+    )
+    callbacks.on_phase(LOADING, 0, 0)
+    if not shots:
+        return cache, None
+    # Samples take the size of the bucket with the most photos of the person. If several tie, the largest is used.
+    of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
+    size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
+    size = sample_size(base, size)
+    draw = build_draw_shots(base, config, cache.prompts, device, size, callbacks.progress("samples"))
+    dtype = base.device_and_dtype(config.precision, device)[1]
+    settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
+    drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
+    return cache, Samples(draw, shots, watch, drawn_as)
