@@ -10,13 +10,9 @@ package, `facelora` offers all of this, as `facelora.train` and `facelora.lora.m
 Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 from .lazy_names import lazy_names
-
-# Training with `deterministic` needs this, and torch reads it once, at the first matrix product of the process.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from . import bench as bench

@@ -1,6 +1,7 @@
 """Choose the device and precision of a computation, and handle a lack of memory."""
 
 import gc
+import os
 import platform
 import re
 import sys
@@ -187,12 +188,13 @@ def described_processor() -> str:
 def deterministic_if(wanted: bool) -> Iterator[None]:
     """Make a GPU compute the same numbers from the same inputs within the context, if `wanted`.
 
-    cuBLAS reads its setting once per process; this package sets it when it is imported. Raises BadConfig for an operation that
-    torch has no deterministic form of.
+    Raises BadConfig for an operation that torch has no deterministic form of. Matrix products are such operations if the
+    process has computed one on a GPU before, without the setting of cuBLAS that this sets.
     """
     if not wanted:
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at the first product on a GPU
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
@@ -203,6 +205,11 @@ def deterministic_if(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
+        if "CuBLAS" in str(error):
+            raise BadConfig(
+                "deterministic = true: this process has used the GPU before, without cuBLAS's setting for it. Start the "
+                "program with CUBLAS_WORKSPACE_CONFIG=:4096:8 in its environment, or ComfyUI with --deterministic"
+            ) from None
         raise BadConfig(f"deterministic = true: {str(error).partition('. ')[0]}; train without it") from None
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

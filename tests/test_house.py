@@ -4,10 +4,14 @@ import ast
 import re
 import shutil
 import subprocess
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 
+from core.models import families
 from core.models.families import FAMILIES
+from core.models.spec import FamilySpec
 from core.tensor_names import NAME_TABLES
 from tools.house import (
     FAMILY_EXCEPTIONS,
@@ -138,6 +142,12 @@ def test_a_family_touches_three_source_files(sources):
     touched = touched_by_family(sources)
     assert set(touched) == set(FAMILIES)
     assert {len(files) for files in touched.values()} == {3}, touched
+
+
+def test_each_file_of_a_family_is_in_the_list():
+    modules = [import_module(f"{families.__name__}.{file.name}") for file in iter_modules(families.__path__)]
+    specs = [value for module in modules for value in vars(module).values() if isinstance(value, FamilySpec)]
+    assert len(modules) == len(FAMILIES) and {spec.name for spec in specs} == set(FAMILIES)
 
 
 def test_what_comfyui_has_of_a_family_is_told_by_its_names():

@@ -75,7 +75,7 @@ def has_faster_products() -> bool:
 def _product_of(*factors: Tensor) -> _Product | None:
     """Return oneDNN's product if it is in use and can compute that of these tensors, or None for torch's own."""
     for factor in factors:
-        # Other types of tensors hold no numbers, such as those that predict memory.
+        # torch's private operation takes no other types of tensors.
         is_plain = type(factor) is Tensor or type(factor) is nn.Parameter
         if not is_plain or factor.dtype != torch.float32 or factor.device.type != "cpu" or not factor.numel():
             return None

@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from ..device import free_memory
 from .narrow_layers import narrow_weights
 from .selective import checkpointed
-from .spec import holds_numbers
 
 RESERVE = 0.9
 """The share of the free memory that a plan may fill. The allocator cannot use all of it, and kernels need workspace."""
@@ -235,7 +234,7 @@ class BlockOffload:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        self._store = PinnedStore(device)
+        self.store: PinnedStore = PinnedStore(device)
         self._home: weakref.WeakKeyDictionary[nn.Module, dict[_Slot, nn.Parameter]] = weakref.WeakKeyDictionary()
         self._hooks: weakref.WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = weakref.WeakKeyDictionary()
         self._coming: tuple[_Block, list[Tensor], list[torch.UntypedStorage]] | None = None
@@ -264,7 +263,7 @@ class BlockOffload:
                 for name, parameter in module._parameters.items()
                 if parameter is not None and not parameter.requires_grad
             }
-        self._store.take([parameter for block in new for parameter in self._home[block].values()])
+        self.store.take([parameter for block in new for parameter in self._home[block].values()])
         for block in new:
             self._hooks[block] = (
                 block.register_forward_pre_hook(self._bring),
@@ -274,12 +273,12 @@ class BlockOffload:
     def pin(self) -> None:
         """Page-lock weights that were replaced since they were taken, as an applied LoRA does."""
         if self._stream:
-            self._store.take([parameter for parameter in self.parameters() if not parameter.is_pinned()])
+            self.store.take([parameter for parameter in self.parameters() if not parameter.is_pinned()])
 
     @property
     def pageable(self) -> int:
         """The bytes of weights that a GPU copies from memory that is not page-locked."""
-        return self._store.pageable if self._device.type == "cuda" else 0
+        return self.store.pageable if self._device.type == "cuda" else 0
 
     def parameters(self) -> Iterable[nn.Parameter]:
         for parameters in self._home.values():
@@ -346,7 +345,7 @@ class PinnedStore:
     """
 
     def __init__(self, device: torch.device):
-        self._pins = device.type == "cuda"
+        self.pins: bool = device.type == "cuda"
         self._slab = torch.empty(0, dtype=torch.uint8)
         """The unused rest of the slab that is being filled."""
         self.pageable: int = 0
@@ -356,7 +355,7 @@ class PinnedStore:
         """Move the values of parameters into this memory."""
         left = sum(_aligned(parameter.nbytes) for parameter in parameters)
         for parameter in parameters:
-            place = self._place(_aligned(parameter.nbytes), left) if self._pins and holds_numbers(parameter) else None
+            place = self._place(_aligned(parameter.nbytes), left) if self.pins else None
             left -= _aligned(parameter.nbytes)
             if place is None:
                 parameter.data = parameter.data.cpu()
@@ -371,12 +370,12 @@ class PinnedStore:
             slab = max(min(LARGEST_SLAB, 1 << left.bit_length() - 1), SMALLEST_SLAB, 1 << (size - 1).bit_length())
             room = free_memory(torch.device("cpu"))
             if room is not None and room - slab < LEFT_FREE:
-                self._pins = False
+                self.pins = False
                 return None
             try:
                 self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # the class varies by system and driver
-                self._pins = False
+                self.pins = False
                 return None
         place, self._slab = self._slab[:size], self._slab[size:]
         return place

@@ -73,11 +73,6 @@ def decode_kl(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(latents / scale + shift).sample  # pyright: ignore
 
 
-def holds_numbers(tensor: Tensor) -> bool:
-    """Return whether the tensor has values. The fake tensors for predicting memory have only shapes."""
-    return not hasattr(tensor, "fake_mode")
-
-
 def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings into a batch. Texts of different lengths are padded with zeros; their family has a `context_mask`."""
     joined = {}

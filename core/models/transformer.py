@@ -15,7 +15,7 @@ from ..storage.stored import LazyTensors, NarrowTensor, Stored, stored_under
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, shapes_in, vae_component
 from .packages import import_diffusers
-from .spec import DENOISER_PREFIX, Component, Conditioning, LatentShape, holds_numbers
+from .spec import DENOISER_PREFIX, Component, Conditioning, LatentShape
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> Collection[str]:
@@ -148,21 +148,25 @@ def activate_once(denoiser: Any, embedding: str = "time_text_embed") -> None:
         if isinstance(module, nn.SiLU) and not path.startswith(f"{embedding}."):
             denoiser.set_submodule(path, nn.Identity())
         elif type(module).__name__ in ("AdaLayerNormZero", "AdaLayerNormZeroSingle"):
-            use_forward(module, _modulated_norm)
+            denoiser.set_submodule(path, _ModulatedNorm(module.linear, module.norm))
 
 
-def use_forward(network: nn.Module, forward: Callable[..., Any]) -> None:
-    """Replace a network's forward pass, by changing its class.
+class _ModulatedNorm(nn.Module):
+    """diffusers' AdaLayerNormZero, for a time embedding that is activated already."""
 
-    A bound method as an attribute would be a reference cycle, which keeps the weights until Python collects garbage.
-    """
-    network.__class__ = _class_with(type(network), forward)
+    def __init__(self, linear: nn.Linear, norm: nn.LayerNorm):
+        super().__init__()
+        self.linear = linear
+        self.norm = norm
 
-
-@cache
-def _class_with(kind: type, forward: Callable[..., Any]) -> type:
-    """Return one class for all modules of a kind, so that blocks that are alike stay alike."""
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
+        """Return x (B, L, D) normed, scaled and shifted by the layer's output for `emb` (B, D'), and the gates (B, D)."""
+        made = self.linear(emb)
+        shift, scale, *gates = made.chunk(made.shape[-1] // x.shape[-1], 1)
+        norm = self.norm
+        if len(x) == 1:  # a single kernel, and one for its backward pass
+            return F.layer_norm(x, norm.normalized_shape, 1 + scale.squeeze(0), shift.squeeze(0), norm.eps), *gates
+        return torch.addcmul(shift[:, None], norm(x), 1 + scale[:, None]), *gates
 
 
 def through_blocks(denoiser: Any, blocks: Any, states: Tensor, *inputs: Any) -> Tensor:
@@ -171,16 +175,6 @@ def through_blocks(denoiser: Any, blocks: Any, states: Tensor, *inputs: Any) -> 
     for block in blocks:
         states = denoiser._gradient_checkpointing_func(block, states, *inputs) if recomputes else block(states, *inputs)
     return states
-
-
-def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-    """Normalise x (B, L, D), then scale and shift it by the layer's output for `emb` (B, D'). Also returns the gates (B, D)."""
-    made = module.linear(emb)
-    shift, scale, *gates = made.chunk(made.shape[-1] // x.shape[-1], 1)
-    norm = module.norm
-    if len(x) == 1:  # a single kernel, and one for its backward pass
-        return F.layer_norm(x, norm.normalized_shape, 1 + scale.squeeze(0), shift.squeeze(0), norm.eps), *gates
-    return torch.addcmul(shift[:, None], norm(x), 1 + scale[:, None]), *gates
 
 
 def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
@@ -245,4 +239,4 @@ def without_padding(predict: _Predict) -> _Predict:
 
 def text_lengths(mask: Tensor) -> list[int]:
     """Return the number of tokens of each text in a batch, from its `context_mask` (B, L)."""
-    return mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)
+    return mask.sum(1).int().tolist()

@@ -2,7 +2,8 @@
 
 Everywhere else in the project a module is `(part, path)`, with the paths that diffusers and transformers use, such as
 `("denoiser", "down_blocks.0.attentions.0.proj_in")` or `("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`.
-Each family has one `NameTable` with its names in every scheme, which families.py registers in `NAME_TABLES`.
+Each family has one `NameTable` with its names in every scheme; families.py lists them in `NAME_TABLES`. loaded_names.py has
+what other programs load of these names.
 """
 
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .models import Identity as Identity
     from .models import identify as identify
     from .models import is_published as is_published
+    from .signs import Sign as Sign
     from .stable_diffusion import NUMBERED as NUMBERED
     from .stable_diffusion import families_of_embedding as families_of_embedding
     from .stable_diffusion import numbered_paths as numbered_paths
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from .table import ModuleId as ModuleId
     from .table import NameTable as NameTable
     from .table import Place as Place
-    from .table import Sign as Sign
     from .table import is_text_path as is_text_path
     from .table import text_encoder_path as text_encoder_path
     from .unet import blocks_in_a_level as blocks_in_a_level

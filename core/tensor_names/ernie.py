@@ -1,6 +1,8 @@
 """Names of ERNIE-Image. They are the same in the original model and in diffusers."""
 
-from .table import Listing, LoadedNames, NameTable, Sign, by_rules
+from . import loaded_names
+from .signs import Sign
+from .table import Listing, NameTable, by_rules
 
 _of_original, _of_diffusers = by_rules()
 
@@ -20,14 +22,5 @@ ERNIE_IMAGE = NameTable(
     of_diffusers=_of_diffusers,
     kernel=lambda path: 1 if path == "x_embedder.proj" else None,
     listings={"ERNIE-Image": Listing("Ernie", "Apache-2.0")},
-    loaded=LoadedNames(
-        frozenset({("kohya", "diffusers"), ("comfy", "diffusers"), ("diffusers", "diffusers")}),
-        diffusers=frozenset({"diffusers", "comfy", "peft"}),
-        others={
-            "SD.Next": "kohya diffusers comfy",
-            "stable-diffusion.cpp": "diffusers comfy",
-            "mflux": "kohya diffusers comfy",
-            "ai-toolkit": "comfy",
-        },
-    ),
+    loaded=loaded_names.ERNIE_IMAGE,
 )

@@ -1,4 +1,4 @@
-"""Register the names of all families, and find the family of a set of modules or of a base model's name."""
+"""List the names of all families, and find the family of a set of modules or of a base model's name."""
 
 import re
 from collections.abc import Iterable
@@ -10,8 +10,9 @@ from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
 from .qwen import QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
+from .signs import Sign
 from .stable_diffusion import SD2, SD15, SDXL
-from .table import NameTable, Sign
+from .table import NameTable
 
 _ALL = (
     SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, FLUX3, LUMINA2, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE,

@@ -1,6 +1,8 @@
 """Names of FLUX.1, Chroma, LongCat-Image, FLUX.2 and FLUX.3: blocks with separate image and text streams, then joint blocks."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules, clip_signs
+from . import loaded_names
+from .signs import Sign, clip_signs
+from .table import Fusion, Listing, NameTable, by_rules
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _QKV = (1, 1, 1)
@@ -118,11 +120,9 @@ _of_original_3, _of_diffusers_3 = by_rules(
 _STRUCTURE = Sign(r"^(double_blocks|single_blocks|(single_)?transformer_blocks)\.\d+\.")
 _DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(\d|1[0-8])\.attn)\."
 """The attention of up to 19 double blocks. Qwen-Image has 60 blocks with the same name and width in diffusers."""
-_ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."
 _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
 """The hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
-_IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare", "diffusers")}
 _SIGNS_1 = (
     _STRUCTURE,
     Sign(_DOUBLE_ATTENTION, _WIDTH_1),
@@ -133,12 +133,6 @@ _SIGNS_1 = (
 )
 """The signs of the blocks of FLUX.1 and Chroma."""
 
-# diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
-_FORMS_1 = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"}
-_TEXT_FORMS_1 = {
-    "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
-    "comfy": "lora_down lora_down+",
-}
 FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
@@ -155,34 +149,7 @@ FLUX1 = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={"FLUX.1": Listing("Flux.1 D", "FLUX.1 [dev] Non-Commercial License")},
-    loaded=LoadedNames(
-        _IN_COMFYUI,
-        comfyui_t5=("lora_te2_", "lora_te3_"),
-        diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
-        diffusers_paths={"kohya": "original", "comfy": "original"},
-        diffusers_forms=_FORMS_1,
-        diffusers_text_forms=_TEXT_FORMS_1,
-        diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((time|guidance|vector|txt|img)_in|final_layer)\b"),
-        sd_scripts=_ORIGINAL_BLOCKS,
-        invokeai={
-            ("kohya", "original"): _ORIGINAL_BLOCKS,
-            ("comfy", "original"): "",
-            ("diffusers", "diffusers"): _DIFFUSERS_BLOCKS,
-            ("peft", "diffusers"): _DIFFUSERS_BLOCKS,
-            ("xlabs", "original"): r"^double_blocks\.",
-        },
-        invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
-        invokeai_prefixes={"text_encoder_2": "lora_te2_"},
-        others={
-            "Forge": "kohya+ diffusers+ comfy+",
-            "SD.Next": "kohya",
-            "stable-diffusion.cpp": "kohya+ diffusers+ comfy+",
-            "mflux": "diffusers",
-            "OneTrainer": "diffusers+",
-            "ai-toolkit": "diffusers",
-        },
-        others_lack={("SD.Next", "kohya"): r"^(?!double_blocks|single_blocks)"},
-    ),
+    loaded=loaded_names.FLUX1,
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
         "denoiser": "diffusion_model.",
@@ -203,24 +170,7 @@ CHROMA = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={"Chroma": Listing("Chroma", "Apache-2.0")},
-    loaded=LoadedNames(
-        _IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
-        diffusers_paths={"kohya": "original", "comfy": "original"},
-        diffusers_forms=_FORMS_1,
-        diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((txt|img)_in|final_layer)\b"),
-        diffusers_refuses=dict.fromkeys(("kohya", "comfy"), r"^distilled_guidance_layer\."),
-        comfyui_t5=("lora_te1_",),
-        comfyui_lacks=r"^distilled_guidance_layer\.",
-        others={
-            "Forge": "kohya comfy",
-            "SD.Next": "kohya diffusers comfy",
-            "stable-diffusion.cpp": "kohya diffusers comfy",
-            "OneTrainer": "diffusers",
-            "ai-toolkit": "comfy",
-        },
-        others_lack={("OneTrainer", "diffusers"): r"^(?!transformer_blocks|single_transformer_blocks)"},
-    ),
+    loaded=loaded_names.CHROMA,
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
     part_names={"text_encoder_2": "text_encoder", "text_encoder_3": "text_encoder"},
@@ -244,8 +194,7 @@ LONGCAT_IMAGE = NameTable(
     of_diffusers=_of_diffusers_longcat,
     # We don't know of an entry for it in Civitai's list.
     listings={"LongCat-Image": Listing("Other", "Apache-2.0")},
-    # In diffusers only the denoiser loads LoRAs, the pipeline doesn't.
-    loaded=LoadedNames(_IN_COMFYUI, diffusers=frozenset(), comfyui_lacks=r"^time_embed\."),
+    loaded=loaded_names.LONGCAT_IMAGE,
 )
 
 
@@ -275,51 +224,7 @@ FLUX2 = NameTable(
         "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0", _klein("4b")),
         "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License", _klein("9b")),
     },
-    loaded=LoadedNames(
-        _IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
-        diffusers_paths={"kohya": "original"},
-        diffusers_forms={"comfy": "lora_A"},
-        diffusers_lacks={
-            "kohya": r"^(guidance_in|(double|single)_stream_modulation(_img|_txt)?|final_layer\.adaLN_modulation)\."
-        },
-        invokeai={
-            ("kohya", "original"): _ORIGINAL_BLOCKS,
-            ("comfy", "original"): _ORIGINAL_BLOCKS,
-            ("diffusers", "diffusers"): "",
-            ("peft", "diffusers"): "",
-            ("bare", "diffusers"): "",
-        },
-        invokeai_skips=frozenset({"comfy"}),
-        # The smallest FLUX.2 is as wide as FLUX.1. The rows of another layer tell them apart.
-        invokeai_signs=(
-            (Sign(r"^double_blocks\.\d+\.img_attn\.proj$", frozenset({4096, 6144})),),
-            (
-                Sign(r"^double_blocks\.\d+\.img_attn\.proj$", frozenset({3072})),
-                Sign(r"^double_blocks\.\d+\.img_mlp\.0$", frozenset({3072}), ratio=6),
-            ),
-            (Sign(r"^(single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj|transformer_blocks\.0\.ff\.linear_in)$"),),
-            (Sign(r"^context_embedder$"),),
-        ),
-        comfyui_lacks=r"^(double_stream_modulation_|single_stream_modulation\.|time_guidance_embed\.)",
-        diffusers_lokr=frozenset(
-            {
-                ("comfy", "original"),
-                ("peft", "original"),
-                ("bare", "diffusers"),
-                ("lycoris", "diffusers"),
-                ("diffusers", "diffusers"),
-            }
-        ),
-        others={
-            "SD.Next": "kohya diffusers comfy",
-            "stable-diffusion.cpp": "kohya comfy",
-            "mflux": "diffusers",
-            "OneTrainer": "diffusers",
-            "ai-toolkit": "comfy",
-            "musubi-tuner": "kohya",
-        },
-    ),
+    loaded=loaded_names.FLUX2,
 )
 _BLOCKS_3 = r"((content_)?mode_blocks\.image(_cond)?|txt_mode_blocks|single_(transformer_)?blocks)\.\d+"
 FLUX3 = NameTable(
@@ -337,9 +242,5 @@ FLUX3 = NameTable(
     of_diffusers=_of_diffusers_3,
     # We don't know of an entry for it in Civitai's list.
     listings={"FLUX.3 Klein": Listing("Other", "FLUX Kommunity License")},
-    loaded=LoadedNames(
-        comfyui=frozenset(),
-        diffusers=frozenset({"diffusers", "comfy"}),
-        diffusers_lacks={"comfy": r"^(emb_in|txt_in|(ref_)?time_in|(early|single)_stream_modulations|final_layer)\b"},
-    ),
+    loaded=loaded_names.FLUX3,
 )

@@ -1,12 +1,13 @@
 """Names of Ideogram 4. The original model's layers fuse q, k and v in one Linear."""
 
-from .table import Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
+from . import loaded_names
+from .signs import Sign
+from .table import Fusion, Listing, NameTable, by_rules
 
 _of_original, _of_diffusers = by_rules(
     Fusion("layers.{}.attention.qkv", tuple(f"layers.{{}}.attention.to_{x}" for x in "qkv"), (1, 1, 1)),
     Fusion("layers.{}.attention.o", ("layers.{}.attention.to_out.0",)),
 )
-_LAYERS_OF_LORAS = r"layers\.\d+\.(attention\.(qkv|o)|feed_forward\.w[123]|adaln_modulation)"
 
 IDEOGRAM4 = NameTable(
     name="ideogram4",
@@ -27,11 +28,5 @@ IDEOGRAM4 = NameTable(
     of_diffusers=_of_diffusers,
     # We don't know of an entry for it in Civitai's list.
     listings={"Ideogram 4": Listing("Other", "Ideogram Non-Commercial Model Agreement")},
-    loaded=LoadedNames(
-        frozenset({("kohya", "original"), ("comfy", "original")}),
-        diffusers=frozenset({"diffusers", "comfy"}),
-        diffusers_forms={"comfy": "lora_A lora_A+ lora_down lora_down+"},
-        # diffusers refuses the whole file if it has any other module.
-        diffusers_refuses={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
-    ),
+    loaded=loaded_names.IDEOGRAM4,
 )

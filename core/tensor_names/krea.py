@@ -1,6 +1,8 @@
 """Names of Krea 2: single-stream blocks, after a small transformer that fuses the text encoder's hidden states."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
+from . import loaded_names
+from .signs import Sign
+from .table import Fusion, Listing, NameTable, by_rules
 
 _BLOCKS = {
     "blocks.{}": "transformer_blocks.{}",
@@ -38,9 +40,6 @@ _WIDE = (
     r"|transformer_blocks\.\d+\.(attn\.to_(q|gate|out\.0)|ff\.(gate|up)))$"
 )
 
-_NO_NORM = r"^(?!.*norm)"
-_IN_INVOKEAI = "lora_A lora_A+ lora_down lora_down+ named named+"
-
 KREA2 = NameTable(
     name="krea2",
     base_versions=("krea2",),
@@ -56,29 +55,5 @@ KREA2 = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={"Krea 2": Listing("Krea 2", "Krea 2 Community License")},
-    loaded=LoadedNames(
-        TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
-        diffusers=frozenset({"diffusers", "comfy"}),
-        diffusers_paths={"comfy": "original"},
-        diffusers_forms={"comfy": "lora_A"},
-        comfyui_lacks="norm",
-        invokeai={
-            ("kohya", "original"): _NO_NORM,
-            ("invokeai", "original"): _NO_NORM,
-            ("comfy", "original"): _NO_NORM,
-            ("diffusers", "diffusers"): _NO_NORM,
-            ("bare", "diffusers"): _NO_NORM,
-        },
-        invokeai_forms=dict.fromkeys(("kohya", "invokeai", "comfy", "diffusers", "bare"), _IN_INVOKEAI),
-        invokeai_signs=((Sign(r"^(txtfusion|text_fusion)\.|^time_mod_proj$"),),),
-        invokeai_signs_in={"comfy": ((Sign(r"\.attn\.wq$"), Sign(r"\.attn\.gate$")),)},
-        others={
-            "SD.Next": "kohya diffusers comfy",
-            "stable-diffusion.cpp": "kohya diffusers comfy",
-            "mflux": "kohya diffusers comfy",
-            "OneTrainer": "kohya diffusers comfy",
-            "ai-toolkit": "comfy",
-            "musubi-tuner": "kohya comfy",
-        },
-    ),
+    loaded=loaded_names.KREA2,
 )

@@ -1,6 +1,8 @@
 """Names of Lumina-Image 2 and Z-Image: one stack of layers after two refiners."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
+from . import loaded_names
+from .signs import Sign
+from .table import Fusion, Listing, NameTable, by_rules
 
 _STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
@@ -42,8 +44,6 @@ _of_original_z, _of_diffusers_z = by_rules(
     Fusion("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
     Fusion("x_embedder", ("all_x_embedder.2-1",)),
 )
-_IN_A_REFINER = ("attention.qkv", "attention.out", *(f"feed_forward.w{n}" for n in (1, 2, 3)))
-_IN_A_LAYER = (*_IN_A_REFINER, "adaLN_modulation.1")
 _LAYER = r"^(layers|noise_refiner|context_refiner)\.\d+\."
 _LUMINA_INPUTS = _LAYER + r"(attention\.(qkv|out)|attn\.to_\w+(\.0)?|feed_forward\.(w1|w3|linear_1|linear_3))$"
 _Z_IMAGE_INPUTS = _LAYER + r"(attention\.(qkv|out|to_\w+(\.0)?)|feed_forward\.(w1|w3))$"
@@ -58,18 +58,8 @@ LUMINA2 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
-    # ComfyUI uses Z-Image's table of diffusers names for Lumina 2 too. It misses the attention, whose name differs.
     listings={"Lumina 2": Listing("Lumina", "Apache-2.0")},
-    loaded=LoadedNames(
-        frozenset({("kohya", "original"), ("comfy", "original")}),
-        diffusers=frozenset({"diffusers", "comfy"}),
-        diffusers_forms={"comfy": "lora_A"},
-        diffusers_blocks={
-            "comfy": {"layers": _IN_A_LAYER, "noise_refiner": _IN_A_LAYER, "context_refiner": _IN_A_REFINER}
-        },
-        diffusers_refuses={"comfy": r"^([xt]_embedder|cap_embedder|final_layer)\b"},
-        sd_scripts=r"^(layers|noise_refiner|context_refiner|final_layer)\.",
-    ),
+    loaded=loaded_names.LUMINA2,
 )
 ZIMAGE = NameTable(
     name="zimage",
@@ -84,33 +74,7 @@ ZIMAGE = NameTable(
     of_original=_of_original_z,
     of_diffusers=_of_diffusers_z,
     listings={"Z-Image": Listing("ZImageBase", "Apache-2.0")},
-    loaded=LoadedNames(
-        TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
-        diffusers=frozenset({"kohya", "diffusers", "comfy"}),
-        diffusers_forms={
-            "kohya": "lora_down lora_down+ lora lora+",
-            "comfy": "lora_A lora_A+ lora_down lora_down+ lora lora+ named named+",
-            "diffusers": "lora_A lora",
-        },
-        diffusers_lacks={"kohya": r"^(x_embedder|final_layer)\b"},
-        diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
-        diffusers_lokr_with_alpha=frozenset({"bare"}),
-        invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
-        invokeai_forms=dict.fromkeys(("diffusers", "comfy"), "lora_A lora_A+~ lora_down lora_down+ named named+~"),
-        others={
-            "SD.Next": "kohya diffusers comfy",
-            "stable-diffusion.cpp": "kohya diffusers comfy",
-            "mflux": "kohya diffusers comfy",
-            "OneTrainer": "diffusers comfy",
-            "ai-toolkit": "diffusers comfy",
-            "musubi-tuner": "kohya diffusers comfy",
-        },
-        others_lack={
-            ("stable-diffusion.cpp", "kohya"): r"feed_forward",
-            ("mflux", "kohya"): r"attention",
-            ("musubi-tuner", "kohya"): r"attention",
-        },
-    ),
+    loaded=loaded_names.ZIMAGE,
     # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".
     original_in_comfy=False,
 )

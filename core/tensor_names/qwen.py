@@ -1,12 +1,10 @@
 """Names of Qwen-Image, the same in the original model and in diffusers, and of Qwen-Image 2.1."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
+from . import loaded_names
+from .signs import Sign
+from .table import Fusion, Listing, NameTable, by_rules
 
 _of_original, _of_diffusers = by_rules()
-
-_ANY = "lora_A lora_A+ lora_down lora_down+ named named+"
-_IN_INVOKEAI = "lora_A lora_A+~ lora_down lora_down+ named named+~"
-_FORMS = {"kohya": _ANY, "comfy": _ANY, "diffusers": "lora_A lora"}
 
 QWEN_IMAGE = NameTable(
     name="qwen-image",
@@ -21,26 +19,7 @@ QWEN_IMAGE = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={"Qwen-Image": Listing("Qwen", "Apache-2.0")},
-    loaded=LoadedNames(
-        TRANSFORMER_IN_COMFYUI | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
-        diffusers=frozenset({"kohya", "diffusers", "comfy"}),
-        diffusers_forms=_FORMS,
-        invokeai={
-            ("kohya", "diffusers"): r"^transformer_blocks\.",
-            ("diffusers", "diffusers"): "",
-            ("bare", "diffusers"): "",
-        },
-        invokeai_forms={"diffusers": _IN_INVOKEAI, "bare": _IN_INVOKEAI},
-        invokeai_skips=frozenset({"kohya"}),
-        others={
-            "SD.Next": "kohya diffusers comfy",
-            "stable-diffusion.cpp": "kohya diffusers comfy",
-            "mflux": "kohya comfy",
-            "OneTrainer": "kohya diffusers comfy",
-            "ai-toolkit": "diffusers comfy",
-            "musubi-tuner": "kohya",
-        },
-    ),
+    loaded=loaded_names.QWEN_IMAGE,
 )
 
 # ComfyUI fuses two layers of an MLP, the gate first. They are separate in LoRAs and in the published model.
@@ -70,11 +49,5 @@ QWEN_IMAGE_21 = NameTable(
     original_in_kohya=False,
     original_in_comfy=False,
     listings={"Qwen-Image 2.1": Listing("Qwen 2.1", "Qwen Research License")},
-    loaded=LoadedNames(
-        comfyui=frozenset(),
-        diffusers=frozenset({"kohya", "diffusers", "comfy"}),
-        diffusers_forms=_FORMS,
-        diffusers_lacks={"kohya": r"gate_(layer|up)$"},
-        diffusers_refuses={"kohya": r"^(txt_in|modulation)\."},
-    ),
+    loaded=loaded_names.QWEN_IMAGE_21,
 )

@@ -1,16 +1,8 @@
 """Names of SD3 and SD3.5: joint blocks with an image and a text ("context") stream."""
 
-from .table import (
-    CLIP_G_SIGN,
-    TRANSFORMER_IN_COMFYUI,
-    Fusion,
-    Listing,
-    LoadedNames,
-    NameTable,
-    Sign,
-    by_rules,
-    clip_signs,
-)
+from . import loaded_names
+from .signs import CLIP_G_SIGN, Sign, clip_signs
+from .table import Fusion, Listing, NameTable, by_rules
 
 _BLOCK = "transformer_blocks.{}"
 _JOINT = "joint_blocks.{}"
@@ -64,18 +56,7 @@ SD3 = NameTable(
         "SD3.5 Medium": Listing("SD 3.5 Medium", _LICENCE, {"modelspec.architecture": "stable-diffusion-3-3-5-medium"}),
         "SD3.5 Large": Listing("SD 3.5 Large", _LICENCE, {"modelspec.architecture": "stable-diffusion-3-3-5-large"}),
     },
-    loaded=LoadedNames(
-        TRANSFORMER_IN_COMFYUI | {("peft", "diffusers"), ("onetrainer", "diffusers")},
-        comfyui_t5=("lora_te3_",),
-        diffusers=frozenset({"diffusers"}),
-        sd_scripts=r"^joint_blocks\.",
-        others={
-            "Forge": "kohya comfy",
-            "stable-diffusion.cpp": "diffusers comfy",
-            "OneTrainer": "diffusers",
-            "ai-toolkit": "diffusers",
-        },
-    ),
+    loaded=loaded_names.SD3,
     kohya_prefixes={
         "denoiser": "lora_unet_",
         "text_encoder": "lora_te1_",

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from .table import CLIP_G_SIGN, UNET_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, clip_signs
+from . import loaded_names
+from .signs import CLIP_G_SIGN, Sign, clip_signs
+from .table import Fusion, Listing, NameTable
 from .unet import diffusers_unet_path, ldm_unet_path
 
 _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
@@ -39,21 +41,6 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     )
 
 
-_IN_OTHERS = {
-    "A1111": "kohya+", "Forge": "kohya+", "SD.Next": "kohya+", "stable-diffusion.cpp": "kohya+ diffusers comfy",
-    "OneTrainer": "kohya+ diffusers+ comfy+",
-}  # fmt: skip
-"""The schemes that programs load for both SD1.5 and SDXL, as in `LoadedNames.others`."""
-_IN_SD_SCRIPTS = r"\.(attentions|resnets|downsamplers|upsamplers)\."
-
-
-def _invokeai_signs(context_width: int) -> tuple[tuple[Sign, ...], ...]:
-    return (
-        (Sign(r"attn2\.to_[kv]$", frozenset({context_width})),),
-        (Sign(r"self_attn\.", part="text_encoder"),),
-    )
-
-
 _BLOCK_LISTS = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")
 """The list of the blocks with attention, and the list of all blocks."""
 _SD2_TEXT_WIDTH = 1024
@@ -69,17 +56,7 @@ SD15 = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
     listings={"SD 1.5": Listing("SD 1.5", "CreativeML Open RAIL-M")},
-    loaded=LoadedNames(
-        UNET_IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers"}),
-        diffusers_paths={"kohya": "diffusers"},
-        sd_scripts=_IN_SD_SCRIPTS,
-        invokeai={("kohya", "diffusers"): ""},
-        invokeai_text=("lora_te_text_model_",),
-        invokeai_skips=frozenset({"kohya"}),
-        invokeai_signs=_invokeai_signs(768),
-        others=_IN_OTHERS | {"ai-toolkit": "kohya"},
-    ),
+    loaded=loaded_names.SD15,
     kernel=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
@@ -98,17 +75,7 @@ SD2 = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
     listings={"SD 2": Listing("SD 2.1", "CreativeML Open RAIL++-M")},
-    loaded=LoadedNames(
-        UNET_IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers"}),
-        diffusers_paths={"kohya": "diffusers"},
-        diffusers_linear=(".proj_in", ".proj_out"),
-        sd_scripts=_IN_SD_SCRIPTS,
-        invokeai={("kohya", "diffusers"): ""},
-        invokeai_text=("lora_te_text_model_",),
-        invokeai_skips=frozenset({"kohya"}),
-        invokeai_signs=_invokeai_signs(1024),
-    ),
+    loaded=loaded_names.SD2,
     kernel=partial(_kernel, linear_projections=True),
     # As in SD1, sd-scripts builds SD2 with convolutions, but the original model and diffusers have Linear layers.
     kernel_in_kohya=partial(_kernel, linear_projections=False),
@@ -136,15 +103,7 @@ SDXL = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers_sdxl,
     listings={"SDXL": Listing("SDXL 1.0", "CreativeML Open RAIL++-M")},
-    loaded=LoadedNames(
-        UNET_IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers"}),
-        sd_scripts=r"^(input_blocks\.[1-9]\d*|middle_block|output_blocks)\.",
-        invokeai={("kohya", "original"): "", ("kohya", "diffusers"): ""},
-        invokeai_text=("lora_te1_text_model_", "lora_te2_text_model_"),
-        invokeai_signs=((Sign(r"attn2\.to_[kv]$", frozenset({2048})),), (Sign(r"\.transformer_blocks\.[2-9]\."),)),
-        others=_IN_OTHERS,
-    ),
+    loaded=loaded_names.SDXL,
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},

@@ -6,8 +6,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING
+
+from .loaded_names import LoadedNames
+from .signs import Sign
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,120 +88,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A module path and widths that are characteristic of a family."""
-
-    path: str
-    """A regular expression to search for in the dotted path of the module in the file."""
-    inputs: frozenset[int] | None = None
-    """The allowed numbers of input features; None for any, if the sign is only about the structure."""
-    ratio: float | None = None
-    """The number of output rows per input feature; None for any."""
-    part: str = "denoiser"
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(self.path)
-
-    def matches(self, part: str, path: str, shape: tuple[int, ...] | None) -> bool:
-        """Check that a module has the sign. `shape` is its weight's (out, in, ...), or None if unknown."""
-        if part != self.part or not self._pattern.search(path):
-            return False
-        if self.inputs is None and self.ratio is None:
-            return True
-        if shape is None or len(shape) < 2:
-            return False
-        return (self.inputs is None or shape[1] in self.inputs) and (
-            self.ratio is None or shape[0] == round(self.ratio * shape[1])
-        )
-
-    @property
-    def decisive(self) -> bool:
-        """Whether the sign compares widths, so that a match is evidence for this family only."""
-        return self.inputs is not None or self.ratio is not None
-
-
-def clip_signs(width: int) -> tuple[Sign, ...]:
-    """Return the signs of a CLIP of that width as the first text encoder."""
-    return (
-        Sign(r"^(text_model\.)?encoder\.layers\.", part="text_encoder"),
-        Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({width}), part="text_encoder"),
-    )
-
-
-CLIP_G_SIGN = Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({1280}), part="text_encoder_2")
-
-
-UNET_IN_COMFYUI = frozenset(
-    {("kohya", "diffusers"), ("kohya", "original"), ("comfy", "original"), ("lycoris", "diffusers")}
-)
-"""The names of UNets that ComfyUI loads, as in `LoadedNames.comfyui`."""
-TRANSFORMER_IN_COMFYUI = frozenset(
-    {("kohya", "original"), ("comfy", "original"), ("diffusers", "diffusers"), ("lycoris", "diffusers")}
-)
-"""The names that ComfyUI loads for every transformer, as in `LoadedNames.comfyui`; families may add more."""
-
-
-@dataclass(frozen=True)
-class LoadedNames:
-    """The LoRA names of a family that other programs load. core/lora/readers.py uses it and lists the programs' versions."""
-
-    comfyui: frozenset[tuple[str, str]]
-    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths).
-
-    Empty if the tested version lacks the family."""
-    diffusers: frozenset[str]
-    """The schemes that diffusers' pipelines load."""
-    diffusers_paths: Mapping[str, str] = field(default_factory=dict)
-    """Whose paths ("original" or "diffusers") the denoiser's names must have in diffusers' pipelines, by scheme.
-
-    Names in the scheme `diffusers` always have its own paths. Other schemes may have both if they are not listed."""
-    comfyui_t5: tuple[str, ...] = ()
-    """The prefixes of Kohya's names of T5 that ComfyUI loads."""
-    comfyui_lacks: str = r"$^"
-    """A regular expression for the paths that are missing in ComfyUI's table of diffusers' names."""
-    diffusers_forms: Mapping[str, str] = field(default_factory=dict)
-    """The forms of tensors' names that diffusers loads, by scheme, where they differ from `readers.FORMS`."""
-    diffusers_text_forms: Mapping[str, str] = field(default_factory=dict)
-    """The forms of text encoders' names that diffusers loads, by scheme, where they differ from `readers.TEXT_FORMS`."""
-    diffusers_lacks: Mapping[str, str] = field(default_factory=dict)
-    """A regular expression, by scheme, for the paths that diffusers doesn't load because it misreads their names."""
-    diffusers_refuses: Mapping[str, str] = field(default_factory=dict)
-    """A regular expression, by scheme. If a path of the denoiser matches, diffusers refuses the whole file."""
-    diffusers_blocks: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    """The modules that diffusers expects in every block, by scheme and stack of blocks, if it refuses a file without them."""
-    diffusers_linear: tuple[str, ...] = ()
-    """The ends of the denoiser's paths that are Linear in diffusers. It refuses a file that has convolutions there."""
-    diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
-    """The names of LoKr files that diffusers' pipelines load, as in `comfyui`."""
-    diffusers_lokr_with_alpha: frozenset[str] = frozenset()
-    """The schemes of LoKr files that diffusers loads only when they have an alpha."""
-    sd_scripts: str | None = None
-    """A regular expression for the denoiser's paths in Kohya names that sd-scripts loads; None if it lacks the family."""
-    invokeai: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads.
-
-    Empty if InvokeAI lacks the family."""
-    invokeai_forms: Mapping[str, str] = field(default_factory=dict)
-    """The forms of tensors' names that InvokeAI loads, by scheme, where they differ from `readers.INVOKEAI_FORMS`."""
-    invokeai_text: tuple[str, ...] = ()
-    """The prefixes of the text encoders' module names that InvokeAI loads."""
-    invokeai_prefixes: Mapping[str, str] = field(default_factory=dict)
-    """The Kohya prefixes, by part, that InvokeAI loads instead of those in `NameTable.kohya_prefixes`."""
-    invokeai_skips: frozenset[str] = frozenset()
-    """The schemes whose unknown names InvokeAI skips. In other schemes, it refuses the whole file."""
-    invokeai_signs: tuple[tuple[Sign, ...], ...] = ()
-    """The modules that InvokeAI recognises a file by: all signs of one group must match. If empty, only the names matter."""
-    invokeai_signs_in: Mapping[str, tuple[tuple[Sign, ...], ...]] = field(default_factory=dict)
-    """More groups of signs, by the scheme of the file's names."""
-
-    others: Mapping[str, str] = field(default_factory=dict)
-    """The schemes that each program in `readers.OTHERS` loads, with a "+" if it loads CLIP's names too."""
-    others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """A regular expression, by program and scheme, for the denoiser's paths that the program does not load."""
-
-
-@dataclass(frozen=True)
 class Listing:
     """What you have to state about the base model when you publish a LoRA."""
 
@@ -231,10 +120,10 @@ class NameTable:
     """The fusion of a denoiser path in original naming; None for any other path."""
     of_diffusers: Callable[[str], Fusion]
     """The fusion that a denoiser path in diffusers naming belongs to."""
-    loaded: LoadedNames
-    """The names that other programs load."""
     listings: Mapping[str, Listing]
     """The listing of each published model of the family, by the model's title in the tables."""
+    loaded: LoadedNames = LoadedNames()
+    """The names that other programs load."""
     kernel: Callable[[str], int | None] = lambda path: None
     """The kernel size of a denoiser module in diffusers; None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None

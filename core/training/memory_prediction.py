@@ -1,16 +1,22 @@
-"""Predict how much memory a training run needs under each memory plan, and choose the plan to start with."""
+"""Predict how much memory a training run needs under each memory plan, and choose the plan to start with.
+
+A prediction takes steps of a real `Run` on fake tensors. This module alone knows that: what a step can't do without numbers is
+replaced here.
+"""
 
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from ..config import MethodSettings, TrainConfig, name_matches
 from ..device import free_memory, precision_name
@@ -30,12 +36,33 @@ from ..progress import OnWarning
 from ..storage.stored import LazyTensors, NarrowTensor, Stored, narrow_in
 from .encode import LatentCache
 from .methods import METHODS, trains_text
-from .methods.lycoris import LycorisAdapter
+from .methods.lora import LoraAdapter
+from .methods.method import Adapter
 from .step import Run, memory_plans
 from .training_adapter import TrainingAdapter
 
-if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+
+class _FakeMode(FakeTensorMode):
+    """A fake mode in which a step can read what it has to.
+
+    Tensors that are computed from real ones alone are real, such as the lengths of texts from their masks. A truth that only a
+    fake tensor holds is True: peft's draw whether to keep a layer.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if FakeTensor in types:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+                return True
+        elif func not in _CREATING and any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
+            device = kwargs.get("device")
+            if device is None or device.type == "cpu":
+                return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+_CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+"""What torch calls for the numbers of a new tensor."""
 
 
 class StepPrediction:
@@ -55,12 +82,10 @@ class StepPrediction:
         training_adapter: TrainingAdapter | None = None,
         each_block: bool = False,
     ):
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         self._beside = 0 if device.type == "cpu" else _bytes_of(cache)
         for change in training_adapter.changes.values() if training_adapter else ():
             self._beside += sum(allocated(part.numel() * dtype.itemsize, device) for part in change.tensors())
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
+        self._mode = _FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
         self._blocks: AlikeBlocks | None = None
         alike = METHODS[config.method].freezes_weights and not each_block
         empty = _empty_base(
@@ -71,8 +96,11 @@ class StepPrediction:
             with self.run.fast():
                 pass  # makes the adapter create its copies, so that they exist under all plans
             if alike:
-                self._blocks = AlikeBlocks(self.run.denoiser, self.run.adapter.copies())
-                self.run.adapter.copy([(parameter,) for parameter in self._blocks.copied], dtype)
+                adapter = self.run.adapter
+                copies = adapter.copies if isinstance(adapter, LoraAdapter) else {}
+                self._blocks = AlikeBlocks(self.run.denoiser, copies)
+                if isinstance(adapter, LoraAdapter):
+                    adapter.copy([(parameter,) for parameter in self._blocks.copied], dtype)
                 self.run.optimizer.add_param_group({"params": self._blocks.trained})
         self._count = MemoryCount(device)
         self._known: dict[MemoryPlan, int] = {}
@@ -120,8 +148,8 @@ class StepPrediction:
         run.optimizer.zero_grad()
         run.adopt(plan)
         run.frozen_layers = run.frozen_layers if kernels else None
-        beside = [tensor for tensor in run.adapter.beside() if tensor.device == run.device]
-        there = [*run.memory.resident(), *beside, *run.adapter.copies().values()]
+        beside = [tensor for tensor in _kept_by(run.adapter) if tensor.device == run.device]
+        there = [*run.memory.resident(), *beside]
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
         # The memory of these is computed separately.
@@ -158,7 +186,7 @@ def predicted_memory(
 
 
 def _empty_base(
-    mode: "FakeTensorMode",
+    mode: FakeTensorMode,
     base: Base,
     config: TrainConfig,
     dtype: torch.dtype,
@@ -181,7 +209,7 @@ def _empty_base(
     return replace(base, components=components, family=replace(base.family, build=lambda part, _: networks[part]))
 
 
-def _fake_constants(mode: "FakeTensorMode", network: nn.Module) -> None:
+def _fake_constants(mode: FakeTensorMode, network: nn.Module) -> None:
     """Replace constant tensors, such as tables of rotary embeddings, with fake ones. They are not in any file."""
     for module in network.modules():
         for values in (module._buffers, vars(module)):
@@ -191,7 +219,7 @@ def _fake_constants(mode: "FakeTensorMode", network: nn.Module) -> None:
 
 
 def _fake_run(
-    mode: "FakeTensorMode",
+    mode: FakeTensorMode,
     cache: LatentCache,
     base: Base,
     config: TrainConfig,
@@ -218,7 +246,7 @@ def _fake_run(
         is_class=False,
     )
     text = {
-        caption: {name: mode.from_tensor(value) for name, value in conditioning.items()}
+        caption: {name: v if name == "context_mask" else mode.from_tensor(v) for name, v in conditioning.items()}
         for caption, conditioning in cache.text.items()
     }
     class_images = (replace(image, is_class=True),) if any(image.is_class for image in cache.images) else ()
@@ -228,10 +256,16 @@ def _fake_run(
         changes = {path: c.map(mode.from_tensor) for path, c in training_adapter.changes.items() if path in here}
         training_adapter = replace(training_adapter, changes=changes)
     run = Run(small, base, config, device, plan=MemoryPlan(), training_adapter=training_adapter)
-    if isinstance(run.adapter, LycorisAdapter):
-        for layer in run.adapter.layers.values():
-            layer.eval()  # else peft's layers draw a random number to drop layers, and a fake tensor doesn't have one
+    run.memory.offload.store.pins = False  # there is nothing to keep in page-locked memory
     return run
+
+
+def _kept_by(adapter: Adapter) -> Iterator[Tensor]:
+    """Yield the tensors that an adapter keeps besides what it trains: copies in another dtype, or the weights of before."""
+    for values in vars(adapter).values():
+        for value in values.values() if isinstance(values, Mapping) else ():
+            if isinstance(value, Tensor) and value.ndim and not isinstance(value, nn.Parameter):
+                yield value
 
 
 def _marks(base: Base, config: MethodSettings, training_adapter: TrainingAdapter | None, path: str) -> object:

@@ -5,6 +5,7 @@ Each function runs in a process of its own, and returns plain values.
 
 from tests.gpu.fake_cuda import DEVICE, fake_cuda  # isort: skip  # before torch
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -109,10 +110,15 @@ def room_for_one(case: Case, settings: Mapping[str, Any]) -> float:
         return 1.25 * predicted_memory(cache, base, config, DEVICE, dtype, PLAIN) / memory_plan.RESERVE / 2**30
 
 
-def deterministic_after_a_product(photos: Path, output: Path) -> str:
-    """The error of a deterministic training in a process that has used the GPU before, as ComfyUI has."""
+def deterministic_after_a_product(photos: Path, output: Path, workspace: str | None) -> str:
+    """The error of a deterministic training in a process that has used the GPU before, with that setting of cuBLAS."""
+    if workspace:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+    else:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     with fake_cuda():
-        torch.mm(torch.ones(2, 2, device=DEVICE), torch.ones(2, 2, device=DEVICE))
+        if workspace is not None:
+            torch.mm(torch.ones(2, 2, device=DEVICE), torch.ones(2, 2, device=DEVICE))
         case = Case("flux1", settings={**SHORT, "deterministic": True})
         try:
             train(photos, case.base(), case.config(), output=output, device=DEVICE)

@@ -48,8 +48,13 @@ def test_a_second_person_is_trained_and_drawn_as_the_first_one_was(on_card, phot
     assert [choice.live for choice in chosen] == [0, 0] and set(offloads) == {0.0} and len(offloads) == 4
 
 
-def test_a_deterministic_training_works_in_a_process_that_has_used_the_gpu(on_card, photo_folder, tmp_path):
-    assert on_card(hazards.deterministic_after_a_product, photo_folder, tmp_path / "me.safetensors") == ""
+@pytest.mark.parametrize("workspace", [None, ":16:8", ""])
+def test_a_deterministic_training_works_unless_the_process_has_used_the_gpu_otherwise(
+    on_card, photo_folder, tmp_path, workspace
+):
+    error = on_card(hazards.deterministic_after_a_product, photo_folder, tmp_path / "me.safetensors", workspace)
+    assert ("Start the program with CUBLAS_WORKSPACE_CONFIG=:4096:8" in error) == (workspace == "")
+    assert workspace == "" or not error
 
 
 def test_the_doctor_compares_float32_without_tf32(on_card):

@@ -117,20 +117,23 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
     time = timesteps.view(-1, 1, 1, 1) / 1000
     torch.testing.assert_close(noisy, (1 - time) * latents + time * noise)
     denoiser = base.load("denoiser", CPU, torch.float32)
-    weights: dict[str, torch.Tensor] = dict(denoiser.named_parameters())
+    weights = {f"denoiser.{name}": parameter for name, parameter in denoiser.named_parameters()}
     modules = {path: module for (_, path), module in run.adapter.modules().items()}  # pyright: ignore
     leaves = {path: (m.down.clone().requires_grad_(), m.up.clone().requires_grad_()) for path, m in modules.items()}
     for path, (down, up) in leaves.items():
-        weights[f"{path}.weight"] = weights[f"{path}.weight"] + 2.0 / 3 * up @ down
+        name = f"denoiser.{path}.weight"
+        weights[name] = weights[name] + 2.0 / 3 * up @ down
 
-    class Plain:
-        config = denoiser.config
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denoiser = denoiser
 
-        def __call__(self, *arguments, **options):
-            return torch.func.functional_call(denoiser, weights, arguments, options)
+        def forward(self, *inputs):
+            return base.family.predict(self.denoiser, *inputs)
 
     conditioning = stack_conditioning([run.text[image.caption] | image.conditioning for image in images])
-    prediction = base.family.predict(Plain(), noisy, timesteps, conditioning)  # pyright: ignore
+    prediction = torch.func.functional_call(Plain(), weights, (noisy, timesteps, conditioning))
     expected = F.mse_loss(prediction, noise - latents)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

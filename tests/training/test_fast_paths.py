@@ -131,7 +131,7 @@ def test_an_interrupted_pass_leaves_nothing_for_the_next(flow):
     with pytest.raises(KeyboardInterrupt):
         run.accumulate()
     assert isinstance(run.adapter, LoraAdapter)
-    assert all(copy.grad is None for copy in run.adapter._copies.values())
+    assert all(copy.grad is None for copy in run.adapter.copies.values())
     run.accumulate()
     for name, parameter in whole.parameters.items():
         gradient = run.parameters[name].grad

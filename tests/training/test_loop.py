@@ -685,12 +685,12 @@ def test_rslora_is_written_as_the_alpha_that_means_the_same(bases, caches, tmp_p
     assert {module.alpha for module in LoraFile.read(tmp_path / "rs.safetensors").modules().values()} == {8.0}
 
 
-def test_deterministic_arithmetic_is_switched_on_and_back():
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # since core was imported
+def test_deterministic_arithmetic_is_switched_on_and_back(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with deterministic_if(False):
-        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with deterministic_if(True):
-        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(BadConfig, match="deterministic = true: kthvalue does not have"), deterministic_if(True):
         raise RuntimeError("kthvalue does not have a deterministic implementation. You can turn off ...")

@@ -1,20 +1,33 @@
 """The model families. Each other file in this folder is a family, with a FamilySpec that describes it."""
 
 from collections.abc import Mapping
-from importlib import import_module
-from pkgutil import iter_modules
 
 from torch import Tensor
 
 from ...errors import UnknownFamily, counted
 from ...storage.stored import LazyTensors, stored_under
-from ...tensor_names import NAME_TABLES
 from ..spec import DENOISER_PREFIX, FamilySpec
+from .chroma import CHROMA
+from .ernie_image import ERNIE_IMAGE
+from .flux1 import FLUX1
+from .flux2 import FLUX2
+from .flux3 import FLUX3
+from .ideogram4 import IDEOGRAM4
+from .krea2 import KREA2
+from .longcat_image import LONGCAT_IMAGE
+from .qwen_image import QWEN_IMAGE
+from .qwen_image21 import QWEN_IMAGE_21
+from .sd3 import SD3
+from .sd15 import SD15
+from .sdxl import SDXL
+from .zimage import ZIMAGE
 
-_FILES = (vars(import_module(f".{file.name}", __name__)).values() for file in iter_modules(__path__))
-_FOUND = {value.name: value for values in _FILES for value in values if isinstance(value, FamilySpec)}
-FAMILIES: dict[str, FamilySpec] = {name: _FOUND[name] for name in sorted(_FOUND, key=list(NAME_TABLES).index)}
-"""The families by name, in the order of NAME_TABLES, where their names have to be registered."""
+_ALL = (
+    SD15, SDXL, SD3, FLUX1, CHROMA, FLUX2, FLUX3, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE, LONGCAT_IMAGE,
+    IDEOGRAM4,
+)  # fmt: skip
+FAMILIES: dict[str, FamilySpec] = {family.name: family for family in _ALL}
+"""The families by name. They are recognised and listed in this order."""
 
 _OTHERS = {
     DENOISER_PREFIX + "blocks.0.self_attn.q.weight": "Wan",

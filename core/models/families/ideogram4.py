@@ -94,7 +94,6 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("Ideogram4Transformer2DModel", (0, 39), config)
     attention.use_attention(denoiser, _Attention())
     del denoiser.rotary_emb  # files don't contain its frequencies
-    transformer.use_forward(denoiser, _forward)
     return denoiser
 
 
@@ -190,7 +189,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     # The denoiser orders channels by the place in a patch first, FLUX.2's latents by the VAE's channel.
     patches = noisy_latents.unflatten(1, (-1, flux2.PATCH**2)).transpose(1, 2).flatten(1, 2)
     times = 1 - timesteps.float() / 1000
-    velocity = denoiser(patches.flatten(2).transpose(1, 2), context, times, size, mask)
+    velocity = _forward(denoiser, patches.flatten(2).transpose(1, 2), context, times, size, mask)
     channels = velocity.transpose(1, 2).unflatten(1, (flux2.PATCH**2, -1)).transpose(1, 2).flatten(1, 2)
     return -channels.unflatten(2, size)  # the denoiser's velocity is from noise to picture
 

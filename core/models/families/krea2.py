@@ -19,7 +19,7 @@ from ...tensor_names.krea import KREA2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks, holds_numbers
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import qwen_image
 
 TEXT = {"text_encoder": "qwen3vl_4b"}
@@ -134,7 +134,6 @@ class _Attention:
 
 
 def _in_float32(module: Any, _: object) -> None:
-    # A new parameter, since the values of the fake tensors for predicting memory cannot be replaced.
     module.weight = nn.Parameter(module.weight.detach().float(), requires_grad=False)
 
 
@@ -162,7 +161,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
         encoder_hidden_states=context.unflatten(2, (layers, -1)),
         timestep=timesteps / 1000,
         position_ids=F.pad(positions, (0, 0, context.shape[1], 0)),  # all of the text is at 0
-        encoder_attention_mask=mask.to(device) if holds_numbers(mask) and not mask.all() else None,
+        encoder_attention_mask=mask.to(device) if not mask.all() else None,
         return_dict=False,
     )[0]
     return transformer.join_patches(patches, height, width)

@@ -17,7 +17,7 @@ from ...tensor_names.qwen import QWEN_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children, shapes_in
 from ..objective import linear_shift
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks, holds_numbers
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -174,7 +174,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     patches = denoiser(
         transformer.cut_patches(noisy_latents),
         encoder_hidden_states=conditioning["context"].to(noisy_latents.dtype),
-        encoder_hidden_states_mask=mask.to(noisy_latents.device) if holds_numbers(mask) and not mask.all() else None,
+        encoder_hidden_states_mask=mask.to(noisy_latents.device) if not mask.all() else None,
         timestep=timesteps / 1000,
         img_shapes=[(1, height // 2, width // 2)] * len(noisy_latents),
         return_dict=False,

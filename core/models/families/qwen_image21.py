@@ -115,7 +115,6 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
         # Files don't contain the frequencies of the time, so they must not stay on the meta device.
         embedding.time_proj = type(embedding.time_proj)(timestep_dim=embedding.timestep_embedder.linear_1.in_features)
     attention.use_attention(denoiser, _Attention())
-    transformer.use_forward(denoiser, _forward)
     return denoiser
 
 
@@ -216,7 +215,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context = conditioning["context"].to(noisy_latents.dtype)
     height, width = noisy_latents.shape[2:]
     latents = noisy_latents.flatten(2).transpose(1, 2)
-    prediction = denoiser(latents, context, timesteps / 1000, (height, width))
+    prediction = _forward(denoiser, latents, context, timesteps / 1000, (height, width))
     return prediction.transpose(1, 2).unflatten(2, (height, width))
 
 

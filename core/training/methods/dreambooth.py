@@ -52,9 +52,6 @@ class FullAdapter(Adapter):
             for name, parameter in network.named_parameters()
         }
 
-    def beside(self) -> list[Tensor]:
-        return list(self.originals.values())
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
         parameters = self.parameters()

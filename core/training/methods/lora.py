@@ -29,7 +29,7 @@ class LoraAdapter(Adapter):
     """The layer that replaces each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
     """The module whose A each module uses: itself, or the first of the modules that are one in the file (q, k and v)."""
-    _copies: dict[tuple[nn.Parameter, ...], Tensor] = field(default_factory=dict)
+    copies: dict[tuple[nn.Parameter, ...], Tensor] = field(default_factory=dict)
     """Copies of the parameters, some of them stacked, in the dtype of the arithmetic. Empty when that is float32."""
     _places: list[Tensor] = field(default_factory=list)
     """The part of the copies that belongs to each parameter, in their order."""
@@ -42,14 +42,12 @@ class LoraAdapter(Adapter):
             found[f"{part}.{path}.up"] = layer.up
         return found
 
-    def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
-        return self._copies
-
     @torch.no_grad()
     def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:
+        """Make `cast_once` copy these parameters, those of a tuple stacked."""
         # Copy all or none: if memory runs out halfway, the step is repeated.
         copies = {stack: _stacked(stack, dtype) for stack in stacks}
-        self._copies.update(copies)
+        self.copies.update(copies)
         self._places.extend(part for stack, copy in copies.items() for part in _parts(copy.detach(), stack))
 
     @contextmanager
@@ -63,22 +61,22 @@ class LoraAdapter(Adapter):
             for shared in inputs:
                 shared.copies = None
                 shared.forget()
-            for copy in self._copies.values():
+            for copy in self.copies.values():
                 copy.grad = None
 
     @torch.no_grad()
     def _cast(self, inputs: Iterable[SharedInput], dtype: torch.dtype) -> None:
-        if not self._copies:
+        if not self.copies:
             self.copy([*map(SharedInput.downs, inputs), *((layer.up,) for layer in self.layers.values())], dtype)
         # A few kernels for all of them.
-        torch._foreach_copy_(self._places, [parameter for stack in self._copies for parameter in stack])
+        torch._foreach_copy_(self._places, [parameter for stack in self.copies for parameter in stack])
         for shared in inputs:
-            ups = [self._copies[layer.up,] for layer in shared.layers]
-            shared.copies = self._copies[shared.downs()], ups
+            ups = [self.copies[layer.up,] for layer in shared.layers]
+            shared.copies = self.copies[shared.downs()], ups
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        found = [(stack, copy.grad) for stack, copy in self._copies.items() if copy.grad is not None]
+        found = [(stack, copy.grad) for stack, copy in self.copies.items() if copy.grad is not None]
         if not found:
             return
         parameters = [parameter for stack, _ in found for parameter in stack]
@@ -86,7 +84,7 @@ class LoraAdapter(Adapter):
         places = parameters[0].new_empty(sum(sizes)).split(sizes)
         gradients = [place.view(parameter.shape) for place, parameter in zip(places, parameters, strict=True)]
         torch._foreach_copy_(gradients, [part for stack, gradient in found for part in _parts(gradient, stack)])
-        for copy in self._copies.values():
+        for copy in self.copies.values():
             copy.grad = None
         sums = []
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -135,7 +135,6 @@ def _attach(
 ) -> Adapter:
     """Replace the target modules by peft's layers of LoHa ("loha") or LoKr ("lokr"), under the name PEFT_NAME."""
     import peft
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     peft_config: Callable[..., Any] = peft.LoHaConfig
     arguments: dict[str, object] = {"algo": kind}
@@ -156,10 +155,8 @@ def _attach(
             alpha_pattern=_exceptions(alphas_here, config.alpha_for(config.rank)),
             use_effective_conv2d=False,
         )
-        # Without data, which LycorisAdapter.start draws. Without fake tensors too, used in memory prediction: peft can't move
-        # them.
-        with unset_fake_temporarily():
-            peft.inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
+        with torch.device("meta"):  # without data, which LycorisAdapter.start draws
+            peft.inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME)
         layers |= {(part, path): network.get_submodule(path) for path in ranks}
     for module, layer in layers.items():
         for parameters in layer.children():

@@ -72,17 +72,6 @@ class Adapter(ABC):
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors, float32, by name. Names begin with the part and are the same in every run."""
 
-    def beside(self) -> list[Tensor]:
-        """Return the tensors that it keeps in addition to its parameters and the networks."""
-        return []
-
-    def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
-        """Return the tensors that `cast_once` has made, each by the parameters that it copies."""
-        return {}
-
-    def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:  # noqa: B027, as above
-        """Make `cast_once` also copy other parameters that don't belong to the adapter."""
-
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Make the networks compute, within this context, what they did before the adapter was attached."""
