@@ -19,8 +19,8 @@ from .lazy_names import lazy_names
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
-    from . import bench as bench
     from . import demo as demo
+    from . import doctor as doctor
     from . import faces as faces
     from . import lora as lora
     from . import models as models

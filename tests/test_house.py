@@ -10,7 +10,6 @@ import pytest
 from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES
 from tools.house import (
-    FAMILY_EXCEPTIONS,
     MOST_BRANCHES,
     MOST_LINES,
     MOST_REPEATS,
@@ -19,7 +18,6 @@ from tools.house import (
     circles,
     code_lines,
     families_of,
-    family_mentions,
     functions_of,
     imports_of,
     misplaced_mentions,
@@ -130,7 +128,6 @@ def test_an_import_that_runs_late_is_seen_and_closes_a_circle():
 
 def test_nothing_but_a_familys_own_files_knows_it_by_name(sources):
     assert misplaced_mentions(sources) == []
-    assert {one.module for one in family_mentions(sources)} >= set(FAMILY_EXCEPTIONS), "an exception without need"
 
 
 def test_a_family_touches_three_source_files(sources):

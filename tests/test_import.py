@@ -35,7 +35,7 @@ PACKAGES = (
     "core",
     *(
         f"core.{room}"
-        for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
+        for room in ("lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
     ),
 )
 """Those that load a name when it is asked for."""

@@ -24,8 +24,6 @@ from typing import Any, get_args
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.bench.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
-from core.bench.timing import peak_memory, seconds, synchronize
 from core.cli.computing import device_from
 from core.cli.options import add_device, add_json, add_precision
 from core.config import Targets, TrainConfig
@@ -38,6 +36,8 @@ from core.storage.files import write_file
 from core.training.encode import LatentCache
 from core.training.memory_prediction import predicted_memory
 from tools.bench_loops import ComfyLoop, Loop, OurLoop, PlainLoop
+from tools.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
+from tools.timing import peak_memory, seconds, synchronize
 
 WARM_UP = 2
 """The number of steps of each loop before the timed ones. The first is reported as the time to the first step."""

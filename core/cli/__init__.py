@@ -61,9 +61,7 @@ COMMANDS: dict[str, Command] = {
         FILES, "make a folder to upload: a LoRA, a page of text and pictures, without personal data", "lora"
     ),
     "forget": Command(MACHINE, "delete everything that a studio keeps of a person", "studio"),
-    "doctor": Command(
-        MACHINE, "show what this machine has for training and what is missing; --measure also tests it", "doctor"
-    ),
+    "doctor": Command(MACHINE, "show what this machine has for training and what is missing", "doctor"),
     "completion": Command(MACHINE, "print a shell completion script", "machine"),
     "clear-cache": Command(
         MACHINE, "delete everything in the cache folder that was kept of photos and captions", "machine"

@@ -86,10 +86,6 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--measure", action="store_true",
-        help="Test this machine for about a minute: loss and gradient against the CPU, memory and time of steps by plan",
-    )  # fmt: skip
     add_device(parser)
     add_json(parser)
 
