@@ -1,14 +1,23 @@
 """The command `doctor`, which reports what the machine has."""
 
-import argparse
 import json
+from dataclasses import dataclass
 
-from ..device import stay_within_free_memory
-from ..doctor import examine, format_doctor
 from .computing import named_or_best
+from .options import Options
+from .shared_options import device_option, json_option
 
 
-def run_doctor(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class DoctorOptions(Options):
+    device: str | None = device_option()
+    json: bool = json_option()
+
+
+def run(options: DoctorOptions) -> None:
+    from ..device import stay_within_free_memory
+    from ..doctor import examine, format_doctor
+
     device = named_or_best(options.device)
     stay_within_free_memory(device)
     report = examine(device)

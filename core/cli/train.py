@@ -1,65 +1,97 @@
 """The command `train`, which trains a LoRA."""
 
-import argparse
 import json
 import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..config import TrainConfig, config_from
+from .. import lora, models, photos, studio, training  # Their modules load only when a name is used.
+from ..config import RecipeName, TrainConfig, config_from
 from ..errors import BadConfig, BadFile, FaceLoraError
-from ..faces import load_faces
-from ..lora.file import KEY, LoraFile
-from ..lora.sidecars import write_sidecars
-from ..models.base import Base
-from ..photos import check_agreed, read_photos
 from ..progress import READING
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import write_text
-from ..studio import basis, device_rate
-from ..training import (
-    LIKENESS_KEY,
-    METHODS,
-    Callbacks,
-    StepReport,
-    TrainingAdapter,
-    TrainingJob,
-    has_key,
-    recipe_config,
-    state_path,
-    train,
-)
-from ..training.job import metadata_of
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
+from .options import OneOf, Options, argument, option, options_below, settings_below
 from .settings import schedule_from, settings_from
+from .shared_options import (
+    BaseParts,
+    base_option,
+    device_option,
+    dry_run_option,
+    face_network_option,
+    json_option,
+    judge_option,
+    sidecars_option,
+    training_adapter_option,
+)
+from .values import InputName, InputPath, LoraOutput
+
+UNFINISHED = OneOf()
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
+    first = (
+        "--base", "--output", "--recipe", "--trigger", "--class-word", "--steps", "--rank", "--learning-rate", "--method",
+        "--resolution", "--memory-limit", "--dry-run", "--resume", "--restart",
+    )  # fmt: skip
+    photos: InputPath = argument("Folder of photos (jpg, png, webp, heic, ...)", "PHOTOS")
+    base: InputName = base_option()
+    parts: BaseParts = options_below()
+    output: LoraOutput = option("LoRA to write")
+    class_photos: InputPath | None = option("Photos of the class, for prior preservation", "DIR")
+    continue_from: InputPath | None = option("LoRA to continue from", "FILE")
+    training_adapter: InputPath | None = training_adapter_option()
+    config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
+    recipe: Literal["none", RecipeName] = option(
+        "Preset for a quick, normal or thorough training run. Options and the config file override it. none uses the "
+        "defaults listed below (default: balanced)",
+        default="balanced",
+    )
+    resume: bool = option("Continue from the saved state of the same training run, if there is one", one_of=UNFINISHED)
+    restart: bool = option("Start again, and replace any saved state or LoRA", one_of=UNFINISHED)
+    strict: bool = option("Fail on a photo that cannot be read, instead of skipping it")
+    sidecars: bool = sidecars_option()
+    face_network: str | None = face_network_option(None)
+    judge: str | None = judge_option()
+    dry_run: bool = dry_run_option()
+    device: str | None = device_option()
+    json: bool = json_option("Print one JSON object per report instead of a progress bar")
+    given: dict[str, Any] = settings_below()
 
 
 class Cancelled(FaceLoraError):
     """Raised when the user has stopped the command with a signal."""
 
 
-def run_train(options: argparse.Namespace) -> None:
-    check_agreed(options.photos, *filter(None, [options.class_photos]))
-    given = settings_from(options)
-    base = base_from(options, **schedule_from(given))
+def run(options: TrainOptions) -> None:
+    from ..faces import load_faces
+    from ..lora.file import KEY
+
+    photos.check_agreed(options.photos, *filter(None, [options.class_photos]))
+    given = settings_from(options.config, options.given)
+    base = base_from(options.base, options.parts, schedule_from(given))
     stop = StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
-    photos = read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
+    read = photos.read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
     config = (
         config_from(given)
         if options.recipe == "none"
-        else recipe_config(options.recipe, base, len(photos), given, progress.warning)
+        else training.recipe_config(options.recipe, base, len(read), given, progress.warning)
     )
 
     def check_stop(where: str) -> None:
         if stop.asked:
             raise Cancelled(f"stopped{where}; continue with --resume")
 
-    makes = METHODS[config.method].makes
+    makes = training.METHODS[config.method].makes
     if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
@@ -73,10 +105,12 @@ def run_train(options: argparse.Namespace) -> None:
     judge = load_faces(options.judge) if options.judge else None
     class_photos = None
     if options.class_photos:
-        class_photos = read_photos(options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning)
-    start = LoraFile.read(options.continue_from) if options.continue_from else None
-    adapter = training_adapter_from(options, base)
-    job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
+        class_photos = photos.read_photos(
+            options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning
+        )
+    start = lora.LoraFile.read(options.continue_from) if options.continue_from else None
+    adapter = training_adapter_from(options.training_adapter, base)
+    job = training.TrainingJob(options.output.stem, config, read, class_photos or (), start, adapter)
     if options.dry_run:
         return _show_work(options, base, job.looked_at(base, progress.warning))
     callbacks = shown(progress, check_stop)
@@ -87,13 +121,13 @@ def run_train(options: argparse.Namespace) -> None:
             job = job.looked_at(base, progress.warning)
             base.compute_hashes(callbacks.progress(READING))
             key = job.key(base)
-        found = key is not None and not options.restart and has_key(options.output, key, makes)
+        found = key is not None and not options.restart and training.has_key(options.output, key, makes)
         if not found:
             mark = _check_nothing_is_replaced(options, key)
-            train(
+            training.train(
                 job.photos, base, job.config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
-                device=device_from(options), metadata={KEY: key} if key else {},
+                device=device_from(options.device), metadata={KEY: key} if key else {},
                 callbacks=callbacks,
             )  # fmt: skip
             if mark and os.path.exists(mark):
@@ -101,11 +135,14 @@ def run_train(options: argparse.Namespace) -> None:
     _end(options, config, found)
 
 
-def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
+def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
     """Write the files beside the output, and print what was made."""
+    from ..training.job import metadata_of
+
     if options.sidecars:
-        write_sidecars(options.output)
-    size, metadata, makes = options.output.stat().st_size, metadata_of(options.output), METHODS[config.method].makes
+        lora.write_sidecars(options.output)
+    size, metadata = options.output.stat().st_size, metadata_of(options.output)
+    makes = training.METHODS[config.method].makes
     trigger = metadata["modelspec.trigger_phrase"]
     if options.json:
         print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
@@ -114,23 +151,23 @@ def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
             print("already trained from the same photos and settings; use --restart to train it again")
         kind = f"rank {config.rank}" if makes == "lora" else makes
         print(f"{options.output}  ({size / 1e6:.1f} MB, {kind}); use it in a prompt: a photo of {trigger}")
-        if LIKENESS_KEY in metadata:
-            print(format_likeness(json.loads(metadata[LIKENESS_KEY])))
+        if training.LIKENESS_KEY in metadata:
+            print(format_likeness(json.loads(metadata[training.LIKENESS_KEY])))
 
 
-def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> None:
+def _show_work(options: TrainOptions, base: "models.Base", job: "training.TrainingJob") -> None:
     """Print the work of a job on checked photos."""
-    device = device_from(options)
-    shared = basis(job.used, base, job.config, device, job.training_adapter)
+    device = device_from(options.device)
+    shared = studio.basis(job.used, base, job.config, device, job.training_adapter)
     ledger = shared.ledger(job.used, job.config, class_photos=len(job.class_photos))
-    show_work(ledger, device_rate(base, device, job.config.precision), options.json)
+    show_work(ledger, studio.device_rate(base, device, job.config.precision), options.json)
 
 
-def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:
-    return TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
+def training_adapter_from(path: Path | None, base: "models.Base") -> "training.TrainingAdapter | None":
+    return training.TrainingAdapter.open(path, base) if path else None
 
 
-def _check_nothing_is_replaced(options: argparse.Namespace, key: str | None) -> Path | None:
+def _check_nothing_is_replaced(options: TrainOptions, key: str | None) -> Path | None:
     """Raise BadConfig if the output exists, unless the user has asked to replace it. Returns the mark that they have.
 
     The mark lets `--resume` continue with the same job and the same file if the run ends before its first state. It is None
@@ -140,7 +177,7 @@ def _check_nothing_is_replaced(options: argparse.Namespace, key: str | None) -> 
         return None
     about, place = options.output.stat(), os.path.abspath(options.output)
     mark = cache_folder() / "restarts" / content_key("restart", place, about.st_size, about.st_mtime_ns, key)
-    goes_on = options.resume and (state_path(options.output).exists() or os.path.exists(mark))
+    goes_on = options.resume and (training.state_path(options.output).exists() or os.path.exists(mark))
     if not (options.restart or goes_on):
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"
@@ -171,13 +208,13 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def shown(progress: Progress, check_stop: Callable[[str], None]) -> Callbacks:
+def shown(progress: Progress, check_stop: Callable[[str], None]) -> "training.Callbacks":
     """Return callbacks that show progress and check for a stop. Samples are part of training, whose bar stays.
 
     `check_stop` is called with the words for a finished step, such as " after step 2 of 10", else with an empty text.
     """
 
-    def on_step(report: StepReport) -> None:
+    def on_step(report: "training.StepReport") -> None:
         progress.step(report)
         check_stop(f" after step {report.step} of {report.steps}")
 
@@ -186,7 +223,7 @@ def shown(progress: Progress, check_stop: Callable[[str], None]) -> Callbacks:
             progress.phase(phase, done, total)
         check_stop("")
 
-    return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
+    return training.Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
 
 
 class StopOnSignal:
