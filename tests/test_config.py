@@ -65,14 +65,14 @@ def test_what_is_no_pattern_is_refused(pattern):
 
 def test_every_group_has_settings_and_its_heading_in_the_help_in_this_order():
     assert list(dict.fromkeys(map(group_of, SETTINGS))) == list(GROUPS)
-    titles = [group.title for group in command_parser("train")[0]._action_groups]
+    titles = [group.title for group in command_parser("train")._action_groups]
     assert [title for title in titles if str(title).startswith("settings")] == [
         f"settings, {heading}" for heading in GROUPS
     ]
 
 
 def test_every_setting_is_an_option_with_its_help():
-    parser = command_parser("train")[0]
+    parser = command_parser("train")
     actions = {action.dest: action for action in parser._actions}
     everything = actions["help_all"]
     assert isinstance(everything, HelpAll)
@@ -86,7 +86,7 @@ def test_every_setting_is_an_option_with_its_help():
 def test_the_help_says_which_defaults_come_from_the_recipe():
     recipes = [(name, family.recipes) for family in FAMILIES.values() for name in family.recipes]
     assert {*OF_RECIPES} == {setting for name, of_family in recipes for setting in recipe_settings(name, of_family)}
-    help_text = command_parser("train")[0].format_help().replace("\n", " ")
+    help_text = command_parser("train").format_help().replace("\n", " ")
     assert re.search(r"default:\s+the\s+recipe's,\s+else\s+800", help_text)
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.cli.command import command_parser
+from core.cli.command import command_parser, options_type
 from core.cli.options import filled
 from core.config import TrainConfig
 from core.demo.people import person_photos
@@ -123,8 +123,7 @@ UNETS = ("sd15", "sdxl")
 
 def command_options(name: str, *words: str) -> Any:
     """What a command's `run` is given for these words."""
-    parser, command = command_parser(name)
-    return filled(command.options, parser.read(words))
+    return filled(options_type(name), command_parser(name).read(words))
 
 
 def mostly_slow(values: Iterable[str], *fast: str) -> list[Any]:

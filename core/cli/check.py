@@ -9,8 +9,8 @@ from typing import Annotated, get_type_hints
 
 from .. import photos  # Its modules load only when a name is used.
 from .common import base_from, print_warning, terminal_width
-from .options import Options, argument, option, options_below
-from .shared_options import BaseParts, base_option, face_network_option, json_option, overwrite_option
+from .options import Options, argument, below, option
+from .shared_options import BASE, FACE_NETWORK, JSON, OVERWRITE, BaseParts
 from .values import HtmlOutput, InputName, InputPath
 
 
@@ -35,15 +35,15 @@ def threshold_from(text: str) -> tuple[str, float]:
 class CheckOptions(Options):
     photos: InputPath = argument("Folder of photos of one person", "PHOTOS")
     sheet: HtmlOutput | None = option("Also write a page with the faces and the reasons")
-    overwrite: bool = overwrite_option()
-    base: InputName | None = base_option()
-    parts: BaseParts = options_below()
+    overwrite: bool = OVERWRITE
+    base: InputName | None = BASE
+    parts: BaseParts = below()
     resolution: int | None = option("Training resolution in pixels (default: the base model's, or 1024)")
     threshold: list[Annotated[tuple[str, float], threshold_from]] = option(
         "Value at which a verdict changes; may be repeated (docs/photos.md lists the names)", "NAME=NUMBER"
     )
-    face_network: str = face_network_option()
-    json: bool = json_option()
+    face_network: str = FACE_NETWORK
+    json: bool = JSON
 
 
 def run(options: CheckOptions) -> int:

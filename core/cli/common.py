@@ -8,8 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import models, pictures  # Their modules load only when a name is used.
 from ..errors import BadConfig, one_line
@@ -55,13 +56,9 @@ def packs_for(base: str | None, folders: Sequence[Path]) -> "pictures.FoundPacks
     return pictures.find_style_packs([FOLDER, *folders])
 
 
-@overload
-def checkpoint(path: Path) -> Path: ...
-@overload
-def checkpoint(path: None) -> None: ...
-def checkpoint(path: Path | None) -> Path | None:
+def checkpoint(path: Path) -> Path:
     """Return the path of the embedded base model for `demo`, else the given path."""
-    return None if path is None else Path(_source(str(path)))
+    return Path(_source(str(path)))
 
 
 def split_strength(text: str) -> tuple[str, float]:
@@ -132,14 +129,11 @@ class Progress(Protocol):
     def warning(self, message: str) -> None: ...
 
 
-class BarProgress:
+class BarProgress(AbstractContextManager["BarProgress"]):
     """Progress bars on stderr. They read the loss at most twice a second, since reading waits for the device."""
 
     def __init__(self) -> None:
         self._bar, self._name, self._shown = None, "", 0.0
-
-    def __enter__(self) -> "BarProgress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -177,16 +171,13 @@ class BarProgress:
         print_warning(message)
 
 
-class JsonProgress:
+class JsonProgress(AbstractContextManager["JsonProgress"]):
     """Progress as lines of JSON on stdout: at most two per second, and one for the last step."""
 
     def __init__(self) -> None:
         self._shown = 0.0
         self._file = sys.stdout
         """Where it prints, even while other output to stdout is redirected."""
-
-    def __enter__(self) -> "JsonProgress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         pass

@@ -32,7 +32,6 @@ class ConvertOptions(NewLoraOptions):
 
 
 def run(options: ConvertOptions) -> None:
-    path = checkpoint(options.base)
     source = lora.LoraFile.read(options.file, options.family)
     if others := source.other_families:
         print_warning(
@@ -40,8 +39,8 @@ def run(options: ConvertOptions) -> None:
             "name none of them; choose one with --family"
         )
     weight = None
-    if path is not None:
-        base = lora.BaseWeights.open(path)
+    if options.base is not None:
+        base = lora.BaseWeights.open(checkpoint(options.base))
         lora.fit(source, base.family, base.shapes).check(source.name)
         weight = base.read
     elif source.entries and not source.identity.models and not source.identity.is_near:

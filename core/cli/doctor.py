@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from .computing import named_or_best
 from .options import Options
-from .shared_options import device_option, json_option
+from .shared_options import DEVICE, JSON
 
 
 @dataclass(frozen=True)
 class DoctorOptions(Options):
-    device: str | None = device_option()
-    json: bool = json_option()
+    device: str | None = DEVICE
+    json: bool = JSON
 
 
 def run(options: DoctorOptions) -> None:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from .. import lora, models, photos, pictures  # Their modules load only when a name is used.
 from ..config import Precision
 from ..errors import BadConfig, BadStylePack, one_line
-from ..lora.names import trigger_phrases
 from ..progress import OnWarning
 from .common import BarProgress, base_from, packs_for, print_warning, split_strength
 from .computing import device_from
-from .options import Options, option, options_below, settings_below
+from .options import Options, below, option, settings
 from .settings import SCHEDULE
-from .shared_options import BaseParts, base_option, device_option, json_option, seed_option, style_folder_option
+from .shared_options import BASE, DEVICE, SEED, STYLE_FOLDER, BaseParts
 from .values import Folder, InputName, InputPath, Text
 
 if TYPE_CHECKING:
@@ -38,9 +37,9 @@ def size_from(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class GenerateOptions(Options):
-    base: InputName | None = base_option()
-    parts: BaseParts = options_below()
-    schedule: dict[str, Any] = settings_below(SCHEDULE)
+    base: InputName | None = BASE
+    parts: BaseParts = below()
+    schedule: dict[str, Any] = settings(SCHEDULE)
     lora: list[InputName] = option("LoRA to draw with; may be repeated", "FILE[:STRENGTH]")
     person: list[Text] = option(
         "LoRA of one of several people; give one for each. Prompts name them in braces: '{anna} and {ben} in an office'",
@@ -56,7 +55,7 @@ class GenerateOptions(Options):
     )
     style_pack: str | None = option("Draw headshots in the styles of a pack. 'list' lists the packs", "NAME")
     style: list[str] | None = option("Draw only this style of the pack; may be repeated", "NAME")
-    style_folder: list[InputPath] = style_folder_option()
+    style_folder: list[InputPath] = STYLE_FOLDER
     subject: Text | None = option("Words for the person in style prompts (default: the LoRA's trigger phrase)", "WORDS")
     output: Folder | None = option(
         "Folder for the pictures. Existing ones are not drawn again; others with the same name move to DIR/earlier"
@@ -78,7 +77,7 @@ class GenerateOptions(Options):
         default="",
     )
     count: int = option("Pictures for each prompt, or for a whole pack (default: 4)", default=4)
-    seed: int = seed_option()
+    seed: int = SEED
     size: Annotated[tuple[int, int], size_from] | None = option(
         "Size in pixels (default: what the base model was trained at)", "WxH"
     )
@@ -91,8 +90,8 @@ class GenerateOptions(Options):
     clip_skip: int = option("Layer of the text encoder to use; 1 is the last (default: 1)", default=1)
     batch_size: int = option("Pictures drawn at once (default: 1)", default=1)
     precision: Precision = option("Precision of weights and arithmetic (default: auto)", default="auto")
-    device: str | None = device_option()
-    json: bool = json_option("List the pictures as JSON")
+    device: str | None = DEVICE
+    json: bool = option("List the pictures as JSON")
 
 
 def run(options: GenerateOptions) -> None:
@@ -206,7 +205,7 @@ def without_trigger(loras: Loras, prompts: Sequence[str]) -> list[str]:
     """Return a warning for each LoRA whose trigger phrases are all missing from the prompts."""
     shown, warnings = "\n".join(prompts).casefold(), []
     for file, _ in loras:
-        phrases = trigger_phrases(file.metadata)
+        phrases = lora.trigger_phrases(file.metadata)
         called = phrases if file.entries else [*phrases, Path(file.name).stem]  # An embedding has two names.
         if phrases and not any(phrase.casefold() in shown for phrase in called):
             words = " or ".join(map(repr, phrases))
@@ -225,7 +224,7 @@ def unused_strengths(loras: Loras) -> list[str]:
 
 def trigger_phrase(loras: Loras) -> str | None:
     """Return the first trigger phrase in the metadata of the LoRAs, if there is one."""
-    return next((phrase for file, _ in loras for phrase in trigger_phrases(file.metadata)), None)
+    return next((phrase for file, _ in loras for phrase in lora.trigger_phrases(file.metadata)), None)
 
 
 def prompt_jobs(options: GenerateOptions, base: "models.Base", loras: Loras) -> list["pictures.Job"]:

@@ -14,20 +14,10 @@ from ..progress import OnWarning
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, work_in_short
 from .generate import few_steps_hint, unread_syntax
-from .options import Options, argument, option, options_below, settings_below
+from .options import Options, argument, below, option, settings
 from .settings import SCHEDULE, schedule_from, settings_from
-from .shared_options import (
-    BaseParts,
-    base_option,
-    device_option,
-    dry_run_option,
-    json_option,
-    seed_option,
-    sidecars_option,
-    style_folder_option,
-    training_adapter_option,
-)
-from .train import Cancelled, StopOnSignal, shown, training_adapter_from
+from .shared_options import BASE, DEVICE, DRY_RUN, SEED, SIDECARS, STYLE_FOLDER, TRAINING_ADAPTER, BaseParts
+from .train import StopOnSignal, shown, training_adapter_from
 from .values import Folder, InputName, InputPath
 
 STYLE_PACK, COUNT = "corporate", 20
@@ -40,56 +30,51 @@ class OrderOptions:
     """What to train and to draw, for one person or many."""
 
     style_pack: str | None = option("Style pack. `facelora generate --style-pack list` lists them", "NAME")
-    style_folder: list[InputPath] = style_folder_option()
+    style_folder: list[InputPath] = STYLE_FOLDER
     count: int | None = option("Pictures to draw (default: 20)")
-    seed: int = seed_option()
+    seed: int = SEED
     recipe: RecipeName = option(
         "Preset for a quick, normal or thorough training run (default: balanced)", default="balanced"
     )
     config: InputPath | None = option("File with other settings of the training run", "FILE.toml")
-    training_adapter: InputPath | None = training_adapter_option()
+    training_adapter: InputPath | None = TRAINING_ADAPTER
     draw_on: InputName | None = option(
         "Base model to draw on, instead of the one trained on: another of its family, such as SDXL-Lightning", "BASE"
     )
-    sidecars: bool = sidecars_option()
-    given: dict[str, Any] = settings_below(("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
+    sidecars: bool = SIDECARS
+    given: dict[str, Any] = settings(("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
 
 
 @dataclass(frozen=True)
 class HeadshotsOptions(Options):
     usage = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
     photos: InputPath = argument("Folder of 10 to 20 photos of one person", "PHOTOS")
-    base: InputName = base_option()
-    parts: BaseParts = options_below()
+    base: InputName = BASE
+    parts: BaseParts = below()
     output: Folder | None = option(
         "Folder for the LoRA, the pictures and their page. Existing ones are not made again (default: PHOTOS-headshots)"
     )
-    order: OrderOptions = options_below()
+    order: OrderOptions = below()
     yes: bool = option("Ask no questions")
-    dry_run: bool = dry_run_option()
-    device: str | None = device_option()
-    json: bool = json_option("Print one JSON object per report, and ask no questions")
+    dry_run: bool = DRY_RUN
+    device: str | None = DEVICE
+    json: bool = option("Print one JSON object per report, and ask no questions")
 
 
 def run(options: HeadshotsOptions) -> int:
     """Run the command. Returns 1 if no picture is like the person, else 0."""
-    asked, parts = options.order, options.parts
+    asked = options.order
     photos.check_agreed(options.photos)
     place = options.photos.resolve()
     if not (options.output or place.name):
         raise BadConfig(f"{place}: pictures can't be saved beside this folder: choose one with --output")
     folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(asked.config, asked.given)
-    base = base_from(options.base, parts, schedule_from(given), other=asked.draw_on)
+    base, drawn_on = bases_from(options.base, options.parts, asked, given)
     device, adapter = device_from(options.device), training_adapter_from(asked.training_adapter, base)
-    drawn_on = drawn_on_from(asked, base, options.base, parts, given)
-    stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
-
-    def check_stop(where: str) -> None:
-        if stop.asked:
-            raise Cancelled(f"stopped{where}; run the same command again to continue")
-
-    callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
+    stop = StopOnSignal("run the same command again to continue")
+    progress = JsonProgress() if options.json else BarProgress()
+    callbacks = shown(progress, stop, within_steps=True)
     with progress:
         found = packs_for(options.base, asked.style_folder)
         for problem in found.problems:
@@ -129,15 +114,17 @@ def run(options: HeadshotsOptions) -> int:
     return 1 if outcome.advice else 0
 
 
-def drawn_on_from(
-    asked: OrderOptions, base: "models.Base", name: str, parts: BaseParts, given: Mapping[str, Any]
-) -> "models.Base | None":
-    """Return the base model to draw on if it isn't the one to train on. Raises BadConfig or BadFile if it doesn't fit that."""
+def bases_from(
+    name: str, parts: BaseParts, asked: OrderOptions, given: Mapping[str, Any]
+) -> tuple["models.Base", "models.Base | None"]:
+    """Return the base model to train on, and another one to draw on, if given. Raises BadConfig or BadFile unless they fit."""
+    schedule = schedule_from(given)
+    base = base_from(name, parts, schedule, other=asked.draw_on)
     if not asked.draw_on:
-        return None
-    drawn_on = base_from(asked.draw_on, parts, schedule_from(given), other=name)
+        return base, None
+    drawn_on = base_from(asked.draw_on, parts, schedule, other=name)
     studio.check_drawn_on(drawn_on, base)
-    return drawn_on
+    return base, drawn_on
 
 
 def hint_at_few_steps(base: "models.Base", on_warning: OnWarning) -> None:

@@ -12,7 +12,6 @@ from .. import lora, photos, storage  # Their modules load only when a name is u
 from ..errors import BadFile, BadPhoto, one_line
 from .common import progress_bar
 from .options import Options, argument, option
-from .shared_options import json_option
 from .values import InputPath
 
 
@@ -22,7 +21,7 @@ class InspectOptions(Options):
         "A LoRA or a picture. Several files, or a folder of LoRAs, print one line each", "FILE|FOLDER"
     )
     fast: bool = option("Read no tensors. The norms of the blocks are left out")
-    json: bool = json_option("Print everything as JSON")
+    json: bool = option("Print everything as JSON")
 
 
 def run(options: InspectOptions) -> None:

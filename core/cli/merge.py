@@ -23,7 +23,7 @@ class MergeOptions(NewLoraOptions):
 
 def run(options: MergeOptions) -> None:
     named = [split_strength(name) for name in options.files]
-    into, progress = checkpoint(options.into), progress_bar("merging")
+    into, progress = options.into and checkpoint(options.into), progress_bar("merging")
     loras = [(lora.LoraFile.read(path), strength) for path, strength in named]
     if into is None:
         made = lora.merge_loras(loras, options.rank, options.to, on_progress=progress)

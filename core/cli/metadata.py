@@ -6,7 +6,7 @@ from typing import Any
 from .. import lora  # Its modules load only when a name is used.
 from .common import progress_bar
 from .options import Options, argument, option
-from .shared_options import overwrite_option
+from .shared_options import OVERWRITE
 from .values import InputPath, LoraEdited, LoraOutput, Text
 
 
@@ -18,7 +18,7 @@ def new_text() -> Any:
 class MetadataOptions(Options):
     file: LoraEdited = argument("LoRA to change, in place unless you give --output")
     output: LoraOutput | None = option("File to write instead")
-    overwrite: bool = overwrite_option()
+    overwrite: bool = OVERWRITE
     title: Text | None = new_text()
     author: Text | None = new_text()
     description: Text | None = new_text()

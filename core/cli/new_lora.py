@@ -12,7 +12,7 @@ from ..errors import BadFile, FaceLoraError
 from ..storage.files import check_writable
 from .common import print_warning, progress_bar
 from .options import Options, option
-from .shared_options import overwrite_option
+from .shared_options import OVERWRITE
 from .values import LoraOutput
 
 SCHEMES_HELP = (
@@ -27,7 +27,7 @@ class NewLoraOptions(Options):
 
     output: LoraOutput = option("File to write")
     precision: SavePrecision = option("Precision of the tensors (default: fp16)", default="fp16")
-    overwrite: bool = overwrite_option()
+    overwrite: bool = OVERWRITE
 
 
 def save(made: "lora.NewLora", options: NewLoraOptions, sources: Sequence["lora.LoraFile"] = ()) -> None:

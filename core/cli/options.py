@@ -11,10 +11,10 @@ repeated. An option whose type has no None is required, unless it has a default.
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .settings import add_settings, given_settings
 from .values import Output
@@ -43,9 +43,30 @@ class OneOf:
     required: bool = False
 
 
+@dataclass(frozen=True)
+class _Declared:
+    """How a field is given on the command line."""
+
+    text: str
+    metavar: str | None
+    choices: Collection[str] | None
+    nargs: str | None
+    default: Any = None
+    flag: str | None = None
+    one_of: OneOf | None = None
+    is_positional: bool = False
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of a training run that are given as options."""
+
+    only: Collection[str] | None
+
+
 def argument(text: str, metavar: str | None = None, *, choices: Collection[str] | None = None) -> Any:
-    """Return a field for a positional argument: for a list, one or more."""
-    return field(metadata={"is_positional": True, "help": text, "metavar": metavar, "choices": choices, "nargs": "+"})
+    """Declare a positional argument: for a list, one or more."""
+    return _Declared(text, metavar, choices, "+", is_positional=True)
 
 
 def option(
@@ -58,55 +79,54 @@ def option(
     nargs: str | None = None,
     one_of: OneOf | None = None,
 ) -> Any:
-    """Return a field for an option. Its flag is by default the field's name. `nargs` is for a list that is given at once."""
-    told = {"help": text, "metavar": metavar, "default": default, "flag": flag, "choices": choices, "nargs": nargs}
-    return field(metadata=told | {"one_of": one_of})
+    """Declare an option. Its flag is by default the field's name. `nargs` is for a list that is given at once."""
+    return _Declared(text, metavar, choices, nargs, default, flag, one_of)
 
 
-def options_below() -> Any:
-    """Return a field for the options of another dataclass, which is the field's type."""
-    return field()
+def below() -> Any:
+    """Declare the options of another dataclass, the field's type."""
+    return None
 
 
-def settings_below(only: Collection[str] | None = None) -> Any:
-    """Return a field for the given settings of a training run: of all, or of those in `only`."""
-    return field(metadata={"settings": only})
+def settings(only: Collection[str] | None = None) -> Any:
+    """Declare an option for each setting of a training run, or for those in `only`. The field has those that are given."""
+    return _Settings(only)
 
 
-def add_options(parser: argparse.ArgumentParser, of: Any) -> None:
-    """Add the arguments for the fields of the dataclass."""
+def add_options(parser: argparse.ArgumentParser, of: type) -> None:
+    """Add the arguments for the fields of the dataclass, and of the dataclasses in it."""
     groups: dict[OneOf, argparse._ActionsContainer] = {}
-    for name, hint, told in _fields(of):
-        if dataclasses.is_dataclass(hint):
+    for name, hint, declared in _fields(of):
+        if declared is None:
             add_options(parser, hint)
-        elif "settings" in told:
-            add_settings(parser, told["settings"])
-        elif "is_positional" in told:
-            parser.add_argument(name, **_keywords(hint, told))
+        elif isinstance(declared, _Settings):
+            add_settings(parser, declared.only)
+        elif declared.is_positional:
+            parser.add_argument(name, **_keywords(hint, declared))
         else:
-            one_of, flag = told["one_of"], told["flag"] or "--" + name.replace("_", "-")
+            one_of, flag = declared.one_of, declared.flag or "--" + name.replace("_", "-")
             if one_of and one_of not in groups:
                 groups[one_of] = parser.add_mutually_exclusive_group(required=one_of.required)
             place = groups[one_of] if one_of else parser
-            keywords = _keywords(hint, told)
+            keywords = _keywords(hint, declared)
             if hint is not bool:
-                default = [] if told["default"] is None and get_origin(hint) is list else told["default"]
+                default = [] if declared.default is None and get_origin(hint) is list else declared.default
                 keywords |= {"default": default, "required": default is None and not _has_none(hint)}
             place.add_argument(flag, dest=name, **keywords)
 
 
-def _keywords(hint: Any, told: Mapping[str, Any]) -> dict[str, Any]:
+def _keywords(hint: Any, declared: _Declared) -> dict[str, Any]:
     """Return argparse's arguments for a field of that type, besides its default."""
     if hint is bool:
-        return {"help": told["help"], "action": "store_true"}
+        return {"help": declared.text, "action": "store_true"}
     convert, choices, is_list = _values_of(hint)
     return {
-        "help": told["help"],
-        "metavar": convert.metavar if isinstance(convert, Output) else told["metavar"],
-        "choices": choices or told["choices"],
+        "help": declared.text,
+        "metavar": convert.metavar if isinstance(convert, Output) else declared.metavar,
+        "choices": choices or declared.choices,
         "type": convert,
-        "nargs": told["nargs"] if is_list else None,
-        "action": "append" if is_list and not told["nargs"] else None,
+        "nargs": declared.nargs if is_list else None,
+        "action": "append" if is_list and not declared.nargs else None,
     }
 
 
@@ -125,28 +145,28 @@ def _has_none(hint: Any) -> bool:
     return get_origin(hint) in (Union, UnionType)
 
 
-def _fields(of: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yield the name, the type and the metadata of each field."""
+def _fields(of: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name and the type of each field, and how it is declared: None if its type is a dataclass of options."""
     hints = get_type_hints(of, include_extras=True)
-    yield from ((item.name, hints[item.name], item.metadata) for item in dataclasses.fields(of))
+    yield from ((item.name, hints[item.name], item.default) for item in dataclasses.fields(of))
 
 
 def filled(of: type[T], parsed: argparse.Namespace) -> T:
     """Return the dataclass with the values that argparse has made of its options."""
     values: dict[str, Any] = {}
-    for name, hint, told in _fields(of):
-        if dataclasses.is_dataclass(hint):
-            values[name] = filled(cast(type, hint), parsed)
+    for name, hint, declared in _fields(of):
+        if declared is None:
+            values[name] = filled(hint, parsed)
         else:
-            values[name] = given_settings(parsed) if "settings" in told else getattr(parsed, name)
+            values[name] = given_settings(parsed) if isinstance(declared, _Settings) else getattr(parsed, name)
     return of(**values)
 
 
 def given_values(options: object) -> Iterator[tuple[Any, Any]]:
     """Yield the value of each given option after what has converted it from text: for an output, an `Output`."""
-    for name, hint, _ in _fields(type(options)):
+    for name, hint, declared in _fields(type(options)):
         value = getattr(options, name)
-        if dataclasses.is_dataclass(value):
+        if declared is None:
             yield from given_values(value)
         elif value is not None:
             yield _values_of(hint)[0], value

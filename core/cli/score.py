@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import photos, pictures, training  # Their modules load only when a name is used.
 from .common import print_warning
 from .options import Options, argument, option
-from .shared_options import face_network_option, json_option, judge_option, overwrite_option
+from .shared_options import FACE_NETWORK, JSON, JUDGE, OVERWRITE
 from .values import InputPath, PngOutput
 
 
@@ -18,10 +18,10 @@ class ScoreOptions(Options):
     images: InputPath = argument("Folder of pictures", "IMAGES")
     reference: InputPath = option("Folder of photos of the person", "PHOTOS")
     sheet: PngOutput | None = option("Also write a sheet of the sorted pictures")
-    overwrite: bool = overwrite_option()
-    face_network: str = face_network_option()
-    judge: str | None = judge_option()
-    json: bool = json_option()
+    overwrite: bool = OVERWRITE
+    face_network: str = FACE_NETWORK
+    judge: str | None = JUDGE
+    json: bool = JSON
 
 
 def run(options: ScoreOptions) -> None:

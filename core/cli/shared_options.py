@@ -1,7 +1,6 @@
 """Options that several commands have. Importing this doesn't load torch."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from .options import option
 from .values import InputName
@@ -21,48 +20,17 @@ class BaseParts:
     )
 
 
-def base_option() -> Any:
-    return option("Base model: checkpoint file, diffusers folder, hub id, or demo, the small one of the package")
-
-
-def device_option() -> Any:
-    return option("Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
-
-
-def json_option(text: str = "Print JSON") -> Any:
-    return option(text)
-
-
-def overwrite_option() -> Any:
-    return option("Replace the output if it exists")
-
-
-def seed_option() -> Any:
-    return option("Seed of the first picture; the next ones count up (default: 1)", default=1)
-
-
-def style_folder_option() -> Any:
-    return option("Folder with your own style packs; may be repeated", "DIR")
-
-
-def dry_run_option() -> Any:
-    return option("Print the work of each part, the time and the memory, then exit")
-
-
-def face_network_option(default: str | None = "sface") -> Any:
-    text = "Face network that tells people apart: sface, dlib, or a file in ArcFace's format (default: sface)"
-    return option(text, "NAME|FILE.onnx", default=default)
-
-
-def judge_option() -> Any:
-    return option("Second face network. It only reports likeness, and selects or sorts nothing", "NAME|FILE.onnx")
-
-
-def training_adapter_option() -> Any:
-    return option(
-        "LoRA that undoes the distillation of a base model (Turbo, schnell). Used only during training steps", "FILE"
-    )
-
-
-def sidecars_option() -> Any:
-    return option("Also write files that tell other programs the LoRA's words")
+BASE = option("Base model: checkpoint file, diffusers folder, hub id, or demo, the small one of the package")
+DEVICE = option("Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
+DRY_RUN = option("Print the work of each part, the time and the memory, then exit")
+FACE_NETWORK_HELP = "Face network that tells people apart: sface, dlib, or a file in ArcFace's format (default: sface)"
+FACE_NETWORK = option(FACE_NETWORK_HELP, "NAME|FILE.onnx", default="sface")
+JSON = option("Print JSON")
+JUDGE = option("Second face network. It only reports likeness, and selects or sorts nothing", "NAME|FILE.onnx")
+OVERWRITE = option("Replace the output if it exists")
+SEED = option("Seed of the first picture; the next ones count up (default: 1)", default=1)
+SIDECARS = option("Also write files that tell other programs the LoRA's words")
+STYLE_FOLDER = option("Folder with your own style packs; may be repeated", "DIR")
+TRAINING_ADAPTER = option(
+    "LoRA that undoes the distillation of a base model (Turbo, schnell). Used only during training steps", "FILE"
+)

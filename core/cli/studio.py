@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from .. import lora, models, studio  # Their modules load only when a name is used.
 from ..errors import BadConfig
 from ..progress import READING
-from .common import JsonProgress, base_from, packs_for, progress_bar
+from .common import JsonProgress, packs_for, progress_bar
 from .computing import device_from, show_work
 from .headshots import (
     COUNT,
     OrderOptions,
-    drawn_on_from,
+    bases_from,
     hint_at_few_steps,
     unread_in_pack,
     usual_pack_and_size,
 )
-from .options import Options, argument, option, options_below
-from .settings import schedule_from, settings_from
-from .shared_options import BaseParts, base_option, device_option, dry_run_option, json_option
+from .options import Options, argument, below, option
+from .settings import settings_from
+from .shared_options import BASE, DEVICE, DRY_RUN, BaseParts
 from .studio_progress import StudioProgress, planned
 from .train import StopOnSignal, shown, training_adapter_from
 from .values import Folder, InputName, InputPath
@@ -36,19 +36,19 @@ class StudioOptions(Options):
         "(.csv, .jsonl) with name, photos and agreed",
         "PEOPLE",
     )
-    base: InputName = base_option()
-    parts: BaseParts = options_below()
+    base: InputName = BASE
+    parts: BaseParts = below()
     output: Folder = option(
         "Folder for the report, and for a folder of each person. Existing results are not made again"
     )
-    order: OrderOptions = options_below()
-    device: str | None = device_option()
+    order: OrderOptions = below()
+    device: str | None = DEVICE
     ray: str | None = option(
         "Make several people at once, each on a GPU. Head node of a Ray cluster, or local for this machine's GPUs",
         "HOST:PORT|local",
     )
-    dry_run: bool = dry_run_option()
-    json: bool = json_option("Print one JSON object per report and person")
+    dry_run: bool = DRY_RUN
+    json: bool = option("Print one JSON object per report and person")
 
 
 def run(options: StudioOptions) -> int:
@@ -57,12 +57,9 @@ def run(options: StudioOptions) -> int:
 
     if options.ray and options.device:
         raise BadConfig("--device: leave this out, since each of Ray's workers has its own device")
-    waits = (
-        at_work(options.output / studio.REPORT)
-        if os.path.isdir(options.output) and not options.dry_run
-        else nullcontext()
-    )
-    with waits:  # Already while the model is read, `forget` would miss people who are yet to be made.
+    is_making = os.path.isdir(options.output) and not options.dry_run
+    # Already while the model is read, `forget` would miss people who are yet to be made.
+    with at_work(options.output / studio.REPORT) if is_making else nullcontext():
         return _make_all(options)
 
 
@@ -70,7 +67,7 @@ def _make_all(options: StudioOptions) -> int:
     people = studio.read_people(options.people)
     asked = options.order
     given = settings_from(asked.config, asked.given)
-    base = base_from(options.base, options.parts, schedule_from(given), other=asked.draw_on)
+    base, drawn_on = bases_from(options.base, options.parts, asked, given)
     device = None if options.ray else device_from(options.device)
     found = packs_for(options.base, asked.style_folder)
     usual, size = usual_pack_and_size(options.base)
@@ -83,19 +80,14 @@ def _make_all(options: StudioOptions) -> int:
         recipe=asked.recipe,
         settings=given,
         training_adapter=training_adapter_from(asked.training_adapter, base),
-        drawn_on=drawn_on_from(asked, base, options.base, options.parts, given),
+        drawn_on=drawn_on,
     )
-    stop, failed = StopOnSignal(), False
+    stop, failed = StopOnSignal(None), False  # Our own errors would only fail this person.
     if (options.output / studio.REPORT).is_file():  # The plan compares the base model with those in the report.
         terms.compute_hashes(base, progress_bar(READING))
     before = studio.plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
-
-    def check_stop(_where: str) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt  # Our own errors would only fail this person.
-
-    callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
+    callbacks = shown(progress, stop, within_steps=True)
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
     for problem in (*found.problems, *_unread(people, terms, base), *(refused if options.dry_run else ())):
         callbacks.on_warning(problem)

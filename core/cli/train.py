@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,9 @@ from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import write_text
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
-from .options import OneOf, Options, argument, option, options_below, settings_below
+from .options import OneOf, Options, argument, below, option, settings
 from .settings import schedule_from, settings_from
-from .shared_options import (
-    BaseParts,
-    base_option,
-    device_option,
-    dry_run_option,
-    face_network_option,
-    json_option,
-    judge_option,
-    sidecars_option,
-    training_adapter_option,
-)
+from .shared_options import BASE, DEVICE, DRY_RUN, FACE_NETWORK_HELP, JUDGE, SIDECARS, TRAINING_ADAPTER, BaseParts
 from .values import InputName, InputPath, LoraOutput
 
 UNFINISHED = OneOf()
@@ -43,12 +32,12 @@ class TrainOptions(Options):
         "--resolution", "--memory-limit", "--dry-run", "--resume", "--restart",
     )  # fmt: skip
     photos: InputPath = argument("Folder of photos (jpg, png, webp, heic, ...)", "PHOTOS")
-    base: InputName = base_option()
-    parts: BaseParts = options_below()
+    base: InputName = BASE
+    parts: BaseParts = below()
     output: LoraOutput = option("LoRA to write")
     class_photos: InputPath | None = option("Photos of the class, for prior preservation", "DIR")
     continue_from: InputPath | None = option("LoRA to continue from", "FILE")
-    training_adapter: InputPath | None = training_adapter_option()
+    training_adapter: InputPath | None = TRAINING_ADAPTER
     config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
     recipe: Literal["none", RecipeName] = option(
         "Preset for a quick, normal or thorough training run. Options and the config file override it. none uses the "
@@ -58,17 +47,13 @@ class TrainOptions(Options):
     resume: bool = option("Continue from the saved state of the same training run, if there is one", one_of=UNFINISHED)
     restart: bool = option("Start again, and replace any saved state or LoRA", one_of=UNFINISHED)
     strict: bool = option("Fail on a photo that cannot be read, instead of skipping it")
-    sidecars: bool = sidecars_option()
-    face_network: str | None = face_network_option(None)
-    judge: str | None = judge_option()
-    dry_run: bool = dry_run_option()
-    device: str | None = device_option()
-    json: bool = json_option("Print one JSON object per report instead of a progress bar")
-    given: dict[str, Any] = settings_below()
-
-
-class Cancelled(FaceLoraError):
-    """Raised when the user has stopped the command with a signal."""
+    sidecars: bool = SIDECARS
+    face_network: str | None = option(FACE_NETWORK_HELP, "NAME|FILE.onnx")
+    judge: str | None = JUDGE
+    dry_run: bool = DRY_RUN
+    device: str | None = DEVICE
+    json: bool = option("Print one JSON object per report instead of a progress bar")
+    given: dict[str, Any] = settings()
 
 
 def run(options: TrainOptions) -> None:
@@ -78,7 +63,7 @@ def run(options: TrainOptions) -> None:
     photos.check_agreed(options.photos, *filter(None, [options.class_photos]))
     given = settings_from(options.config, options.given)
     base = base_from(options.base, options.parts, schedule_from(given))
-    stop = StopOnSignal()
+    stop = StopOnSignal("continue with --resume")
     progress = JsonProgress() if options.json else BarProgress()
     read = photos.read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
     config = (
@@ -86,11 +71,6 @@ def run(options: TrainOptions) -> None:
         if options.recipe == "none"
         else training.recipe_config(options.recipe, base, len(read), given, progress.warning)
     )
-
-    def check_stop(where: str) -> None:
-        if stop.asked:
-            raise Cancelled(f"stopped{where}; continue with --resume")
-
     makes = training.METHODS[config.method].makes
     if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
@@ -113,7 +93,7 @@ def run(options: TrainOptions) -> None:
     job = training.TrainingJob(options.output.stem, config, read, class_photos or (), start, adapter)
     if options.dry_run:
         return _show_work(options, base, job.looked_at(base, progress.warning))
-    callbacks = shown(progress, check_stop)
+    callbacks = shown(progress, stop)
     key = None
     with stop, progress:
         # The key doesn't cover networks: another one may select and hold out different photos, and a judge adds measurements.
@@ -208,38 +188,48 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def shown(progress: Progress, check_stop: Callable[[str], None]) -> "training.Callbacks":
-    """Return callbacks that show progress and check for a stop. Samples are part of training, whose bar stays.
-
-    `check_stop` is called with the words for a finished step, such as " after step 2 of 10", else with an empty text.
-    """
-
-    def on_step(report: "training.StepReport") -> None:
-        progress.step(report)
-        check_stop(f" after step {report.step} of {report.steps}")
-
-    def on_phase(phase: str, done: int, total: int) -> None:
-        if phase != "samples":
-            progress.phase(phase, done, total)
-        check_stop("")
-
-    return training.Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
+class Cancelled(FaceLoraError):
+    """Raised when the user has stopped the command with a signal."""
 
 
 class StopOnSignal:
-    """Make Ctrl-C and SIGTERM only set `asked` within the context, to stop between two steps. A second signal stops at once."""
+    """Make Ctrl-C and SIGTERM only take effect at `check` within the context. A second signal stops at once."""
 
-    asked: bool = False
+    def __init__(self, advice: str | None) -> None:
+        """Take what the user can do after a stop, for the message; None raises KeyboardInterrupt instead."""
+        self._advice, self._is_asked = advice, False
 
-    def __enter__(self) -> "StopOnSignal":
+    def __enter__(self) -> None:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
-        if self.asked:
+        if self._is_asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self._is_asked = True
+
+    def check(self, where: str = "") -> None:
+        """Stop if that was asked for. `where` is the place in words, such as " after step 2 of 10"."""
+        if self._is_asked:
+            raise Cancelled(f"stopped{where}; {self._advice}") if self._advice else KeyboardInterrupt
+
+
+def shown(progress: Progress, stop: StopOnSignal, within_steps: bool = False) -> "training.Callbacks":
+    """Return callbacks that show progress and check for a stop, at phases and steps or also within steps."""
+
+    def on_step(report: "training.StepReport") -> None:
+        progress.step(report)
+        stop.check(f" after step {report.step} of {report.steps}")
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase != "samples":  # They are part of training, whose bar stays.
+            progress.phase(phase, done, total)
+        stop.check()
+
+    return training.Callbacks(
+        on_step=on_step, on_phase=on_phase, on_warning=progress.warning,
+        check_cancelled=stop.check if within_steps else None,
+    )  # fmt: skip

@@ -16,7 +16,8 @@ class VerifyOptions(Options):
 
 
 def run(options: VerifyOptions) -> int:
-    faults = lora.verify_lora(options.file, checkpoint(options.base), on_progress=progress_bar("reading"))
+    base = options.base and checkpoint(options.base)
+    faults = lora.verify_lora(options.file, base, on_progress=progress_bar("reading"))
     for fault in faults:
         print(f"{'error' if fault.is_error else 'odd'}: {one_line(fault.text)}")
     if not faults:

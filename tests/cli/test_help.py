@@ -38,7 +38,7 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_has_short_sentences_and_explains_every_option(command):
-    parser = command_parser(command)[0]
+    parser = command_parser(command)
     for action in parser._actions:
         if isinstance(action, HelpAll):
             action.show()

@@ -46,7 +46,7 @@ def test_a_home_folder_that_the_shell_has_left_is_the_users(monkeypatch, tmp_pat
     assert input_path("~a.safetensors") == Path("~a.safetensors") and OutputFolder("DIR")("a/~") == Path("a/~")
 
 
-ACTIONS = [(command, action) for command in COMMANDS for action in command_parser(command)[0]._actions]
+ACTIONS = [(command, action) for command in COMMANDS for action in command_parser(command)._actions]
 FILES = [(command, action) for command, action in ACTIONS if isinstance(action.type, OutputFile)]
 FOLDERS = [(command, action) for command, action in ACTIONS if isinstance(action.type, OutputFolder)]
 

@@ -38,7 +38,7 @@ def odd_option(desk: Desk, draw: Random) -> None:
         "generate": ["--style-pack", "list"],
     }  # fmt: skip
     command = draw.choice(list(given))
-    actions = [one for one in command_parser(command)[0]._actions if one.option_strings and one.nargs != 0]
+    actions = [one for one in command_parser(command)._actions if one.option_strings and one.nargs != 0]
     action = draw.choice(actions)
     places = {
         OutputFile: ["a.safetensors", "photos/1.png", "pipe", "photos"],
