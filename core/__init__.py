@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from .lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from . import bench as bench
     from . import demo as demo
+    from . import doctor as doctor
     from . import faces as faces
     from . import lora as lora
     from . import models as models

@@ -1,13 +1,12 @@
 """core/config.py: what is said of a setting once is what the command line and every check go by."""
 
-import argparse
 import dataclasses
 import math
 import re
 
 import pytest
 
-from core.cli.arguments import add_train
+from core.cli.command import command_parser
 from core.cli.options import HelpAll
 from core.cli.settings import OF_RECIPES
 from core.config import GROUPS, TrainConfig, config_from, group_of, name_matches, parse_toml
@@ -17,12 +16,6 @@ from core.training.recipes import recipe_settings
 
 SETTINGS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 BOUNDED = {name: item.metadata for name, item in SETTINGS.items() if item.metadata["low"] is not None}
-
-
-def train_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    add_train(parser)
-    return parser
 
 
 @pytest.mark.parametrize("name", sorted(BOUNDED.keys() - {"rank_pattern", "alpha_pattern", "more_resolutions"}))
@@ -72,14 +65,14 @@ def test_what_is_no_pattern_is_refused(pattern):
 
 def test_every_group_has_settings_and_its_heading_in_the_help_in_this_order():
     assert list(dict.fromkeys(map(group_of, SETTINGS))) == list(GROUPS)
-    titles = [group.title for group in train_parser()._action_groups]
+    titles = [group.title for group in command_parser("train")._action_groups]
     assert [title for title in titles if str(title).startswith("settings")] == [
         f"settings, {heading}" for heading in GROUPS
     ]
 
 
 def test_every_setting_is_an_option_with_its_help():
-    parser = train_parser()
+    parser = command_parser("train")
     actions = {action.dest: action for action in parser._actions}
     everything = actions["help_all"]
     assert isinstance(everything, HelpAll)
@@ -93,7 +86,7 @@ def test_every_setting_is_an_option_with_its_help():
 def test_the_help_says_which_defaults_come_from_the_recipe():
     recipes = [(name, family.recipes) for family in FAMILIES.values() for name in family.recipes]
     assert {*OF_RECIPES} == {setting for name, of_family in recipes for setting in recipe_settings(name, of_family)}
-    help_text = train_parser().format_help().replace("\n", " ")
+    help_text = command_parser("train").format_help().replace("\n", " ")
     assert re.search(r"default:\s+the\s+recipe's,\s+else\s+800", help_text)
 
 

@@ -21,7 +21,7 @@ from typing import get_args
 import pytest
 
 import core
-from core.cli import COMMANDS, function_of, main, run_of
+from core.cli import COMMANDS, main
 from core.config import RecipeName, SavePrecision
 from core.device import PRECISIONS
 from core.training import RECIPES
@@ -35,7 +35,7 @@ PACKAGES = (
     "core",
     *(
         f"core.{room}"
-        for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
+        for room in ("lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
     ),
 )
 """Those that load a name when it is asked for."""
@@ -59,7 +59,8 @@ def modules_after_each(*statements: str) -> list[set[str]]:
 def loaded() -> list[set[str]]:
     """What the commands of LoRA files load, then what a script loads; in one process, which torch keeps busy for a while."""
     return modules_after_each(
-        "import core.cli.lora", "import core; assert callable(core.train) and callable(core.lora.LoraFile.read)"
+        "from core import lora; lora.convert_lora, lora.verify_lora, lora.edit_metadata, lora.write_sidecars",
+        "import core; assert callable(core.train) and callable(core.lora.LoraFile.read)",
     )
 
 
@@ -97,10 +98,6 @@ def test_help_needs_no_library(arguments):
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
-def test_every_command_has_the_function_that_runs_it():
-    assert all(callable(function_of(run_of(name))) for name in COMMANDS)
-
-
 def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
     assert set(get_args(RecipeName)) == {*RECIPES}
     assert set(get_args(SavePrecision)) == {*PRECISIONS}
@@ -108,7 +105,7 @@ def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
 
 def test_the_commands_of_lora_files_load_nothing_of_the_training(loaded):
     modules, after_training = loaded
-    assert "core.cli.lora" in modules and not [name for name in modules if name.startswith("core.training")]
+    assert "core.lora.convert" in modules and not [name for name in modules if name.startswith("core.training")]
     assert "core.training" in after_training
 
 

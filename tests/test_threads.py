@@ -97,11 +97,11 @@ def printed(code: str, environment: dict[str, str]) -> str:
 
 
 SEEN = """
-import json, os, core.cli
-def run(options):
+import json, os, core.cli, core.cli.doctor as doctor
+def run(options: doctor.DoctorOptions):
     import torch
     print(json.dumps([os.environ.get("GOMP_SPINCOUNT"), torch.get_num_threads()]))
-core.cli.function_of = lambda place, known=core.cli.function_of: run if place.endswith(":run_doctor") else known(place)
+doctor.run = run
 core.cli.main(["doctor"])
 """
 

@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.cli.command import command_parser, options_type
+from core.cli.options import filled
 from core.config import TrainConfig
 from core.demo.people import person_photos
 from core.lora.file import LoraFile
@@ -117,6 +119,11 @@ FULL_SDXL = Shape(
 
 UNETS = ("sd15", "sdxl")
 """Families whose denoiser is a UNet."""
+
+
+def command_options(name: str, *words: str) -> Any:
+    """What a command's `run` is given for these words."""
+    return filled(options_type(name), command_parser(name).read(words))
 
 
 def mostly_slow(values: Iterable[str], *fast: str) -> list[Any]:

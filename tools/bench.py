@@ -24,11 +24,8 @@ from typing import Any, get_args
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.bench.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
-from core.bench.timing import peak_memory, seconds, synchronize
 from core.cli.computing import device_from
-from core.cli.options import add_device, add_json, add_precision
-from core.config import Targets, TrainConfig
+from core.config import Precision, Targets, TrainConfig
 from core.device import device_and_dtype, precision_name, processor
 from core.errors import BadConfig, BadFile, FaceLoraError
 from core.models.base import Base
@@ -38,6 +35,8 @@ from core.storage.files import write_file
 from core.training.encode import LatentCache
 from core.training.memory_prediction import predicted_memory
 from tools.bench_loops import ComfyLoop, Loop, OurLoop, PlainLoop
+from tools.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
+from tools.timing import peak_memory, seconds, synchronize
 
 WARM_UP = 2
 """The number of steps of each loop before the timed ones. The first is reported as the time to the first step."""
@@ -390,7 +389,7 @@ def arguments() -> argparse.ArgumentParser:
         default="transformer",
         help="Layers that get an adapter (default: transformer)",
     )
-    add_precision(parser)
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="Precision (default: auto)")
     parser.add_argument("--compile", action="store_true", help="Compile the blocks of our loop")
     parser.add_argument("--steps", type=int, default=20, help="Timed steps of each loop (default: 20)")
     parser.add_argument(
@@ -410,8 +409,8 @@ def arguments() -> argparse.ArgumentParser:
         default=REAL_CHANNELS,
         help=f"Channels of the first level (default: {REAL_CHANNELS}, the real size)",
     )
-    add_device(parser)
-    add_json(parser)
+    parser.add_argument("--device", help="Device: cpu, cuda, ... (default: the best available)")
+    parser.add_argument("--json", action="store_true", help="Print JSON")
     return parser
 
 
@@ -419,7 +418,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = arguments()
     options = parser.parse_args(given)
     try:
-        report = run(options, device_from(options))
+        report = run(options, device_from(options.device))
         print(json.dumps(report, indent=1) if options.json else format_report(report))
         if options.append:  # Print first: the measurement survives a failed write.
             append_report(options.append, report, shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]]))

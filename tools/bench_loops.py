@@ -1,6 +1,6 @@
 """The training loops that the benchmark times on the same weights: ours, a plain diffusers and peft loop, and ComfyUI's.
 
-They train a denoiser with random weights (core/bench/random_models.py).
+They train a denoiser with random weights (tools/random_models.py).
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.bench.random_models import CAPTION
 from core.config import TrainConfig
 from core.device import device_and_dtype, precision_name
 from core.errors import BadConfig
@@ -26,6 +25,7 @@ from core.models.spec import Conditioning, FamilySpec
 from core.training.encode import LatentCache
 from core.training.methods import peak_rate
 from core.training.step import Run
+from tools.random_models import CAPTION
 
 TRAINER = Path(__file__).with_name("comfyui_trainer.py")
 """The program that runs ComfyUI's own trainer."""

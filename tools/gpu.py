@@ -23,20 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from core.bench.doctor import (
-    FLUX_WIDTH,
-    SMALL_CHANNELS,
-    SMALL_RESOLUTION,
-    agreement,
-    eight_bit_weights,
-    examine,
-    products,
-    trial,
-)
-from core.bench.random_models import CAPTION, REAL_CHANNELS, SHAPES, random_base, random_cache, random_component
-from core.bench.timing import peak_memory, seconds
 from core.config import TrainConfig
 from core.device import deterministic_if, device_and_dtype, precision_name, release_memory, whole_or_in_tiles
+from core.doctor import examine
 from core.errors import BadConfig
 from core.models.base import Base, CaptionEncoder
 from core.models.families import FAMILIES
@@ -50,7 +39,18 @@ from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
 from tools.bench import LEAST_ROUNDS, append_text, bench, format_report, matmul, take_turns
 from tools.bench_loops import OurLoop
+from tools.random_models import CAPTION, REAL_CHANNELS, SHAPES, random_base, random_cache, random_component
 from tools.small_flows import FLOW, SMALL_FLOWS, WIDE_FLOW, random_flow
+from tools.timing import peak_memory, seconds
+from tools.trials import (
+    FLUX_WIDTH,
+    SMALL_CHANNELS,
+    SMALL_RESOLUTION,
+    agreement,
+    eight_bit_weights,
+    products,
+    trial,
+)
 
 T = TypeVar("T")
 Measurements = Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]
@@ -473,7 +473,7 @@ def measure(
     being measured.
     """
     stages: dict[str, dict[str, Any]] = {}
-    machine = examine(session.device, False).as_dict()
+    machine = examine(session.device).as_dict()
     found = {"command": command, "date": date.today().isoformat(), "machine": machine, "stages": stages}
     for name, stage in COMMANDS[command].items():
         rows, longest = stages.setdefault(name, {}), LONGEST

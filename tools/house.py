@@ -16,23 +16,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("errors", "lazy_names", "threads", "progress", "version", "config", "device", "storage"),
+    ("errors", "lazy_names", "threads", "progress", "version", "config", "device", "doctor", "storage"),
     ("tensor_names",),
     ("faces",),
     ("photos", "models"),
     ("lora",),
     ("pictures",),
     ("training",),
-    ("studio", "bench", "demo"),
+    ("studio", "demo"),
     ("cli", "nodes", "tools"),
 )
 """The rooms from the lowest storey to the highest. A module may import from its own storey and from those below."""
 FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.")
 """Where families may be known by name."""
-FAMILY_EXCEPTIONS = {
-    "core.bench.random_models": "the shapes of two published models, which measurements build without weights",
-}
-"""Modules elsewhere that name a family, and why. Nothing that a user runs needs a new one in them."""
 MOST_LINES, MOST_BRANCHES = 80, 25
 """What a function may have."""
 SAME_LINES, MOST_REPEATS = 6, 16
@@ -225,20 +221,15 @@ def family_mentions(modules: Mapping[str, ast.Module]) -> list[Mention]:
 
 
 def misplaced_mentions(modules: Mapping[str, ast.Module]) -> list[Mention]:
-    """The places that name a family where none should, FAMILY_EXCEPTIONS aside."""
-    return [
-        one
-        for one in family_mentions(modules)
-        if not one.module.startswith(FAMILY_ROOMS) and one.module not in FAMILY_EXCEPTIONS
-    ]
+    """The places that name a family where none should."""
+    return [one for one in family_mentions(modules) if not one.module.startswith(FAMILY_ROOMS)]
 
 
 def touched_by_family(modules: Mapping[str, ast.Module]) -> dict[str, list[str]]:
-    """Each family that can be trained -> the modules that name it, FAMILY_EXCEPTIONS aside: those that a new one touches."""
+    """Each family that can be trained -> the modules that name it: those that a new one touches."""
     found: dict[str, set[str]] = {}
     for one in family_mentions(modules):
-        if one.module not in FAMILY_EXCEPTIONS:
-            found.setdefault(one.family, set()).add(one.module)
+        found.setdefault(one.family, set()).add(one.module)
     is_trained = {one.family for one in family_mentions(modules) if one.module.startswith(FAMILY_ROOMS[0])}
     return {family: sorted(found[family]) for family in families_of(modules) if family in is_trained}
 
@@ -310,8 +301,6 @@ def main() -> None:
     _print("source files that a new family touches", max(touched_by_family(modules).values(), key=len))
     misplaced = misplaced_mentions(modules)
     _print("families named elsewhere", [f"{one.module}:{one.line} names {one.family}" for one in misplaced])
-    exceptions = [f"{module}: {reason}" for module, reason in FAMILY_EXCEPTIONS.items()]
-    _print("modules that may name families all the same", exceptions)
 
 
 def _arrow(one: Import) -> str:

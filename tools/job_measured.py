@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from core.bench.timing import peak_memory
 from core.device import best_device, precision_name, processor
 from core.models import load_base
 from core.photos import read_photos
@@ -22,6 +21,7 @@ from core.training import recipe_config
 from core.training.callbacks import Callbacks
 from tests.tooling import FULL_SD15, write_checkpoint
 from tools.photo_tables import table
+from tools.timing import peak_memory
 
 PARTS = {
     "encoding": ("encoding",),

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.bench.random_models import denoiser_config
 from core.config import TrainConfig
 from core.models.base import Base
 from core.models.families import FAMILIES
@@ -26,6 +25,7 @@ from core.models.spec import Component
 from core.training.encode import EncodedImage, LatentCache
 from core.training.memory_prediction import StepPrediction
 from tools.photo_tables import replace_table, table
+from tools.random_models import denoiser_config
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 GIB = 2**30

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core.bench.timing import peak_memory
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
@@ -35,6 +34,7 @@ from core.training.likeness import NEUTRAL_PROMPTS, picture_change
 from core.training.methods import METHODS, peak_rate
 from core.training.samples import SAMPLE_BATCH
 from tools.photo_tables import replace_table, table
+from tools.timing import peak_memory
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 COMPARED = ("lora", "textual-inversion", "dreambooth", "pivotal", "dora", "loha", "lokr", "oft")

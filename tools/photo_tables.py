@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from core.cli.options import add_face_network
 from core.faces import Face, FaceNetwork, embed_images, likeness, load_faces
 from core.photos import Photo, Thresholds, check_photos
 from tests.face_samples import NUMBERS, PEOPLE, orl, sdist_photos
@@ -187,7 +186,7 @@ def replace_table(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_face_network(parser)
+    parser.add_argument("--face-network", default="sface", help="as for facelora check (default: %(default)s)")
     network = Remembering(load_faces(parser.parse_args().face_network))
     vectors = embed_images(network, [orl(person, number) for person in PEOPLE for number in NUMBERS])
     figures = verification(vectors, np.repeat(PEOPLE, len(NUMBERS)))

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from core.bench.random_models import random_component
 from core.models.base import Base, CaptionEncoder
 from core.models.families import FAMILIES
 from core.models.spec import Component, Conditioning
+from tools.random_models import random_component
 
 
 @dataclass(frozen=True)

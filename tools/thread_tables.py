@@ -17,7 +17,6 @@ from statistics import median
 import torch
 
 from core import GenerateConfig, Job, TrainConfig, generate, load_base
-from core.bench.random_models import REAL_CHANNELS, random_base, random_cache
 from core.demo import CONFIG, PICTURE_SIZE, embedded_base
 from core.demo.people import person_photos
 from core.faces import embed_images, load_faces
@@ -25,6 +24,7 @@ from core.threads import thread_settings
 from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image
 from tools.photo_tables import replace_table, table
+from tools.random_models import REAL_CHANNELS, random_base, random_cache
 
 CPU = torch.device("cpu")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"

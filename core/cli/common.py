@@ -1,6 +1,5 @@
 """Shared parts of commands: opening the base model, LoRAs with a strength, and progress reports."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -8,14 +7,15 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import models, pictures  # Their modules load only when a name is used.
 from ..errors import BadConfig, one_line
 from ..progress import OnProgress
-from ..storage.files import is_text
+from .shared_options import BaseParts
 
 if TYPE_CHECKING:
     from ..training import StepReport
@@ -24,20 +24,21 @@ DEMO = "demo"
 """The value of `--base` for the small base model that comes with the package."""
 
 
-def base_from(options: argparse.Namespace, name: str | None = None, **schedule: Any) -> "models.Base":
-    """Open the base model of that name; for None, the one of `--base`.
+def base_from(
+    name: str, parts: BaseParts, schedule: Mapping[str, Any] | None = None, *, other: str | None = None
+) -> "models.Base":
+    """Open the base model of that name. `schedule` are arguments of `load_base`.
 
-    The additional files are for this one and the one of `--draw-on`. If only one of them is a diffusers folder, they are for
+    The additional files are for this base model and the `other` one. If only one of them is a diffusers folder, they are for
     the other.
     """
-    files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    source, other = _source(name or options.base), _source(options.base if name else getattr(options, "draw_on", None))
-    if other and models.has_all_parts(source) and not models.has_all_parts(other):
+    files = {"vae": parts.vae, "text_encoders": parts.text_encoder, "tokenizer": parts.tokenizer}
+    if other and models.has_all_parts(_source(name)) and not models.has_all_parts(_source(other)):
         files = {}
-    return models.load_base(source, **files, **schedule)
+    return models.load_base(_source(name), **files, **schedule or {})
 
 
-def _source(name: Any):
+def _source(name: str):
     """Return the argument for `load_base`: the embedded base model for `demo`, else the given name."""
     if name != DEMO:
         return name
@@ -46,29 +47,18 @@ def _source(name: Any):
     return embedded_base()
 
 
-def packs_for(options: argparse.Namespace) -> "pictures.FoundPacks":
-    """Find the style packs for `--base` in the package and in `--style-folder`."""
-    if options.base != DEMO:
-        return pictures.find_style_packs(options.style_folder)
+def packs_for(base: str | None, folders: Sequence[Path]) -> "pictures.FoundPacks":
+    """Find the style packs for a base model in the package and in the folders."""
+    if base != DEMO:
+        return pictures.find_style_packs(folders)
     from ..demo import FOLDER
 
-    return pictures.find_style_packs([FOLDER, *options.style_folder])
+    return pictures.find_style_packs([FOLDER, *folders])
 
 
-@overload
-def checkpoint(path: Path) -> Path: ...
-@overload
-def checkpoint(path: None) -> None: ...
-def checkpoint(path: Path | None) -> Path | None:
+def checkpoint(path: Path) -> Path:
     """Return the path of the embedded base model for `demo`, else the given path."""
-    return None if path is None else Path(_source(str(path)))
-
-
-def unicode_text(argument: str) -> str:
-    """Return the argument if it is valid Unicode, else raise an error for argparse: file names may be any bytes."""
-    if not is_text(argument):
-        raise argparse.ArgumentTypeError(f"{argument!r} is not valid UTF-8")
-    return argument
+    return Path(_source(str(path)))
 
 
 def split_strength(text: str) -> tuple[str, float]:
@@ -139,14 +129,11 @@ class Progress(Protocol):
     def warning(self, message: str) -> None: ...
 
 
-class BarProgress:
+class BarProgress(AbstractContextManager["BarProgress"]):
     """Progress bars on stderr. They read the loss at most twice a second, since reading waits for the device."""
 
     def __init__(self) -> None:
         self._bar, self._name, self._shown = None, "", 0.0
-
-    def __enter__(self) -> "BarProgress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -184,16 +171,13 @@ class BarProgress:
         print_warning(message)
 
 
-class JsonProgress:
+class JsonProgress(AbstractContextManager["JsonProgress"]):
     """Progress as lines of JSON on stdout: at most two per second, and one for the last step."""
 
     def __init__(self) -> None:
         self._shown = 0.0
         self._file = sys.stdout
         """Where it prints, even while other output to stdout is redirected."""
-
-    def __enter__(self) -> "JsonProgress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         pass

@@ -1,30 +1,32 @@
 """Choose the device of a command that computes, and print what its work will cost."""
 
-import argparse
 import json
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..device import best_device, named_device, stay_within_free_memory, usable_device
 from .common import rough_duration
 
 if TYPE_CHECKING:
+    import torch
+
     from ..studio import Ledger
 
 
-def device_from(options: argparse.Namespace) -> torch.device:
-    """Return the device from the command line, else the best one. Raises BadConfig if it cannot compute.
+def device_from(name: str | None) -> "torch.device":
+    """Return the device of that name, else the best one. Raises BadConfig if it cannot compute.
 
     On Windows, the process's use of GPU memory is limited to what is free.
     """
-    device = usable_device(named_or_best(options.device))
+    from ..device import stay_within_free_memory, usable_device
+
+    device = usable_device(named_or_best(name))
     stay_within_free_memory(device)
     return device
 
 
-def named_or_best(name: str | None) -> torch.device:
+def named_or_best(name: str | None) -> "torch.device":
     """Return the device of that name, else the best one, even if this torch has no kernels for it."""
+    from ..device import best_device, named_device
+
     return best_device() if name is None else named_device(name)
 
 
@@ -50,16 +52,10 @@ def work_in_short(ledger: "Ledger", rate: float) -> str:
 
 def _table(ledger: "Ledger", rate: float) -> list[str]:
     """Return the lines of the job's parts and their total."""
-    rows = {part: count for part, count in ledger.operations.items() if count} | {"all": ledger.total}
-    return [
-        f"{'at most':<17}{'TFLOP':>10}{'time':>10}{'share':>8}",
-        *(
-            f"{part:<17}{_number(count / 1e12):>10}{rough_duration(count / rate):>10}{count / ledger.total:>8.0%}"
-            for part, count in rows.items()
-        ),
-        f"memory: {ledger.memory / 2**30:.1f} GiB ({ledger.plan})",
-    ]
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    lines = [f"{'at most':<17}{'TFLOP':>10}{'time':>10}{'share':>8}"]
+    for part, count in (*ledger.operations.items(), ("all", ledger.total)):
+        if count or part == "all":
+            tera = count / 1e12
+            shown = f"{tera:,.0f}" if tera >= 100 else f"{tera:.2g}"
+            lines.append(f"{part:<17}{shown:>10}{rough_duration(count / rate):>10}{count / ledger.total:>8.0%}")
+    return [*lines, f"memory: {ledger.memory / 2**30:.1f} GiB ({ledger.plan})"]

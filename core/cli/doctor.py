@@ -1,19 +1,24 @@
 """The command `doctor`, which reports what the machine has."""
 
-import argparse
 import json
-import sys
+from dataclasses import dataclass
 
-from ..bench import examine, format_doctor
-from ..device import stay_within_free_memory
 from .computing import named_or_best
+from .options import Options
+from .shared_options import DEVICE, JSON
 
 
-def run_doctor(options: argparse.Namespace) -> None:
-    def say(what: str) -> None:
-        print(f"measuring {what}", file=sys.stderr)
+@dataclass(frozen=True)
+class DoctorOptions(Options):
+    device: str | None = DEVICE
+    json: bool = JSON
+
+
+def run(options: DoctorOptions) -> None:
+    from ..device import stay_within_free_memory
+    from ..doctor import examine, format_doctor
 
     device = named_or_best(options.device)
     stay_within_free_memory(device)
-    report = examine(device, options.measure, say)
+    report = examine(device)
     print(json.dumps(report.as_dict(), indent=1) if options.json else format_doctor(report))

@@ -5,106 +5,164 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from PIL import Image, ImageChops
-
+from .. import lora, models, photos, pictures  # Their modules load only when a name is used.
+from ..config import Precision
 from ..errors import BadConfig, BadStylePack, one_line
-from ..lora import LoraFile
-from ..lora.names import trigger_phrases
-from ..models import Base, caption_tokens
-from ..photos import (
-    read_photo_files,
-    read_photos,
-)
-from ..photos.reading import PHOTO_SUFFIXES
-from ..pictures import (
-    OVERVIEW,
-    FacePass,
-    GenerateConfig,
-    Group,
-    GroupMember,
-    Headshot,
-    Job,
-    Mask,
-    Subject,
-    batch_summary,
-    check_count,
-    long_prompts,
-    make_group_pictures,
-    make_headshots,
-)
-from ..pictures.group import Area, read_box
 from ..progress import OnWarning
 from .common import BarProgress, base_from, packs_for, print_warning, split_strength
 from .computing import device_from
-from .settings import given_settings
+from .options import Options, below, option, settings
+from .settings import SCHEDULE
+from .shared_options import BASE, DEVICE, SEED, STYLE_FOLDER, BaseParts
+from .values import Folder, InputName, InputPath, Text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Loras = Sequence[tuple["lora.LoraFile", float]]
+"""LoRAs and their strengths."""
 
 
-def run_generate(options: argparse.Namespace) -> None:
+def size_from(text: str) -> tuple[int, int]:
+    """Convert WxH to width and height."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 512x640")
+    return int(width), int(height)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(Options):
+    base: InputName | None = BASE
+    parts: BaseParts = below()
+    schedule: dict[str, Any] = settings(SCHEDULE)
+    lora: list[InputName] = option("LoRA to draw with; may be repeated", "FILE[:STRENGTH]")
+    person: list[Text] = option(
+        "LoRA of one of several people; give one for each. Prompts name them in braces: '{anna} and {ben} in an office'",
+        "NAME=FILE[:STRENGTH]",
+    )
+    region: list[Text] = option(
+        "Where a --person is, in fractions of the picture, or NAME=MASK.png; give one for each (default: side by side)",
+        "NAME=LEFT,TOP,RIGHT,BOTTOM",
+    )
+    prompt: list[Text] = option(
+        "Prompt; may be repeated (default: a photo of the LoRA's trigger phrase). It is plain text: brackets, as in "
+        "(word:1.3), are ordinary characters"
+    )
+    style_pack: str | None = option("Draw headshots in the styles of a pack. 'list' lists the packs", "NAME")
+    style: list[str] | None = option("Draw only this style of the pack; may be repeated", "NAME")
+    style_folder: list[InputPath] = STYLE_FOLDER
+    subject: Text | None = option("Words for the person in style prompts (default: the LoRA's trigger phrase)", "WORDS")
+    output: Folder | None = option(
+        "Folder for the pictures. Existing ones are not drawn again; others with the same name move to DIR/earlier"
+    )
+    reference: list[str] = option(
+        "Photos of the person, to sort the pictures by likeness. Give NAME=PHOTOS for each --person", "PHOTOS"
+    )
+    keep: int | None = option(
+        "Copy the K most alike pictures into DIR/kept (default: a quarter; needs --reference)", "K"
+    )
+    face_pass: float | None = option(
+        "Redraw faces smaller than this fraction of the base model's resolution, unless that lowers likeness; 0: never "
+        "(default: 0.25; needs --reference)",
+        "SHARE",
+    )
+    face_denoise: float | None = option("Fraction of the sampling steps used to redraw a face (default: 0.35)", "SHARE")
+    negative: Text = option(
+        "What should not be in the pictures. Not used by FLUX.1-dev and similar base models, or with --guidance 1",
+        default="",
+    )
+    count: int = option("Pictures for each prompt, or for a whole pack (default: 4)", default=4)
+    seed: int = SEED
+    size: Annotated[tuple[int, int], size_from] | None = option(
+        "Size in pixels (default: what the base model was trained at)", "WxH"
+    )
+    steps: int | None = option("Sampling steps (default: what suits the base model or the style)")
+    guidance: float | None = option("Guidance, the CFG scale (default: what suits the base model or the style)")
+    sampler: str | None = option(
+        "Sampler; an unknown name lists them (default: dpmpp_2m_karras for SD1.5 and SDXL, euler for other "
+        "and for distilled models)"
+    )
+    clip_skip: int = option("Layer of the text encoder to use; 1 is the last (default: 1)", default=1)
+    batch_size: int = option("Pictures drawn at once (default: 1)", default=1)
+    precision: Precision = option("Precision of weights and arithmetic (default: auto)", default="auto")
+    device: str | None = DEVICE
+    json: bool = option("List the pictures as JSON")
+
+
+def run(options: GenerateOptions) -> None:
     if options.style_pack == "list":
         list_style_packs(options)
         return
-    _check_generate(options)
-    config = GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
-    face_pass = FacePass(
-        FacePass.below if options.face_pass is None else options.face_pass,
-        FacePass.denoise if options.face_denoise is None else options.face_denoise,
+    base_name, output = _check(options)
+    config = pictures.GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
+    usual = pictures.FacePass
+    face_pass = pictures.FacePass(
+        usual.below if options.face_pass is None else options.face_pass,
+        usual.denoise if options.face_denoise is None else options.face_denoise,
     )
     group = group_from(options) if options.person else None
-    loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
-    base = base_from(options, **given_settings(options))
+    loras = [(lora.LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
+    base = base_from(base_name, options.parts, options.schedule)
     with BarProgress() as progress:
         if options.negative and base.embeds_guidance:
             progress.warning(f"--negative has no effect: this {base.family.title} doesn't use a negative prompt")
-        jobs = (
-            pack_jobs(options, base, loras, progress, group)
-            if options.style_pack
-            else prompt_jobs(options, base, loras)
-        )
-        for line in [*without_trigger(loras, [job.prompt for job in jobs]), *unused_strengths(loras)]:
+        if options.style_pack:
+            jobs = pack_jobs(options, options.style_pack, base, loras, progress.warning, group)
+        else:
+            jobs = prompt_jobs(options, base, loras)
+        hint = few_steps_hint(base, options.steps, options.guidance)
+        for line in (
+            *without_trigger(loras, [job.prompt for job in jobs]),
+            *unused_strengths(loras),
+            *([hint] if hint else []),
+            *unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]),
+        ):
             progress.warning(line)
-        if line := few_steps_hint(base, options.steps, options.guidance):
-            progress.warning(line)
-        for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
-            progress.warning(line)
-        device = device_from(options)
+        device = device_from(options.device)
         if group:
             people = photos_from(group, options.reference, progress.warning) if options.reference else None
-            shots = make_group_pictures(
-                base, group, jobs, options.output, config, loras=loras, reference=people, face_pass=face_pass,
+            shots = pictures.make_group_pictures(
+                base, group, jobs, output, config, loras=loras, reference=people, face_pass=face_pass,
                 keep=options.keep, device=device, on_progress=progress.phase,
             )  # fmt: skip
         else:
-            photos = read_photos(*options.reference, on_warning=progress.warning) if options.reference else None
-            shots = make_headshots(
-                base, loras, jobs, options.output, config,
-                reference=None if photos is None else (photo.image() for photo in photos), face_pass=face_pass,
+            read = photos.read_photos(*options.reference, on_warning=progress.warning) if options.reference else None
+            shots = pictures.make_headshots(
+                base, loras, jobs, output, config,
+                reference=None if read is None else (photo.image() for photo in read), face_pass=face_pass,
                 keep=options.keep, device=device, on_progress=progress.phase,
             )  # fmt: skip
     if options.json:
-        print((options.output / OVERVIEW).read_text("utf-8"), end="")
+        print((output / pictures.OVERVIEW).read_text("utf-8"), end="")
     else:
-        _print_headshots(shots, options.output, people=len(options.reference))
+        _print_headshots(shots, output, people=len(options.reference))
 
 
-def _check_generate(options: argparse.Namespace) -> None:
-    """Raise BadConfig, before loading anything, if an option is missing or is useless without another one."""
-    for option, value in (("--base FILE", options.base), ("--output DIR", options.output)):
-        if value is None:
-            raise BadConfig(f"{option} is missing")
-    given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
-    if not options.reference and (wanting := [name for name, value in given.items() if value is not None]):
-        raise BadConfig(f"--{wanting[0].replace('_', '-')} requires --reference PHOTOS, to measure likeness")
+def _check(options: GenerateOptions) -> tuple[str, Path]:
+    """Return the base model's name and the output. Raises BadConfig if an option is missing or useless without another one."""
+    if options.base is None:
+        raise BadConfig("--base FILE is missing")
+    if options.output is None:
+        raise BadConfig("--output DIR is missing")
+    for name, value in (
+        ("keep", options.keep), ("face-pass", options.face_pass), ("face-denoise", options.face_denoise)
+    ):  # fmt: skip
+        if value is not None and not options.reference:
+            raise BadConfig(f"--{name} requires --reference PHOTOS, to measure likeness")
     if len(options.reference) > 1 and not options.person:
         raise BadConfig("--reference is given twice; use --person for photos of several people")
     if options.region and not options.person:
         raise BadConfig("--region requires --person")
+    return options.base, options.output
 
 
-def _print_headshots(shots: Sequence[Headshot], folder: Path, people: int) -> None:
-    print(batch_summary(shots, people))
+def _print_headshots(shots: Sequence["pictures.Headshot"], folder: Path, people: int) -> None:
+    print(pictures.batch_summary(shots, people))
     redrawn = [shot.face_pass for shot in shots if shot.face_pass]
     if redrawn:
         print(f"faces redrawn: {len(redrawn)}, used: {sum(one.kept for one in redrawn)}")
@@ -114,7 +172,7 @@ def _print_headshots(shots: Sequence[Headshot], folder: Path, people: int) -> No
 
 
 def few_steps_hint(
-    base: Base, steps: int | None = None, guidance: float | None = None, remedy: str | None = None
+    base: "models.Base", steps: int | None = None, guidance: float | None = None, remedy: str | None = None
 ) -> str | None:
     """Return a line on how a base model draws if only its name shows that it was distilled; None if nothing changes.
 
@@ -143,33 +201,33 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
     ]
 
 
-def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) -> list[str]:
+def without_trigger(loras: Loras, prompts: Sequence[str]) -> list[str]:
     """Return a warning for each LoRA whose trigger phrases are all missing from the prompts."""
     shown, warnings = "\n".join(prompts).casefold(), []
-    for lora, _ in loras:
-        phrases = trigger_phrases(lora.metadata)
-        called = phrases if lora.entries else [*phrases, Path(lora.name).stem]  # An embedding has two names.
+    for file, _ in loras:
+        phrases = lora.trigger_phrases(file.metadata)
+        called = phrases if file.entries else [*phrases, Path(file.name).stem]  # An embedding has two names.
         if phrases and not any(phrase.casefold() in shown for phrase in called):
             words = " or ".join(map(repr, phrases))
-            warnings.append(f"no prompt contains the trigger phrase of {Path(lora.name).name}, {words}")
+            warnings.append(f"no prompt contains the trigger phrase of {Path(file.name).name}, {words}")
     return warnings
 
 
-def unused_strengths(loras: Sequence[tuple[Any, float]]) -> list[str]:
+def unused_strengths(loras: Loras) -> list[str]:
     """Return a warning for each embedding with another strength than 1, which changes nothing."""
     return [
-        f"{Path(lora.name).name} is an embedding, which has no strength: {strength:g} has no effect"
-        for lora, strength in loras
-        if strength != 1 and not lora.entries
+        f"{Path(file.name).name} is an embedding, which has no strength: {strength:g} has no effect"
+        for file, strength in loras
+        if strength != 1 and not file.entries
     ]
 
 
-def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
+def trigger_phrase(loras: Loras) -> str | None:
     """Return the first trigger phrase in the metadata of the LoRAs, if there is one."""
-    return next((phrase for lora, _ in loras for phrase in trigger_phrases(lora.metadata)), None)
+    return next((phrase for file, _ in loras for phrase in lora.trigger_phrases(file.metadata)), None)
 
 
-def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
+def prompt_jobs(options: GenerateOptions, base: "models.Base", loras: Loras) -> list["pictures.Job"]:
     if options.style or options.subject or options.style_folder:
         raise BadConfig("--style, --subject and --style-folder require --style-pack")
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
@@ -178,39 +236,44 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
     for prompt in prompts:
         if prompts.count(prompt) > 1:
             raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
-    check_count(options.count)
+    pictures.check_count(options.count)
     steps = base.steps if options.steps is None else options.steps
     guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count only adds pictures, without renumbering any.
     # A Job checks the first seed, which is as given.
     seeds = [options.seed, *((options.seed + number) % 2**64 for number in range(1, options.count))]
-    return [Job(prompt, seed, options.negative, options.size, steps, guidance) for seed in seeds for prompt in prompts]
+    return [
+        pictures.Job(prompt, seed, options.negative, options.size, steps, guidance)
+        for seed in seeds
+        for prompt in prompts
+    ]
 
 
 def pack_jobs(
-    options: argparse.Namespace,
-    base: Base,
-    loras: Sequence[tuple[Any, float]],
-    progress: BarProgress,
-    group: Group | None = None,
-) -> list[Any]:
+    options: GenerateOptions,
+    pack: str,
+    base: "models.Base",
+    loras: Loras,
+    on_warning: OnWarning,
+    group: "pictures.Group | None" = None,
+) -> list["pictures.Job"]:
     """Return the jobs of a style pack. For a group, the list of names is the subject, and the size is the group's."""
     if options.prompt:
         raise BadConfig("--prompt and --style-pack are both given; use only one")
-    found = packs_for(options)
+    found = packs_for(options.base, options.style_folder)
     for problem in found.problems:
-        progress.warning(problem)
+        on_warning(problem)
     phrase = options.subject or trigger_phrase(loras)
     if not (phrase or group):
         raise BadConfig("no --subject given, and no LoRA has a trigger phrase")
     trigger, _, class_word = (phrase or "").partition(" ")
-    subject = Subject(group.listed, "") if group else Subject(trigger, class_word)
-    styled = found.pick(options.style_pack).prompts(
+    subject = pictures.Subject(group.listed, "") if group else pictures.Subject(trigger, class_word)
+    styled = found.pick(pack).prompts(
         subject, base.family.name, options.count, options.seed, options.style, base.resolution
     )
     if base.family.wording == "tags":  # These families only have CLIP as a text encoder.
-        for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
-            progress.warning(line + ", so it is encoded in several chunks")
+        for line in pictures.long_prompts(styled, lambda text: len(models.caption_tokens(text)) + 2):
+            on_warning(line + ", so it is encoded in several chunks")
     return [
         dataclasses.replace(
             job,
@@ -219,23 +282,23 @@ def pack_jobs(
             steps=job.steps if options.steps is None else options.steps,
             guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for job in (Job.from_style(prompt).on(base) for prompt in styled)
+        for job in (pictures.Job.from_style(prompt).on(base) for prompt in styled)
     ]
 
 
-def list_style_packs(options: argparse.Namespace) -> None:
-    found = packs_for(options)
+def list_style_packs(options: GenerateOptions) -> None:
+    found = packs_for(options.base, options.style_folder)
     problems = list(found.problems)
     packs = {}
     for name, pack in sorted(found.packs.items()):
-        pictures = {}
+        shown = {}
         for style in pack.styles:
             try:
                 if path := pack.picture(style):
-                    pictures[style.name] = str(path)
+                    shown[style.name] = str(path)
             except BadStylePack as problem:
                 problems.append(str(problem))
-        packs[name] = {"title": pack.title, "styles": pack.names, "pictures": pictures}
+        packs[name] = {"title": pack.title, "styles": pack.names, "pictures": shown}
     if options.json:
         print(json.dumps({"packs": packs, "problems": problems}, indent=1))
         return
@@ -247,7 +310,7 @@ def list_style_packs(options: argparse.Namespace) -> None:
         print_warning(problem)
 
 
-def group_from(options: argparse.Namespace) -> Group:
+def group_from(options: GenerateOptions) -> "pictures.Group":
     """Return the people of --person with the regions of --region. Raises BadConfig with the option if that is not a group."""
     files = _by_name("--person", options.person, "FILE.safetensors")
     if len(files) == 1:
@@ -257,35 +320,42 @@ def group_from(options: argparse.Namespace) -> Group:
     if options.subject:
         raise BadConfig("--subject is for one person; with --person, those people are the subject of a --style-pack")
     if not (options.prompt or options.style_pack):
-        raise BadConfig(f"no --prompt given: describe who does what, as in {_example(list(files))!r}")
+        example = " and ".join(f"{{{name}}}" for name in files) + " in an office"
+        raise BadConfig(f"no --prompt given: describe who does what, as in {example!r}")
     boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM or NAME=MASK.png")
     if boxes and (differing := sorted({*files} ^ {*boxes})):
         raise BadConfig(f"--region: give one for each --person and nobody else; check {differing[0]}")
-    group = Group(
-        tuple(_person(name, file) for name, file in files.items()),
-        tuple(_place(name, boxes[name]) for name in files) if boxes else (),
+    group = pictures.Group(
+        tuple(_member(name, file) for name, file in files.items()),
+        tuple(region_from(name, boxes[name]) for name in files) if boxes else (),
     )
     for prompt in options.prompt:
         group.check_prompt(prompt)
     return group
 
 
-def photos_from(group: Group, references: Sequence[str], on_warning: OnWarning) -> dict[str, Iterator[Image.Image]]:
+def photos_from(
+    group: "pictures.Group", references: Sequence[str], on_warning: OnWarning
+) -> dict[str, Iterator["Image.Image"]]:
     """Return everyone's photos from --reference. Raises BadConfig unless they are of exactly the people of the group."""
     folders, names = _by_name("--reference", references, "PHOTOS"), [person.name for person in group.people]
     if differing := sorted({*folders} ^ {*names}):
         raise BadConfig(f"--reference: give NAME=PHOTOS for each --person and nobody else; check {differing[0]}")
-    read = {name: read_photos(folder, on_warning=on_warning) for name, folder in folders.items()}
-    return {name: (photo.image() for photo in photos) for name, photos in read.items()}
+    read = {name: photos.read_photos(folder, on_warning=on_warning) for name, folder in folders.items()}
+    return {name: (photo.image() for photo in of_one) for name, of_one in read.items()}
 
 
-def _place(name: str, text: str) -> Area:
+def region_from(name: str, text: str) -> "pictures.RelativeBox | pictures.Mask":
     """Return the region from LEFT,TOP,RIGHT,BOTTOM, or the mask from the file of that name: transparent is black in it."""
-    if not text.lower().endswith(PHOTO_SUFFIXES):
+    from PIL import ImageChops
+
+    from ..pictures.group import read_box
+
+    if not text.lower().endswith(photos.PHOTO_SUFFIXES):
         return read_box(name, text)
-    (mask,) = read_photo_files([text], strict=True)
+    (mask,) = photos.read_photo_files([text], strict=True)
     white, opaque = mask.image().convert("L"), mask.mask()
-    return Mask(ImageChops.multiply(white, opaque) if opaque else white)
+    return pictures.Mask(ImageChops.multiply(white, opaque) if opaque else white)
 
 
 def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:
@@ -301,17 +371,13 @@ def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:
     return values
 
 
-def _example(names: Sequence[str]) -> str:
-    return " and ".join(f"{{{name}}}" for name in names) + " in an office"
-
-
-def _person(name: str, file: str) -> GroupMember:
+def _member(name: str, file: str) -> "pictures.GroupMember":
     path, strength = split_strength(file)
-    lora = LoraFile.read(path)
-    phrase = trigger_phrase([(lora, strength)])
+    read = lora.LoraFile.read(path)
+    phrase = trigger_phrase([(read, strength)])
     if not phrase:
         raise BadConfig(
             f"--person {name}: {Path(path).name} has no trigger phrase in its metadata; "
             f"`facelora metadata {path} --trigger-phrase 'sks woman'` adds it"
         )
-    return GroupMember(name, lora, phrase, strength)
+    return pictures.GroupMember(name, read, phrase, strength)

@@ -1,60 +1,90 @@
 """The command `headshots`, which turns photos into a gallery."""
 
-import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .. import demo
-from ..config import TrainConfig
+from .. import lora, models, photos, pictures, studio, training  # Their modules load only when a name is used.
+from ..config import RecipeName, TrainConfig
 from ..errors import BadConfig
-from ..lora import file_word, write_sidecars
-from ..models import Base
-from ..photos import check_agreed, read_photos
-from ..pictures import FoundPacks, StylePack, batch_summary
 from ..progress import OnWarning
-from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
-from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, work_in_short
 from .generate import few_steps_hint, unread_syntax
-from .settings import schedule_from, settings_from
-from .train import Cancelled, StopOnSignal, shown, training_adapter_from
+from .options import Options, argument, below, option, settings
+from .settings import SCHEDULE, schedule_from, settings_from
+from .shared_options import BASE, DEVICE, DRY_RUN, SEED, SIDECARS, STYLE_FOLDER, TRAINING_ADAPTER, BaseParts
+from .train import StopOnSignal, shown, training_adapter_from
+from .values import Folder, InputName, InputPath
 
 STYLE_PACK, COUNT = "corporate", 20
 """The default style pack and number of pictures. The demo's base model knows only one style."""
 Answer = TypeVar("Answer")
 
 
-def run_headshots(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class OrderOptions:
+    """What to train and to draw, for one person or many."""
+
+    style_pack: str | None = option("Style pack. `facelora generate --style-pack list` lists them", "NAME")
+    style_folder: list[InputPath] = STYLE_FOLDER
+    count: int | None = option("Pictures to draw (default: 20)")
+    seed: int = SEED
+    recipe: RecipeName = option(
+        "Preset for a quick, normal or thorough training run (default: balanced)", default="balanced"
+    )
+    config: InputPath | None = option("File with other settings of the training run", "FILE.toml")
+    training_adapter: InputPath | None = TRAINING_ADAPTER
+    draw_on: InputName | None = option(
+        "Base model to draw on, instead of the one trained on: another of its family, such as SDXL-Lightning", "BASE"
+    )
+    sidecars: bool = SIDECARS
+    given: dict[str, Any] = settings(("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
+
+
+@dataclass(frozen=True)
+class HeadshotsOptions(Options):
+    usage = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
+    photos: InputPath = argument("Folder of 10 to 20 photos of one person", "PHOTOS")
+    base: InputName = BASE
+    parts: BaseParts = below()
+    output: Folder | None = option(
+        "Folder for the LoRA, the pictures and their page. Existing ones are not made again (default: PHOTOS-headshots)"
+    )
+    order: OrderOptions = below()
+    yes: bool = option("Ask no questions")
+    dry_run: bool = DRY_RUN
+    device: str | None = DEVICE
+    json: bool = option("Print one JSON object per report, and ask no questions")
+
+
+def run(options: HeadshotsOptions) -> int:
     """Run the command. Returns 1 if no picture is like the person, else 0."""
-    check_agreed(options.photos)
+    asked = options.order
+    photos.check_agreed(options.photos)
     place = options.photos.resolve()
     if not (options.output or place.name):
         raise BadConfig(f"{place}: pictures can't be saved beside this folder: choose one with --output")
     folder = options.output or place.with_name(f"{place.name}-headshots")
-    given = settings_from(options)
-    base, device = base_from(options, **schedule_from(given)), device_from(options)
-    adapter, drawn_on = training_adapter_from(options, base), drawn_on_from(options, base, **schedule_from(given))
-    stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
-
-    def check_stop(where: str) -> None:
-        if stop.asked:
-            raise Cancelled(f"stopped{where}; run the same command again to continue")
-
-    callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
+    given = settings_from(asked.config, asked.given)
+    base, drawn_on = bases_from(options.base, options.parts, asked, given)
+    device, adapter = device_from(options.device), training_adapter_from(asked.training_adapter, base)
+    stop = StopOnSignal("run the same command again to continue")
+    progress = JsonProgress() if options.json else BarProgress()
+    callbacks = shown(progress, stop, within_steps=True)
     with progress:
-        found = packs_for(options)
+        found = packs_for(options.base, asked.style_folder)
         for problem in found.problems:
             progress.warning(problem)
-        if options.style_pack:
-            found.pick(options.style_pack)  # Raises now, not after the photos have been checked.
+        if asked.style_pack:
+            found.pick(asked.style_pack)  # Raises now, not after the photos have been checked.
         hint_at_few_steps(drawn_on or base, progress.warning)
-        photos = read_photos(options.photos, on_warning=progress.warning)
-        config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
-        ready = check(photos, base, config, callbacks)
+        read = photos.read_photos(options.photos, on_warning=progress.warning)
+        config = training.recipe_config(asked.recipe, base, len(read), given, progress.warning)
+        ready = studio.check(read, base, config, callbacks)
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
@@ -63,61 +93,76 @@ def run_headshots(options: argparse.Namespace) -> int:
         for line in unread_in_pack(order.pack, base):
             progress.warning(line)
         if asks or options.dry_run:
-            ledger, rate = ledger_of(ready, base, order, device), device_rate(base, device, order.config.precision)
+            ledger = studio.ledger_of(ready, base, order, device)
+            rate = studio.device_rate(base, device, order.config.precision)
             if options.dry_run:
                 show_work(ledger, rate, options.json)
                 return 0
             print(work_in_short(ledger, rate))
         with stop:
-            outcome = make(ready, base, order, folder, device=device, callbacks=callbacks)
-    if options.sidecars:
-        write_sidecars(outcome.trained.path)
+            outcome = studio.make(ready, base, order, folder, device=device, callbacks=callbacks)
+    if asked.sidecars:
+        lora.write_sidecars(outcome.trained.path)
+    made, gallery = outcome.trained.path, folder / "gallery.html"
+    summary = pictures.batch_summary(outcome.shots, people=1 if outcome.report.network else 0)
     if options.json:
-        print(json.dumps(_described(outcome)))
+        kept = [str(shot.path) for shot in outcome.shots if shot.kept]
+        told = {"photos": outcome.report.headline, "lora": str(made), "summary": summary, "kept": kept}
+        print(json.dumps(told | {"advice": list(outcome.advice)}))
     else:
-        print(_summary(outcome), *outcome.advice, sep="\n")
-        print(f"LoRA: {outcome.trained.path}\ngallery: {folder / 'gallery.html'}")
+        print(summary, *outcome.advice, f"LoRA: {made}", f"gallery: {gallery}", sep="\n")
     return 1 if outcome.advice else 0
 
 
-def drawn_on_from(options: argparse.Namespace, base: Base, **schedule: Any) -> Base | None:
-    """Return the base model to draw on if it isn't the one to train on. Raises BadConfig or BadFile if it doesn't fit that."""
-    if not options.draw_on:
-        return None
-    other = base_from(options, options.draw_on, **schedule)
-    check_drawn_on(other, base)
-    return other
+def bases_from(
+    name: str, parts: BaseParts, asked: OrderOptions, given: Mapping[str, Any]
+) -> tuple["models.Base", "models.Base | None"]:
+    """Return the base model to train on, and another one to draw on, if given. Raises BadConfig or BadFile unless they fit."""
+    schedule = schedule_from(given)
+    base = base_from(name, parts, schedule, other=asked.draw_on)
+    if not asked.draw_on:
+        return base, None
+    drawn_on = base_from(asked.draw_on, parts, schedule, other=name)
+    studio.check_drawn_on(drawn_on, base)
+    return base, drawn_on
 
 
-def hint_at_few_steps(base: Base, on_warning: OnWarning) -> None:
+def hint_at_few_steps(base: "models.Base", on_warning: OnWarning) -> None:
     """Warn if only the base model's name makes it draw in a few steps."""
     if line := few_steps_hint(base, remedy="rename the file"):
         on_warning(line)
 
 
-def unread_in_pack(pack: StylePack, base: Base) -> list[str]:
+def unread_in_pack(pack: "pictures.StylePack", base: "models.Base") -> list[str]:
     """Return a warning for each part of the pack's texts for the base model that is special syntax in other programs."""
     wordings = [style.wording(base.family.name) for style in pack.styles]
     values = [value for style in pack.styles for axis in style.axes.values() for value in axis]
     return unread_syntax([*values, *(text for wording in wordings for text in (wording.prompt, wording.negative))])
 
 
-def _order(options: argparse.Namespace, config: TrainConfig, found: FoundPacks, asks: bool) -> Order:
+def _order(options: HeadshotsOptions, config: TrainConfig, found: "pictures.FoundPacks", asks: bool) -> "studio.Order":
     """Return the order from the options, else from answers to questions, else from the defaults."""
-    is_demo = options.base == DEMO
-    usual = demo.STYLE_PACK if is_demo else STYLE_PACK
-    if asks and not hasattr(options, "setting_class_word"):
+    asked, (usual, size) = options.order, usual_pack_and_size(options.base)
+    if asks and "class_word" not in asked.given:
         config = dataclasses.replace(config, class_word=_answer("class word: woman, man, ...", config.class_word, str))
-    pack = options.style_pack
+    pack = asked.style_pack
     if pack is None:
         pack = _answer(f"styles: {', '.join(sorted(found.packs))}", usual, str) if asks else usual
-    count = options.count
+    count = asked.count
     if count is None:
         count = _answer("how many pictures", COUNT, int) if asks else COUNT
-    size = demo.PICTURE_SIZE if is_demo else None
     # The LoRA's name is in its metadata and in each picture, so it must not be the name of a private folder.
-    name = file_word(config.trigger_word)[:32]
-    return Order(name, config, found.pick(pack), count, options.seed, size)
+    name = lora.file_word(config.trigger_word)[:32]
+    return studio.Order(name, config, found.pick(pack), count, asked.seed, size)
+
+
+def usual_pack_and_size(base: str) -> tuple[str, tuple[int, int] | None]:
+    """Return the default style pack, and the size of a picture if it isn't the base model's own."""
+    if base != DEMO:
+        return STYLE_PACK, None
+    from .. import demo
+
+    return demo.STYLE_PACK, demo.PICTURE_SIZE
 
 
 def _answer(question: str, usual: Answer, kind: Callable[[str], Answer]) -> Answer:
@@ -127,18 +172,3 @@ def _answer(question: str, usual: Answer, kind: Callable[[str], Answer]) -> Answ
         return kind(text) if text else usual
     except ValueError:
         raise BadConfig(f"{text!r} is not a number") from None
-
-
-def _summary(outcome: Outcome) -> str:
-    return batch_summary(outcome.shots, people=1 if outcome.report.network else 0)
-
-
-def _described(outcome: Outcome) -> dict[str, Any]:
-    """Return the outcome as values for JSON."""
-    return {
-        "photos": outcome.report.headline,
-        "lora": str(outcome.trained.path),
-        "summary": _summary(outcome),
-        "kept": [str(shot.path) for shot in outcome.shots if shot.kept],
-        "advice": list(outcome.advice),
-    }

@@ -1,9 +1,9 @@
 """The command `inspect`. With --fast it reads LoRAs without torch, for programs that inspect thousands of files."""
 
-import argparse
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,20 @@ from typing import Any
 from .. import lora, photos, storage  # Their modules load only when a name is used.
 from ..errors import BadFile, BadPhoto, one_line
 from .common import progress_bar
+from .options import Options, argument, option
+from .values import InputPath
 
 
-def run_inspect(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class InspectOptions(Options):
+    files: list[InputPath] = argument(
+        "A LoRA or a picture. Several files, or a folder of LoRAs, print one line each", "FILE|FOLDER"
+    )
+    fast: bool = option("Read no tensors. The norms of the blocks are left out")
+    json: bool = option("Print everything as JSON")
+
+
+def run(options: InspectOptions) -> None:
     """Print what is in the files. Raises BadFile for refused files, after all others have been printed."""
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)

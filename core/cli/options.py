@@ -1,11 +1,175 @@
-"""Options that several commands have, and the option --help-all. Importing this doesn't load torch."""
+"""The options of a command as the fields of a dataclass: argparse's arguments are made from them, and its result fills them.
+
+    @dataclass(frozen=True)
+    class ResizeOptions(Options):
+        file: InputPath = argument("LoRA to resize", "IN")
+        rank: int | None = option("Largest rank of a module", "N")
+
+The type of a field says what its text becomes. A `bool` is a switch, a `Literal` a choice, and a `list` an option that may be
+repeated. An option whose type has no None is required, unless it has a default. Importing this doesn't load torch.
+"""
 
 import argparse
-from collections.abc import Collection, Sequence
-from typing import Any, get_args
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..config import Precision
-from .outputs import given_name, given_path
+from .settings import add_settings, given_settings
+from .values import Output
+
+T = TypeVar("T")
+
+
+class Options:
+    """The options of a command. The subclasses are frozen dataclasses."""
+
+    usage: ClassVar[str | None] = None
+    """A short usage. Without it, a message about wrong usage shows none, since argparse's own lists every option."""
+    epilog: ClassVar[str | None] = None
+    first: ClassVar[Collection[str]] = ()
+    """The options that --help shows, if it leaves the others to --help-all."""
+    dry_run: bool = False
+    """Whether nothing is written."""
+    overwrite: bool = True
+    """Whether existing files may be replaced. True for commands without this option."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Options of which only one may be given."""
+
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """How a field is given on the command line."""
+
+    text: str
+    metavar: str | None
+    choices: Collection[str] | None
+    nargs: str | None
+    default: Any = None
+    flag: str | None = None
+    one_of: OneOf | None = None
+    is_positional: bool = False
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of a training run that are given as options."""
+
+    only: Collection[str] | None
+
+
+def argument(text: str, metavar: str | None = None, *, choices: Collection[str] | None = None) -> Any:
+    """Declare a positional argument: for a list, one or more."""
+    return _Declared(text, metavar, choices, "+", is_positional=True)
+
+
+def option(
+    text: str,
+    metavar: str | None = None,
+    *,
+    default: Any = None,
+    flag: str | None = None,
+    choices: Collection[str] | None = None,
+    nargs: str | None = None,
+    one_of: OneOf | None = None,
+) -> Any:
+    """Declare an option. Its flag is by default the field's name. `nargs` is for a list that is given at once."""
+    return _Declared(text, metavar, choices, nargs, default, flag, one_of)
+
+
+def below() -> Any:
+    """Declare the options of another dataclass, the field's type."""
+    return None
+
+
+def settings(only: Collection[str] | None = None) -> Any:
+    """Declare an option for each setting of a training run, or for those in `only`. The field has those that are given."""
+    return _Settings(only)
+
+
+def add_options(parser: argparse.ArgumentParser, of: type) -> None:
+    """Add the arguments for the fields of the dataclass, and of the dataclasses in it."""
+    groups: dict[OneOf, argparse._ActionsContainer] = {}
+    for name, hint, declared in _fields(of):
+        if declared is None:
+            add_options(parser, hint)
+        elif isinstance(declared, _Settings):
+            add_settings(parser, declared.only)
+        elif declared.is_positional:
+            parser.add_argument(name, **_keywords(hint, declared))
+        else:
+            one_of, flag = declared.one_of, declared.flag or "--" + name.replace("_", "-")
+            if one_of and one_of not in groups:
+                groups[one_of] = parser.add_mutually_exclusive_group(required=one_of.required)
+            place = groups[one_of] if one_of else parser
+            keywords = _keywords(hint, declared)
+            if hint is not bool:
+                default = [] if declared.default is None and get_origin(hint) is list else declared.default
+                keywords |= {"default": default, "required": default is None and not _has_none(hint)}
+            place.add_argument(flag, dest=name, **keywords)
+
+
+def _keywords(hint: Any, declared: _Declared) -> dict[str, Any]:
+    """Return argparse's arguments for a field of that type, besides its default."""
+    if hint is bool:
+        return {"help": declared.text, "action": "store_true"}
+    convert, choices, is_list = _values_of(hint)
+    return {
+        "help": declared.text,
+        "metavar": convert.metavar if isinstance(convert, Output) else declared.metavar,
+        "choices": choices or declared.choices,
+        "type": convert,
+        "nargs": declared.nargs if is_list else None,
+        "action": "append" if is_list and not declared.nargs else None,
+    }
+
+
+def _values_of(hint: Any) -> tuple[Any, Sequence[Any], bool]:
+    """Return what converts the text of a value of that type, the choices for it, and whether there are several values."""
+    if _has_none(hint):
+        (hint,) = (one for one in get_args(hint) if one is not NoneType)
+    if is_list := get_origin(hint) is list:
+        (hint,) = get_args(hint)
+    if get_origin(hint) is Literal:
+        return str, get_args(hint), is_list
+    return get_args(hint)[1] if get_origin(hint) is Annotated else hint, (), is_list
+
+
+def _has_none(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+def _fields(of: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name and the type of each field, and how it is declared: None if its type is a dataclass of options."""
+    hints = get_type_hints(of, include_extras=True)
+    yield from ((item.name, hints[item.name], item.default) for item in dataclasses.fields(of))
+
+
+def filled(of: type[T], parsed: argparse.Namespace) -> T:
+    """Return the dataclass with the values that argparse has made of its options."""
+    values: dict[str, Any] = {}
+    for name, hint, declared in _fields(of):
+        if declared is None:
+            values[name] = filled(hint, parsed)
+        else:
+            values[name] = given_settings(parsed) if isinstance(declared, _Settings) else getattr(parsed, name)
+    return of(**values)
+
+
+def given_values(options: object) -> Iterator[tuple[Any, Any]]:
+    """Yield the value of each given option after what has converted it from text: for an output, an `Output`."""
+    for name, hint, declared in _fields(type(options)):
+        value = getattr(options, name)
+        if declared is None:
+            yield from given_values(value)
+        elif value is not None:
+            yield _values_of(hint)[0], value
 
 
 class HelpAll(argparse.Action):
@@ -33,95 +197,3 @@ def show_first(parser: argparse.ArgumentParser, first: Collection[str]) -> None:
     more.hidden = [(action, action.help) for action in hidden]
     for action in hidden:
         action.help = argparse.SUPPRESS
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="Print JSON")
-
-
-def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=given_path, metavar="FILE.toml", help="File with settings. Options override it"
-    )
-
-
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="auto",
-        help="Precision of weights and arithmetic (default: auto)",
-    )
-
-
-def add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seed", type=int, default=1, help="Seed of the first picture; the next ones count up (default: 1)"
-    )
-
-
-def add_style_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--style-folder",
-        action="append",
-        default=[],
-        type=given_path,
-        metavar="DIR",
-        help="Folder with your own style packs; may be repeated",
-    )
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Print the work of each part, the time and the memory, then exit"
-    )
-
-
-def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--base", type=given_name, required=required,
-        help="Base model: checkpoint file, diffusers folder, hub id, or demo, the small one of the package",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vae", type=given_name, metavar="FILE", help="VAE, if the base model's file has only the denoiser"
-    )
-    parser.add_argument(
-        "--text-encoder", type=given_name, action="append", default=[], metavar="FILE",
-        help="Text encoder, if the base model's file has none; repeat it for each (FLUX.1: CLIP-L and T5)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokenizer", type=given_name, metavar="DIR",
-        help="Folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or ComfyUI's "
-        "comfy/text_encoders",
-    )  # fmt: skip
-
-
-def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
-    parser.add_argument(
-        "--face-network", default=default, metavar="NAME|FILE.onnx",
-        help="Face network that tells people apart: sface, dlib, or a file in ArcFace's format (default: sface)",
-    )  # fmt: skip
-
-
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--judge", metavar="NAME|FILE.onnx",
-        help="Second face network. It only reports likeness, and selects or sorts nothing",
-    )  # fmt: skip
-
-
-def add_training_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--training-adapter", type=given_path, metavar="FILE",
-        help="LoRA that undoes the distillation of a base model (Turbo, schnell). Used only during training steps",
-    )  # fmt: skip
-
-
-def add_sidecars_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sidecars", action="store_true", help="Also write files that tell other programs the LoRA's words"
-    )

@@ -1,6 +1,5 @@
-"""Check the places that commands write to, before a command starts."""
+"""Check the places that a command writes to, before it starts."""
 
-import argparse
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -8,78 +7,38 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import photos  # Its modules load only when a name is used.
 from ..errors import BadFile
 from ..storage.files import check_ending, check_replaceable, check_writable, clean_place
 from .common import DEMO, checkpoint
-
-
-def output_file(text: str) -> Path:
-    """Convert an option's value to the path of a file to write."""
-    return _named(text)
-
-
-def given_path(text: str) -> Path:
-    """Convert an argument to the path of a file or folder to read."""
-    return _named(text)
-
-
-def given_name(text: str) -> str:
-    """Convert an argument to the name of a file, a folder or a model."""
-    _named(text)
-    return text
-
-
-def edited_file(text: str) -> Path:
-    """Convert an argument to the path of a file that is changed in place, unless an output is given."""
-    return _named(text)
-
-
-def output_folder(text: str) -> Path:
-    """Convert an option's value to the path of a folder to write into."""
-    return _named(text)
-
-
-def _named(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    path = Path(text)
-    try:
-        return path.expanduser() if path.parts[:1] == ("~",) else path  # Bash leaves it in --output=~/FILE.
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder; give the whole path") from None
-
-
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="Replace the output if it exists")
+from .options import Options, given_values
+from .values import EditedFile, OutputFile, OutputFolder
 
 
 @contextmanager
-def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[None]:
-    """Lock the output files of these options within the context, after checking that all can be written.
+def checked_outputs(options: Options) -> Iterator[None]:
+    """Lock the output files of a command within the context, after checking that all can be written.
 
     Temporary files of a killed command are deleted. Raises BadFile for a file that this command reads, and for a device, pipe
     or folder instead of a file. It is also raised for an existing file without --overwrite, if the command has that option.
     Raises InUse while another command writes the file. For a dry run, nothing is locked or written.
     """
-    kinds = {action.dest: action for action in parser._actions}
-    given = {name: value for name, value in vars(options).items() if name in kinds and value is not None}
-    outputs = {name: path for name, path in given.items() if kinds[name].type in (output_file, output_folder)}
-    inputs = [value for name, value in given.items() if name not in outputs]
-    edited = [path for name, path in given.items() if kinds[name].type is edited_file and os.path.isfile(path)]
-    dry_run = getattr(options, "dry_run", False)
+    given = list(given_values(options))
+    inputs = [value for kind, value in given if not isinstance(kind, OutputFile | OutputFolder)]
+    to_lock = [path for kind, path in given if isinstance(kind, EditedFile) and os.path.isfile(path)]
     with ExitStack() as held:
-        for name, path in outputs.items():
-            if kinds[name].type is output_folder:
+        for kind, path in given:
+            if isinstance(kind, OutputFolder):
                 _check_folder(path, inputs)
-                continue
-            check_ending(path, Path(str(kinds[name].metavar)).suffix)
-            if not dry_run:
-                check_replaceable(path)
-            _check_file(path, inputs, options)
-            if not dry_run:
-                check_writable(path)  # This makes its folder, so it comes last.
-                edited.append(path)
-        for path in map(Path, map(os.path.realpath, edited)):
+            elif isinstance(kind, OutputFile):
+                check_ending(path, Path(kind.metavar).suffix)
+                if not options.dry_run:
+                    check_replaceable(path)
+                _check_file(path, inputs, options.overwrite)
+                if not options.dry_run:
+                    check_writable(path)  # This makes its folder, so it comes last.
+                    to_lock.append(path)
+        for path in map(Path, map(os.path.realpath, to_lock)):
             from ..storage.locks import locked  # Loads filelock.
 
             held.enter_context(locked(path))
@@ -102,14 +61,12 @@ def _check_folder(path: Path, inputs: Sequence[Any]) -> None:
         raise BadFile(f"{path}: this command reads this folder; choose another output")
 
 
-def _check_file(path: Path, inputs: Sequence[Any], options: argparse.Namespace) -> None:
-    from ..photos import is_sheet  # Loads the decoders of photos.
-
-    if not os.path.lexists(path) or is_sheet(path):
+def _check_file(path: Path, inputs: Sequence[Any], overwrite: bool) -> None:
+    if not os.path.lexists(path) or photos.is_sheet(path):
         return
     if path.exists() and any(one.samefile(path) for one in _files(_paths(inputs))):
         raise BadFile(f"{path}: this command reads this file; choose another output")
-    if not getattr(options, "overwrite", True):
+    if not overwrite:
         raise BadFile(f"{path}: this file already exists; choose another output, or replace it with --overwrite")
 
 

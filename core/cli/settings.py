@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ..config import TrainConfig, group_of, known_settings, parse_toml
 from ..errors import BadConfig
 from ..storage.files import read_bytes
-from .common import unicode_text
+from .values import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """The settings for how the base model predicts, which are needed to load it."""
@@ -91,16 +91,16 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
     return parse
 
 
-def settings_from(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings in the TOML file of --config, overridden by the options on the command line.
+def settings_from(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a TOML file, overridden by those given on the command line.
 
     Raises BadFile or BadConfig if the file cannot be read, is not TOML, or has an unknown setting.
     """
-    settings = read_toml(options.config) if options.config else {}
+    settings = read_toml(file) if file else {}
     try:
-        return known_settings(settings) | given_settings(options)
+        return known_settings(settings) | given
     except BadConfig as error:
-        raise BadConfig(f"{options.config}: {error}") from None
+        raise BadConfig(f"{file}: {error}") from None
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,77 +1,118 @@
 """The command `studio`, which makes LoRAs and headshots of many people."""
 
-import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from typing import Any
+from dataclasses import dataclass
 
-from .. import demo
+from .. import lora, models, studio  # Their modules load only when a name is used.
 from ..errors import BadConfig
-from ..lora import write_sidecars
-from ..models import Base
-from ..pictures import StylePack
 from ..progress import READING
-from ..storage.locks import at_work
-from ..studio import REPORT, Person, Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
-from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
+from .common import JsonProgress, packs_for, progress_bar
 from .computing import device_from, show_work
-from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps, unread_in_pack
-from .settings import schedule_from, settings_from
+from .headshots import (
+    COUNT,
+    OrderOptions,
+    bases_from,
+    hint_at_few_steps,
+    unread_in_pack,
+    usual_pack_and_size,
+)
+from .options import Options, argument, below, option
+from .settings import settings_from
+from .shared_options import BASE, DEVICE, DRY_RUN, BaseParts
 from .studio_progress import StudioProgress, planned
 from .train import StopOnSignal, shown, training_adapter_from
+from .values import Folder, InputName, InputPath
 
 
-def run_studio(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class StudioOptions(Options):
+    usage = "%(prog)s PEOPLE --base BASE --output DIR [OPTIONS] (--help lists them)"
+    people: InputPath = argument(
+        "Folder with a folder for each person: photos, and a person.toml with agreed = true. Or a manifest "
+        "(.csv, .jsonl) with name, photos and agreed",
+        "PEOPLE",
+    )
+    base: InputName = BASE
+    parts: BaseParts = below()
+    output: Folder = option(
+        "Folder for the report, and for a folder of each person. Existing results are not made again"
+    )
+    order: OrderOptions = below()
+    device: str | None = DEVICE
+    ray: str | None = option(
+        "Make several people at once, each on a GPU. Head node of a Ray cluster, or local for this machine's GPUs",
+        "HOST:PORT|local",
+    )
+    dry_run: bool = DRY_RUN
+    json: bool = option("Print one JSON object per report and person")
+
+
+def run(options: StudioOptions) -> int:
     """Run the command. Returns 1 if anyone failed, else 0."""
+    from ..storage.locks import at_work
+
     if options.ray and options.device:
         raise BadConfig("--device: leave this out, since each of Ray's workers has its own device")
-    waits = at_work(options.output / REPORT) if os.path.isdir(options.output) and not options.dry_run else nullcontext()
-    with waits:  # Already while the model is read, `forget` would miss people who are yet to be made.
-        return _run(options)
+    is_making = os.path.isdir(options.output) and not options.dry_run
+    # Already while the model is read, `forget` would miss people who are yet to be made.
+    with at_work(options.output / studio.REPORT) if is_making else nullcontext():
+        return _make_all(options)
 
 
-def _run(options: argparse.Namespace) -> int:
-    people = read_people(options.people)
-    given = settings_from(options)
-    base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
-    found = packs_for(options)
-    terms = _terms(options, base, given, found.packs)
-    stop, failed = StopOnSignal(), False
-    if (options.output / REPORT).is_file():  # The plan compares the base model with those in the report.
+def _make_all(options: StudioOptions) -> int:
+    people = studio.read_people(options.people)
+    asked = options.order
+    given = settings_from(asked.config, asked.given)
+    base, drawn_on = bases_from(options.base, options.parts, asked, given)
+    device = None if options.ray else device_from(options.device)
+    found = packs_for(options.base, asked.style_folder)
+    usual, size = usual_pack_and_size(options.base)
+    terms = studio.Terms(
+        packs=found.packs,
+        style_pack=asked.style_pack or usual,
+        count=COUNT if asked.count is None else asked.count,
+        seed=asked.seed,
+        size=size,
+        recipe=asked.recipe,
+        settings=given,
+        training_adapter=training_adapter_from(asked.training_adapter, base),
+        drawn_on=drawn_on,
+    )
+    stop, failed = StopOnSignal(None), False  # Our own errors would only fail this person.
+    if (options.output / studio.REPORT).is_file():  # The plan compares the base model with those in the report.
         terms.compute_hashes(base, progress_bar(READING))
-    before = plan(people, base, options.output, terms, device)
+    before = studio.plan(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
-
-    def check_stop(_where: str) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt  # Our own errors would only fail this person.
-
-    callbacks = dataclasses.replace(shown(progress, check_stop), check_cancelled=lambda: check_stop(""))
+    callbacks = shown(progress, stop, within_steps=True)
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
     for problem in (*found.problems, *_unread(people, terms, base), *(refused if options.dry_run else ())):
         callbacks.on_warning(problem)
     hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
     if isinstance(progress, JsonProgress):
-        progress.print(_described(before))
+        aside = {"made_before": len(before.made_before), "refused": len(before.refused)}
+        progress.print({"to_make": dataclasses.asdict(before.work), **aside, "seconds": before.seconds})
     else:
         # Without earlier measurements, count the work as in a dry run.
         lines = planned(before, bool(options.ray))[: 1 if options.dry_run and before.seconds is None else 2]
         print(*lines, sep="\n", file=sys.stderr)
     if options.dry_run:
-        if ledger := plan_ledger(before, people, base, terms, device, callbacks):
+        if ledger := studio.plan_ledger(before, people, base, terms, device, callbacks):
             # People who were made on this machine are a better measure than a matrix product.
             precision = given.get("precision", "auto")
-            rate = ledger.total / before.seconds if before.seconds else device_rate(base, device, precision)
+            rate = ledger.total / before.seconds if before.seconds else studio.device_rate(base, device, precision)
             show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
-        for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):
+        for result in studio.run(
+            people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray
+        ):
             failed |= result.status == "failed"
-            if options.sidecars and result.lora:
-                write_sidecars(options.output / result.lora)
+            if asked.sidecars and result.lora:
+                lora.write_sidecars(options.output / result.lora)
             if isinstance(progress, JsonProgress):
                 progress.print(dataclasses.asdict(result))
             else:
@@ -81,32 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _terms(options: argparse.Namespace, base: Base, given: Mapping[str, Any], packs: Mapping[str, StylePack]) -> Terms:
-    is_demo = options.base == DEMO
-    return Terms(
-        packs=packs,
-        style_pack=options.style_pack or (demo.STYLE_PACK if is_demo else STYLE_PACK),
-        count=COUNT if options.count is None else options.count,
-        seed=options.seed,
-        size=demo.PICTURE_SIZE if is_demo else None,
-        recipe=options.recipe,
-        settings=given,
-        training_adapter=training_adapter_from(options, base),
-        drawn_on=drawn_on_from(options, base, **schedule_from(given)),
-    )
-
-
-def _unread(people: Sequence[Person], terms: Terms, base: Base) -> list[str]:
+def _unread(people: Sequence["studio.Person"], terms: "studio.Terms", base: "models.Base") -> list[str]:
     """Return a warning for each part of the people's style packs that is special syntax in other programs."""
     chosen = {person.style_pack or terms.style_pack for person in people} & terms.packs.keys()
     return [line for name in sorted(chosen) for line in unread_in_pack(terms.packs[name], base)]
-
-
-def _described(before: Plan) -> dict[str, Any]:
-    """Return the planned work as values for JSON."""
-    aside = {"made_before": len(before.made_before), "refused": len(before.refused)}
-    return {"to_make": dataclasses.asdict(before.work), **aside, "seconds": before.seconds}
-
-
-def run_forget(options: argparse.Namespace) -> None:
-    print(f"{forget(options.name, options.output)} files of {options.name} deleted from {options.output}")

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .. import studio  # Its modules load only when a name is used.
 from ..errors import counted
-from ..studio import Cost, Plan, Result, Work, seconds_for
 from .common import print_warning, rough_duration
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ REDRAWN, PRINTED = 0.5, 60.0
 """The seconds between updates of the line on a terminal, and between two lines elsewhere."""
 
 
-def planned(plan: Plan, workers: bool) -> list[str]:
+def planned(plan: "studio.Plan", workers: bool) -> list[str]:
     """Return the lines that describe the planned work."""
     work, aside = plan.work, []
     if plan.made_before:
@@ -45,10 +45,10 @@ def planned(plan: Plan, workers: bool) -> list[str]:
 class StudioProgress:
     """Shows who is done, what is in progress, the speed, and the time left."""
 
-    def __init__(self, people: Sequence[str], plan: Plan):
+    def __init__(self, people: Sequence[str], plan: "studio.Plan"):
         """Take the people in their order."""
         self._people, self._left, self._earlier = people, dict(plan.to_make), plan.earlier
-        self._made: list[Cost] = []
+        self._made: list[studio.Cost] = []
         self._failed, self._ended, self._at_work = 0, 0, 1
         self._doing, self._rate = "", 0.0
         self._bar, self._on_terminal = None, sys.stderr.isatty()
@@ -72,7 +72,7 @@ class StudioProgress:
         """The state in one line, most important first."""
         failed = f", {self._failed} failed" if self._failed else ""
         parts = [f"{self._ended} of {len(self._people)} done{failed}"]
-        left = seconds_for(Work.sum(self._left.values()), self._made or self._earlier)
+        left = studio.seconds_for(studio.Work.sum(self._left.values()), self._made or self._earlier)
         if left:
             parts.append(f"{rough_duration(left / max(1, self._at_work))} left")
         if self._rate:
@@ -84,7 +84,7 @@ class StudioProgress:
         self._doing = f"training {report.step}/{report.steps}: {name}"
         self._rate = 1 / max(report.seconds_per_step, 1e-6)
         if name in self._left:
-            self._left[name] = Work(steps=left, pictures=self._left[name].pictures)
+            self._left[name] = studio.Work(steps=left, pictures=self._left[name].pictures)
         self._show()
 
     def phase(self, name: str, done: int, total: int) -> None:
@@ -93,21 +93,21 @@ class StudioProgress:
         elif name != "people":
             self._doing = f"{name} {done}/{total}: {self._person}"
             if name == "pictures" and self._person in self._left:
-                self._left[self._person] = Work(pictures=total - done)
+                self._left[self._person] = studio.Work(pictures=total - done)
         self._show()
 
     def warning(self, message: str) -> None:
         self._make_room()
         print_warning(message)
 
-    def ended(self, result: Result) -> None:
+    def ended(self, result: "studio.Result") -> None:
         """Print a finished person's line."""
         self._ended += 1
         self._failed += result.status == "failed"
         self._left.pop(result.name, None)
         if result.status == "made" and result.cost:
             self._made.append(result.cost)
-            self._rate = Work.sum(cost.work for cost in self._made).steps / (time.monotonic() - self._started)
+            self._rate = studio.Work.sum(cost.work for cost in self._made).steps / (time.monotonic() - self._started)
         self._doing = ""
         self._make_room()
         print(f"{self._ended} of {len(self._people)}: {_line(result)}", file=sys.stderr, flush=True)
@@ -136,7 +136,7 @@ class StudioProgress:
         self._bar.set_description_str(disp_trim(self.line, columns))
 
 
-def _line(result: Result) -> str:
+def _line(result: "studio.Result") -> str:
     if result.status == "failed":
         return f"{result.name}: failed: {result.reason}"
     likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"

@@ -1,65 +1,76 @@
 """The command `train`, which trains a LoRA."""
 
-import argparse
 import json
 import os
 import signal
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..config import TrainConfig, config_from
+from .. import lora, models, photos, studio, training  # Their modules load only when a name is used.
+from ..config import RecipeName, TrainConfig, config_from
 from ..errors import BadConfig, BadFile, FaceLoraError
-from ..faces import load_faces
-from ..lora.file import LoraFile
-from ..lora.sidecars import write_sidecars
-from ..models.base import Base
-from ..photos import check_agreed, read_photos
 from ..progress import READING
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import write_text
-from ..studio import basis, device_rate
-from ..training import (
-    LIKENESS_KEY,
-    METHODS,
-    Callbacks,
-    OutputFile,
-    StepReport,
-    TrainingAdapter,
-    TrainingJob,
-    find_or_train,
-    is_trained,
-    recipe_config,
-)
-from ..training.run_files import RunFiles, metadata_of
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
+from .options import OneOf, Options, argument, below, option, settings
 from .settings import schedule_from, settings_from
+from .shared_options import BASE, DEVICE, DRY_RUN, FACE_NETWORK_HELP, JUDGE, SIDECARS, TRAINING_ADAPTER, BaseParts
+from .values import InputName, InputPath, LoraOutput
+
+UNFINISHED = OneOf()
 
 
-class Cancelled(FaceLoraError):
-    """Raised when the user has stopped the command with a signal."""
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
+    first = (
+        "--base", "--output", "--recipe", "--trigger", "--class-word", "--steps", "--rank", "--learning-rate", "--method",
+        "--resolution", "--memory-limit", "--dry-run", "--resume", "--restart",
+    )  # fmt: skip
+    photos: InputPath = argument("Folder of photos (jpg, png, webp, heic, ...)", "PHOTOS")
+    base: InputName = BASE
+    parts: BaseParts = below()
+    output: LoraOutput = option("LoRA to write")
+    class_photos: InputPath | None = option("Photos of the class, for prior preservation", "DIR")
+    continue_from: InputPath | None = option("LoRA to continue from", "FILE")
+    training_adapter: InputPath | None = TRAINING_ADAPTER
+    config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
+    recipe: Literal["none", RecipeName] = option(
+        "Preset for a quick, normal or thorough training run. Options and the config file override it. none uses the "
+        "defaults listed below (default: balanced)",
+        default="balanced",
+    )
+    resume: bool = option("Continue from the saved state of the same training run, if there is one", one_of=UNFINISHED)
+    restart: bool = option("Start again, and replace any saved state or LoRA", one_of=UNFINISHED)
+    strict: bool = option("Fail on a photo that cannot be read, instead of skipping it")
+    sidecars: bool = SIDECARS
+    face_network: str | None = option(FACE_NETWORK_HELP, "NAME|FILE.onnx")
+    judge: str | None = JUDGE
+    dry_run: bool = DRY_RUN
+    device: str | None = DEVICE
+    json: bool = option("Print one JSON object per report instead of a progress bar")
+    given: dict[str, Any] = settings()
 
 
-def run_train(options: argparse.Namespace) -> None:
-    check_agreed(options.photos, *filter(None, [options.class_photos]))
-    given = settings_from(options)
-    base = base_from(options, **schedule_from(given))
-    stop = StopOnSignal()
+def run(options: TrainOptions) -> None:
+    from ..faces import load_faces
+
+    photos.check_agreed(options.photos, *filter(None, [options.class_photos]))
+    given = settings_from(options.config, options.given)
+    base = base_from(options.base, options.parts, schedule_from(given))
+    stop = StopOnSignal("continue with --resume")
     progress = JsonProgress() if options.json else BarProgress()
-    photos = read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
+    read = photos.read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
     config = (
         config_from(given)
         if options.recipe == "none"
-        else recipe_config(options.recipe, base, len(photos), given, progress.warning)
+        else training.recipe_config(options.recipe, base, len(read), given, progress.warning)
     )
-
-    def check_stop(where: str) -> None:
-        if stop.asked:
-            raise Cancelled(f"stopped{where}; continue with --resume")
-
-    makes = METHODS[config.method].makes
+    makes = training.METHODS[config.method].makes
     if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
@@ -73,30 +84,35 @@ def run_train(options: argparse.Namespace) -> None:
     judge = load_faces(options.judge) if options.judge else None
     class_photos = ()
     if options.class_photos:
-        class_photos = read_photos(options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning)
-    start = LoraFile.read(options.continue_from) if options.continue_from else None
-    job = TrainingJob.of(
-        photos, base, config, class_photos=class_photos, start=start, adapter=training_adapter_from(options, base),
-        faces=faces, judge=judge, on_warning=progress.warning,
+        class_photos = photos.read_photos(
+            options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning
+        )
+    start = lora.LoraFile.read(options.continue_from) if options.continue_from else None
+    job = training.TrainingJob.of(
+        read, base, config, class_photos=class_photos, start=start, faces=faces, judge=judge,
+        adapter=training_adapter_from(options.training_adapter, base), on_warning=progress.warning,
     )  # fmt: skip
     if options.dry_run:
         return _show_work(options, job)
-    callbacks = shown(progress, check_stop)
-    place = OutputFile(options.output, options.resume, options.restart)
+    callbacks = shown(progress, stop)
+    place = training.OutputFile(options.output, options.resume, options.restart)
     with stop, progress:
         base.compute_hashes(callbacks.progress(READING))
-        mark = None if is_trained(job, place) else _check_nothing_is_replaced(options, job.key)
-        made = find_or_train(job, place, device=device_from(options), callbacks=callbacks)
+        mark = None if training.is_trained(job, place) else _check_nothing_is_replaced(options, job.key)
+        made = training.find_or_train(job, place, device=device_from(options.device), callbacks=callbacks)
         if mark and os.path.exists(mark):
             mark.unlink()
     _end(options, config, made.found)
 
 
-def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
+def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
     """Write the files beside the output, and print what was made."""
+    from ..training.run_files import metadata_of
+
     if options.sidecars:
-        write_sidecars(options.output)
-    size, metadata, makes = options.output.stat().st_size, metadata_of(options.output), METHODS[config.method].makes
+        lora.write_sidecars(options.output)
+    size, metadata = options.output.stat().st_size, metadata_of(options.output)
+    makes = training.METHODS[config.method].makes
     trigger = metadata["modelspec.trigger_phrase"]
     if options.json:
         print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
@@ -105,24 +121,23 @@ def _end(options: argparse.Namespace, config: TrainConfig, found: bool) -> None:
             print("already trained from the same photos and settings; use --restart to train it again")
         kind = f"rank {config.rank}" if makes == "lora" else makes
         print(f"{options.output}  ({size / 1e6:.1f} MB, {kind}); use it in a prompt: a photo of {trigger}")
-        if LIKENESS_KEY in metadata:
-            print(format_likeness(json.loads(metadata[LIKENESS_KEY])))
+        if training.LIKENESS_KEY in metadata:
+            print(format_likeness(json.loads(metadata[training.LIKENESS_KEY])))
 
 
-def _show_work(options: argparse.Namespace, job: TrainingJob) -> None:
+def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
     """Print the work of a job."""
-    device, photos = device_from(options), job.ready.photos
-    ledger = basis(photos, job.base, job.config, device, job.adapter).ledger(
-        photos, job.config, class_photos=len(job.class_photos)
-    )
-    show_work(ledger, device_rate(job.base, device, job.config.precision), options.json)
+    device, used = device_from(options.device), job.ready.photos
+    shared = studio.basis(used, job.base, job.config, device, job.adapter)
+    ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))
+    show_work(ledger, studio.device_rate(job.base, device, job.config.precision), options.json)
 
 
-def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:
-    return TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
+def training_adapter_from(path: Path | None, base: "models.Base") -> "training.TrainingAdapter | None":
+    return training.TrainingAdapter.open(path, base) if path else None
 
 
-def _check_nothing_is_replaced(options: argparse.Namespace, key: str) -> Path | None:
+def _check_nothing_is_replaced(options: TrainOptions, key: str) -> Path | None:
     """Raise BadConfig if the output exists, unless the user has asked to replace it. Returns the mark that they have.
 
     The mark lets `--resume` continue with the same job and the same file if the run ends before its first state. It is None
@@ -132,7 +147,8 @@ def _check_nothing_is_replaced(options: argparse.Namespace, key: str) -> Path | 
         return None
     about, place = options.output.stat(), os.path.abspath(options.output)
     mark = cache_folder() / "restarts" / content_key("restart", place, about.st_size, about.st_mtime_ns, key)
-    goes_on = options.resume and (RunFiles(options.output).state.exists() or os.path.exists(mark))
+    state = training.RunFiles(options.output).state
+    goes_on = options.resume and (state.exists() or os.path.exists(mark))
     if not (options.restart or goes_on):
         raise BadConfig(
             f"{options.output}: this file already exists; replace it with --restart, or choose another output"
@@ -163,38 +179,48 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def shown(progress: Progress, check_stop: Callable[[str], None]) -> Callbacks:
-    """Return callbacks that show progress and check for a stop. Samples are part of training, whose bar stays.
-
-    `check_stop` is called with the words for a finished step, such as " after step 2 of 10", else with an empty text.
-    """
-
-    def on_step(report: StepReport) -> None:
-        progress.step(report)
-        check_stop(f" after step {report.step} of {report.steps}")
-
-    def on_phase(phase: str, done: int, total: int) -> None:
-        if phase != "samples":
-            progress.phase(phase, done, total)
-        check_stop("")
-
-    return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
+class Cancelled(FaceLoraError):
+    """Raised when the user has stopped the command with a signal."""
 
 
 class StopOnSignal:
-    """Make Ctrl-C and SIGTERM only set `asked` within the context, to stop between two steps. A second signal stops at once."""
+    """Make Ctrl-C and SIGTERM only take effect at `check` within the context. A second signal stops at once."""
 
-    asked: bool = False
+    def __init__(self, advice: str | None) -> None:
+        """Take what the user can do after a stop, for the message; None raises KeyboardInterrupt instead."""
+        self._advice, self._is_asked = advice, False
 
-    def __enter__(self) -> "StopOnSignal":
+    def __enter__(self) -> None:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
-        if self.asked:
+        if self._is_asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self._is_asked = True
+
+    def check(self, where: str = "") -> None:
+        """Stop if that was asked for. `where` is the place in words, such as " after step 2 of 10"."""
+        if self._is_asked:
+            raise Cancelled(f"stopped{where}; {self._advice}") if self._advice else KeyboardInterrupt
+
+
+def shown(progress: Progress, stop: StopOnSignal, within_steps: bool = False) -> "training.Callbacks":
+    """Return callbacks that show progress and check for a stop, at phases and steps or also within steps."""
+
+    def on_step(report: "training.StepReport") -> None:
+        progress.step(report)
+        stop.check(f" after step {report.step} of {report.steps}")
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase != "samples":  # They are part of training, whose bar stays.
+            progress.phase(phase, done, total)
+        stop.check()
+
+    return training.Callbacks(
+        on_step=on_step, on_phase=on_phase, on_warning=progress.warning,
+        check_cancelled=stop.check if within_steps else None,
+    )  # fmt: skip

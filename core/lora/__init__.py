@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .names import WORD_KEY as WORD_KEY
     from .names import Entry as Entry
     from .names import LoraHeader as LoraHeader
+    from .names import trigger_phrases as trigger_phrases
     from .names import trigger_words as trigger_words
     from .names import word_of as word_of
     from .report import format_inspection as format_inspection

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .recipes import RECIPES as RECIPES
     from .recipes import recipe_config as recipe_config
     from .recipes import recipe_settings as recipe_settings
+    from .run_files import RunFiles as RunFiles
     from .store import LoraFolders as LoraFolders
     from .store import OutputFile as OutputFile
     from .store import find_or_train as find_or_train

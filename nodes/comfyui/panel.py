@@ -20,7 +20,7 @@ from server import PromptServer
 
 from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 
-from ...core.bench import examine, format_doctor
+from ...core.doctor import examine, format_doctor
 from ...core.errors import BadConfig
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
@@ -353,5 +353,5 @@ def add_routes() -> None:
 
     @server.routes.get("/facelora/machine")
     async def machine(request: web.Request) -> web.Response:
-        report = await asyncio.to_thread(examine, get_torch_device(), False)
+        report = await asyncio.to_thread(examine, get_torch_device())
         return web.Response(text=format_doctor(report))

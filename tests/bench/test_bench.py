@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.bench import random_models
 from core.config import TrainConfig
 from core.errors import BadConfig
 from core.models.base import Base
 from core.models.families import FAMILIES
-from tools import bench
+from tools import bench, random_models
 from tools.bench_loops import OurLoop, PlainLoop
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from core import Job
-from core.cli import build_parser
 from core.pictures.gallery import gallery_page
 from core.pictures.headshot import FaceOutcome, Headshot
 from core.studio import Result
 from core.studio.report import write_report
+from tests.tooling import command_options
 
 pytestmark = pytest.mark.browser
 
@@ -127,7 +127,7 @@ def test_a_prompt_is_copied(gallery) -> None:
 def test_a_command_that_draws_more_like_a_picture_is_copied(gallery, tmp_path) -> None:
     words = shlex.split(copied(gallery, 2, "more like this"))
     assert words[:5] == ["cd", f"{tmp_path}/", "&&", "facelora", "generate"]
-    options = build_parser("generate")[0].parse_args(words[4:])
+    options = command_options("generate", *words[5:])
     assert options.base == "../it's a base.safetensors" and options.lora == ["anna.safetensors:1"]
     assert (options.prompt, options.negative, options.seed) == (["a <b>photo</b> in Office"], "blurry", 2)
     assert (options.size, options.count, options.output) == ((64, 80), 4, Path("more/2"))

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from core.cli import COMMANDS, build_parser, main
+from core.cli import COMMANDS, description_of, main
+from core.cli.command import command_parser
 from core.cli.common import BarProgress, end_bars
 from core.cli.options import HelpAll
 from tests.prose import faults
@@ -37,14 +38,14 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_has_short_sentences_and_explains_every_option(command):
-    _, parser = build_parser(command)
+    parser = command_parser(command)
     for action in parser._actions:
         if isinstance(action, HelpAll):
             action.show()
     texts = [action.help for action in parser._actions]
     assert all(text and text != argparse.SUPPRESS and not text[0].islower() for text in texts)
     assert [
-        fault for text in (*texts, parser.description or "", parser.epilog or "") for fault in faults(text or "")
+        fault for text in (*texts, description_of(command), parser.epilog or "") for fault in faults(text or "")
     ] == []
 
 
@@ -114,10 +115,10 @@ def test_a_phase_without_parts_to_count_shows_its_name_and_time(capsys):
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
 def test_control_d_and_control_c_stop_a_command_in_one_line(end, capsys, monkeypatch):
-    def asks(_: object) -> None:
+    def asks() -> None:
         raise end
 
-    monkeypatch.setattr("core.cli.machine.run_clear_cache", asks)
+    monkeypatch.setattr("core.cli.clear_cache.clear_cache", asks)
     assert main(["clear-cache"]) == 1
     assert capsys.readouterr().err == "facelora: stopped\n"
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from core.cli import COMMANDS, build_parser, main
-from core.cli.outputs import edited_file, given_path, output_file, output_folder
+from core.cli import COMMANDS, main
+from core.cli.command import command_parser
+from core.cli.values import Output, OutputFile, OutputFolder, input_path
 from core.errors import BadFile
 from core.photos import is_sheet
 from core.storage.files import check_writable, write_text
@@ -39,18 +40,15 @@ INPUTS = {
 """The options with a path from which is read."""
 
 
-def actions(command: str) -> list[argparse.Action]:
-    return [action for action in build_parser(command)[1]._actions if action.type in (output_file, output_folder)]
-
-
 def test_a_home_folder_that_the_shell_has_left_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert output_file("~/a.safetensors") == given_path("~/a.safetensors") == tmp_path / "a.safetensors"
-    assert output_file("~a.safetensors") == Path("~a.safetensors") and output_folder("a/~") == Path("a/~")
+    assert OutputFile("FILE")("~/a.safetensors") == input_path("~/a.safetensors") == tmp_path / "a.safetensors"
+    assert input_path("~a.safetensors") == Path("~a.safetensors") and OutputFolder("DIR")("a/~") == Path("a/~")
 
 
-FILES = [(command, action) for command in COMMANDS for action in actions(command) if action.type is output_file]
-FOLDERS = [(command, action) for command in COMMANDS for action in actions(command) if action.type is output_folder]
+ACTIONS = [(command, action) for command in COMMANDS for action in command_parser(command)._actions]
+FILES = [(command, action) for command, action in ACTIONS if isinstance(action.type, OutputFile)]
+FOLDERS = [(command, action) for command, action in ACTIONS if isinstance(action.type, OutputFolder)]
 
 
 @pytest.fixture
@@ -82,13 +80,10 @@ def named(action: argparse.Action, name: str = "out") -> str:
 
 
 def test_every_option_with_a_path_is_an_input_or_an_output():
-    for command in COMMANDS:
-        for action in build_parser(command)[1]._actions:
-            if any(word in str(action.metavar) for word in ("FILE", "DIR", "FOLDER")):
-                known = action.type in (output_file, output_folder, edited_file) or action.dest in INPUTS
-                assert known or action.type not in (Path, given_path), (
-                    f"{command} {action.dest}: an input or an output?"
-                )
+    for command, action in ACTIONS:
+        if any(word in str(action.metavar) for word in ("FILE", "DIR", "FOLDER")):
+            known = isinstance(action.type, Output) or action.dest in INPUTS
+            assert known or action.type not in (Path, input_path), f"{command} {action.dest}: an input or an output?"
 
 
 @pytest.mark.parametrize(("command", "action"), FILES, ids=lambda one: getattr(one, "dest", one))

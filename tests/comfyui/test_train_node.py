@@ -1,6 +1,5 @@
 """Train Face LoRA and Apply LoRA in a real server: the wiring. What is found again: tests/training/test_store.py."""
 
-import argparse
 import json
 import time
 import urllib.error
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.cli.arguments import add_train
+from core.cli.command import command_parser
 from core.config import config_from
 from core.lora.file import KEY, LoraFile
 from core.lora.hashes import model_hash
@@ -477,10 +476,8 @@ def test_masks_of_photos_that_are_opaque_are_none(server, trained):
 
 
 def test_the_recipe_that_nobody_chooses_is_the_command_lines(server):
-    parser = argparse.ArgumentParser()
-    add_train(parser)
     _, options = server.get("/object_info/FaceLoRATrain")["FaceLoRATrain"]["input"]["required"]["recipe"]
-    assert options["default"] == parser.get_default("recipe") == "balanced"
+    assert options["default"] == command_parser("train").get_default("recipe") == "balanced"
 
 
 def test_from_eight_photos_on_a_recipe_measures_and_keeps_the_best(server, trained):

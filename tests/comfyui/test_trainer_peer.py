@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.bench.random_models import random_cache
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
 from core.models import load_base
 from tests.tooling import RandomTensors, original_shapes
 from tools.bench import bench
 from tools.bench_loops import ComfyLoop
+from tools.random_models import random_cache
 
 from .real_widths import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON

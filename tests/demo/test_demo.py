@@ -36,7 +36,7 @@ def test_the_embedded_base_has_the_recipes_that_its_program_gives_it(base) -> No
 def test_the_demo_takes_fewer_steps_than_its_own_warm_up(tmp_path: Path, monkeypatch, capsys) -> None:
     configs = []
     monkeypatch.setattr(
-        "core.cli.demo.run", lambda *_, config, **__: configs.append(config) or SimpleNamespace(text="done")
+        "core.demo.run", lambda *_, config, **__: configs.append(config) or SimpleNamespace(text="done")
     )
     for steps in ("1", "40"):
         assert main(["demo", "--output", str(tmp_path), "--steps", steps]) == 0

@@ -17,9 +17,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import core.bench.doctor as doctor
 import core.models.memory_plan as memory_plan
-from core.bench.random_models import random_base, random_cache
+from core import doctor
 from core.config import TrainConfig
 from core.device import device_and_dtype, within_free_memory
 from core.errors import FaceLoraError
@@ -34,6 +33,8 @@ from core.training.step import Run
 from core.training.store import train
 from tests.gpu.trials import PLAIN, SHORT, Case, cached
 from tests.tooling import encoded_cache, encoded_image
+from tools.random_models import random_base, random_cache
+from tools.trials import agreement
 
 
 def left_after(case: Case, photos: Path, output: Path, end: str) -> tuple[str, int, int, int]:
@@ -127,12 +128,12 @@ def deterministic_after_a_product(photos: Path, output: Path, workspace: str | N
     return ""
 
 
-def rounded_by_the_doctor() -> tuple[int, bool]:
-    """The convolutions in TF32 when the doctor compares in float32, and whether torch's setting is as before."""
+def rounded_in_a_comparison() -> tuple[int, bool]:
+    """The convolutions in TF32 when a card is compared with the CPU in float32, and whether torch's setting is as before."""
     base = random_base("sd15", 64, torch.device("cpu"), torch.float32)
     cache, before = random_cache(base, TrainConfig(resolution=64)), torch.backends.cudnn.allow_tf32
     with fake_cuda() as card, suppress(ZeroDivisionError):
-        doctor.agreement(base, cache, DEVICE, torch.float32)
+        agreement(base, cache, DEVICE, torch.float32)
         return card.rounded, before == torch.backends.cudnn.allow_tf32
     raise AssertionError
 
@@ -184,7 +185,7 @@ def card_without_kernels() -> tuple[str, str]:
         try:
             device_and_dtype()
         except FaceLoraError as raised:
-            return str(raised), doctor.format_doctor(doctor.examine(DEVICE, False))
+            return str(raised), doctor.format_doctor(doctor.examine(DEVICE))
     return "", ""
 
 

@@ -57,8 +57,8 @@ def test_a_deterministic_training_works_unless_the_process_has_used_the_gpu_othe
     assert workspace == "" or not error
 
 
-def test_the_doctor_compares_float32_without_tf32(on_card):
-    assert on_card(hazards.rounded_by_the_doctor) == (0, True)
+def test_a_card_is_compared_in_float32_without_tf32(on_card):
+    assert on_card(hazards.rounded_in_a_comparison) == (0, True)
 
 
 @pytest.mark.parametrize("form", ["scaled fp8", "fp8"])

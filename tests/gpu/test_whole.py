@@ -162,11 +162,3 @@ def test_what_is_measured_on_a_gpu_is_measured_to_its_end(command, fake_process,
     output = tmp_path / "found.json"
     assert fake_process.submit(trials.measured_on_a_gpu, command, output).result() == []
     assert json.loads(output.read_text())["stages"].keys() == COMMANDS[command].keys()
-
-
-@pytest.mark.slow
-def test_the_doctor_measures_each_plan_on_a_gpu(fake_process):
-    """A fake one, whose gradients are all 0, so that it must be found to compute wrongly."""
-    said, plans, errors = fake_process.submit(trials.examined).result()
-    assert "MORE THAN ROUNDING EXPLAINS" in said and "compute capability 9.0" in said
-    assert plans == len(PLANS) and set(errors) == {""}

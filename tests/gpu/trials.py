@@ -16,7 +16,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import core.bench.doctor as doctor
 import core.models.memory_plan as memory_plan
 import core.models.narrow_layers as narrow_layers
 import tools.gpu as gpu
@@ -391,16 +390,6 @@ def resumed(photos: Path, folder: Path) -> tuple[int, list[int]]:
         after = Callbacks(on_step=lambda report: steps.append(report.step))
         train(photos, case.base(), case.config(), resume=True, callbacks=after, **place)
     return 2, steps
-
-
-def examined() -> tuple[str, int, list[str]]:
-    """The report of `facelora doctor --measure`, the number of plans that it tried, and their errors."""
-    small = {"REAL_CHANNELS": doctor.SMALL_CHANNELS, "LONGEST": 1e9}
-    with fake_cuda(), patch.multiple(doctor, **small), patch.object(doctor, "why_not_compiled", lambda _: None):
-        report = doctor.examine(DEVICE, True)
-    assert report.measured
-    trials = report.measured.trials
-    return doctor.format_doctor(report), len(trials), [trial.error for trial in trials]
 
 
 def measured_on_a_gpu(command: str, output: Path) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
 
-import argparse
 import json
 import math
 import re
@@ -34,7 +33,15 @@ from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from core.training.store import train
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, started_run
+from tests.tooling import (
+    SMALL_FLOWS,
+    command_options,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    small_flow_base,
+    started_run,
+)
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
@@ -376,11 +383,8 @@ def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guida
 @pytest.mark.parametrize(("given", "drawn"), [((None, None), (8, 1.0)), ((12, 2.0), (12, 2.0))])
 def test_the_command_line_draws_a_distilled_model_in_its_steps_unless_they_are_given(bases, given, drawn):
     base = replace(bases["zimage"], name="z_image_turbo_bf16.safetensors")
-    options = argparse.Namespace(
-        style=None, subject=None, style_folder=[], prompt=["a photo"], count=1, seed=1, negative="", size=None,
-        steps=given[0], guidance=given[1],
-    )  # fmt: skip
-    (job,) = prompt_jobs(options, base, [])
+    words = [f"--{name}={value}" for name, value in zip(("steps", "guidance"), given, strict=True) if value is not None]
+    (job,) = prompt_jobs(command_options("generate", "--prompt", "a photo", "--count", "1", *words), base, [])
     assert (job.steps, job.guidance) == drawn
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import nn
 
 import core.pictures.generate as generate_module
-from core.bench.random_models import random_base, random_cache
 from core.config import TrainConfig
 from core.device import free_memory, in_parts_that_fit, is_out_of_memory, synchronize, until_it_fits
 from core.errors import BadConfig, OutOfMemory
@@ -50,6 +49,7 @@ from tests.tooling import (
     predict_by,
     small_flow_base,
 )
+from tools.random_models import random_base, random_cache
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)

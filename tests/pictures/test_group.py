@@ -14,7 +14,7 @@ import core.pictures.group as group_module
 import core.pictures.group_batch as faces_module
 from core import GenerateConfig, Job, LoraFile, LoraModule, generate, load_base
 from core.cli import main
-from core.cli.generate import _place
+from core.cli.generate import region_from
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, LoraMisfit
@@ -159,7 +159,7 @@ def test_transparent_parts_of_a_mask_are_black(tmp_path: Path) -> None:
     mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     mask.paste("white", (0, 0, 4, 8))
     mask.save(tmp_path / "mask.png")
-    place = _place("anna", str(tmp_path / "mask.png"))
+    place = region_from("anna", str(tmp_path / "mask.png"))
     assert isinstance(place, Mask) and place.box == (0, 0, 0.5, 1)
 
 

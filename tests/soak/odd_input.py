@@ -6,8 +6,8 @@ from random import Random
 import torch
 from PIL import Image
 
-from core.cli import build_parser
-from core.cli.outputs import output_file, output_folder
+from core.cli.command import command_parser
+from core.cli.values import OutputFile, OutputFolder
 from core.config import config_from, parse_toml
 from core.models import load_base
 from core.photos import prepare, read_photos
@@ -38,16 +38,16 @@ def odd_option(desk: Desk, draw: Random) -> None:
         "generate": ["--style-pack", "list"],
     }  # fmt: skip
     command = draw.choice(list(given))
-    actions = [one for one in build_parser(command)[1]._actions if one.option_strings and one.nargs != 0]
+    actions = [one for one in command_parser(command)._actions if one.option_strings and one.nargs != 0]
     action = draw.choice(actions)
     places = {
-        output_file: ["a.safetensors", "photos/1.png", "pipe", "photos"],
-        output_folder: ["photos", "a.safetensors"],
+        OutputFile: ["a.safetensors", "photos/1.png", "pipe", "photos"],
+        OutputFolder: ["photos", "a.safetensors"],
     }
     os.mkfifo(desk.room / "pipe")
-    own = [str(desk.room / name) for name in places.get(action.type, ["pipe", "photos", "a.safetensors"])]  # pyright: ignore
+    own = [str(desk.room / name) for name in places.get(type(action.type), ["pipe", "photos", "a.safetensors"])]  # pyright: ignore
     value = draw.choice((*VALUES, *own))
-    if action.type in (output_file, output_folder) and value[:1] != "/":
+    if isinstance(action.type, (OutputFile, OutputFolder)) and value[:1] != "/":
         value = str(desk.room / value)  # nothing is written outside of the room
     before = {path: path.read_bytes() for path in (lora, photos / "1.png")}
     option_ = draw.choice(action.option_strings)

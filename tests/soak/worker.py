@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from core import cli
+from core.cli import command
 from core.errors import FaceLoraError
 
 from .desk import Desk
@@ -46,7 +46,8 @@ def work(folder: Path, seed: str, asks: Connection, others: Connection) -> None:
     tqdm.set_lock(threading.RLock())
     warnings.simplefilter("ignore")  # of diffusers about what it was built with
     warnings.filterwarnings("error", module=r"PIL\.")  # about damaged photos, which we name ourselves
-    cli.build_parser = cache(cli.build_parser)  # which takes longer than most trials, and is the same each time
+    # This takes longer than most trials, and is the same each time.
+    command.command_parser = cache(command.command_parser)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     resource.setrlimit(resource.RLIMIT_DATA, (_CEILING, _CEILING))
     desk = Desk(folder)

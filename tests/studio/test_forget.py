@@ -198,7 +198,7 @@ def test_while_the_command_reads_the_model_nobody_can_be_deleted(tmp_path, monke
         said.append(refused.value)
         raise BadConfig("enough")
 
-    monkeypatch.setattr("core.cli.studio.plan", plan)
+    monkeypatch.setattr("core.studio.plan", plan)
     assert main(["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(output)]) == 1
     assert said and "enough" in capsys.readouterr().err and forget("anna", output)
 

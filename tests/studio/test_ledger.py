@@ -207,7 +207,7 @@ def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder
     (folder / "own.toml").write_text('precision = "bf16"')
     given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]
     rates: list[str] = []
-    monkeypatch.setattr("core.cli.studio.device_rate", lambda base, device, precision: rates.append(precision) or 1e12)
+    monkeypatch.setattr("core.studio.device_rate", lambda base, device, precision: rates.append(precision) or 1e12)
     assert main([*given, "--config", str(folder / "own.toml")]) == 0 and rates == ["bf16"]
     printed = capsys.readouterr()
     assert "dora will be refused: the person has not agreed" in printed.err

@@ -443,7 +443,7 @@ def test_reading_the_model_is_shown_before_the_plan(tmp_path, people, monkeypatc
         raise BadConfig(f"shown: {shown}")
 
     shown: list[str] = []
-    monkeypatch.setattr("core.cli.studio.plan", planned)
+    monkeypatch.setattr("core.studio.plan", planned)
     monkeypatch.setattr("core.cli.studio.progress_bar", lambda name: lambda *_: shown.append(name))
     command = ["studio", str(people[0].photos.parent), "--base", "demo", "--output", str(tmp_path), "--dry-run"]
     assert main(command) == 1 and "shown: []" in capsys.readouterr().err

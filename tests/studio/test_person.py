@@ -286,7 +286,7 @@ def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, r
 
 
 def test_an_unknown_style_pack_is_refused_before_the_photos_are_read(desk, monkeypatch, capsys):
-    monkeypatch.setattr("core.cli.headshots.read_photos", lambda *_, **__: pytest.fail("photos were read"))
+    monkeypatch.setattr("core.photos.read_photos", lambda *_, **__: pytest.fail("photos were read"))
     command = ["headshots", str(desk("anna") / "photos"), "--base", "demo", "--yes", "--style-pack", "none"]
     assert main(command) == 1
     assert "no style pack 'none'; choose one of: " in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_what_ray_prints_is_not_among_the_results(tmp_path, monkeypatch, capsys)
         print("(raylet) A worker died")
         yield Result("anna", "found")
 
-    monkeypatch.setattr("core.cli.studio.run", noisy)
+    monkeypatch.setattr("core.studio.run", noisy)
     write_photos(tmp_path / "people" / "anna")
     assert (
         main(["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out"), "--json"]) == 0

@@ -1,6 +1,5 @@
 """core/training/recipes.py: settings that a run takes, the same photos seen whatever the batch size."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,6 @@ import pytest
 import torch
 
 from core.cli import main
-from core.cli.arguments import add_train
-from core.cli.train import run_train
 from core.config import TrainConfig, config_from
 from core.demo.people import person_photos
 from core.errors import BadConfig
@@ -128,8 +125,6 @@ def test_an_unknown_recipe_lists_the_known_ones():
 
 
 def test_the_command_line_takes_the_recipe_of_the_base_s_family(small_sdxl, photo_folder, tmp_path):
-    parser = argparse.ArgumentParser()
-    add_train(parser)
     given = [
         "--recipe",
         "fast",
@@ -144,7 +139,7 @@ def test_the_command_line_takes_the_recipe_of_the_base_s_family(small_sdxl, phot
         "--output",
     ]
     output = tmp_path / "lora.safetensors"
-    run_train(parser.parse_args([str(photo_folder), "--base", str(small_sdxl), *given, str(output)]))
+    assert main(["train", str(photo_folder), "--base", str(small_sdxl), *given, str(output)]) == 0
     metadata = LoraFile.read(output).metadata
     expected = FAMILIES["sdxl"].recipes["fast"]
     assert metadata["ss_network_dim"] == str(expected.rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..device import synchronize
+from core.device import synchronize
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..config import TrainConfig
-from ..errors import BadConfig
-from ..models.base import Base
-from ..models.families import FAMILIES
-from ..models.spec import Component, FamilySpec
-from ..training.encode import EncodedImage, LatentCache
+from core.config import TrainConfig
+from core.errors import BadConfig
+from core.models.base import Base
+from core.models.families import FAMILIES
+from core.models.spec import Component, FamilySpec
+from core.training.encode import EncodedImage, LatentCache
 
 CAPTION = "a photo of sks person"
 TOKENS = 77

@@ -1,0 +1,64 @@
+"""The types of the values that options take: inputs, outputs and text. Importing this doesn't load torch."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from ..storage.files import is_text
+
+
+def input_path(text: str) -> Path:
+    """Convert an argument to the path of a file or folder. Raises an error for argparse if it is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    path = Path(text)
+    try:
+        return path.expanduser() if path.parts[:1] == ("~",) else path  # Bash leaves it in --output=~/FILE.
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder; give the whole path") from None
+
+
+def input_name(text: str) -> str:
+    """Return the name of a file, a folder or a model. Raises an error for argparse if it is empty."""
+    input_path(text)
+    return text
+
+
+def unicode_text(text: str) -> str:
+    """Return the argument if it is valid Unicode, else raise an error for argparse: file names may be any bytes."""
+    if not is_text(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8")
+    return text
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command writes. Calling it converts an argument to the path."""
+
+    metavar: str
+
+    def __call__(self, text: str) -> Path:
+        return input_path(text)
+
+
+class OutputFile(Output):
+    """A file to write, whose name has the ending of `metavar`."""
+
+
+class OutputFolder(Output):
+    """A folder to write into."""
+
+
+class EditedFile(Output):
+    """A file that is changed in place, unless an output is given."""
+
+
+InputPath = Annotated[Path, input_path]
+InputName = Annotated[str, input_name]
+Text = Annotated[str, unicode_text]
+Folder = Annotated[Path, OutputFolder("DIR")]
+LoraOutput = Annotated[Path, OutputFile("FILE.safetensors")]
+HtmlOutput = Annotated[Path, OutputFile("FILE.html")]
+PngOutput = Annotated[Path, OutputFile("FILE.png")]
+LoraEdited = Annotated[Path, EditedFile("FILE")]
