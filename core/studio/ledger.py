@@ -15,8 +15,9 @@ from ..photos.captions import class_caption
 from ..pictures.generate import Job, texts_of
 from ..pictures.headshot import FacePass
 from ..pictures.sizes import checked_size, size_near
-from ..training.callbacks import NO_CALLBACKS
+from ..progress import silent
 from ..training.encode import without_trigger
+from ..training.inputs import TrainingInputs
 from ..training.job import dataset_of
 from ..training.likeness import NEUTRAL_PROMPTS, pictures_at_a_look
 from ..training.memory_prediction import choose_plan, predicted_memory
@@ -116,13 +117,12 @@ def basis(
 
     Nothing is computed: passes are counted and memory is predicted with tensors without values.
     """
-    device, dtype = base.device_and_dtype(config.precision, device)
     base = base.as_distilled() if training_adapter else base
     largest = max((image.bucket for image in _dataset(photos, base, config).images), key=math.prod)
     passes, cache = count_passes(base, config, largest, training_adapter)
-    plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning, training_adapter)
-    memory = predicted_memory(cache, base, config, device, dtype, plan, training_adapter)
-    return Basis(base, passes, plan, memory)
+    inputs = TrainingInputs.on(device, cache, base, config, adapter=training_adapter)
+    plan = choose_plan(inputs, silent)
+    return Basis(base, passes, plan, predicted_memory(inputs, plan))
 
 
 def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Dataset:

@@ -17,10 +17,11 @@ from ..models.spec import Component, Conditioning
 from ..photos.captions import class_caption, default_caption
 from ..photos.dataset import Size
 from ..pictures.sampling import guided_prediction, predictions_per_step
+from ..training.adapted_model import AdaptedModel
 from ..training.encode import EncodedImage, LatentCache
+from ..training.inputs import TrainingInputs
 from ..training.memory_prediction import StepPrediction
 from ..training.methods import trains_text
-from ..training.step import Run
 from ..training.training_adapter import TrainingAdapter
 
 _CPU = torch.device("cpu")
@@ -73,17 +74,19 @@ def count_passes(
         encode, decode = _vae(faked, sizes)
     cache = _cache(base, config, size, made)
     with torch.random.fork_rng([]):
-        step = StepPrediction(cache, faked, config, _CPU, torch.float32, training_adapter)
-        step.run.frozen_layers = None  # Count without a CPU's faster convolutions, which are part of its speed.
+        step = StepPrediction(TrainingInputs(cache, faked, config, _CPU, torch.float32, adapter=training_adapter))
+        step.model.fast_layers = None  # Count without a CPU's faster convolutions, which are part of its speed.
         train = step.operations(step.run.accumulate)
-        predictions = {math.prod(one): step.operations(partial(_predict, step.run, faked, made, one)) for one in sizes}
+        predictions = {
+            math.prod(one): step.operations(partial(_predict, step.model, faked, made, one)) for one in sizes
+        }
     whole = predictions[math.prod(size)]
 
     @functools.cache
     def recompute(plan: MemoryPlan) -> float:
         if not plan.recompute and not plan.selective:
             return 0.0
-        step.run.memory.adopt(MemoryPlan(plan.recompute, selective=plan.selective))
+        step.model.memory.adopt(MemoryPlan(plan.recompute, selective=plan.selective))
         return (step.operations(step.run.accumulate) - train) / whole
 
     return Passes(_polynomial(predictions), train / whole, recompute, encode, decode, caption), cache
@@ -153,14 +156,14 @@ def _cache(base: Base, config: TrainConfig, size: Size, text: Conditioning) -> L
     return LatentCache((image,), dict.fromkeys(captions, zeros), chunks=1, digest="")
 
 
-def _predict(run: Run, base: Base, text: Conditioning, size: Size) -> None:
+def _predict(model: AdaptedModel, base: Base, text: Conditioning, size: Size) -> None:
     """Make a prediction without gradients for a picture of that size."""
     predict = guided_prediction(
-        base, run.denoiser, [text], [text], device=_CPU, dtype=torch.float32, size=size, guidance=1.0
+        base, model.denoiser, [text], [text], device=_CPU, dtype=torch.float32, size=size, guidance=1.0
     )
     shape, time = base.latent_shape, torch.zeros(())
     latents = torch.zeros(1, shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
-    with torch.no_grad(), run.training_adapter.off() if run.training_adapter else nullcontext():
+    with torch.no_grad(), model.training_adapter.off() if model.training_adapter else nullcontext():
         predict(latents, time, time)
 
 

@@ -41,20 +41,20 @@ class Drawing:
         The training adapter is off, because the LoRA will be used without it. If memory runs out, more blocks are brought in
         until the images are drawn, which changes neither them nor the training, and `on_warning` is called.
         """
-        run = self._run
+        run, model = self._run, self._run.model
         run.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
-        plan, adapter = run.memory.plan, run.training_adapter
+        plan, adapter = model.memory.plan, model.training_adapter
         self._offload = max(plan.offload, self._offload)
-        with run.holding(run.trained() if values is None else values), adapter.off() if adapter else nullcontext():
+        with model.holding(run.trained() if values is None else values), adapter.off() if adapter else nullcontext():
             try:
                 if self._offload > plan.offload:
-                    run.adopt(replace(plan, offload=self._offload))
+                    model.adopt(replace(plan, offload=self._offload))
                 return until_it_fits(
-                    partial(draw_shots, run.denoiser, run.encoders, shots), self._bringing_in(plan, on_warning)
+                    partial(draw_shots, model.denoiser, model.encoders, shots), self._bringing_in(plan, on_warning)
                 )
             finally:
-                if run.memory.plan != plan:
-                    run.adopt(plan)
+                if model.memory.plan != plan:
+                    model.adopt(plan)
 
     def _bringing_in(self, plan: MemoryPlan, on_warning: OnWarning) -> Iterator[Callable[[], None]]:
         """Yield the adoption of each plan that brings in more blocks. Then raise OutOfMemory."""
@@ -62,7 +62,7 @@ class Drawing:
             if share > self._offload:
                 self._offload, plan = share, replace(plan, offload=share)
                 on_warning(f"out of memory: a sample does not fit. Drawing it with {plan}")
-                yield partial(self._run.adopt, plan)
+                yield partial(self._run.model.adopt, plan)
         raise OutOfMemory(
             f"a sample does not fit into the device's memory ({plan}). Use a lower resolution, or sample_every 0"
         )

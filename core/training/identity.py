@@ -8,15 +8,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..config import TrainConfig
-from ..lora.file import LoraFile
 from ..lora.hashes import model_hash
-from ..models.base import Base
-from .encode import LatentCache
+from .inputs import TrainingInputs
 from .methods import peak_rate
-from .training_adapter import TrainingAdapter
 
 _NO_EFFECT = (
     "state_interval",
@@ -55,28 +50,21 @@ def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, 
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def run_identity(
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
-    dtype: torch.dtype,
-    continue_from: LoraFile | None = None,
-    face_networks: Sequence[str] = (),
-    training_adapter: TrainingAdapter | None = None,
-) -> dict[str, str]:
+def run_identity(inputs: TrainingInputs, face_networks: Sequence[str] = ()) -> dict[str, str]:
     """Describe the settings, photos and base model of a run, each as a text that is equal when they are equal.
 
     `face_networks` are the names of the networks that measure likeness, empty when it isn't measured.
     """
+    config, base = inputs.config, inputs.base
     settings = settings_of_the_steps(config, measured=bool(face_networks))
     if face_networks:
         settings["face_network"] = ", ".join(face_networks)
-    settings["precision"] = str(dtype).removeprefix("torch.")
+    settings["precision"] = str(inputs.dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # a constant rate doesn't depend on the number of steps, so a resumed run may have more
-    if continue_from is not None:
-        settings["continue_from"] = model_hash(continue_from.tensors)
-    if training_adapter is not None:
-        settings["training_adapter"] = training_adapter.digest
+    if inputs.start is not None:
+        settings["continue_from"] = model_hash(inputs.start.tensors)
+    if inputs.adapter is not None:
+        settings["training_adapter"] = inputs.adapter.digest
     fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)
-    return {"settings": json.dumps(settings, sort_keys=True), "photos": cache.digest, "base model": fingerprint}
+    return {"settings": json.dumps(settings, sort_keys=True), "photos": inputs.cache.digest, "base model": fingerprint}

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..lora.file import LoraFile
-from ..models.base import Base
 from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.drawn import save_png
 from .callbacks import Callbacks
 from .drawing import Drawing, Shot
-from .encode import LatentCache
+from .inputs import TrainingInputs
 from .likeness import LikenessPoint, Selection
 from .metadata import training_metadata
 from .methods.method import Trained
 from .samples import Samples, is_whole
-from .state import RunState
+from .state import RunState, pack_run, restore_run
 from .step import Run
+from .training_adapter import METADATA_KEY
 
 THUMBNAIL = "thumbnail"
 """The name of the thumbnail among the tensors of a run's state: uint8 pixels (H, W, 3)."""
@@ -33,8 +33,7 @@ class IntermediateLoras:
     def __init__(
         self,
         run: Run,
-        cache: LatentCache,
-        base: Base,
+        inputs: TrainingInputs,
         samples: Samples | None,
         callbacks: Callbacks,
         extra_metadata: Mapping[str, str],
@@ -42,7 +41,9 @@ class IntermediateLoras:
         """Without `samples`, no pictures are drawn. Without a watch in them, likeness isn't measured and the last is kept."""
         self.run: Run = run
         self.config: TrainConfig = run.config
-        self._cache, self._base, self._extra_metadata = cache, base, extra_metadata
+        self._cache, self._base = inputs.cache, inputs.base
+        self._extra_metadata: dict[str, str] = {METADATA_KEY: inputs.adapter.digest} if inputs.adapter else {}
+        self._extra_metadata |= extra_metadata
         self._samples, self._callbacks = samples, callbacks
         self._selection = Selection(samples.watch) if samples and samples.watch else None
         self._drawing = Drawing(run)
@@ -71,13 +72,13 @@ class IntermediateLoras:
             return
         shots = self._selection.watch.base_shots
         key = content_key(
-            "base pictures", shots, self._samples.drawn_as, self.run.memory.plan.weights, self._base.identity
+            "base pictures", shots, self._samples.drawn_as, self.run.model.memory.plan.weights, self._base.identity
         )
         with cache_in(None):  # not in a personal cache: these pictures show nobody
             folder = made_folder("base", key)
         paths = [folder / f"{number:02d}.png" for number in range(len(shots))]
         if not all(map(is_whole, paths)):
-            with self.run.adapter.disabled():
+            with self.run.model.adapter.disabled():
                 values = self.run.parameters  # which are the base model's here
                 images = self._drawing.draw(self._samples.draw, shots, self._callbacks.on_warning, values)
             for path, image in zip(paths, images, strict=True):
@@ -149,11 +150,11 @@ class IntermediateLoras:
         tensors, points = self._selection.pack() if self._selection else ({}, [])
         if self._thumbnail:
             tensors[THUMBNAIL] = torch.from_numpy(np.array(self._thumbnail))
-        return self.run.state(identity, tensors, points)
+        return pack_run(self.run, identity, tensors, points)
 
     def restore(self, state: RunState) -> None:
         """Restore the run to a state that `state` returned."""
-        self.run.restore(state)
+        restore_run(self.run, state)
         if self._selection:
             self._selection.unpack(state.tensors, state.scalars["likeness"])
         if self.config.thumbnail and THUMBNAIL in state.tensors:
@@ -169,11 +170,11 @@ class IntermediateLoras:
         """Build the file of an adapter with these parameter values after that step."""
         run = self.run
         metadata = training_metadata(
-            self._cache, self._base, self.config, steps=step, started_at=self._started_at, precision=run.dtype,
-            plan=run.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
-            products_in_eight_bits=run.in_eight_bits, thumbnail=self._thumbnail,
+            self._cache, self._base, self.config, steps=step, started_at=self._started_at, precision=run.model.dtype,
+            plan=run.model.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
+            products_in_eight_bits=run.model.in_eight_bits, thumbnail=self._thumbnail,
         )  # fmt: skip
-        file = run.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
+        file = run.model.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
         # The tensors reveal which published model of the family the LoRA is for.
         return file.with_metadata(file.true_metadata) if isinstance(file, LoraFile) else file
 

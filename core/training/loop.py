@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..config import MachineSettings, TrainConfig
 from ..device import deterministic_if, exact_arithmetic, explained_memory_error, until_it_fits
@@ -16,9 +17,11 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.products import has_int8_products
 from ..progress import OnWarning
+from .adapted_model import memory_plans, smaller_plans
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
 from .encode import LatentCache
 from .identity import run_identity
+from .inputs import TrainingInputs
 from .intermediate_loras import IntermediateLoras
 from .likeness import LikenessPoint
 from .memory_prediction import choose_plan
@@ -26,8 +29,8 @@ from .methods import METHODS
 from .methods.method import Trained, left_out
 from .samples import Samples
 from .state import read_state
-from .step import Run, memory_plans, smaller_plans
-from .training_adapter import METADATA_KEY, TrainingAdapter
+from .step import Run
+from .training_adapter import TrainingAdapter
 
 CHECK_EVERY = 10
 """Steps between two checks that the loss is finite. Each check waits for the device."""
@@ -64,14 +67,13 @@ def train_lora(
     A step that does not fit into memory is repeated with a smaller memory plan, and `on_warning` is called. Raises OutOfMemory
     when no plan fits. Raises TrainingDiverged when the loss is not finite; a saved state is from before that.
     """
-    device, dtype = base.device_and_dtype(config.precision, device)
-    with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
-        config = _possible_settings(config, base, device, dtype, callbacks.on_warning)
-        run = _started(cache, base, config, device, dtype, continue_from, training_adapter, callbacks)
-        known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
-        intermediate = IntermediateLoras(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
-        known = (cache, base, config, dtype, continue_from, intermediate.face_networks, training_adapter)
-        state = StateFile(state_path, run_identity(*known) if state_path else {}, intermediate)
+    inputs = TrainingInputs.on(device, cache, base, config, continue_from, training_adapter)
+    with _on_its_own(inputs.device, config), explained_memory_error("batch_size 1 or a lower resolution"):
+        inputs = _possible(inputs, callbacks.on_warning)
+        run = _started(inputs, callbacks)
+        intermediate = IntermediateLoras(run, inputs, samples, callbacks, extra_metadata or {})
+        identity = run_identity(inputs, intermediate.face_networks) if state_path else {}
+        state = StateFile(state_path, identity, intermediate)
         if resume:
             state.restore()
         intermediate.see_base()
@@ -81,7 +83,7 @@ def train_lora(
             intermediate.look_when_due()
         while run.step < config.steps and not intermediate.is_enough():
             with state.saved_when_cancelled():
-                loss = run.accumulate_within_memory(callbacks.on_warning)
+                loss = accumulate_within_memory(run, callbacks.on_warning)
             run.update(loss)
             if run.step % CHECK_EVERY == 0 or run.step == config.steps:
                 run.check_finite()
@@ -99,6 +101,14 @@ def train_lora(
             return intermediate.chosen()
 
 
+def accumulate_within_memory(run: Run, on_warning: OnWarning) -> Tensor:
+    """Return the loss of the next step, using smaller memory plans until it fits. Raises OutOfMemory when none does."""
+    model = run.model
+    what, advice = f"step {run.step + 1}", "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+    smaller = smaller_plans(model.plans, model.memory.plan, model.adopt, what, advice, on_warning)
+    return until_it_fits(run.accumulate, smaller)
+
+
 @contextmanager
 def _on_its_own(device: torch.device, config: MachineSettings) -> Iterator[None]:
     """Isolate the run from the program's torch settings, and leave the program's random numbers unchanged."""
@@ -112,65 +122,57 @@ def _on_its_own(device: torch.device, config: MachineSettings) -> Iterator[None]
         yield
 
 
-def _started(
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    continue_from: LoraFile | None,
-    training_adapter: TrainingAdapter | None,
-    callbacks: Callbacks,
-) -> Run:
+def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
     """Return the run before its first step, with the chosen memory plan or the first smaller one whose weights fit."""
-    warn, check_cancelled = callbacks.on_warning, callbacks.check_cancelled
-    tried = [choose_plan(cache, base, config, device, dtype, warn, training_adapter)]
+    warn = callbacks.on_warning
+    plan = choose_plan(inputs, warn)
+    tried = [plan]
 
     def start() -> Run:
-        return Run(cache, base, config, device, continue_from, check_cancelled, tried[-1], training_adapter)
+        return Run(inputs, tried[-1], callbacks.check_cancelled)
 
-    plan = tried[0]
     # Recomputing more does not help to load the weights.
-    plans = [one for one in memory_plans(config, base) if (one.weights, one.offload) != (plan.weights, plan.offload)]
+    plans = memory_plans(inputs.config, inputs.base)
+    plans = [one for one in plans if (one.weights, one.offload) != (plan.weights, plan.offload)]
     run = until_it_fits(start, smaller_plans(plans, plan, tried.append, "the model", "Use a smaller base model", warn))
-    for limit in _limits_of(run, base):
+    for limit in _limits_of(run, inputs.base):
         warn(limit)
     return run
 
 
-def _possible_settings(
-    config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype, on_warning: OnWarning
-) -> TrainConfig:
-    """Return the settings without products in 8 bits if weights would be rounded for them in vain."""
-    wanted = config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not base.is_narrow
-    if not wanted or has_int8_products(device, dtype):
-        return config
+def _possible(inputs: TrainingInputs, on_warning: OnWarning) -> TrainingInputs:
+    """Return the inputs without products in 8 bits if weights would be rounded for them in vain."""
+    config = inputs.config
+    wanted = config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not inputs.base.is_narrow
+    if not wanted or has_int8_products(inputs.device, inputs.dtype):
+        return inputs
     on_warning("eight_bit_products: not possible here (this device has no products of int8 weights). They are off")
-    return replace(config, eight_bit_products="off")
+    return replace(inputs, config=replace(config, eight_bit_products="off"))
 
 
 def _limits_of(run: Run, base: Base) -> Iterator[str]:
     """List, in sentences, what the run cannot do although its settings ask for it."""
-    if run.why_not_compiled:
-        yield f"compile: not possible here ({run.why_not_compiled}). Training continues without it"
-    if run.config.eight_bit_products == "on" and not run.in_eight_bits:
+    model = run.model
+    if model.why_not_compiled:
+        yield f"compile: not possible here ({model.why_not_compiled}). Training continues without it"
+    if run.config.eight_bit_products == "on" and not model.in_eight_bits:
         yield (
             "eight_bit_products: not possible here (this device has no products with such weights, or the method trains them). "
             "Training continues without it"
         )
-    if pageable := run.memory.offload.pageable:
+    if pageable := model.memory.offload.pageable:
         yield (
             f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that isn't page-locked, because too "
             "little of the computer's memory is free. This makes steps slower. Close other programs to free memory"
         )
     method, config = METHODS[run.config.method], run.config
-    if not method.joins_modules and (paths := left_out(run.family, config, run.denoiser)):
+    if not method.joins_modules and (paths := left_out(model.family, config, model.denoiser)):
         yield (
             f"method {config.method!r} leaves out {counted(len(paths), 'module')} of targets = {config.targets!r}, such as "
-            f"{paths[0]}: they are parts of one layer in files of {run.family.name}, where only method 'lora' fits"
+            f"{paths[0]}: they are parts of one layer in files of {model.family.name}, where only method 'lora' fits"
         )
     if method.makes == "lora":
-        file = run.adapter.export(run.adapter.parameters(), base, {})
+        file = model.adapter.export(model.adapter.parameters(), base, {})
         assert isinstance(file, LoraFile)
         yield from reading_limits(file)
 
@@ -184,7 +186,7 @@ def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint |
         learning_rate=run.optimizer.param_groups[0]["lr"],
         seconds_per_step=seconds,
         seconds_left=seconds * (run.config.steps - run.step),
-        memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0,
+        memory=torch.cuda.max_memory_allocated(run.model.device) if run.model.device.type == "cuda" else 0,
         likeness=likeness,
         _loss=run.loss,
     )

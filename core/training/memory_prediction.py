@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..config import MethodSettings, TrainConfig, name_matches
+from ..config import name_matches
 from ..device import free_memory, precision_name
 from ..lora.modules import stands_alone
 from ..models.alike_blocks import AlikeBlocks, put_stand_ins
 from ..models.base import Base
+from ..models.frozen_layers import FrozenLayers
 from ..models.memory_plan import (
     OPTIMIZER_BYTES,
     RESERVE,
@@ -34,12 +35,13 @@ from ..models.memory_plan import (
 )
 from ..progress import OnWarning
 from ..storage.stored import LazyTensors, NarrowTensor, Stored, narrow_in
+from .adapted_model import AdaptedModel, memory_plans
 from .encode import LatentCache
+from .inputs import TrainingInputs
 from .methods import METHODS, trains_text
 from .methods.lora import LoraAdapter
 from .methods.method import Adapter
-from .step import Run, memory_plans
-from .training_adapter import TrainingAdapter
+from .step import Run
 
 
 class _FakeMode(FakeTensorMode):
@@ -72,33 +74,24 @@ class StepPrediction:
     blocks only one is executed, unless `each_block` is set.
     """
 
-    def __init__(
-        self,
-        cache: LatentCache,
-        base: Base,
-        config: TrainConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        training_adapter: TrainingAdapter | None = None,
-        each_block: bool = False,
-    ):
-        self._beside = 0 if device.type == "cpu" else _bytes_of(cache)
-        for change in training_adapter.changes.values() if training_adapter else ():
+    def __init__(self, inputs: TrainingInputs, each_block: bool = False):
+        device, dtype = inputs.device, inputs.dtype
+        self._beside = 0 if device.type == "cpu" else _bytes_of(inputs.cache)
+        for change in inputs.adapter.changes.values() if inputs.adapter else ():
             self._beside += sum(allocated(part.numel() * dtype.itemsize, device) for part in change.tensors())
         self._mode = _FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
         self._blocks: AlikeBlocks | None = None
-        alike = METHODS[config.method].freezes_weights and not each_block
-        empty = _empty_base(
-            self._mode, base, config, dtype, partial(_marks, base, config, training_adapter) if alike else None
-        )
+        alike = METHODS[inputs.config.method].freezes_weights and not each_block
+        empty = _empty_base(self._mode, inputs, partial(_marks, inputs) if alike else None)
         with self._mode:
-            self.run: Run = _fake_run(self._mode, cache, empty, config, device, dtype, training_adapter)
-            with self.run.fast():
+            self.run: Run = _fake_run(self._mode, replace(inputs, base=empty))
+            self.model: AdaptedModel = self.run.model
+            with self.model.fast():
                 pass  # makes the adapter create its copies, so that they exist under all plans
             if alike:
-                adapter = self.run.adapter
+                adapter = self.model.adapter
                 copies = adapter.copies if isinstance(adapter, LoraAdapter) else {}
-                self._blocks = AlikeBlocks(self.run.denoiser, copies)
+                self._blocks = AlikeBlocks(self.model.denoiser, copies)
                 if isinstance(adapter, LoraAdapter):
                     adapter.copy([(parameter,) for parameter in self._blocks.copied], dtype)
                 self.run.optimizer.add_param_group({"params": self._blocks.trained})
@@ -110,12 +103,12 @@ class StepPrediction:
     def bytes(self, plan: MemoryPlan) -> int:
         """Return the peak memory use under a plan, in bytes. Ask for plans with full weights before those with 8 bits."""
         if plan not in self._known:
-            narrows = plan.weights != self.run.memory.plan.weights
+            narrows = plan.weights != self.model.memory.plan.weights
             assert not narrows or plan.weights != "full"
             plain = MemoryPlan(weights=plan.weights)
             with self._mode:
                 if narrows:
-                    self.run.adopt(plain)
+                    self.model.adopt(plain)
                 if narrows and self._blocks:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
@@ -129,7 +122,8 @@ class StepPrediction:
         return self._known[plan]
 
     def _keeps_kernels(self) -> bool:
-        return self.run.frozen_layers is not None and self.run.frozen_layers.keeps_kernels
+        layers = self.model.fast_layers
+        return isinstance(layers, FrozenLayers) and layers.keeps_kernels
 
     def operations(self, work: Callable[[], object]) -> int:
         """Count the floating-point operations of `work`, which uses `run`. The first step must not recompute blocks.
@@ -144,17 +138,17 @@ class StepPrediction:
         return self._count.operations - before
 
     def _counted(self, plan: MemoryPlan, kernels: bool = True) -> int:
-        run = self.run
+        run, model = self.run, self.model
         run.optimizer.zero_grad()
-        run.adopt(plan)
-        run.frozen_layers = run.frozen_layers if kernels else None
-        beside = [tensor for tensor in _kept_by(run.adapter) if tensor.device == run.device]
-        there = [*run.memory.resident(), *beside]
-        for encoder in run.encoders.values():
+        model.adopt(plan)
+        model.fast_layers = model.fast_layers if kernels else None
+        beside = [tensor for tensor in _kept_by(model.adapter) if tensor.device == model.device]
+        there = [*model.memory.resident(), *beside]
+        for encoder in model.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
         # The memory of these is computed separately.
-        others = [*(run.average or {}).values(), *run.denoiser.parameters()]
-        others += run.training_adapter.tensors() if run.training_adapter else []
+        others = [*(run.average or {}).values(), *model.denoiser.parameters()]
+        others += model.training_adapter.tensors() if model.training_adapter else []
         with self._count as count:
             for tensor in [*there, *others]:
                 count.leave_out(tensor)
@@ -166,35 +160,20 @@ class StepPrediction:
             run.accumulate()
         trained = sum(parameter.numel() for group in run.optimizer.param_groups for parameter in group["params"])
         per_number = OPTIMIZER_BYTES[run.config.optimizer] + (4 if run.average else 0)
-        if self._blocks and not METHODS[run.config.method].keeps_dtype and run.dtype != torch.float32:
-            per_number += run.dtype.itemsize  # autocast's copies of weights, which stay until a forward pass ends
+        if self._blocks and not METHODS[run.config.method].keeps_dtype and model.dtype != torch.float32:
+            per_number += model.dtype.itemsize  # autocast's copies of weights, which stay until a forward pass ends
         return unique_bytes(there) + trained * per_number + count.peak
 
 
-def predicted_memory(
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    plan: MemoryPlan,
-    training_adapter: TrainingAdapter | None = None,
-    each_block: bool = False,
-) -> int:
+def predicted_memory(inputs: TrainingInputs, plan: MemoryPlan, each_block: bool = False) -> int:
     """Return the peak memory that a training run uses on the device under a plan, in bytes (see `StepPrediction`)."""
-    return StepPrediction(cache, base, config, device, dtype, training_adapter, each_block).bytes(plan)
+    return StepPrediction(inputs, each_block).bytes(plan)
 
 
-def _empty_base(
-    mode: FakeTensorMode,
-    base: Base,
-    config: TrainConfig,
-    dtype: torch.dtype,
-    marks: Callable[[str], object] | None,
-) -> Base:
+def _empty_base(mode: FakeTensorMode, inputs: TrainingInputs, marks: Callable[[str], object] | None) -> Base:
     """Build the base model without data. With `marks`, alike blocks are replaced by stand-ins (see `put_stand_ins`)."""
-    components, networks = dict(base.components), {}
-    for part in ("denoiser", *(base.family.text_encoders if trains_text(config) else ())):
+    base, components, networks = inputs.base, dict(inputs.base.components), {}
+    for part in ("denoiser", *(base.family.text_encoders if trains_text(inputs.config) else ())):
         stored = components[part].tensors
         narrow = {name: narrow_in(stored, name, read=False) for name in stored}
         networks[part] = base.family.build_empty(part, components[part].config)
@@ -202,7 +181,7 @@ def _empty_base(
             put_stand_ins(networks[part], marks)
         _fake_constants(mode, networks[part])
         readers = {
-            name: _Empty({}, name, dtype, tensor.shape, narrow.get(name))
+            name: _Empty({}, name, inputs.dtype, tensor.shape, narrow.get(name))
             for name, tensor in networks[part].state_dict().items()
         }
         components[part] = replace(components[part], tensors=LazyTensors(readers))
@@ -218,23 +197,16 @@ def _fake_constants(mode: FakeTensorMode, network: nn.Module) -> None:
                     values[name] = mode.from_tensor(value)
 
 
-def _fake_run(
-    mode: FakeTensorMode,
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    training_adapter: TrainingAdapter | None,
-) -> Run:
+def _fake_run(mode: FakeTensorMode, inputs: TrainingInputs) -> Run:
     """Build a run on the largest picture, on a base model without data, with no recomputation and full weights.
 
     Each of its steps has all passes that any step of the run has: a pass after the first finds all gradients in memory.
     """
+    cache, config, adapter = inputs.cache, inputs.config, inputs.adapter
     prior = float(config.prior_prediction > 0)
     # Whether products are computed in 8 bits is decided on real tensors. Both ways take about the same memory.
     config = replace(
-        config, precision=precision_name(dtype), compile=False, prior_prediction=prior, eight_bit_products="off"
+        config, precision=precision_name(inputs.dtype), compile=False, prior_prediction=prior, eight_bit_products="off"
     )
     largest = max(cache.images, key=lambda image: image.mean.numel())
     image = replace(
@@ -251,12 +223,12 @@ def _fake_run(
     }
     class_images = (replace(image, is_class=True),) if any(image.is_class for image in cache.images) else ()
     small = replace(cache, images=(image, *class_images) * config.batch_size, text=text)
-    if training_adapter:
-        here = {name.rpartition(".")[0] for name in base.components["denoiser"].tensors}
-        changes = {path: c.map(mode.from_tensor) for path, c in training_adapter.changes.items() if path in here}
-        training_adapter = replace(training_adapter, changes=changes)
-    run = Run(small, base, config, device, plan=MemoryPlan(), training_adapter=training_adapter)
-    run.memory.offload.store.pins = False  # there is nothing to keep in page-locked memory
+    if adapter:
+        here = {name.rpartition(".")[0] for name in inputs.base.components["denoiser"].tensors}
+        changes = {path: c.map(mode.from_tensor) for path, c in adapter.changes.items() if path in here}
+        adapter = replace(adapter, changes=changes)
+    run = Run(replace(inputs, cache=small, config=config, adapter=adapter), MemoryPlan())
+    run.model.memory.offload.store.pins = False  # there is nothing to keep in page-locked memory
     return run
 
 
@@ -268,9 +240,10 @@ def _kept_by(adapter: Adapter) -> Iterator[Tensor]:
                 yield value
 
 
-def _marks(base: Base, config: MethodSettings, training_adapter: TrainingAdapter | None, path: str) -> object:
+def _marks(inputs: TrainingInputs, path: str) -> object:
     """Describe what will be attached to the denoiser's layer at that path."""
-    change = training_adapter and training_adapter.changes.get(path)
+    base, config = inputs.base, inputs.config
+    change = inputs.adapter and inputs.adapter.changes.get(path)
     return (
         bool(re.fullmatch(base.family.denoiser_targets[config.targets], path))
         and stands_alone(base.family.names, path),
@@ -309,19 +282,12 @@ def _bytes_of(cache: LatentCache) -> int:
     return sum(tensor.nbytes for tensor in (*of_images, *of_text) if tensor is not None)
 
 
-def choose_plan(
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_warning: OnWarning,
-    training_adapter: TrainingAdapter | None = None,
-) -> MemoryPlan:
+def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
     """Choose the first plan that fits into `memory_limit`, or else into a GPU's free memory. If none fits, choose the last.
 
     `on_warning` is called if it isn't the fastest plan.
     """
+    base, config, device = inputs.base, inputs.config, inputs.device
     plans, frozen = memory_plans(config, base), METHODS[config.method].freezes_weights
     if config.memory_limit is not None:
         room, whose = int(config.memory_limit * 2**30), "memory_limit"
@@ -332,7 +298,7 @@ def choose_plan(
 
     @functools.cache
     def prediction() -> StepPrediction:
-        return StepPrediction(cache, base, config, device, dtype, training_adapter)
+        return StepPrediction(inputs)
 
     @functools.cache
     def need(plan: MemoryPlan) -> int:
@@ -341,7 +307,7 @@ def choose_plan(
         return least if least > room else prediction().bytes(plan)
 
     def weights(plan: MemoryPlan) -> int:
-        narrowest = dtype if plan.weights == "full" else torch.int8
+        narrowest = inputs.dtype if plan.weights == "full" else torch.int8
         return 0 if plan.offload else base.weight_bytes("denoiser", narrowest, as_stored=frozen)
 
     def fits(plan: MemoryPlan) -> bool:

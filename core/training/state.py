@@ -5,7 +5,7 @@ The order of the photos, the noise and the timesteps depend only on the seed and
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..storage.safetensors_file import (
     tensor_bytes,
     write_safetensors,
 )
+from .step import Run
 
 STATE_VERSION = "1"
 _BEGIN_ANEW = "delete it, or start over with restart"
@@ -106,6 +107,38 @@ def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
         return ""
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     return " (" + ", ".join(f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names[:4]) + ")"
+
+
+def pack_run(
+    run: Run,
+    identity: Mapping[str, str],
+    more_tensors: Mapping[str, Tensor],
+    likeness: Sequence[Mapping[str, Any]],
+) -> RunState:
+    """Return the current state of a run, with `more_tensors` and the measured likeness."""
+    tensors = {f"adapter.{name}": value.detach().cpu() for name, value in run.parameters.items()}
+    if run.average is not None:
+        tensors |= {f"average.{name}": value.cpu() for name, value in run.average.items()}
+    tensors["loss"] = run.loss.cpu()
+    optimizer_tensors, scalars = pack_optimizer(run.optimizer)
+    scalars |= {"scaler": run.scaler.state_dict(), "likeness": list(likeness), "narrowed_after": run.narrowed_after}
+    return RunState(run.step, identity, {**tensors, **optimizer_tensors, **more_tensors}, scalars)
+
+
+@torch.no_grad()
+def restore_run(run: Run, state: RunState) -> None:
+    """Restore a run to a state that `pack_run` returned."""
+    run.model.put({name: state.tensors[f"adapter.{name}"] for name in run.parameters})
+    for name, value in (run.average or {}).items():
+        value.copy_(state.tensors[f"average.{name}"])
+    unpack_optimizer(run.optimizer, state.tensors, state.scalars)
+    run.scaler.load_state_dict(state.scalars["scaler"])
+    run.loss = state.tensors["loss"].to(run.loss.device)
+    run.step = state.step
+    run.narrowed_after = state.scalars["narrowed_after"]
+    model, plan = run.model, run.model.memory.plan
+    if run.narrowed_after is not None and plan.weights == "full":  # now there is more memory than before
+        model.adopt(next(one for one in model.plans if one.weights == "8 bits" and one.saves_as_much_as(plan)))
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

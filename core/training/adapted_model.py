@@ -1,0 +1,193 @@
+"""A base model's networks with an adapter on them: where their weights are, and how they compute."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..errors import OutOfMemory
+from ..models.base import Base
+from ..models.compiled import CompiledBlocks, why_not_compiled
+from ..models.frozen_layers import FrozenLayers
+from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
+from ..models.products import choose_products
+from ..models.spec import Conditioning, FamilySpec
+from ..progress import OnWarning
+from .inputs import TrainingInputs
+from .methods import METHODS, attach, trains_text
+from .methods.method import Adapter
+from .training_adapter import AttachedAdapter
+
+CheckCancelled = Callable[[], None]
+"""A function that is called many times in each step, and raises to cancel."""
+
+
+def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
+    """Return the memory plans for training on the base model with these settings, from the fastest to the smallest.
+
+    When products in 8 bits are asked for, the weights have 8 bits in all plans.
+    """
+    frozen = METHODS[config.method].freezes_weights
+    plans = plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
+    if frozen and not base.is_narrow and config.eight_bit_products == "on":
+        return tuple(plan for plan in plans if plan.weights == "8 bits")
+    return plans
+
+
+def smaller_plans(
+    plans: Sequence[MemoryPlan],
+    plan: MemoryPlan,
+    adopt: Callable[[MemoryPlan], object],
+    what: str,
+    advice: str,
+    on_warning: OnWarning,
+) -> Iterator[Callable[[], object]]:
+    """Yield the adoption of each plan that is smaller than `plan`, from the largest to the smallest.
+
+    `on_warning` is told that `what` does not fit. Raises OutOfMemory with the advice after the last plan.
+    """
+    for smaller in plans:
+        if smaller != plan and smaller.saves_as_much_as(plan):
+            plan = smaller
+            on_warning(f"out of memory: {what} does not fit. Trying again with {plan}")
+            yield partial(adopt, plan)
+    raise OutOfMemory(f"{what} does not fit into the device's memory ({plan}). {advice}")
+
+
+class AdaptedModel:
+    """The denoiser, and the text encoders if they are trained, with the adapter on them, under a memory plan."""
+
+    def __init__(
+        self, inputs: TrainingInputs, plan: MemoryPlan | None = None, check_cancelled: CheckCancelled | None = None
+    ):
+        base, config = inputs.base, inputs.config
+        self.config: TrainConfig = config
+        self.family: FamilySpec = base.family
+        self.device: torch.device = inputs.device
+        self.dtype: torch.dtype = inputs.dtype
+        self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base)
+        plan = plan or self.plans[0]
+        # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
+        place = torch.device("cpu") if plan.offload or plan.weights != "full" else self.device
+        frozen = METHODS[config.method].freezes_weights
+        self.denoiser: nn.Module = base.load("denoiser", place, self.dtype, as_stored=frozen)
+        self.encoders: dict[str, nn.Module] = {}
+        if trains_text(config):
+            self.encoders = base.load_text_encoders(self.device, self.dtype, as_stored=False)
+        self.adapter: Adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, inputs.start)
+        self.training_adapter: AttachedAdapter | None = None
+        if inputs.adapter:
+            self.training_adapter = AttachedAdapter(inputs.adapter, self.denoiser, self.device, self.dtype)
+        self.set_training(True)
+        if check_cancelled:
+            _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
+        self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
+        """Why blocks are not compiled although the settings ask for it, or None."""
+        compiled = config.compile and not self.why_not_compiled
+        self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, config.dropout > 0, compiled)
+        self.memory.adopt(plan)
+        self.in_eight_bits: bool = self._choose_products()
+        """Whether products with frozen weights are computed in 8 bits."""
+        self.fast_layers: CompiledBlocks | FrozenLayers | None = (
+            CompiledBlocks(blocks_of(self.denoiser)) if compiled else self._frozen_layers()
+        )
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the denoiser's prediction, (B, C, H, W)."""
+        with self._autocast():
+            return self.family.predict(self.denoiser, noisy_latents.to(self.dtype), timesteps, conditioning)
+
+    def encode_text(self, captions: Sequence[str], chunks: int) -> Conditioning:
+        """Return the conditioning of the captions by the trained text encoders."""
+        with self._autocast():
+            return self.family.encode_text(self.encoders, captions, self.config.clip_skip, chunks)
+
+    @contextlib.contextmanager
+    def fast(self) -> Iterator[None]:
+        """Speed up the passes of a step: blocks run in their fast form, and the adapter is cast once for all passes."""
+        with (
+            self.fast_layers.in_use() if self.fast_layers else contextlib.nullcontext(),
+            self.adapter.cast_once(self.dtype),
+        ):
+            yield
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Switch to a memory plan between two steps. Weights that are already in 8 bits stay that way."""
+        for parameter in self.adapter.parameters().values():
+            parameter.grad = None
+        compiled = isinstance(self.fast_layers, CompiledBlocks)
+        if not compiled:
+            self.fast_layers = None  # It would keep the layers that the plan replaces.
+        narrows = plan.weights != self.memory.plan.weights
+        self.memory.adopt(plan)
+        if narrows:
+            self.in_eight_bits = self._choose_products()
+        if not compiled:
+            self.fast_layers = self._frozen_layers()
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout on or off. Older versions of diffusers also recompute activations in training mode only."""
+        for network in (self.denoiser, *self.encoders.values()):
+            network.train(training)
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put these values into the adapter, and turn dropout off, within the context."""
+        parameters = self.adapter.parameters()
+        before = {
+            name: parameter.detach().clone() for name, parameter in parameters.items() if parameter is not values[name]
+        }
+        self.set_training(False)
+        try:
+            self.put({name: values[name] for name in before})
+            yield
+        finally:
+            self.put(before)
+            self.set_training(True)
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Copy these values into the adapter's parameters of the same names."""
+        parameters = self.adapter.parameters()
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+    def _choose_products(self) -> bool:
+        wanted = self.config.eight_bit_products
+        # A choice by time could differ when the run is resumed.
+        wanted = "off" if wanted == "auto" and self.config.deterministic else wanted
+        return choose_products(self.denoiser, wanted, self.device, self.dtype)
+
+    def _frozen_layers(self) -> FrozenLayers:
+        # With offloading, transformed kernels would stay on the device while the weights don't. A selective recomputation must
+        # repeat the operations of the forward pass, and kernels are transformed only once.
+        plan, networks = self.memory.plan, nn.ModuleList([self.denoiser, *self.encoders.values()])
+        return FrozenLayers(networks, self.device, convolutions=not (plan.offload or plan.selective))
+
+    def _autocast(self):
+        # On a GPU, autocast gives norms float32 outputs, and each later layer would cast and keep its own copy of them.
+        if self.dtype == torch.float32 or METHODS[self.config.method].keeps_dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Collection[nn.Module]) -> None:
+    """Add hooks that call `check_cancelled` at every block, forward and backward, but not inside blocks in `whole`."""
+
+    def check(*_: object) -> None:
+        check_cancelled()
+
+    def check_backward_too(module: nn.Module, inputs: object, output: object) -> None:
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(check)
+
+    within = {inner for block in whole for inner in block.modules() if inner is not block}
+    for blocks in network.modules():
+        if isinstance(blocks, nn.ModuleList) and blocks not in within:
+            for block in blocks:
+                block.register_forward_pre_hook(check)
+                block.register_forward_hook(check_backward_too)
