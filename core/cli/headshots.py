@@ -15,7 +15,7 @@ from ..models import Base
 from ..photos import check_agreed, read_photos
 from ..pictures import FoundPacks, StylePack, batch_summary
 from ..progress import OnWarning
-from ..studio import Order, Outcome, check, check_drawn_on, device_rate, ledger_of, make
+from ..studio import Order, Outcome, check_drawn_on, device_rate, ledger_of, ready_photos, train_and_draw
 from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, work_in_short
@@ -54,7 +54,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         hint_at_few_steps(drawn_on or base, progress.warning)
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
-        ready = check(photos, base, config, callbacks)
+        ready = ready_photos(photos, base, config, callbacks)
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
@@ -69,7 +69,7 @@ def run_headshots(options: argparse.Namespace) -> int:
                 return 0
             print(work_in_short(ledger, rate))
         with stop:
-            outcome = make(ready, base, order, folder, device=device, callbacks=callbacks)
+            outcome = train_and_draw(ready, base, order, folder, device=device, callbacks=callbacks)
     if options.sidecars:
         write_sidecars(outcome.trained.path)
     if options.json:

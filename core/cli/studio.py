@@ -15,7 +15,18 @@ from ..models import Base
 from ..pictures import StylePack
 from ..progress import READING
 from ..storage.locks import at_work
-from ..studio import REPORT, Person, Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
+from ..studio import (
+    REPORT,
+    Person,
+    Plan,
+    Terms,
+    device_rate,
+    forget,
+    make_people,
+    plan_ledger,
+    plan_people,
+    read_people,
+)
 from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
 from .computing import device_from, show_work
 from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps, unread_in_pack
@@ -42,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     stop, failed = StopOnSignal(), False
     if (options.output / REPORT).is_file():  # The plan compares the base model with those in the report.
         terms.compute_hashes(base, progress_bar(READING))
-    before = plan(people, base, options.output, terms, device)
+    before = plan_people(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
 
     def check_stop(_where: str) -> None:
@@ -68,7 +79,9 @@ def _run(options: argparse.Namespace) -> int:
             show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
-        for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):
+        for result in make_people(
+            people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray
+        ):
             failed |= result.status == "failed"
             if options.sidecars and result.lora:
                 write_sidecars(options.output / result.lora)
