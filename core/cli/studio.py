@@ -15,18 +15,8 @@ from ..models import Base
 from ..pictures import StylePack
 from ..progress import READING
 from ..storage.locks import at_work
-from ..studio import (
-    REPORT,
-    Person,
-    Plan,
-    Terms,
-    device_rate,
-    forget,
-    make_people,
-    plan_ledger,
-    plan_people,
-    read_people,
-)
+from ..studio import REPORT, Person, Plan, Terms, device_rate, forget, read_people
+from ..studio.many import make_people, plan_ledger, plan_people
 from .common import DEMO, JsonProgress, base_from, packs_for, progress_bar
 from .computing import device_from, show_work
 from .headshots import COUNT, STYLE_PACK, drawn_on_from, hint_at_few_steps, unread_in_pack
@@ -79,9 +69,8 @@ def _run(options: argparse.Namespace) -> int:
             show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
-        for result in make_people(
-            people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray
-        ):
+        results = make_people(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray)
+        for result in results:
             failed |= result.status == "failed"
             if options.sidecars and result.lora:
                 write_sidecars(options.output / result.lora)

@@ -60,8 +60,10 @@ class Worker:
         self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
 
     def open(self) -> None:
-        """Open the base models. Raises BadFile if they aren't the driver's."""
-        base, drawn_on = (None if one is None else load_base(**one) for one in self._opened_with)
+        """Open the base models, once. Raises BadFile if they aren't the driver's."""
+        if self._base:
+            return
+        base, drawn_on = (load_base(**one) if one else None for one in self._opened_with)
         assert base
         self._terms = replace(self._terms, drawn_on=drawn_on)
         if self._terms.identity(base) != self._identity:
@@ -78,8 +80,8 @@ class Worker:
             on_step=self._check, on_phase=self._check, on_warning=warnings.append, check_cancelled=self._check
         )
         try:
-            if self._base is None:  # Ray has started it again.
-                self.open()
+            self.open()  # Ray may have started it again.
+            assert self._base
             result = find_or_make(person, self._base, self._output, self._terms, callbacks=callbacks, wait=wait)
         except Stopped:
             raise
@@ -125,8 +127,8 @@ def make_on_cluster(
             result = failed(person, error)
         if result is None:
             waiting.append(person)
-        else:
-            callbacks.on_phase("people", number - len(waiting), len(people))
+        callbacks.on_phase("people", number - len(waiting), len(people))
+        if result:
             yield result
     if not waiting:
         return
@@ -171,7 +173,7 @@ class _Workers:
             actor.stop.remote()
         if busy:
             self._ray.wait([*busy], num_returns=len(busy), timeout=_LAST_STEP)
-        for actor, _ in self._calls.values():
+        for actor, _person in self._calls.values():
             self._ray.kill(actor)
 
     @property
@@ -219,9 +221,11 @@ class _Workers:
                 raise FaceLoraError(ended) from None
             return None
         self._failed_starts = 0
-        result, warnings = answer or (None, ())
-        for warning in warnings:
-            self._callbacks.on_warning(f"{result.name}: {warning}")
+        result: Result | None = None
+        if person:
+            result, warnings = answer
+            for warning in warnings:
+                self._callbacks.on_warning(f"{person.name}: {warning}")
         if self._waiting:
             person = self._waiting.popleft()
             self._calls[actor.make.remote(person)] = actor, person

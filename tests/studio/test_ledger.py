@@ -28,21 +28,10 @@ from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
-from core.studio import (
-    PARTS,
-    Cost,
-    Ledger,
-    Order,
-    Result,
-    Work,
-    basis,
-    device_rate,
-    ledger_of,
-    ready_photos,
-    train_and_draw,
-)
+from core.studio import PARTS, Cost, Ledger, Result, Work, basis, device_rate
 from core.studio.cost import PHASES
 from core.studio.passes import count_passes
+from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode

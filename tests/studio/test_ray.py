@@ -117,12 +117,12 @@ class Cluster:
         self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
         self.nodes: list[subprocess.Popen[bytes]] = []
 
-    def add(self) -> int:
-        """The process of the raylet of a new node, of one CPU. The first node is the head."""
+    def add(self, processors: int = 1) -> int:
+        """The process of the raylet of a new node. The first node is the head."""
         port, before = self.address.rpartition(":")[2], set(self._raylets())
         head = ["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(self.folder)]
         place = ["--address", self.address] if self.nodes else head
-        size = ["--num-cpus", "1", "--num-gpus", "0", "--object-store-memory", "80000000"]
+        size = ["--num-cpus", str(processors), "--num-gpus", "0", "--object-store-memory", "80000000"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *size, "--block"]
         with (self.folder / f"node{len(self.nodes)}.txt").open("wb") as log:
             self.nodes.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log))
@@ -187,8 +187,8 @@ class Watch:
         """The steps of each person's states, one after the other."""
         self.now: dict[str, int] = {}
         """The step of each state that there is."""
-        self._printed = output.with_suffix(".txt")
-        with self._printed.open("wb") as file:
+        self.printed = output.with_suffix(".txt")
+        with self.printed.open("wb") as file:
             self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file)
         threading.Thread(target=self._look_on, daemon=True).start()
 
@@ -213,7 +213,7 @@ class Watch:
     def ended(self) -> list[dict[str, Any]]:
         """What it has printed, when it ended: results and warnings."""
         self.process.wait()
-        return [json.loads(line) for line in self._printed.read_text().splitlines()]
+        return [json.loads(line) for line in self.printed.read_text().splitlines()]
 
 
 def studio(tmp_path: Path, people: int) -> list[str]:
@@ -310,18 +310,23 @@ def test_a_cluster_that_loses_a_worker_and_a_node_makes_everybody_once_and_as_on
 
 @WITHOUT_RAY
 @pytest.mark.slow
-def test_a_person_whose_worker_dies_three_times_fails_and_the_next_one_is_made(tmp_path, cluster):
-    command, output = studio(tmp_path, people=2), tmp_path / "out"
-    node = cluster.add()
+def test_a_person_whose_worker_dies_three_times_fails_and_the_others_go_on(tmp_path, cluster):
+    command, output = studio(tmp_path, people=3), tmp_path / "out"
+    (tmp_path / "people" / "p01" / "person.toml").write_text('agreed = true\nstyle_pack = "none"')
+    cluster.add(processors=0)
     watch = Watch([*command, str(output), "--ray", cluster.address], output)
+    watch.until(lambda: "the cluster has no room for a worker; waiting" in watch.printed.read_text())
+    node = cluster.add()
     for _ in range(3):
-        seen = len(watch.steps.get("p01", []))
-        watch.until(lambda seen=seen: len(watch.steps.get("p01", [])) > seen)
+        seen = len(watch.steps.get("p02", []))
+        watch.until(lambda seen=seen: len(watch.steps.get("p02", [])) > seen)
         kill(workers_of(node)[0])
-    results = {one["name"]: one for one in watch.ended() if "status" in one}
-    assert watch.process.returncode == 1 and results["p02"]["status"] == "made"
-    assert results["p01"]["status"] == "failed"
-    assert results["p01"]["reason"].startswith("3 workers ended while making this person; the last one: The actor ")
+    said = watch.ended()
+    results = {one["name"]: (one["status"], one["reason"]) for one in said if "status" in one}
+    assert watch.process.returncode == 1 and results["p03"][0] == "made"
+    for name, reason in (("p01", "choose one of"), ("p02", "3 workers ended while making this person; the last one: ")):
+        assert results[name][0] == "failed" and reason in results[name][1]
+    assert sum("no room" in one.get("warning", "") for one in said) == 1
 
 
 @WITHOUT_RAY
