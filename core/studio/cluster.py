@@ -9,7 +9,6 @@ import os
 import secrets
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,19 +43,14 @@ _LAST_STEP = 20.0
 """The seconds that stopping workers have to finish their step and save its state."""
 
 
-class Stopped(Exception):
-    """Raised in a worker when the driver has asked it to stop."""
-
-
 class Worker:
-    """The code of an actor. A second thread waits for the request to stop."""
+    """The code of an actor."""
 
     def __init__(self, opened_with: Sequence[Mapping[str, Any] | None], identity: str, output: Path, terms: Terms):
         import ray
 
         self._opened_with, self._identity, self._output, self._terms = opened_with, identity, output, terms
         self._base: Base | None = None
-        self._stop = threading.Event()
         self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
 
     def open(self) -> None:
@@ -77,24 +71,24 @@ class Worker:
             self._restarted, wait = False, _LOCK
             warnings.append("a worker ended, and Ray started it again")
         callbacks = Callbacks(
-            on_step=self._check, on_phase=self._check, on_warning=warnings.append, check_cancelled=self._check
-        )
+            on_step=_check_cancelled, on_phase=_check_cancelled, on_warning=warnings.append,
+            check_cancelled=_check_cancelled,
+        )  # fmt: skip
         try:
             self.open()  # Ray may have started it again.
             assert self._base
             result = find_or_make(person, self._base, self._output, self._terms, callbacks=callbacks, wait=wait)
-        except Stopped:
-            raise
         except Exception as error:
             result = failed(person, error)
         return result, warnings
 
-    def stop(self) -> None:
-        self._stop.set()
 
-    def _check(self, *_: object) -> None:
-        if self._stop.is_set():
-            raise Stopped
+def _check_cancelled(*_: object) -> None:
+    """Raise KeyboardInterrupt in an actor whose call was cancelled."""
+    import ray
+
+    if ray.get_runtime_context().is_canceled():
+        raise KeyboardInterrupt
 
 
 def make_on_cluster(
@@ -153,9 +147,8 @@ class _Workers:
 
     def __init__(self, ray: Any, arguments: tuple[Any, ...], waiting: deque[Person], callbacks: Callbacks):
         self._ray, self._arguments, self._waiting, self._callbacks = ray, arguments, waiting, callbacks
-        self._actor = ray.remote(
-            max_concurrency=2, max_restarts=-1, max_task_retries=MOST_DEATHS - 1, scheduling_strategy="SPREAD"
-        )(Worker)
+        retries = MOST_DEATHS - 1
+        self._actor = ray.remote(max_restarts=-1, max_task_retries=retries, scheduling_strategy="SPREAD")(Worker)
         self._calls: dict[Any, tuple[Any, Person | None]] = {}
         """The actor of each unanswered call, and the person it makes; None while it opens the base model."""
         self._failed_starts: int = 0
@@ -168,11 +161,11 @@ class _Workers:
 
     def __exit__(self, *_: object) -> None:
         """End all actors. Those at work first finish their step and save its state."""
-        busy = {call: actor for call, (actor, person) in self._calls.items() if person}
-        for actor in busy.values():
-            actor.stop.remote()
+        busy = [call for call, (_actor, person) in self._calls.items() if person]
+        for call in busy:
+            self._ray.cancel(call)
         if busy:
-            self._ray.wait([*busy], num_returns=len(busy), timeout=_LAST_STEP)
+            self._ray.wait(busy, num_returns=len(busy), timeout=_LAST_STEP)
         for actor, _person in self._calls.values():
             self._ray.kill(actor)
 

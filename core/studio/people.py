@@ -44,7 +44,7 @@ class Person:
     """What is wrong with the person's entry; empty if it is valid."""
 
 
-_SETTINGS = [field.name for field in fields(Person) if field.name not in ("name", "photos", "problem")]
+_OWN_SETTINGS = [field.name for field in fields(Person) if field.name not in ("name", "photos", "problem")]
 
 
 def read_people(place: str | os.PathLike[str]) -> list[Person]:
@@ -130,8 +130,8 @@ def _person(name: str, photos: Path, settings: Mapping[str, Any] | str) -> Perso
         return Person(shown or "without a name", photos, problem=problem)
     if isinstance(settings, str):
         return Person(name, photos, problem=settings)
-    if unknown := settings.keys() - {*_SETTINGS}:
-        problem = f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {', '.join(_SETTINGS)}"
+    if unknown := settings.keys() - {*_OWN_SETTINGS}:
+        problem = f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {', '.join(_OWN_SETTINGS)}"
         return Person(name, photos, problem=problem)
     try:
         return Person(name, photos, **{key: _value(key, value) for key, value in settings.items()})

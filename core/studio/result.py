@@ -185,7 +185,7 @@ def find_or_make(
         outcome.trained.leakage(),
         watch.cost(usable_device(device), terms.identity(base), len(photos)),
     )
-    record = {"result": asdict(result), "digest": _digest(key, result, output), "planned": planned}
+    record = {"result": asdict(result), "digest": _hash_with_files(key, result, output), "planned": planned}
     write_text(folder / RECORD, json.dumps(record, indent=1))
     shutil.rmtree(folder / CACHE, ignore_errors=True)  # It is no longer needed.
     return result
@@ -209,7 +209,7 @@ def _recorded(order: Order, key: str, output: Path) -> Result | None:
     try:
         values = read_json(record)
         result = result_of(values["result"])
-        return replace(result, status="found") if values["digest"] == _digest(key, result, output) else None
+        return replace(result, status="found") if values["digest"] == _hash_with_files(key, result, output) else None
     except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced; most results are found.
         return None
 
@@ -254,7 +254,7 @@ def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
     return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *others)
 
 
-def _digest(key: str, result: Result, output: Path) -> str:
+def _hash_with_files(key: str, result: Result, output: Path) -> str:
     """Return a hash of the result of that key and of its files. Raises BadFile if one is missing or not a regular file."""
     files = [read_bytes(output / file, _MOST_BYTES) for file in (result.lora or "", *result.pictures)]
     return content_key(key, result, *(hashlib.sha256(file).hexdigest() for file in files))
