@@ -51,7 +51,7 @@ class Worker:
 
         self._opened_with, self._identity, self._output, self._terms = opened_with, identity, output, terms
         self._base: Base | None = None
-        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._restarted: bool = bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
     def open(self) -> None:
         """Open the base models, once. Raises BadFile if they aren't the driver's."""
@@ -64,12 +64,10 @@ class Worker:
             raise BadFile("its base model is a different one")
         self._base = base
 
-    def make(self, person: Person) -> tuple[Result, list[str]]:
-        """Make a person, and return the result and warnings."""
-        warnings, wait = list[str](), 0.0
-        if self._restarted:
-            self._restarted, wait = False, _LOCK
-            warnings.append("a worker ended, and Ray started it again")
+    def make(self, person: Person) -> tuple[Result, list[str], bool]:
+        """Make a person, and return the result, warnings, and whether Ray has started this actor again."""
+        warnings = ["a worker ended, and Ray started it again"] if self._restarted else []
+        wait = _LOCK if self._restarted else 0.0
         callbacks = Callbacks(
             on_step=_check_cancelled, on_phase=_check_cancelled, on_warning=warnings.append,
             check_cancelled=_check_cancelled,
@@ -80,7 +78,7 @@ class Worker:
             result = find_or_make(person, self._base, self._output, self._terms, callbacks=callbacks, wait=wait)
         except Exception as error:
             result = failed(person, error)
-        return result, warnings
+        return result, warnings, self._restarted
 
 
 def _check_cancelled(*_: object) -> None:
@@ -147,8 +145,9 @@ class _Workers:
 
     def __init__(self, ray: Any, arguments: tuple[Any, ...], waiting: deque[Person], callbacks: Callbacks):
         self._ray, self._arguments, self._waiting, self._callbacks = ray, arguments, waiting, callbacks
-        retries = MOST_DEATHS - 1
-        self._actor = ray.remote(max_restarts=-1, max_task_retries=retries, scheduling_strategy="SPREAD")(Worker)
+        # Only deaths are limited: on a lost node, Ray repeats a call many times before it knows that the actor is dead.
+        restarts = MOST_DEATHS - 1
+        self._actor = ray.remote(max_restarts=restarts, max_task_retries=-1, scheduling_strategy="SPREAD")(Worker)
         self._calls: dict[Any, tuple[Any, Person | None]] = {}
         """The actor of each unanswered call, and the person it makes; None while it opens the base model."""
         self._failed_starts: int = 0
@@ -201,7 +200,7 @@ class _Workers:
             return None
         actor, person = self._calls.pop(answered[0])
         try:
-            answer = self._ray.get(answered[0])
+            answer: Any = self._ray.get(answered[0])
         except self._ray.exceptions.RayError as error:
             self._ray.kill(actor)
             if person:
@@ -214,16 +213,16 @@ class _Workers:
                 raise FaceLoraError(ended) from None
             return None
         self._failed_starts = 0
-        result: Result | None = None
+        result, restarted = None, False
         if person:
-            result, warnings = answer
+            result, warnings, restarted = answer
             for warning in warnings:
                 self._callbacks.on_warning(f"{person.name}: {warning}")
-        if self._waiting:
+        if self._waiting and not restarted:
             person = self._waiting.popleft()
             self._calls[actor.make.remote(person)] = actor, person
-        else:
-            self._ray.kill(actor)  # One that Ray starts again may need the room.
+        else:  # One that Ray starts again may need the room. A new actor may die as often as any.
+            self._ray.kill(actor)
         return result
 
 
