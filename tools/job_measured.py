@@ -16,7 +16,7 @@ from core.models import load_base
 from core.photos import read_photos
 from core.pictures.style_pack import find_style_packs
 from core.studio.ledger import Ledger, device_rate
-from core.studio.person import Order, check, ledger_of, make
+from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.training import recipe_config
 from core.training.callbacks import Callbacks
 from tests.tooling import FULL_SD15, write_checkpoint
@@ -86,13 +86,13 @@ def main() -> None:
     base, photos, times = load_base(options.base), read_photos(options.photos), PartTimes()
     config = recipe_config(options.recipe, base, len(photos), options.settings, print)
     order, callbacks = Order("me", config, find_style_packs().pick("corporate"), options.count), times.callbacks()
-    ready = check(photos, base, config, callbacks)
+    ready = ready_photos(photos, base, config, callbacks)
     times.reported("check")
     device, dtype = base.device_and_dtype(config.precision)
     ledger, rate = ledger_of(ready, base, order), device_rate(base, precision=config.precision)
     times.reported("prediction")
     began = time.monotonic()
-    peak = peak_memory(lambda: make(ready, base, order, options.output, callbacks=callbacks), device)
+    peak = peak_memory(lambda: train_and_draw(ready, base, order, options.output, callbacks=callbacks), device)
     times.reported("ranking and gallery")
     elapsed = time.monotonic() - began
     print(

@@ -1,9 +1,8 @@
 """The prediction in docs/studio.md: `python -m tools.studio_tables --report studio/report.json --start 10` writes it there.
 
 Nothing of it is measured but the seconds of each phase, which are the means over the people whom a studio has made. A
-simulation then lets workers make people as `hand_out` in core/studio/queue.py gives them away: some die at random, their people
-go on from the last state, and after three deaths they fail. `--workers` prints that one prediction
-and writes nothing.
+simulation then lets workers make people as core/studio/cluster.py does: some die at random, their people go on from the last
+state, and after three deaths they fail. `--workers` prints that one prediction and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from itertools import count
 from pathlib import Path
 
 from core.storage.files import write_text
+from core.studio.cluster import MOST_DEATHS
 from core.studio.cost import PHASES, Cost
-from core.studio.queue import MOST_DEATHS
 from core.studio.report import read_report
 from tools.photo_tables import replace_table, table
 
@@ -30,7 +29,7 @@ PEOPLE, SEED = 1000, 1
 STATE = 60.0
 """Seconds of training between two states, the usual `state_interval`."""
 REPLACED = 5.0
-"""Seconds until the driver looks for room for another worker."""
+"""Seconds until Ray has started another worker. An assumption."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def run(options: HeadshotsOptions) -> int:
         hint_at_few_steps(drawn_on or base, progress.warning)
         read = photos.read_photos(options.photos, on_warning=progress.warning)
         config = training.recipe_config(asked.recipe, base, len(read), given, progress.warning)
-        ready = studio.check(read, base, config, callbacks)
+        ready = studio.ready_photos(read, base, config, callbacks)
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")
@@ -100,7 +100,7 @@ def run(options: HeadshotsOptions) -> int:
                 return 0
             print(work_in_short(ledger, rate))
         with stop:
-            outcome = studio.make(ready, base, order, folder, device=device, callbacks=callbacks)
+            outcome = studio.train_and_draw(ready, base, order, folder, device=device, callbacks=callbacks)
     if asked.sidecars:
         lora.write_sidecars(outcome.trained.path)
     made, gallery = outcome.trained.path, folder / "gallery.html"

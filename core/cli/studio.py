@@ -85,7 +85,7 @@ def _make_all(options: StudioOptions) -> int:
     stop, failed = StopOnSignal(None), False  # Our own errors would only fail this person.
     if (options.output / studio.REPORT).is_file():  # The plan compares the base model with those in the report.
         terms.compute_hashes(base, progress_bar(READING))
-    before = studio.plan(people, base, options.output, terms, device)
+    before = studio.plan_people(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
     callbacks = shown(progress, stop, within_steps=True)
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
@@ -107,7 +107,7 @@ def _make_all(options: StudioOptions) -> int:
             show_work(ledger, rate, options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
-        for result in studio.run(
+        for result in studio.make_people(
             people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray
         ):
             failed |= result.status == "failed"

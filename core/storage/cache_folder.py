@@ -26,6 +26,8 @@ CACHE_VERSION = "2"
 
 
 _INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
+"""A person's own cache folder. As an argument it would pass through a dozen functions of `training`, and forgetting it in one
+of them would leave the person's data in the usual folder."""
 
 
 @contextmanager

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from .ledger import basis as basis
     from .ledger import device_rate as device_rate
     from .many import Plan as Plan
-    from .many import plan as plan
+    from .many import make_people as make_people
     from .many import plan_ledger as plan_ledger
-    from .many import run as run
+    from .many import plan_people as plan_people
     from .people import REPORT as REPORT
     from .people import Person as Person
     from .people import read_people as read_people
     from .person import Order as Order
     from .person import Outcome as Outcome
-    from .person import check as check
     from .person import check_drawn_on as check_drawn_on
     from .person import ledger_of as ledger_of
-    from .person import make as make
+    from .person import ready_photos as ready_photos
+    from .person import train_and_draw as train_and_draw
     from .result import Result as Result
     from .result import Terms as Terms
 else:

@@ -10,7 +10,9 @@ import torch
 from ..device import processor
 from ..training.callbacks import LOADING, Callbacks, StepReport
 
-PHASES = ("check", "encode", "load", "train", "draw")
+_UNITS = {"check": "photos", "encode": "photos", "load": "people", "train": "steps", "draw": "pictures"}
+"""What the time of each phase grows with."""
+PHASES = tuple(_UNITS)
 """The phases of making a person, in order. Photos are read and checked, photos and captions encoded, the denoiser loaded onto
 the device, the LoRA trained and measured, pictures drawn and ranked."""
 
@@ -28,10 +30,6 @@ class Work:
     def sum(cls, works: Iterable["Work"]) -> "Work":
         listed = list(works)
         return cls(*(sum(getattr(one, name) for one in listed) for name in cls.__dataclass_fields__))
-
-
-_UNITS = {"check": "photos", "encode": "photos", "load": "people", "train": "steps", "draw": "pictures"}
-"""What the time of each phase grows with."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,11 @@ class Stopwatch:
         def on_step(report: StepReport) -> None:
             if self._phase == "load":  # Without likeness, the first step is the first news.
                 self.enter("train")
-                self._move_back(report.seconds_per_step)
+                # The last seconds of loading were this step's. The processor time is divided by the same share.
+                share = min(1.0, report.seconds_per_step / (self._taken[0]["load"] or 1))
+                for taken in self._taken:
+                    taken["train"] += share * taken["load"]
+                    taken["load"] -= share * taken["load"]
             self._steps += 1
             callbacks.on_step(report)
 
@@ -130,10 +132,3 @@ class Stopwatch:
         rounded = [{phase: round(seconds, 3) for phase, seconds in taken.items()} for taken in self._taken]
         work = Work(1, photos, self._steps, self._pictures)
         return Cost(device.type, processor(device), base, work, *rounded)
-
-    def _move_back(self, seconds: float) -> None:
-        """Count the last seconds of loading as training, and the same share of the processor time."""
-        share = min(1.0, seconds / (self._taken[0]["load"] or 1))
-        for taken in self._taken:
-            taken["train"] += share * taken["load"]
-            taken["load"] -= share * taken["load"]

@@ -4,6 +4,7 @@ What makes a folder the person's is deleted after everything else in it, and the
 """
 
 import os
+from collections.abc import Set
 from pathlib import Path
 
 from ..errors import BadConfig, BadFile, InUse
@@ -32,16 +33,15 @@ def forget(name: str, output: str | os.PathLike[str]) -> int:
         raise BadFile(f"{output}: cannot be read: {error.strerror or error}") from None
     try:
         with alone(output / REPORT):
-            return _forget(name, output, names)
+            return _forget(name, output, {one for one in names if _is_persons(output / one)})
     except InUse as error:
         raise InUse(f"{output}: {name!r} can't be deleted while people are being made here: {error}") from None
 
 
-def _forget(name: str, output: Path, names: list[str]) -> int:
+def _forget(name: str, output: Path, folders: Set[str]) -> int:
     lines, left = read_report(output), list[str]()
     delete_leftovers(output, left)
-    folders = [one for one in names if _is_persons(output / one)]
-    if name not in (known := {*folders, *(line.name for line in lines)}):
+    if name not in (known := folders | {line.name for line in lines}):
         check_deleted(0, left)
         raise BadConfig(
             f"{output}: {name!r} was not found; this output contains {', '.join(sorted(known)) or 'nobody'}"

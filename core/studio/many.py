@@ -1,7 +1,7 @@
 """Make many people on one base model that a process loads once: each person's LoRA and gallery, and a report.
 
 On one machine people are made one after the other; on a cluster each worker makes one. One person's failure doesn't affect
-others. `plan` lists in advance who is to be made, how much work that is, and how long others have taken.
+others. `plan_people` lists in advance who is to be made, how much work that is, and how long others have taken.
 """
 
 import os
@@ -17,17 +17,16 @@ from ..device import processor, usable_device
 from ..errors import BadFile
 from ..models.base import Base
 from ..photos import count_photos, read_photos
-from ..progress import READING, silent
+from ..progress import silent
 from ..storage.files import make_folder
 from ..storage.locks import at_work, locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
+from .cluster import make_on_cluster
 from .cost import Cost, Work, seconds_for
 from .ledger import Basis, Ledger, basis
 from .people import REPORT, Person
-from .queue import hand_out
-from .ray_crew import RayCrew
 from .report import delete_leftovers, read_report, write_report
-from .result import Result, Terms, check_person, failed, find, find_or_make, is_made
+from .result import Result, Terms, check_person, failed, find_or_make, is_made
 
 _REPORT_PAUSE = 20
 """The report is rewritten after this many times the time that writing it took: with many people it is long."""
@@ -35,7 +34,7 @@ _LONGEST_WRITE = 60.0
 """The seconds to wait while another run writes the report."""
 
 
-def run(
+def make_people(
     people: Iterable[Person],
     base: Base,
     output: str | os.PathLike[str],
@@ -61,10 +60,16 @@ def run(
     output = output.absolute()  # The report only removes the folders of absolute paths.
     people = [replace(person, photos=person.photos.absolute()) for person in people]
     results: list[Result] = []
-    made = _here(people, base, output, terms, device, callbacks)
-    if ray is not None:
-        made = _on_cluster(people, base, output, terms, callbacks, ray)
     due, written = 0.0, 0
+
+    def make_here() -> Iterator[Result]:
+        for person in people:
+            try:
+                yield find_or_make(person, base, output, terms, device, callbacks)
+            except Exception as error:
+                yield failed(person, error)
+
+    made = make_here() if ray is None else make_on_cluster(people, base, output, terms, callbacks, ray)
 
     def report() -> None:
         """Write the results, and those of other people who are in the report. Only people of this call count as made.
@@ -92,34 +97,6 @@ def run(
                 report()
 
 
-def _here(
-    people: Iterable[Person],
-    base: Base,
-    output: Path,
-    terms: Terms,
-    device: torch.device | None,
-    callbacks: Callbacks,
-) -> Iterator[Result]:
-    for person in people:
-        try:
-            yield find_or_make(person, base, output, terms, device, callbacks)
-        except Exception as error:
-            yield failed(person, error)
-
-
-def _on_cluster(
-    people: Iterable[Person], base: Base, output: Path, terms: Terms, callbacks: Callbacks, address: str
-) -> Iterator[Result]:
-    def look(person: Person) -> Result | None:
-        try:
-            return find(person, base, output, terms)
-        except Exception as error:
-            return failed(person, error)
-
-    with RayCrew(address, base, output, terms, callbacks.progress(READING)) as crew:
-        yield from hand_out(people, crew, look, callbacks)
-
-
 @dataclass(frozen=True)
 class Plan:
     """The planned work. Photos are counted without opening them, so a plan is made instantly."""
@@ -144,14 +121,14 @@ class Plan:
         return seconds_for(self.work, self.earlier)
 
 
-def plan(
+def plan_people(
     people: Iterable[Person],
     base: Base,
     output: str | os.PathLike[str],
     terms: Terms,
     device: torch.device | None = None,
 ) -> Plan:
-    """Return the plan of a call to `run` with the same arguments."""
+    """Return the plan of a call to `make_people` with the same arguments."""
     output = Path(output)
     to_make: dict[str, Work] = {}
     made_before: list[str] = []

@@ -93,7 +93,7 @@ def count_passes(
 
 
 def _three_sizes(size: Size, multiple: int) -> list[Size]:
-    """Return two other squares, and the size itself."""
+    """Return two other squares, and the size."""
     side = math.isqrt(math.prod(size)) // multiple
     sides = (side // 2, 3 * side // 4) if side >= 4 else (side + 1, side + 2)
     if side >= 24:  # Some families pad rows of positions to a multiple.
@@ -116,16 +116,11 @@ def _polynomial(points: Mapping[int, float]) -> Callable[[Size], float]:
 
 def _without_numbers(base: Base) -> Base:
     """Return the base model with empty tensors as weights: called with fake tensors, they use no memory."""
-    components = {
-        part: Component(
-            component.config,
-            {
-                name: torch.empty(tensor.shape)
-                for name, tensor in base.family.build_empty(part, component.config).state_dict().items()
-            },
-        )
-        for part, component in base.components.items()
-    }
+    components = {}
+    for part, component in base.components.items():
+        shapes = base.family.build_empty(part, component.config).state_dict()
+        empty = {name: torch.empty(tensor.shape) for name, tensor in shapes.items()}
+        components[part] = Component(component.config, empty)
     return replace(base, components=components)
 
 

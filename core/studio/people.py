@@ -5,8 +5,9 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Person:
     """What is wrong with the person's entry; empty if it is valid."""
 
 
-_SAID = {field.name: field for field in fields(Person) if field.name not in ("name", "photos", "problem")}
+_OWN_SETTINGS = [field.name for field in fields(Person) if field.name not in ("name", "photos", "problem")]
 
 
 def read_people(place: str | os.PathLike[str]) -> list[Person]:
@@ -62,23 +63,32 @@ def read_people(place: str | os.PathLike[str]) -> list[Person]:
             folders = sorted(path for path in place.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
         except OSError as error:
             raise BadFile(f"{place}: cannot be read: {error.strerror or error}") from None
-        people = [_person(folder.name, folder, _said_in(folder)) for folder in folders]
+        people = [_person(folder.name, folder, _read_settings(folder)) for folder in folders]
     else:
         try:
             text = read_bytes(place, MAX_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError:
             raise BadConfig(f"{place}: not UTF-8 text; save it again as UTF-8") from None
         rows = _json_lines(place, text) if place.suffix in (".jsonl", ".json") else _csv_rows(place, text)
-        people = [_of_row(place, number, row) for number, row in enumerate(rows, start=1)]
+        people = []
+        for number, row in enumerate(rows, start=1):
+            settings = dict(row)
+            name, photos = settings.pop("name", None), settings.pop("photos", None)
+            if not isinstance(name, str) or not isinstance(photos, str):
+                raise BadConfig(f"{place}, person {number}: name and photos (the folder of photos) are required")
+            people.append(_person(name, place.parent / photos, settings))
     if not people:
         raise BadConfig(
             f"{place}: no people found; give a folder with a folder for each person, or a manifest (.csv, .jsonl)"
         )
-    _check_twice(place, people)
+    valid = [person.name for person in people if not person.problem]
+    names = Counter(name.casefold() for name in valid)  # `Anna` and `anna` may be the same folder.
+    if twice := [name for name in valid if names[name.casefold()] > 1]:
+        raise BadConfig(f"{place}: two people are called {twice[-1]!r}; choose another name for one")
     return people
 
 
-def _said_in(folder: Path) -> Mapping[str, Any] | str:
+def _read_settings(folder: Path) -> Mapping[str, Any] | str:
     """Return the settings in the folder's file, or what is wrong with the file."""
     file = folder / PERSON_FILE
     if os.access(folder, os.X_OK) and not os.path.lexists(file):
@@ -114,28 +124,19 @@ def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
     return rows
 
 
-def _of_row(place: Path, number: int, row: Mapping[str, Any]) -> Person:
-    name, photos = row.get("name"), row.get("photos")
-    if not isinstance(name, str) or not isinstance(photos, str):
-        raise BadConfig(f"{place}, person {number}: name and photos (the folder of photos) are required")
-    said = {key: value for key, value in row.items() if key not in ("name", "photos")}
-    return _person(name, place.parent / photos, said)
-
-
-def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
+def _person(name: str, photos: Path, settings: Mapping[str, Any] | str) -> Person:
     if problem := _problem_of(name):
         shown = re.sub(r"[^\w .-]", "_", name).strip()[:50]
         return Person(shown or "without a name", photos, problem=problem)
-    person = Person(name, photos)
-    if isinstance(said, str):
-        return replace(person, problem=said)
-    if unknown := said.keys() - _SAID.keys():
-        known = ", ".join(_SAID)
-        return replace(person, problem=f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {known}")
+    if isinstance(settings, str):
+        return Person(name, photos, problem=settings)
+    if unknown := settings.keys() - {*_OWN_SETTINGS}:
+        problem = f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {', '.join(_OWN_SETTINGS)}"
+        return Person(name, photos, problem=problem)
     try:
-        return replace(person, **{key: _value(key, value) for key, value in said.items()})
+        return Person(name, photos, **{key: _value(key, value) for key, value in settings.items()})
     except (BadConfig, ValueError) as error:  # ValueError: a number of thousands of digits.
-        return replace(person, problem=str(error))
+        return Person(name, photos, problem=str(error))
 
 
 def _value(key: str, value: Any) -> Any:
@@ -164,20 +165,6 @@ def _problem_of(name: str) -> str:
     if name.casefold() in (REPORT, PAGE):
         return f"{name!r} is the name of a studio file; choose another name for this person"
     bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|') or not is_text(name)
-    bad = bad or RESERVED.fullmatch(name)
-    return (
-        f"{name!r} is not a valid folder name; choose another one for this person"
-        if bad or not name.isprintable()
-        else ""
-    )
-
-
-def _check_twice(place: Path, people: Iterable[Person]) -> None:
-    """Raise BadConfig for a name that two people have (`Anna` and `anna` may be the same folder)."""
-    seen: set[str] = set()
-    for person in people:
-        if person.problem:
-            continue
-        if person.name.casefold() in seen:
-            raise BadConfig(f"{place}: two people are called {person.name!r}; choose another name for one")
-        seen.add(person.name.casefold())
+    if bad or RESERVED.fullmatch(name) or not name.isprintable():
+        return f"{name!r} is not a valid folder name; choose another one for this person"
+    return ""

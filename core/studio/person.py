@@ -94,7 +94,9 @@ def check_drawn_on(other: Base, base: Base) -> None:
         raise BadConfig(f"{other.name} is larger or smaller than {base.name}, so a LoRA of one does not fit the other")
 
 
-def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> Ready:
+def ready_photos(
+    photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS
+) -> Ready:
     """Check the photos once for the whole job. Raises BadPhoto if too few can be used, unless `check_photos` is off.
 
     `callbacks.on_warning` is told which photos will be left out, and if face networks aren't installed.
@@ -102,7 +104,7 @@ def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: C
     return ready_for(photos, base, config, on_warning=callbacks.on_warning, to_rank=True)
 
 
-def make(
+def train_and_draw(
     ready: Ready,
     base: Base,
     order: Order,
@@ -113,7 +115,7 @@ def make(
 ) -> Outcome:
     """Draw pictures of the person with a LoRA trained on checked photos, into `folder`.
 
-    `ready` is the result of `check`. A LoRA that is already trained is reused; interrupted training and drawing continue.
+    `ready` comes from `ready_photos`. A LoRA that is already trained is reused; interrupted training and drawing continue.
     Another LoRA of that name, and pictures that aren't in the order, move into the folder `earlier`, and move back when they
     are ordered again. Without the face networks, pictures aren't ranked, and small faces aren't redrawn. Each callback may
     raise to cancel. Errors are subclasses of FaceLoraError.
@@ -142,7 +144,7 @@ def make(
 
 
 def ledger_of(ready: Ready, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
-    """Return the work of `make` with the same arguments, done from scratch."""
+    """Return the work of `train_and_draw` with the same arguments, done from scratch."""
     job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter)
     shared = basis(ready.photos, base, job.config, device, order.training_adapter)
     return shared.ledger(ready.photos, job.config, order.jobs(base), redraws_faces=ready.network is not None)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,17 @@ def write_report(output: Path, results: Sequence[Result], page_first: bool = Fal
     Reasons in it don't name folders of this machine, since reports are sent to others. With `page_first`, a person who is
     no longer in the JSON file isn't on the page either, whenever the process is killed.
     """
-    ranked = sorted((replace(one, reason=_shared(one.reason, output)) for one in results), key=_order)
-    values = json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1)
+    here = f"{output.absolute()}{os.sep}"
+    told = [replace(one, reason=without_folders(one.reason.replace(here, ""))) for one in results]
+    ranked = sorted(told, key=_urgency)
+    totals = _totals(ranked)
+    values = json.dumps({**totals, "people": [asdict(one) for one in ranked]}, indent=1)
     gpu = any(one.cost.gpu_hours for one in ranked if one.cost)
-    told = Counter(one.told for one in ranked)
-    counts = [f"{told[word]} {word}" for word in _TOLD if told[word]]
+    numbers = Counter(one.told for one in ranked)
+    counts = [f"{numbers[word]} {word}" for word in ("made", "found", NONE_ALIKE, "failed") if numbers[word]]
     parts = {
         "TITLE": ", ".join(counts),
-        "COSTS": _costs(ranked),
+        "COSTS": _in_words(totals),
         "SECONDS": "".join(f'<th class="number">{head}' for head in (*PHASES, "GPU-hours" if gpu else "CPU-hours")),
         "ROWS": "\n".join(_row(one, gpu) for one in ranked),
     }
@@ -67,21 +70,13 @@ def delete_leftovers(output: Path, left: list[str]) -> None:
             left.append(f"{place.parent}: cannot be read: {error.strerror or error}")
 
 
-def _shared(reason: str, output: Path) -> str:
-    """Return the reason with paths relative to the output; of other paths, only the last part is kept."""
-    return without_folders(reason.replace(f"{output.absolute()}{os.sep}", ""))
-
-
-_TOLD = ("made", "found", NONE_ALIKE, "failed")
-
-
-def _order(result: Result) -> tuple[bool, float]:
+def _urgency(result: Result) -> tuple[bool, float]:
     """Return a sort key: failed people first, then those whose likeness is least above their leakage."""
     likeness = -1.0 if result.likeness is None else result.likeness
     return result.status != "failed", likeness - max(result.leakage or 0.0, 0.0)
 
 
-def _summary(results: Sequence[Result]) -> dict[str, Any]:
+def _totals(results: Sequence[Result]) -> dict[str, Any]:
     """Count the results, and sum the costs of people made in this run."""
     costs = [one.cost for one in results if one.status == "made" and one.cost]
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
@@ -95,15 +90,14 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _costs(results: Sequence[Result]) -> str:
+def _in_words(totals: Mapping[str, Any]) -> str:
     """Return a sentence on the costs of people made in this run."""
-    summary = _summary(results)
-    if not (made := summary["made"]):
+    if not (made := totals["made"]):
         return ""
-    shares = ", ".join(f"{phase} {taken / (summary['seconds'] or 1):.0%}" for phase, taken in summary["phases"].items())
-    gpu = "" if summary["gpu_hours"] is None else f"{summary['gpu_hours']:.2f} GPU-hours and "
-    each = f"{summary['seconds'] / made:.0f} s for each of {counted(made, 'person', 'people')} made in this run"
-    return f"{each} ({shares}); {gpu}{summary['processor_hours']:.2f} processor hours."
+    shares = ", ".join(f"{phase} {taken / (totals['seconds'] or 1):.0%}" for phase, taken in totals["phases"].items())
+    gpu = "" if totals["gpu_hours"] is None else f"{totals['gpu_hours']:.2f} GPU-hours and "
+    each = f"{totals['seconds'] / made:.0f} s for each of {counted(made, 'person', 'people')} made in this run"
+    return f"{each} ({shares}); {gpu}{totals['processor_hours']:.2f} processor hours."
 
 
 def _row(result: Result, gpu: bool) -> str:
@@ -111,24 +105,13 @@ def _row(result: Result, gpu: bool) -> str:
     shown = f'<a href="{folder}/gallery.html">{name}</a>' if result.lora else name
     picture = f'<img src="{quote(result.pictures[0])}" alt="" loading="lazy">' if result.pictures else ""
     kept = result.kept_of if result.pictures else ""
-    numbers = [_number(result.likeness), _number(result.leakage), kept, *_seconds(result, gpu)]
-    cells = [
-        f"<td>{picture}</td>",
-        f'<th>{shown}<div class="reason">{html.escape(result.reason)}</div></th>',
-        f"<td>{result.told}</td>",
-    ]
-    cells += [f'<td class="number">{cell}</td>' for cell in numbers]
-    return f'<tr class="{result.told.replace(" ", "-")}">{"".join(cells)}</tr>'
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _seconds(result: Result, gpu: bool) -> list[str]:
-    """Return the seconds of the phases, and the hours of the GPU, or else of the processor."""
-    if result.cost is None:
-        return [""] * (len(PHASES) + 1)
-    hours = result.cost.gpu_hours if gpu else result.cost.processor_hours
-    phases = [f"{result.cost.seconds[phase]:.1f}" for phase in PHASES]
-    return [*phases, "" if hours is None else f"{hours:.3f}"]
+    cost, times = result.cost, [""] * (len(PHASES) + 1)
+    if cost:
+        hours = cost.gpu_hours if gpu else cost.processor_hours
+        times = [f"{cost.seconds[phase]:.1f}" for phase in PHASES] + ["" if hours is None else f"{hours:.3f}"]
+    shares = ["" if share is None else f"{share:.2f}" for share in (result.likeness, result.leakage)]
+    cells = [f'<td class="number">{cell}</td>' for cell in (*shares, kept, *times)]
+    return (
+        f'<tr class="{result.told.replace(" ", "-")}"><td>{picture}</td>'
+        f'<th>{shown}<div class="reason">{html.escape(result.reason)}</div></th><td>{result.told}</td>{"".join(cells)}</tr>'
+    )

@@ -20,7 +20,6 @@ from ..device import usable_device
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse, one_line
 from ..models.base import Base
 from ..photos import Photo, check_agreed, count_photos, read_photos
-from ..pictures.headshot import Headshot
 from ..pictures.style_pack import StylePack
 from ..progress import READING, OnProgress
 from ..storage.cache_folder import cache_in, content_key
@@ -31,7 +30,7 @@ from ..training.recipes import recipe_config
 from ..training.training_adapter import TrainingAdapter
 from .cost import Cost, Stopwatch, cost_of
 from .people import Person
-from .person import Order, Outcome, check, make
+from .person import Order, ready_photos, train_and_draw
 
 RECORD = "studio.json"
 """A person's record in the person's folder."""
@@ -77,15 +76,14 @@ class Terms:
     def order(self, person: Person, photos: int, base: Base, callbacks: Callbacks = NO_CALLBACKS) -> Order:
         """Return the order for a person with that number of photos. Raises BadConfig for an invalid setting."""
         own = {"class_word": person.class_word, "trigger_word": person.trigger_word}
-        given = {**self.settings, **{name: value for name, value in own.items() if value is not None}}
+        given = {**self.settings, **{name: word for name, word in own.items() if word is not None}}
         config = recipe_config(self.recipe, base, photos, given, callbacks.on_warning)
         name = person.style_pack or self.style_pack
         if name not in self.packs:
             raise BadConfig(f"style_pack = {name!r}: choose one of {', '.join(sorted(self.packs))}")
-        count = person.count or self.count
         return Order(
-            person.name, config, self.packs[name], count, self.seed, self.size, self.training_adapter, self.drawn_on,
-            person.agreed,
+            person.name, config, self.packs[name], person.count or self.count, self.seed, self.size,
+            self.training_adapter, self.drawn_on, person.agreed,
         )  # fmt: skip
 
 
@@ -144,7 +142,8 @@ def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | Non
     check_person(person, output)
     if not (output / person.name / RECORD).exists():
         return None
-    return _asked(person, base, output, terms, NO_CALLBACKS).recorded(output)
+    _, order, key = _asked(person, base, output, terms, NO_CALLBACKS)
+    return _recorded(order, key, output)
 
 
 def find_or_make(
@@ -154,27 +153,39 @@ def find_or_make(
     terms: Terms,
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
+    wait: float = 0.0,
 ) -> Result:
     """Return the result of a person, whose files are in the folder of that name in `output`. Raises FaceLoraError.
 
-    Raises InUse while another run is making the person.
+    Raises InUse if another run is making the person, for longer than `wait` seconds.
     """
     watch = Stopwatch()
-    asked = _asked(person, base, output, terms, callbacks)
-    if (found := asked.recorded(output)) is not None:
+    photos, order, key = _asked(person, base, output, terms, callbacks)
+    if (found := _recorded(order, key, output)) is not None:
         return found
     number = count_photos(person.photos)
     planned = _key(terms.order(person, number, base), number, base)
     callbacks = watch.listening(callbacks)
-    ready = check(asked.photos, base, asked.order.config, callbacks)
+    ready = ready_photos(photos, base, order.config, callbacks)
     watch.enter("encode")
     folder = output / person.name
     make_folder(folder)
-    with locked(folder / RECORD), cache_in(folder / CACHE):
-        outcome = make(ready, base, asked.order, folder, device=device, callbacks=callbacks)
-    used = usable_device(device)
-    result = _result(person, outcome, output, watch.cost(used, terms.identity(base), len(asked.photos)))
-    record = {"result": asdict(result), "digest": _digest(asked.key, result, output), "planned": planned}
+    with locked(folder / RECORD, wait), cache_in(folder / CACHE):
+        outcome = train_and_draw(ready, base, order, folder, device=device, callbacks=callbacks)
+    kept = [shot for shot in outcome.shots if shot.kept]
+    scores = [shot.likeness for shot in kept or outcome.shots if shot.likeness is not None]
+    result = Result(
+        person.name,
+        "made",
+        " ".join(outcome.advice),
+        outcome.trained.path.relative_to(output).as_posix(),
+        tuple(shot.path.relative_to(output).as_posix() for shot in outcome.shots),
+        len(kept),
+        sum(scores) / len(scores) if scores else None,
+        outcome.trained.leakage(),
+        watch.cost(usable_device(device), terms.identity(base), len(photos)),
+    )
+    record = {"result": asdict(result), "digest": _hash_with_files(key, result, output), "planned": planned}
     write_text(folder / RECORD, json.dumps(record, indent=1))
     shutil.rmtree(folder / CACHE, ignore_errors=True)  # It is no longer needed.
     return result
@@ -190,27 +201,17 @@ def is_made(order: Order, photos: int, base: Base, output: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is to be made of a person."""
-
-    photos: Sequence[Photo]
-    order: Order
-    key: str
-    """A hash that is equal if the same LoRA would be trained, and the same pictures drawn."""
-
-    def recorded(self, output: Path) -> Result | None:
-        """Return the result in the person's record, if it is of this order and its files exist and are unchanged."""
-        record = output / self.order.name / RECORD
-        if not record.exists():
-            return None
-        try:
-            values = read_json(record)
-            result = result_of(values["result"])
-            unchanged = values["digest"] == _digest(self.key, result, output)
-            return replace(result, status="found") if unchanged else None
-        except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced; most results are found.
-            return None
+def _recorded(order: Order, key: str, output: Path) -> Result | None:
+    """Return the result in the person's record, if it has this key and its files exist and are unchanged."""
+    record = output / order.name / RECORD
+    if not record.exists():
+        return None
+    try:
+        values = read_json(record)
+        result = result_of(values["result"])
+        return replace(result, status="found") if values["digest"] == _hash_with_files(key, result, output) else None
+    except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced; most results are found.
+        return None
 
 
 def check_person(person: Person, output: Path) -> None:
@@ -235,12 +236,15 @@ def is_foreign(folder: Path) -> bool:
     return bool(names - {lock_of(folder / RECORD).name}) and not names & {RECORD, CACHE}
 
 
-def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
+def _asked(
+    person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks
+) -> tuple[Sequence[Photo], Order, str]:
+    """Return the photos, the order, and a hash that is equal if the same LoRA would be trained and the same pictures drawn."""
     check_person(person, output)
     terms.compute_hashes(base, callbacks.progress(READING))
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
-    return _Asked(photos, order, _key(order, [photo.fingerprint for photo in photos], base))
+    return photos, order, _key(order, [photo.fingerprint for photo in photos], base)
 
 
 def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
@@ -250,28 +254,7 @@ def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
     return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *others)
 
 
-def _result(person: Person, outcome: Outcome, output: Path, cost: Cost) -> Result:
-    shots: Sequence[Headshot] = outcome.shots
-    kept = [shot for shot in shots if shot.kept]
-    scores = [shot.likeness for shot in kept or shots if shot.likeness is not None]
-    return Result(
-        person.name,
-        "made",
-        " ".join(outcome.advice),
-        _seen_from(output, outcome.trained.path),
-        tuple(_seen_from(output, shot.path) for shot in shots),
-        len(kept),
-        sum(scores) / len(scores) if scores else None,
-        outcome.trained.leakage(),
-        cost,
-    )
-
-
-def _seen_from(output: Path, path: Path) -> str:
-    return path.relative_to(output).as_posix()
-
-
-def _digest(key: str, result: Result, output: Path) -> str:
+def _hash_with_files(key: str, result: Result, output: Path) -> str:
     """Return a hash of the result of that key and of its files. Raises BadFile if one is missing or not a regular file."""
     files = [read_bytes(output / file, _MOST_BYTES) for file in (result.lora or "", *result.pictures)]
     return content_key(key, result, *(hashlib.sha256(file).hexdigest() for file in files))

@@ -13,7 +13,7 @@ from core.errors import BadFile
 from core.models import load_base
 from core.pictures import Job, make_headshots
 from core.storage.cache_folder import cache_folder
-from core.studio import Terms, forget, run
+from core.studio import Terms, forget, make_people
 from tests.kills import become_nobody, child, open_folder, where_forks_work
 from tests.tooling import write_photos
 
@@ -115,7 +115,7 @@ def test_scripts_are_told_of_an_output_that_may_not_be_entered(mode):
             become_nobody()
             for function in (
                 lambda: forget("anna", output),
-                lambda: list(run([], base, output, Terms({}, "none"))),
+                lambda: list(make_people([], base, output, Terms({}, "none"))),
                 lambda: make_headshots(base, [], [Job("a", 1)], output),
             ):
                 with pytest.raises(BadFile, match=r"out: cannot be (read|written): Permission denied"):

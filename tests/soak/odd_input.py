@@ -12,8 +12,7 @@ from core.config import config_from, parse_toml
 from core.models import load_base
 from core.photos import prepare, read_photos
 from core.pictures import find_style_packs
-from core.studio import Terms, plan, read_people
-from core.studio import run as run_studio
+from core.studio import Terms, make_people, plan_people, read_people
 
 from .desk import Desk, names_in, run
 
@@ -136,6 +135,6 @@ def many_people(desk: Desk, draw: Random) -> None:
     everyone = read_people(desk.put("people.csv", "\n".join(rows).encode()))
     terms = Terms(find_style_packs().packs, "corporate")
     base, output = load_base(desk.base), desk.room / "out"
-    assert not plan(everyone, base, output, terms).to_make
-    results = list(run_studio(everyone, base, output, terms, device=torch.device("cpu")))
+    assert not plan_people(everyone, base, output, terms).to_make
+    results = list(make_people(everyone, base, output, terms, device=torch.device("cpu")))
     assert len(results) == len(rows) - 1 and {result.status for result in results} == {"failed"}

@@ -13,8 +13,7 @@ from typing import Any
 from core.cli import main
 from core.models import load_base
 from core.pictures import find_style_packs
-from core.studio import Person, Result, Terms
-from core.studio import run as run_studio
+from core.studio import Person, Result, Terms, make_people
 from core.studio.report import write_report
 from tests.kills import NOBODY, become_nobody, child, die_at_change
 
@@ -85,13 +84,13 @@ def killed_report(desk: Desk, draw: Random) -> None:
     base, terms = load_base(desk.base), Terms(find_style_packs().packs, "corporate")
     for _ in range(draw.randrange(1, 4)):
         number = draw.randrange(1, 60)
-        status = child(lambda number=number: die_at_change(number) or list(run_studio(people, base, output, terms)))
+        status = child(lambda number=number: die_at_change(number) or list(make_people(people, base, output, terms)))
         assert status in (0, -signal.SIGKILL), f"exit status {status}"
         desk.counts["kills"] += status != 0
     if not output.exists():
         return
     if draw.random() < 0.5:
-        list(run_studio(people, base, output, terms))
+        list(make_people(people, base, output, terms))
         assert not [name for name in names_in(output) if name.endswith(".tmp")], "a temporary file is left"
     forget_all(desk, output, draw)
 

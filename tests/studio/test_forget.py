@@ -4,8 +4,8 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,7 @@ from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
 from core.models import load_base
 from core.pictures import find_style_packs
-from core.studio import Person, Result, Terms, forget, run
+from core.studio import Person, Result, Terms, forget, make_people
 from core.studio.report import read_report, write_report
 from tests.kills import NOBODY, become_nobody, child, die_at_change, open_folder, where_forks_work
 from tests.tooling import write_photos
@@ -126,7 +126,7 @@ def test_people_are_reported_in_a_folder_that_may_be_written_but_not_read():
 
         def run_studio() -> None:
             become_nobody()
-            list(run([Person("carl", room / "none", agreed=True)], base, output, Terms({}, "none")))
+            list(make_people([Person("carl", room / "none", agreed=True)], base, output, Terms({}, "none")))
 
         assert child(run_studio) == 0 and [one.name for one in read_report(output)] == ["carl"]
 
@@ -150,7 +150,7 @@ def test_on_a_full_disk_the_report_that_has_the_person_is_named(tmp_path, monkey
 def test_reports_that_a_killed_process_left_are_deleted_by_the_next_run(tmp_path):
     output = write_studio(tmp_path / "out")
     terms = Terms(find_style_packs().packs, "corporate")
-    list(run([Person("carl", tmp_path / "none", agreed=True)], load_base(BASE_FILE), output, terms))
+    list(make_people([Person("carl", tmp_path / "none", agreed=True)], load_base(BASE_FILE), output, terms))
     assert not list(output.glob(".*")) and [one.name for one in read_report(output)] == ["carl", "anna", "ben"]
 
 
@@ -164,24 +164,20 @@ def test_beside_a_link_a_killed_process_left_reports_too(tmp_path):
     assert forget("anna", output) and traces("anna", tmp_path / "sent") == []
 
 
+def in_another_thread(do: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(do).result()
+
+
 def test_who_is_yet_to_be_made_cannot_be_deleted_meanwhile(tmp_path):
     """Otherwise nothing would be found, and the person made afterwards."""
     people = [Person(name, write_photos(tmp_path / name, count=5, person=35), agreed=True) for name in ("anna", "ben")]
     output, terms = tmp_path / "out", Terms(find_style_packs().packs, "corporate")
     nobody = [Person("carl", tmp_path / "none", agreed=True), *people]
-    results = run(nobody, load_base(BASE_FILE), output, terms)
+    results = make_people(nobody, load_base(BASE_FILE), output, terms)
     next(results)  # Carl's failure; Anna's folder isn't made yet.
-    said: list[str] = []
-
-    def elsewhere() -> None:
-        with pytest.raises(InUse, match="'anna' can't be deleted while people are being made here") as refused:
-            forget("anna", output)
-        said.append(str(refused.value))
-
-    another = threading.Thread(target=elsewhere)
-    another.start()
-    another.join()
-    assert said and "lock: " in said[0]
+    with pytest.raises(InUse, match=r"'anna' can't be deleted while people are being made here.*lock: "):
+        in_another_thread(lambda: forget("anna", output))
     with pytest.raises(InUse, match="'carl' can't be deleted"):  # The run would write the line again.
         forget("carl", output)
     cast(Generator[Result], results).close()
@@ -192,13 +188,13 @@ def test_while_the_command_reads_the_model_nobody_can_be_deleted(tmp_path, monke
     output, said = write_studio(tmp_path / "out"), []
     write_photos(tmp_path / "people" / "anna", count=5, person=35)
 
-    def plan(*_: object) -> None:
+    def planned(*_: object) -> None:
         with pytest.raises(InUse) as refused:
             forget("anna", output)
         said.append(refused.value)
         raise BadConfig("enough")
 
-    monkeypatch.setattr("core.studio.plan", plan)
+    monkeypatch.setattr("core.studio.plan_people", planned)
     assert main(["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(output)]) == 1
     assert said and "enough" in capsys.readouterr().err and forget("anna", output)
 
@@ -208,15 +204,9 @@ def test_nobody_is_made_while_somebody_is_deleted(tmp_path, monkeypatch):
     base, refused = load_base(BASE_FILE), []
 
     def run_meanwhile(*_: object, **__: object) -> int:
-        def elsewhere() -> None:
-            try:
-                list(run([], base, output, terms))
-            except InUse as error:
-                refused.append(error)
-
-        another = threading.Thread(target=elsewhere)
-        another.start()
-        another.join()
+        with pytest.raises(InUse) as error:
+            in_another_thread(lambda: list(make_people([], base, output, terms)))
+        refused.append(error)
         return 0
 
     monkeypatch.setattr("core.storage.locks.WAIT", 0.0)

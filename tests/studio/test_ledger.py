@@ -28,9 +28,10 @@ from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
-from core.studio import PARTS, Cost, Ledger, Order, Result, Work, basis, check, device_rate, ledger_of, make
+from core.studio import PARTS, Cost, Ledger, Result, Work, basis, device_rate
 from core.studio.cost import PHASES
 from core.studio.passes import count_passes
+from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
@@ -258,7 +259,7 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
     photos = read_photos(folder / "people" / "anna")
     given = {"steps": 20, "stop_early": False, "sample_every": 10, "likeness_pictures": 4}
     config = recipe_config("fast", base, len(photos), given)
-    report = check(photos, base, config)
+    report = ready_photos(photos, base, config)
     order = Order("anna", config, find_style_packs([demo.FOLDER]).pick(demo.STYLE_PACK), 3, 1, demo.PICTURE_SIZE)
     rate, ledger = device_rate(base, CPU, config.precision), ledger_of(report, base, order, CPU)
     taken, since = defaultdict[str, float](float), time.monotonic()
@@ -271,7 +272,7 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
 
     names = {"samples": "likeness", "pictures": "headshots", "faces": "face pass"}
     with cache_in(folder / "cache"):
-        make(
+        train_and_draw(
             report, base, order, folder / "out", device=CPU,
             callbacks=Callbacks(
                 on_step=lambda report: until_now("training"),

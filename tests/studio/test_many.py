@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from core.lora.names import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Result, Terms, forget, many, plan, read_people, run
+from core.studio import Person, Result, Terms, forget, make_people, many, plan_people, read_people
 from core.studio.report import read_report
 from core.studio.result import find
 from core.training import Callbacks
@@ -59,7 +58,7 @@ def forbid(monkeypatch) -> None:
     def not_now(*_: object, **__: object) -> None:
         raise AssertionError("something was made")
 
-    monkeypatch.setattr("core.studio.result.make", not_now)
+    monkeypatch.setattr("core.studio.result.train_and_draw", not_now)
 
 
 def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, people, monkeypatch):
@@ -67,7 +66,7 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
     others = [replace(people[1], name="dora", agreed=False), replace(people[1], name="ed", style_pack="none")]
     everyone, output = [people[0], few, *others, people[1]], tmp_path / "out"
     kept_before = files(cache_folder())
-    first = {result.name: result for result in run(everyone, base, output, terms)}
+    first = {result.name: result for result in make_people(everyone, base, output, terms)}
     assert [result.status for result in first.values()] == ["made", "failed", "failed", "failed", "made"]
     for name, words in (("carl", "3 of 3 usable"), ("dora", "agreed"), ("ed", "choose one of")):
         assert words in first[name].reason
@@ -81,20 +80,20 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
 
     with monkeypatch.context() as patch:
         forbid(patch)
-        again = list(run(people, base, output, terms))
+        again = list(make_people(people, base, output, terms))
     assert again == [replace(first[name], status="found") for name in ("anna", "ben")]
-    assert plan(people, base, output, terms).made_before == ("anna", "ben")
+    assert plan_people(people, base, output, terms).made_before == ("anna", "ben")
     changed = [replace(terms, **what) for what in ({"count": 2}, {"seed": 2}, {"settings": QUICK | {"steps": 4}})]
     elsewhere = replace(terms, drawn_on=base)
-    assert plan(people, base, output, terms).earlier and not plan(people, base, output, elsewhere).earlier
+    assert plan_people(people, base, output, terms).earlier and not plan_people(people, base, output, elsewhere).earlier
     changed.append(elsewhere)
     others = [(base, terms) for terms in changed] + [(replace(base, zero_terminal_snr=True), terms)]
-    assert all([*plan(people, one, output, two).to_make] == ["anna", "ben"] for one, two in others)
+    assert all([*plan_people(people, one, output, two).to_make] == ["anna", "ben"] for one, two in others)
     os.replace(people[1].photos / "4.png", people[1].photos / "0.png")
-    assert [result.status for result in run(people, base, output, terms)] == ["found", "failed"]
+    assert [result.status for result in make_people(people, base, output, terms)] == ["found", "failed"]
     write_photos(people[1].photos, count=6, person=36)
-    assert [*plan(people, base, output, terms).to_make] == ["ben"]
-    assert [result.status for result in run(people, base, output, terms)] == ["found", "made"]
+    assert [*plan_people(people, base, output, terms).to_make] == ["ben"]
+    assert [result.status for result in make_people(people, base, output, terms)] == ["found", "made"]
 
 
 @pytest.mark.slow
@@ -107,8 +106,8 @@ def test_interrupted_it_goes_on_in_the_middle_of_a_person(tmp_path, base, terms,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
-    ended = list(run(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
+        list(make_people(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
+    ended = list(make_people(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
     assert steps == [1, 2, 3, 1, 2, 3] and [result.status for result in ended] == ["found", "made"]
 
 
@@ -121,12 +120,12 @@ def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run(people[:1], base, output, terms, callbacks=Callbacks(on_step=stop)))
+        list(make_people(people[:1], base, output, terms, callbacks=Callbacks(on_step=stop)))
     assert any(name.endswith(".state.safetensors") for name in files(output / "anna" / ".facelora-cache"))
     mine = [replace(people[1], name="mine")]
-    assert "this folder has files of another program" in plan(mine, base, output, terms).refused["mine"]
-    assert "this folder has files of another program" in next(run(mine, base, output, terms)).reason
-    assert [result.status for result in run(people, base, output, terms)] == ["made", "made"]
+    assert "this folder has files of another program" in plan_people(mine, base, output, terms).refused["mine"]
+    assert "this folder has files of another program" in next(make_people(mine, base, output, terms)).reason
+    assert [result.status for result in make_people(people, base, output, terms)] == ["made", "made"]
     assert main(["forget", "anna", "--output", str(output)]) == 0
     assert "files of anna deleted" in capsys.readouterr().out
     assert not (output / "anna").exists() and (output / "ben").exists() and (people[0].photos / "1.png").exists()
@@ -142,7 +141,7 @@ def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_p
     home = tmp_path / "home"
     (home / "anna" / ".cache").mkdir(parents=True)
     (home / "anna" / "letter.txt").write_text("dear")
-    assert "this folder has files of another program" in next(run(people[:1], base, home, terms)).reason
+    assert "this folder has files of another program" in next(make_people(people[:1], base, home, terms)).reason
     assert forget("anna", home) == 0
     with pytest.raises(BadConfig, match="'anna' was not found; this output contains nobody"):
         forget("anna", home)
@@ -153,19 +152,19 @@ def test_a_person_whose_making_was_killed_at_its_start_is_made(tmp_path, base, t
     output = tmp_path / "out"
     (output / "anna").mkdir(parents=True)
     (output / "anna" / ".studio.json.lock").touch()
-    assert [result.status for result in run(people[:1], base, output, terms)] == ["made"]
+    assert [result.status for result in make_people(people[:1], base, output, terms)] == ["made"]
 
 
 def test_a_script_can_give_folders_as_text(tmp_path, base, terms, people):
     output = str(tmp_path / "out")
-    assert [result.status for result in run(people[:1], base, output, terms)] == ["made"]
-    assert not plan(people[:1], base, output, terms).to_make
+    assert [result.status for result in make_people(people[:1], base, output, terms)] == ["made"]
+    assert not plan_people(people[:1], base, output, terms).to_make
     assert forget(people[0].name, output)
     assert [person.name for person in read_people(str(tmp_path / "people"))] == ["anna", "ben"]
 
 
 def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, people):
-    list(run([replace(people[0], agreed=False)], base, tmp_path, terms))
+    list(make_people([replace(people[0], agreed=False)], base, tmp_path, terms))
     report = tmp_path / "report.json"
     report.write_text(report.read_text().replace('"status": "failed"', '"status": "<script>1</script>"'))
     (tmp_path / "ben").mkdir()
@@ -193,7 +192,7 @@ def test_paths_that_were_given_as_seen_from_here_are_not_in_the_report(tmp_path,
     (tmp_path / "clients" / "jane").mkdir(parents=True)
     photos = write_photos(tmp_path / "clients" / "ben").relative_to(tmp_path)
     people = [Person("jane", Path("clients/jane"), agreed=True), Person("ben", photos, agreed=True)]
-    assert [result.status for result in run(people, base, output, terms)] == ["failed", "failed"]
+    assert [result.status for result in make_people(people, base, output, terms)] == ["failed", "failed"]
     report = (output / "report.json").read_text()
     assert "jane: no readable photo" in report and "ben: this folder has files of another program" in report
     assert "clients" not in report and "jane doe" not in report
@@ -204,15 +203,8 @@ def test_the_command_makes_everybody_in_a_folder(tmp_path, terms, capsys):
         agree(write_photos(tmp_path / "people" / name, count=5 if person == 35 else 2, person=person))
     (tmp_path / "quick.toml").write_text("\n".join(f"{name} = {value}" for name, value in QUICK.items()))
     command = ["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out"), "--count", "1"]
-    command += [
-        "--config",
-        str(tmp_path / "quick.toml"),
-        "--style-folder",
-        str(tmp_path / "packs"),
-        "--style-pack",
-        "quick",
-    ]
-    assert main(command) == 1
+    command += ["--config", str(tmp_path / "quick.toml"), "--style-pack", "quick"]
+    assert main([*command, "--style-folder", str(tmp_path / "packs")]) == 1
     printed = capsys.readouterr()
     said = printed.out + printed.err
     assert (
@@ -223,62 +215,48 @@ def test_the_command_makes_everybody_in_a_folder(tmp_path, terms, capsys):
     assert (tmp_path / "out" / "anna" / "gallery.html").exists()
 
 
-def row(**values: object) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / "people.jsonl").write_text(json.dumps(values) + "\n\n")
-        return folder / "people.jsonl"
-
-    return write
-
-
-def table(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / "people.csv").write_bytes(text.encode(encoding))
-        return folder / "people.csv"
-
-    return write
-
-
-def a_folder(text: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / "people" / "anna").mkdir(parents=True)
-        agree(folder / "people" / "anna", text)
-        (folder / "people" / ".hidden").mkdir()
-        return folder / "people"
-
-    return write
+def write_place(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    """A manifest with this text, as CSV or as lines of JSON, or else a folder of Anna with this `person.toml`."""
+    if text.startswith(("name", "{")):
+        place = folder / ("people.jsonl" if text.startswith("{") else "people.csv")
+        place.write_bytes(text.encode(encoding))
+        return place
+    (folder / "people" / "anna").mkdir(parents=True)
+    agree(folder / "people" / "anna", text)
+    (folder / "people" / ".hidden").mkdir()
+    return folder / "people"
 
 
 @pytest.mark.parametrize(
-    ("write", "expected"),
+    ("text", "expected"),
     [
-        (a_folder('agreed = true\nclass_word = "woman"\ncount = 3'), Person("anna", Path(), True, "woman", count=3)),
-        (table("name, photos, agreed, count\nanna, a, yes, 3\n"), Person("anna", Path("a"), True, count=3)),
-        (table("name,photos,agreed\nanna,a,\n"), Person("anna", Path("a"))),
-        (table("name,photos,agreed\ranna,a,yes\r"), Person("anna", Path("a"), True)),
-        (row(name="anna", photos="a", agreed=True, style_pack="casual"), Person("anna", Path("a"), True, style_pack="casual")),
+        ('agreed = true\nclass_word = "woman"\ncount = 3', Person("anna", Path(), True, "woman", count=3)),
+        ("name, photos, agreed, count\nanna, a, yes, 3\n", Person("anna", Path("a"), True, count=3)),
+        ("name,photos,agreed\nanna,a,\n", Person("anna", Path("a"))),
+        ("name,photos,agreed\ranna,a,yes\r", Person("anna", Path("a"), True)),
+        ('{"name": "anna", "photos": "a", "agreed": true, "count": 2}\n\n', Person("anna", Path("a"), True, count=2)),
     ],
-)  # fmt: skip
-def test_people_are_read_from_folders_and_manifests(tmp_path, write, expected):
-    place = write(tmp_path)
+)
+def test_people_are_read_from_folders_and_manifests(tmp_path, text, expected):
+    place = write_place(tmp_path, text)
     photos = place / "anna" if place.is_dir() else tmp_path / expected.photos
     assert read_people(place) == [replace(expected, photos=photos)]
 
 
 @pytest.mark.parametrize(
-    ("write", "words"),
+    ("text", "words"),
     [
-        (a_folder("agreed"), "person.toml: "),
-        (a_folder("agreed = 1"), "agreed = 1: must be true or false"),
-        (a_folder("agreed = true\ncount = 0"), "count = 0: must be between 1 and 10000"),
-        (a_folder("agreed = true\nage = 3"), "age: unknown; choose from agreed"),
-        (row(name="anna", photos="a", agreed="perhaps"), "agreed = 'perhaps': must be true or false"),
-        (row(name="anna", photos="a", agreed=True, class_word=""), "class_word = '': must be a text"),
-        (a_folder(f"agreed = {'1' * 5000}"), "person.toml: "),
+        ("agreed", "person.toml: "),
+        ("agreed = 1", "agreed = 1: must be true or false"),
+        ("agreed = true\ncount = 0", "count = 0: must be between 1 and 10000"),
+        ("agreed = true\nage = 3", "age: unknown; choose from agreed"),
+        ('{"name": "anna", "photos": "a", "agreed": "perhaps"}', "agreed = 'perhaps': must be true or false"),
+        ('{"name": "anna", "photos": "a", "agreed": true, "class_word": ""}', "class_word = '': must be a text"),
+        (f"agreed = {'1' * 5000}", "person.toml: "),
     ],
 )
-def test_what_is_wrong_with_one_person_is_that_persons_problem(tmp_path, write, words):
-    (person,) = read_people(write(tmp_path))
+def test_what_is_wrong_with_one_person_is_that_persons_problem(tmp_path, text, words):
+    (person,) = read_people(write_place(tmp_path, text))
     assert words in person.problem and person.name == "anna"
 
 
@@ -297,7 +275,7 @@ def test_a_name_that_no_folder_can_have_fails_that_person_alone(tmp_path, base, 
     lines = [{"name": one, "photos": "a", "agreed": True} for one in (name, "ben")]
     (tmp_path / "people.jsonl").write_text("\n".join(map(json.dumps, lines)))
     people = read_people(tmp_path / "people.jsonl")
-    results = list(run(people, base, tmp_path / "out", terms))
+    results = list(make_people(people, base, tmp_path / "out", terms))
     assert words in results[0].reason and "this photo folder does not exist" in results[1].reason
     assert files(tmp_path / "out") == {"report.html", "report.json"}
 
@@ -309,12 +287,12 @@ def test_the_report_on_many_people_is_not_written_after_each(tmp_path, base, ter
         many, "write_report", lambda output, results: (written.append(len(results)), write(output, results))
     )
     crowd = [replace(people[0], name=f"p{number}", agreed=False) for number in range(500)]
-    everyone = run(crowd, base, tmp_path / "out", terms)
+    everyone = make_people(crowd, base, tmp_path / "out", terms)
     assert next(everyone).name == "p0" and written == [1]
     assert len(list(everyone)) == 499 and written[-1] == 500 and len(written) < 50
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["people"]) == 500
     whole = len(written)
-    stopped = run(crowd, base, tmp_path / "out", terms)
+    stopped = make_people(crowd, base, tmp_path / "out", terms)
     assert [next(stopped).name for _ in range(20)][-1] == "p19"
     del stopped
     assert len(written) > whole + 1 and written[-1] == 500
@@ -323,7 +301,7 @@ def test_the_report_on_many_people_is_not_written_after_each(tmp_path, base, ter
 def test_people_of_earlier_calls_stay_in_the_report(tmp_path, base, terms, people, monkeypatch):
     monkeypatch.setattr("core.studio.many.find_or_make", lambda person, *_: Result(person.name, "made"))
     for one in ([people[0]], [people[1]], [people[1]]):
-        list(run(one, base, tmp_path / "out", terms))
+        list(make_people(one, base, tmp_path / "out", terms))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [(one["name"], one["status"]) for one in report["people"]] == [("anna", "found"), ("ben", "made")]
     assert (report["made"], report["found"]) == (1, 1)
@@ -337,37 +315,37 @@ def test_whatever_goes_wrong_with_one_person_the_others_are_made(tmp_path, base,
 
     monkeypatch.setattr("core.studio.many.find_or_make", fail_for_anna)
     nowhere = Person("carl", Path("a\0b"), agreed=True)
-    assert plan([*people, nowhere], base, tmp_path / "out", terms).refused.keys() == {"carl"}
-    results = list(run(people, base, tmp_path / "out", terms))
+    assert plan_people([*people, nowhere], base, tmp_path / "out", terms).refused.keys() == {"carl"}
+    results = list(make_people(people, base, tmp_path / "out", terms))
     assert [result.status for result in results] == ["failed", "made"]
     assert results[0].reason == "PermissionError: [Errno 13] Permission denied: '/home/anna\\n'"
 
 
 @pytest.mark.parametrize(
-    ("write", "words"),
+    ("text", "words"),
     [
-        (table("name,photos\nanna,a\n"), "missing columns: agreed"),
-        (table("name,photos,agreed\n"), "no people found"),
-        (table("name,photos,agreed\nZoë,a,yes\n", "cp1252"), "people.csv: not UTF-8 text"),
-        (table("name,photos,agreed\nAnna,a,yes\nanna,b,yes\n"), "two people are called 'anna'"),
-        (row(photos="a"), "person 1: name and photos"),
+        ("name,photos\nanna,a\n", "missing columns: agreed"),
+        ("name,photos,agreed\n", "no people found"),
+        ("name,photos,agreed\nZoë,a,yes\n", r"people\.csv: not UTF-8 text"),
+        ("name,photos,agreed\nAnna,a,yes\nanna,b,yes\n", "two people are called 'anna'"),
+        ('{"photos": "a"}', "person 1: name and photos"),
     ],
 )
-def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, write, words):
-    with pytest.raises(BadConfig, match=words.replace(".", r"\.")):
-        read_people(write(tmp_path))
+def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, text, words):
+    with pytest.raises(BadConfig, match=words):
+        read_people(write_place(tmp_path, text, "cp1252"))
 
 
 @pytest.mark.parametrize("rows", ["Bob,a,maybe\nbob,b,yes\n", "bob,b,yes\nBob,a,maybe\n"])
 def test_a_faulty_entry_of_the_same_name_does_not_refuse_the_manifest(tmp_path, rows):
-    people = read_people(table(f"name,photos,agreed\n{rows}")(tmp_path))
+    people = read_people(write_place(tmp_path, f"name,photos,agreed\n{rows}"))
     assert [person.name for person in people if not person.problem] == ["bob"] and len(people) == 2
 
 
 @pytest.mark.slow
 def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, base, terms, people):
     folder = tmp_path / "out" / "anna"
-    (made,) = run(people[:1], base, folder.parent, terms)
+    (made,) = make_people(people[:1], base, folder.parent, terms)
     record, picture = folder / "studio.json", folder.parent / made.pictures[0]
     values = json.loads(record.read_text())
     nameless = json.dumps(values | {"result": values["result"] | {"name": None}})
@@ -383,7 +361,7 @@ def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, b
             os.mkfifo(path)  # whoever opens it waits
         else:
             path.write_bytes(damaged)
-        (again,) = run(people[:1], base, folder.parent, terms, callbacks=callbacks)
+        (again,) = make_people(people[:1], base, folder.parent, terms, callbacks=callbacks)
         assert (again.status, again.pictures, again.likeness) == ("made", made.pictures, made.likeness) and not steps
         with Image.open(picture) as image:
             image.load()
@@ -405,12 +383,12 @@ def test_who_is_given_to_a_worker_has_no_photo_read_twice(tmp_path, base, terms,
 
 def test_a_person_whom_another_run_is_making_is_left_alone(tmp_path, base, terms, people, monkeypatch):
     output = tmp_path / "out"
-    list(run(people[:1], base, output, terms))
+    list(make_people(people[:1], base, output, terms))
     before = {path: path.read_bytes() for path in (output / "anna").rglob("*") if path.is_file()}
     write_photos(people[0].photos, count=6, person=35)
     forbid(monkeypatch)
     with held_elsewhere(output / "anna" / "studio.json"):
-        (refused,) = run(people[:1], base, output, terms)
+        (refused,) = make_people(people[:1], base, output, terms)
         assert refused.status == "failed" and "another process is writing this file" in refused.reason
         with pytest.raises(InUse):
             forget("anna", output)
@@ -423,17 +401,17 @@ def test_another_programs_report_is_not_replaced(tmp_path, base, terms, people, 
     output.mkdir()
     (output / name).write_text(text)
     with pytest.raises(BadFile, match=f"{name}: this is not a studio"):
-        list(run([replace(people[0], agreed=False)], base, output, terms))
+        list(make_people([replace(people[0], agreed=False)], base, output, terms))
     assert files(output) == {name} and (output / name).read_text() == text
 
 
 def test_a_person_made_by_another_run_is_not_reported_as_failed(tmp_path, base, terms, people):
     output = tmp_path / "out"
     (output / "anna" / ".facelora-cache").mkdir(parents=True)
-    second = run(people, base, output, terms)
+    second = make_people(people, base, output, terms)
     with held_elsewhere(output / "anna" / "studio.json"):
         assert "another process is writing this file" in next(second).reason
-    assert [one.status for one in run(people[:1], base, output, terms)] == ["made"]
+    assert [one.status for one in make_people(people[:1], base, output, terms)] == ["made"]
     assert [one.status for one in second] == ["made"]
     assert {one.name: one.status for one in read_report(output)} == {"anna": "found", "ben": "made"}
 
@@ -443,7 +421,7 @@ def test_reading_the_model_is_shown_before_the_plan(tmp_path, people, monkeypatc
         raise BadConfig(f"shown: {shown}")
 
     shown: list[str] = []
-    monkeypatch.setattr("core.studio.plan", planned)
+    monkeypatch.setattr("core.studio.plan_people", planned)
     monkeypatch.setattr("core.cli.studio.progress_bar", lambda name: lambda *_: shown.append(name))
     command = ["studio", str(people[0].photos.parent), "--base", "demo", "--output", str(tmp_path), "--dry-run"]
     assert main(command) == 1 and "shown: []" in capsys.readouterr().err

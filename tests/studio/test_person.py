@@ -24,7 +24,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import read_photos
 from core.pictures import find_style_packs, headshots
-from core.studio import Order, Outcome, check, make, person
+from core.studio import Order, Outcome, person, ready_photos, train_and_draw
 from core.training import Callbacks, store
 from tests.tooling import write_photos, write_quick_pack
 
@@ -70,8 +70,8 @@ def do(folder: Path, place: str, end: Callable[[], None]) -> Outcome:
             check_cancelled=within_step,
         )
         base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
-        ready = check(read_photos(folder / "photos"), base, CONFIG, callbacks)
-        return make(ready, base, Order("anna", CONFIG, pack, count=3), folder / "out", callbacks=callbacks)
+        ready = ready_photos(read_photos(folder / "photos"), base, CONFIG, callbacks)
+        return train_and_draw(ready, base, Order("anna", CONFIG, pack, count=3), folder / "out", callbacks=callbacks)
 
 
 def kill() -> None:
@@ -118,9 +118,9 @@ def test_pictures_are_drawn_with_the_layer_that_was_trained_with_and_in_the_same
     monkeypatch.setattr(person, "make_headshots", lambda *arguments, **_: given.append(arguments[4]) or [])
     config = replace(CONFIG, steps=1, clip_skip=2, precision="fp32")
     base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
-    ready = check(read_photos(folder / "photos"), base, config)
+    ready = ready_photos(read_photos(folder / "photos"), base, config)
     monkeypatch.setattr(person, "_advice", lambda *_: ())
-    make(ready, base, Order("anna", config, pack, count=1), folder / "out")
+    train_and_draw(ready, base, Order("anna", config, pack, count=1), folder / "out")
     assert (given[0].clip_skip, given[0].precision) == (2, "fp32")
 
 
@@ -180,7 +180,7 @@ def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
 def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and_undrawn(desk):
     folder = desk("anna")
     base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
-    report, done = check(read_photos(folder / "photos"), base, CONFIG), []
+    report, done = ready_photos(read_photos(folder / "photos"), base, CONFIG), []
     theirs = folder / "out" / "900-1.png"
     theirs.parent.mkdir()
     theirs.write_text("somebody's, with a name as ours have")
@@ -195,7 +195,7 @@ def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and
         """What was done for it; the LoRA and the pictures in the folder are then these, and no others."""
         done.clear()
         order = Order("anna", replace(CONFIG, steps=steps), pack, count=count, seed=seed)
-        outcome = make(report, base, order, folder / "out", callbacks=callbacks)
+        outcome = train_and_draw(report, base, order, folder / "out", callbacks=callbacks)
         assert outcome.trained.path == folder / "out" / "anna.safetensors"
         assert sorted((folder / "out").glob("*-*.png")) == sorted([*(shot.path for shot in outcome.shots), theirs])
         return list(done)
@@ -247,7 +247,9 @@ def test_faces_are_looked_for_once_in_each_photo_of_a_whole_job(desk, monkeypatc
     config = replace(CONFIG, hold_out=2, sample_every=4, sample_steps=1, sample_guidance=1.0, likeness_pictures=1)
     base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
     photos = read_photos(folder / "photos")
-    made = make(check(photos, base, config), base, Order("anna", config, pack, count=1), folder / "out")
+    made = train_and_draw(
+        ready_photos(photos, base, config), base, Order("anna", config, pack, count=1), folder / "out"
+    )
     assert made.trained.likenesses() and made.report.network
     assert looked.count((92, 112)) == 8  # pictures are smaller
 

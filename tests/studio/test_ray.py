@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from core.cli import main
 from core.demo import BASE_FILE
@@ -27,7 +28,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile
-from core.studio import Person, Result, Terms, run
+from core.studio import Person, Result, Terms, make_people
 from tests.tooling import write_photos, write_quick_pack
 
 ROOT = Path(__file__).parents[2]
@@ -59,18 +60,18 @@ def somebody(tmp_path: Path) -> list[Person]:
      ("127.0.0.1:{free}", "the address does not answer")],
 )  # fmt: skip
 def test_an_address_without_a_cluster_is_refused_in_seconds(tmp_path, monkeypatch, address, words):
-    monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: name)
+    monkeypatch.setattr("core.studio.cluster.find_spec", lambda name: name)
     address = address.format(free=free_port())
     terms = Terms(find_style_packs().packs, "corporate")
     with pytest.raises(BadConfig, match=words):
-        list(run(somebody(tmp_path), load_base(BASE_FILE), tmp_path / "out", terms, ray=address))
+        list(make_people(somebody(tmp_path), load_base(BASE_FILE), tmp_path / "out", terms, ray=address))
 
 
 def test_a_base_that_is_not_from_files_cannot_be_opened_by_other_machines(tmp_path, monkeypatch):
-    monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: name)
+    monkeypatch.setattr("core.studio.cluster.find_spec", lambda name: name)
     base = load_base(dict(SafetensorsFile.open(BASE_FILE)))
     with pytest.raises(BadConfig, match="was not loaded from files"):
-        list(run(somebody(tmp_path), base, tmp_path / "out", Terms({}, "none"), ray="127.0.0.1:6379"))
+        list(make_people(somebody(tmp_path), base, tmp_path / "out", Terms({}, "none"), ray="127.0.0.1:6379"))
 
 
 def test_a_base_from_files_is_opened_anew_with_what_it_was_opened_with(tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ def test_a_base_from_files_is_opened_anew_with_what_it_was_opened_with(tmp_path,
 
 
 def test_without_ray_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: None)
+    monkeypatch.setattr("core.studio.cluster.find_spec", lambda name: None)
     (write_photos(tmp_path / "people" / "anna") / "person.toml").write_text("agreed = true")
     command = ["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out")]
     assert main([*command, "--ray", "127.0.0.1:6379"]) == 1
@@ -98,7 +99,7 @@ def test_what_ray_prints_is_not_among_the_results(tmp_path, monkeypatch, capsys)
         print("(raylet) A worker died")
         yield Result("anna", "found")
 
-    monkeypatch.setattr("core.studio.run", noisy)
+    monkeypatch.setattr("core.studio.make_people", noisy)
     write_photos(tmp_path / "people" / "anna")
     assert (
         main(["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out"), "--json"]) == 0
@@ -116,12 +117,12 @@ class Cluster:
         self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
         self.nodes: list[subprocess.Popen[bytes]] = []
 
-    def add(self) -> int:
-        """The process of the raylet of a new node, of one CPU. The first node is the head."""
+    def add(self, processors: int = 1) -> int:
+        """The process of the raylet of a new node. The first node is the head."""
         port, before = self.address.rpartition(":")[2], set(self._raylets())
         head = ["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(self.folder)]
         place = ["--address", self.address] if self.nodes else head
-        size = ["--num-cpus", "1", "--num-gpus", "0", "--object-store-memory", "80000000"]
+        size = ["--num-cpus", str(processors), "--num-gpus", "0", "--object-store-memory", "80000000"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *size, "--block"]
         with (self.folder / f"node{len(self.nodes)}.txt").open("wb") as log:
             self.nodes.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log))
@@ -158,7 +159,7 @@ def workers_of(raylet: int) -> list[int]:
             return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return 0
 
-    return [pid for pid, command in processes() if command.startswith("ray::Worker.") and parent(pid) == raylet]
+    return [pid for pid, command in processes() if command.startswith("ray::Worker") and parent(pid) == raylet]
 
 
 def kill(pid: int) -> None:
@@ -180,15 +181,15 @@ def cluster() -> Iterator[Cluster]:
 class Watch:
     """A command, and the steps of the states that it is seen to leave on disk."""
 
-    def __init__(self, command: Sequence[str], output: Path):
+    def __init__(self, command: Sequence[str], output: Path, environment: Mapping[str, str] = ENVIRONMENT):
         self.output = output
         self.steps: dict[str, list[int]] = {}
         """The steps of each person's states, one after the other."""
         self.now: dict[str, int] = {}
         """The step of each state that there is."""
-        self._printed = output.with_suffix(".txt")
-        with self._printed.open("wb") as file:
-            self.process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=file)
+        self.printed = output.with_suffix(".txt")
+        with self.printed.open("wb") as file:
+            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file)
         threading.Thread(target=self._look_on, daemon=True).start()
 
     def _look_on(self) -> None:
@@ -212,7 +213,7 @@ class Watch:
     def ended(self) -> list[dict[str, Any]]:
         """What it has printed, when it ended: results and warnings."""
         self.process.wait()
-        return [json.loads(line) for line in self._printed.read_text().splitlines()]
+        return [json.loads(line) for line in self.printed.read_text().splitlines()]
 
 
 def studio(tmp_path: Path, people: int) -> list[str]:
@@ -230,30 +231,33 @@ def studio(tmp_path: Path, people: int) -> list[str]:
 
 @WITHOUT_RAY
 @pytest.mark.slow
-def test_a_ray_of_this_machines_own_begins_and_ends_with_the_run(tmp_path):
+def test_a_ray_of_this_machines_own_ends_with_the_command_which_goes_on_where_it_was_stopped(tmp_path):
     def rays() -> set[int]:
         return {pid for pid, command in processes() if "raylet" in command or "gcs_server" in command}
 
-    before = rays()
-    other = shutil.copy(BASE_FILE, tmp_path / "other.safetensors")  # The workers open it too.
-    command = [*studio(tmp_path, people=2), str(tmp_path / "out"), "--ray", "local", "--draw-on", str(other)]
-    home = tmp_path / "home"
+    before, output, home = rays(), tmp_path / "out", tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(home)}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE)
-    while not (own := rays() - before):
-        assert process.poll() is None, "the command has ended before"
-        time.sleep(0.1)
-    said = [json.loads(line) for line in process.communicate()[0].splitlines()]
-    assert process.returncode == 0 and [one["status"] for one in said if "status" in one] == ["made", "made"]
-    pictures = [Image.open(path).info["parameters"] for path in (tmp_path / "out").glob("p*/0*.png")]
-    assert ["Model: other," in text for text in pictures] == [True, True]
-    assert not (home / ".ray").exists(), "a token, with which other clusters would ask for it"
+    other = shutil.copy(BASE_FILE, tmp_path / "other.safetensors")  # The workers open it too.
+    command = [*studio(tmp_path, people=2), str(output), "--ray", "local", "--draw-on", str(other)]
+    first = Watch(command, output, environment)
+    first.until(lambda: 3 <= first.now.get("p01", 0) < STEPS // 2)
+    own = rays() - before
+    first.process.send_signal(signal.SIGINT)
+    first.ended()
     for _ in range(100):
         if not own & rays():
-            return
+            break
         time.sleep(0.1)
-    raise AssertionError("Ray goes on")
+    assert own and not own & rays(), "Ray goes on"
+    second = Watch(command, output, environment)
+    assert [one["status"] for one in second.ended() if "status" in one] == ["made", "made"]
+    assert first.process.returncode == 1 and second.process.returncode == 0
+    steps = first.steps["p01"] + second.steps["p01"]
+    assert steps == sorted(steps) and len(steps) > len(first.steps["p01"])
+    pictures = [Image.open(path).info["parameters"] for path in output.glob("p*/0*.png")]
+    assert ["Model: other," in text for text in pictures] == [True, True]
+    assert not (home / ".ray").exists(), "a token, with which other clusters would ask for it"
 
 
 @WITHOUT_RAY
@@ -283,8 +287,7 @@ def test_a_cluster_that_loses_a_worker_and_a_node_makes_everybody_once_and_as_on
     assert watch.process.returncode == 0
     results = {one["name"]: one for one in said if "status" in one}
     assert len(results) == PEOPLE and {one["status"] for one in results.values()} == {"made"}
-    # And perhaps one that was to be started on the lost node before it was known to be lost.
-    assert sum(" ended: " in one.get("warning", "") for one in said) >= 2
+    assert sum("a worker ended" in one.get("warning", "") for one in said) >= 2
     for name, steps in watch.steps.items():
         assert steps == sorted(steps), f"{name} was trained from the start again: {steps}"
     assert len(half) >= 2 and all(watch.steps[name][-1] > step for name, step in half.items())
@@ -303,3 +306,63 @@ def test_a_cluster_that_loses_a_worker_and_a_node_makes_everybody_once_and_as_on
     assert again() == []
     write_photos(tmp_path / "people" / "p05", count=1, person=40)
     assert again() == ["p05"]
+
+
+@WITHOUT_RAY
+@pytest.mark.slow
+def test_a_person_whose_worker_dies_three_times_fails_and_the_others_go_on(tmp_path, cluster):
+    command, output = studio(tmp_path, people=3), tmp_path / "out"
+    (tmp_path / "people" / "p01" / "person.toml").write_text('agreed = true\nstyle_pack = "none"')
+    cluster.add(processors=0)
+    watch = Watch([*command, str(output), "--ray", cluster.address], output)
+    watch.until(lambda: "the cluster has no room for a worker; waiting" in watch.printed.read_text())
+    node = cluster.add()
+    for _ in range(3):
+        seen = len(watch.steps.get("p02", []))
+        watch.until(lambda seen=seen: len(watch.steps.get("p02", [])) > seen)
+        kill(workers_of(node)[0])
+    said = watch.ended()
+    results = {one["name"]: (one["status"], one["reason"]) for one in said if "status" in one}
+    assert watch.process.returncode == 1 and results["p03"][0] == "made"
+    for name, reason in (("p01", "choose one of"), ("p02", "3 workers ended while making this person; the last one: ")):
+        assert results[name][0] == "failed" and reason in results[name][1]
+    assert sum("no room" in one.get("warning", "") for one in said) == 1
+
+
+@WITHOUT_RAY
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [(False, "base.safetensors: cannot be read: No such file"), (True, "its base model is a different one")],
+)
+def test_workers_that_cannot_open_the_base_model_end_the_command(tmp_path, other, words):
+    """As on machines where nothing, or another base model, has this path."""
+    path = Path(shutil.copy(BASE_FILE, tmp_path / "base.safetensors"))
+    program = """
+import sys
+from pathlib import Path
+from core.models import load_base
+from core.pictures import find_style_packs
+from core.studio import Person, Terms, make_people
+from core.training import Callbacks
+folder, other = Path(sys.argv[1]), Path(sys.argv[1]) / "other.safetensors"
+base, terms = load_base(folder / "base.safetensors"), Terms(find_style_packs().packs, "corporate")
+terms.compute_hashes(base, lambda *_: None)
+(folder / "base.safetensors").unlink()
+if other.exists():
+    other.rename(folder / "base.safetensors")
+people, callbacks = [Person("anna", folder / "anna", agreed=True)], Callbacks(on_warning=print)
+list(make_people(people, base, folder / "out", terms, ray="local", callbacks=callbacks))
+"""
+    somebody(tmp_path)
+    if other:
+        tensors = load_file(path)
+        save_file(
+            tensors | {name: tensor + 1 for name, tensor in [next(iter(tensors.items()))]},
+            tmp_path / "other.safetensors",
+        )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.count("a worker could not start: ") == 3
+    last = ended.stderr.splitlines()[-1]
+    assert "FaceLoraError: no worker could be started; the last one ended with: " in last and words in last
