@@ -74,7 +74,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         """The dtype and shape of each tensor by name, as the header states them."""
         return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
 
-    def tensor(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         """Return the tensor called `name`, mapped from the file.
 
         Raises BadFile when the file was changed or removed after it was opened, KeyError for an unknown name.
@@ -104,17 +104,10 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
 
         `on_chunk` is called after each MiB, and may raise to cancel. Raises BadFile when the file was changed or removed.
         """
-        return sha256_of(self._chunks(with_header), on_chunk)
-
-    def _chunks(self, with_header: bool) -> Iterator[bytes]:
         with self._reopened() as file:
             if not with_header:
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensor(name)
+            return sha256_of(iter(partial(file.read, CHUNK_BYTES), b""), on_chunk)
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
