@@ -104,10 +104,14 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
 
         `on_chunk` is called after each MiB, and may raise to cancel. Raises BadFile when the file was changed or removed.
         """
+        return sha256_of(self._chunks(with_header), on_chunk)
+
+    def _chunks(self, with_header: bool) -> Iterator[bytes]:
         with self._reopened() as file:
             if not with_header:
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
-            return sha256_of(iter(partial(file.read, CHUNK_BYTES), b""), on_chunk)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
