@@ -16,7 +16,7 @@ from .kinds import BIAS_DIFFERENCES, Shapes, needs_base, rank_of, weight_shape
 
 LARGEST_VALUE = torch.finfo(torch.float16).max
 """The largest plausible change of a value in a weight, 65504. Larger ones don't fit into 16 bits, and draw black pictures."""
-_BLOCK = 1 << 20
+_VALUES_AT_ONCE = 1 << 20
 """The number of values computed at once if a product has to be computed anyway."""
 Factorised = tuple[Tensor, Tensor, float]
 """The down and up matrices of a change, and their relative error, 0 to 1."""
@@ -216,7 +216,7 @@ def _norm_of_hadamard(first: Product, second: Product) -> float:
     positions = 1 if first.core is None else first.core.shape[2]
     widest = max(inputs, first.right.shape[0], second.right.shape[0])
     norm = 0.0
-    for rows in torch.arange(outputs).split(max(_BLOCK // (widest * positions), 1)):
+    for rows in torch.arange(outputs).split(max(_VALUES_AT_ONCE // (widest * positions), 1)):
         block = _made(first._replace(left=first.left[rows])) * _made(second._replace(left=second.left[rows]))
         norm = math.hypot(norm, block.norm().item())
     return norm
