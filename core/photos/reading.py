@@ -242,18 +242,15 @@ def count_photos(folder: Path) -> int:
         return 0
 
 
-class _DrawnPicture(BadPhoto):
-    """A picture that this program has drawn."""
-
-
 def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, with_drawn: bool, on_warning: OnWarning) -> list[Photo]:
     photos: list[Photo] = []
     drawn: list[str] = []
     for path, repeats in paths:
         try:
-            photos.append(_read_photo(path, repeats, with_drawn))
-        except _DrawnPicture as found:
-            drawn.append(str(found))
+            if photo := _read_photo(path, repeats, with_drawn):
+                photos.append(photo)
+            else:
+                drawn.append(one_line(path.name))
         except BadPhoto as problem:
             if strict:
                 raise
@@ -306,7 +303,8 @@ def _is_photo_file(path: Path) -> bool:
     return path.is_file() or path.is_symlink()  # Broken links are reported, not skipped.
 
 
-def _read_photo(path: Path, repeats: int, with_drawn: bool = True) -> Photo:
+def _read_photo(path: Path, repeats: int, with_drawn: bool) -> Photo | None:
+    """Read the photo with its caption and mask; None for a picture that this program has drawn, unless `with_drawn`."""
     name = one_line(path.name)  # It may contain terminal commands or invalid UTF-8.
     content = _read_bytes(path)
     with _opened(name, content) as image:
@@ -315,7 +313,7 @@ def _read_photo(path: Path, repeats: int, with_drawn: bool = True) -> Photo:
         reduced = image.draft("RGB", (1, 1))
         image.load()
         if is_our_drawing(image) and not with_drawn:
-            raise _DrawnPicture(name)
+            return None
         size = _upright(full_size if reduced else image.size, image)  # TIFF files are turned upright on loading.
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
