@@ -36,17 +36,16 @@ def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None 
     `base` is the weight itself, required if `needs_base` returns True. The change then has its shape, else that of
     `weight_shape`. Raises ValueError when a required `base` is missing.
     """
-    if base is None and needs_base(kind, tensors):
-        raise ValueError(f"the change of this {kind} depends on the base weight; pass it as `base`")
     float32 = {role: tensor.float() for role, tensor in tensors.items()}
+    if not needs_base(kind, tensors):
+        return _additive_change(kind, float32)
+    if base is None:
+        raise ValueError(f"the change of this {kind} depends on the base weight; pass it as `base`")
+    base = base.float()
     if kind in ("oft", "boft"):
-        assert base is not None
-        return _rotation(float32, base.float())
-    change = _additive_change(kind, float32)
-    if "dora" not in tensors:
-        return change
-    assert base is not None
-    return _with_magnitude(base.float() + change.reshape(base.shape), float32["dora"]) - base.float()
+        return _rotation(float32, base)
+    change = _additive_change(kind, float32).reshape(base.shape)
+    return _with_magnitude(base + change, float32["dora"]) - base
 
 
 def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -251,8 +251,9 @@ def _lokr_of_diffusers(lora: LoraFile, entry: Entry, family: NameTable) -> dict[
 
 def _dora_of_peft(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    changes = list(lora.low_rank_of(entry))
     magnitudes = dict(entry.place.split(lora.tensors_of(entry)["dora"].flatten(), inputs=entry.shapes["down"][1]))
-    for (part, path), module in lora.low_rank_of(entry):
+    for (part, path), module in changes:
         name = name_in_scheme(NAME_TABLES[lora.family], part, path, "diffusers")[0]
         plain, magnitude = without_tucker(module), magnitudes[part, path]
         tensors[f"{name}.lora_A.weight"] = plain.down
@@ -423,7 +424,7 @@ def merge_loras(
                     f"{there[0]} x {there[1]}"
                 )
             others.append(module)
-    tables = [_names_of(lora) for lora, _ in loras]
+    tables = (_names_of(lora) for lora, _ in loras)
     names = next((table for table in tables if table.has_other_blocks), NAME_TABLES[family])
     sums = LazyValues({module_id: partial(_concatenate, modules) for module_id, modules in collected.items()})
     tensors = name_modules(names, sums, scheme, {} if scheme == "diffusers" else vectors)

@@ -221,13 +221,8 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
     listings = [table[model] for model in source.identity.models if model in table]
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
-    names = {
-        "AutoV2": "autov2",
-        "AutoV3": "autov3",
-        "CRC32": "crc32",
-        "BLAKE3": "blake3",
-        "SHA256": "sha256",
-    }  # Civitai's
+    # Civitai's names for the hashes.
+    names = {"AutoV2": "autov2", "AutoV3": "autov3", "CRC32": "crc32", "BLAKE3": "blake3", "SHA256": "sha256"}
     fields = {
         "Title": metadata["modelspec.title"],
         "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
