@@ -203,21 +203,21 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * blocks[..., 2:].view(torch.int8).float()
 
 
-def _q45(blocks: Tensor, has_minimum: bool, fifth: bool) -> Tensor:
-    """Dequantise blocks of 32 numbers: a scale, a minimum if there is one, the `fifth` bits if there are any, four bits."""
+def _q45(blocks: Tensor, has_minimum: bool, has_fifth: bool) -> Tensor:
+    """Dequantise blocks of 32 numbers: a scale, a minimum if there is one, the fifth bits if there are any, four bits."""
     start = 4 if has_minimum else 2
-    numbers = _nibbles(blocks[..., start + 4 * fifth :]).flatten(-2)
-    if fifth:
+    numbers = _nibbles(blocks[..., start + 4 * has_fifth :]).flatten(-2)
+    if has_fifth:
         numbers = numbers | _bits(blocks[..., start : start + 4]).transpose(-1, -2).flatten(-2) << 4
     if has_minimum:
         return _half(blocks, 0) * numbers.float() + _half(blocks, 2)
-    return _half(blocks, 0) * (numbers.float() - (16 if fifth else 8))
+    return _half(blocks, 0) * (numbers.float() - (16 if has_fifth else 8))
 
 
-def _q45_k(blocks: Tensor, fifth: bool) -> Tensor:
+def _q45_k(blocks: Tensor, has_fifth: bool) -> Tensor:
     """Dequantise blocks of eight parts: two factors, the scale and minimum of each part, fifth bits if any, four bits."""
-    numbers = _nibbles(blocks[..., 16 + 32 * fifth :].unflatten(-1, (4, 32))).flatten(-3, -2)
-    if fifth:
+    numbers = _nibbles(blocks[..., 16 + 32 * has_fifth :].unflatten(-1, (4, 32))).flatten(-3, -2)
+    if has_fifth:
         numbers = numbers | _bits(blocks[..., 16:48]) << 4
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
@@ -235,12 +235,12 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 _BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q8_0": (34, _q8_0),
-    "Q4_0": (18, partial(_q45, has_minimum=False, fifth=False)),
-    "Q4_1": (20, partial(_q45, has_minimum=True, fifth=False)),
-    "Q5_0": (22, partial(_q45, has_minimum=False, fifth=True)),
-    "Q5_1": (24, partial(_q45, has_minimum=True, fifth=True)),
-    "Q4_K": (144, partial(_q45_k, fifth=False)),
-    "Q5_K": (176, partial(_q45_k, fifth=True)),
+    "Q4_0": (18, partial(_q45, has_minimum=False, has_fifth=False)),
+    "Q4_1": (20, partial(_q45, has_minimum=True, has_fifth=False)),
+    "Q5_0": (22, partial(_q45, has_minimum=False, has_fifth=True)),
+    "Q5_1": (24, partial(_q45, has_minimum=True, has_fifth=True)),
+    "Q4_K": (144, partial(_q45_k, has_fifth=False)),
+    "Q5_K": (176, partial(_q45_k, has_fifth=True)),
     "Q6_K": (210, _q6_k),
 }
 """The size of a block in bytes, and the function that dequantises blocks (..., bytes)."""

@@ -74,7 +74,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         """The dtype and shape of each tensor by name, as the header states them."""
         return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """Return the tensor called `name`, mapped from the file.
 
         Raises BadFile when the file was changed or removed after it was opened, KeyError for an unknown name.
@@ -112,6 +112,9 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
