@@ -291,8 +291,9 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
             problems.append(f"{path.name}: style {label}: {fault}")
     if not styles:
         raise BadStylePack(f"{problems[0]} (no style in this file can be used; problems: {len(problems)})")
-    about = (head[name] for name in _HEAD)
-    return StylePack(*about, tuple(styles.values()), path.resolve().parent), tuple(problems)
+    folder = path.resolve().parent
+    pack = StylePack(head["id"], head["title"], head["version"], head["licence"], tuple(styles.values()), folder)
+    return pack, tuple(problems)
 
 
 def family_defaults(family: str) -> FamilySpec:
