@@ -50,6 +50,7 @@ class LoraFile(LoraNames):
     name: str = "LoRA"
     """The name of the LoRA in messages: the file's path, if it was read from a file."""
     found: InitVar[Content | None] = None
+    """The meaning of the tensors' names, if it is known already."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], family: str | None = None) -> "LoraFile":

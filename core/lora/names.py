@@ -232,9 +232,9 @@ class LoraNames:
     name: str
     """The name of the LoRA in messages: the file's path, if it was read from a file."""
     _found: Content | None
-    """The content that `recognise` has found already, to group the tensors only once."""
 
     def __post_init__(self, found: Content | None) -> None:
+        """Keep the content that `recognise` has `found`, so that the tensors are not grouped twice."""
         object.__setattr__(self, "_found", found)
 
     @cached_property
@@ -379,6 +379,7 @@ class LoraHeader(LoraNames):
     file: Header = field(repr=False)
     name: str
     found: InitVar[Content | None] = None
+    """The meaning of the tensors' names, if it is known already."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LoraHeader":
