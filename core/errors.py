@@ -8,11 +8,10 @@ MOST_CHARACTERS = 4000
 
 def one_line(text: str) -> str:
     """Replace unprintable characters in a text: file names may contain line breaks and terminal commands."""
-    return "".join(character if _is_shown(character) else "\N{REPLACEMENT CHARACTER}" for character in text)
-
-
-def _is_shown(character: str) -> bool:
-    return character.isprintable() or unicodedata.category(character) == "Zs"  # macOS uses narrow spaces in times.
+    # macOS uses narrow spaces in times.
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def counted(number: int, one: str, more: str = "") -> str:

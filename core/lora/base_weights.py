@@ -59,7 +59,7 @@ class BaseLayers:
         table = NAME_TABLES[self.family]
         self.names = table if layers == PUBLISHED_BLOCKS else table.for_other_blocks()
         for weight, (part, path) in paths.items():
-            place, shape = _place(table, part, path, layers), tensor_shapes[weight]
+            place, shape = _changed_place(table, part, path, layers), tensor_shapes[weight]
             if place is None:
                 continue
             try:
@@ -163,7 +163,7 @@ def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
     return min(before, default=max(last, default=PUBLISHED_BLOCKS))
 
 
-def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
+def _changed_place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
     """Return the place of a path in the family, or None when LoRAs don't change that module."""
     if part == "denoiser":
         if path.endswith(".scale") and family.of_original(path) is None:

@@ -33,7 +33,7 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
     of the lists (`BASE`, `IN04`, `M00`, `OUT05`). The longest match is used. Raises BadConfig for anything else.
     """
     items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
-    named = dict.fromkeys(name for entry in lora.entries for name in _names(entry))
+    named = dict.fromkeys(name for entry in lora.entries for name in _blocks_of(entry))
     if items and not any("=" in item for item in items):
         given = _listed(lora, items)
     else:
@@ -43,9 +43,9 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
             if name not in named:
                 shown = ", ".join(name for name in named if name.count(".") < 2)
                 raise BadConfig(f"block_weights: {lora.name} has no block {name!r}; choose from {shown}")
-            given[name] = _number(number, item)
+            given[name] = _factor(number, item)
     return {
-        entry.name: next((given[name] for name in reversed(list(_names(entry))) if name in given), 1.0)
+        entry.name: next((given[name] for name in reversed(list(_blocks_of(entry))) if name in given), 1.0)
         for entry in lora.entries
     }
 
@@ -56,10 +56,10 @@ def _listed(lora: LoraFile, items: list[str]) -> dict[str, float]:
         counts = " or ".join(str(count) for count, family in BLOCK_LISTS if family == lora.family)
         known = f"a list for {lora.family} has {counts}" if counts else f"{lora.family} does not support lists"
         raise BadConfig(f"block_weights: {len(items)} numbers; {known}, or give BLOCK=NUMBER")
-    return {label: _number(item, item) for label, item in zip(labels, items, strict=True)}
+    return {label: _factor(item, item) for label, item in zip(labels, items, strict=True)}
 
 
-def _number(text: str, item: str) -> float:
+def _factor(text: str, item: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -69,7 +69,7 @@ def _number(text: str, item: str) -> float:
     return number
 
 
-def _names(entry: Entry) -> Iterator[str]:
+def _blocks_of(entry: Entry) -> Iterator[str]:
     """Yield the names of the blocks that an entry is in, the largest block first."""
     if entry.part != "denoiser":
         yield from ("BASE", entry.part)

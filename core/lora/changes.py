@@ -16,7 +16,7 @@ from .kinds import BIAS_DIFFERENCES, Shapes, needs_base, rank_of, weight_shape
 
 LARGEST_VALUE = torch.finfo(torch.float16).max
 """The largest plausible change of a value in a weight, 65504. Larger ones don't fit into 16 bits, and draw black pictures."""
-_BLOCK = 1 << 20
+_VALUES_AT_ONCE = 1 << 20
 """The number of values computed at once if a product has to be computed anyway."""
 Factorised = tuple[Tensor, Tensor, float]
 """The down and up matrices of a change, and their relative error, 0 to 1."""
@@ -36,17 +36,16 @@ def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None 
     `base` is the weight itself, required if `needs_base` returns True. The change then has its shape, else that of
     `weight_shape`. Raises ValueError when a required `base` is missing.
     """
-    if base is None and needs_base(kind, tensors):
-        raise ValueError(f"the change of this {kind} depends on the base weight; pass it as `base`")
     float32 = {role: tensor.float() for role, tensor in tensors.items()}
+    if not needs_base(kind, tensors):
+        return _additive_change(kind, float32)
+    if base is None:
+        raise ValueError(f"the change of this {kind} depends on the base weight; pass it as `base`")
+    base = base.float()
     if kind in ("oft", "boft"):
-        assert base is not None
-        return _rotation(float32, base.float())
-    change = _additive_change(kind, float32)
-    if "dora" not in tensors:
-        return change
-    assert base is not None
-    return _with_magnitude(base.float() + change.reshape(base.shape), float32["dora"]) - base.float()
+        return _rotation(float32, base)
+    change = _additive_change(kind, float32).reshape(base.shape)
+    return _with_magnitude(base + change, float32["dora"]) - base
 
 
 def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -216,7 +215,7 @@ def _norm_of_hadamard(first: Product, second: Product) -> float:
     positions = 1 if first.core is None else first.core.shape[2]
     widest = max(inputs, first.right.shape[0], second.right.shape[0])
     norm = 0.0
-    for rows in torch.arange(outputs).split(max(_BLOCK // (widest * positions), 1)):
+    for rows in torch.arange(outputs).split(max(_VALUES_AT_ONCE // (widest * positions), 1)):
         block = _made(first._replace(left=first.left[rows])) * _made(second._replace(left=second.left[rows]))
         norm = math.hypot(norm, block.norm().item())
     return norm

@@ -189,8 +189,8 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
     """
     tensors: dict[str, Tensor] = {}
     for entry in entries:
-        if scheme == "diffusers" and _has_pefts_magnitude(lora, entry):
-            tensors |= _pefts_dora(lora, entry)
+        if scheme == "diffusers" and _is_dora_of_peft(lora, entry):
+            tensors |= _dora_of_peft(lora, entry)
             continue
         if scheme == "diffusers" and _is_lokr_of_diffusers(entry, family):
             tensors |= _lokr_of_diffusers(lora, entry, family)
@@ -220,7 +220,7 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
     return tensors
 
 
-def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
+def _is_dora_of_peft(lora: LoraFile, entry: Entry) -> bool:
     """Check that an entry is a DoRA with one magnitude per output and no bias, like peft's."""
     if entry.kind != "dora" or entry.changes_bias:
         return False
@@ -249,7 +249,7 @@ def _lokr_of_diffusers(lora: LoraFile, entry: Entry, family: NameTable) -> dict[
     return {f"{name}.{role}": tensor for role, tensor in found.items() if role not in left_out}
 
 
-def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
+def _dora_of_peft(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     changes = list(lora.low_rank_of(entry))
     magnitudes = dict(entry.place.split(lora.tensors_of(entry)["dora"].flatten(), inputs=entry.shapes["down"][1]))
@@ -296,10 +296,8 @@ def _nearest(
     # The parts of a fused weight have different singular vectors. Twice as many vectors of the whole approximate them well.
     wanted = rank if len(entry.modules) == 1 else 2 * len(entry.modules) * rank
     try:
-        known = (
-            None if needs_base(entry.kind, entry.keys) else decomposed(entry.kind, lora.sound_tensors_of(entry), wanted)
-        )
-        if known:
+        is_known = not needs_base(entry.kind, entry.keys)
+        if is_known and (known := decomposed(entry.kind, lora.sound_tensors_of(entry), wanted)):
             rows = torch.arange(known.left.shape[0])
             for module_id, part in entry.place.split(rows, inputs=known.shape[1]):
                 yield module_id, known.nearest(part, rank)
@@ -366,8 +364,7 @@ def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple
     left_basis, left_core = torch.linalg.qr(up.flatten(1))
     right_basis, right_core = torch.linalg.qr(down.flatten(1).T)
     left, values, right = torch.linalg.svd(module.scale * (left_core @ right_core.T), full_matrices=False)
-    squares = values.double().square()
-    kept = squares.cumsum(0)
+    kept = values.double().square().cumsum(0)
     total = kept[-1].item()
     if rank is not None:
         size = min(rank, len(values))
@@ -402,12 +399,12 @@ def merge_loras(
     """
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
+    family = loras[0][0].family
     families = {lora.family: lora.name for lora, _ in loras}
-    scheme = scheme or NAME_TABLES[loras[0][0].family].scheme
     if len(families) > 1:
         found = ", ".join(f"{name} is for {family}" for family, name in families.items())
         raise LoraMisfit(f"only LoRAs for the same family can be merged, but {found}")
-    family = loras[0][0].family
+    scheme = scheme or NAME_TABLES[family].scheme
     if rank is not None:
         check_rank(rank)
     collected: dict[ModuleId, list[LoraModule]] = {}
@@ -427,9 +424,8 @@ def merge_loras(
                     f"{there[0]} x {there[1]}"
                 )
             others.append(module)
-    names = next(
-        (names for names in map(_names_of, (lora for lora, _ in loras)) if names.has_other_blocks), NAME_TABLES[family]
-    )
+    tables = (_names_of(lora) for lora, _ in loras)
+    names = next((table for table in tables if table.has_other_blocks), NAME_TABLES[family])
     sums = LazyValues({module_id: partial(_concatenate, modules) for module_id, modules in collected.items()})
     tensors = name_modules(names, sums, scheme, {} if scheme == "diffusers" else vectors)
     whole, error = LoraFile(family, _merged_metadata([lora for lora, _ in loras]), tensors), 0.0

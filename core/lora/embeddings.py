@@ -40,26 +40,22 @@ def file_word(word: str) -> str:
 
 
 def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
-    """Return the vectors (count, width) of each embedding in a file, by word and by part."""
+    """Return the vectors (count, width) of each embedding in a file, by word and by part. Raises BadFile for other shapes."""
     parts = {key: part for part, key in NAME_TABLES[lora.family].embedding_names.items()}
     words: dict[str, dict[str, Tensor]] = {}
     for key in lora.embedding_keys:
         name = bundled_name(key)
         tail = name.rpartition(".")[2]
         part = parts.get("emb_params" if tail == "*" else tail)
-        if part is not None:
-            words.setdefault(word_of(lora, key), {})[part] = _vectors(lora, key)
+        if part is None:
+            continue
+        tensor = lora.sound_vectors(key)
+        if tensor.ndim not in (1, 2) or not tensor.numel():
+            raise BadFile(
+                f"{lora.name}: {key} has the shape {list(tensor.shape)}, but an embedding must have [vectors, width]"
+            )
+        words.setdefault(word_of(lora, key), {})[part] = tensor.reshape(-1, tensor.shape[-1])
     return words
-
-
-def _vectors(lora: LoraFile, key: str) -> Tensor:
-    """Return the tensor as (count, width), also if it is a single vector (width,). Raises BadFile for other shapes."""
-    tensor = lora.sound_vectors(key)
-    if tensor.ndim not in (1, 2) or not tensor.numel():
-        raise BadFile(
-            f"{lora.name}: {key} has the shape {list(tensor.shape)}, but an embedding must have [vectors, width]"
-        )
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import BinaryIO, TypeVar
 
@@ -32,7 +32,7 @@ from .changes import LARGEST_VALUE, bias_change, largest_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
 from .modules import LoraModule, name_modules
-from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised, shortened
+from .names import Content, Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognise, shortened
 
 KEY = "facelora.key"
 """The metadata key with the hash of everything that the LoRA was trained from. Changed copies of the LoRA don't have it."""
@@ -49,6 +49,8 @@ class LoraFile(LoraNames):
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
     """The name of the LoRA in messages: the file's path, if it was read from a file."""
+    found: InitVar[Content | None] = None
+    """The meaning of the tensors' names, if it is known already."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], family: str | None = None) -> "LoraFile":
@@ -82,8 +84,8 @@ class LoraFile(LoraNames):
 
         Raises UnknownFamily when they are not a LoRA, or its family is unknown.
         """
-        types = types_of(tensors)
-        return recognised(types, metadata, name, lambda family: cls(family, dict(metadata), tensors, name))
+        family, content = recognise(types_of(tensors), metadata, name)
+        return cls(family, dict(metadata), tensors, name, content)
 
     @classmethod
     def from_modules(

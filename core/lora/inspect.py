@@ -17,7 +17,7 @@ from .changes import LARGEST_VALUE, change_norm, largest_change
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
-from .names import Entry, shortened, trigger_words
+from .names import shortened, trigger_words
 from .readers import not_loaded_by
 from .report import counts, inspect_header
 
@@ -43,19 +43,15 @@ def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict
         step()
         if entry.kind == "bias" or needs_base(entry.kind, entry.keys):
             continue
-        block = _block(entry)
+        path = entry.modules[0][1]
+        match = re.match(r"(?:text_model\.encoder\.)?\w+(?:\.\d+)?", path)
+        block = match[0].removeprefix("text_model.encoder.") if match else path
+        block = block if entry.part == "denoiser" else f"{entry.part}.{block}"
         norms[block] = math.hypot(norms.get(block, 0.0), change_norm(entry.kind, lora.tensors_of(entry)))
     return {
         block: round(norms[block], 6) if math.isfinite(norms[block]) else None
         for block in sorted(norms, key=lambda name: [(w, int(n or 0)) for w, n in re.findall(r"(\D+)(\d*)", name)])
     }
-
-
-def _block(entry: Entry) -> str:
-    path = entry.modules[0][1]
-    match = re.match(r"(?:text_model\.encoder\.)?\w+(?:\.\d+)?", path)
-    block = match[0].removeprefix("text_model.encoder.") if match else path
-    return block if entry.part == "denoiser" else f"{entry.part}.{block}"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +94,8 @@ class NamedModule:
 class Content:
     """The tensors of a file, grouped by the meaning of their names."""
 
+    claimed: str | None
+    """The family that the LoRA is said to be for, which decides between models that are equally near."""
     modules: tuple[NamedModule, ...]
     """The modules in the file's order."""
     embedding_keys: tuple[str, ...]
@@ -106,16 +108,17 @@ class Content:
         """The (part, path, known shape of the weight) of each module, to look up in the tables of models."""
         return [(module.part, module.path, module.known_shape) for module in self.modules]
 
-    def identity(self, claimed: str | None) -> Identity:
-        """Find the published models that have all unbroken modules. `claimed` is the family in the metadata."""
+    @cached_property
+    def identity(self) -> Identity:
+        """The published models that have all unbroken modules, in the same shapes."""
         biased = {(module.part, module.path) for module in self.modules if module.keys.keys() & BIAS_DIFFERENCES}
-        return identify((place for place in self.places if place[2] is not None), claimed, biased)
+        return identify((place for place in self.places if place[2] is not None), self.claimed, biased)
 
 
-def content_of(types: Types) -> Content:
-    """Group the tensors of a file by the meaning of their names."""
+def content_of(types: Types, claimed: str | None) -> Content:
+    """Group the tensors of a file by the meaning of their names. `claimed` is the family that the LoRA is said to be for."""
     if any(map(NUMBERED.fullmatch, types)):
-        return _content_of_numbers(types)
+        return _content_of_numbers(types, claimed)
     found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
     embeddings, strange = [], []
     for key in types:
@@ -126,10 +129,10 @@ def content_of(types: Types) -> Content:
         else:
             found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
-    return Content(modules, tuple(embeddings), tuple(strange))
+    return Content(claimed, modules, tuple(embeddings), tuple(strange))
 
 
-def _content_of_numbers(types: Types) -> Content:
+def _content_of_numbers(types: Types, claimed: str | None) -> Content:
     """Group the tensors of a file in the first LoRA format. All are strange if their sizes fit no model in any known order."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for key in types:
@@ -145,10 +148,10 @@ def _content_of_numbers(types: Types) -> Content:
             modules.append(
                 NamedModule(f"{part}:{number}", "numbered", part_of_model, path, kind_of(shapes), keys, shapes)
             )
-        content = Content(tuple(modules), embeddings, ())
-        if all(module.kind for module in modules) and content.identity(None).models:
+        content = Content(claimed, tuple(modules), embeddings, ())
+        if all(module.kind for module in modules) and content.identity.models:
             return content
-    return Content((), (), tuple(types))
+    return Content(claimed, (), (), tuple(types))
 
 
 # Most files in a folder have modules with the same names and sizes.
@@ -228,6 +231,11 @@ class LoraNames:
     metadata: dict[str, str]
     name: str
     """The name of the LoRA in messages: the file's path, if it was read from a file."""
+    _found: Content | None
+
+    def __post_init__(self, found: Content | None) -> None:
+        """Keep the content that `recognise` has `found`, so that the tensors are not grouped twice."""
+        object.__setattr__(self, "_found", found)
 
     @cached_property
     def types(self) -> Types:
@@ -237,12 +245,12 @@ class LoraNames:
     @cached_property
     def content(self) -> Content:
         """The tensors, grouped by the meaning of their names."""
-        return content_of(self.types)
+        return self._found or content_of(self.types, self.family)
 
-    @cached_property
+    @property
     def identity(self) -> Identity:
         """The published models that have all modules of the LoRA, in the same shapes."""
-        return self.content.identity(self.family)
+        return self.content.identity
 
     @cached_property
     def table(self) -> NameTable:
@@ -370,6 +378,8 @@ class LoraHeader(LoraNames):
     metadata: dict[str, str]
     file: Header = field(repr=False)
     name: str
+    found: InitVar[Content | None] = None
+    """The meaning of the tensors' names, if it is known already."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LoraHeader":
@@ -379,8 +389,8 @@ class LoraHeader(LoraNames):
         """
         file = Header.open(path)
         metadata = peft_metadata(file.path) | file.metadata
-        name = str(file.path)
-        return recognised(file.types, metadata, name, lambda family: cls(family, metadata, file, name))
+        family, content = recognise(file.types, metadata, str(file.path))
+        return cls(family, metadata, file, str(file.path), content)
 
     @cached_property
     def types(self) -> Types:
@@ -399,11 +409,8 @@ class LoraHeader(LoraNames):
         return found
 
 
-_Lora = TypeVar("_Lora", bound=LoraNames)
-
-
-def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Callable[[str], _Lora]) -> _Lora:
-    """Detect the family of tensors with these names and shapes, and return the LoRA that `make` returns for it.
+def recognise(types: Types, metadata: Mapping[str, str], name: str) -> tuple[str, Content]:
+    """Return the family of a LoRA with tensors of these names and shapes, and their content.
 
     `name` is the LoRA's name in messages. Raises UnknownFamily when it is not a LoRA, or its family is unknown. Raises BadFile
     when it has more than MOST_TENSORS tensors.
@@ -414,20 +421,17 @@ def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Calla
         if key := next((key for key in types if key.endswith(end)), None):
             what = f"its tensors are those of {kind}, e.g. {shortened(key)!r}"
             raise UnknownFamily(f"{name}: not supported: {what}; known kinds: {', '.join(KINDS)}")
-    content = content_of(types)
-    identity = content.identity(family_in_metadata(metadata))
-    lora = make(_detect_family(content, identity, types, metadata, name))
-    lora.__dict__.update(content=content, identity=identity)  # Fill the cached properties, to compute them only once.
-    return lora
+    content = content_of(types, family_in_metadata(metadata))
+    return _detect_family(content, types, metadata, name), content
 
 
-def _detect_family(content: Content, identity: Identity, types: Types, metadata: Mapping[str, str], name: str) -> str:
+def _detect_family(content: Content, types: Types, metadata: Mapping[str, str], name: str) -> str:
     """Return the family of a published model that has all the modules, or else the family whose names fit best.
 
     The metadata only break ties, since many tools write them wrong. Raises UnknownFamily when no family has the names of half
     of the modules, or when an unsupported model fits better.
     """
-    modules, claimed = content.places, family_in_metadata(metadata)
+    modules, identity, claimed = content.places, content.identity, content.claimed
     if identity.models:
         claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
         other = claim or (None if claimed in identity.families else identity.stranger)

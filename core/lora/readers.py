@@ -11,7 +11,7 @@ LoRAs of published models (`LoadedNames.others`). Anything that was not tested w
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from ..tensor_names import NAME_TABLES, T5_PATHS, NamedTensor, NameTable, is_published, is_text_path, parse_key
 from .kinds import BIAS_DIFFERENCES
@@ -133,11 +133,11 @@ def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
         return Objection("names of a part of linear1")
     if named.scheme == "peft" and not entry.name.startswith("base_model."):
         return Objection(f"names that begin with {entry.name.partition('base_model.')[0]}base_model.model.")
-    prefix = "transformer." if NAME_TABLES[family].is_unet else "unet."
+    table = NAME_TABLES[family]
+    prefix = "transformer." if table.is_unet else "unet."
     if named.part == "denoiser" and entry.name.startswith(prefix):
         return Objection(f"names of {family} that begin with {prefix}")
-    table = NAME_TABLES[family]
-    found = _by_other(rule, table, named, entry) if rule in OTHERS else _RULES[rule](table, named, entry)
+    found = _RULES[rule](table, named, entry)
     return Objection(found) if isinstance(found, str) else found
 
 
@@ -367,6 +367,7 @@ _RULES = {
     "peft": _by_peft,
     "sd-scripts": _by_sd_scripts,
     "InvokeAI": _by_invokeai,
+    **{program: partial(_by_other, program) for program in OTHERS},
 }
 
 

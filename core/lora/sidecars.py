@@ -49,7 +49,7 @@ def write_sidecars(
     hashes = file_hashes(path, steps(on_progress, chunks(path)))
     written = []
     for suffix, values in _texts(lora, path, hashes).items():
-        beside, marked = path.with_suffix(suffix), values | {_MARK: _digest(values)}
+        beside, marked = path.with_suffix(suffix), values | {_MARK: _digest_of(values)}
         if not os.path.lexists(beside) or ((before := _unedited(beside)) and before != marked):
             write_text(beside, json.dumps(marked, indent=2, ensure_ascii=False) + "\n")
             written.append(beside)
@@ -66,7 +66,7 @@ _MARK = "facelora"
 """The key of the digest of all other values. It shows whether a file was written here and has not been edited."""
 
 
-def _digest(values: Mapping[str, Any]) -> str:
+def _digest_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -77,7 +77,7 @@ def _unedited(path: Path) -> dict[str, Any] | None:
     except BadFile:
         return None
     others = {key: value for key, value in values.items() if key != _MARK} if isinstance(values, dict) else {}
-    return values if others and values.get(_MARK) == _digest(others) else None
+    return values if others and values.get(_MARK) == _digest_of(others) else None
 
 
 def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -42,9 +42,20 @@ def face_regions(
         item = reports.get(photo.digest)
         if item is None or item.face is None:
             return [Region((0, 0, *photo.size))]
-        return [
-            Region(box, _caption(photo, item, box, trigger, class_word, captioner)) for box in _boxes(item, resolution)
-        ]
+        return [Region(box, caption(photo, item, item.face, box)) for box in _boxes(item, item.face, resolution)]
+
+    def caption(photo: Photo, item: PhotoReport, face: Face, box: Box) -> str:
+        shown = framing(face, box[3])
+        if photo.caption is not None:
+            closer = shown == FRAMINGS[0] and item.framing != FRAMINGS[0]
+            return f"{photo.caption}, {shown}" if closer else photo.caption
+        assert item.view is not None, "a photo with a face has a view"
+        text = view_caption(trigger, class_word, shown, item.view)
+        if captioner is None:
+            return text
+        image = photo.image()
+        left, top, right, bottom = map(round, photo.box_in(image, box))
+        return f"{text}, {captioner(image.crop((left, top, right, bottom)))}"
 
     return regions
 
@@ -60,14 +71,14 @@ def with_masks(
     show no face, are unchanged. Raises BadConfig for an unknown `part`.
     """
     reports = {item.photo.digest: item for item in report.photos}
-    masked = []
-    for photo in photos:
+
+    def masked(photo: Photo) -> Photo:
         item = reports.get(photo.digest)
         if item is None or item.face is None or photo.mask() is not None:
-            masked.append(photo)
-        else:
-            masked.append(photo.with_mask(draw_mask(photo.size, item.face, item.other_faces, part, background)))
-    return masked
+            return photo
+        return photo.with_mask(draw_mask(photo.size, item.face, item.other_faces, part, background))
+
+    return [masked(photo) for photo in photos]
 
 
 def draw_mask(
@@ -106,16 +117,13 @@ def _head(face: Face, scale: float) -> tuple[float, float, float, float]:
     return left - 0.25 * width, top - 0.4 * height, right + 0.25 * width, bottom + 0.1 * height
 
 
-def _boxes(report: PhotoReport, resolution: int) -> list[Box]:
+def _boxes(report: PhotoReport, face: Face, resolution: int) -> list[Box]:
     """Return the regions of one photo: the whole or a chest-up part, then a close-up if that differs enough."""
-    assert report.face is not None, "checked by the caller"
-    whole: Box = (0, 0, *report.photo.size)
-    close_up = _around(report.face, CLOSE_UP, 1.0, whole, resolution)
+    wide = whole = (0, 0, *report.photo.size)
+    close_up = _around(face, CLOSE_UP, 1.0, whole, resolution)
     if any(finding.verdict == CROP for finding in report.findings):
-        wide = _around(report.face, CHEST_UP, 0.8, whole, resolution)
-    else:
-        wide = whole
-    boxes = [_without(box, report.face, report.other_faces, resolution) for box in (wide, close_up)]
+        wide = _around(face, CHEST_UP, 0.8, whole, resolution)
+    boxes = [_without(box, face, report.other_faces, resolution) for box in (wide, close_up)]
     # A close-up of at most half the area adds detail; a larger one repeats the same picture.
     return boxes if _area(boxes[1]) <= _area(boxes[0]) / 2 else boxes[:1]
 
@@ -141,6 +149,13 @@ def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> B
     The cut is beside the other person's hair if possible, else beside the face. If even that would cut the person's face, or
     leave a side below half the resolution, the other person stays in the crop and is left to the mask.
     """
+
+    def keeps(part: Box) -> bool:
+        """Return whether `part` is large enough, and contains as much of the face as `box` does."""
+        is_large = min(part[2] - part[0], part[3] - part[1]) >= resolution / 2
+        starts = part[0] <= max(face.box[0], box[0]) and part[1] <= max(face.box[1], box[1])
+        return is_large and starts and part[2] >= min(face.box[2], box[2]) and part[3] >= min(face.box[3], box[3])
+
     for other in others:
         for left, top, right, bottom in (_head(other, 1.0), other.box):
             x0, y0, x1, y1 = box
@@ -152,48 +167,11 @@ def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> B
                 (x0, y0, x1, int(top)),
                 (x0, math.ceil(bottom), x1, y1),
             ]
-            parts = [part for part in parts if _shorter_side(part) >= resolution / 2 and _keeps(part, face, box)]
-            if parts:
+            if parts := list(filter(keeps, parts)):
                 box = max(parts, key=_area)
                 break
     return box
 
 
-def _keeps(part: Box, face: Face, box: Box) -> bool:
-    """Return whether `part` contains as much of the face as `box` does."""
-    left, top, right, bottom = face.box
-    return (
-        part[0] <= max(left, box[0])
-        and part[1] <= max(top, box[1])
-        and part[2] >= min(right, box[2])
-        and part[3] >= min(bottom, box[3])
-    )
-
-
-def _shorter_side(box: Box) -> int:
-    return min(box[2] - box[0], box[3] - box[1])
-
-
 def _area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _caption(
-    photo: Photo,
-    report: PhotoReport,
-    box: Box,
-    trigger: str,
-    class_word: str,
-    captioner: Callable[[Image.Image], str] | None,
-) -> str:
-    assert report.face is not None and report.view is not None, "a photo with a face has a view"
-    shown = framing(report.face, box[3])
-    if photo.caption is not None:
-        closer = shown == FRAMINGS[0] and report.framing != FRAMINGS[0]
-        return f"{photo.caption}, {shown}" if closer else photo.caption
-    caption = view_caption(trigger, class_word, shown, report.view)
-    if captioner is None:
-        return caption
-    image = photo.image()
-    left, top, right, bottom = map(round, photo.box_in(image, box))
-    return f"{caption}, {captioner(image.crop((left, top, right, bottom)))}"

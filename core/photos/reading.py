@@ -242,18 +242,15 @@ def count_photos(folder: Path) -> int:
         return 0
 
 
-class _DrawnPicture(BadPhoto):
-    """A picture that this program has drawn."""
-
-
 def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, with_drawn: bool, on_warning: OnWarning) -> list[Photo]:
     photos: list[Photo] = []
     drawn: list[str] = []
     for path, repeats in paths:
         try:
-            photos.append(_read_photo(path, repeats, with_drawn))
-        except _DrawnPicture as found:
-            drawn.append(str(found))
+            if photo := _read_photo(path, repeats, with_drawn):
+                photos.append(photo)
+            else:
+                drawn.append(one_line(path.name))
         except BadPhoto as problem:
             if strict:
                 raise
@@ -306,7 +303,8 @@ def _is_photo_file(path: Path) -> bool:
     return path.is_file() or path.is_symlink()  # Broken links are reported, not skipped.
 
 
-def _read_photo(path: Path, repeats: int, with_drawn: bool = True) -> Photo:
+def _read_photo(path: Path, repeats: int, with_drawn: bool) -> Photo | None:
+    """Read the photo with its caption and mask; None for a picture that this program has drawn, unless `with_drawn`."""
     name = one_line(path.name)  # It may contain terminal commands or invalid UTF-8.
     content = _read_bytes(path)
     with _opened(name, content) as image:
@@ -315,7 +313,7 @@ def _read_photo(path: Path, repeats: int, with_drawn: bool = True) -> Photo:
         reduced = image.draft("RGB", (1, 1))
         image.load()
         if is_our_drawing(image) and not with_drawn:
-            raise _DrawnPicture(name)
+            return None
         size = _upright(full_size if reduced else image.size, image)  # TIFF files are turned upright on loading.
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
@@ -376,41 +374,31 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
         yield source
         return
     if name.lower().endswith(HEIF_SUFFIXES) or source[4:11] == b"ftyphei":  # Some programs rename HEIC files to .jpg.
-        _support_heif(name)
-    # Pillow warns about large pictures and unreadable tags. Damaged photos are reported by our own errors.
-    with warnings.catch_warnings(), _without_damage(name):
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        Image.init()
-        formats = [name for name in _FORMATS if name in Image.OPEN]  # This Pillow may lack some.
-        with Image.open(io.BytesIO(source), formats=formats) as image:
-            if max(image.size) > MAX_SIDE:
-                raise BadPhoto(f"{name}: {_times(image.size)} pixels; at most {MAX_SIDE} per side can be read")
-            most = _MANY_COPIES.get(str(image.format), MAX_PIXELS)
-            if image.width * image.height > most:
-                raise BadPhoto(f"{name}: more than {most // 10**6} megapixels; make it smaller first")
-            _refuse_float_pixels(name, image)
-            yield image
-
-
-@contextmanager
-def _without_damage(name: str) -> Iterator[None]:
-    """Raise BadPhoto for errors of Pillow's decoders in the context."""
+        try:
+            import pillow_heif
+        except ImportError as problem:
+            raise BadPhoto(f"{name}: HEIC photos require a package: pip install pillow-heif") from problem
+        pillow_heif.register_heif_opener()
     try:
-        yield
+        # Pillow warns about large pictures and unreadable tags. Damaged photos are reported by our own errors.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            Image.init()
+            formats = [name for name in _FORMATS if name in Image.OPEN]  # This Pillow may lack some.
+            with Image.open(io.BytesIO(source), formats=formats) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise BadPhoto(f"{name}: {_times(image.size)} pixels; at most {MAX_SIDE} per side can be read")
+                most = _MANY_COPIES.get(str(image.format), MAX_PIXELS)
+                if image.width * image.height > most:
+                    raise BadPhoto(f"{name}: more than {most // 10**6} megapixels; make it smaller first")
+                _refuse_float_pixels(name, image)
+                yield image
     except Image.UnidentifiedImageError as problem:
         raise BadPhoto(f"{name}: this picture cannot be read") from problem
     except Image.DecompressionBombError as problem:
         raise BadPhoto(f"{name}: more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
     except DAMAGED as problem:
         raise BadPhoto(f"{name}: the file is damaged or incomplete") from problem
-
-
-def _support_heif(name: str) -> None:
-    try:
-        import pillow_heif
-    except ImportError as problem:
-        raise BadPhoto(f"{name}: HEIC photos require a package: pip install pillow-heif") from problem
-    pillow_heif.register_heif_opener()
 
 
 def _refuse_float_pixels(name: str, image: Image.Image) -> None:

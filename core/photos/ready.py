@@ -16,6 +16,8 @@ from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
 
 MIN_TRAINING_PHOTOS = 3
 """The number of photos that must remain to train on when others are held out."""
+OVERRULE = " (check_photos = false trains on all photos anyway)"
+"""The end of the error that too few photos can be used. An interface replaces it by its own way to train anyway."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,15 @@ def make_ready(
     told why. Raises BadPhoto if too few photos are usable, or too few can be held out.
     """
     report = check_photos(photos, network, thresholds) if check or network else unseen(photos, thresholds)
-    used = _good(report, on_warning) if check else report.photos
+    used = report.usable if check else report.photos
+    if check:
+        rejected = [item for item in report.photos if item.verdict == REJECT]
+        for item in rejected:
+            on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
+        if not report.enough:
+            raise BadPhoto(f"{report.headline}{OVERRULE}")
+        if rejected:
+            on_warning(f"photos: {report.headline}")
     held_out: tuple[PhotoReport, ...] = ()
     if hold_out and check and len(used) < at_least:
         left = counted(len(used), "photo is", "photos are")
@@ -93,22 +103,6 @@ def make_ready(
                 raise
             on_warning(f"no photo is held out, and likeness is not measured: {problem}")
     return Ready(report, network, used, held_out)
-
-
-OVERRULE = " (check_photos = false trains on all photos anyway)"
-"""The end of the error that too few photos can be used. An interface replaces it by its own way to train anyway."""
-
-
-def _good(report: SetReport, on_warning: OnWarning) -> tuple[PhotoReport, ...]:
-    """Return the photos that the report does not reject. Raises BadPhoto if too few remain."""
-    rejected = [item for item in report.photos if item.verdict == REJECT]
-    for item in rejected:
-        on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
-    if not report.enough:
-        raise BadPhoto(f"{report.headline}{OVERRULE}")
-    if rejected:
-        on_warning(f"photos: {report.headline}")
-    return report.usable
 
 
 def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tuple[PhotoReport, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import re
 import textwrap
 from collections import Counter
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..storage.drawn import jpeg_url
 from ..storage.files import fill_page, write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
@@ -34,8 +33,8 @@ def format_report(report: SetReport, width: int | None = None) -> str:
                 photo.photo.name,
                 photo.verdict,
                 "-" if photo.face is None else f"{photo.face.size:.0f} px",
-                _number(photo.likeness),
-                _number(photo.sharpness),
+                _decimals(photo.likeness),
+                _decimals(photo.sharpness),
                 photo.view or "-",
                 photo.framing or "-",
                 "; ".join(finding.sentence for finding in photo.findings),
@@ -44,7 +43,7 @@ def format_report(report: SetReport, width: int | None = None) -> str:
     sizes = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     starts = ["  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=False)) for row in rows]
     lines = [f"{start}  {row[-1]}".rstrip() for start, row in zip(starts, rows, strict=True)]
-    summary = _summary(report)
+    summary = _about_the_set(report)
     if width is not None and max(map(len, lines)) > width:
         room = max(width, 24)
         below = [textwrap.fill(row[-1], room, initial_indent="    ", subsequent_indent="    ") for row in rows]
@@ -71,7 +70,7 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
     cards = "\n".join(
         _card(photo) for photo in sorted(_in_order(report), key=lambda photo: -VERDICTS.index(photo.verdict))
     )
-    summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))
+    summary = "".join(f"<p>{html.escape(line)}</p>" for line in _about_the_set(report))
     write_text(path, fill_page(Path(__file__).with_name("sheet.html"), {"SUMMARY": summary, "CARDS": cards}))
 
 
@@ -86,7 +85,7 @@ def is_sheet(path: Path) -> bool:
         return False
 
 
-def _summary(report: SetReport) -> list[str]:
+def _about_the_set(report: SetReport) -> list[str]:
     def counts(values: list[str | None]) -> str:
         return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())
 
@@ -105,17 +104,17 @@ def _card(report: PhotoReport) -> str:
     reasons = "".join(f"<li>{html.escape(finding.sentence)}</li>" for finding in report.findings)
     facts = [f"{report.photo.size[0]} x {report.photo.size[1]}"]
     if report.face is not None:
-        facts += [f"face {report.face.size:.0f} px", f"likeness {_number(report.likeness)}", f"{report.view}"]
-        facts += [f"{report.framing}", f"sharpness {_number(report.sharpness)}"]
+        facts += [f"face {report.face.size:.0f} px", f"likeness {_decimals(report.likeness)}", f"{report.view}"]
+        facts += [f"{report.framing}", f"sharpness {_decimals(report.sharpness)}"]
     return (
-        f'<figure><img src="data:image/jpeg;base64,{_thumbnail(report)}" alt="{html.escape(report.photo.name)}">'
+        f'<figure><img src="{_thumbnail(report)}" alt="{html.escape(report.photo.name)}">'
         f'<figcaption><b style="background:{colour}">{report.verdict}</b> {html.escape(report.photo.name)}'
         f"<ul>{reasons}</ul><small>{' &middot; '.join(facts)}</small></figcaption></figure>"
     )
 
 
 def _thumbnail(report: PhotoReport) -> str:
-    """Return the photo as a small JPEG in base64, the person's face framed in the verdict's colour and others in grey."""
+    """Return the photo as a data URL of a small JPEG, the person's face framed in the verdict's colour and others in grey."""
     image = report.photo.image(shorter_side=THUMBNAIL)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(image)
@@ -124,10 +123,8 @@ def _thumbnail(report: PhotoReport) -> str:
         draw.rectangle([value * scale for value in face.box], outline="#888888", width=2)
     if report.face is not None:
         draw.rectangle([value * scale for value in report.face.box], outline=COLOURS[report.verdict], width=3)
-    data = io.BytesIO()
-    image.save(data, "jpeg", quality=85, comment="")  # Without this, the photo's own comment is copied.
-    return base64.b64encode(data.getvalue()).decode()
+    return jpeg_url(image, THUMBNAIL, mark=None)
 
 
-def _number(value: float | None) -> str:
+def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"

@@ -42,7 +42,7 @@ def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool, models
     parts = {
         "SUMMARY": html.escape(summary),
         "STRIP": _strip(shots) if compared else "",
-        "STYLES": _style_buttons(styles if len(styles) > 1 else []),
+        "STYLES": _style_buttons(["", *styles] if len(styles) > 1 else []),
         "MAIN": main,
     }
     return fill_page(Path(__file__).with_name("gallery.html"), parts)
@@ -52,12 +52,15 @@ def _card(shot: Headshot, compared: bool, models: Models) -> str:
     job, name = shot.job, html.escape(shot.path.name)
     badge = ""
     if compared:
-        text, kind = ("no face", "low") if shot.likeness is None else (f"{shot.likeness:.2f}", _kind(shot.likeness))
+        score = 0.0 if shot.likeness is None else shot.likeness
+        kind = "high" if score >= SAME_PERSON else "middle" if score >= SOMEONE_ELSE else "low"
+        text = "no face" if shot.likeness is None else f"{shot.likeness:.2f}"
         badge = f'<b class="{kind}" title="likeness: cosine to the photos">{text}</b>'
     facts = [("prompt", job.prompt), ("negative prompt", job.negative), ("seed", str(job.seed))]
     facts += [("LoRA strength", f"× {job.strength:g}"), ("file", shot.path.name)]
     if shot.face_pass:
-        change = f"{shot.face_pass.before:.2f} → {_number(shot.face_pass.after)}"
+        before, after = shot.face_pass.before, shot.face_pass.after
+        change = f"{before:.2f} → {'no face' if after is None else f'{after:.2f}'}"
         facts.append(("face redrawn", f"likeness {change}, {'used' if shot.face_pass.kept else 'not used'}"))
     rows = "".join(f"<dt>{what}</dt><dd>{html.escape(value)}</dd>" for what, value in facts if value)
     title = html.escape(job.style or job.prompt)
@@ -93,8 +96,7 @@ def _command(shot: Headshot, models: Sequence[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def _style_buttons(styles: Sequence[str]) -> str:
-    names = ["", *styles] if styles else []
+def _style_buttons(names: Sequence[str]) -> str:
     buttons = "".join(
         f'<button data-style="{html.escape(name)}" aria-pressed="{str(not name).lower()}">'
         f"{html.escape(name) or 'All styles'}</button>"
@@ -127,11 +129,3 @@ def _strip(shots: Sequence[Headshot]) -> str:
         for score, kept in reversed(scores)
     )
     return f'<svg viewBox="0 0 600 52" role="img" aria-label="likeness of each picture">{marks}{dots}</svg>'
-
-
-def _kind(likeness: float) -> str:
-    return "high" if likeness >= SAME_PERSON else "middle" if likeness >= SOMEONE_ELSE else "low"
-
-
-def _number(value: float | None) -> str:
-    return "no face" if value is None else f"{value:.2f}"

@@ -17,12 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import Precision
-from ..device import (
-    explained_memory_error,
-    free_memory,
-    in_parts_that_fit,
-    until_it_fits,
-)
+from ..device import explained_memory_error, free_memory, in_parts_that_fit, until_it_fits
 from ..errors import BadConfig, check_length
 from ..lora.apply import LOW_RANK, apply
 from ..lora.embeddings import new_words
@@ -180,7 +175,9 @@ def generate(
             with applied(base, loras, strength, {"denoiser": denoiser}, for_good=is_last):
                 memory.offload.pin()
                 texts = [encoded[strength, texts_of(job, base)] for job in group]
-                for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
+                for batch, pairs in in_batches(
+                    group, texts, config.batch_size, lambda job: (job.size, job.steps, job.guidance)
+                ):
 
                     def draw(part: Sequence[tuple[Job, Pair]], first: Job = batch[0]) -> list[Image.Image]:
                         assert first.size is not None
@@ -293,13 +290,11 @@ def _encode(
     """
     as_stored = are_low_rank([lora for lora, _ in loras], base.text_encoders)
     encoders = base.load_text_encoders(device, torch.float32, as_stored)
-    return {
-        (strength, texts): pair
-        for strength, group in groups.items()
-        for texts, pair in encode_texts(
-            base, encoders, loras, strength, {texts_of(job, base) for job in group}, config
-        ).items()
-    }
+    encoded = {}
+    for strength, group in groups.items():
+        pairs = encode_texts(base, encoders, loras, strength, {texts_of(job, base) for job in group}, config)
+        encoded |= {(strength, texts): pair for texts, pair in pairs.items()}
+    return encoded
 
 
 def encode_texts(
@@ -313,11 +308,6 @@ def encode_texts(
     """Return the conditioning of each (prompt, negative prompt), encoded with the LoRAs applied at that strength."""
     with applied(base, loras, strength, encoders):
         return encode_pairs(base, encoders, texts, config.clip_skip)
-
-
-def _settings(job: Job) -> tuple:
-    """Return the settings that all pictures of a batch must share."""
-    return job.size, job.steps, job.guidance
 
 
 def texts_of(job: Job, base: Base) -> tuple[str, str]:
@@ -409,11 +399,9 @@ def parameters_text(
         hashes = [f"{name}: {lora.model_hash[:12]}" for name, (lora, _) in zip(names, loras, strict=True)]
         settings["Lora hashes"] = ", ".join(hashes)
     if embeddings:
-        hashes = [f"{Path(lora.name).stem}: {_embedding_hash(lora)[:12]}" for lora in embeddings]
+        hashes = []
+        for lora in embeddings:  # A1111 uses the SHA-256 of the file.
+            digest = lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash
+            hashes.append(f"{Path(lora.name).stem}: {digest[:12]}")
         settings["TI hashes"] = ", ".join(hashes)
     return str(Parameters(" ".join([job.prompt, *used]), texts_of(job, base)[1], settings | dict(more)))
-
-
-def _embedding_hash(lora: LoraFile) -> str:
-    """Return the hash that A1111 uses for an embedding: the SHA-256 of the file, or of the tensors without a file."""
-    return lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash

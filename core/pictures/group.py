@@ -41,7 +41,7 @@ from .generate import (
     within_memory,
 )
 from .parameters import Parameters
-from .sampling import Prediction, denoised, guided_prediction, load_vae
+from .sampling import Prediction, Sampling, denoised, guided_prediction, load_vae
 from .sizes import checked_size
 
 RelativeBox = tuple[float, float, float, float]
@@ -293,11 +293,8 @@ def generate_group(
                     def draw(job: Job = job, people: Sequence[AppliedLora] = people) -> list[Image.Image]:
                         assert job.size is not None
                         predict = _blended(base, denoiser, group, people, encoded[job], job, device, dtype)
-                        latents = denoised(
-                            base, predict, device=device, seeds=[job.seed], size=job.size, steps=job.steps,
-                            sampler=config.sampler, on_step=on_step,
-                        )  # fmt: skip
-                        return finished(base, vae, latents)
+                        sampling = Sampling(job.size, job.steps, config.sampler, on_step=on_step)
+                        return finished(base, vae, denoised(base, predict, sampling, [job.seed], device))
 
                     (image,) = within_memory(memory, draw)
                     yield Picture(image, job, group_parameters(base, group, loras, job, config))
@@ -333,18 +330,13 @@ def group_parameters(
     A1111 draws a different picture from it, since it adds the LoRAs up. Our own setting `Regions` describes the regions. The
     people's names are left out.
     """
-    places = [
-        f"{_said(place)}: {group.words_of(person, job.prompt)}"
-        for person, place in zip(group.people, group.layout, strict=True)
-    ]
+    places = []
+    for person, place, box in zip(group.people, group.layout, group.boxes, strict=True):
+        mask = f" mask {place.digest}" if isinstance(place, Mask) else ""
+        places.append(f"{' '.join(f'{share:g}' for share in box)}{mask}: {group.words_of(person, job.prompt)}")
     everyone = [*loras, *((person.lora, person.strength) for person in group.people)]
     named = replace(job, prompt=group.everyones_words(job.prompt))
     return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
-
-
-def _said(place: Area) -> str:
-    box, mask = (place.box, f" mask {place.digest}") if isinstance(place, Mask) else (place, "")
-    return " ".join(f"{share:g}" for share in box) + mask
 
 
 def shows_several(said: Parameters) -> bool:

@@ -16,7 +16,7 @@ from ..models.base import Base
 from ..progress import OnPhase, OnProgress, silent
 from .gallery import SAME_PERSON, SOMEONE_ELSE
 from .generate import GenerateConfig, Job, Picture
-from .group import Group, GroupMember, Mask, check_group, generate_group, group_parameters, sized
+from .group import Group, Mask, check_group, generate_group, group_parameters, sized
 from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
 from .headshots import Batch, Compared, check_keep, lora_option, read_picture, save_outcome
 
@@ -65,12 +65,8 @@ class GroupReference:
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """Return the likeness of the least alike person in each picture; None if someone's face is missing."""
-        return [least_alike(self.find(image)) for image in images]
-
-
-def least_alike(found: Sequence[FoundFace | None]) -> float | None:
-    """Return the smallest likeness of all; None if a face is missing."""
-    return None if None in found else min(one.likeness for one in found if one)
+        found = map(self.find, images)
+        return [None if None in one else _lowest(one) for one in found]
 
 
 def assign_faces(
@@ -136,7 +132,8 @@ def redraw_faces(
                 small = attempt == 0 and seen is not None and face_pass.wants(seen.face, base.resolution)
                 if seen and (small or seen.likeness < SAME_PERSON):
                     part = _part_of(base, reference, number, images[key], seen.face)
-                    parts[key] = (_job_of(group, person, job, attempt), part)
+                    words, seed = group.words_of(person, job.prompt), (job.seed + attempt) % 2**64
+                    parts[key] = (replace(job, prompt=words, seed=seed), part)
                     before.setdefault(key, _lowest(found[key]))
             for key, drawn in drawn_again(base, own, parts, config, face_pass.denoise, device):
                 image = blend(images[key], parts[key][1], drawn)
@@ -152,11 +149,6 @@ def redraw_faces(
 def _lowest(found: Sequence[FoundFace | None]) -> float:
     """Return the smallest likeness of those whose face is there."""
     return min(one.likeness for one in found if one)
-
-
-def _job_of(group: Group, person: GroupMember, job: Job, attempt: int) -> Job:
-    """Return the job for a try with the person's face."""
-    return replace(job, prompt=group.words_of(person, job.prompt), seed=(job.seed + attempt) % 2**64)
 
 
 def _part_of(base: Base, reference: GroupReference, number: int, image: Image.Image, face: Face) -> CutOut:

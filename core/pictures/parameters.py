@@ -59,12 +59,9 @@ def _value(text: str, start: int) -> tuple[str, int] | None:
             _, end = json.JSONDecoder().raw_decode(text, start)
             if text[end : end + 1] in ("", ","):
                 return text[start:end], end + 1
-    match = _VALUE.match(text, start)
-    return match and (_unquoted(match[1]), match.end())
-
-
-def _unquoted(value: str) -> str:
+    if not (match := _VALUE.match(text, start)):
+        return None
     try:
-        return json.loads(value) if value.startswith('"') else value
+        return json.loads(match[1]) if match[1].startswith('"') else match[1], match.end()
     except ValueError:
-        return value.strip('"')
+        return match[1].strip('"'), match.end()

@@ -108,7 +108,8 @@ def publish(
         raise BadFile(f"{source.name}: {fault.text}; repair it before publishing")
     if not source.entries:
         raise BadFile(f"{source.name}: this file is an embedding; only LoRAs can be published")
-    if _is_loaded_by_none(source):
+    drawing = [reader for reader in READERS if reader not in TRAINERS]
+    if source.identity.models and all(read_by(reader, source).verdict == "not at all" for reader in drawing):
         on_warning(
             f"{source.name}: no image program loads its {source.scheme} names. Convert it, and publish the result: "
             f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
@@ -134,12 +135,6 @@ def publish(
     return Publication(
         folder, folder / path.name, folder / PAGE, tuple(folder / picture.name for picture in paths), left_out
     )
-
-
-def _is_loaded_by_none(lora: LoraFile) -> bool:
-    """Return whether no program that draws pictures loads any module of a LoRA for a published model."""
-    drawing = [reader for reader in READERS if reader not in TRAINERS]
-    return bool(lora.identity.models) and all(read_by(reader, lora).verdict == "not at all" for reader in drawing)
 
 
 def _file_name(title: str, lora: str) -> str:
@@ -225,6 +220,9 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
     table = NAME_TABLES[source.family].listings
     listings = [table[model] for model in source.identity.models if model in table]
     strength, settings = _advice(source if listings else None, examples)
+    found = file_hashes(path)
+    # Civitai's names for the hashes.
+    names = {"AutoV2": "autov2", "AutoV3": "autov3", "CRC32": "crc32", "BLAKE3": "blake3", "SHA256": "sha256"}
     fields = {
         "Title": metadata["modelspec.title"],
         "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
@@ -233,7 +231,9 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
         "Trigger words": metadata.get(PHRASE_KEY, "none known"),
         "Strength": strength,
         "Settings": ", ".join(f"{name}: {value}" for name, value in settings.items()) or "unknown",
-        f"Hashes of {path.name}": "\n".join(f"{name}: {value}" for name, value in _hashes(path).items()),
+        f"Hashes of {path.name}": "\n".join(
+            f"{name}: {found[key].upper()}" for name, key in names.items() if key in found
+        ),
         "Licence of the base model": " or ".join(dict.fromkeys(listing.licence for listing in listings))
         + "\n(a checkpoint based on it may have a different licence)"
         if listings
@@ -257,13 +257,6 @@ def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str,
         return "1", {}
     side = spec.resolution
     return "1", {"Steps": f"{spec.steps}", "CFG scale": f"{spec.guidance:g}", "Size": f"{side}x{side}"}
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    """Return the hashes of the published file under Civitai's names."""
-    found = file_hashes(path)
-    names = {"AutoV2": "autov2", "AutoV3": "autov3", "CRC32": "crc32", "BLAKE3": "blake3", "SHA256": "sha256"}
-    return {name: found[key].upper() for name, key in names.items() if key in found}
 
 
 def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]) -> None:

@@ -175,6 +175,17 @@ def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
     return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
 
 
+class Sampling(NamedTuple):
+    """How latents are sampled; for the fields, see `sample_latents`."""
+
+    size: tuple[int, int]
+    steps: int
+    sampler: str | None = None
+    start: Tensor | None = None
+    denoise: float = 1.0
+    on_step: OnProgress | None = None
+
+
 Prediction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A denoiser's prediction for latents (N, C, h, w), scaled as the sampler requires, in a step between two timesteps: float32 of
 the same shape."""
@@ -216,10 +227,7 @@ def sample_latents(
         FrozenLayers(denoiser, device).in_use(),
         torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32),
     ):
-        return denoised(
-            base, predict, device=device, seeds=seeds, size=size, steps=steps, sampler=sampler, start=start,
-            denoise=denoise, on_step=on_step,
-        )  # fmt: skip
+        return denoised(base, predict, Sampling(size, steps, sampler, start, denoise, on_step), seeds, device)
 
 
 def predictions_per_step(base: Base, guidance: float) -> int:
@@ -262,28 +270,16 @@ def guided_prediction(
 
 
 @torch.no_grad()
-def denoised(
-    base: Base,
-    predict: Prediction,
-    *,
-    device: torch.device,
-    seeds: Sequence[int],
-    size: tuple[int, int],
-    steps: int,
-    sampler: str | None = None,
-    start: Tensor | None = None,
-    denoise: float = 1.0,
-    on_step: OnProgress | None = None,
-) -> Tensor:
-    """Return the latents that the sampler reaches with the predictions; for the arguments, see `sample_latents`."""
-    shape = base.latent_shape
-    width, height = (side // shape.pixels for side in size)
+def denoised(base: Base, predict: Prediction, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Return the latents (N, C, h, w) that the sampler reaches with the predictions, one for each seed."""
+    shape, start = base.latent_shape, sampling.start
+    width, height = (side // shape.pixels for side in sampling.size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape.channels, height, width, generator=generator) for generator in generators])
     noise = noise.to(device)
-    scheduler = build_sampler(sampler, base, steps, noise)
+    scheduler = build_sampler(sampling.sampler, base, sampling.steps, noise)
     timesteps = scheduler.timesteps
-    first = 0 if start is None else len(timesteps) - max(1, round(denoise * len(timesteps)))
+    first = 0 if start is None else len(timesteps) - max(1, round(sampling.denoise * len(timesteps)))
     timesteps = timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):  # DDIM only uses the timesteps.
         scheduler.set_begin_index(first)
@@ -291,14 +287,14 @@ def denoised(
         latents = noise * scheduler.init_noise_sigma
     else:
         latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
-    takes_generator = any(word in sampler_name(sampler, base) for word in ("ancestral", "sde"))
+    takes_generator = any(word in sampler_name(sampling.sampler, base) for word in ("ancestral", "sde"))
     extra = {"generator": generators} if takes_generator else {}
     following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     for index, timestep in enumerate(timesteps):
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep, following[index])
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
-        if on_step:
-            on_step(index + 1, len(timesteps))
+        if sampling.on_step:
+            sampling.on_step(index + 1, len(timesteps))
     return latents.float()
 
 

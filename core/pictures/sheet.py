@@ -27,8 +27,13 @@ def contact_sheet(
     """
     font, small, large = (ImageFont.load_default(size) for size in (18, 13, 22))
     gap, line = 8, 26
-    scaled = [[_to_height(image, tile) for image in images] for _, images in rows]
-    lines = [[row[start : start + columns] for start in range(0, len(row) or 1, columns)] for row in scaled]
+
+    def scaled(image: Image.Image) -> Image.Image:
+        width = max(1, round(image.width * tile / image.height))
+        return image.convert("RGB").resize((width, tile), Image.Resampling.LANCZOS)
+
+    tiles = [[scaled(image) for image in images] for _, images in rows]
+    lines = [[row[start : start + columns] for start in range(0, len(row) or 1, columns)] for row in tiles]
     titled = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((gap, 0), title, font=large)[2]
     rows_width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320])
     width = max(rows_width, min(math.ceil(titled), WIDEST_TITLE)) + gap
@@ -76,8 +81,3 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
                 lines.append("")
             lines[-1] += character
     return lines
-
-
-def _to_height(image: Image.Image, height: int) -> Image.Image:
-    width = max(1, round(image.width * height / image.height))
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -192,11 +192,16 @@ class StylePack:
             raise BadConfig(f"styles: must not be empty; style pack {self.id!r} has: {', '.join(self.names)}")
         turns = _in_rounds(list(chosen), count, f"{seed}")
         uses = Counter(turns)
-        variations = {name: iter(_variations(style, uses[name], seed)) for name, style in chosen.items()}
+        values = {
+            (name, axis): iter(_in_rounds(texts, uses[name], f"{seed}/{name}/{axis}"))
+            for name, style in chosen.items()
+            for axis, texts in style.axes.items()
+        }
         prompts = []
         for i, name in enumerate(turns):
             style, wording = chosen[name], chosen[name].wording(family)
-            texts = {"subject": str(subject), "framing": style.framing, **next(variations[name])}
+            texts = {"subject": str(subject), "framing": style.framing}
+            texts |= {axis: next(values[name, axis]) for axis in style.axes}
             width, height = size_near(style.aspect, resolution, defaults.size_multiple)
             prompts.append(
                 StyledPrompt(
@@ -286,14 +291,8 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
             problems.append(f"{path.name}: style {label}: {fault}")
     if not styles:
         raise BadStylePack(f"{problems[0]} (no style in this file can be used; problems: {len(problems)})")
-    pack = StylePack(
-        head["id"],
-        head["title"],
-        head["version"],
-        head["licence"],
-        tuple(styles.values()),
-        path.resolve().parent,
-    )
+    folder = path.resolve().parent
+    pack = StylePack(head["id"], head["title"], head["version"], head["licence"], tuple(styles.values()), folder)
     return pack, tuple(problems)
 
 
@@ -329,12 +328,6 @@ def _in_rounds(values: Sequence[Any], count: int, key: str) -> list[Any]:
     # rng.shuffle may change with Python's version: only random() is guaranteed to give the same numbers.
     rounds = (sorted(values, key=lambda _: rng.random()) for _ in range(math.ceil(count / len(values))))
     return [value for round_ in rounds for value in round_][:count]
-
-
-def _variations(style: Style, count: int, seed: int) -> list[dict[str, str]]:
-    """Return the values of a style's axes for each of `count` pictures."""
-    columns = {axis: _in_rounds(texts, count, f"{seed}/{style.name}/{axis}") for axis, texts in style.axes.items()}
-    return [{axis: column[i] for axis, column in columns.items()} for i in range(count)]
 
 
 def _fill(template: str, texts: Mapping[str, str]) -> str:
@@ -443,7 +436,7 @@ def _read_style(entry: Any, category: str) -> Style:
         wordings.get("sentences"),
         _one_of(fields["framing"], "framing", FRAMINGS),
         _one_of(fields["aspect"], "aspect", ASPECTS),
-        _number(fields["strength"], "strength", 0, 2),
+        _number_between(fields["strength"], "strength", 0, 2),
         axes,
         _text(fields["picture"], "picture", _PICTURE) if "picture" in fields else None,
     )
@@ -455,8 +448,8 @@ def _read_wording(value: Any, where: str) -> Wording:
     return Wording(
         _text(fields["prompt"], f"{where}.prompt", (r"\{subject\}", "a text containing {subject}")),
         _text(fields.get("negative", ""), f"{where}.negative", _ANY),
-        _number(fields["guidance"], guidance, 0, 30) if "guidance" in fields else None,
-        int(_number(fields["steps"], steps, 1, 200, is_whole=True)) if "steps" in fields else None,
+        _number_between(fields["guidance"], guidance, 0, 30) if "guidance" in fields else None,
+        int(_number_between(fields["steps"], steps, 1, 200, is_whole=True)) if "steps" in fields else None,
     )
 
 
@@ -512,7 +505,7 @@ def _text(value: Any, where: str, form: tuple[str, str]) -> str:
     return value
 
 
-def _number(value: Any, where: str, low: float, high: float, is_whole: bool = False) -> float:
+def _number_between(value: Any, where: str, low: float, high: float, is_whole: bool = False) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = "an integer" if is_whole else "a number"
     _check(is_number and not (is_whole and value % 1), where, f"is not {kind}", value)

@@ -4,8 +4,6 @@ It is used for styles without an example picture. It shows no person, and only w
 """
 
 import re
-from collections.abc import Mapping
-from typing import TypeVar
 from xml.sax.saxutils import escape
 
 from ..errors import one_line
@@ -47,8 +45,6 @@ SCENES = {
 }  # fmt: skip
 UNKNOWN = ("#cdd0d3", "#a9adb1")
 
-Found = TypeVar("Found")
-
 
 def style_picture(style: Style) -> str:
     """Draw an SVG picture of HEIGHT pixels: a featureless figure in the style's frame, surroundings and light."""
@@ -78,14 +74,10 @@ def _surroundings(style: Style, background: str, said: str) -> tuple[str, str]:
     tables = (PLAIN, SCENES) if plain else (SCENES, PLAIN)
     for text in (background.lower(), style.name.lower(), said):
         for table in tables:
-            found = _first(table, text)
-            if found is not None:
-                return found
+            for word, colours in table.items():
+                if re.search(rf"\b{word}", text):
+                    return colours
     return UNKNOWN
-
-
-def _first(table: Mapping[str, Found], text: str) -> Found | None:
-    return next((value for word, value in table.items() if re.search(rf"\b{word}", text)), None)
 
 
 def _light(text: str) -> tuple[float, float]:

@@ -72,18 +72,6 @@ def _hint(path: Path, error: OSError) -> str:
     return "; close the programs that have it open" if isinstance(error, PermissionError) else ""
 
 
-def replace(source: Path, target: Path) -> None:
-    """Renames a file, and replaces the one at `target`.
-
-    On Windows this is tried for two seconds, since virus scanners and indexers open new files for a moment.
-    """
-    for wait in (0.1, 0.2, 0.4, 0.8, 0.5) if IS_WINDOWS else ():
-        with suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(wait)
-    os.replace(source, target)
-
-
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder at `path`, creating it and its parents if needed. Raises BadFile when it cannot be created."""
     with writing(path := Path(path)):
@@ -99,7 +87,7 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
     enter, only the owner can read a new file. A folder, device or pipe is never replaced.
     """
     with writing(Path(path)):
-        path, before = _place(path)
+        path, before = _resolved(path)
         temporary = _temporary(path)
         mode = 0o666 if path.parent.stat().st_mode & 0o077 else 0o600
         try:
@@ -109,12 +97,17 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
                 os.fsync(file.fileno())
             if before is not None:
                 temporary.chmod(before)
-            replace(temporary, path)
+            # Virus scanners and indexers open new files for a moment.
+            for wait in (0.1, 0.2, 0.4, 0.8, 0.5) if IS_WINDOWS else ():
+                with suppress(PermissionError):
+                    return os.replace(temporary, path)
+                time.sleep(wait)
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _place(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+def _resolved(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     """Return the path with links resolved, and the permissions of its file, or None if the file doesn't exist.
 
     Raises BadFile for anything but a regular file, such as a folder or a device.
@@ -201,7 +194,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 def check_replaceable(path: Path) -> Path:
     """Return the path with links resolved. Raises BadFile for anything that `write_file` does not replace."""
     try:
-        return _place(path)[0]
+        return _resolved(path)[0]
     except OSError as error:
         raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
 

@@ -199,52 +199,31 @@ def _bits(blocks: Tensor, width: int = 1) -> Tensor:
     return blocks[..., None, :] >> shifts[:, None] & 2**width - 1
 
 
-def _fifth_bits(blocks: Tensor) -> Tensor:
-    """Unpack 4 bytes into the fifth bits of 32 numbers."""
-    return _bits(blocks).transpose(-1, -2).flatten(-2) << 4
-
-
 def _q8_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * blocks[..., 2:].view(torch.int8).float()
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[..., 2:]).flatten(-2).float() - 8)
+def _q45(blocks: Tensor, has_minimum: bool, has_fifth: bool) -> Tensor:
+    """Dequantise blocks of 32 numbers: a scale, a minimum if there is one, the fifth bits if there are any, four bits."""
+    start = 4 if has_minimum else 2
+    numbers = _nibbles(blocks[..., start + 4 * has_fifth :]).flatten(-2)
+    if has_fifth:
+        numbers = numbers | _bits(blocks[..., start : start + 4]).transpose(-1, -2).flatten(-2) << 4
+    if has_minimum:
+        return _half(blocks, 0) * numbers.float() + _half(blocks, 2)
+    return _half(blocks, 0) * (numbers.float() - (16 if has_fifth else 8))
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[..., 4:]).flatten(-2).float() + _half(blocks, 2)
-
-
-def _q5_0(blocks: Tensor) -> Tensor:
-    numbers = _nibbles(blocks[..., 6:]).flatten(-2) | _fifth_bits(blocks[..., 2:6])
-    return _half(blocks, 0) * (numbers.float() - 16)
-
-
-def _q5_1(blocks: Tensor) -> Tensor:
-    numbers = _nibbles(blocks[..., 8:]).flatten(-2) | _fifth_bits(blocks[..., 4:8])
-    return _half(blocks, 0) * numbers.float() + _half(blocks, 2)
-
-
-def _of_eight(blocks: Tensor, numbers: Tensor) -> Tensor:
-    """Scale the numbers (..., 8, 32) of a block's eight parts.
-
-    The block begins with two factors, followed by the scale and the minimum of each part.
-    """
+def _q45_k(blocks: Tensor, has_fifth: bool) -> Tensor:
+    """Dequantise blocks of eight parts: two factors, the scale and minimum of each part, fifth bits if any, four bits."""
+    numbers = _nibbles(blocks[..., 16 + 32 * has_fifth :].unflatten(-1, (4, 32))).flatten(-3, -2)
+    if has_fifth:
+        numbers = numbers | _bits(blocks[..., 16:48]) << 4
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
     scale, minimum = _half(blocks, 0) * scales.float(), _half(blocks, 2) * minima.float()
     return (scale[..., None] * numbers.float() - minimum[..., None]).flatten(-2)
-
-
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _of_eight(blocks, _nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-3, -2))
-
-
-def _q5_k(blocks: Tensor) -> Tensor:
-    numbers = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-3, -2)
-    return _of_eight(blocks, numbers | _bits(blocks[..., 16:48]) << 4)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
@@ -255,7 +234,13 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 _BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "Q8_0": (34, _q8_0), "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q5_1": (24, _q5_1),
-    "Q4_K": (144, _q4_k), "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k),
-}  # fmt: skip
+    "Q8_0": (34, _q8_0),
+    "Q4_0": (18, partial(_q45, has_minimum=False, has_fifth=False)),
+    "Q4_1": (20, partial(_q45, has_minimum=True, has_fifth=False)),
+    "Q5_0": (22, partial(_q45, has_minimum=False, has_fifth=True)),
+    "Q5_1": (24, partial(_q45, has_minimum=True, has_fifth=True)),
+    "Q4_K": (144, partial(_q45_k, has_fifth=False)),
+    "Q5_K": (176, partial(_q45_k, has_fifth=True)),
+    "Q6_K": (210, _q6_k),
+}
 """The size of a block in bytes, and the function that dequantises blocks (..., bytes)."""

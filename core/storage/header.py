@@ -100,7 +100,7 @@ class Header:
         with self._reopened() as file:
             for name in names:
                 file.seek(self._offsets[name])
-                found[name] = _number(self.codes[name], file.read(TYPES[self.codes[name]][1]))
+                found[name] = _real_number(self.codes[name], file.read(TYPES[self.codes[name]][1]))
         return found
 
     @contextmanager
@@ -114,7 +114,7 @@ class Header:
             raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
 
-def _number(code: str, data: bytes) -> float:
+def _real_number(code: str, data: bytes) -> float:
     """Return the value of a tensor with one real element. Raises ValueError for a complex one."""
     # These two types are the upper bytes of wider ones, so zeros complete them.
     if code == "BF16":

@@ -134,7 +134,9 @@ def _apply(
     factors = block_strengths(lora, block_weights)
     model, key_map = model.clone(), comfy.lora.model_lora_keys_unet(model.model, {})
     whole = steps == (0.0, 1.0)
-    bypassed = BypassAdapters(None if whole else _sigmas(model, steps))
+    sampling = model.get_model_object("model_sampling")
+    sigmas = None if whole else (sampling.percent_to_sigma(steps[0]), sampling.percent_to_sigma(steps[1]))
+    bypassed = BypassAdapters(sigmas)
     fixed: list[Entry] = []
     for factor, group in _by_factor([entry for entry in entries if entry.part == "denoiser"], factors):
         movable = [entry for entry in group if (bypass or not whole) and _can_bypass(entry, key_map[entry.name])]
@@ -161,11 +163,6 @@ def patch_clip(clip: Any, lora: LoraFile, entries: list[Entry], strength: float)
     """Add the entries of text encoders to the CLIP."""
     key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
     _add_patches(clip, load_patches(lora, entries, key_map, strength), strength, lora)
-
-
-def _sigmas(model: Any, steps: tuple[float, float]) -> tuple[float, float]:
-    sampling = model.get_model_object("model_sampling")
-    return sampling.percent_to_sigma(steps[0]), sampling.percent_to_sigma(steps[1])
 
 
 def _by_factor(entries: list[Entry], factors: Mapping[str, float]) -> list[tuple[float, list[Entry]]]:

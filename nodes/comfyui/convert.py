@@ -34,7 +34,7 @@ from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
 from ...core.storage.gguf_file import dequantised_array, dtype_of, narrow_gguf
 from ...core.storage.safetensors_file import tensor_bytes
-from ...core.storage.stored import LazyTensors, NarrowTensor, Stored, outline
+from ...core.storage.stored import LazyTensors, LazyValues, NarrowTensor, Stored, outline
 from ...core.tensor_names import NAME_TABLES
 
 FacePhotos = io.Custom("FACE_PHOTOS")
@@ -130,9 +130,25 @@ class _Weight:
     convert: Callable[..., Any] | None
     patches: list
 
-    def reader(self, name: str) -> Callable[[], Tensor]:
-        """Return a function that reads it widened, with its patches merged."""
-        return partial(_merged, name, self.stored, self.convert, self.patches)
+    def read(self, name: str) -> Tensor:
+        """Return it with its patches merged, in its dtype (float16 for 8 bits). Raises when the user cancels."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        value = self._widened(name).detach()
+        if not self.patches:
+            return _trainable(self.convert(value, inplace=False) if self.convert else value)
+        dtype = value.dtype if value.dtype.itemsize > 1 else torch.float16
+        value = value.to(torch.float32, copy=True)
+        value = self.convert(value, inplace=True) if self.convert else value
+        return _trainable(comfy.lora.calculate_weight(self.patches, value, name).to(dtype))
+
+    def _widened(self, name: str) -> Tensor:
+        """Return it without quantisation, from ComfyUI's classes or the pack ComfyUI-GGUF."""
+        if isinstance(self.stored, QuantizedTensor):
+            return self.stored.dequantize()
+        if getattr(self.stored, "tensor_type", None) is not None:
+            data = self.stored.as_subclass(Tensor).cpu().numpy()
+            return dequantised_array(data, self.stored.tensor_type, tuple(self.stored.tensor_shape), name)
+        return self.stored
 
 
 def _weights(patcher: Any, prefix: str = "") -> dict[str, _Weight]:
@@ -158,7 +174,7 @@ def _weights(patcher: Any, prefix: str = "") -> dict[str, _Weight]:
 
 def _readers(patcher: Any) -> dict[str, Callable[[], Tensor]]:
     """Return a function for each parameter of a ComfyUI ModelPatcher, by name, that reads it with its patches merged."""
-    return {name: weight.reader(name) for name, weight in _weights(patcher).items()}
+    return {name: partial(weight.read, name) for name, weight in _weights(patcher).items()}
 
 
 def _readers_as_stored(patcher: Any, prefix: str) -> dict[str, Callable[[], Tensor]]:
@@ -175,13 +191,19 @@ def _readers_as_stored(patcher: Any, prefix: str) -> dict[str, Callable[[], Tens
             stored |= weight.stored.state_dict(name)
             stored |= {name: beside[name] for end in _SAID if (name := layer + end) in beside}
         elif weight.patches or weight.convert:
-            readers[name] = weight.reader(name)
+            readers[name] = partial(weight.read, name)
         elif getattr(weight.stored, "tensor_type", None) is not None:
             readers[name] = _OfGguf({}, name, weight)
         else:
             stored[name] = weight.stored
-    usable = _Usable(stored)
+    usable = LazyValues({name: partial(_usable, tensor) for name, tensor in stored.items()})
     return readers | {name: Stored(usable, name) for name in stored}
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Return a tensor of ComfyUI as autograd accepts it. Raises when the user cancels."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return _trainable(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +213,7 @@ class _OfGguf(Stored):
     weight: _Weight
 
     def __call__(self) -> Tensor:
-        return self.weight.reader(self.name)()
+        return self.weight.read(self.name)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype_of(self.weight.stored.tensor_type), tuple(self.weight.stored.tensor_shape)
@@ -200,23 +222,6 @@ class _OfGguf(Stored):
         stored, data = self.weight.stored, _trainable(self.weight.stored.as_subclass(Tensor))
         data = data if read else outline(data)
         return narrow_gguf(data, stored.tensor_type.name, tuple(stored.tensor_shape))
-
-
-class _Usable(Mapping[str, Tensor]):
-    """Tensors of ComfyUI as autograd accepts them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        return _trainable(self._tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:
@@ -249,28 +254,6 @@ def _clip_fingerprint(clip: Any) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor.contiguous()))
     return digest.hexdigest()
-
-
-def _merged(name: str, weight: Any, convert: Callable[..., Any] | None, patches: list) -> Tensor:
-    """Return the weight with its patches merged, in its dtype (float16 for 8 bits). Raises when the user cancels."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    value = _widened(name, weight).detach()
-    if not patches:
-        return _trainable(convert(value, inplace=False) if convert else value)
-    dtype = value.dtype if value.dtype.itemsize > 1 else torch.float16
-    value = value.to(torch.float32, copy=True)
-    value = convert(value, inplace=True) if convert else value
-    return _trainable(comfy.lora.calculate_weight(patches, value, name).to(dtype))
-
-
-def _widened(name: str, weight: Any) -> Tensor:
-    """Return a weight without quantisation, from ComfyUI's classes or the pack ComfyUI-GGUF."""
-    if isinstance(weight, QuantizedTensor):
-        return weight.dequantize()
-    if getattr(weight, "tensor_type", None) is not None:
-        data = weight.as_subclass(Tensor).cpu().numpy()
-        return dequantised_array(data, weight.tensor_type, tuple(weight.tensor_shape), name)
-    return weight
 
 
 def _trainable(tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ are saved beside the photos, and are sent only to their user's pages.
 
 # pyright: reportMissingImports=false
 
-import hashlib
 import json
 import re
 import secrets
@@ -102,34 +101,30 @@ def add(user: str | None, person: str, folder: str, file_name: str, content: byt
     person. A photo that is in the folder already is not written again. Raises BadPhoto, with the file's own name, for a file
     that cannot be read.
     """
-    with _adding:
-        return _added(user, person, folder, file_name, content)
-
-
-def _added(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
     stem, ending = _split(file_name)
     if not ending:
         raise BadPhoto(f"{file_name}: not a photo. Use jpg, png, webp, heic or another image format")
-    if not _is_own(folder, user):
-        folder = _new_folder(user, person)
-    path = input_folder() / folder
-    names = _own_names(path)
-    for name in names:
-        if (path / name).is_file() and _digest((path / name).read_bytes()) == _digest(content):
-            return f"{folder}/{name}"
-    name = f"photo {_number(stem, ending, names):02}{ending}"
-    make_folder(path)
-    write_file(path / name, lambda stream: stream.write(content))
-    try:
-        if ending != MASK_ENDING:
-            read_photo_files([path / name], strict=True, on_warning=lambda _: None)
-    except BadPhoto as problem:
-        (path / name).unlink()
-        with suppress(OSError):  # it holds other photos
-            path.rmdir()
-        raise BadPhoto(str(problem).replace(name, file_name)) from None
-    write_text(path / NAMES, json.dumps(names | {name: file_name}))
-    return f"{folder}/{name}"
+    with _adding:
+        if not _is_own(folder, user):
+            folder = _new_folder(user, person)
+        path = input_folder() / folder
+        names = _own_names(path)
+        for name in names:
+            if (path / name).is_file() and (path / name).read_bytes() == content:
+                return f"{folder}/{name}"
+        name = f"photo {_photo_number(stem, ending, names):02}{ending}"
+        make_folder(path)
+        write_file(path / name, lambda stream: stream.write(content))
+        try:
+            if ending != MASK_ENDING:
+                read_photo_files([path / name], strict=True, on_warning=lambda _: None)
+        except BadPhoto as problem:
+            (path / name).unlink()
+            with suppress(OSError):  # it holds other photos
+                path.rmdir()
+            raise BadPhoto(str(problem).replace(name, file_name)) from None
+        write_text(path / NAMES, json.dumps(names | {name: file_name}))
+        return f"{folder}/{name}"
 
 
 def _split(file_name: str) -> tuple[str, str]:
@@ -138,7 +133,7 @@ def _split(file_name: str) -> tuple[str, str]:
     return file_name[: len(file_name) - len(ending)], ending
 
 
-def _number(stem: str, ending: str, names: dict[str, str]) -> int:
+def _photo_number(stem: str, ending: str, names: dict[str, str]) -> int:
     """Return the number of a photo or mask: that of its mask or photo if there is one, or the next free number."""
     halves = {(_split(own)[0], _split(own)[1] == MASK_ENDING): int(match[1])
               for name, own in names.items() if (match := _NUMBER.match(name))}  # fmt: skip
@@ -161,7 +156,3 @@ def _new_folder(user: str | None, person: str) -> str:
     first = f"{own_root(user)}/{word}"
     names = (first if number == 1 else f"{first}-{number}" for number in range(1, 10_000))
     return next(name for name in names if not (input_folder() / name).exists())
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+from aiohttp import web
 from comfy_api.latest import io
 
 from ...core.errors import FaceLoraError
@@ -70,6 +71,11 @@ def _known_folders() -> dict[str, str]:
     return {
         form: name for name, folders in paths.items() for path in folders for form in (path, os.path.realpath(path))
     }
+
+
+def refusal(problem: Exception, status: int) -> web.Response:
+    """Return the answer that a request gets for an error."""
+    return web.json_response({"error": without_server_paths(str(problem))}, status=status)
 
 
 def says_no_server_paths(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:

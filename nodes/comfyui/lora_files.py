@@ -22,6 +22,7 @@ from ...core.storage.drawn import save_png
 from ...core.tensor_names import SCHEMES
 from ...core.training.store import lora_path
 from ...core.training.trained_file import drawn_sample
+from .apply import file_state
 from .convert import LoraModel, lora_file, lora_model
 from .folders import says_no_server_paths, without_server_paths
 
@@ -93,23 +94,17 @@ class SaveLora(io.ComfyNode):
         converted.save(path, PRECISIONS[precision])
         relative = str(Path(subfolder).relative_to("loras") / path.name)
         text = f"saved: output/loras/{relative}"
+        picture = path.with_suffix(".preview.png")
         if preview:
-            text += f"\n{_write_preview(file, path)}"
+            sample = drawn_sample(file)
+            if sample is not None:
+                save_png(picture, sample)
+            missing = "no preview: the cache folder doesn't contain a sample from training this LoRA"
+            text += f"\n{missing if sample is None else f'preview: {picture.name}'}"
         if sidecars:
-            picture = path.with_suffix(".preview.png")
             written = write_sidecars(path, picture if picture.exists() else None)
             text += f"\nsidecars: {', '.join(one.name for one in written)}"
         return io.NodeOutput(relative, ui=ui.PreviewText(text))
-
-
-def _write_preview(lora: LoraFile, path: Path) -> str:
-    """Save the LoRA's sample beside the file at `path`, if it has one. Return a sentence about the result."""
-    sample = drawn_sample(lora)
-    if sample is None:
-        return "no preview: the cache folder doesn't contain a sample from training this LoRA"
-    picture = path.with_suffix(".preview.png")
-    save_png(picture, sample)
-    return f"preview: {picture.name}"
 
 
 class InspectLora(io.ComfyNode):
@@ -139,8 +134,7 @@ class InspectLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str) -> str:
-        state = Path(folder_paths.get_full_path_or_raise("loras", lora_name)).stat()
-        return f"{state.st_size} {state.st_mtime_ns}"
+        return file_state(lora_name)
 
     @classmethod
     @says_no_server_paths

@@ -251,25 +251,18 @@ def _aim(queued: dict[str, Any]) -> dict[str, Any]:
     graph = queued.get("prompt")
     if not isinstance(graph, dict) or "partial_execution_targets" in queued:
         return queued
-    outputs = {key for key, node in graph.items() if _is_output(node)}
-    before = set().union(*(_ancestors(graph, key) for key in outputs))
+    kinds = {
+        key: NODE_CLASS_MAPPINGS.get(node.get("class_type")) for key, node in graph.items() if isinstance(node, dict)
+    }
+    outputs = {key for key, kind in kinds.items() if getattr(kind, "OUTPUT_NODE", False)}
+    before = {source for key in outputs for source, _ in _links(graph, key)}
     if any(graph[key]["class_type"] in (LOAD_PHOTOS, TRAIN) for key in outputs & before):
         queued["partial_execution_targets"] = sorted(outputs - before)
     return queued
 
 
-def _is_output(node: Any) -> bool:
-    kind = NODE_CLASS_MAPPINGS.get(node.get("class_type")) if isinstance(node, dict) else None
-    return bool(getattr(kind, "OUTPUT_NODE", False))
-
-
 def _is_link(value: object) -> bool:
     return isinstance(value, list) and [*map(type, value)] == [str, int]
-
-
-def _ancestors(graph: Mapping[str, Any], key: str) -> set[str]:
-    """Return the ids of the nodes that a node depends on."""
-    return {source for source, _ in _links(graph, key)}
 
 
 def _links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:

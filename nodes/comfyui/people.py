@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ def note(user: str | None, key: str, **facts: Any) -> None:
             _live.discard(key)
         if facts.get("phase") == RUNNING:
             _live.add(key)
-        record = {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _read(_file(user, key)) | facts
+        record = (
+            {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _record_in(_file(user, key)) | facts
+        )
         with suppress(BadFile):  # Training continues on a full disk.
             made_folder("panels")
             write_text(_file(user, key), json.dumps(record))
@@ -53,7 +55,7 @@ def note(user: str | None, key: str, **facts: Any) -> None:
 
 def add_headshots(user: str | None, key: str, digests: Mapping[str, str]) -> None:
     """Add the digests of pictures, by name below the output folder, to the record of the run whose LoRA drew them."""
-    record = _read(_file(user, key)) if user is not None else {}
+    record = _record_in(_file(user, key)) if user is not None else {}
     if record:
         note(user, key, headshots=record["headshots"] | dict(digests))
 
@@ -78,7 +80,7 @@ def of(user: str | None, prompts: Collection[str]) -> list[Record]:
 
 def graph_of(user: str | None, key: str) -> Any:
     """Return the page's graph that a training run of the user was queued with; None if there is none."""
-    return None if user is None else _read(_file(user, key)).get("graph")
+    return None if user is None else _record_in(_file(user, key)).get("graph")
 
 
 def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[str, Any], list[str]]:
@@ -88,7 +90,7 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
     and node of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
     """
     with _lock:
-        record = _read(_file(user, key)) if user is not None else {}
+        record = _record_in(_file(user, key)) if user is not None else {}
         if not record:
             raise BadConfig("you have no such training run. Reload the list")
         if key in _live:
@@ -96,22 +98,23 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
         if record["run"]["prompt"] in prompts:
             raise BadConfig(f"{record['name']}: headshots are being drawn. Cancel the run first, or wait until it ends")
         others = [other for other in _all() if (other["user"], other["key"]) != (user, key)]
-        deleted = list(_delete_headshots(record))
+        deleted = []
+        for name, digest in record["headshots"].items():
+            if digest and digest_of(name) == digest:  # ComfyUI gives the name of a deleted picture to another one.
+                (Path(folder_paths.get_output_directory()) / name).unlink()
+                deleted.append(f"output/{name}")
         if all(other["key"] != key for other in others):
             deleted += _delete_loras(key, record["name"])
             forget_run(key)
         kept = {digest for other in others for digest in other["digests"]}
         forget_latents(set(record["digests"]) - kept)
-        deleted += _delete_photos(record, [photo for other in others for photo in other["photos"]])
+        # The photos that were dropped for it, except those in folders that other runs use.
+        photos, root = [photo for other in others for photo in other["photos"]], own_root(record["user"])
+        for folder in sorted({name.rpartition("/")[0] for name in record["photos"]}):
+            if folder.rpartition("/")[0] == root and not any(name.startswith(f"{folder}/") for name in photos):
+                deleted += [f"input/{name}" for name in delete_folder(folder)]
         _file(user, key).unlink()
         return record["run"], deleted
-
-
-def _delete_headshots(record: Record) -> Iterator[str]:
-    for name, digest in record["headshots"].items():
-        if digest and digest_of(name) == digest:  # ComfyUI gives the name of a deleted picture to another one.
-            (Path(folder_paths.get_output_directory()) / name).unlink()
-            yield f"output/{name}"
 
 
 def digest_of(name: str) -> str:
@@ -142,20 +145,11 @@ def _delete_loras(key: str, name: str) -> list[str]:
     return deleted
 
 
-def _delete_photos(record: Record, kept: Sequence[str]) -> list[str]:
-    """Delete the photos that were dropped for a training run, except from folders that other runs use."""
-    root, deleted = own_root(record["user"]), []
-    for folder in sorted({name.rpartition("/")[0] for name in record["photos"]}):
-        if folder.rpartition("/")[0] == root and not any(name.startswith(f"{folder}/") for name in kept):
-            deleted += [f"input/{name}" for name in delete_folder(folder)]
-    return deleted
-
-
 def _file(user: str | None, key: str) -> Path:
     return cache_folder() / "panels" / f"{content_key('person', user, key)}.json"
 
 
-def _read(file: Path) -> Record:
+def _record_in(file: Path) -> Record:
     with suppress(BadFile):
         record = read_json(file)
         if isinstance(record, Mapping) and {"user", "key", "begun", "run", "photos", "digests"} <= record.keys():
@@ -166,4 +160,4 @@ def _read(file: Path) -> Record:
 def _all() -> list[Record]:
     """Return the records of all users. Other files in the folder are ignored."""
     files = (cache_folder() / "panels").glob("*.json")
-    return [record for record in map(_read, files) if record]
+    return [record for record in map(_record_in, files) if record]

@@ -27,7 +27,7 @@ from ...core.photos.report import CROP, REJECT, REVIEW, USE
 from . import panel
 from .convert import FacePhotos, image_tensor, trained_family
 from .dropped import NAMES, add, folders_for, input_folder, is_hidden, own_name
-from .folders import says_no_server_paths, without_server_paths
+from .folders import refusal, says_no_server_paths, without_server_paths
 
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
@@ -161,7 +161,9 @@ class Seen:
         """Return what the node shows: a tile for each photo, one headline, and the verdict on the set."""
         tiles: list[dict[str, Any]] = [{"name": _name_below_input(photo)} for photo in self.photos]
         tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": why} for name, why in self.unread.items()]
-        headline, verdict = _in_short(self.notes), "doubtful" if self.unread else "good"
+        more = f" (and {counted(len(self.notes) - 1, 'more note')})" if len(self.notes) > 1 else ""
+        headline = self.notes[0] + more if self.notes else ""
+        verdict = "doubtful" if self.unread else "good"
         if self.report:
             headline = "; ".join(filter(None, (self.report.headline, headline)))
             all_used = len(self.report.usable) == len(self.photos) and not self.unread
@@ -170,13 +172,8 @@ class Seen:
             for tile, item, person in zip(tiles, self.report.photos, people, strict=False):
                 reasons = "; ".join(finding.sentence for finding in item.findings)
                 tile |= {"verdict": COLOURS[item.verdict], "reason": reasons, "person": person}
-        text = without_server_paths(headline)
-        return {
-            "photos": tiles,
-            "headline": text,
-            "verdict": verdict,
-            "mixed": bool(self.report and self.report.people),
-        }
+        mixed = bool(self.report and self.report.people)
+        return {"photos": tiles, "headline": without_server_paths(headline), "verdict": verdict, "mixed": mixed}
 
 
 def look(folder: str, pictures: str, user: str | None, resolution: int | None, *, strict: bool = False) -> Seen:
@@ -188,14 +185,14 @@ def look(folder: str, pictures: str, user: str | None, resolution: int | None, *
         raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a folder of them")
     list(_files(folder, pictures, user))  # report a missing file before anything is read
     notes: list[str] = []
-    photos, unread = _read(folder, pictures, user, strict=strict, on_warning=notes.append)
+    photos, unread = _read_chosen(folder, pictures, user, strict=strict, on_warning=notes.append)
     if resolution is None:
         return Seen(photos, unread, notes, None)
     network = faces_if_installed(notes.append)
     return Seen(photos, unread, notes, check_photos(photos, network, Thresholds.for_resolution(resolution)))
 
 
-def _read(
+def _read_chosen(
     folder: str, pictures: str, user: str | None, *, strict: bool, on_warning: Callable[[str], None]
 ) -> tuple[list[Photo], dict[str, str]]:
     """Read the photos. Return them, and the reason for each added picture that cannot be read, by name.
@@ -218,12 +215,6 @@ def _read(
     if not photos:
         raise BadPhoto(next(iter(unread.values()), f"{folder}: no photo in this folder can be read"))
     return photos, unread
-
-
-def _in_short(notes: list[str]) -> str:
-    """Return the first note and the number of the others; "" without notes."""
-    more = f" (and {counted(len(notes) - 1, 'more note')})" if len(notes) > 1 else ""
-    return notes[0] + more if notes else ""
 
 
 def _names(pictures: str) -> list[str]:
@@ -312,7 +303,7 @@ def add_routes() -> None:
         try:
             small = await asyncio.to_thread(_thumbnail, request.query.get("name", ""), panel.user_of(request))
         except BadPhoto as problem:
-            return _refusal(problem, 404)
+            return refusal(problem, 404)
         return web.Response(body=small, content_type="image/jpeg")
 
     @routes.post("/facelora/photos")
@@ -327,7 +318,7 @@ def add_routes() -> None:
         try:
             name = await asyncio.to_thread(add, user, person, folder, Path(file.filename).name, file.file.read())
         except (BadFile, BadPhoto) as problem:
-            return _refusal(problem, 200)  # browsers report other answers as faults of the page
+            return refusal(problem, 200)  # browsers report other answers as faults of the page
         return web.json_response({"name": name})
 
     @routes.post("/facelora/check")
@@ -344,12 +335,8 @@ def add_routes() -> None:
             resolution = found.resolution if found else given or DEFAULT_RESOLUTION
             seen = await asyncio.to_thread(look, folder, pictures, user, resolution)
         except FaceLoraError as problem:
-            return _refusal(problem, 200)  # browsers report other answers as faults of the page
+            return refusal(problem, 200)  # browsers report other answers as faults of the page
         shown = seen.shown()
         # The node's output doesn't contain file names, because everybody can read the history with --multi-user.
         shown["own_names"] = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
         return web.json_response(shown)
-
-
-def _refusal(problem: FaceLoraError, status: int) -> web.Response:
-    return web.json_response({"error": without_server_paths(str(problem))}, status=status)

@@ -113,7 +113,7 @@ class Runs:
 
     def _of(self, user: str | None) -> dict[tuple[str | None, str], State]:
         if user is not None and user not in self._states:
-            self._states[user] = _read(user)
+            self._states[user] = _saved_states(user)
         return self._states[user]
 
     def _save(self, user: str | None) -> None:
@@ -138,7 +138,7 @@ def _file(user: str) -> Path:
     return made_folder("panels") / f"{content_key('panels', user)}.json"
 
 
-def _read(user: str) -> dict[tuple[str | None, str], State]:
+def _saved_states(user: str) -> dict[tuple[str | None, str], State]:
     """Return the states saved before the server was restarted. A training run that was running then counts as stopped."""
     try:
         states = {

@@ -14,18 +14,14 @@ from ...core.errors import BadConfig, BadStylePack
 from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
 from ...core.pictures.style_picture import style_picture
 from .convert import few_steps, style_family
-from .folders import says_no_server_paths, without_server_paths
+from .folders import refusal, says_no_server_paths, without_server_paths
 
 FROM_MODEL = "that of the model"
 
 
-def user_folder() -> Path:
-    """Return the folder of users' own style packs: `style_packs` in ComfyUI's models folder."""
-    return Path(folder_paths.models_dir) / "style_packs"
-
-
 def find_packs() -> FoundPacks:
-    folder = user_folder()
+    """Return the included packs, and the users' own from the folder `style_packs` in ComfyUI's models folder."""
+    folder = Path(folder_paths.models_dir) / "style_packs"
     return find_style_packs([folder] if folder.is_dir() else [])
 
 
@@ -172,7 +168,7 @@ def add_routes() -> None:
         try:
             return web.json_response(find_packs().pick(request.query.get("pack", "")).names)
         except BadStylePack as problem:
-            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
+            return refusal(problem, 404)
 
     @routes.get("/facelora/style")
     async def style(request: web.Request) -> web.StreamResponse:
@@ -181,7 +177,7 @@ def add_routes() -> None:
             shown = pack.style(request.query.get("style", ""))
             picture = pack.picture(shown)
         except BadStylePack as problem:
-            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
+            return refusal(problem, 404)
         if picture is not None:
             return web.FileResponse(picture)
         return web.Response(text=style_picture(shown), content_type="image/svg+xml")

@@ -80,7 +80,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         return HeadshotsOutput(
             pictures=[ImageField(image_name=name) for name in names],
             likenesses=[-1.0 if shot.likeness is None else shot.likeness for shot in shots],
-            report="\n".join([_summary(shots), *progress.notes]),
+            report="\n".join([_about(shots), *progress.notes]),
         )
 
     def _draw(
@@ -115,7 +115,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         return services.save_drawn(context, image, MetadataField(values))
 
 
-def _summary(shots: list[Headshot]) -> str:
+def _about(shots: list[Headshot]) -> str:
     """Return one line about the pictures: their number, and the highest likeness if measured."""
     best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
     return counted(len(shots), "picture") + ("" if best is None else f", highest likeness {best:.2f}")

@@ -16,11 +16,10 @@ from invokeai.invocation_api import (
     invocation,
     invocation_output,
 )
-from PIL import Image
 
 from ...core.errors import BadPhoto, counted
 from ...core.faces import Reference, faces_if_installed
-from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files
+from ...core.photos import Photo, Thresholds, check_photos, format_report, read_photo_files
 from ...core.photos.report import VERDICTS
 from ...core.pictures.sheet import contact_sheet
 from . import services
@@ -113,15 +112,12 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
                 f"none of the {counted(len(photos), 'photo')} shows a face. Add photos in which the face is visible"
             )
         good = {item.photo.name for item in report.usable}
+        items = sorted(report.photos, key=lambda item: VERDICTS.index(item.verdict))
+        images = [item.photo.image(shorter_side=TILE) for item in items]
+        labels = [[item.verdict for item in items]]
+        sheet = contact_sheet([(report.headline, images)], tile=TILE, labels=labels, columns=6)
         return PhotoReportOutput(
             report="\n".join([*progress.notes, format_report(report)]),
-            sheet=ImageField(image_name=context.images.save(sheet_of(report)).image_name),
+            sheet=ImageField(image_name=context.images.save(sheet).image_name),
             photo_names=[name for name in names if name in good],
         )
-
-
-def sheet_of(report: SetReport) -> Image.Image:
-    """Draw the photos of a report with their verdicts, best first."""
-    items = sorted(report.photos, key=lambda item: VERDICTS.index(item.verdict))
-    images = [item.photo.image(shorter_side=TILE) for item in items]
-    return contact_sheet([(report.headline, images)], tile=TILE, labels=[[item.verdict for item in items]], columns=6)

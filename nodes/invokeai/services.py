@@ -111,15 +111,11 @@ def register_lora(
         records.update_model(job.config_out.key, ModelRecordChanges(trigger_phrases={trigger_phrase}))
     if cover:
         images.save(cover, job.config_out.key)
-        _mark_cover(Path(images.get_path(job.config_out.key)))
+        saved_cover = Path(images.get_path(job.config_out.key))
+        with Image.open(saved_cover) as saved:
+            small = saved.copy()
+        write_file(saved_cover, lambda file: write_picture(file, small, "WEBP"))  # with the mark of drawn pictures
     return ModelIdentifierField.from_config(job.config_out)
-
-
-def _mark_cover(path: Path) -> None:
-    """Write a cover picture again, with the mark of drawn pictures."""
-    with Image.open(path) as saved:
-        small = saved.copy()
-    write_file(path, lambda file: write_picture(file, small, "WEBP"))
 
 
 def _service(context: InvocationContext, *names: str) -> Any:

@@ -15,6 +15,7 @@ import core.pictures.group as group_module
 from core import Job, LoraFile, LoraModule, load_base
 from core.models.base import Base
 from core.pictures import Group, GroupMember, Mask, generate_group, publish
+from core.pictures.sampling import Sampling
 from core.tensor_names import NAME_TABLES
 from tests.tooling import mostly_slow
 
@@ -91,13 +92,13 @@ def drawn(
     }  # fmt: skip
 
 
-def by_euler(base: Base, predict: Any, *, seeds: Any, size: tuple[int, int], **_: Any) -> Tensor:
+def by_euler(base: Base, predict: Any, sampling: Sampling, seeds: list[int], _: Any) -> Tensor:
     """The latents to which KSampler comes by the predictions in two steps of euler, spaced as `simple` does."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     table = ((1 - (1 - betas).cumprod(0)) / (1 - betas).cumprod(0)) ** 0.5
     pixels = base.latent_shape.pixels
     generator = torch.Generator().manual_seed(seeds[0])
-    noise = torch.randn(1, 4, size[1] // pixels, size[0] // pixels, generator=generator)
+    noise = torch.randn(1, 4, sampling.size[1] // pixels, sampling.size[0] // pixels, generator=generator)
     latents = noise * float(table[999] ** 2 + 1) ** 0.5
     for at, following in ((999, float(table[499])), (499, 0.0)):
         sigma = float(table[at])

@@ -422,7 +422,7 @@ def sample_files():
 def test_what_pillow_says_of_damaged_tags_is_not_the_users_affair(tmp_path, recwarn):
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06"
     picture().save(tmp_path / "a.jpg", exif=exif)
-    photo = reading._read_photo(tmp_path / "a.jpg", 1)
+    (photo,) = read_photo_files([tmp_path / "a.jpg"], strict=True)
     photo.image()
     photo.mask()
     assert [str(warning.message) for warning in recwarn] == []
@@ -437,7 +437,7 @@ def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kin
     path = tmp_path / f"a.{ {'jpeg': 'jpg', 'tiff': 'tif'}.get(kind, kind) }"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        photo = reading._read_photo(path, 1)
+        (photo,) = read_photo_files([path], strict=True)
         assert photo.image().size == photo.size
     except BadPhoto as problem:
         assert str(problem).startswith(path.name) and "\n" not in str(problem)
