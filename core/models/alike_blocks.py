@@ -42,6 +42,10 @@ class StandIn(nn.Module):
         except AttributeError:
             return getattr(self.like[0], name)
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return those of the other block, by which blocks are ordered."""
+        return self.like[0].parameters(recurse)
+
 
 def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
     """Replace all but the first of each kind of block by stand-ins.
@@ -137,7 +141,7 @@ class AlikeBlocks:
     def _leaves_of(self, block: nn.Module) -> list[Tensor]:
         """Return the tensors in a block that get gradients: its trained parameters, or their copies."""
         if block not in self._leaves:
-            trained = dict.fromkeys(parameter for parameter in block.parameters() if parameter.requires_grad)
+            trained = dict.fromkeys(p for p in nn.Module.parameters(block) if p.requires_grad)
             copies = {stack: copy for stack, copy in self._copies.items() if stack[0] in trained}
             copied = {parameter for stack in copies for parameter in stack}
             self._leaves[block] = [*(parameter for parameter in trained if parameter not in copied), *copies.values()]

@@ -179,10 +179,9 @@ def predicted_memory(
     dtype: torch.dtype,
     plan: MemoryPlan,
     training_adapter: TrainingAdapter | None = None,
-    each_block: bool = False,
 ) -> int:
     """Return the peak memory that a training run uses on the device under a plan, in bytes (see `StepPrediction`)."""
-    return StepPrediction(cache, base, config, device, dtype, training_adapter, each_block).bytes(plan)
+    return StepPrediction(cache, base, config, device, dtype, training_adapter).bytes(plan)
 
 
 def _empty_base(
@@ -300,13 +299,8 @@ class _Empty(Stored):
 
 def _bytes_of(cache: LatentCache) -> int:
     """Return the bytes of the encoded photos and captions, which are all kept on the device."""
-    of_images = (
-        tensor
-        for image in cache.images
-        for tensor in (image.mean, image.deviation, image.mask, *image.conditioning.values())
-    )
-    of_text = (tensor for conditioning in cache.text.values() for tensor in conditioning.values())
-    return sum(tensor.nbytes for tensor in (*of_images, *of_text) if tensor is not None)
+    of_images = [(image.mean, image.deviation, image.mask, image.conditioning) for image in cache.images]
+    return sum(leaf.nbytes for leaf in tree_leaves([of_images, cache.text]) if leaf is not None)
 
 
 def choose_plan(
