@@ -41,6 +41,9 @@ from .methods.method import Adapter
 from .step import Run, memory_plans
 from .training_adapter import TrainingAdapter
 
+_CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+"""The operations that make a tensor of given numbers. Their argument is real, and their result is fake."""
+
 
 class _FakeMode(FakeTensorMode):
     """A fake mode in which a step can read what it has to.
@@ -59,10 +62,6 @@ class _FakeMode(FakeTensorMode):
             if device is None or device.type == "cpu":
                 return func(*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-_CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
-"""What torch calls for the numbers of a new tensor."""
 
 
 class StepPrediction:
