@@ -90,7 +90,12 @@ class MethodSettings(Settings):
 
     def _check(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
-            _check_patterns(name, getattr(self, name))
+            for pattern in getattr(self, name):
+                if not _PATTERN.fullmatch(pattern):
+                    raise BadConfig(
+                        f"{name}: {pattern!r} is not a valid pattern: use a part of a module's name. * is any text, [01] one "
+                        "of these characters, ^ the beginning and $ the end"
+                    )
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,9 @@ class OptimizerSettings(Settings):
     def _check(self) -> None:
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} must be less than steps = {self.steps}")
-        if self.optimizer == "prodigy":
-            self._check_prodigy()
-
-    def _check_prodigy(self) -> None:
-        """Raise BadConfig for learning rates that Prodigy cannot use, since it finds one rate for all parameters."""
-        rate = self.prodigy_rate
+        if self.optimizer != "prodigy":
+            return
+        rate = self.prodigy_rate  # Prodigy finds one rate for all parameters.
         if rate < 0.1:
             raise BadConfig(
                 f"learning_rate = {rate}: prodigy finds the rate automatically; leave it out, or set it to 1.0"
@@ -410,15 +412,6 @@ def _check_value(name: str, value: Any, hint: Any, low: float | None, high: floa
 
 
 _PATTERN = re.compile(r"\^?([\w.*-]|\\\.|\[[\w-]+\])+\$?")
-
-
-def _check_patterns(name: str, patterns: Mapping[str, float]) -> None:
-    for pattern in patterns:
-        if not _PATTERN.fullmatch(pattern):
-            raise BadConfig(
-                f"{name}: {pattern!r} is not a valid pattern: use a part of a module's name. * is any text, [01] one of these "
-                "characters, ^ the beginning and $ the end"
-            )
 
 
 def name_matches(pattern: str, name: str) -> bool:

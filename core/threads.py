@@ -44,7 +44,7 @@ def _machine_limits(root: Path) -> list[Threads]:
     """Return the limits that torch also applies. The narrower reason is first."""
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     topology = (f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list" for number in processors)
-    cores = {siblings for name in topology if (siblings := _read(root, name))}
+    cores = {siblings for name in topology if (siblings := _text_of(root, name))}
     whose = "of the machine" if len(processors) == os.cpu_count() else "that the process may run on"
     limits = [Threads(len(processors), f"processors {whose}")]
     return [Threads(len(cores), f"physical cores {whose}"), *limits] if cores else limits
@@ -52,7 +52,7 @@ def _machine_limits(root: Path) -> list[Threads]:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the core limit of each control group of the process that has one, from its own up to the root."""
-    for line in _read(root, "proc/self/cgroup").splitlines():
+    for line in _text_of(root, "proc/self/cgroup").splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -62,9 +62,9 @@ def _quotas(root: Path) -> Iterator[float]:
             while folder.startswith("sys/fs/cgroup"):
                 if controllers:
                     names = (f"{folder}/cpu.cfs_quota_us", f"{folder}/cpu.cfs_period_us")
-                    limit = [_read(root, name) for name in names]
+                    limit = [_text_of(root, name) for name in names]
                 else:
-                    limit = _read(root, f"{folder}/cpu.max").split()
+                    limit = _text_of(root, f"{folder}/cpu.max").split()
                 with suppress(ValueError, ZeroDivisionError):  # "max" or -1 means no limit; a missing file gives "".
                     quota, period = (float(number) for number in limit)
                     if quota > 0:
@@ -72,7 +72,7 @@ def _quotas(root: Path) -> Iterator[float]:
                 folder = folder.rpartition("/")[0]
 
 
-def _read(root: Path, name: str) -> str:
+def _text_of(root: Path, name: str) -> str:
     try:
         return (root / name).read_text("utf-8", errors="replace").strip()
     except OSError:

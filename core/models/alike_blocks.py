@@ -42,6 +42,10 @@ class StandIn(nn.Module):
         except AttributeError:
             return getattr(self.like[0], name)
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return those of the other block, by which blocks are ordered."""
+        return self.like[0].parameters(recurse)
+
 
 def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
     """Replace all but the first of each kind of block by stand-ins.
@@ -119,7 +123,7 @@ class AlikeBlocks:
         call = signature(forward).bind(*args, **kwargs)  # an argument may be passed by position or by name
         call.apply_defaults()
         given, spec = tree_flatten(call.arguments)
-        key = like, self._way, torch.is_grad_enabled(), str(spec), tuple(map(_described, given))
+        key = like, self._way, torch.is_grad_enabled(), str(spec), tuple(map(_outline, given))
         if key not in self._kinds:
             self._kinds[key] = self._measured(forward, call, self._leaves_of(like))
             self._staying[like] = torch.empty(0)
@@ -137,7 +141,7 @@ class AlikeBlocks:
     def _leaves_of(self, block: nn.Module) -> list[Tensor]:
         """Return the tensors in a block that get gradients: its trained parameters, or their copies."""
         if block not in self._leaves:
-            trained = dict.fromkeys(parameter for parameter in block.parameters() if parameter.requires_grad)
+            trained = dict.fromkeys(p for p in nn.Module.parameters(block) if p.requires_grad)
             copies = {stack: copy for stack, copy in self._copies.items() if stack[0] in trained}
             copied = {parameter for stack in copies for parameter in stack}
             self._leaves[block] = [*(parameter for parameter in trained if parameter not in copied), *copies.values()]
@@ -158,7 +162,7 @@ class AlikeBlocks:
             kind.operations_again = count.operations - operations
             kind.operations_of_products = products.operations
             kind.again_beside_products = products.peak_again - start
-            packed[_place(tensor)] = kept = tensor.detach()
+            packed[_address(tensor)] = kept = tensor.detach()
             return kept
 
         first_unpacked: list[int] = []
@@ -184,8 +188,8 @@ class AlikeBlocks:
             outputs = [value for value in results if isinstance(value, Tensor)]
             kind.results = [_Layout.of(value) if isinstance(value, Tensor) else value for value in results]
             end = _Outputs.apply(count, kind, *outputs)
-            places = [list(map(_place, tensors)) for tensors in (inputs, outputs)]
-            sizes = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in (*inputs, *outputs)}
+            places = [list(map(_address, tensors)) for tensors in (inputs, outputs)]
+            sizes = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in (*inputs, *outputs)}
             del inputs, replaced, given, results, outputs
             call.arguments.clear()
             alive = {place: allocated(size, count.device) for place, size in sizes.items() if count.counts(place)}
@@ -409,7 +413,7 @@ def _without_cached_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -417,14 +421,14 @@ def _structure(path: str, module: nn.Module) -> object:
     """Return a key for a module in a block. Modules with equal keys behave equally on inputs of the same layout."""
     values = {**vars(module), **module._parameters, **module._buffers}
     numbers = ("_id", "_idx", "_index")  # of blocks that store their own position in the network
-    return path, type(module), *((n, _described(value)) for n, value in values.items() if not n.endswith(numbers))
+    return path, type(module), *((n, _outline(value)) for n, value in values.items() if not n.endswith(numbers))
 
 
-def _described(value: Any) -> object:
+def _outline(value: Any) -> object:
     if isinstance(value, Tensor):
         return _Layout.of(value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return value
     if isinstance(value, tuple):
-        return tuple(map(_described, value))
+        return tuple(map(_outline, value))
     return type(value), len(value) if isinstance(value, dict | list | set) else 0

@@ -80,11 +80,14 @@ def _forward_of(layer: nn.Module, convolutions: bool) -> Callable[[Tensor], Tens
     """Return the faster form of a layer, or None if it has none."""
     if type(layer) is nn.Linear and not layer.weight.requires_grad and has_faster_products():
         return partial(_linear, layer)
-    if not convolutions or type(layer) is not nn.Conv2d or layer.weight.requires_grad or not _is_plain(layer):
+    if not convolutions or type(layer) is not nn.Conv2d or layer.weight.requires_grad:
+        return None
+    if (layer.dilation, layer.groups, layer.padding_mode) != ((1, 1), 1, "zeros") or isinstance(layer.padding, str):
         return None
     if layer.weight.numel() > _LARGE_WEIGHT:
         return partial(_with_one_product, layer)
-    gains = _has_small_kernel(layer) and min(layer.weight.shape[:2]) >= _LEAST_CHANNELS
+    is_small = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
+    gains = is_small and layer.weight.dtype == torch.float32 and min(layer.weight.shape[:2]) >= _LEAST_CHANNELS
     return _WithFewerMultiplications(layer) if gains else None
 
 
@@ -106,16 +109,6 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
         return linear(gradients[0], weight.t()), None, None
-
-
-def _is_plain(layer: nn.Conv2d) -> bool:
-    options = (layer.dilation, layer.groups, layer.padding_mode)
-    return options == ((1, 1), 1, "zeros") and not isinstance(layer.padding, str)
-
-
-def _has_small_kernel(layer: nn.Conv2d) -> bool:
-    sizes = (layer.kernel_size, layer.stride, layer.padding)
-    return sizes == ((3, 3), (1, 1), (1, 1)) and layer.weight.dtype == torch.float32
 
 
 def _with_one_product(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class MemorySaver:
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Switch to a plan. Weights that are already in 8 bits stay that way."""
-        by_size = sorted(self._blocks, key=_count_numbers)
+        by_size = sorted(self._blocks, key=lambda block: sum(map(torch.numel, block.parameters())))
         selective = plan.selective and not self._compiled
         count = int((1.0 if plan.offload and not selective else plan.recompute) * len(by_size))
         # Not a method: the denoiser and this object would refer to each other, and outlive the run.
@@ -198,12 +198,6 @@ class MemorySaver:
         """Return the tensors of the denoiser that stay on the device between two steps."""
         at_home = set(self.offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
-
-
-def _count_numbers(block: nn.Module) -> int:
-    """Count the numbers in a block. A stand-in for another block (alike_blocks.py) has as many as that one."""
-    (block,) = getattr(block, "like", (block,))
-    return sum(parameter.numel() for parameter in block.parameters())
 
 
 def _run_block(recomputed: Collection[nn.Module], selective: bool, draws: bool, block: Any, *inputs: Any) -> Any:

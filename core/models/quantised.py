@@ -164,10 +164,6 @@ def _has_scale_of_rows(shape: Shape, scales: Mapping[str, Shape]) -> bool:
     return math.prod(scale) == 1 or (scale[:1] == shape[:1] and math.prod(scale) == shape[0])
 
 
-def _fits_fp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
-    return dtype.is_floating_point and _has_scale_of_rows(shape, scales)
-
-
 def _with_scale_of_rows(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     (scale,) = scales.values()
     ones = [1] * (weight.ndim - 1)
@@ -209,15 +205,6 @@ def widen_int8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _widen_rotated(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
     return _turned_back(_times_scale(*parts), size).bfloat16().to(dtype)
-
-
-def _int8_widener(said: Mapping[str, Any]) -> Widen:
-    size = _rotated_in(said)
-    return partial(_widen_rotated, size=size) if size else widen_int8
-
-
-def _fits_int4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
-    return _fits_int8(dtype, (*shape[:-1], 2 * shape[-1]), scales, {**said, "convrot": True})
 
 
 def _widen_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
@@ -305,10 +292,21 @@ def _of_e2m1(codes: Tensor) -> Tensor:
 
 
 _FORMATS = {
-    "float8": _Format(_fits_fp8, _with_scale_of_rows, lambda said: widen_fp8),
-    "int8_tensorwise": _Format(_fits_int8, _with_scale_of_rows, _int8_widener, (".weight_scale",)),
+    "float8": _Format(
+        lambda dtype, shape, scales, _: dtype.is_floating_point and _has_scale_of_rows(shape, scales),
+        _with_scale_of_rows,
+        lambda said: widen_fp8,
+    ),
+    "int8_tensorwise": _Format(
+        _fits_int8,
+        _with_scale_of_rows,
+        lambda said: partial(_widen_rotated, size=size) if (size := _rotated_in(said)) else widen_int8,
+        (".weight_scale",),
+    ),
     "convrot_w4a4": _Format(
-        _fits_int4,
+        lambda dtype, shape, scales, said: _fits_int8(
+            dtype, (*shape[:-1], 2 * shape[-1]), scales, {**said, "convrot": True}
+        ),
         _with_scale_of_rows,
         lambda said: partial(_widen_int4, size=_rotated_in({**said, "convrot": True})),
         (".weight_scale",),

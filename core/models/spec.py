@@ -155,8 +155,10 @@ class FamilySpec:
 
     in_channels: int
     """The channels of the denoiser's input in its config. Inpainting and edit models have more."""
-    recognise: Callable[[Mapping[str, Tensor]], bool]
-    """Returns whether a checkpoint's denoiser, given by original names without a prefix, is of this family."""
+    denoiser_has: tuple[str, ...]
+    """Tensors of every denoiser of the family, by their original names without a prefix. They distinguish it from others."""
+    denoiser_lacks: tuple[str, ...] = ()
+    """Tensors of another family that also has the others."""
     split: Callable[[Mapping[str, Tensor]], dict[str, Component]]
     """Splits a checkpoint in original naming into components by part (denoiser, vae, text_encoder, ...)."""
     build: Callable[[str, dict[str, Any]], nn.Module]
@@ -232,6 +234,12 @@ class FamilySpec:
     def name(self) -> str:
         """The short name in code and messages, such as sd15."""
         return self.names.name
+
+    def recognise(self, denoiser: Mapping[str, Tensor]) -> bool:
+        """Return whether a checkpoint's denoiser, given by original names without a prefix, is of this family."""
+        return all(name in denoiser for name in self.denoiser_has) and not any(
+            name in denoiser for name in self.denoiser_lacks
+        )
 
     def is_named_distilled(self, name: str) -> bool:
         """Return whether a model's name indicates distillation to a few steps."""

@@ -148,16 +148,16 @@ def activate_once(denoiser: Any, embedding: str = "time_text_embed") -> None:
         if isinstance(module, nn.SiLU) and not path.startswith(f"{embedding}."):
             denoiser.set_submodule(path, nn.Identity())
         elif type(module).__name__ in ("AdaLayerNormZero", "AdaLayerNormZeroSingle"):
-            denoiser.set_submodule(path, _ModulatedNorm(module.linear, module.norm))
+            denoiser.set_submodule(path, _ModulatedNorm(module))
 
 
 class _ModulatedNorm(nn.Module):
     """diffusers' AdaLayerNormZero, for a time embedding that is activated already."""
 
-    def __init__(self, linear: nn.Linear, norm: nn.LayerNorm):
+    def __init__(self, replaced: Any):
         super().__init__()
-        self.linear = linear
-        self.norm = norm
+        self.linear: nn.Linear = replaced.linear
+        self.norm: nn.LayerNorm = replaced.norm
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
         """Return x (B, L, D) normed, scaled and shifted by the layer's output for `emb` (B, D'), and the gates (B, D)."""

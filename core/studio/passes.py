@@ -57,7 +57,8 @@ def count_passes(
 ) -> tuple[Passes, LatentCache]:
     """Return the passes of a training run on pictures up to that size, and a cache of one such picture and its caption.
 
-    All values in the cache are 0. `text` is the conditioning of a caption, for a base model without text encoders.
+    All values in the cache are 0, except for a text's mask. `text` is the conditioning of a caption, for a base model without
+    text encoders.
 
     A prediction is counted at three sizes. The operations at all others follow from a polynomial of the second degree in the
     number of pixels: layers grow linearly with it, attention with its square.
@@ -72,6 +73,8 @@ def count_passes(
         faked = _without_numbers(base)
         caption, made = _caption(faked, config) if text is None else (0, text)
         encode, decode = _vae(faked, sizes)
+    # Only its shapes matter, and how long its mask says it is.
+    made = {name: torch.full(value.shape, name == "context_mask", dtype=value.dtype) for name, value in made.items()}
     cache = _cache(base, config, size, made)
     with torch.random.fork_rng([]):
         step = StepPrediction(TrainingInputs(cache, faked, config, _CPU, torch.float32, adapter=training_adapter))
@@ -139,16 +142,15 @@ def _caption(base: Base, config: TrainConfig) -> tuple[int, Conditioning]:
 
 
 def _cache(base: Base, config: TrainConfig, size: Size, text: Conditioning) -> LatentCache:
-    """Return a cache of a picture of that size with a caption, with all values 0."""
+    """Return a cache of a picture of that size, with all values 0, and of its caption."""
     shape = base.latent_shape
     latent = torch.zeros(shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
     of_class = class_caption(config.class_word)
     caption = default_caption(config.trigger_word, config.class_word)
     conditioning = base.family.image_conditioning(size, (0, 0), size)
     image = EncodedImage("", latent, latent, None, conditioning, caption, of_class, repeats=1, is_class=False)
-    zeros = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in text.items()}
     captions = () if trains_text(config) else (caption, of_class, "")
-    return LatentCache((image,), dict.fromkeys(captions, zeros), chunks=1, digest="")
+    return LatentCache((image,), dict.fromkeys(captions, text), chunks=1, digest="")
 
 
 def _predict(model: AdaptedModel, base: Base, text: Conditioning, size: Size) -> None:

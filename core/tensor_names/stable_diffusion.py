@@ -21,10 +21,6 @@ def _of_diffusers_sd1(path: str) -> Fusion:
     return Fusion(ldm_unet_path(path, attention_above=lambda level: level > 0), (path,))
 
 
-def _of_diffusers_sdxl(path: str) -> Fusion:
-    return Fusion(ldm_unet_path(path), (path,))
-
-
 def _kernel(path: str, linear_projections: bool) -> int | None:
     if re.search(r"(^|\.)(conv1|conv2|conv|conv_in|conv_out)$", path):
         return 3
@@ -101,7 +97,7 @@ SDXL = NameTable(
         CLIP_G_SIGN,
     ),
     of_original=_of_original,
-    of_diffusers=_of_diffusers_sdxl,
+    of_diffusers=lambda path: Fusion(ldm_unet_path(path), (path,)),
     listings={"SDXL": Listing("SDXL 1.0", "CreativeML Open RAIL++-M")},
     loaded=loaded_names.SDXL,
     kernel=partial(_kernel, linear_projections=True),

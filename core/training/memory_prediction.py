@@ -43,6 +43,9 @@ from .methods.lora import LoraAdapter
 from .methods.method import Adapter
 from .step import Run
 
+_CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+"""The operations that make a tensor of given numbers. Their argument is real, and their result is fake."""
+
 
 class _FakeMode(FakeTensorMode):
     """A fake mode in which a step can read what it has to.
@@ -61,10 +64,6 @@ class _FakeMode(FakeTensorMode):
             if device is None or device.type == "cpu":
                 return func(*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-_CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
-"""What torch calls for the numbers of a new tensor."""
 
 
 class StepPrediction:
@@ -165,9 +164,9 @@ class StepPrediction:
         return unique_bytes(there) + trained * per_number + count.peak
 
 
-def predicted_memory(inputs: TrainingInputs, plan: MemoryPlan, each_block: bool = False) -> int:
+def predicted_memory(inputs: TrainingInputs, plan: MemoryPlan) -> int:
     """Return the peak memory that a training run uses on the device under a plan, in bytes (see `StepPrediction`)."""
-    return StepPrediction(inputs, each_block).bytes(plan)
+    return StepPrediction(inputs).bytes(plan)
 
 
 def _empty_base(mode: FakeTensorMode, inputs: TrainingInputs, marks: Callable[[str], object] | None) -> Base:
@@ -273,13 +272,8 @@ class _Empty(Stored):
 
 def _bytes_of(cache: LatentCache) -> int:
     """Return the bytes of the encoded photos and captions, which are all kept on the device."""
-    of_images = (
-        tensor
-        for image in cache.images
-        for tensor in (image.mean, image.deviation, image.mask, *image.conditioning.values())
-    )
-    of_text = (tensor for conditioning in cache.text.values() for tensor in conditioning.values())
-    return sum(tensor.nbytes for tensor in (*of_images, *of_text) if tensor is not None)
+    of_images = [(image.mean, image.deviation, image.mask, image.conditioning) for image in cache.images]
+    return sum(leaf.nbytes for leaf in tree_leaves([of_images, cache.text]) if leaf is not None)
 
 
 def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:

@@ -23,11 +23,6 @@ _MODULATOR = "distilled_guidance_layer"
 _RENAMES = (*flux1.RENAMES, (rf"{_MODULATOR}\.norms\.(\d+)\.(?:scale|weight)", rf"{_MODULATOR}.norms.\1.weight"))
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # img_in distinguishes it from Chroma Radiance, which works on pixels.
-    return all(f"{name}.weight" in denoiser for name in ("img_in", f"{_MODULATOR}.in_proj", "single_blocks.0.linear1"))
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape(f"{_MODULATOR}.in_proj.weight")
@@ -100,7 +95,8 @@ CHROMA = replace(
     text_encoders=TEXT,
     context_from={"text_encoder": 1},
     pooled_from={},
-    recognise=recognise,
+    # img_in distinguishes it from Chroma Radiance, which works on pixels.
+    denoiser_has=("img_in.weight", f"{_MODULATOR}.in_proj.weight", "single_blocks.0.linear1.weight"),
     lookalikes={DENOISER_PREFIX + "nerf_blocks.0.norm.scale": "Chroma Radiance"},
     split=split,
     build=text.builder(build_denoiser, TEXT),

@@ -26,10 +26,6 @@ _ATTENTION = r"layers\.\d+\.self_attention\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.mlp\.(gate_proj|up_proj|linear_fc2)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "layers.0.mlp.linear_fc2.weight" in denoiser and "x_embedder.proj.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
@@ -87,7 +83,7 @@ ERNIE_IMAGE = FamilySpec(
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
-    recognise=recognise,
+    denoiser_has=("layers.0.mlp.linear_fc2.weight", "x_embedder.proj.weight"),
     split=split,
     build=text.builder(build_denoiser, TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,

@@ -31,6 +31,15 @@ TEXT = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
 ROTARY_AXES = (16, 56, 56)
 """The widths of the parts of an attention head that are rotated by a position's number, row and column."""
 
+BLOCK_WEIGHTS = (
+    "double_blocks.0.img_mod.lin.weight",
+    "double_blocks.0.img_mlp.0.weight",
+    "single_blocks.0.linear1.weight",
+)
+"""Tensors of its blocks, which LongCat-Image has too."""
+TEXT_WEIGHT = "vector_in.in_layer.weight"
+"""A tensor of the pooled text's embedding."""
+
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
 RENAMES = (
     (rf"double_blocks\.(\d+)\.img_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_\2.weight"),
@@ -44,17 +53,6 @@ _ATTENTION = (
 _TRANSFORMER = (
     rf"{_ATTENTION}|{_BLOCK}\.(ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)|{_SINGLE}\.norm\.linear"
 )
-
-
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # The modulation in its blocks distinguishes it from FLUX.2 and Chroma, the pooled text from models derived from it.
-    return has_blocks(denoiser) and "vector_in.in_layer.weight" in denoiser
-
-
-def has_blocks(denoiser: Mapping[str, Tensor]) -> bool:
-    """Return whether a checkpoint's denoiser has FLUX.1's blocks. LongCat-Image has them too."""
-    names = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_mlp.0.weight", "single_blocks.0.linear1.weight")
-    return all(name in denoiser for name in names)
 
 
 def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     config = blocks_config(tensors, ROTARY_AXES) | {
-        "pooled_projection_dim": transformer.shapes_of(tensors)("vector_in.in_layer.weight")[1],
+        "pooled_projection_dim": transformer.shapes_of(tensors)(TEXT_WEIGHT)[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES, RENAMES)
@@ -133,7 +131,8 @@ FLUX1 = FamilySpec(
     pooled_from={"text_encoder": 1},
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
-    recognise=recognise,
+    # The modulation in its blocks distinguishes it from FLUX.2 and Chroma, the pooled text from models derived from it.
+    denoiser_has=(*BLOCK_WEIGHTS, TEXT_WEIGHT),
     lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
     split=split,
     build=text.builder(build_denoiser, TEXT),

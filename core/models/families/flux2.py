@@ -48,10 +48,6 @@ _ATTENTION = (
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.ff(_context)?\.linear_(in|out)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "double_stream_modulation_img.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     width, inner = transformer.shapes_of(tensors)("double_blocks.0.img_mlp.2.weight")
     config = flux1.blocks_config(tensors, ROTARY_AXES) | {
@@ -202,7 +198,7 @@ FLUX2 = FamilySpec(
     context_from={"text_encoder": len(TEXT_LAYERS)},
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
-    recognise=recognise,
+    denoiser_has=("double_stream_modulation_img.lin.weight", "single_blocks.0.linear1.weight"),
     split=split,
     build=text.builder(build_denoiser, TEXT, vae=build_vae),
     latent_shape=latent_shape,

@@ -50,10 +50,6 @@ _ATTENTION = rf"{_BLOCK}\.attn\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.ff\.linear_(in|out)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "early_stream_modulations.image.lin.weight" in denoiser and "single_blocks.0.q_proj.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("emb_in.image.weight")
@@ -129,7 +125,7 @@ FLUX3 = FamilySpec(
     context_from={"text_encoder": len(TEXT_LAYERS)},
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
-    recognise=recognise,
+    denoiser_has=("early_stream_modulations.image.lin.weight", "single_blocks.0.q_proj.weight"),
     split=split,
     build=text.builder(partial(transformer.build, "Flux3Transformer2DModel", (0, 42)), TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,

@@ -67,10 +67,6 @@ _DEVIATIONS = (
 """The deviation of each channel, from the same code."""
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "embed_image_indicator.weight" in denoiser and "layers.0.attention.qkv.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("input_proj.weight")
@@ -211,7 +207,7 @@ IDEOGRAM4 = FamilySpec(
     context_from={"text_encoder": len(TEXT_LAYERS)},
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
-    recognise=recognise,
+    denoiser_has=("embed_image_indicator.weight", "layers.0.attention.qkv.weight"),
     split=split,
     build=text.builder(build_denoiser, TEXT, vae=flux2.build_vae, last_norm=False),
     latent_shape=flux2.latent_shape,

@@ -55,10 +55,6 @@ _ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|gate|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|transformer_blocks\.\d+\.ff\.(gate|up|down)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "txtfusion.projector.weight" in denoiser and "blocks.0.attn.wq.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("first.weight")
@@ -178,7 +174,7 @@ KREA2 = FamilySpec(
     context_from={"text_encoder": len(TEXT_LAYERS)},
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
-    recognise=recognise,
+    denoiser_has=("txtfusion.projector.weight", "blocks.0.attn.wq.weight"),
     split=split,
     build=text.builder(build_denoiser, TEXT, vae=qwen_image.build_vae),
     latent_shape=qwen_image.latent_shape,

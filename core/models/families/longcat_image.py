@@ -42,10 +42,6 @@ _QUOTE = r"(?:(?<![a-zA-Z])'|'(?![a-zA-Z]))"
 _QUOTED = re.compile(rf"({_QUOTE}(?:[^']|(?<=[a-zA-Z])'(?=[a-zA-Z]))*{_QUOTE}|\"[^\"]*\"|‘[^‘’]*’|“[^“”]*”)")
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return flux1.has_blocks(denoiser) and "vector_in.in_layer.weight" not in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     config = flux1.blocks_config(tensors, flux1.ROTARY_AXES)
     denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
@@ -109,7 +105,8 @@ LONGCAT_IMAGE = FamilySpec(
     text_encoders=TEXT,
     denoiser_targets=flux1.FLUX1.denoiser_targets,
     in_channels=64,
-    recognise=recognise,
+    denoiser_has=flux1.BLOCK_WEIGHTS,
+    denoiser_lacks=(flux1.TEXT_WEIGHT,),
     split=split,
     build=text.builder(build_denoiser, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),

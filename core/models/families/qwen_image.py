@@ -38,10 +38,6 @@ _ATTENTION = rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(img|txt)_mlp\.net\.(0\.proj|2)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "txt_norm.weight" in denoiser and "transformer_blocks.0.attn.add_q_proj.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("img_in.weight")
@@ -193,7 +189,7 @@ QWEN_IMAGE = FamilySpec(
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
-    recognise=recognise,
+    denoiser_has=("txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     lookalikes={
         DENOISER_PREFIX + "__index_timestep_zero__": "Qwen-Image-Edit",
         DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",

@@ -38,10 +38,6 @@ _ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|transformer_blocks\.\d+\.img_mlp\.(gate_layer|proj|out)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "txt_in.text_norm.weight" in denoiser and "transformer_blocks.0.attn.to_q.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("img_in.weight")
@@ -231,7 +227,7 @@ QWEN_IMAGE_21 = FamilySpec(
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
-    recognise=recognise,
+    denoiser_has=("txt_in.text_norm.weight", "transformer_blocks.0.attn.to_q.weight"),
     split=split,
     build=text.builder(build_denoiser, TEXT, vae=build_vae, last_norm=False),
     latent_shape=latent_shape,

@@ -14,10 +14,6 @@ TEXT = {"text_encoder": "clip_l"}
 LATENT_SCALE = 0.18215
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return ldm.FIRST_WEIGHT in denoiser and ldm.POOLED_WEIGHT not in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     denoiser = ldm.unet_component(tensors, head_width=None)
     vae = partial(ldm.vae_component, latent_scale=LATENT_SCALE)
@@ -64,7 +60,8 @@ SD15 = FamilySpec(
     in_channels=4,
     distilled_names=ldm.DISTILLED_NAMES,
     few_steps=ldm.FEW_STEPS,
-    recognise=recognise,
+    denoiser_has=(ldm.FIRST_WEIGHT,),
+    denoiser_lacks=(ldm.POOLED_WEIGHT,),
     lookalikes={"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": "Stable Diffusion 2.x"},
     split=split,
     build=text.builder(ldm.build_unet, TEXT),

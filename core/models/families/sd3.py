@@ -35,10 +35,6 @@ _ATTENTION = rf"{_BLOCK}\.(attn2?\.(to_[qkv]|to_out\.0)|attn\.(add_[qkv]_proj|to
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return "joint_blocks.0.x_block.attn.qkv.weight" in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
@@ -116,7 +112,7 @@ SD3 = FamilySpec(
     optional_encoders=("text_encoder_3",),
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=16,
-    recognise=recognise,
+    denoiser_has=("joint_blocks.0.x_block.attn.qkv.weight",),
     split=split,
     build=text.builder(build_denoiser, TEXT),
     latent_shape=transformer.patch_latent_shape,

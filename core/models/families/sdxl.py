@@ -15,10 +15,6 @@ TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 LATENT_SCALE = 0.13025
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    return ldm.FIRST_WEIGHT in denoiser and ldm.POOLED_WEIGHT in denoiser
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     denoiser = ldm.unet_component(tensors, head_width=64)
     vae = partial(ldm.vae_component, latent_scale=LATENT_SCALE)
@@ -86,7 +82,7 @@ SDXL = FamilySpec(
     in_channels=4,
     distilled_names=ldm.DISTILLED_NAMES,
     few_steps=ldm.FEW_STEPS,
-    recognise=recognise,
+    denoiser_has=(ldm.FIRST_WEIGHT, ldm.POOLED_WEIGHT),
     lookalikes={
         "conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight": "the SDXL refiner",
         "edm_mean": "Playground v2.5 (SDXL trained as EDM)",

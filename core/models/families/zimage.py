@@ -29,12 +29,6 @@ _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
 
 
-def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # Lumina 2 has an activation instead of this modulation layer, and no padding token.
-    needed = ("layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight", "cap_pad_token")
-    return all(name in denoiser for name in needed)
-
-
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, patch = shape("x_embedder.weight")
@@ -107,7 +101,8 @@ ZIMAGE = FamilySpec(
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=16,
-    recognise=recognise,
+    # Lumina 2 has an activation instead of this modulation layer, and no padding token.
+    denoiser_has=("layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight", "cap_pad_token"),
     lookalikes={
         DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight": "Lumina 2",
         DENOISER_PREFIX + "siglip_embedder.1.weight": "Z-Image-Omni",
