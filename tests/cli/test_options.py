@@ -8,7 +8,7 @@ import pytest
 
 from core.cli.options import OneOf, Options, add_options, argument, below, filled, given_values, option, settings
 from core.cli.parser import CommandParser
-from core.cli.values import InputPath, LoraOutput, OutputFile, input_path
+from core.cli.values import InputPath, LoraOutput, WrittenFile, input_path
 
 EITHER = OneOf(required=True)
 
@@ -55,7 +55,7 @@ def test_what_is_not_given_has_its_default():
     assert (options.rank, options.word, options.tag, options.kind, options.given) == (8, [], None, None, {})
     assert not options.dry_run and options.overwrite and options.parts == Parts(vae=None)
     inputs = [value for convert, value in given_values(options) if convert is input_path]
-    outputs = [value for convert, value in given_values(options) if isinstance(convert, OutputFile)]
+    outputs = [value for convert, value in given_values(options) if isinstance(convert, WrittenFile)]
     assert inputs == [[Path("a")]] and outputs == [Path("c.safetensors")]
 
 
