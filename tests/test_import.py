@@ -90,10 +90,11 @@ def test_what_the_header_of_a_lora_says_is_told_without_any_library(tmp_path):
         assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI, "tqdm"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
-def test_help_needs_no_library(arguments):
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=" ".join)
+def test_help_and_wrong_usage_need_no_library(arguments):
     modules = modules_after(
-        f"from core.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
+        "from core.cli import main\nfor option, code in (('--help', 0), ('--unknown', 2)):\n"
+        f"    try: main([*{arguments}, option])\n    except SystemExit as end: assert end.code == code"
     )
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
@@ -112,9 +113,7 @@ def test_the_commands_of_lora_files_load_nothing_of_the_training(loaded):
 def test_the_version_is_the_one_of_the_project_file(capsys):
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     assert f'\nversion = "{core.__version__}"\n' in project
-    with pytest.raises(SystemExit) as end:
-        main(["--version"])
-    assert not end.value.code and capsys.readouterr().out == f"facelora {core.__version__}\n"
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"facelora {core.__version__}\n"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

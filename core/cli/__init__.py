@@ -9,7 +9,6 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..errors import FaceLoraError
 from .parser import Parser, did_you_mean
@@ -74,7 +73,13 @@ def _run(words: Sequence[str]) -> int:
     """Run the command that the words call, and return its exit code."""
     parser = main_parser()
     parser.add_argument("call", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    call: list[str] = parser.read(words).call
+    parsed = parser.read(words)
+    if parsed.version:
+        from ..version import __version__  # Looking it up can take a tenth of a second.
+
+        print(f"facelora {__version__}")
+        return 0
+    call: list[str] = parsed.call
     if not call:
         parser.print_help()
         return 2
@@ -106,15 +111,5 @@ def main_parser() -> Parser:
         epilog="\n".join(lines).strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="Show the version and exit")
+    parser.add_argument("--version", action="store_true", help="Show the version and exit")
     return parser
-
-
-class _ShowVersion(argparse.Action):
-    """Looks the version up only on request, since that can take a tenth of a second."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from ..version import __version__
-
-        print(f"facelora {__version__}")
-        parser.exit()

@@ -115,11 +115,10 @@ def run(options: GenerateOptions) -> None:
             jobs = pack_jobs(options, options.style_pack, base, loras, progress.warning, group)
         else:
             jobs = prompt_jobs(options, base, loras)
-        hint = few_steps_hint(base, options.steps, options.guidance)
         for line in (
             *without_trigger(loras, [job.prompt for job in jobs]),
             *unused_strengths(loras),
-            *([hint] if hint else []),
+            *few_steps_hint(base, options.steps, options.guidance),
             *unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]),
         ):
             progress.warning(line)
@@ -173,19 +172,19 @@ def _print_headshots(shots: Sequence["pictures.Headshot"], folder: Path, people:
 
 def few_steps_hint(
     base: "models.Base", steps: int | None = None, guidance: float | None = None, remedy: str | None = None
-) -> str | None:
-    """Return a line on how a base model draws if only its name shows that it was distilled; None if nothing changes.
+) -> list[str]:
+    """Return a warning on how a base model draws if only its name shows that it was distilled; empty if nothing changes.
 
     `steps` and `guidance` are the options, if they are given. `remedy` is what to do if the name is wrong; for None, give them.
     """
     own = {"--steps": (steps, f"in {base.steps} steps"), "--guidance": (guidance, "without guidance")}
     left = {option: how for option, (given, how) in own.items() if given is None}
     if not (base.few_steps and left) or base.is_distilled:
-        return None
-    return (
+        return []
+    return [
         f"{base.name}: its name says that it was distilled to a few steps, so it draws {' '.join(left.values())}; "
         "if that is wrong, " + (remedy or f"set {' and '.join(left)}")
-    )
+    ]
 
 
 def unread_syntax(texts: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from .. import lora, models, photos, pictures, studio, training  # Their modules load only when a name is used.
 from ..config import RecipeName, TrainConfig
 from ..errors import BadConfig
-from ..progress import OnWarning
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, work_in_short
 from .generate import few_steps_hint, unread_syntax
@@ -81,7 +80,8 @@ def run(options: HeadshotsOptions) -> int:
             progress.warning(problem)
         if asked.style_pack:
             found.pick(asked.style_pack)  # Raises now, not after the photos have been checked.
-        hint_at_few_steps(drawn_on or base, progress.warning)
+        for line in few_steps_hint(drawn_on or base, remedy="rename the file"):
+            progress.warning(line)
         read = photos.read_photos(options.photos, on_warning=progress.warning)
         config = training.recipe_config(asked.recipe, base, len(read), given, progress.warning)
         ready = studio.ready_photos(read, base, config, callbacks)
@@ -125,12 +125,6 @@ def bases_from(
     drawn_on = base_from(asked.draw_on, parts, schedule, other=name)
     studio.check_drawn_on(drawn_on, base)
     return base, drawn_on
-
-
-def hint_at_few_steps(base: "models.Base", on_warning: OnWarning) -> None:
-    """Warn if only the base model's name makes it draw in a few steps."""
-    if line := few_steps_hint(base, remedy="rename the file"):
-        on_warning(line)
 
 
 def unread_in_pack(pack: "pictures.StylePack", base: "models.Base") -> list[str]:

@@ -12,7 +12,7 @@ from ..errors import BadFile
 from ..storage.files import check_ending, check_replaceable, check_writable, clean_place
 from .common import DEMO, checkpoint
 from .options import Options, given_values
-from .values import EditedFile, OutputFile, OutputFolder
+from .values import EditedFile, WrittenFile, WrittenFolder
 
 
 @contextmanager
@@ -24,13 +24,13 @@ def checked_outputs(options: Options) -> Iterator[None]:
     Raises InUse while another command writes the file. For a dry run, nothing is locked or written.
     """
     given = list(given_values(options))
-    inputs = [value for kind, value in given if not isinstance(kind, OutputFile | OutputFolder)]
+    inputs = [value for kind, value in given if not isinstance(kind, WrittenFile | WrittenFolder)]
     to_lock = [path for kind, path in given if isinstance(kind, EditedFile) and os.path.isfile(path)]
     with ExitStack() as held:
         for kind, path in given:
-            if isinstance(kind, OutputFolder):
+            if isinstance(kind, WrittenFolder):
                 _check_folder(path, inputs)
-            elif isinstance(kind, OutputFile):
+            elif isinstance(kind, WrittenFile):
                 check_ending(path, Path(kind.metavar).suffix)
                 if not options.dry_run:
                     check_replaceable(path)

@@ -12,11 +12,11 @@ from ..errors import BadConfig
 from ..progress import READING
 from .common import JsonProgress, packs_for, progress_bar
 from .computing import device_from, show_work
+from .generate import few_steps_hint
 from .headshots import (
     COUNT,
     OrderOptions,
     bases_from,
-    hint_at_few_steps,
     unread_in_pack,
     usual_pack_and_size,
 )
@@ -89,9 +89,13 @@ def _make_all(options: StudioOptions) -> int:
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
     callbacks = shown(progress, stop, within_steps=True)
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
-    for problem in (*found.problems, *_unread(people, terms, base), *(refused if options.dry_run else ())):
-        callbacks.on_warning(problem)
-    hint_at_few_steps(terms.drawn_on or base, callbacks.on_warning)
+    for line in (
+        *found.problems,
+        *_unread(people, terms, base),
+        *(refused if options.dry_run else ()),
+        *few_steps_hint(drawn_on or base, remedy="rename the file"),
+    ):
+        callbacks.on_warning(line)
     if isinstance(progress, JsonProgress):
         aside = {"made_before": len(before.made_before), "refused": len(before.refused)}
         progress.print({"to_make": dataclasses.asdict(before.work), **aside, "seconds": before.seconds})

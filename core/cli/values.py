@@ -42,11 +42,11 @@ class Output:
         return input_path(text)
 
 
-class OutputFile(Output):
+class WrittenFile(Output):
     """A file to write, whose name has the ending of `metavar`."""
 
 
-class OutputFolder(Output):
+class WrittenFolder(Output):
     """A folder to write into."""
 
 
@@ -57,8 +57,8 @@ class EditedFile(Output):
 InputPath = Annotated[Path, input_path]
 InputName = Annotated[str, input_name]
 Text = Annotated[str, unicode_text]
-Folder = Annotated[Path, OutputFolder("DIR")]
-LoraOutput = Annotated[Path, OutputFile("FILE.safetensors")]
-HtmlOutput = Annotated[Path, OutputFile("FILE.html")]
-PngOutput = Annotated[Path, OutputFile("FILE.png")]
+Folder = Annotated[Path, WrittenFolder("DIR")]
+LoraOutput = Annotated[Path, WrittenFile("FILE.safetensors")]
+HtmlOutput = Annotated[Path, WrittenFile("FILE.html")]
+PngOutput = Annotated[Path, WrittenFile("FILE.png")]
 LoraEdited = Annotated[Path, EditedFile("FILE")]

@@ -8,7 +8,7 @@ import pytest
 
 from core.cli import COMMANDS, main
 from core.cli.command import command_parser
-from core.cli.values import Output, OutputFile, OutputFolder, input_path
+from core.cli.values import Output, WrittenFile, WrittenFolder, input_path
 from core.errors import BadFile
 from core.photos import is_sheet
 from core.storage.files import check_writable, write_text
@@ -42,13 +42,13 @@ INPUTS = {
 
 def test_a_home_folder_that_the_shell_has_left_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert OutputFile("FILE")("~/a.safetensors") == input_path("~/a.safetensors") == tmp_path / "a.safetensors"
-    assert input_path("~a.safetensors") == Path("~a.safetensors") and OutputFolder("DIR")("a/~") == Path("a/~")
+    assert WrittenFile("FILE")("~/a.safetensors") == input_path("~/a.safetensors") == tmp_path / "a.safetensors"
+    assert input_path("~a.safetensors") == Path("~a.safetensors") and WrittenFolder("DIR")("a/~") == Path("a/~")
 
 
 ACTIONS = [(command, action) for command in COMMANDS for action in command_parser(command)._actions]
-FILES = [(command, action) for command, action in ACTIONS if isinstance(action.type, OutputFile)]
-FOLDERS = [(command, action) for command, action in ACTIONS if isinstance(action.type, OutputFolder)]
+FILES = [(command, action) for command, action in ACTIONS if isinstance(action.type, WrittenFile)]
+FOLDERS = [(command, action) for command, action in ACTIONS if isinstance(action.type, WrittenFolder)]
 
 
 @pytest.fixture

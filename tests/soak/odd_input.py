@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from core.cli.command import command_parser
-from core.cli.values import OutputFile, OutputFolder
+from core.cli.values import WrittenFile, WrittenFolder
 from core.config import config_from, parse_toml
 from core.models import load_base
 from core.photos import prepare, read_photos
@@ -40,13 +40,13 @@ def odd_option(desk: Desk, draw: Random) -> None:
     actions = [one for one in command_parser(command)._actions if one.option_strings and one.nargs != 0]
     action = draw.choice(actions)
     places = {
-        OutputFile: ["a.safetensors", "photos/1.png", "pipe", "photos"],
-        OutputFolder: ["photos", "a.safetensors"],
+        WrittenFile: ["a.safetensors", "photos/1.png", "pipe", "photos"],
+        WrittenFolder: ["photos", "a.safetensors"],
     }
     os.mkfifo(desk.room / "pipe")
     own = [str(desk.room / name) for name in places.get(type(action.type), ["pipe", "photos", "a.safetensors"])]  # pyright: ignore
     value = draw.choice((*VALUES, *own))
-    if isinstance(action.type, (OutputFile, OutputFolder)) and value[:1] != "/":
+    if isinstance(action.type, (WrittenFile, WrittenFolder)) and value[:1] != "/":
         value = str(desk.room / value)  # nothing is written outside of the room
     before = {path: path.read_bytes() for path in (lora, photos / "1.png")}
     option_ = draw.choice(action.option_strings)
