@@ -96,7 +96,8 @@ def settings(only: Collection[str] | None = None) -> Any:
 def add_options(parser: argparse.ArgumentParser, of: type) -> None:
     """Add the arguments for the fields of the dataclass, and of the dataclasses in it."""
     groups: dict[OneOf, argparse._ActionsContainer] = {}
-    for name, hint, declared in _fields(of):
+    # argparse names missing arguments in this order: positional ones first, also those of a subclass.
+    for name, hint, declared in sorted(_fields(of), key=lambda one: not getattr(one[2], "is_positional", False)):
         if declared is None:
             add_options(parser, hint)
         elif isinstance(declared, _Settings):
