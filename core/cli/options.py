@@ -38,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Options of which only one may be given."""
+    """A group of options: only one of them may be given."""
 
     required: bool = False
 
@@ -89,7 +89,7 @@ def below() -> Any:
 
 
 def settings(only: Collection[str] | None = None) -> Any:
-    """Declare an option for each setting of a training run, or for those in `only`. The field has those that are given."""
+    """Declare an option for each setting of a training run, or for those in `only`. The field is a dict of the given ones."""
     return _Settings(only)
 
 
