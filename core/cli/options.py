@@ -38,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Options of which only one may be given."""
+    """A group of options: only one of them may be given."""
 
     required: bool = False
 
@@ -89,14 +89,15 @@ def below() -> Any:
 
 
 def settings(only: Collection[str] | None = None) -> Any:
-    """Declare an option for each setting of a training run, or for those in `only`. The field has those that are given."""
+    """Declare an option for each setting of a training run, or for those in `only`. The field is a dict of the given ones."""
     return _Settings(only)
 
 
 def add_options(parser: argparse.ArgumentParser, of: type) -> None:
     """Add the arguments for the fields of the dataclass, and of the dataclasses in it."""
     groups: dict[OneOf, argparse._ActionsContainer] = {}
-    for name, hint, declared in _fields(of):
+    # argparse names missing arguments in this order: positional ones first, also those of a subclass.
+    for name, hint, declared in sorted(_fields(of), key=lambda one: not getattr(one[2], "is_positional", False)):
         if declared is None:
             add_options(parser, hint)
         elif isinstance(declared, _Settings):
