@@ -211,7 +211,7 @@ def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
     assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
 
 
-@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "krea2", "ernie-image", "longcat-image", "ideogram4"))
+@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux3", "qwen-image-21", "longcat-image", "ideogram4"))
 def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(bases, family, tmp_path):
     def cancel(report):
         if report.step == 2:
@@ -423,6 +423,7 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
         with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
             check_base_options(read, TrainConfig())
     check_base_options(read, TrainConfig(allow_distilled=True))
+    check_base_options(read, TrainConfig(), adapted=True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: str(tmp_path))
     assert load_base("someone/klein").name == "klein"  # and not that of the folder in the cache
 

@@ -1,6 +1,5 @@
 """Ideogram 4 against diffusers' pipeline: the same weights under the original names, the same captions, the same picture."""
 
-import json
 import re
 import zlib
 from typing import Any
@@ -24,18 +23,13 @@ from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import METHODS
 from core.training.methods.method import target_modules
+from tests.models.family_parts import error_of, pipeline_with, small_qwen3vl, write_folder
 from tests.tooling import SMALL_FLOWS, caption_states, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
 CONTEXT, LAYERS = SMALL_FLOWS["ideogram4"].context, 36
 CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
-
-
-def pipeline(**parts: Any) -> Any:
-    """diffusers' pipeline with some of its parts."""
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "unconditional_transformer")
-    return diffusers.Ideogram4Pipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -84,7 +78,7 @@ def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_
     ours = base.load("denoiser", CPU, torch.float32).requires_grad_()
     prediction = FAMILY.predict(ours, latents, 1000 * times, both)
     expected = their_prediction(theirs, latents, times, both["context"], [9, 4])
-    assert (prediction - expected).norm() < 1e-5 * expected.norm()
+    assert error_of(prediction, expected) < 1e-5
     prediction.square().sum().backward()
     expected.square().sum().backward()
     gradients = dict(ours.named_parameters())
@@ -93,7 +87,7 @@ def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_
     with torch.no_grad():
         alone = {"context": states[1], "context_mask": torch.ones(1, 4)}
         prediction = FAMILY.predict(ours, latents[1:], 1000 * times[1:], alone)
-    assert (prediction - expected[1:]).norm() < 1e-5 * expected[1:].norm()
+    assert error_of(prediction, expected[1:]) < 1e-5
 
 
 def test_positions_beyond_65536_are_told_apart_in_16_bits_too():
@@ -128,26 +122,14 @@ class Words:
 @pytest.fixture(scope="module")
 def vision_model() -> Any:
     """The network that a diffusers folder has as its text encoder, narrow."""
-    sizes = {"vocab_size": 64, "hidden_size": CONTEXT // 13, "intermediate_size": 32, "num_hidden_layers": LAYERS,
-             "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-6,
-             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": CONTEXT // 13,
-              "deepstack_visual_indexes": [0]}  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=sizes, vision_config=vision)).eval()
-    model.language_model.norm.weight.data.fill_(3.0)  # which shows in states that are normed
-    return model
+    return small_qwen3vl(transformers.Qwen3VLModel, CONTEXT // 13, LAYERS)
 
 
 @pytest.fixture
 def folder(tmp_path, vision_model):
     """A diffusers folder with both denoisers."""
-    for name in ("transformer", "unconditional_transformer"):
-        random_denoiser().save_pretrained(tmp_path / name)
-    small_flow_base("ideogram4").load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
-    vision_model.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
-    return tmp_path
+    random_denoiser().save_pretrained(tmp_path / "unconditional_transformer")
+    return write_folder(tmp_path, small_flow_base("ideogram4"), vision_model, random_denoiser())
 
 
 def of_a_file(encoder: dict[str, Tensor]) -> Base:
@@ -160,11 +142,11 @@ def of_a_file(encoder: dict[str, Tensor]) -> Base:
 def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
     base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
-    pipe = pipeline(text_encoder=vision_model, tokenizer=Words())
+    pipe = pipeline_with(diffusers.Ideogram4Pipeline, text_encoder=vision_model, tokenizer=Words())
     theirs, _, _, indicator = pipe.encode_prompt(CAPTIONS, 1, 1, 40, CPU)
     for states, expected, kinds in zip(caption_states(base, CAPTIONS), theirs, indicator, strict=True):
         wanted = expected[kinds == 3]
-        assert len(states) == len(wanted) and (states - wanted).norm() < 1e-5 * wanted.norm()
+        assert len(states) == len(wanted) and error_of(states, wanted) < 1e-5
 
 
 def test_a_caption_that_is_too_long_keeps_the_end_of_the_chat(vision_model, monkeypatch):
@@ -200,8 +182,8 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
     (picture,) = decode_latents(base, vae, latents)
     scale = 32 // base.latent_shape.pixels, 48 // base.latent_shape.pixels
     noise = torch.randn(128, scale[1], scale[0], generator=torch.Generator().manual_seed(3))
-    pipe = pipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae, text_encoder=vision_model, tokenizer=Words(),
+    pipe = pipeline_with(
+        diffusers.Ideogram4Pipeline, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae, text_encoder=vision_model, tokenizer=Words(),
         transformer=random_denoiser(), unconditional_transformer=random_denoiser(),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
@@ -212,7 +194,7 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
                 "max_sequence_length": 40, "latents": tokens}  # fmt: skip
     (theirs,) = pipe(CAPTIONS[1], **settings, output_type="latent").images
     theirs = theirs.view(scale[1], scale[0], 4, 32).permute(3, 2, 0, 1).reshape(latents[0].shape)
-    assert (latents[0] - theirs).norm() < 1e-4 * theirs.norm()
+    assert error_of(latents[0], theirs) < 1e-4
     (expected,) = pipe(CAPTIONS[1], **settings, output_type="pt").images
     found = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(48, 32, 3).permute(2, 0, 1) / 255
     assert (found - expected).abs().max() < 0.02 and expected.std() > 0.02

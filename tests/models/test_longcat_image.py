@@ -22,6 +22,7 @@ from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
 from core.training.loop import train_lora
+from tests.models.family_parts import error_of, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
@@ -89,9 +90,7 @@ def language_model(monkeypatch) -> Any:
 
 
 def pipeline(**parts: Any) -> Any:
-    """diffusers' pipeline with some of its parts."""
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_processor", "transformer")
-    return diffusers.LongCatImagePipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
+    return pipeline_with(diffusers.LongCatImagePipeline, **parts)
 
 
 def as_with_transformers_4(encoder: Any) -> Any:
@@ -108,11 +107,7 @@ def as_with_transformers_4(encoder: Any) -> Any:
 @pytest.fixture
 def folder(tmp_path, language_model):
     """A diffusers folder."""
-    random_denoiser().save_pretrained(tmp_path / "transformer")
-    small_flow_base("longcat-image").load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
-    language_model.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
-    return tmp_path
+    return write_folder(tmp_path, small_flow_base("longcat-image"), language_model, random_denoiser())
 
 
 @torch.no_grad()
@@ -136,7 +131,7 @@ def test_a_file_in_original_names_predicts_what_diffusers_predicts(prefix):
         img_ids=prepare_pos_ids(1, "image", (512, 512), height=4, width=6),
     ).sample
     ours = FAMILY.predict(denoiser, latents, times, {"context": context})
-    assert (ours - pipeline()._unpack_latents(expected, 64, 96, 8)).norm() < 1e-5 * ours.norm()
+    assert error_of(ours, pipeline()._unpack_latents(expected, 64, 96, 8)) < 1e-5
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
@@ -160,7 +155,7 @@ def test_captions_have_the_states_of_diffusers_pipeline_as_its_authors_run_it(
     assert ours.keys() == {"context"} and ours["context"].shape == expected.shape == (3, 512, WIDTH)
     assert len(positions) == 512
     for states, wanted in zip(ours["context"], expected, strict=True):
-        assert (states - wanted).norm() < 1e-5 * wanted.norm()
+        assert error_of(states, wanted) < 1e-5
 
 
 def test_the_template_and_its_tokens_are_those_of_the_pipeline():
