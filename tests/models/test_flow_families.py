@@ -6,7 +6,6 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -28,12 +27,18 @@ from core.models.spec import on_device, stack_conditioning
 from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
-from core.training.callbacks import Callbacks
 from core.training.job import check_base_options, hints, train
-from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, started_run
+from tests.tooling import (
+    SMALL_FLOWS,
+    assert_goes_on_exactly,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    small_flow_base,
+    started_run,
+)
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
@@ -213,21 +218,10 @@ def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
 
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux3", "qwen-image-21", "longcat-image", "ideogram4"))
 def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(bases, family, tmp_path):
-    def cancel(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    base, state = bases[family], tmp_path / "run.state.safetensors"
-    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    base, captions = bases[family], ("a photo of sks person", "sks person, outdoors in the evening sun")
     shape = (base.latent_shape.channels, 4, 6)
     cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
-    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
-    whole = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(state_path=state, callbacks=Callbacks(on_step=cancel))
-    resumed = run(state_path=state, resume=True)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+    assert_goes_on_exactly(cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), tmp_path)
 
 
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1", "qwen-image"))
@@ -331,17 +325,6 @@ def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
         check_base_options(bases["flux1"], TrainConfig(**wrong))
 
 
-def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwise(bases):
-    base = bases["flux1"]
-    denoiser = replace(
-        base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
-    )
-    schnell = replace(base, components={**base.components, "denoiser": denoiser})
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
-        check_base_options(schnell, TrainConfig())
-    check_base_options(schnell, TrainConfig(allow_distilled=True))
-
-
 @pytest.mark.parametrize(
     ("family", "name", "steps", "shift"),
     [
@@ -396,12 +379,11 @@ def test_that_a_name_alone_makes_a_model_draw_in_few_steps_is_said(bases, name, 
     assert few_steps_hint(replace(base, says_distilled=True), steps, guidance) is None
 
 
-def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):
-    base = bases["flux1"]
-    denoiser = replace(
-        base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
-    )
-    schnell = replace(base, components={**base.components, "denoiser": denoiser})
+def test_schnell_is_refused_unless_told_otherwise_and_draws_in_four_steps_that_are_not_shifted():
+    schnell = small_flow_base("flux1", guidance_embeds=False)
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+        check_base_options(schnell, TrainConfig())
+    check_base_options(schnell, TrainConfig(allow_distilled=True))
     assert (schnell.steps, schnell.guidance) == (4, 1.0)
     times = build_sampler(None, schnell, 4, torch.zeros(1, 16, 64, 64)).timesteps
     assert times.tolist() == pytest.approx([1000, 750, 500, 250])

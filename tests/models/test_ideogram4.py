@@ -183,8 +183,9 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
     scale = 32 // base.latent_shape.pixels, 48 // base.latent_shape.pixels
     noise = torch.randn(128, scale[1], scale[0], generator=torch.Generator().manual_seed(3))
     pipe = pipeline_with(
-        diffusers.Ideogram4Pipeline, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae, text_encoder=vision_model, tokenizer=Words(),
-        transformer=random_denoiser(), unconditional_transformer=random_denoiser(),
+        diffusers.Ideogram4Pipeline, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae,
+        text_encoder=vision_model, tokenizer=Words(), transformer=random_denoiser(),
+        unconditional_transformer=random_denoiser(),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     times = base.schedule().sampling_times(3, noise[None])[:-1]  # pyright: ignore
