@@ -35,6 +35,7 @@ from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.storage.stored import LazyTensors
 from core.training.step import Run
 from tests.models.quantised_weights import stored
+from tests.models.test_base import assert_same_weights
 from tests.tooling import (
     SMALL_FLOWS,
     UNETS,
@@ -157,10 +158,7 @@ def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenize
     apart = load_base(
         files["flux"], vae=files["ae"], text_encoders=[files["t5xxl"], files["clip_l"]], tokenizer=tokenizer
     )
-    for part in ("denoiser", "vae", "text_encoder", "text_encoder_2"):
-        expected = one.load(part, CPU, torch.float32).state_dict()
-        for name, tensor in apart.load(part, CPU, torch.float32).state_dict().items():
-            assert torch.equal(tensor, expected[name]), name
+    assert_same_weights(apart, one)
 
 
 def pipelines_clip(encoder: nn.Module, config: dict[str, Any], cls: type = CLIPTextModelWithProjection) -> Any:
@@ -264,10 +262,7 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
     assert (base.family.name, base.name) == ("flux1", "flux1-q8.gguf")
     assert base.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     base.hash_files()
-    read, plain = (
-        base.load("denoiser", CPU, torch.float32),
-        load_base(parts["flux"]).load("denoiser", CPU, torch.float32),
-    )
+    read, plain = (one.load("denoiser", CPU, torch.float32) for one in (base, load_base(parts["flux"])))
     for name, parameter in read.named_parameters():
         weight = plain.get_parameter(name)
         is_quantised = name.endswith(("attn.to_out.0.weight", "attn.to_add_out.weight"))
@@ -382,14 +377,9 @@ def test_other_quantisations_are_refused_by_name(parts, tmp_path):
         {"img_in.comfy_quant": description('{"format": "nvfp4"}'), **scale},
         r"img_in\.weight is quantised as nvfp4 and lacks its scales",
     )
+    odd_groups = description('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 48}')
     refused(
-        {
-            "img_in.comfy_quant": description(
-                '{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 48}'
-            ),
-            "img_in.weight": fp8.to(torch.int8),
-            **scale,
-        },
+        {"img_in.comfy_quant": odd_groups, "img_in.weight": fp8.to(torch.int8), **scale},
         r"img_in\.weight .* has scales of \[\], which do not fit it as int8_tensorwise",
     )
     refused({"img_in.comfy_quant": description("[]"), **scale}, "the description of its quantised layers")
@@ -499,38 +489,14 @@ def test_the_command_line_trains_and_draws_from_files_apart(files, tokenizer, ph
     base = ["--base", files["flux"], "--vae", files["ae"], "--text-encoder", files["clip_l"],
             "--text-encoder", files["t5xxl"], "--tokenizer", tokenizer, "--device", "cpu"]  # fmt: skip
     output = tmp_path / "me.safetensors"
-    train = [
-        "train",
-        photo_folder,
-        *base,
-        "--output",
-        output,
-        "--steps",
-        2,
-        "--rank",
-        2,
-        "--resolution",
-        64,
-        "--no-check-photos",
-    ]
+    options = ["--steps", "2", "--rank", "2", "--resolution", "64", "--no-check-photos"]
+    train = ["train", photo_folder, *base, "--output", output, *options]
     assert main([str(argument) for argument in train]) in (0, None)
     lora = LoraFile.read(output)
     assert lora.family == "flux1" and "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in lora.tensors
     pictures = tmp_path / "pictures"
-    generate = [
-        "generate",
-        *base,
-        "--lora",
-        output,
-        "--output",
-        pictures,
-        "--count",
-        1,
-        "--steps",
-        2,
-        "--size",
-        "64x64",
-    ]
+    options = ["--count", "1", "--steps", "2", "--size", "64x64"]
+    generate = ["generate", *base, "--lora", output, "--output", pictures, *options]
     assert main([str(argument) for argument in generate]) in (0, None)
     assert len(list(pictures.glob("*.png"))) >= 1
 
@@ -546,11 +512,6 @@ CHECKPOINT_PREFIXES = {
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def weights_of(base: Base) -> dict[str, Tensor]:
-    states = {part: base.load(part, CPU, torch.float32).state_dict() for part in base.components}
-    return {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
 
 
 @pytest.fixture
@@ -584,8 +545,7 @@ def sd_files(small_sd15, small_sdxl, tmp_path) -> Callable[[str, str], dict[str,
 def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, small_sdxl, family, naming):
     whole = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
     apart = load_base(**sd_files(family, naming))
-    ours, theirs = weights_of(apart), weights_of(whole)
-    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(apart, whole)
     assert apart.family is whole.family and apart.identity == whole.identity
     assert {part: one.config for part, one in apart.components.items()} == {
         part: one.config for part, one in whole.components.items()
@@ -618,14 +578,6 @@ def test_a_text_encoder_that_is_given_takes_the_place_of_the_checkpoints(small_s
     name = "text_model.final_layer_norm.weight"
     assert torch.equal(base.components["text_encoder"].tensors[name], other[name])
     assert base.identity != whole.identity
-
-
-def test_stable_diffusion_says_what_is_missing_when_it_is_needed(sd_files):
-    base = load_base(sd_files("sdxl", "bare")["source"])
-    with pytest.raises(BadFile, match=r"unet\.safetensors: has no vae\. Give its file too \(vae\)"):
-        base.load("vae", CPU, torch.float32)
-    with pytest.raises(BadFile, match=r"has no text encoder\. Give its file too \(text_encoders\)"):
-        base.load_text_encoders(CPU, torch.float32)
 
 
 def saved_by_comfyui(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

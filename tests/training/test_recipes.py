@@ -129,21 +129,9 @@ def test_an_unknown_recipe_lists_the_known_ones():
 def test_the_command_line_takes_the_recipe_of_the_base_s_family(small_sdxl, photo_folder, tmp_path):
     parser = argparse.ArgumentParser()
     add_train(parser)
-    given = [
-        "--recipe",
-        "fast",
-        "--steps",
-        "1",
-        "--resolution",
-        "32",
-        "--upscale",
-        "--no-check-photos",
-        "--device",
-        "cpu",
-        "--output",
-    ]
+    settings = "--recipe fast --steps 1 --resolution 32 --upscale --no-check-photos --device cpu --output"
     output = tmp_path / "lora.safetensors"
-    run_train(parser.parse_args([str(photo_folder), "--base", str(small_sdxl), *given, str(output)]))
+    run_train(parser.parse_args([str(photo_folder), "--base", str(small_sdxl), *settings.split(), str(output)]))
     metadata = LoraFile.read(output).metadata
     expected = FAMILIES["sdxl"].recipes["fast"]
     assert metadata["ss_network_dim"] == str(expected.rank)

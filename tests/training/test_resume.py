@@ -181,22 +181,6 @@ def test_a_signal_while_a_sample_is_drawn_stops_the_run_before_it_is_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["face.state.safetensors"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_process_with_a_state_from_which_it_goes_on(tmp_path, small_sd15, photo_folder, number):
-    arguments = command(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "100000")
-    run = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    next(line for line in run.stdout if '"training"' in line)
-    run.send_signal(number)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1
-    assert errors.startswith("facelora: stopped after step ") and errors.count("\n") == 1
-    state = SafetensorsFile.open(tmp_path / "face.state.safetensors")
-    step = int(state.metadata["step"])
-    assert f"stopped after step {step} of" in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["face.state.safetensors"]
-
-
 @pytest.mark.parametrize("build", [
     lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     lambda p: prodigy(p),
