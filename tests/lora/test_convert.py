@@ -280,12 +280,6 @@ def test_alpha_and_magnitude_of_peft_are_written_as_kohyas_readers_expect_them()
     assert float(converted.tensors[f"{name}.alpha"]) == 6
 
 
-def test_embeddings_in_the_file_come_along():
-    tensors = kohya_tensors(some("sd15")) | {"bundle_emb.face.string_to_param.*": torch.randn(2, 768)}
-    converted, _ = convert_lora(LoraFile.from_tensors(tensors, {}), "comfy")
-    assert "bundle_emb.face.string_to_param.*" in converted.tensors
-
-
 def test_what_is_made_of_a_lora_is_not_taken_for_what_was_trained():
     lora = LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=2), {KEY: "0123", "ss_steps": "800"})
     made = [convert_lora(lora, "comfy"), convert_lora(lora, "kohya", plain_rank=2), resize_lora(lora, rank=1)]
@@ -312,7 +306,11 @@ SHAPES = {
         ("norm_out.linear", (24, 12)),
         ("transformer_blocks.1.norm1_context.linear", (72, 12)),
     ],
-    "flux1": [("single_transformer_blocks.3.proj_mlp", (48, 12)), ("single_transformer_blocks.3.attn.to_k", (12, 12))],
+    "flux1": [
+        ("single_transformer_blocks.3.proj_mlp", (48, 12)),
+        ("single_transformer_blocks.3.attn.to_k", (12, 12)),
+        ("norm_out.linear", (24, 12)),
+    ],
     "chroma": [("transformer_blocks.2.attn.add_k_proj", (12, 12)), ("transformer_blocks.2.attn.to_out.0", (12, 12))],
     "flux2": [("single_transformer_blocks.3.attn.to_qkv_mlp_proj", (108, 12)), ("norm_out.linear", (24, 12))],
     "flux3": [("mode_blocks.image.0.attn.to_k", (12, 12)), ("single_transformer_blocks.3.ff.linear_in", (72, 12))],

@@ -286,17 +286,6 @@ def test_a_text_encoder_on_another_device_is_there_with_all_of_it(small_bases):
         }
 
 
-def test_parts_of_clip_that_no_picture_depends_on_are_passed_over(tmp_path):
-    prefix = "cond_stage_model.transformer."
-    extra = {
-        f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None],
-        f"{prefix}text_projection.weight": torch.zeros(64, 64),
-        f"{prefix}logit_scale": torch.zeros(()),
-    }
-    base = load_base(write_checkpoint(tmp_path / "merged.safetensors", SMALL_SD15, extra=extra))
-    assert base.load("text_encoder", CPU, torch.float32)
-
-
 def test_reading_a_base_holds_no_weight_twice(small_sd15):
     base = load_base(small_sd15)
     denoiser = base.load("denoiser", CPU, torch.float32)

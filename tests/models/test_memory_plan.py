@@ -644,14 +644,6 @@ def test_transformers_whose_weights_come_block_by_block_train_the_same(family):
     assert_trained_alike(offloaded.parameters, plain.parameters)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", SMALL_FLOWS)
-def test_transformers_are_planned_like_unets(family):
-    base, cache = small_flow(family)
-    needs = [predicted_memory(cache, base, CONFIG, CPU, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
-    assert needs[1] < needs[0]
-
-
 SELECTIVE = (MemoryPlan(selective=True), MemoryPlan(0.5, offload=1.0, selective=True))
 
 

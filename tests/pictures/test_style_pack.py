@@ -387,14 +387,6 @@ def test_a_picture_that_is_not_there_is_no_picture(tmp_path):
     assert pack.picture(pack.styles[0]) is None
 
 
-@pytest.mark.parametrize("name", PATH_TRICKS)
-def test_path_tricks_in_the_name_of_a_picture_are_refused(name, tmp_path):
-    path = write(tmp_path / "a.json", good_pack(good_style(picture=name), good_style(name="Good")))
-    pack, problems = read_style_pack(path)
-    assert pack.names == ["Good"]
-    assert problems[0].startswith("a.json: style 'Plain': picture: ")
-
-
 @pytest.mark.parametrize("name", ["a" * 300 + ".jpg", "loop.jpg"])
 def test_a_picture_that_cannot_be_looked_up_is_named(name, tmp_path):
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")

@@ -85,12 +85,6 @@ def test_a_second_run_loads_no_encoder_and_gives_the_same(dataset, base, monkeyp
     assert all(torch.equal(first.text[c]["context"], second.text[c]["context"]) for c in first.text)
 
 
-def test_each_encoder_is_loaded_once(dataset, base, monkeypatch):
-    loaded = loads(monkeypatch)
-    encode(dataset, base, CONFIG, device=CPU)
-    assert loaded == ["vae", "text_encoder"]
-
-
 @pytest.mark.parametrize(
     ("part", "tensor", "said"),
     [

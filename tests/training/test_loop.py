@@ -402,33 +402,6 @@ def test_a_run_inside_inference_mode_trains_on_tensors_made_there(bases, caches)
     assert all(module.up.abs().max() > 0 for module in lora.modules().values())  # pyright: ignore
 
 
-def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bases, caches, tmp_path):
-    class Interrupt(BaseException):
-        """ComfyUI's cancel is no Exception either."""
-
-    def cancel(report):
-        if report.step == 2:
-            raise Interrupt
-
-    cache, base, config = person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, steps=4)
-    state = tmp_path / "run.state.safetensors"
-    with pytest.raises(Interrupt):
-        train_lora(cache, base, config, device=CPU, state_path=state, callbacks=Callbacks(on_step=cancel))
-    steps = []
-    resumed = train_lora(
-        cache,
-        base,
-        config,
-        device=CPU,
-        state_path=state,
-        resume=True,
-        callbacks=Callbacks(on_step=lambda report: steps.append(report.step)),
-    )
-    whole = train_lora(cache, base, config, device=CPU)
-    assert steps == [3, 4]
-    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())  # pyright: ignore
-
-
 def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches, tmp_path):
     def cancel():
         raise KeyboardInterrupt

@@ -200,7 +200,7 @@ def test_a_file_of_another_method_or_rank_to_go_on_from_is_refused(bases, method
         adapter_of(base, replace(config_of(method), rank=2), continue_from=same.export(same.parameters(), base, {}))
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS, "dora", "textual-inversion", "pivotal", "dreambooth"))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "lora", "dora", "textual-inversion", "pivotal", "dreambooth"))
 def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path):
     assert_goes_on_exactly(caches["sd15"], bases["sd15"], config_of(method), tmp_path)
 

@@ -295,13 +295,6 @@ def test_a_file_with_a_bit_that_has_flipped_is_neither_taken_nor_copied(job, bas
     assert path.read_bytes() == data
 
 
-def test_two_jobs_one_after_the_other_are_two_files(job, base, loras):
-    second_job = replace(job, name="berta", config=replace(CONFIG, seed=2))
-    first, second = trained(job, base, loras).path, trained(second_job, base, loras).path
-    assert files(loras) == ["anna.safetensors", "berta.safetensors"]
-    assert not same(first, second)
-
-
 def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_trained(job, base, tmp_path):
     (tmp_path / "loras").write_text("a file")
     with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
@@ -648,29 +641,6 @@ def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_jo
     assert same(made.path, whole)
     assert made.run.history() == history
     assert not state_of(long_job, base).exists()
-
-
-@pytest.mark.slow
-def test_cancelled_in_the_middle_of_a_step_it_makes_that_step_again(long_job, base, loras, tmp_path):
-    whole, _ = whole_run(long_job, base, tmp_path / "whole")
-    steps: list[int] = []
-    calls_after: list[int] = []
-
-    def check() -> None:
-        if steps[-1:] == [3]:
-            calls_after.append(1)
-        if len(calls_after) == 3:
-            raise Cancel
-
-    with pytest.raises(Cancel):
-        find_or_train(
-            long_job,
-            base,
-            [loras],
-            callbacks=Callbacks(on_step=lambda report: steps.append(report.step), check_cancelled=check),
-        )
-    assert SafetensorsFile.open(state_of(long_job, base)).metadata["step"] == "3"
-    assert same(trained(long_job, base, loras).path, whole)
 
 
 def test_under_another_name_an_unfinished_run_goes_on(long_job, base, loras):
