@@ -416,6 +416,13 @@ def assert_goes_on_exactly(cache: LatentCache, base: Base, config: TrainConfig, 
     return whole.tensors
 
 
+def cache_of(base: Base, count: int = 1, side: int = 16) -> LatentCache:
+    """So many pictures of random latents of that side, all with one caption."""
+    shape = (base.latent_shape.channels, side, side)
+    images = [encoded_image(base, f"{n}.png", "a photo of sks person", n, shape=shape) for n in range(1, count + 1)]
+    return encoded_cache(base, images)
+
+
 @contextmanager
 def held_elsewhere(path: Path) -> Iterator[None]:
     """Within it another thread holds the lock of the path, as another run would."""

@@ -205,24 +205,6 @@ def test_a_pipeline_that_is_not_known_is_refused_with_those_that_are(loras):
         apply(loras["sd15"], WanPipeline())
 
 
-def test_a_loha_is_applied_too(bases):
-    """LyCORIS: the change is (w1_a w1_b) * (w2_a w2_b) * alpha / rank."""
-    generator = torch.Generator().manual_seed(1)
-    denoiser = bases["sd15"].load("denoiser", CPU, torch.float32)
-    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    weight = denoiser.get_submodule(path).weight.clone()  # pyright: ignore
-    parts = {
-        "hada_w1_a": torch.randn(32, 2, generator=generator), "hada_w1_b": torch.randn(2, 32, generator=generator),
-        "hada_w2_a": torch.randn(32, 2, generator=generator), "hada_w2_b": torch.randn(2, 32, generator=generator),
-    }  # fmt: skip
-    name = f"lora_unet_{path.replace('.', '_')}"
-    tensors = {f"{name}.{role}": tensor for role, tensor in parts.items()} | {f"{name}.alpha": torch.tensor(1.0)}
-    lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"})
-    apply(lora, {"family": "sd15", "denoiser": denoiser})
-    first, second = parts["hada_w1_a"] @ parts["hada_w1_b"], parts["hada_w2_a"] @ parts["hada_w2_b"]
-    torch.testing.assert_close(denoiser.get_submodule(path).weight, weight + 0.5 * first * second)  # pyright: ignore
-
-
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 DOWN_UP = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2), "alpha": torch.tensor(1.0)}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models.base import Base
+from core.tensor_names import NAME_TABLES
 from tests.tooling import random_lora
 
 CPU = torch.device("cpu")
@@ -38,6 +39,19 @@ def rough_weights(network: Any, scale: float = 0.1) -> Any:
     for parameter in network.parameters():
         parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return network.eval()
+
+
+def in_original_names(weights: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """A denoiser's weights as in the authors' file, from those of diffusers: q, k and v may be in one."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in weights.items():
+        path, _, kind = name.rpartition(".")
+        fusion = NAME_TABLES[family].of_diffusers(path)
+        if fusion.halves_swapped:
+            tensor = tensor.roll(len(tensor) // 2, 0)
+        whole = f"{fusion.original}.{'scale' if fusion.original.endswith('_norm') else kind}"
+        parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
+    return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
 
 
 def wide_weights(network: nn.Module, width: int) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ from core.training.memory_prediction import StepPrediction, choose_plan
 from core.training.methods import METHODS
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
-from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
-from tools.memory_tables import MODELS, base_of, cache_of, config_of
+from tests.tooling import UNETS, cache_of, mostly_slow, random_lora, small_flow_base
+from tools.memory_tables import MODELS, base_of, config_of
+from tools.memory_tables import cache_of as published_cache
 from tools.small_flows import SMALL_FLOWS
 
 CPU = torch.device("cpu")
@@ -48,8 +49,7 @@ def assert_predicted_alike(
     base: Base, config: TrainConfig, plans=TRIED, adapter: TrainingAdapter | None = None
 ) -> tuple[StepPrediction, StepPrediction]:
     """The memory of each plan is told by one block of each kind as by all. Both predictions."""
-    shape = (base.latent_shape.channels, 32, 32)
-    cache = encoded_cache(base, [encoded_image(base, f"{n}.png", "a photo of sks", n, shape=shape) for n in (1, 2)])
+    cache = cache_of(base, 2, side=32)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     found, each = (
         StepPrediction(cache, base, config, CPU, dtype, adapter, each_block=each_block) for each_block in (False, True)
@@ -117,9 +117,7 @@ def test_it_does_so_for_weights_that_are_narrow_in_their_file(form, monkeypatch)
 
 def test_blocks_that_differ_in_their_rank_are_not_alike():
     base = deep_flow("ideogram4")
-    cache = encoded_cache(
-        base, [encoded_image(base, "1.png", "a photo of sks", 1, shape=(base.latent_shape.channels, 8, 8))]
-    )
+    cache = cache_of(base, side=8)
 
     def kinds(config: TrainConfig) -> int:
         run = StepPrediction(cache, base, config, CPU, torch.float32).run
@@ -134,7 +132,7 @@ def test_the_memory_of_each_published_size_can_be_predicted(name):
     """Many layers, of which the prediction has few. That was once taken for a damaged config."""
     model = MODELS[name]
     base = base_of(model)
-    prediction = StepPrediction(cache_of(model, base), base, config_of(model), CPU, torch.bfloat16)
+    prediction = StepPrediction(published_cache(model, base), base, config_of(model), CPU, torch.bfloat16)
     weights = base.weight_bytes("denoiser", torch.bfloat16)
     assert weights < prediction.bytes(MemoryPlan()) < 6 * weights
 
@@ -145,7 +143,7 @@ def seconds_to_choose(name: str, limit: float) -> tuple[float, str]:
     base = base_of(model)  # loads diffusers, which a training has loaded by then
     config = replace(config_of(model), memory_limit=limit)
     started = time.process_time()
-    plan = choose_plan(cache_of(model, base), base, config, CPU, torch.bfloat16, lambda _: None)
+    plan = choose_plan(published_cache(model, base), base, config, CPU, torch.bfloat16, lambda _: None)
     return time.process_time() - started, str(plan)
 
 

@@ -34,6 +34,7 @@ from core.pictures.generate import Job, generate
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.storage.stored import LazyTensors
 from core.training.step import Run
+from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
 from tests.models.test_base import assert_same_weights
 from tests.tooling import (
@@ -44,6 +45,7 @@ from tests.tooling import (
     encoded_image,
     mostly_slow,
     random_lora,
+    small_flow_base,
     write_gguf,
 )
 
@@ -69,30 +71,6 @@ SD3_SHAPES = {
 """What tells an SD3 and its sizes, for what asks nothing more of the denoiser."""
 
 
-def flux1_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of Black Forest Labs' model with one double and two single blocks of one head."""
-
-    def linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    shapes = linear("img_in", WIDTH, 64) | linear("txt_in", WIDTH, 32) | linear("final_layer.linear", 64, WIDTH)
-    shapes |= linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
-    for name, inputs in (("time_in", 256), ("vector_in", 24), ("guidance_in", 256)):
-        shapes |= linear(f"{name}.in_layer", WIDTH, inputs) | linear(f"{name}.out_layer", WIDTH, WIDTH)
-    for stream in ("img", "txt"):
-        block = f"double_blocks.0.{stream}"
-        shapes |= linear(f"{block}_mod.lin", 6 * WIDTH, WIDTH) | linear(f"{block}_attn.qkv", 3 * WIDTH, WIDTH)
-        shapes |= linear(f"{block}_attn.proj", WIDTH, WIDTH)
-        shapes |= linear(f"{block}_mlp.0", 4 * WIDTH, WIDTH) | linear(f"{block}_mlp.2", WIDTH, 4 * WIDTH)
-        shapes |= {f"{block}_attn.norm.{x}_norm.scale": (WIDTH,) for x in ("query", "key")}
-    for number in range(2):
-        block = f"single_blocks.{number}"
-        shapes |= linear(f"{block}.linear1", 7 * WIDTH, WIDTH) | linear(f"{block}.linear2", WIDTH, 5 * WIDTH)
-        shapes |= linear(f"{block}.modulation.lin", 3 * WIDTH, WIDTH)
-        shapes |= {f"{block}.norm.{x}_norm.scale": (WIDTH,) for x in ("query", "key")}
-    return shapes
-
-
 def qwen3_shapes(width: int) -> dict[str, tuple[int, ...]]:
     """What tells a Qwen3 of that width, as in its own files."""
     layer = "model.layers.0."
@@ -113,14 +91,13 @@ def state_of(kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def parts() -> dict[str, dict[str, Tensor]]:
     """Part -> its tensors, as they stand in a file of its own."""
-    draw = RandomTensors(flux1_shapes(), torch.float32, seed=1)
     t5_state = state_of("t5xxl", T5)
     del t5_state["encoder.embed_tokens.weight"]  # files have one of its two names
     vae_state = {
         ldm.ldm_vae_path(name, 2): tensor for name, tensor in state_of("vae", SMALL_FLOWS["flux1"].vae).items()
     }
     return {
-        "flux": {name: draw(name) for name in draw.layout},
+        "flux": in_original_names(small_flow_base("flux1").components["denoiser"].tensors, "flux1"),
         "clip_l": state_of("clip_l", CLIP_L),
         "t5xxl": t5_state,
         "ae": vae_state,

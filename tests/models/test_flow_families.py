@@ -27,12 +27,14 @@ from core.models.spec import on_device, stack_conditioning
 from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
+from core.training.encode import LatentCache
 from core.training.job import check_base_options, hints, train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from tests.tooling import (
     SMALL_FLOWS,
     assert_goes_on_exactly,
+    cache_of,
     encoded_cache,
     encoded_image,
     mostly_slow,
@@ -49,12 +51,18 @@ def bases() -> dict[str, Base]:
     return {name: small_flow_base(name) for name in SMALL_FLOWS}
 
 
+def cache_on_two(base: Base, size: tuple[int, int] = (8, 12)) -> LatentCache:
+    """Two pictures with captions of different lengths."""
+    shape, captions = (
+        (base.latent_shape.channels, *size),
+        ("a photo of sks person", "sks person, outdoors in the evening sun"),
+    )
+    return encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
+
+
 def run_on_two(base: Base, config: TrainConfig) -> Run:
-    """A run on two pictures with captions of different lengths, whose adapter already changes something."""
-    shape = (base.latent_shape.channels, 8, 12)
-    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
-    return started_run(cache, base, config)
+    """A run whose adapter already changes something."""
+    return started_run(cache_on_two(base), base, config)
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -208,8 +216,7 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
 @pytest.mark.parametrize("family", [name for name in SMALL_FLOWS if name != "sd3"])  # whose small blocks differ in size
 def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
     base = bases[family]
-    shape = (base.latent_shape.channels, 16 * base.latent_shape.positions_side, 16 * base.latent_shape.positions_side)
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
+    cache = cache_of(base, side=16 * base.latent_shape.positions_side)
     config = TrainConfig(rank=2, precision="bf16")
     plans = (PLANS[0], PLANS[2], PLANS[-1])
     needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
@@ -218,9 +225,8 @@ def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
 
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux3", "qwen-image-21", "longcat-image", "ideogram4"))
 def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(bases, family, tmp_path):
-    base, captions = bases[family], ("a photo of sks person", "sks person, outdoors in the evening sun")
-    shape = (base.latent_shape.channels, 4, 6)
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
+    base = bases[family]
+    cache = cache_on_two(base, (4, 6))
     assert_goes_on_exactly(cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), tmp_path)
 
 
@@ -337,11 +343,16 @@ def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
         ("flux2", "flux-2-klein-4b.safetensors", 4, None),
         ("flux3", "flux3-image-klein.safetensors", None, None),  # whose tensors tell
         ("krea2", "krea2_raw_bf16.safetensors", None, None),
+        ("zimage", "z_image_bf16.safetensors", None, None),
+        ("flux2", "flux-2-klein-base-4b-fp8.safetensors", None, None),
+        ("ernie-image", "ernie-image.safetensors", None, None),
         ("chroma", "chroma-flash.safetensors", None, None),
         ("flux1", "flux1-dev-turbo.safetensors", None, None),  # which takes its guidance as a number
     ],
 )
-def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guidance(bases, family, name, steps, shift):
+def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_and_is_not_to_be_trained(
+    bases, family, name, steps, shift
+):
     base = replace(bases[family], name=name)
     asked = Job("a photo", seed=1, steps=33, guidance=2.5)
     job, spec = asked.on(base), base.family
@@ -350,6 +361,10 @@ def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guida
     for latents in (torch.zeros(1, 16, 32, 32), torch.zeros(1, 16, 128, 96)):
         expected = base.schedule().shift_for(latents) if shift is None else shift
         assert base.sampling_schedule().shift_for(latents) == pytest.approx(expected)
+    warning, drawn_as_others = "".join(hints(base, TrainConfig(), False, CPU)), ("chroma-flash", "flux1-dev-turbo")
+    said = f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
+    assert warning.startswith(said) if steps or name.startswith(drawn_as_others) else not warning
+    assert not [*hints(base, TrainConfig(allow_distilled=True), False, CPU)]
 
 
 @pytest.mark.parametrize(("given", "drawn"), [((None, None), (8, 1.0)), ((12, 2.0), (12, 2.0))])
@@ -408,24 +423,3 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
     check_base_options(read, TrainConfig(), adapted=True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: str(tmp_path))
     assert load_base("someone/klein").name == "klein"  # and not that of the folder in the cache
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "distilled"),
-    [
-        ("zimage", "z_image_turbo_bf16.safetensors", True),
-        ("zimage", "z_image_bf16.safetensors", False),
-        ("flux2", "flux-2-klein-4b-fp8.safetensors", True),
-        ("flux2", "flux-2-klein-base-4b-fp8.safetensors", False),
-        ("sd3", "sd3.5_large_turbo.safetensors", True),
-        ("ernie-image", "ernie-image-turbo.safetensors", True),
-        ("ernie-image", "ernie-image.safetensors", False),
-    ],
-)
-def test_training_warns_where_only_the_name_says_that_a_model_is_distilled(bases, family, name, distilled):
-    base = replace(bases[family], name=name)
-    hint = "".join(hints(base, TrainConfig(), False, CPU))
-    assert bool(hint) == distilled and not [*hints(base, TrainConfig(allow_distilled=True), False, CPU)]
-    assert not hint or hint.startswith(
-        f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
-    )

@@ -34,6 +34,7 @@ from core.training.job import check_base_options
 from tests.models.family_parts import (
     assert_diffusers_loads_whole,
     error_of,
+    in_original_names,
     published_lora,
     rough_weights,
     small_qwen3vl,
@@ -59,14 +60,7 @@ def random_denoiser(**config: Any) -> Any:
 
 def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as the authors' file has them, from those of diffusers, which its own converter makes of them again."""
-    names = NAME_TABLES["flux3"]
-    original = {}
-    for name, tensor in tensors.items():
-        path, _, kind = name.rpartition(".")
-        fusion = names.of_diffusers(path)
-        norm = fusion.original.endswith("_norm")
-        value = tensor.roll(len(tensor) // 2, 0) if fusion.halves_swapped else tensor
-        original[f"{fusion.original}.{'scale' if norm else kind}"] = value
+    original = in_original_names(tensors, "flux3")
     converted = convert_flux3_transformer_checkpoint_to_diffusers(dict(original))
     assert converted.keys() == tensors.keys()
     assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())

@@ -24,7 +24,7 @@ from core.training.loop import train_lora
 from core.training.methods import METHODS
 from core.training.methods.method import target_modules
 from tests.models.family_parts import error_of, pipeline_with, small_qwen3vl, write_folder
-from tests.tooling import SMALL_FLOWS, caption_states, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
+from tests.tooling import SMALL_FLOWS, cache_of, caption_states, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
@@ -292,9 +292,8 @@ def test_other_kinds_of_adapter_leave_out_q_k_and_v_which_comfyui_knows_as_one(m
 @pytest.mark.parametrize("method", ["lora", "lokr"])
 def test_a_training_says_once_what_its_method_leaves_out(method):
     base, warnings = small_flow_base("ideogram4"), []
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 4, 4))])
     config = TrainConfig(method=method, rank=2, steps=2, targets="attention", precision="fp32")
-    train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
+    train_lora(cache_of(base, side=4), base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     left_out = (
         "method 'lokr' leaves out 6 modules of targets = 'attention', such as layers.0.attention.to_q: they are parts of one "
         "layer in files of ideogram4, where only method 'lora' fits"

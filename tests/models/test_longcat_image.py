@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import TrainConfig
 from core.errors import UnknownFamily
@@ -22,7 +22,7 @@ from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
 from core.training.loop import train_lora
-from tests.models.family_parts import error_of, pipeline_with, write_folder
+from tests.models.family_parts import error_of, in_original_names, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
@@ -45,20 +45,6 @@ def random_denoiser() -> Any:
     for parameter in denoiser.parameters():
         parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim < 2))
     return denoiser
-
-
-def in_original_names(denoiser: nn.Module, family: str = "longcat-image") -> dict[str, Tensor]:
-    """The weights as in ComfyUI's file, with q, k and v in one."""
-    parts: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in denoiser.state_dict().items():
-        path, _, kind = name.rpartition(".")
-        fusion = NAME_TABLES[family].of_diffusers(path)
-        if fusion.halves_swapped:
-            tensor = tensor.roll(len(tensor) // 2, 0)
-        is_norm = "norm.query_norm" in fusion.original or "norm.key_norm" in fusion.original
-        whole = f"{fusion.original}.{'scale' if is_norm else kind}"
-        parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
-    return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
 
 
 class Words:
@@ -114,7 +100,9 @@ def folder(tmp_path, language_model):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_file_in_original_names_predicts_what_diffusers_predicts(prefix):
     theirs = random_denoiser()
-    base = load_base({prefix + name: tensor for name, tensor in in_original_names(theirs).items()})
+    base = load_base(
+        {prefix + name: tensor for name, tensor in in_original_names(theirs.state_dict(), FAMILY.name).items()}
+    )
     assert base.family is FAMILY
     denoiser = base.load("denoiser", CPU, torch.float32)
     state = theirs.state_dict()
@@ -144,7 +132,7 @@ def test_captions_have_the_states_of_diffusers_pipeline_as_its_authors_run_it(
     if source == "folder":
         base = load_base(folder)
     else:
-        denoiser = in_original_names(random_denoiser())
+        denoiser = in_original_names(random_denoiser().state_dict(), FAMILY.name)
         base = load_base(whole_checkpoint(denoiser, "qwen25_7b", language_model.state_dict()))
     assert base.family is FAMILY
     theirs = pipeline(tokenizer=Words())
@@ -183,7 +171,7 @@ def test_an_edit_folder_and_a_flux1_file_are_not_taken_for_it(folder):
         load_base(folder)
     flux1 = small_flow_base("flux1").load("denoiser", CPU, torch.float32)
     for name, denoiser in (("flux1", flux1), ("longcat-image", random_denoiser())):
-        tensors = in_original_names(denoiser, name)
+        tensors = in_original_names(denoiser.state_dict(), name)
         assert [found for found, family in FAMILIES.items() if family.recognise(tensors)] == [name]
 
 

@@ -457,20 +457,6 @@ def test_a_users_pack_replaces_the_shipped_one_and_is_seen_without_a_restart(tmp
     assert find_style_packs([tmp_path]).pick("corporate").title == "Our new house"
 
 
-def test_an_unknown_pack_is_an_error_that_lists_the_choices():
-    with pytest.raises(
-        BadStylePack, match="no style pack 'corprate'; choose one of: black-and-white, care-science-law"
-    ):
-        SHIPPED.pick("corprate")
-
-
-def test_an_unknown_style_is_an_error_that_lists_the_choices():
-    with pytest.raises(
-        BadStylePack, match="'outdoor' has no style 'Moon'; choose one of: Park in open shade, Golden hour"
-    ):
-        SHIPPED.pick("outdoor").prompts(SUBJECT, "sdxl", 1, seed=0, styles=["Moon"])
-
-
 def test_two_files_of_the_user_with_one_id_are_an_error_that_names_both(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -579,9 +565,17 @@ def test_arguments_that_cannot_work_are_refused(arguments, expected):
         SHIPPED.pick("outdoor").prompts(**{"subject": SUBJECT, "family": "sdxl", "count": 1, "seed": 0, **arguments})
 
 
-def test_an_unknown_family_is_an_error_that_lists_the_choices():
-    with pytest.raises(UnknownFamily, match="the family 'sd1'; choose one of: sd15, sdxl, sd3, flux1"):
-        SHIPPED.pick("outdoor").prompts(SUBJECT, "sd1", 1, seed=0)
+@pytest.mark.parametrize(
+    ("pack", "family", "style", "said"),
+    [
+        ("corprate", "sdxl", None, "no style pack 'corprate'; choose one of: black-and-white, care-science-law"),
+        ("outdoor", "sdxl", "Moon", "'outdoor' has no style 'Moon'; choose one of: Park in open shade, Golden hour"),
+        ("outdoor", "sd1", "Golden hour", "the family 'sd1'; choose one of: sd15, sdxl, sd3, flux1"),
+    ],
+)
+def test_an_unknown_pack_style_or_family_is_an_error_that_lists_the_choices(pack, family, style, said):
+    with pytest.raises((BadStylePack, UnknownFamily), match=said):
+        SHIPPED.pick(pack).prompts(SUBJECT, family, 1, seed=0, styles=[style])
 
 
 @pytest.mark.parametrize(
