@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -52,19 +52,6 @@ def in_original_names(weights: Mapping[str, Tensor], family: str) -> dict[str, T
         whole = f"{fusion.original}.{'scale' if fusion.original.endswith('_norm') else kind}"
         parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
     return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
-
-
-def wide_weights(network: nn.Module, width: int) -> dict[str, Tensor]:
-    """Weights of the published width, which share the memory of the largest: each begins elsewhere in it."""
-    state = network.state_dict()
-    largest = max(tensor.numel() for tensor in state.values())
-    pool = torch.randn(largest + 1009 * len(state), generator=torch.Generator().manual_seed(1)).mul_(0.7 / width**0.5)
-    # Scales of norms about 1, and times large enough that the blocks change the states.
-    return {
-        name: weight * (width**0.5 if weight.ndim == 1 else 8) if weight.ndim == 1 or "time" in name else weight
-        for number, (name, tensor) in enumerate(state.items())
-        for weight in [pool[1009 * number :][: tensor.numel()].view(tensor.shape)]
-    }
 
 
 def small_qwen3vl(network: Any, width: int, layers: int) -> Any:
