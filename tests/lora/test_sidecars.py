@@ -164,19 +164,8 @@ def test_comfyuis_own_code_finds_the_pictures(lora, picture, monkeypatch):
 def test_a_training_writes_them_when_asked_without_a_picture(photo_folder, small_sd15, tmp_path):
     output = tmp_path / "me.safetensors"
     command = ["train", str(photo_folder), "--base", str(small_sd15), "--output", str(output), "--recipe", "none"]
-    settings = [
-        "--steps",
-        "1",
-        "--rank",
-        "2",
-        "--resolution",
-        "64",
-        "--no-check-photos",
-        "--trigger",
-        "sks",
-        "--sidecars",
-    ]
-    assert main([*command, *settings]) == 0
+    settings = ["--steps", "1", "--rank", "2", "--resolution", "64", "--no-check-photos", "--trigger", "sks"]
+    assert main([*command, *settings, "--sidecars"]) == 0
     assert {path.name for path in tmp_path.glob("me.*")} == {f"me.{end}" for end in ("safetensors", *SUFFIXES)}
     assert json.loads((tmp_path / "me.json").read_text())["activation text"] == "sks person"
 

@@ -188,12 +188,8 @@ def lora_of_blocks(double: int, single: int) -> Mapping[str, Tensor]:
 @pytest.mark.parametrize(
     ("double", "single", "family"),
     [
-        (19, 38, "flux1"),
-        (19, 0, "flux1"),
-        (0, 38, "flux1"),
-        (3, 5, "flux1"),
-        (10, 20, "longcat-image"),
-        (10, 0, "longcat-image"),
+        *((double, single, "flux1") for double, single in ((19, 38), (19, 0), (0, 38), (3, 5))),
+        *((double, single, "longcat-image") for double, single in ((10, 20), (10, 0))),
     ],
 )
 def test_a_lora_without_metadata_is_known_by_its_last_blocks(double, single, family):

@@ -16,12 +16,9 @@ TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 
 def diffusers_scheduler(prediction_type: Any = "epsilon", zero_terminal_snr: bool = False) -> DDPMScheduler:
     return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_terminal_snr,
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type=prediction_type, rescale_betas_zero_snr=zero_terminal_snr,
+    )  # fmt: skip
 
 
 def latents_and_noise(count: int = len(TIMESTEPS)):

@@ -362,13 +362,8 @@ def test_under_its_own_name_the_one_before_is_set_aside_and_comes_back_untrained
 
 def test_what_is_set_aside_replaces_nothing_and_checkpoints_go_along(job, base, loras):
     (loras / "earlier").mkdir(parents=True)
-    for name in (
-        "anna.safetensors",
-        "earlier/anna.safetensors",
-        "anna-step000001.safetensors",
-        "anna-stepson.safetensors",
-    ):
-        (loras / name).write_text(f"mine, {name}")
+    for name in ("anna", "earlier/anna", "anna-step000001", "anna-stepson"):
+        (loras / f"{name}.safetensors").write_text(f"mine, {name}.safetensors")
     trained_under_its_own_name(replace(job, config=replace(CONFIG, save_every=1)), base, loras)
     assert files(loras) == [
         "anna-step000001.safetensors", "anna-stepson.safetensors", "anna.safetensors", "earlier/anna (2).safetensors",
