@@ -148,7 +148,7 @@ def damaged(shapes: Shapes, prefix: str, chance: random.Random, size: int) -> It
 @settings(max_examples=150)
 @given(
     st.integers(0, len(WHOLE) - 1),
-    st.sampled_from(PREFIXES),
+    st.sampled_from([*PREFIXES, "unet."]),
     st.sampled_from([1, 3, 12]),
     st.randoms(use_true_random=False),
 )
@@ -156,19 +156,6 @@ def test_a_module_that_no_model_has_is_never_said_to_load(model, prefix, size, c
     _, _, shapes = WHOLE[model]
     for modules in damaged(shapes, prefix, chance, size):
         assert (modules, wrongly_said(modules, prefix)) == (modules, None)
-
-
-@pytest.mark.slow
-def test_of_many_damaged_files_none_is_said_to_load():
-    chance, tried, wrong = random.Random(0), 0, []
-    for title, _, shapes in WHOLE:
-        for prefix in (*PREFIXES, "unet."):
-            for size in (1, 3, 12):
-                for modules in damaged(shapes, prefix, chance, size):
-                    said = wrongly_said(modules, prefix)
-                    tried += 1
-                    wrong += [(title, prefix, next(iter(modules.items())), said)] if said else []
-    assert tried > 34_950 and not wrong, (tried, len(wrong), wrong[:10])
 
 
 def fitting(shapes: Shapes) -> tuple[str, ...]:
@@ -208,17 +195,6 @@ def test_of_a_whole_model_and_of_its_parts_exactly_the_models_that_have_them_are
     title, family, shapes = WHOLE[model]
     for part in parts(shapes, chance):
         assert_told(title, family, part, prefix)
-
-
-@pytest.mark.slow
-def test_of_every_model_in_every_naming_exactly_the_models_that_have_its_modules_are_named():
-    chance, tried = random.Random(0), 0
-    for title, family, shapes in WHOLE:
-        for prefix in PREFIXES:
-            for part in parts(shapes, chance):
-                assert_told(title, family, part, prefix)
-                tried += 1
-    assert tried > 5_000
 
 
 TRAINED = [(title, family, shapes) for title, family, shapes in WHOLE if family][::2]  # in diffusers' names

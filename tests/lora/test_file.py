@@ -11,7 +11,7 @@ from core.errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile, fit
 from core.lora.modules import LoraModule
 from core.tensor_names import parse_key
-from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+from tests.tensor_names.test_keys import kohya_names
 
 
 def module_of(shape: list[int], rank: int, alpha: float, generator: torch.Generator) -> LoraModule:
@@ -34,12 +34,6 @@ def kohya_tensors(names: dict[str, list[int]], rank: int = 2, alpha: float = 1.0
 
 def some(family: str, step: int = 23) -> dict[str, list[int]]:
     return dict(list(kohya_names(family).items())[::step])
-
-
-@pytest.mark.parametrize("family", KOHYA_LISTS)
-def test_the_family_of_a_kohya_file_is_detected_from_its_tensors(family):
-    lora = LoraFile.from_tensors(kohya_tensors(some(family, 7), rank=1), {})
-    assert (lora.family, lora.scheme, lora.unknown_keys) == (family, "kohya", ())
 
 
 def test_a_delta_is_alpha_by_rank_times_up_times_down():
@@ -250,11 +244,7 @@ def test_the_legacy_hash_is_that_of_the_file_with_training_metadata_only(tmp_pat
     assert len(data) > 0x110000
     expected = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
     assert LoraFile.read(path).metadata["sshs_legacy_hash"] == expected
-
-
-def test_the_legacy_hash_of_a_small_file_is_that_of_nothing(tmp_path):
-    path = tmp_path / "a.safetensors"
-    LoraFile.from_tensors(kohya_tensors(some("sd15", 60), rank=1), {}).save(path)
+    LoraFile.from_tensors(kohya_tensors(some("sd15", 60), rank=1), {}).save(path)  # which ends before 1 MiB
     assert LoraFile.read(path).metadata["sshs_legacy_hash"] == "e3b0c442"
 
 

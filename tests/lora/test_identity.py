@@ -91,6 +91,7 @@ def test_the_module_lists_of_sd_scripts_are_of_the_models_they_were_made_from(fa
         family, "Lumina 2"
     )
     lora = LoraFile.from_tensors(kohya_tensors(kohya_names(family), rank=1), {})
+    assert (lora.scheme, lora.unknown_keys) == ("kohya", ())
     assert (lora.family, lora.identity.verdict, lora.identity.models) == (family, "certain", (title,))
 
 

@@ -104,6 +104,11 @@ def parts() -> dict[str, dict[str, Tensor]]:
     }
 
 
+def others(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `load_base` is given beside the denoiser; the order of text encoders doesn't matter."""
+    return {"vae": parts["ae"], "text_encoders": [parts["t5xxl"], parts["clip_l"]]}
+
+
 @pytest.fixture
 def files(parts, tmp_path) -> dict[str, Path]:
     for name, tensors in parts.items():
@@ -132,9 +137,7 @@ def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenize
     whole = {prefixes[part] + name: tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
     save_safetensors(tmp_path / "whole.safetensors", whole, None)
     one = load_base(tmp_path / "whole.safetensors", tokenizer=tokenizer)
-    apart = load_base(
-        files["flux"], vae=files["ae"], text_encoders=[files["t5xxl"], files["clip_l"]], tokenizer=tokenizer
-    )
+    apart = load_base(files["flux"], **others(files), tokenizer=tokenizer)
     assert_same_weights(apart, one)
 
 
@@ -155,8 +158,7 @@ def pipelines_t5_tokenizer(folder: Path) -> Any:
 
 
 def test_captions_are_encoded_as_by_diffusers_pipeline(files, tokenizer):
-    encoder_files = [files["t5xxl"], files["clip_l"]]
-    base = load_base(files["flux"], text_encoders=encoder_files, vae=files["ae"], tokenizer=tokenizer)
+    base = load_base(files["flux"], **others(files), tokenizer=tokenizer)
     encoders, pipeline = base.load_text_encoders(CPU, torch.float32), base.pipeline()
     assert isinstance(pipeline, FluxPipeline)
     prompts = ["a photo of sks person", "sks"]
@@ -235,7 +237,7 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
     path = write_gguf(
         tmp_path / "flux1-q8.gguf", {name: (tensor, kinds[name]) for name, tensor in parts["flux"].items()}
     )
-    base = load_base(path, vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
+    base = load_base(path, **others(parts))
     assert (base.family.name, base.name) == ("flux1", "flux1-q8.gguf")
     assert base.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     base.hash_files()
@@ -295,9 +297,7 @@ def test_a_quantised_t5_is_widened_layer_by_layer_where_it_would_not_fit(parts, 
 
 @pytest.mark.parametrize(("kind", "stays"), [("lora", True), ("loha", False)])
 def test_pictures_are_drawn_with_a_widened_t5_where_a_lora_needs_it(parts, tokenizer, monkeypatch, kind, stays):
-    base = load_base(
-        parts["flux"], vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]], tokenizer=tokenizer
-    )
+    base = load_base(parts["flux"], **others(parts), tokenizer=tokenizer)
     layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     down, up = torch.ones(2, T5["d_model"]), torch.full((128, 2), 0.01)
     tensors = {"lora": {"lora_down.weight": down, "lora_up.weight": up},
@@ -646,9 +646,7 @@ def test_a_tensor_with_other_dimensions_than_its_layer_s_is_refused_by_its_name(
 ):
     save_safetensors(files[part], parts[part] | {name: torch.zeros(shape)})
     with pytest.raises(UnmatchedKeys) as refused:
-        base = load_base(
-            files["flux"], vae=files["ae"], text_encoders=[files["clip_l"], files["t5xxl"]], tokenizer=tokenizer
-        )
+        base = load_base(files["flux"], **others(files), tokenizer=tokenizer)
         base.load_text_encoders(CPU, torch.float32)
     message = str(refused.value)
     assert message.startswith("flux.safetensors") and f"{name} has shape {list(shape)}, " in message
@@ -660,7 +658,7 @@ def test_a_gguf_with_other_rows_than_its_fused_layer_s_is_refused_by_its_name(fi
     tensors = {key: (tensor, kind) for key, tensor in (parts["flux"] | {name: torch.zeros(7)}).items()}
     path = write_gguf(tmp_path / "flux-F32.gguf", tensors)
     with pytest.raises(UnmatchedKeys, match=rf"^flux-F32\.gguf.*{re.escape(name)} has shape \[7\]"):
-        load_base(path, vae=files["ae"], text_encoders=[files["clip_l"], files["t5xxl"]], tokenizer=tokenizer)
+        load_base(path, **others(files), tokenizer=tokenizer)
 
 
 def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):
@@ -748,21 +746,6 @@ def test_one_file_of_more_text_encoders_than_the_family_has_is_taken(parts, smal
     encoder = dict(load_base(small_sd15).components["text_encoder"].tensors)
     file = saved_by_comfyui({"clip_l": encoder, "t5xxl": parts["t5xxl"]})
     assert load_base(small_sd15, text_encoders=[file]).identity == load_base(small_sd15).identity
-
-
-def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_reading(parts, monkeypatch):
-    scaled = CountedReads(parts["t5xxl"])
-    for name in [name for name in scaled if name.endswith(".SelfAttention.q.weight")]:
-        scaled[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
-    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], scaled])
-    scaled.reads.clear()
-    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
-    monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
-    loaded = []
-    monkeypatch.setattr(Base, "load", lambda base, part, device, dtype, *_: loaded.append((part, dtype)))
-    base.load_text_encoders(CPU, torch.float16)
-    assert loaded == [("text_encoder", torch.float16), ("text_encoder_2", torch.float16)]
-    assert not any(name.endswith("scale_weight") for name in scaled.reads)
 
 
 def test_t5s_embedding_is_in_memory_once(parts):

@@ -42,13 +42,15 @@ def small_bases(small_sd15, small_sdxl):
 
 
 @pytest.mark.parametrize("family", UNETS)
-def test_the_denoiser_has_the_weights_that_diffusers_conversion_gives(small_bases, family):
+@pytest.mark.parametrize(
+    ("part", "convert"), [("denoiser", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)]
+)
+def test_denoiser_and_vae_have_the_weights_that_diffusers_conversion_gives(small_bases, family, part, convert):
     base = small_bases[family]
-    denoiser = base.load("denoiser", CPU, torch.float32)
-    converted = convert_ldm_unet_checkpoint(dict(base.file), dict(denoiser.config))
-    state = denoiser.state_dict()
+    network = base.load(part, CPU, torch.float32)
+    converted, state = convert(dict(base.file), dict(network.config)), network.state_dict()
     assert set(converted) == set(state)
-    assert all(torch.equal(converted[name], state[name]) for name in state)
+    assert all(torch.equal(converted[name].reshape(state[name].shape), state[name]) for name in state)
 
 
 @pytest.mark.parametrize("family", UNETS)
@@ -70,16 +72,6 @@ def test_attention_computes_what_diffusers_own_does_to_the_bit(small_bases, fami
         assert torch.equal(*outputs)
         checked += 1
     assert checked
-
-
-@pytest.mark.parametrize("family", UNETS)
-def test_the_vae_has_the_weights_that_diffusers_conversion_gives(small_bases, family):
-    base = small_bases[family]
-    vae = base.load("vae", CPU, torch.float32)
-    converted = convert_ldm_vae_checkpoint(dict(base.file), dict(vae.config))
-    state = vae.state_dict()
-    assert set(converted) == set(state)
-    assert all(torch.equal(converted[name].reshape(state[name].shape), state[name]) for name in state)
 
 
 def test_sdxls_second_text_encoder_has_the_weights_that_diffusers_conversion_gives(small_bases):

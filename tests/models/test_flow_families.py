@@ -1,7 +1,6 @@
 """Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
 
 import argparse
-import json
 import math
 import re
 from contextlib import nullcontext
@@ -31,6 +30,7 @@ from core.training.encode import LatentCache
 from core.training.job import check_base_options, hints, train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
+from tests.models.family_parts import write_folder
 from tests.tooling import (
     SMALL_FLOWS,
     assert_goes_on_exactly,
@@ -83,11 +83,7 @@ def language_model(family: str) -> Any:
 @pytest.mark.parametrize("family", ["zimage", "qwen-image"])
 def test_a_diffusers_folder_with_a_language_model_is_the_same_base(bases, family, tmp_path):
     base, theirs = bases[family], language_model(family).eval()
-    for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
-    theirs.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": base.family.pipeline_class}))
-    read = load_base(tmp_path)
+    read = load_base(write_folder(tmp_path, base, theirs))
     assert read.family is base.family and read.fingerprint("denoiser", "vae") == base.fingerprint("denoiser", "vae")
     tokens = torch.tensor([[5, 3, 60, 1]])
     with torch.no_grad():
@@ -409,12 +405,8 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
     bases, is_distilled, tmp_path, monkeypatch
 ):
     base = bases["flux2"]
-    for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)).save_pretrained(tmp_path / "text_encoder")
-    index = {"_class_name": base.family.pipeline_class, "is_distilled": is_distilled}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    read = load_base(tmp_path)
+    encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES))
+    read = load_base(write_folder(tmp_path, base, encoder, is_distilled=is_distilled))
     assert read.is_distilled == is_distilled
     if is_distilled:
         with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,29 +254,15 @@ def test_what_was_trained_on_8_bits_stays_so_when_it_goes_on_with_more_memory(ba
         if report.step == 2:
             raise KeyboardInterrupt
 
+    run, tight = partial(train_lora, cache, base, device=CPU), replace(CONFIG, memory_limit=1)
     with pytest.raises(KeyboardInterrupt):
-        train_lora(
-            cache,
-            base,
-            replace(CONFIG, memory_limit=1),
-            device=CPU,
-            state_path=state,
-            callbacks=Callbacks(on_step=stop),
-        )
+        run(config=tight, state_path=state, callbacks=Callbacks(on_step=stop))
     saved: dict[int, LoraFile] = {}
-    config = replace(CONFIG, save_every=3)
-    last = train_lora(
-        cache,
-        base,
-        config,
-        device=CPU,
-        state_path=state,
-        resume=True,
-        callbacks=Callbacks(on_save=lambda step, lora: saved.update({step: lora})),  # pyright: ignore
-    )
+    keep = Callbacks(on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
+    last = run(config=replace(CONFIG, save_every=3), state_path=state, resume=True, callbacks=keep)
     assert last.metadata[WEIGHTS_KEY] == saved[3].metadata[WEIGHTS_KEY] == "8 bits"
     assert last.metadata["ss_gradient_checkpointing"] == "False"
-    whole = train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU)
+    whole = run(config=tight)
     assert all(torch.equal(tensor, last.tensors[name]) for name, tensor in whole.tensors.items())
 
 
@@ -361,13 +348,8 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
     run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.recompute < 1)
     warnings: list[str] = []
     steps: list[int] = []
-    lora = train_lora(
-        cache,
-        base,
-        CONFIG,
-        device=CPU,
-        callbacks=Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step)),
-    )
+    callbacks = Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step))
+    lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=callbacks)
     assert steps == [1, 2, 3, 4]
     said = "out of memory: step 3 does not fit"
     assert [warning.split(".")[0] for warning in warnings] == [said] * 3  # cheap, half, everything

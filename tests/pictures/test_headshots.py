@@ -767,16 +767,6 @@ def test_a_precision_that_does_not_exist_is_refused() -> None:
 # The command line
 
 
-def test_headshots_of_a_style_pack_come_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--subject", "sks person", "--style-pack", "corporate", "--count", "2", "--steps", "1"]
-    assert main(["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), *arguments, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert len(report["headshots"]) == 2
-    assert all("sks person" in picture["prompt"] for picture in report["headshots"])
-
-
 def test_seeds_begin_again_at_0_after_the_largest_and_a_folder_of_styles_needs_a_pack(tmp_path: Path, capsys) -> None:
     command = ["generate", "--base", "demo", "--output", str(tmp_path / "out"), "--prompt", "a photo of person"]
     command += ["--steps", "1", "--size", "64x80"]

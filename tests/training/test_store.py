@@ -424,9 +424,15 @@ CHANGES: dict[str, Callable[[TrainingJob], TrainingJob]] = {
     "class photos": lambda job: replace(job, class_photos=job.used[:2]),
     "other class photos": lambda job: replace(job, class_photos=job.used[2:]),
     "class photos as photos": lambda job: replace(job, photos=job.used[:2], class_photos=job.used[2:]),
+    "samples on which likeness is measured": lambda job: measured(job, 1),
+    "samples at other steps": lambda job: measured(job, 2),
     "a LoRA to go on from": lambda job: replace(job, continue_from=a_lora(1.0)),
     "another LoRA to go on from": lambda job: replace(job, continue_from=a_lora(2.0)),
 }
+
+
+def measured(job: TrainingJob, sample_every: int) -> TrainingJob:
+    return replace(job, config=replace(job.config, sample_every=sample_every, hold_out=1))
 
 
 def masked(job: TrainingJob, value: int) -> TrainingJob:
@@ -437,6 +443,8 @@ def masked(job: TrainingJob, value: int) -> TrainingJob:
 def test_all_that_changes_the_file_changes_the_key(job, base):
     keys = {name: change(job).key(base) for name, change in CHANGES.items()} | {"none": job.key(base)}
     assert len(set(keys.values())) == len(keys), keys
+    renamed = replace(job, continue_from=a_lora(1.0, "another"))  # which counts by its tensors
+    assert renamed.key(base) == keys["a LoRA to go on from"]
 
 
 def test_a_setting_that_earlier_versions_did_not_have_leaves_their_keys_as_they_were(job):
@@ -464,17 +472,6 @@ SAME: dict[str, Callable[[TrainingJob], TrainingJob]] = {
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
 def test_what_changes_nothing_in_the_file_leaves_the_key(job, base, change):
     assert change(job).key(base) == job.key(base)
-
-
-def test_where_likeness_is_measured_on_samples_they_count(job, base):
-    config = replace(CONFIG, sample_every=1, hold_out=1)
-    jobs = [replace(job, config=item) for item in (config, replace(config, sample_every=2))]
-    assert jobs[0].key(base) != jobs[1].key(base)
-
-
-def test_a_lora_to_go_on_from_counts_by_its_tensors(job, base):
-    keys = {replace(job, continue_from=a_lora(1.0, name)).key(base) for name in ("one", "another")}
-    assert len(keys) == 1
 
 
 def test_a_folder_of_photos_and_a_base_that_are_called_otherwise_are_the_same(
