@@ -2,7 +2,9 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+import re
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models.base import Base
+from core.models.spec import Conditioning, stack_conditioning
 from core.tensor_names import NAME_TABLES
 from tests.tooling import random_lora
 
@@ -52,6 +55,19 @@ def in_original_names(weights: Mapping[str, Tensor], family: str) -> dict[str, T
         whole = f"{fusion.original}.{'scale' if fusion.original.endswith('_norm') else kind}"
         parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
     return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
+
+
+def random_texts(lengths: Iterable[int], width: int, generator: torch.Generator) -> Conditioning:
+    """Encoded captions of these lengths, filled up to the longest."""
+    return stack_conditioning([
+        {"context": torch.randn(1, length, width, generator=generator), "context_mask": torch.ones(1, length)}
+        for length in lengths
+    ])  # fmt: skip
+
+
+def numbers_of(caption: str, most: int = 60, pattern: str = r"<\|\w+\|>|\w+|\W") -> list[int]:
+    """A token for each word, each sign and each special token."""
+    return [1 + zlib.crc32(word.encode()) % most for word in re.findall(pattern, caption)]
 
 
 def small_qwen3vl(network: Any, width: int, layers: int) -> Any:

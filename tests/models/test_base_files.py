@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear
 from core.pictures.generate import Job, generate
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
-from core.storage.stored import LazyTensors
 from core.training.step import Run
 from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
@@ -732,14 +730,6 @@ def test_a_scaled_weight_is_computed_once_though_several_are_cut_from_it(parts, 
     else:
         base.fingerprint("denoiser")
     assert {count for name, count in tensors.reads.items() if name.endswith("scale_weight")} == {1}
-
-
-def test_a_merged_weight_is_computed_once_and_for_its_biases_shape(parts):
-    """As a ComfyUI node gives them: nothing is known of a tensor until it is computed."""
-    tensors = CountedReads(parts["flux"])
-    base = load_base(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
-    base.load("denoiser", CPU, torch.float32)
-    assert tensors.reads["double_blocks.0.img_attn.qkv.weight"] == 2
 
 
 def test_one_file_of_more_text_encoders_than_the_family_has_is_taken(parts, small_sd15):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,7 @@ from torch import Tensor
 from core.errors import BadFile
 from core.models import Base, load_base, text
 from core.models.families.flux2 import FLUX2, texts_at_the_end
-from core.models.spec import stack_conditioning
-from tests.models.family_parts import error_of, write_folder
+from tests.models.family_parts import error_of, numbers_of, random_texts, write_folder
 from tests.models.test_base_files import FLUX2_SHAPES
 from tests.tooling import caption_states, small_flow_base
 
@@ -30,8 +28,7 @@ class Words:
     """A tokenizer with a number for each word, each sign and each special token."""
 
     def __call__(self, caption: str, **_: Any) -> Any:
-        words = re.findall(r"</?\w+>|\[/?\w+\]|\w+|\W", caption) if caption else []
-        return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % (WORDS - 1) for word in words])
+        return SimpleNamespace(input_ids=numbers_of(caption, WORDS - 1, r"</?\w+>|\[/?\w+\]|\w+|\W"))
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +100,11 @@ def test_a_file_of_the_text_encoder_does_so_too_where_comfyui_has_left_out_its_l
 
 
 def test_texts_end_at_the_last_of_512_tokens_with_zeros_before_them():
-    texts = [torch.randn(1, length, 6) for length in (3, 5)]
-    both = stack_conditioning([{"context": each, "context_mask": torch.ones(1, each.shape[1])} for each in texts])
+    both = random_texts((3, 5), 6, torch.Generator())
     moved = texts_at_the_end(both)
     assert moved.shape == (2, 512, 6)
-    for row, alone in zip(moved, texts, strict=True):
-        assert torch.equal(row[-alone.shape[1] :], alone[0]) and not row[: -alone.shape[1]].any()
+    for row, states, length in zip(moved, both["context"], (3, 5), strict=True):
+        assert torch.equal(row[-length:], states[:length]) and not row[:-length].any()
     whole = {"context": torch.randn(1, 512, 6), "context_mask": torch.ones(1, 512)}
     assert texts_at_the_end(whole) is whole["context"]
 

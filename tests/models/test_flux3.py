@@ -1,8 +1,6 @@
 """FLUX.3 Klein against diffusers: the same weights under published names, the same captions, the same steps."""
 
 import json
-import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +23,6 @@ from core.lora.readers import not_loaded_by
 from core.models import load_base, text
 from core.models.families import FAMILIES
 from core.models.memory_plan import blocks_of
-from core.models.spec import Conditioning, stack_conditioning
 from core.pictures.sampling import sample_latents, sampler_name
 from core.tensor_names import NAME_TABLES
 from core.training.job import check_base_options
@@ -33,7 +30,9 @@ from tests.models.family_parts import (
     assert_diffusers_loads_whole,
     error_of,
     in_original_names,
+    numbers_of,
     published_lora,
+    random_texts,
     rough_weights,
     small_qwen3vl,
     write_folder,
@@ -62,15 +61,6 @@ def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     assert converted.keys() == tensors.keys()
     assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
     return original
-
-
-def conditioning(lengths: tuple[int, ...], width: int, generator: torch.Generator) -> Conditioning:
-    return stack_conditioning(
-        [
-            {"context": torch.randn(1, length, width, generator=generator), "context_mask": torch.ones(1, length)}
-            for length in lengths
-        ]
-    )
 
 
 def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tensor, target: Tensor | None) -> Tensor:
@@ -103,7 +93,7 @@ def test_a_published_file_predicts_what_diffusers_predicts_with_texts_of_any_len
     ours, generator = base.load("denoiser", CPU, torch.float32), torch.Generator().manual_seed(2)
     latents, times = torch.randn(3, 128, 4, 6, generator=generator), torch.tensor([0.2, 0.9, 0.5])
     target = torch.tensor([0.1, 0.8, 0.0]) if flow_map else None
-    states = conditioning((9, 4, 9), 32, generator)
+    states = random_texts((9, 4, 9), 32, generator)
     given = states | ({"target": 1000 * target} if target is not None else {})
     prediction = FAMILY.predict(ours, latents, 1000 * times, given)
     for row, length in enumerate((9, 4, 9)):
@@ -135,8 +125,7 @@ class Words:
         self.tokenizer = self.padded
 
     def __call__(self, caption: str, add_special_tokens: bool = True) -> Any:
-        words = re.findall(r"<\|\w+\|>|\w+|\W", caption)
-        return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % 60 for word in words])
+        return SimpleNamespace(input_ids=numbers_of(caption))
 
     def padded(self, caption: str, max_length: int, padding: str | None = None, **_: Any) -> dict[str, Tensor]:
         row = self(caption).input_ids[:max_length]
@@ -235,7 +224,7 @@ def test_pictures_are_drawn_along_diffusers_steps(flow_map):
     """diffusers' scheduler with the shift and the steps of its blocks, and its guidance; two texts of different lengths."""
     base, denoiser = small_flow_base("flux3", flow_map=flow_map), random_denoiser(flow_map=flow_map)
     generator = torch.Generator().manual_seed(1)
-    positive, negative = (conditioning((length,), 32, generator) for length in (9, 4))
+    positive, negative = (random_texts((length,), 32, generator) for length in (9, 4))
     ours = sample_latents(
         base, denoiser, [positive], [negative], device=CPU, dtype=torch.float32, seeds=[5], size=(24, 16),
         steps=base.steps, guidance=base.guidance,
@@ -275,7 +264,7 @@ def test_a_flow_map_is_refused_for_training_and_learns_the_velocity_at_a_time_wh
     check_base_options(base, TrainConfig(allow_distilled=True))
     denoiser, generator = random_denoiser(flow_map=True), torch.Generator().manual_seed(1)
     latents, times = torch.randn(1, 128, 4, 4, generator=generator), torch.tensor([0.3])
-    states = conditioning((9,), 32, generator)
+    states = random_texts((9,), 32, generator)
     with torch.no_grad():
         ours = FAMILY.predict(denoiser, latents, 1000 * times, states)
         assert error_of(ours, their_prediction(denoiser, latents, times, states["context"], times)) < 1e-5

@@ -1,7 +1,5 @@
 """Ideogram 4 against diffusers' pipeline: the same weights under the original names, the same captions, the same picture."""
 
-import re
-import zlib
 from typing import Any
 
 import diffusers
@@ -17,13 +15,12 @@ from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES, detect_family, ideogram4
-from core.models.spec import stack_conditioning
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import METHODS
 from core.training.methods.method import target_modules
-from tests.models.family_parts import error_of, pipeline_with, small_qwen3vl, write_folder
+from tests.models.family_parts import error_of, numbers_of, pipeline_with, random_texts, small_qwen3vl, write_folder
 from tests.tooling import SMALL_FLOWS, cache_of, caption_states, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
@@ -73,8 +70,7 @@ def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_
     assert base.family is FAMILY
     generator = torch.Generator().manual_seed(2)
     latents, times = torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.2, 0.9])
-    states = [torch.randn(1, length, CONTEXT, generator=generator) for length in (9, 4)]
-    both = stack_conditioning([{"context": each, "context_mask": torch.ones(1, each.shape[1])} for each in states])
+    both = random_texts((9, 4), CONTEXT, generator)
     ours = base.load("denoiser", CPU, torch.float32).requires_grad_()
     prediction = FAMILY.predict(ours, latents, 1000 * times, both)
     expected = their_prediction(theirs, latents, times, both["context"], [9, 4])
@@ -85,7 +81,7 @@ def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_
     for name, parameter in theirs.named_parameters():
         assert (gradients[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
     with torch.no_grad():
-        alone = {"context": states[1], "context_mask": torch.ones(1, 4)}
+        alone = {"context": both["context"][1:, :4], "context_mask": torch.ones(1, 4)}
         prediction = FAMILY.predict(ours, latents[1:], 1000 * times[1:], alone)
     assert error_of(prediction, expected[1:]) < 1e-5
 
@@ -114,7 +110,7 @@ class Words:
         return f"<|im_start|>user\n{part['text']}<|im_end|>\n<|im_start|>assistant\n"
 
     def __call__(self, words: str, return_tensors: str = "", **_: Any) -> Any:
-        numbers = [1 + zlib.crc32(word.encode()) % 63 for word in re.findall(r"<\|\w+\|>|\w+|\W", words)]
+        numbers = numbers_of(words)
         ids = torch.tensor([numbers]) if return_tensors else numbers
         return transformers.BatchEncoding({"input_ids": ids})
 

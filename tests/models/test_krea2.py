@@ -1,7 +1,5 @@
 """Krea 2 against diffusers' pipeline: the same weights under the original names, the same captions."""
 
-import re
-import zlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 
 from core.models import load_base, text
 from core.models.families import FAMILIES
-from tests.models.family_parts import error_of, pipeline_with, small_qwen3vl, write_folder
+from tests.models.family_parts import error_of, numbers_of, pipeline_with, small_qwen3vl, write_folder
 from tests.tooling import SMALL_FLOWS, small_flow_base
 
 CPU = torch.device("cpu")
@@ -88,8 +86,7 @@ class Words:
 
     def __call__(self, texts: Any, max_length: int | None = None, **options: Any) -> Any:
         if isinstance(texts, str):
-            words = re.findall(r"<\|\w+\|>|\w+|\W", texts)
-            return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % 63 for word in words])
+            return SimpleNamespace(input_ids=numbers_of(texts))
         rows = [self(each).input_ids[:max_length] for each in texts]
         length = max_length or max(map(len, rows))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])

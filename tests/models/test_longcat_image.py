@@ -1,8 +1,6 @@
 """LongCat-Image against diffusers' pipeline: the same weights, the same captions; files that look like it or are others'."""
 
 import json
-import re
-import zlib
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
 from core.training.loop import train_lora
-from tests.models.family_parts import error_of, in_original_names, pipeline_with, write_folder
+from tests.models.family_parts import error_of, in_original_names, numbers_of, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
@@ -51,8 +49,7 @@ class Words:
     """A tokenizer with a number for each word and each sign, which puts a caption's spaces before the words."""
 
     def __call__(self, caption: str, add_special_tokens: bool = True, **_: Any) -> Any:
-        numbers = [1 + zlib.crc32(word.encode()) % 60 for word in re.findall(r"<\|\w+\|>| ?\w+|\W", caption)]
-        return transformers.BatchEncoding({"input_ids": numbers})
+        return transformers.BatchEncoding({"input_ids": numbers_of(caption, pattern=r"<\|\w+\|>| ?\w+|\W")})
 
     def pad(self, encoded: Any, max_length: int, **_: Any) -> Any:
         rows = encoded["input_ids"]

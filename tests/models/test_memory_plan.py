@@ -709,21 +709,6 @@ def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):
     assert {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()} == before
 
 
-def test_from_the_second_step_on_every_block_is_under_way_before_it_is_needed(base, cache, monkeypatch):
-    run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
-    offload = run.memory.offload
-    for _ in range(2):
-        run.train_step()
-    started, visits = [], []
-    start = offload._start
-    monkeypatch.setattr(offload, "_start", lambda block: started.append(block) or start(block))
-    for block in blocks_of(run.denoiser):
-        block.register_forward_pre_hook(lambda block, _: visits.append(block), prepend=True)
-    run.train_step()
-    assert set(visits) == set(blocks_of(run.denoiser)) and len(visits) > 1.8 * len(set(visits))  # twice: recomputed
-    assert len(started) == len(visits)  # none was fetched twice, or fetched and not used
-
-
 def test_recomputing_without_dropout_asks_for_no_state_of_random_numbers(base, cache, monkeypatch):
     def refuse() -> None:
         raise AssertionError

@@ -12,7 +12,7 @@ from core.config import TrainConfig
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
 from core.lora.modules import LoraModule
-from core.models import load_base, quantised
+from core.models import load_base
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate
@@ -109,18 +109,6 @@ def test_what_is_stored_of_narrow_weights_is_known_without_reading_it(form):
         assert all(part.is_meta for part in known[name].parts) and known[name].shape == weight.shape
         layouts = ([(part.dtype, part.shape) for part in each.parts] for each in (weight, known[name]))
         assert next(layouts) == next(layouts), name
-
-
-def test_predicting_memory_brings_no_scales_into_order(monkeypatch):
-    base, wide = narrow_and_wide_base("nvfp4")
-    cache, in_rows = cache_of(wide, 2), quantised._in_rows
-    monkeypatch.setattr(
-        quantised, "_in_rows", lambda scales, *sizes: in_rows(scales, *sizes) if scales.is_meta else 1 / 0
-    )
-    assert base.is_narrow and base.weight_bytes("denoiser", torch.bfloat16, as_stored=True)
-    assert predicted_memory(cache, base, CONFIG, CPU, torch.bfloat16, PLANS[0])
-    with pytest.raises(ZeroDivisionError):
-        base.load("denoiser", CPU, torch.bfloat16, as_stored=True)
 
 
 def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):

@@ -1,7 +1,6 @@
 """Qwen-Image 2.1 against diffusers: the same weights under the published names, the same captions."""
 
 import re
-import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,13 @@ from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES
-from core.models.spec import stack_conditioning
 from core.pictures.generate import Job, generate
 from tests.models.family_parts import (
     assert_diffusers_loads_whole,
     error_of,
+    numbers_of,
     pipeline_with,
+    random_texts,
     rough_weights,
     small_qwen3vl,
     write_folder,
@@ -52,15 +52,6 @@ def published(denoiser: torch.nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def conditioning(lengths: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    return stack_conditioning(
-        [
-            {"context": torch.randn(1, length, 32, generator=generator), "context_mask": torch.ones(1, length)}
-            for length in lengths
-        ]
-    )
-
-
 def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
     """What diffusers' pipeline asks its denoiser for, with texts of one length."""
     batch, _, height, width = latents.shape
@@ -86,7 +77,7 @@ def test_a_published_file_predicts_what_diffusers_predicts_with_texts_of_any_len
     assert base.family is FAMILY
     generator = torch.Generator().manual_seed(2)
     latents, times = torch.randn(3, 64, 4, 6, generator=generator), torch.tensor([0.2, 0.9, 0.5])
-    text_states = conditioning((9, 4, 9), generator)
+    text_states = random_texts((9, 4, 9), 32, generator)
     ours = FAMILY.predict(base.load("denoiser", CPU, torch.float32), latents, 1000 * times, text_states)
     for row, length in enumerate((9, 4, 9)):
         each = slice(row, row + 1)
@@ -110,8 +101,7 @@ class Words:
 
     def __call__(self, texts: Any = None, text: Any = None, **options: Any) -> Any:
         if isinstance(texts, str):
-            words = re.findall(r"<\|\w+\|>|\w+|\W", texts)
-            return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % 63 for word in words])
+            return SimpleNamespace(input_ids=numbers_of(texts))
         rows = [self(each).input_ids for each in text]
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
