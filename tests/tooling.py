@@ -372,7 +372,7 @@ def assert_trained_alike(trained: Mapping[str, Tensor], expected: Mapping[str, T
 
     (Weights that only lie at other addresses round otherwise on some processors.)
     """
-    assert trained.keys() == expected.keys()
+    assert trained.keys() == expected.keys() and expected
     for name, tensor in expected.items():
         assert (trained[name].detach() - tensor.detach()).norm() <= 1e-3 * tensor.norm(), name
 

@@ -52,6 +52,7 @@ def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases,
     networks, originals = networks_of(bases[family]), networks_of(bases[family])
     apply(loras[family], {"family": family, **networks}, strength=0.8, text_encoder_strength=0.3)
     modules = loras[family].modules()
+    assert {part for part, _ in modules} == set(networks)
     for part, network in networks.items():
         before = dict(originals[part].named_parameters())
         for name, weight in network.named_parameters():

@@ -82,6 +82,7 @@ def test_gradients_of_the_copies_in_half_precision_are_those_of_each_pass(flow, 
     monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
     each_time = Run(cache_of(flow, 4), flow, IN_BF16, CPU)
     each_time.accumulate()
+    assert each_time.parameters
     for name, parameter in each_time.parameters.items():
         gradient = once.parameters[name].grad
         assert gradient is not None and gradient.dtype == torch.float32

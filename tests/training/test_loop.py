@@ -305,6 +305,7 @@ def test_lora_plus_and_the_text_encoder_have_their_own_rates(bases, caches):
     config = replace(PLAIN, learning_rate=1e-4, text_encoder_lr=1e-5, lora_plus_ratio=16.0)
     run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
     rates = {id(p): group["peak"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert {*run.encoders, "denoiser"} == {name.partition(".")[0] for name in run.parameters}
     for name, parameter in run.parameters.items():
         rate = 1e-4 if name.startswith("denoiser.") else 1e-5
         assert rates[id(parameter)] == pytest.approx(rate * (16 if name.endswith(".up") else 1))

@@ -69,6 +69,7 @@ def test_only_recomputing_saves_memory_since_no_weight_is_frozen(bases, caches, 
 def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases, caches):
     base = bases["sd15"]
     before = {name: tensor.clone() for name, tensor in base.components["denoiser"].tensors.items()}
+    assert before
     run = Run(caches["sd15"], base, CONFIG, CPU)
     run.train_step()
     for name, tensor in base.components["denoiser"].tensors.items():

@@ -48,6 +48,7 @@ def test_a_method_whose_package_is_missing_is_refused_before_training_with_the_c
 
 def test_down_is_drawn_kaiming_uniform_and_up_is_zero(base):
     parameters = attach(base).parameters()
+    assert {name.rpartition(".")[2] for name in parameters} == {"down", "up"}
     for name, value in parameters.items():
         if name.endswith(".up"):
             assert not value.any()
