@@ -56,17 +56,6 @@ def test_alpha_is_multiplied_in_where_readers_would_drop_it(scheme):
         assert torch.allclose(back[module_id].delta(), module.delta(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_lokr_keeps_its_kind_where_names_can_express_it():
-    lora = LoraFile.from_tensors(lokr(NAME), {})
-    converted, _ = convert_lora(lora, "comfy")
-    assert set(converted.tensors) == {
-        "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lokr_w1",
-        "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lokr_w2",
-    }
-    (change,) = [change for _, change in lora.changes()]
-    assert torch.equal(next(converted.changes())[1], change)
-
-
 def test_what_is_known_of_a_file_without_metadata_is_written():
     plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
     for tensors, network, rank in ((plain, "networks.lora", "2"), (lokr(NAME), "lycoris.kohya", "None")):
@@ -109,14 +98,6 @@ def test_a_lokr_in_diffusers_names_is_refused_unless_a_rank_is_given():
     assert torch.allclose(converted.modules()[MODULE].delta(), next(lora.changes())[1], atol=1e-3)
 
 
-def test_the_error_of_a_plain_lora_of_smaller_rank_is_stated():
-    lora = LoraFile.from_tensors(lokr(NAME), {})
-    change = next(lora.changes())[1]
-    plain, error = to_plain(lora, rank=3)
-    real = (plain.modules()[MODULE].delta() - change).norm() / change.norm()
-    assert error == pytest.approx(float(real), rel=1e-3) and error > 0.1
-
-
 def test_a_lokr_on_q_alone_does_not_fit_the_fused_names():
     name = "transformer.transformer_blocks.0.attn.to_q"
     tensors = {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(384, 384)}
@@ -124,15 +105,11 @@ def test_a_lokr_on_q_alone_does_not_fit_the_fused_names():
         convert_lora(LoraFile.from_tensors(tensors, {}), "kohya")
 
 
-def test_a_dora_becomes_plain_with_the_weights_that_it_was_trained_on():
-    base = torch.randn(64, 768)
+def test_a_dora_becomes_plain_only_with_the_weights_that_it_was_trained_on():
     tensors = {f"{NAME}.lora_down.weight": torch.randn(2, 768), f"{NAME}.lora_up.weight": torch.randn(64, 2)}
     lora = LoraFile.from_tensors(tensors | {f"{NAME}.dora_scale": torch.rand(64, 1)}, {})
     with pytest.raises(UnmatchedKeys, match="depends on the base weights"):
         to_plain(lora, rank=64)
-    plain, error = to_plain(lora, rank=64, base_weight=lambda _: base)
-    change = next(lora.changes(lambda _: base))[1]
-    assert error < 3e-3 and torch.allclose(plain.modules()[MODULE].delta(), change, atol=1e-3)
 
 
 def test_a_dora_of_pefts_is_read_and_written_as_peft_computes_it(tmp_path):

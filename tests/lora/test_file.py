@@ -36,11 +36,6 @@ def some(family: str, step: int = 23) -> dict[str, list[int]]:
     return dict(list(kohya_names(family).items())[::step])
 
 
-def test_a_delta_is_alpha_by_rank_times_up_times_down():
-    module = module_of([6, 5], rank=4, alpha=2.0, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(module.delta(), 2.0 / 4 * module.up @ module.down)
-
-
 def test_the_delta_of_a_convolution_is_the_change_of_its_output():
     module = module_of([6, 5, 3, 3], rank=4, alpha=8.0, generator=torch.Generator().manual_seed(0))
     pixels = torch.randn(1, 5, 8, 8)
