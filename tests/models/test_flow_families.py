@@ -54,10 +54,8 @@ def bases() -> dict[str, Base]:
 
 def cache_on_two(base: Base, size: tuple[int, int] = (8, 12)) -> LatentCache:
     """Two pictures with captions of different lengths."""
-    shape, captions = (
-        (base.latent_shape.channels, *size),
-        ("a photo of sks person", "sks person, outdoors in the evening sun"),
-    )
+    shape = (base.latent_shape.channels, *size)
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
     return encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
 
 
