@@ -44,7 +44,7 @@ def test_another_persons_photo_is_not_trained_on_by_a_script_which_is_told_each_
     assert isinstance(lora, LoraFile) and trained_on(lora) == 5
     (line,) = [warning for warning in warnings if warning.startswith("friend.png ")]
     assert line.startswith("friend.png is left out: this seems to be someone else")
-    assert line.endswith("to the other photos; the same picture as friend-too.png")
+    assert line.endswith("to the other photos); the same picture as friend-too.png")
     assert warnings[-1].startswith("photos: 5 of 7 usable; add ")
     everyone = train(photos, BASE_FILE, replace(CONFIG, check_photos=False))
     assert isinstance(everyone, LoraFile) and trained_on(everyone) == 7
