@@ -521,6 +521,14 @@ def test_a_loss_that_is_not_finite_is_null_in_json(capsys):
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["loss"] is None
 
 
+def test_an_adapter_that_is_not_finite_is_never_saved(bases, caches):
+    run = Run(person_only(caches["sd15"]), bases["sd15"], PLAIN, CPU)
+    run.train_step()
+    next(iter(run.parameters.values())).data[0, 0] = math.inf
+    with pytest.raises(TrainingDiverged, match="step 1 on"):
+        run.check_finite()
+
+
 def test_numbered_loras_and_samples_come_when_they_are_asked_for(bases, caches):
     saved, sampled = [], []
     config = replace(PLAIN, steps=6, save_every=2, sample_every=3, thumbnail=True)
