@@ -85,9 +85,10 @@ def small_qwen3vl(network: Any, width: int, layers: int) -> Any:
 
 def write_folder(folder: Path, base: Base, encoder: Any, denoiser: Any = None, **index: Any) -> Path:
     """A diffusers folder of the base with that text encoder, and perhaps another denoiser."""
-    (denoiser or base.load("denoiser", CPU, torch.float32)).save_pretrained(folder / "transformer")
-    base.load("vae", CPU, torch.float32).save_pretrained(folder / "vae")  # pyright: ignore
-    encoder.save_pretrained(folder / "text_encoder")
+    networks: dict[str, Any] = {"transformer": denoiser or base.load("denoiser", CPU, torch.float32)}
+    networks |= {"vae": base.load("vae", CPU, torch.float32), "text_encoder": encoder}
+    for name, network in networks.items():
+        network.save_pretrained(folder / name)
     written = {"_class_name": base.family.pipeline_class, **index}
     (folder / "model_index.json").write_text(json.dumps(written))
     return folder
