@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ from core.pictures.sampling import encode_prompts
 from core.storage.locks import locked
 from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
 from core.tensor_names.unet import ldm_unet_path
+from core.training.callbacks import Callbacks, StepReport
 from core.training.encode import EncodedImage, LatentCache
+from core.training.loop import train_lora
 from core.training.step import Run
 from tools.small_flows import SMALL_FLOWS, flow_base
 
@@ -377,7 +379,7 @@ def assert_trained_alike(trained: Mapping[str, Tensor], expected: Mapping[str, T
 
     (Weights that only lie at other addresses round otherwise on some processors.)
     """
-    assert trained.keys() == expected.keys()
+    assert trained.keys() == expected.keys() and expected
     for name, tensor in expected.items():
         assert (trained[name].detach() - tensor.detach()).norm() <= 1e-3 * tensor.norm(), name
 
@@ -401,6 +403,30 @@ def save_mean_colour(path: Path, size: int = 112) -> None:
     opset = helper.make_opsetid("", 17)
     graph = helper.make_graph([node], "mean", [picture], [result])
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+
+
+def assert_goes_on_exactly(cache: LatentCache, base: Base, config: TrainConfig, folder: Path) -> None:
+    """A training run that is cancelled after its second step goes on to the tensors of one that isn't."""
+
+    def cancel(report: StepReport) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    run, state = partial(train_lora, cache, base, config, device=torch.device("cpu")), folder / "run.state.safetensors"
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=state, callbacks=Callbacks(on_step=cancel))
+    steps: list[int] = []
+    resumed = run(state_path=state, resume=True, callbacks=Callbacks(on_step=lambda report: steps.append(report.step)))
+    assert steps == [*range(3, config.steps + 1)] and whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def cache_of(base: Base, count: int = 1, side: int = 16) -> LatentCache:
+    """So many pictures of random latents of that side, all with one caption."""
+    shape = (base.latent_shape.channels, side, side)
+    images = [encoded_image(base, f"{n}.png", "a photo of sks person", n, shape=shape) for n in range(1, count + 1)]
+    return encoded_cache(base, images)
 
 
 @contextmanager

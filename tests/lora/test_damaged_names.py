@@ -149,27 +149,14 @@ def damaged(shapes: Shapes, prefix: str, chance: random.Random, size: int) -> It
 @settings(max_examples=150)
 @given(
     st.integers(0, len(WHOLE) - 1),
-    st.sampled_from(PREFIXES),
+    st.sampled_from([*PREFIXES, "unet."]),
     st.sampled_from([1, 3, 12]),
     st.randoms(use_true_random=False),
 )
 def test_a_module_that_no_model_has_is_never_said_to_load(model, prefix, size, chance):
     _, _, shapes = WHOLE[model]
-    for modules in damaged(shapes, prefix, chance, size):
-        assert (modules, wrongly_said(modules, prefix)) == (modules, None)
-
-
-@pytest.mark.slow
-def test_of_many_damaged_files_none_is_said_to_load():
-    chance, tried, wrong = random.Random(0), 0, []
-    for title, _, shapes in WHOLE:
-        for prefix in (*PREFIXES, "unet."):
-            for size in (1, 3, 12):
-                for modules in damaged(shapes, prefix, chance, size):
-                    said = wrongly_said(modules, prefix)
-                    tried += 1
-                    wrong += [(title, prefix, next(iter(modules.items())), said)] if said else []
-    assert tried > 34_950 and not wrong, (tried, len(wrong), wrong[:10])
+    tried = [(modules, wrongly_said(modules, prefix)) for modules in damaged(shapes, prefix, chance, size)]
+    assert tried and [(modules, said) for modules, said in tried if said] == []
 
 
 def fitting(shapes: Shapes) -> tuple[str, ...]:
@@ -209,17 +196,6 @@ def test_of_a_whole_model_and_of_its_parts_exactly_the_models_that_have_them_are
     title, family, shapes = WHOLE[model]
     for part in parts(shapes, chance):
         assert_told(title, family, part, prefix)
-
-
-@pytest.mark.slow
-def test_of_every_model_in_every_naming_exactly_the_models_that_have_its_modules_are_named():
-    chance, tried = random.Random(0), 0
-    for title, family, shapes in WHOLE:
-        for prefix in PREFIXES:
-            for part in parts(shapes, chance):
-                assert_told(title, family, part, prefix)
-                tried += 1
-    assert tried > 5_000
 
 
 TRAINED = [(title, family, shapes) for title, family, shapes in WHOLE if family][::2]  # in diffusers' names
@@ -267,6 +243,7 @@ def test_a_file_of_text_encoders_alone_is_of_a_model_with_such_ones(family, part
 @pytest.mark.parametrize(("prefix", "encoder"), TEXT_NAMES)
 def test_a_text_encoder_under_another_s_names_is_not_said_to_load_in_comfyui(prefix, encoder):
     layers = [path for path in TEXT_ENCODERS[encoder] if ".5." in path and len(TEXT_ENCODERS[encoder][path]) > 1][:2]
+    assert len(layers) == 2
     for title, family, shapes in WHOLE:
         if family is None or title not in ("SD 1.5", "SD 2", "SDXL", "SD3", "FLUX.1", "Chroma", "FLUX.2 dev"):
             continue

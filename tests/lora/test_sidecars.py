@@ -62,16 +62,8 @@ def test_each_program_finds_the_words_under_the_names_it_knows(lora):
     assert a1111["modelVersions"] == [{"trainedWords": ["sks person"]}] and a1111["tags"] == ["person", "photo"]
     hashes = file_hashes(lora)
     # The fields without a default in ComfyUI-Lora-Manager's class.
-    assert manager.keys() >= {
-        "file_name",
-        "model_name",
-        "file_path",
-        "size",
-        "modified",
-        "sha256",
-        "base_model",
-        "preview_url",
-    }
+    needed = "file_name model_name file_path size modified sha256 base_model preview_url"
+    assert manager.keys() >= set(needed.split())
     assert (manager["sha256"], manager["base_model"], manager["from_civitai"]) == (hashes["sha256"], "SD 1.5", False)
     assert manager["civitai"] == {"trainedWords": ["sks person"]} and manager["size"] == lora.stat().st_size
     assert (matrix["ModelName"], matrix["BaseModel"], matrix["ModelType"]) == ("A face", "SD 1.5", "LORA")
@@ -172,19 +164,8 @@ def test_comfyuis_own_code_finds_the_pictures(lora, picture, monkeypatch):
 def test_a_training_writes_them_when_asked_without_a_picture(photo_folder, small_sd15, tmp_path):
     output = tmp_path / "me.safetensors"
     command = ["train", str(photo_folder), "--base", str(small_sd15), "--output", str(output), "--recipe", "none"]
-    settings = [
-        "--steps",
-        "1",
-        "--rank",
-        "2",
-        "--resolution",
-        "64",
-        "--no-check-photos",
-        "--trigger",
-        "sks",
-        "--sidecars",
-    ]
-    assert main([*command, *settings]) == 0
+    settings = ["--steps", "1", "--rank", "2", "--resolution", "64", "--no-check-photos", "--trigger", "sks"]
+    assert main([*command, *settings, "--sidecars"]) == 0
     assert {path.name for path in tmp_path.glob("me.*")} == {f"me.{end}" for end in ("safetensors", *SUFFIXES)}
     assert json.loads((tmp_path / "me.json").read_text())["activation text"] == "sks person"
 

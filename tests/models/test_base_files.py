@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear
 from core.pictures.generate import Job, generate
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
-from core.storage.stored import LazyTensors
 from core.training.step import Run
+from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
+from tests.models.test_base import assert_same_weights
 from tests.tooling import (
     SMALL_FLOWS,
     UNETS,
@@ -43,6 +43,7 @@ from tests.tooling import (
     encoded_image,
     mostly_slow,
     random_lora,
+    small_flow_base,
     write_gguf,
 )
 
@@ -68,30 +69,6 @@ SD3_SHAPES = {
 """What tells an SD3 and its sizes, for what asks nothing more of the denoiser."""
 
 
-def flux1_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of Black Forest Labs' model with one double and two single blocks of one head."""
-
-    def linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    shapes = linear("img_in", WIDTH, 64) | linear("txt_in", WIDTH, 32) | linear("final_layer.linear", 64, WIDTH)
-    shapes |= linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
-    for name, inputs in (("time_in", 256), ("vector_in", 24), ("guidance_in", 256)):
-        shapes |= linear(f"{name}.in_layer", WIDTH, inputs) | linear(f"{name}.out_layer", WIDTH, WIDTH)
-    for stream in ("img", "txt"):
-        block = f"double_blocks.0.{stream}"
-        shapes |= linear(f"{block}_mod.lin", 6 * WIDTH, WIDTH) | linear(f"{block}_attn.qkv", 3 * WIDTH, WIDTH)
-        shapes |= linear(f"{block}_attn.proj", WIDTH, WIDTH)
-        shapes |= linear(f"{block}_mlp.0", 4 * WIDTH, WIDTH) | linear(f"{block}_mlp.2", WIDTH, 4 * WIDTH)
-        shapes |= {f"{block}_attn.norm.{x}_norm.scale": (WIDTH,) for x in ("query", "key")}
-    for number in range(2):
-        block = f"single_blocks.{number}"
-        shapes |= linear(f"{block}.linear1", 7 * WIDTH, WIDTH) | linear(f"{block}.linear2", WIDTH, 5 * WIDTH)
-        shapes |= linear(f"{block}.modulation.lin", 3 * WIDTH, WIDTH)
-        shapes |= {f"{block}.norm.{x}_norm.scale": (WIDTH,) for x in ("query", "key")}
-    return shapes
-
-
 def qwen3_shapes(width: int) -> dict[str, tuple[int, ...]]:
     """What tells a Qwen3 of that width, as in its own files."""
     layer = "model.layers.0."
@@ -112,18 +89,22 @@ def state_of(kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def parts() -> dict[str, dict[str, Tensor]]:
     """Part -> its tensors, as they stand in a file of its own."""
-    draw = RandomTensors(flux1_shapes(), torch.float32, seed=1)
     t5_state = state_of("t5xxl", T5)
     del t5_state["encoder.embed_tokens.weight"]  # files have one of its two names
     vae_state = {
         ldm.ldm_vae_path(name, 2): tensor for name, tensor in state_of("vae", SMALL_FLOWS["flux1"].vae).items()
     }
     return {
-        "flux": {name: draw(name) for name in draw.layout},
+        "flux": in_original_names(small_flow_base("flux1").components["denoiser"].tensors, "flux1"),
         "clip_l": state_of("clip_l", CLIP_L),
         "t5xxl": t5_state,
         "ae": vae_state,
     }
+
+
+def others(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `load_base` is given beside the denoiser; the order of text encoders doesn't matter."""
+    return {"vae": parts["ae"], "text_encoders": [parts["t5xxl"], parts["clip_l"]]}
 
 
 @pytest.fixture
@@ -154,13 +135,8 @@ def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenize
     whole = {prefixes[part] + name: tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
     save_safetensors(tmp_path / "whole.safetensors", whole, None)
     one = load_base(tmp_path / "whole.safetensors", tokenizer=tokenizer)
-    apart = load_base(
-        files["flux"], vae=files["ae"], text_encoders=[files["t5xxl"], files["clip_l"]], tokenizer=tokenizer
-    )
-    for part in ("denoiser", "vae", "text_encoder", "text_encoder_2"):
-        expected = one.load(part, CPU, torch.float32).state_dict()
-        for name, tensor in apart.load(part, CPU, torch.float32).state_dict().items():
-            assert torch.equal(tensor, expected[name]), name
+    apart = load_base(files["flux"], **others(files), tokenizer=tokenizer)
+    assert_same_weights(apart, one)
 
 
 def pipelines_clip(encoder: nn.Module, config: dict[str, Any], cls: type = CLIPTextModelWithProjection) -> Any:
@@ -180,8 +156,7 @@ def pipelines_t5_tokenizer(folder: Path) -> Any:
 
 
 def test_captions_are_encoded_as_by_diffusers_pipeline(files, tokenizer):
-    encoder_files = [files["t5xxl"], files["clip_l"]]
-    base = load_base(files["flux"], text_encoders=encoder_files, vae=files["ae"], tokenizer=tokenizer)
+    base = load_base(files["flux"], **others(files), tokenizer=tokenizer)
     encoders, pipeline = base.load_text_encoders(CPU, torch.float32), base.pipeline()
     assert isinstance(pipeline, FluxPipeline)
     prompts = ["a photo of sks person", "sks"]
@@ -260,14 +235,11 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
     path = write_gguf(
         tmp_path / "flux1-q8.gguf", {name: (tensor, kinds[name]) for name, tensor in parts["flux"].items()}
     )
-    base = load_base(path, vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
+    base = load_base(path, **others(parts))
     assert (base.family.name, base.name) == ("flux1", "flux1-q8.gguf")
     assert base.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     base.hash_files()
-    read, plain = (
-        base.load("denoiser", CPU, torch.float32),
-        load_base(parts["flux"]).load("denoiser", CPU, torch.float32),
-    )
+    read, plain = (one.load("denoiser", CPU, torch.float32) for one in (base, load_base(parts["flux"])))
     for name, parameter in read.named_parameters():
         weight = plain.get_parameter(name)
         is_quantised = name.endswith(("attn.to_out.0.weight", "attn.to_add_out.weight"))
@@ -323,9 +295,7 @@ def test_a_quantised_t5_is_widened_layer_by_layer_where_it_would_not_fit(parts, 
 
 @pytest.mark.parametrize(("kind", "stays"), [("lora", True), ("loha", False)])
 def test_pictures_are_drawn_with_a_widened_t5_where_a_lora_needs_it(parts, tokenizer, monkeypatch, kind, stays):
-    base = load_base(
-        parts["flux"], vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]], tokenizer=tokenizer
-    )
+    base = load_base(parts["flux"], **others(parts), tokenizer=tokenizer)
     layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     down, up = torch.ones(2, T5["d_model"]), torch.full((128, 2), 0.01)
     tensors = {"lora": {"lora_down.weight": down, "lora_up.weight": up},
@@ -382,14 +352,9 @@ def test_other_quantisations_are_refused_by_name(parts, tmp_path):
         {"img_in.comfy_quant": description('{"format": "nvfp4"}'), **scale},
         r"img_in\.weight is quantised as nvfp4 and lacks its scales",
     )
+    odd_groups = description('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 48}')
     refused(
-        {
-            "img_in.comfy_quant": description(
-                '{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 48}'
-            ),
-            "img_in.weight": fp8.to(torch.int8),
-            **scale,
-        },
+        {"img_in.comfy_quant": odd_groups, "img_in.weight": fp8.to(torch.int8), **scale},
         r"img_in\.weight .* has scales of \[\], which do not fit it as int8_tensorwise",
     )
     refused({"img_in.comfy_quant": description("[]"), **scale}, "the description of its quantised layers")
@@ -499,38 +464,14 @@ def test_the_command_line_trains_and_draws_from_files_apart(files, tokenizer, ph
     base = ["--base", files["flux"], "--vae", files["ae"], "--text-encoder", files["clip_l"],
             "--text-encoder", files["t5xxl"], "--tokenizer", tokenizer, "--device", "cpu"]  # fmt: skip
     output = tmp_path / "me.safetensors"
-    train = [
-        "train",
-        photo_folder,
-        *base,
-        "--output",
-        output,
-        "--steps",
-        2,
-        "--rank",
-        2,
-        "--resolution",
-        64,
-        "--no-check-photos",
-    ]
+    options = ["--steps", "2", "--rank", "2", "--resolution", "64", "--no-check-photos"]
+    train = ["train", photo_folder, *base, "--output", output, *options]
     assert main([str(argument) for argument in train]) in (0, None)
     lora = LoraFile.read(output)
     assert lora.family == "flux1" and "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in lora.tensors
     pictures = tmp_path / "pictures"
-    generate = [
-        "generate",
-        *base,
-        "--lora",
-        output,
-        "--output",
-        pictures,
-        "--count",
-        1,
-        "--steps",
-        2,
-        "--size",
-        "64x64",
-    ]
+    options = ["--count", "1", "--steps", "2", "--size", "64x64"]
+    generate = ["generate", *base, "--lora", output, "--output", pictures, *options]
     assert main([str(argument) for argument in generate]) in (0, None)
     assert len(list(pictures.glob("*.png"))) >= 1
 
@@ -546,11 +487,6 @@ CHECKPOINT_PREFIXES = {
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def weights_of(base: Base) -> dict[str, Tensor]:
-    states = {part: base.load(part, CPU, torch.float32).state_dict() for part in base.components}
-    return {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
 
 
 @pytest.fixture
@@ -584,8 +520,7 @@ def sd_files(small_sd15, small_sdxl, tmp_path) -> Callable[[str, str], dict[str,
 def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, small_sdxl, family, naming):
     whole = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
     apart = load_base(**sd_files(family, naming))
-    ours, theirs = weights_of(apart), weights_of(whole)
-    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(apart, whole)
     assert apart.family is whole.family and apart.identity == whole.identity
     assert {part: one.config for part, one in apart.components.items()} == {
         part: one.config for part, one in whole.components.items()
@@ -618,14 +553,6 @@ def test_a_text_encoder_that_is_given_takes_the_place_of_the_checkpoints(small_s
     name = "text_model.final_layer_norm.weight"
     assert torch.equal(base.components["text_encoder"].tensors[name], other[name])
     assert base.identity != whole.identity
-
-
-def test_stable_diffusion_says_what_is_missing_when_it_is_needed(sd_files):
-    base = load_base(sd_files("sdxl", "bare")["source"])
-    with pytest.raises(BadFile, match=r"unet\.safetensors: has no vae\. Give its file too \(vae\)"):
-        base.load("vae", CPU, torch.float32)
-    with pytest.raises(BadFile, match=r"has no text encoder\. Give its file too \(text_encoders\)"):
-        base.load_text_encoders(CPU, torch.float32)
 
 
 def saved_by_comfyui(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -717,9 +644,7 @@ def test_a_tensor_with_other_dimensions_than_its_layer_s_is_refused_by_its_name(
 ):
     save_safetensors(files[part], parts[part] | {name: torch.zeros(shape)})
     with pytest.raises(UnmatchedKeys) as refused:
-        base = load_base(
-            files["flux"], vae=files["ae"], text_encoders=[files["clip_l"], files["t5xxl"]], tokenizer=tokenizer
-        )
+        base = load_base(files["flux"], **others(files), tokenizer=tokenizer)
         base.load_text_encoders(CPU, torch.float32)
     message = str(refused.value)
     assert message.startswith("flux.safetensors") and f"{name} has shape {list(shape)}, " in message
@@ -731,7 +656,7 @@ def test_a_gguf_with_other_rows_than_its_fused_layer_s_is_refused_by_its_name(fi
     tensors = {key: (tensor, kind) for key, tensor in (parts["flux"] | {name: torch.zeros(7)}).items()}
     path = write_gguf(tmp_path / "flux-F32.gguf", tensors)
     with pytest.raises(UnmatchedKeys, match=rf"^flux-F32\.gguf.*{re.escape(name)} has shape \[7\]"):
-        load_base(path, vae=files["ae"], text_encoders=[files["clip_l"], files["t5xxl"]], tokenizer=tokenizer)
+        load_base(path, **others(files), tokenizer=tokenizer)
 
 
 def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):
@@ -807,33 +732,10 @@ def test_a_scaled_weight_is_computed_once_though_several_are_cut_from_it(parts, 
     assert {count for name, count in tensors.reads.items() if name.endswith("scale_weight")} == {1}
 
 
-def test_a_merged_weight_is_computed_once_and_for_its_biases_shape(parts):
-    """As a ComfyUI node gives them: nothing is known of a tensor until it is computed."""
-    tensors = CountedReads(parts["flux"])
-    base = load_base(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
-    base.load("denoiser", CPU, torch.float32)
-    assert tensors.reads["double_blocks.0.img_attn.qkv.weight"] == 2
-
-
 def test_one_file_of_more_text_encoders_than_the_family_has_is_taken(parts, small_sd15):
     encoder = dict(load_base(small_sd15).components["text_encoder"].tensors)
     file = saved_by_comfyui({"clip_l": encoder, "t5xxl": parts["t5xxl"]})
     assert load_base(small_sd15, text_encoders=[file]).identity == load_base(small_sd15).identity
-
-
-def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_reading(parts, monkeypatch):
-    scaled = CountedReads(parts["t5xxl"])
-    for name in [name for name in scaled if name.endswith(".SelfAttention.q.weight")]:
-        scaled[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
-    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], scaled])
-    scaled.reads.clear()
-    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
-    monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
-    loaded = []
-    monkeypatch.setattr(Base, "load", lambda base, part, device, dtype, *_: loaded.append((part, dtype)))
-    base.load_text_encoders(CPU, torch.float16)
-    assert loaded == [("text_encoder", torch.float16), ("text_encoder_2", torch.float16)]
-    assert not any(name.endswith("scale_weight") for name in scaled.reads)
 
 
 def test_t5s_embedding_is_in_memory_once(parts):

@@ -28,7 +28,7 @@ from core.training.loop import train_lora
 from core.training.metadata import PRODUCTS_KEY, WEIGHTS_KEY
 from core.training.step import Run
 from tests.models.quantised_weights import FORMS, narrow_and_wide_base
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow
+from tests.tooling import SMALL_FLOWS, cache_of, mostly_slow
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="bf16", eight_bit_products="on")
@@ -142,11 +142,6 @@ def test_too_few_rows_for_a_gpu_are_multiplied_with_the_widened_weight():
     x = torch.randn(FEWEST_ROWS, 64)
     assert torch.equal(linear(x[1:], InEightBits(widen), parts), linear(x[1:], widen, parts))
     assert not torch.equal(linear(x, InEightBits(widen), parts), linear(x, widen, parts))
-
-
-def cache_of(base):
-    shape = (base.latent_shape.channels, 16, 16)
-    return encoded_cache(base, [encoded_image(base, "1.png", "a photo of sks", 1, shape=shape)])
 
 
 def gradients_of(base, plan: MemoryPlan, config: TrainConfig) -> tuple[float, torch.Tensor]:

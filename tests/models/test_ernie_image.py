@@ -1,6 +1,5 @@
 """ERNIE-Image against diffusers' pipeline: the same weights, the same captions; a run that goes on where it was stopped."""
 
-import json
 import re
 import zlib
 from types import SimpleNamespace
@@ -12,23 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from core.config import TrainConfig
-from core.errors import BadConfig
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES
-from core.training.job import check_base_options
+from tests.models.family_parts import error_of, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, caption_states, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ernie-image"]
 WIDTH = SMALL_FLOWS["ernie-image"].context
 CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
-
-
-def pipeline(**parts: Any) -> Any:
-    """diffusers' pipeline with some of its parts."""
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
-    return diffusers.ErnieImagePipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -51,15 +42,17 @@ def test_a_published_file_predicts_what_diffusers_predicts_with_texts_filled_up(
     latents = torch.randn(2, 128, 8, 12, generator=generator)
     states = [torch.randn(length, WIDTH, generator=generator) for length in (9, 4)]
     times = torch.tensor([200.0, 900.0])
-    filled, lengths = pipeline(transformer=theirs)._pad_text(states, CPU, torch.float32, WIDTH)
+    filled, lengths = pipeline_with(diffusers.ErnieImagePipeline, transformer=theirs)._pad_text(
+        states, CPU, torch.float32, WIDTH
+    )
     expected = theirs(latents, times, filled, lengths).sample
     mask = torch.arange(9) < torch.tensor([[9], [4]])
     denoiser = base.load("denoiser", CPU, torch.float32)
     ours = base.family.predict(denoiser, latents, times, {"context": filled, "context_mask": mask.float()})
-    assert (ours - expected).norm() < 1e-4 * expected.norm()
+    assert error_of(ours, expected) < 1e-4
     alone = {"context": states[1][None], "context_mask": torch.ones(1, 4)}
     ours = base.family.predict(denoiser, latents[1:], times[1:], alone)
-    assert (ours - expected[1:]).norm() < 1e-4 * expected[1:].norm()
+    assert error_of(ours, expected[1:]) < 1e-4
 
 
 class Words:
@@ -82,17 +75,6 @@ def vision_model() -> Any:
     return transformers.Mistral3Model(transformers.Mistral3Config(text_config=sizes, vision_config=vision)).eval()
 
 
-@pytest.fixture
-def folder(tmp_path, vision_model):
-    """A diffusers folder."""
-    base = small_flow_base("ernie-image")
-    for part, name in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / name)  # pyright: ignore
-    vision_model.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
-    return tmp_path
-
-
 def of_a_file(encoder: dict[str, Tensor]) -> Base:
     denoiser = small_flow_base("ernie-image").load("denoiser", CPU, torch.float32).state_dict()
     tensors = {f"model.{name}": tensor for name, tensor in encoder.items()}
@@ -101,12 +83,16 @@ def of_a_file(encoder: dict[str, Tensor]) -> Base:
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["folder", "file"])
-def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
+def test_captions_have_the_states_of_diffusers_pipeline(source, tmp_path, vision_model, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
-    base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
-    theirs = pipeline(text_encoder=vision_model, tokenizer=Words()).encode_prompt(CAPTIONS, CPU)
+    if source == "folder":
+        base = load_base(write_folder(tmp_path, small_flow_base("ernie-image"), vision_model))
+    else:
+        base = of_a_file(vision_model.language_model.state_dict())
+    pipe = pipeline_with(diffusers.ErnieImagePipeline, text_encoder=vision_model, tokenizer=Words())
+    theirs = pipe.encode_prompt(CAPTIONS, CPU)
     for states, expected in zip(caption_states(base, CAPTIONS), theirs, strict=True):
-        assert len(states) == len(expected) and (states - expected).norm() < 1e-5 * expected.norm()
+        assert len(states) == len(expected) and error_of(states, expected) < 1e-5
 
 
 def test_a_file_of_the_text_encoder_is_known_by_its_width():
@@ -116,11 +102,3 @@ def test_a_file_of_the_text_encoder_is_known_by_its_width():
         for width in (3072, 5120)
     }
     assert kinds == {3072: ["ministral3_3b"], 5120: ["mistral3_24b"]}
-
-
-def test_a_folder_that_says_it_is_distilled_is_refused_for_training_unless_told_otherwise(folder):
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class, "is_distilled": True}))
-    base = load_base(folder)
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
-        check_base_options(base, TrainConfig())
-    check_base_options(base, TrainConfig(), adapted=True)

@@ -1,11 +1,9 @@
 """Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
 
-import json
 import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -27,14 +25,17 @@ from core.models.spec import on_device, stack_conditioning
 from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
-from core.training.callbacks import Callbacks
+from core.training.encode import LatentCache
 from core.training.job import check_base_options, hints
-from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from core.training.store import train
+from tests.models.family_parts import write_folder
 from tests.tooling import (
     SMALL_FLOWS,
+    assert_goes_on_exactly,
+    assert_trained_alike,
+    cache_of,
     command_options,
     encoded_cache,
     encoded_image,
@@ -52,12 +53,16 @@ def bases() -> dict[str, Base]:
     return {name: small_flow_base(name) for name in SMALL_FLOWS}
 
 
-def run_on_two(base: Base, config: TrainConfig) -> Run:
-    """A run on two pictures with captions of different lengths, whose adapter already changes something."""
-    shape = (base.latent_shape.channels, 8, 12)
+def cache_on_two(base: Base, size: tuple[int, int] = (8, 12)) -> LatentCache:
+    """Two pictures with captions of different lengths."""
+    shape = (base.latent_shape.channels, *size)
     captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
-    return started_run(cache, base, config)
+    return encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
+
+
+def run_on_two(base: Base, config: TrainConfig) -> Run:
+    """A run whose adapter already changes something."""
+    return started_run(cache_on_two(base), base, config)
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -78,11 +83,7 @@ def language_model(family: str) -> Any:
 @pytest.mark.parametrize("family", ["zimage", "qwen-image"])
 def test_a_diffusers_folder_with_a_language_model_is_the_same_base(bases, family, tmp_path):
     base, theirs = bases[family], language_model(family).eval()
-    for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
-    theirs.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": base.family.pipeline_class}))
-    read = load_base(tmp_path)
+    read = load_base(write_folder(tmp_path, base, theirs))
     assert read.family is base.family and read.fingerprint("denoiser", "vae") == base.fingerprint("denoiser", "vae")
     tokens = torch.tensor([[5, 3, 60, 1]])
     with torch.no_grad():
@@ -195,8 +196,7 @@ def test_recomputing_activations_gives_the_same_step(bases, family):
     saving = run_on_two(bases[family], replace(PLAIN, gradient_checkpointing="on"))
     plain.train_step()
     saving.train_step()
-    for name, parameter in plain.parameters.items():
-        torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+    assert_trained_alike(saving.parameters, plain.parameters)
 
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)
@@ -214,31 +214,18 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
 @pytest.mark.parametrize("family", [name for name in SMALL_FLOWS if name != "sd3"])  # whose small blocks differ in size
 def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
     base = bases[family]
-    shape = (base.latent_shape.channels, 16 * base.latent_shape.positions_side, 16 * base.latent_shape.positions_side)
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
+    cache = cache_of(base, side=16 * base.latent_shape.positions_side)
     config = TrainConfig(rank=2, precision="bf16")
     plans = (PLANS[0], PLANS[2], PLANS[-1])
     needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
     assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
 
 
-@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "krea2", "ernie-image", "longcat-image", "ideogram4"))
+@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux3", "qwen-image-21", "longcat-image", "ideogram4"))
 def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(bases, family, tmp_path):
-    def cancel(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    base, state = bases[family], tmp_path / "run.state.safetensors"
-    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
-    shape = (base.latent_shape.channels, 4, 6)
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
-    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
-    whole = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(state_path=state, callbacks=Callbacks(on_step=cancel))
-    resumed = run(state_path=state, resume=True)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+    base = bases[family]
+    cache = cache_on_two(base, (4, 6))
+    assert_goes_on_exactly(cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), tmp_path)
 
 
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1", "qwen-image"))
@@ -342,17 +329,6 @@ def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
         check_base_options(bases["flux1"], TrainConfig(**wrong))
 
 
-def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwise(bases):
-    base = bases["flux1"]
-    denoiser = replace(
-        base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
-    )
-    schnell = replace(base, components={**base.components, "denoiser": denoiser})
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
-        check_base_options(schnell, TrainConfig())
-    check_base_options(schnell, TrainConfig(allow_distilled=True))
-
-
 @pytest.mark.parametrize(
     ("family", "name", "steps", "shift"),
     [
@@ -365,11 +341,16 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         ("flux2", "flux-2-klein-4b.safetensors", 4, None),
         ("flux3", "flux3-image-klein.safetensors", None, None),  # whose tensors tell
         ("krea2", "krea2_raw_bf16.safetensors", None, None),
+        ("zimage", "z_image_bf16.safetensors", None, None),
+        ("flux2", "flux-2-klein-base-4b-fp8.safetensors", None, None),
+        ("ernie-image", "ernie-image.safetensors", None, None),
         ("chroma", "chroma-flash.safetensors", None, None),
         ("flux1", "flux1-dev-turbo.safetensors", None, None),  # which takes its guidance as a number
     ],
 )
-def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guidance(bases, family, name, steps, shift):
+def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_and_is_not_to_be_trained(
+    bases, family, name, steps, shift
+):
     base = replace(bases[family], name=name)
     asked = Job("a photo", seed=1, steps=33, guidance=2.5)
     job, spec = asked.on(base), base.family
@@ -378,6 +359,10 @@ def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guida
     for latents in (torch.zeros(1, 16, 32, 32), torch.zeros(1, 16, 128, 96)):
         expected = base.schedule().shift_for(latents) if shift is None else shift
         assert base.sampling_schedule().shift_for(latents) == pytest.approx(expected)
+    warning, drawn_as_others = "".join(hints(base, TrainConfig(), False, CPU)), ("chroma-flash", "flux1-dev-turbo")
+    said = f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
+    assert warning.startswith(said) if steps or name.startswith(drawn_as_others) else not warning
+    assert not [*hints(base, TrainConfig(allow_distilled=True), False, CPU)]
 
 
 @pytest.mark.parametrize(("given", "drawn"), [((None, None), (8, 1.0)), ((12, 2.0), (12, 2.0))])
@@ -404,12 +389,11 @@ def test_that_a_name_alone_makes_a_model_draw_in_few_steps_is_said(bases, name, 
     assert few_steps_hint(replace(base, says_distilled=True), steps, guidance) == []
 
 
-def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):
-    base = bases["flux1"]
-    denoiser = replace(
-        base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
-    )
-    schnell = replace(base, components={**base.components, "denoiser": denoiser})
+def test_schnell_is_refused_unless_told_otherwise_and_draws_in_four_steps_that_are_not_shifted():
+    schnell = small_flow_base("flux1", guidance_embeds=False)
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+        check_base_options(schnell, TrainConfig())
+    check_base_options(schnell, TrainConfig(allow_distilled=True))
     assert (schnell.steps, schnell.guidance) == (4, 1.0)
     times = build_sampler(None, schnell, 4, torch.zeros(1, 16, 64, 64)).timesteps
     assert times.tolist() == pytest.approx([1000, 750, 500, 250])
@@ -420,37 +404,13 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
     bases, is_distilled, tmp_path, monkeypatch
 ):
     base = bases["flux2"]
-    for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)).save_pretrained(tmp_path / "text_encoder")
-    index = {"_class_name": base.family.pipeline_class, "is_distilled": is_distilled}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    read = load_base(tmp_path)
+    encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES))
+    read = load_base(write_folder(tmp_path, base, encoder, is_distilled=is_distilled))
     assert read.is_distilled == is_distilled
     if is_distilled:
         with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
             check_base_options(read, TrainConfig())
     check_base_options(read, TrainConfig(allow_distilled=True))
+    check_base_options(read, TrainConfig(), adapted=True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: str(tmp_path))
     assert load_base("someone/klein").name == "klein"  # and not that of the folder in the cache
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "distilled"),
-    [
-        ("zimage", "z_image_turbo_bf16.safetensors", True),
-        ("zimage", "z_image_bf16.safetensors", False),
-        ("flux2", "flux-2-klein-4b-fp8.safetensors", True),
-        ("flux2", "flux-2-klein-base-4b-fp8.safetensors", False),
-        ("sd3", "sd3.5_large_turbo.safetensors", True),
-        ("ernie-image", "ernie-image-turbo.safetensors", True),
-        ("ernie-image", "ernie-image.safetensors", False),
-    ],
-)
-def test_training_warns_where_only_the_name_says_that_a_model_is_distilled(bases, family, name, distilled):
-    base = replace(bases[family], name=name)
-    hint = "".join(hints(base, TrainConfig(), False, CPU))
-    assert bool(hint) == distilled and not [*hints(base, TrainConfig(allow_distilled=True), False, CPU)]
-    assert not hint or hint.startswith(
-        f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
-    )

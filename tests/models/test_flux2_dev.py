@@ -2,7 +2,7 @@
 
 import json
 import re
-import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from core.errors import BadFile
 from core.models import Base, load_base, text
 from core.models.families.flux2 import FLUX2, texts_at_the_end
-from core.models.spec import stack_conditioning
+from tests.models.family_parts import error_of, numbers_of, random_texts, write_folder
 from tests.models.test_base_files import FLUX2_SHAPES
 from tests.tooling import caption_states, small_flow_base
 
@@ -28,11 +28,11 @@ class Words:
     """A tokenizer with a number for each word, each sign and each special token."""
 
     def __call__(self, caption: str, **_: Any) -> Any:
-        words = re.findall(r"</?\w+>|\[/?\w+\]|\w+|\W", caption) if caption else []
-        return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % (WORDS - 1) for word in words])
+        return SimpleNamespace(input_ids=numbers_of(caption, WORDS - 1, r"</?\w+>|\[/?\w+\]|\w+|\W"))
 
 
-def mistral() -> Any:
+@pytest.fixture(scope="module")
+def network() -> Any:
     """The network that dev's diffusers folder has as its text encoder, narrow, and with two layers too many."""
     sizes = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-5,
@@ -51,22 +51,8 @@ def mistral() -> Any:
     return transformers.Mistral3ForConditionalGeneration(config).eval()
 
 
-@pytest.fixture(scope="module")
-def network() -> Any:
-    return mistral()
-
-
 def dev_base() -> Base:
     return small_flow_base("flux2", guidance_embeds=True, joint_attention_dim=3 * WIDTH)
-
-
-def folder_of(network: Any, folder: Path) -> Path:
-    base = dev_base()
-    for part, name in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(folder / name)  # pyright: ignore
-    network.save_pretrained(folder / "text_encoder")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Flux2Pipeline"}))
-    return folder
 
 
 def expected_states(network: Any, caption: str) -> Tensor:
@@ -85,12 +71,12 @@ def expected_states(network: Any, caption: str) -> Tensor:
 def check_captions(base: Base, network: Any) -> None:
     for caption, states in zip(CAPTIONS, caption_states(base, CAPTIONS), strict=True):
         expected = expected_states(network, caption)
-        assert len(states) == len(expected) and (states - expected).norm() < 1e-5 * expected.norm()
+        assert len(states) == len(expected) and error_of(states, expected) < 1e-5
 
 
 def test_a_diffusers_folder_encodes_captions_as_transformers_does(network, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
-    base = load_base(folder_of(network, tmp_path))
+    base = load_base(write_folder(tmp_path, dev_base(), network, _class_name="Flux2Pipeline"))
     assert base.family is FLUX2 and base.embeds_guidance
     check_captions(base, network)
 
@@ -109,45 +95,39 @@ def test_a_file_of_the_text_encoder_does_so_too_where_comfyui_has_left_out_its_l
     component = text._component(kind, stored)
     assert component.config["num_hidden_layers"] == 30
     base = dev_base()
-    base = Base(
-        **{
-            name: getattr(base, name)
-            for name in ("family", "name", "prediction_type", "zero_terminal_snr", "resolution")
-        },
-        components={**base.components, "text_encoder": component},
-    )
+    base = replace(base, components={**base.components, "text_encoder": component}, caption_encoder=None)
     check_captions(base, network)
 
 
 def test_texts_end_at_the_last_of_512_tokens_with_zeros_before_them():
-    texts = [torch.randn(1, length, 6) for length in (3, 5)]
-    both = stack_conditioning([{"context": each, "context_mask": torch.ones(1, each.shape[1])} for each in texts])
+    both = random_texts((3, 5), 6, torch.Generator())
     moved = texts_at_the_end(both)
     assert moved.shape == (2, 512, 6)
-    for row, alone in zip(moved, texts, strict=True):
-        assert torch.equal(row[-alone.shape[1] :], alone[0]) and not row[: -alone.shape[1]].any()
+    for row, states, length in zip(moved, both["context"], (3, 5), strict=True):
+        assert torch.equal(row[-length:], states[:length]) and not row[:-length].any()
     whole = {"context": torch.randn(1, 512, 6), "context_mask": torch.ones(1, 512)}
     assert texts_at_the_end(whole) is whole["context"]
 
 
-def test_the_tokenizer_of_another_model_is_refused(tmp_path):
-    vocabulary = {"<s>": 2, "<pad>": 11, "a": 0}
+def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> Path:
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
-    with pytest.raises(
-        BadFile, match=r"not the tokenizer of Mistral Small 3.2 \(24B\)\. It has 3 tokens, and <s> is 2"
-    ):
-        text.load_tokenizer(str(tmp_path), "mistral3_24b")
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    return folder
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path):
+    said = r"not the tokenizer of Mistral Small 3.2 \(24B\)\. It has 3 tokens, and <s> is 2"
+    with pytest.raises(BadFile, match=said):
+        text.load_tokenizer(str(write_tokenizer(tmp_path, {"<s>": 2, "<pad>": 11, "a": 0})), "mistral3_24b")
 
 
 def test_files_of_the_denoiser_and_the_text_encoder_take_the_tokenizer_of_the_text_encoder(network, tmp_path):
     """It was once refused, since it isn't that of the family's smaller models."""
-    vocabulary = {"a": 0, "<s>": 1, "<pad>": 11}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
     with torch.device("meta"):
         denoiser = {name: torch.empty(shape) for name, shape in FLUX2_SHAPES.items()}
         denoiser["txt_in.weight"] = torch.empty(3072, 3 * WIDTH)
     encoder = {f"model.{name}": tensor for name, tensor in network.model.language_model.state_dict().items()}
-    base = load_base(denoiser, text_encoders=[encoder], tokenizer=tmp_path)
+    base = load_base(
+        denoiser, text_encoders=[encoder], tokenizer=write_tokenizer(tmp_path, {"a": 0, "<s>": 1, "<pad>": 11})
+    )
     assert base.components["text_encoder"].config["tokenizer"] == str(tmp_path)

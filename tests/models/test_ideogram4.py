@@ -1,8 +1,5 @@
 """Ideogram 4 against diffusers' pipeline: the same weights under the original names, the same captions, the same picture."""
 
-import json
-import re
-import zlib
 from typing import Any
 
 import diffusers
@@ -18,24 +15,18 @@ from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES, detect_family, ideogram4
-from core.models.spec import stack_conditioning
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import METHODS
 from core.training.methods.method import target_modules
-from tests.tooling import SMALL_FLOWS, caption_states, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
+from tests.models.family_parts import error_of, numbers_of, pipeline_with, random_texts, small_qwen3vl, write_folder
+from tests.tooling import SMALL_FLOWS, cache_of, caption_states, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
 CONTEXT, LAYERS = SMALL_FLOWS["ideogram4"].context, 36
 CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
-
-
-def pipeline(**parts: Any) -> Any:
-    """diffusers' pipeline with some of its parts."""
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "unconditional_transformer")
-    return diffusers.Ideogram4Pipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -79,21 +70,20 @@ def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_
     assert base.family is FAMILY
     generator = torch.Generator().manual_seed(2)
     latents, times = torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.2, 0.9])
-    states = [torch.randn(1, length, CONTEXT, generator=generator) for length in (9, 4)]
-    both = stack_conditioning([{"context": each, "context_mask": torch.ones(1, each.shape[1])} for each in states])
+    both = random_texts((9, 4), CONTEXT, generator)
     ours = base.load("denoiser", CPU, torch.float32).requires_grad_()
     prediction = FAMILY.predict(ours, latents, 1000 * times, both)
     expected = their_prediction(theirs, latents, times, both["context"], [9, 4])
-    assert (prediction - expected).norm() < 1e-5 * expected.norm()
+    assert error_of(prediction, expected) < 1e-5
     prediction.square().sum().backward()
     expected.square().sum().backward()
     gradients = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         assert (gradients[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
     with torch.no_grad():
-        alone = {"context": states[1], "context_mask": torch.ones(1, 4)}
+        alone = {"context": both["context"][1:, :4], "context_mask": torch.ones(1, 4)}
         prediction = FAMILY.predict(ours, latents[1:], 1000 * times[1:], alone)
-    assert (prediction - expected[1:]).norm() < 1e-5 * expected[1:].norm()
+    assert error_of(prediction, expected[1:]) < 1e-5
 
 
 def test_positions_beyond_65536_are_told_apart_in_16_bits_too():
@@ -120,7 +110,7 @@ class Words:
         return f"<|im_start|>user\n{part['text']}<|im_end|>\n<|im_start|>assistant\n"
 
     def __call__(self, words: str, return_tensors: str = "", **_: Any) -> Any:
-        numbers = [1 + zlib.crc32(word.encode()) % 63 for word in re.findall(r"<\|\w+\|>|\w+|\W", words)]
+        numbers = numbers_of(words)
         ids = torch.tensor([numbers]) if return_tensors else numbers
         return transformers.BatchEncoding({"input_ids": ids})
 
@@ -128,26 +118,14 @@ class Words:
 @pytest.fixture(scope="module")
 def vision_model() -> Any:
     """The network that a diffusers folder has as its text encoder, narrow."""
-    sizes = {"vocab_size": 64, "hidden_size": CONTEXT // 13, "intermediate_size": 32, "num_hidden_layers": LAYERS,
-             "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-6,
-             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": CONTEXT // 13,
-              "deepstack_visual_indexes": [0]}  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=sizes, vision_config=vision)).eval()
-    model.language_model.norm.weight.data.fill_(3.0)  # which shows in states that are normed
-    return model
+    return small_qwen3vl(transformers.Qwen3VLModel, CONTEXT // 13, LAYERS)
 
 
 @pytest.fixture
 def folder(tmp_path, vision_model):
     """A diffusers folder with both denoisers."""
-    for name in ("transformer", "unconditional_transformer"):
-        random_denoiser().save_pretrained(tmp_path / name)
-    small_flow_base("ideogram4").load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
-    vision_model.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
-    return tmp_path
+    random_denoiser().save_pretrained(tmp_path / "unconditional_transformer")
+    return write_folder(tmp_path, small_flow_base("ideogram4"), vision_model, random_denoiser())
 
 
 def of_a_file(encoder: dict[str, Tensor]) -> Base:
@@ -160,11 +138,11 @@ def of_a_file(encoder: dict[str, Tensor]) -> Base:
 def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
     base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
-    pipe = pipeline(text_encoder=vision_model, tokenizer=Words())
+    pipe = pipeline_with(diffusers.Ideogram4Pipeline, text_encoder=vision_model, tokenizer=Words())
     theirs, _, _, indicator = pipe.encode_prompt(CAPTIONS, 1, 1, 40, CPU)
     for states, expected, kinds in zip(caption_states(base, CAPTIONS), theirs, indicator, strict=True):
         wanted = expected[kinds == 3]
-        assert len(states) == len(wanted) and (states - wanted).norm() < 1e-5 * wanted.norm()
+        assert len(states) == len(wanted) and error_of(states, wanted) < 1e-5
 
 
 def test_a_caption_that_is_too_long_keeps_the_end_of_the_chat(vision_model, monkeypatch):
@@ -200,9 +178,10 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
     (picture,) = decode_latents(base, vae, latents)
     scale = 32 // base.latent_shape.pixels, 48 // base.latent_shape.pixels
     noise = torch.randn(128, scale[1], scale[0], generator=torch.Generator().manual_seed(3))
-    pipe = pipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae, text_encoder=vision_model, tokenizer=Words(),
-        transformer=random_denoiser(), unconditional_transformer=random_denoiser(),
+    pipe = pipeline_with(
+        diffusers.Ideogram4Pipeline, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae,
+        text_encoder=vision_model, tokenizer=Words(), transformer=random_denoiser(),
+        unconditional_transformer=random_denoiser(),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     times = base.schedule().sampling_times(3, noise[None])[:-1]  # pyright: ignore
@@ -212,7 +191,7 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
                 "max_sequence_length": 40, "latents": tokens}  # fmt: skip
     (theirs,) = pipe(CAPTIONS[1], **settings, output_type="latent").images
     theirs = theirs.view(scale[1], scale[0], 4, 32).permute(3, 2, 0, 1).reshape(latents[0].shape)
-    assert (latents[0] - theirs).norm() < 1e-4 * theirs.norm()
+    assert error_of(latents[0], theirs) < 1e-4
     (expected,) = pipe(CAPTIONS[1], **settings, output_type="pt").images
     found = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(48, 32, 3).permute(2, 0, 1) / 255
     assert (found - expected).abs().max() < 0.02 and expected.std() > 0.02
@@ -309,9 +288,8 @@ def test_other_kinds_of_adapter_leave_out_q_k_and_v_which_comfyui_knows_as_one(m
 @pytest.mark.parametrize("method", ["lora", "lokr"])
 def test_a_training_says_once_what_its_method_leaves_out(method):
     base, warnings = small_flow_base("ideogram4"), []
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 4, 4))])
     config = TrainConfig(method=method, rank=2, steps=2, targets="attention", precision="fp32")
-    train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
+    train_lora(cache_of(base, side=4), base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     left_out = (
         "method 'lokr' leaves out 6 modules of targets = 'attention', such as layers.0.attention.to_q: they are parts of one "
         "layer in files of ideogram4, where only method 'lora' fits"

@@ -1,8 +1,6 @@
 """LongCat-Image against diffusers' pipeline: the same weights, the same captions; files that look like it or are others'."""
 
 import json
-import re
-import zlib
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import TrainConfig
 from core.errors import UnknownFamily
@@ -22,6 +20,7 @@ from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
 from core.training.loop import train_lora
+from tests.models.family_parts import error_of, in_original_names, numbers_of, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
@@ -46,26 +45,11 @@ def random_denoiser() -> Any:
     return denoiser
 
 
-def in_original_names(denoiser: nn.Module, family: str = "longcat-image") -> dict[str, Tensor]:
-    """The weights as in ComfyUI's file, with q, k and v in one."""
-    parts: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in denoiser.state_dict().items():
-        path, _, kind = name.rpartition(".")
-        fusion = NAME_TABLES[family].of_diffusers(path)
-        if fusion.halves_swapped:
-            tensor = tensor.roll(len(tensor) // 2, 0)
-        is_norm = "norm.query_norm" in fusion.original or "norm.key_norm" in fusion.original
-        whole = f"{fusion.original}.{'scale' if is_norm else kind}"
-        parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
-    return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
-
-
 class Words:
     """A tokenizer with a number for each word and each sign, which puts a caption's spaces before the words."""
 
     def __call__(self, caption: str, add_special_tokens: bool = True, **_: Any) -> Any:
-        numbers = [1 + zlib.crc32(word.encode()) % 60 for word in re.findall(r"<\|\w+\|>| ?\w+|\W", caption)]
-        return transformers.BatchEncoding({"input_ids": numbers})
+        return transformers.BatchEncoding({"input_ids": numbers_of(caption, pattern=r"<\|\w+\|>| ?\w+|\W")})
 
     def pad(self, encoded: Any, max_length: int, **_: Any) -> Any:
         rows = encoded["input_ids"]
@@ -89,9 +73,7 @@ def language_model(monkeypatch) -> Any:
 
 
 def pipeline(**parts: Any) -> Any:
-    """diffusers' pipeline with some of its parts."""
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_processor", "transformer")
-    return diffusers.LongCatImagePipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
+    return pipeline_with(diffusers.LongCatImagePipeline, **parts)
 
 
 def as_with_transformers_4(encoder: Any) -> Any:
@@ -108,18 +90,16 @@ def as_with_transformers_4(encoder: Any) -> Any:
 @pytest.fixture
 def folder(tmp_path, language_model):
     """A diffusers folder."""
-    random_denoiser().save_pretrained(tmp_path / "transformer")
-    small_flow_base("longcat-image").load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
-    language_model.save_pretrained(tmp_path / "text_encoder")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
-    return tmp_path
+    return write_folder(tmp_path, small_flow_base("longcat-image"), language_model, random_denoiser())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_file_in_original_names_predicts_what_diffusers_predicts(prefix):
     theirs = random_denoiser()
-    base = load_base({prefix + name: tensor for name, tensor in in_original_names(theirs).items()})
+    base = load_base(
+        {prefix + name: tensor for name, tensor in in_original_names(theirs.state_dict(), FAMILY.name).items()}
+    )
     assert base.family is FAMILY
     denoiser = base.load("denoiser", CPU, torch.float32)
     state = theirs.state_dict()
@@ -136,7 +116,7 @@ def test_a_file_in_original_names_predicts_what_diffusers_predicts(prefix):
         img_ids=prepare_pos_ids(1, "image", (512, 512), height=4, width=6),
     ).sample
     ours = FAMILY.predict(denoiser, latents, times, {"context": context})
-    assert (ours - pipeline()._unpack_latents(expected, 64, 96, 8)).norm() < 1e-5 * ours.norm()
+    assert error_of(ours, pipeline()._unpack_latents(expected, 64, 96, 8)) < 1e-5
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
@@ -149,7 +129,7 @@ def test_captions_have_the_states_of_diffusers_pipeline_as_its_authors_run_it(
     if source == "folder":
         base = load_base(folder)
     else:
-        denoiser = in_original_names(random_denoiser())
+        denoiser = in_original_names(random_denoiser().state_dict(), FAMILY.name)
         base = load_base(whole_checkpoint(denoiser, "qwen25_7b", language_model.state_dict()))
     assert base.family is FAMILY
     theirs = pipeline(tokenizer=Words())
@@ -160,7 +140,7 @@ def test_captions_have_the_states_of_diffusers_pipeline_as_its_authors_run_it(
     assert ours.keys() == {"context"} and ours["context"].shape == expected.shape == (3, 512, WIDTH)
     assert len(positions) == 512
     for states, wanted in zip(ours["context"], expected, strict=True):
-        assert (states - wanted).norm() < 1e-5 * wanted.norm()
+        assert error_of(states, wanted) < 1e-5
 
 
 def test_the_template_and_its_tokens_are_those_of_the_pipeline():
@@ -188,7 +168,7 @@ def test_an_edit_folder_and_a_flux1_file_are_not_taken_for_it(folder):
         load_base(folder)
     flux1 = small_flow_base("flux1").load("denoiser", CPU, torch.float32)
     for name, denoiser in (("flux1", flux1), ("longcat-image", random_denoiser())):
-        tensors = in_original_names(denoiser, name)
+        tensors = in_original_names(denoiser.state_dict(), name)
         assert [found for found, family in FAMILIES.items() if family.recognise(tensors)] == [name]
 
 
@@ -205,12 +185,8 @@ def lora_of_blocks(double: int, single: int) -> Mapping[str, Tensor]:
 @pytest.mark.parametrize(
     ("double", "single", "family"),
     [
-        (19, 38, "flux1"),
-        (19, 0, "flux1"),
-        (0, 38, "flux1"),
-        (3, 5, "flux1"),
-        (10, 20, "longcat-image"),
-        (10, 0, "longcat-image"),
+        *((double, single, "flux1") for double, single in ((19, 38), (19, 0), (0, 38), (3, 5))),
+        *((double, single, "longcat-image") for double, single in ((10, 20), (10, 0))),
     ],
 )
 def test_a_lora_without_metadata_is_known_by_its_last_blocks(double, single, family):

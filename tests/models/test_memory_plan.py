@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ from core.training.step import Run
 from tests.tooling import (
     SMALL_FLOWS,
     assert_trained_alike,
-    encoded_cache,
-    encoded_image,
+    cache_of,
     mostly_slow,
     nothing_fits,
     predict_by,
@@ -64,7 +64,7 @@ def base(small_sd15) -> Base:
 
 @pytest.fixture(scope="module")
 def cache(base):
-    return encoded_cache(base, [encoded_image(base, f"{seed}.png", "a photo of sks person", seed) for seed in range(3)])
+    return cache_of(base, 3)
 
 
 def resident_set(field: str) -> int:
@@ -132,11 +132,9 @@ def needs_of_unet(family: str, sizes: Iterable[int]) -> Needs:
 
 def needs_of_transformer(family: str, wide: dict[str, int]) -> Needs:
     base = small_flow_base(family, **wide)
-    shape = (base.latent_shape.channels, 64, 64)
-    cache = encoded_cache(
-        base, [encoded_image(base, f"{n}.png", "a photo of sks person", n, shape=shape) for n in (1, 2)]
+    return needs(
+        base, cache_of(base, 2, side=64), TrainConfig(rank=16, batch_size=2, precision="fp32"), family, MEASURED
     )
-    return needs(base, cache, TrainConfig(rank=16, batch_size=2, precision="fp32"), family, MEASURED)
 
 
 @pytest.mark.clock
@@ -256,29 +254,15 @@ def test_what_was_trained_on_8_bits_stays_so_when_it_goes_on_with_more_memory(ba
         if report.step == 2:
             raise KeyboardInterrupt
 
+    run, tight = partial(train_lora, cache, base, device=CPU), replace(CONFIG, memory_limit=1)
     with pytest.raises(KeyboardInterrupt):
-        train_lora(
-            cache,
-            base,
-            replace(CONFIG, memory_limit=1),
-            device=CPU,
-            state_path=state,
-            callbacks=Callbacks(on_step=stop),
-        )
+        run(config=tight, state_path=state, callbacks=Callbacks(on_step=stop))
     saved: dict[int, LoraFile] = {}
-    config = replace(CONFIG, save_every=3)
-    last = train_lora(
-        cache,
-        base,
-        config,
-        device=CPU,
-        state_path=state,
-        resume=True,
-        callbacks=Callbacks(on_save=lambda step, lora: saved.update({step: lora})),  # pyright: ignore
-    )
+    keep = Callbacks(on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
+    last = run(config=replace(CONFIG, save_every=3), state_path=state, resume=True, callbacks=keep)
     assert last.metadata[WEIGHTS_KEY] == saved[3].metadata[WEIGHTS_KEY] == "8 bits"
     assert last.metadata["ss_gradient_checkpointing"] == "False"
-    whole = train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU)
+    whole = run(config=tight)
     assert all(torch.equal(tensor, last.tensors[name]) for name, tensor in whole.tensors.items())
 
 
@@ -296,8 +280,7 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     """Its first parameters may be 8-bit ones, which say nothing of the precision that it computes in."""
     monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
     base = base if kind == "sd15" else small_flow_base(kind)
-    shape = (base.latent_shape.channels, 8, 8)
-    cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
+    cache = cache_of(base, side=8)
     config = replace(CONFIG, sample_steps=1, sample_guidance=1.0)
     run = Run(cache, base, config, CPU, plan=PLANS[-1])
     assert any(parameter.dtype == torch.int8 for parameter in run.denoiser.parameters())
@@ -365,13 +348,8 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
     run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.recompute < 1)
     warnings: list[str] = []
     steps: list[int] = []
-    lora = train_lora(
-        cache,
-        base,
-        CONFIG,
-        device=CPU,
-        callbacks=Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step)),
-    )
+    callbacks = Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step))
+    lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=callbacks)
     assert steps == [1, 2, 3, 4]
     said = "out of memory: step 3 does not fit"
     assert [warning.split(".")[0] for warning in warnings] == [said] * 3  # cheap, half, everything
@@ -600,17 +578,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(base, cache, monkeypatc
         train_lora(cache, base, CONFIG, device=CPU)
 
 
-def test_weights_that_come_block_by_block_train_the_same(base, cache):
-    quarter = replace(OFFLOADED, offload=0.25)
-    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), quarter))
-    for step in range(4):
-        if step == 2:
-            offloaded.memory.adopt(OFFLOADED)
-        plain.train_step()
-        offloaded.train_step()
-    assert_trained_alike(offloaded.parameters, plain.parameters)
-
-
 def test_weights_that_are_replaced_between_two_passes_are_not_the_ones_that_were_under_way(base):
     """A LoRA that is put on, or taken off, changes the weights of the block that is copied ahead as well."""
     latents, timesteps = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
@@ -630,26 +597,21 @@ def test_weights_that_are_replaced_between_two_passes_are_not_the_ones_that_were
 
 def small_flow(family: str) -> tuple[Base, LatentCache]:
     base = small_flow_base(family)
-    shape = (base.latent_shape.channels, 16, 16)
-    return base, encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
+    return base, cache_of(base)
 
 
-@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1", "qwen-image"))
-def test_transformers_whose_weights_come_block_by_block_train_the_same(family):
-    base, cache = small_flow(family)
-    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), OFFLOADED))
-    for run in (plain, offloaded):
-        run.train_step()
-        run.train_step()
+@pytest.mark.parametrize("family", mostly_slow(("sd15", *SMALL_FLOWS), "sd15", "flux1", "qwen-image"))
+def test_weights_that_come_block_by_block_train_the_same(family, base, cache):
+    if family != "sd15":
+        base, cache = small_flow(family)
+    quarter = replace(OFFLOADED, offload=0.25)
+    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), quarter))
+    for step in range(4):
+        if step == 2:
+            offloaded.memory.adopt(OFFLOADED)
+        plain.train_step()
+        offloaded.train_step()
     assert_trained_alike(offloaded.parameters, plain.parameters)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", SMALL_FLOWS)
-def test_transformers_are_planned_like_unets(family):
-    base, cache = small_flow(family)
-    needs = [predicted_memory(cache, base, CONFIG, CPU, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
-    assert needs[1] < needs[0]
 
 
 SELECTIVE = (MemoryPlan(selective=True), MemoryPlan(0.5, offload=1.0, selective=True))
@@ -745,21 +707,6 @@ def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):
     before = {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()}
     run.train_step()
     assert {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()} == before
-
-
-def test_from_the_second_step_on_every_block_is_under_way_before_it_is_needed(base, cache, monkeypatch):
-    run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
-    offload = run.memory.offload
-    for _ in range(2):
-        run.train_step()
-    started, visits = [], []
-    start = offload._start
-    monkeypatch.setattr(offload, "_start", lambda block: started.append(block) or start(block))
-    for block in blocks_of(run.denoiser):
-        block.register_forward_pre_hook(lambda block, _: visits.append(block), prepend=True)
-    run.train_step()
-    assert set(visits) == set(blocks_of(run.denoiser)) and len(visits) > 1.8 * len(set(visits))  # twice: recomputed
-    assert len(started) == len(visits)  # none was fetched twice, or fetched and not used
 
 
 def test_recomputing_without_dropout_asks_for_no_state_of_random_numbers(base, cache, monkeypatch):

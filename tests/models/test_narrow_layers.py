@@ -12,7 +12,7 @@ from core.config import TrainConfig
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
 from core.lora.modules import LoraModule
-from core.models import load_base, quantised
+from core.models import load_base
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate
@@ -22,15 +22,10 @@ from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.step import Run, memory_plans
 from tests.models.quantised_weights import FORMS, MATRICES, narrow_and_wide_base
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, nothing_fits, random_lora
+from tests.tooling import SMALL_FLOWS, cache_of, mostly_slow, nothing_fits, random_lora
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, steps=2, precision="bf16", prior_prediction=0.5)
-
-
-def cache_of(base):
-    shape = (base.latent_shape.channels, 16, 16)
-    return encoded_cache(base, [encoded_image(base, f"{n}.png", "a photo of sks", n, shape=shape) for n in (1, 2)])
 
 
 def step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
@@ -46,7 +41,7 @@ def step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
 
 def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLANS[0], family: str = "flux1") -> None:
     narrow, wide = narrow_and_wide_base(form, family)
-    cache = cache_of(wide)
+    cache = cache_of(wide, 2)
     runs = [Run(cache, base, config, CPU, plan=plan) for base in (narrow, wide)]
     for run in runs:
         for name, parameter in run.parameters.items():
@@ -89,7 +84,7 @@ def test_methods_compute_the_same_on_narrow_weights(method):
 
 def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch):
     narrow, wide = narrow_and_wide_base("scaled fp8")
-    cache, plans = cache_of(wide), memory_plans(CONFIG, narrow)
+    cache, plans = cache_of(wide, 2), memory_plans(CONFIG, narrow)
     assert plans == tuple(replace(plan, weights="full") for plan in PLANS[4:])
     assert {plan.weights for plan in plans} == {"full"} and memory_plans(CONFIG, wide) == PLANS
     saved = wide.weight_bytes("denoiser", torch.bfloat16) - narrow.weight_bytes(
@@ -116,24 +111,12 @@ def test_what_is_stored_of_narrow_weights_is_known_without_reading_it(form):
         assert next(layouts) == next(layouts), name
 
 
-def test_predicting_memory_brings_no_scales_into_order(monkeypatch):
-    base, wide = narrow_and_wide_base("nvfp4")
-    cache, in_rows = cache_of(wide), quantised._in_rows
-    monkeypatch.setattr(
-        quantised, "_in_rows", lambda scales, *sizes: in_rows(scales, *sizes) if scales.is_meta else 1 / 0
-    )
-    assert base.is_narrow and base.weight_bytes("denoiser", torch.bfloat16, as_stored=True)
-    assert predicted_memory(cache, base, CONFIG, CPU, torch.bfloat16, PLANS[0])
-    with pytest.raises(ZeroDivisionError):
-        base.load("denoiser", CPU, torch.bfloat16, as_stored=True)
-
-
 def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
     wide = load_base(small_sd15)
     denoiser = wide.components["denoiser"]
     fp8 = {name: denoiser.tensors[name].to(torch.float8_e4m3fn) for name in denoiser.tensors}
     narrow = replace(wide, components={**wide.components, "denoiser": replace(denoiser, tensors=fp8)})
-    cache = encoded_cache(wide, [encoded_image(wide, "1.png", "a photo of sks", 1)])
+    cache = cache_of(wide)
     config = replace(CONFIG, method="dreambooth", precision="fp32", prior_prediction=0)
     run = Run(cache, narrow, config, CPU)
     assert run.accumulate().isfinite() and memory_plans(config, narrow) == memory_plans(config, wide)

@@ -413,17 +413,8 @@ def test_a_group_comes_from_the_command_line(files, tmp_path: Path, capsys: pyte
 
 
 def test_a_style_pack_draws_a_group_whose_list_of_names_is_the_subject(files, tmp_path: Path, capsys) -> None:
-    command = [
-        "generate",
-        "--base",
-        "demo",
-        *files,
-        "--style-pack",
-        "groups",
-        "--style",
-        "Family on the sofa",
-        "--json",
-    ]
+    styled = ["--style-pack", "groups", "--style", "Family on the sofa"]
+    command = ["generate", "--base", "demo", *files, *styled, "--json"]
     assert main([*command, "--output", str(tmp_path / "out"), "--count", "1", "--steps", "1", "--guidance", "1"]) == 0
     (picture,) = json.loads(capsys.readouterr().out)["headshots"]
     assert picture["style"] == "Family on the sofa"

@@ -25,25 +25,17 @@ def kohya_names(family: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("family", KOHYA_LISTS)
-def test_every_kohya_name_is_found_and_is_written_back_the_same(family):
-    keys = NAME_TABLES[family]
+def test_every_kohya_name_means_other_modules_and_is_written_back_the_same(family):
+    keys, found = NAME_TABLES[family], set()
     for name in kohya_names(family):
         named = parse_key(f"{name}.alpha")
         assert named is not None
         place = keys.locate(named.part, named.path)
         path = place.fusion.original if keys.original_in_kohya else place.fusion.parts[0]
         assert keys.kohya_prefixes[place.part] + path.replace(".", "_") == name
-
-
-@pytest.mark.parametrize("family", KOHYA_LISTS)
-def test_no_two_kohya_names_mean_the_same_module(family):
-    found = set()
-    for name in kohya_names(family):
-        named = parse_key(f"{name}.alpha")
-        assert named is not None
-        modules = set(NAME_TABLES[family].locate(named.part, named.path).modules)
-        assert not modules & found
-        found |= modules
+        assert not found & set(place.modules)
+        found |= set(place.modules)
+    assert len(found) > 100
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from core.models import Base, load_base
 from core.training.encode import LatentCache
-from tests.tooling import encoded_cache, encoded_image
+from tests.tooling import cache_of
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,4 @@ def bases(small_sd15, small_sdxl) -> dict[str, Base]:
 
 @pytest.fixture(scope="module")
 def caches(bases) -> dict[str, LatentCache]:
-    return {
-        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
-        for name, base in bases.items()
-    }
+    return {name: cache_of(base, 2) for name, base in bases.items()}

@@ -75,22 +75,6 @@ def test_latents_are_the_vaes_mean_and_deviation_in_the_denoisers_scale(dataset,
     torch.testing.assert_close(cache.images[0].deviation, 0.18215 * latents.std[0])
 
 
-def test_a_second_run_loads_no_encoder_and_gives_the_same(dataset, base, monkeypatch):
-    first = encode(dataset, base, CONFIG, device=CPU)
-    loaded = loads(monkeypatch)
-    second = encode(dataset, base, CONFIG, device=CPU)
-    assert loaded == []
-    assert first.digest == second.digest
-    assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.images, second.images, strict=True))
-    assert all(torch.equal(first.text[c]["context"], second.text[c]["context"]) for c in first.text)
-
-
-def test_each_encoder_is_loaded_once(dataset, base, monkeypatch):
-    loaded = loads(monkeypatch)
-    encode(dataset, base, CONFIG, device=CPU)
-    assert loaded == ["vae", "text_encoder"]
-
-
 @pytest.mark.parametrize(
     ("part", "tensor", "said"),
     [
@@ -142,7 +126,7 @@ def test_what_is_not_what_was_kept_is_computed_again(dataset, base, damage, monk
         damage(max((cache_folder() / kind).iterdir()))
     loaded = loads(monkeypatch)
     second = encode(dataset, base, CONFIG, device=CPU)
-    assert loaded == ["vae", "text_encoder"]
+    assert loaded == ["vae", "text_encoder"] and first.digest == second.digest
     assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.images, second.images, strict=True))
     assert all(torch.equal(first.text[c]["context"], second.text[c]["context"]) for c in first.text)
     loaded.clear()
@@ -340,23 +324,29 @@ def test_clearing_the_cache_leaves_what_is_not_of_this_project(dataset, base, tm
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["2026"]
 
 
-def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("unlink", r"history.json: cannot be deleted: Permission denied \(1 file was deleted, 1 "),
+        ("iterdir", "latents: cannot be read: Permission denied"),
+    ],
+)
+def test_what_cannot_be_read_or_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypatch, method, said):
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
     first, second = (made_folder("runs", content_key(name)) for name in ("one", "two"))
     for folder in (first, second):
         (folder / "history.json").write_text("[]")
-    delete = Path.unlink
+    closed, plain = made_folder("latents") if method == "iterdir" else first, getattr(Path, method)
 
-    def refuse(path, missing_ok=False):
-        if path.parent == first:
+    def refuse(path, *arguments, **options):
+        if closed in (path, path.parent):
             raise PermissionError(13, "Permission denied")
-        delete(path, missing_ok)
+        return plain(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "unlink", refuse)
-    said = rf"{first.name}/history.json: cannot be deleted: Permission denied \(1 file was deleted, 1 "
+    monkeypatch.setattr(Path, method, refuse)
     with pytest.raises(BadFile, match=said):
         clear_cache()
-    assert first.exists() and not second.exists()
+    assert closed.exists() and not second.exists()
 
 
 def test_what_a_run_uses_is_kept_while_the_cache_is_cleared(dataset, base, tmp_path):
@@ -401,19 +391,3 @@ def test_clearing_the_cache_while_it_is_written_stops_no_run(dataset, base, monk
     cleared: list[None] = []
     monkeypatch.setattr("core.training.encode.save_safetensors", clear_and_save)
     assert encode(dataset, base, CONFIG, device=CPU).images and cleared
-
-
-def test_a_folder_of_another_user_is_named_and_the_rest_is_gone(tmp_path, monkeypatch):
-    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
-    closed, other = made_folder("latents"), made_folder("runs", content_key("one"))
-    look = Path.iterdir
-
-    def refuse(path):
-        if path == closed:
-            raise PermissionError(13, "Permission denied")
-        return look(path)
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(BadFile, match="latents: cannot be read: Permission denied"):
-        clear_cache()
-    assert closed.exists() and not other.exists()

@@ -15,7 +15,7 @@ from core.pictures.generate import load_denoiser
 from core.training.methods import METHODS
 from core.training.step import Run
 from core.training.training_adapter import TrainingAdapter
-from tests.tooling import SMALL_FLOWS, UNETS, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
+from tests.tooling import SMALL_FLOWS, UNETS, cache_of, mostly_slow, random_lora, small_flow_base
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=2, batch_size=1, precision="fp32")
@@ -31,8 +31,7 @@ def no_collector():
 
 def left_of(base, config=CONFIG, plan=PLANS[0], adapted=False, end=lambda: None) -> list[str]:
     """The modules and parameters of a denoiser that are there after two steps, the end of its run, and `end`."""
-    shape = (base.latent_shape.channels, 16, 16)
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
+    cache = cache_of(base)
     adapter = TrainingAdapter.open(random_lora(base), base) if adapted else None
     run = Run(cache, base, config, CPU, check_cancelled=lambda: None, plan=plan, training_adapter=adapter)
     run.train_step()

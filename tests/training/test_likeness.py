@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,16 +39,9 @@ from core.training.store import train
 from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
-    rank=4,
-    steps=4,
-    batch_size=2,
-    learning_rate=3e-3,
-    sample_every=2,
-    sample_guidance=1.0,
-    sample_steps=1,
-    likeness_pictures=2,
-    hold_out=2,
-)
+    rank=4, steps=4, batch_size=2, learning_rate=3e-3, sample_every=2, sample_guidance=1.0, sample_steps=1,
+    likeness_pictures=2, hold_out=2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +52,16 @@ def network():
 @pytest.fixture(scope="module")
 def base() -> Base:
     return load_base(BASE_FILE)
+
+
+@pytest.fixture
+def train_on(base, network) -> Callable[..., LoraFile]:
+    """Train with the settings on the photos of a person, that of 35 if none is given."""
+
+    def trained(config: TrainConfig, person: int = 35, **options: Any) -> LoraFile:
+        return train(photos_of(person), base, config, faces=network, **options)  # pyright: ignore
+
+    return trained
 
 
 def photos_of(person: int) -> list[Photo]:
@@ -259,14 +264,12 @@ def test_what_repeats_a_photo_is_judged_by_the_networks_own_limit():
     assert len(kept) == 3 and len(out) == 2
 
 
-def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, base, network):
+def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, train_on):
     # At this rate every pair of steps spoils more of the pictures: the last checkpoint cannot be the one to keep.
     config = replace(CONFIG, steps=4, learning_rate=0.1, save_every=2, save_precision="fp32", likeness_pictures=1)
     seen = []
-    lora = train(
-        photos_of(35), base, config, faces=network, output=tmp_path / "a.safetensors",
-        callbacks=Callbacks(on_step=lambda report: seen.append(report.likeness)),
-    )  # fmt: skip
+    callbacks = Callbacks(on_step=lambda report: seen.append(report.likeness))
+    lora = train_on(config, output=tmp_path / "a.safetensors", callbacks=callbacks)
     curve = json.loads(lora.metadata[LIKENESS_KEY])
     measured, kept = curve["points"], curve["points"][curve["kept"]]
     assert [entry["step"] for entry in measured] == [2, 4]
@@ -276,27 +279,15 @@ def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, base, n
     assert kept["step"] < 4
     # The last one is there too, though another was kept.
     saved = {step: LoraFile.read(tmp_path / f"a-step{step:06d}.safetensors").tensors for step in (2, 4)}
-    same = [
-        step
-        for step, tensors in saved.items()
-        if all(torch.equal(tensors[name], lora.tensors[name]) for name in tensors)
-    ]
+    same = [step for step, tensors in saved.items() if all(torch.equal(tensors[n], lora.tensors[n]) for n in tensors)]
     assert same == [kept["step"]]
 
 
 @pytest.mark.slow
-def test_the_last_checkpoint_is_kept_where_it_is_asked_for_though_another_costs_less(base, network):
+def test_the_last_checkpoint_is_kept_where_it_is_asked_for_though_another_costs_less(train_on):
     # At this rate the first step spoils every picture, and the second one changes more besides.
-    config = replace(
-        CONFIG,
-        steps=2,
-        sample_every=1,
-        likeness_pictures=1,
-        learning_rate=0.1,
-        keep="last",
-        merge_best=0,
-    )
-    last = train(photos_of(35), base, config, faces=network)
+    config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, learning_rate=0.1, keep="last", merge_best=0)
+    last = train_on(config)
     curve = json.loads(last.metadata[LIKENESS_KEY])
     first, second = curve["points"]
     assert first["likeness"] == second["likeness"] == 0 and first["drift"] < second["drift"]
@@ -304,9 +295,9 @@ def test_the_last_checkpoint_is_kept_where_it_is_asked_for_though_another_costs_
 
 
 @pytest.mark.slow
-def test_the_average_of_the_best_checkpoints_is_measured_after_them(base, network):
+def test_the_average_of_the_best_checkpoints_is_measured_after_them(train_on):
     config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, merge_best=2)
-    average = train(photos_of(35), base, config, faces=network)
+    average = train_on(config)
     measured = json.loads(average.metadata[LIKENESS_KEY])["points"]
     assert [point["merged"] for point in measured] == [[], [], [1, 2]]
 
@@ -325,37 +316,31 @@ def drawn(monkeypatch, tmp_path) -> list[list[tuple[str, int]]]:
     return found
 
 
-def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, drawn):
+def test_a_picture_that_is_shown_and_measured_is_drawn_once(train_on, drawn):
     shown = []
     config = replace(CONFIG, steps=2, likeness_pictures=1, sample_prompts=("a photo of sks person", "another"))
-    train(
-        photos_of(35),
-        base,
-        config,
-        faces=network,
-        callbacks=Callbacks(on_sample=lambda step, images: shown.append(len(images))),
-    )
+    train_on(config, callbacks=Callbacks(on_sample=lambda step, images: shown.append(len(images))))
     assert shown == [2] and [len(shots) for shots in drawn] == [2, 3 + 1]
 
 
-def test_the_base_models_pictures_are_drawn_once_for_all_people(base, network, drawn, tmp_path):
+def test_the_base_models_pictures_are_drawn_once_for_all_people(train_on, drawn, tmp_path):
     config = replace(CONFIG, steps=1, sample_every=1, likeness_pictures=1)
     with cache_in(tmp_path / "of a person"):  # as in a studio
-        first = train(photos_of(35), base, config, faces=network)
+        first = train_on(config)
     of_base = drawn.pop(0)
     assert of_base == [("a photo of person", 1), (NEUTRAL_PROMPTS[0], 1)] and len(drawn) == 1
     drawn.clear()
-    train(photos_of(36), base, config, faces=network)
+    train_on(config, 36)
     assert len(drawn) == 1 and ("a photo of sks person", 1) in drawn[0]
     # Another way to draw is another picture.
     drawn.clear()
-    train(photos_of(36), base, replace(config, sample_steps=config.sample_steps + 1), faces=network)
+    train_on(replace(config, sample_steps=config.sample_steps + 1), 36)
     assert drawn[0] == of_base
     # A damaged file is drawn again, and what is measured by kept pictures is what is measured by new ones.
     drawn.clear()
     for kept in made_folder("base").glob("*/00.png"):
         kept.write_bytes(b"no picture")
-    again = train(photos_of(35), base, config, faces=network)
+    again = train_on(config)
     assert drawn[0] == of_base and again.metadata[LIKENESS_KEY] == first.metadata[LIKENESS_KEY]
     clear_cache()
     assert not list(made_folder("base").iterdir())
@@ -367,29 +352,22 @@ def test_a_look_has_half_as_many_pictures_without_the_person(pictures, at_a_look
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, base, network):
+def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, train_on):
     config = replace(CONFIG, likeness_pictures=1)
-    whole = train(photos_of(35), base, config, faces=network, output=tmp_path / "whole.safetensors")
+    whole, output = train_on(config, output=tmp_path / "whole.safetensors"), tmp_path / "part.safetensors"
 
     def stop(report):
         if report.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(
-            photos_of(35),
-            base,
-            config,
-            faces=network,
-            output=tmp_path / "part.safetensors",
-            callbacks=Callbacks(on_step=stop),
-        )
-    resumed = train(photos_of(35), base, config, faces=network, output=tmp_path / "part.safetensors", resume=True)
+        train_on(config, output=output, callbacks=Callbacks(on_step=stop))
+    resumed = train_on(config, output=output, resume=True)
     assert resumed.metadata[LIKENESS_KEY] == whole.metadata[LIKENESS_KEY]
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
 
 
-def test_a_run_that_was_cancelled_in_its_last_step_takes_no_other(tmp_path, base, network):
+def test_a_run_that_was_cancelled_in_its_last_step_takes_no_other(tmp_path, train_on):
     config = replace(CONFIG, steps=9, learning_rate=1e-9, sample_every=1, likeness_pictures=1, stop_early=True)
     steps: list[int] = []
 
@@ -400,8 +378,8 @@ def test_a_run_that_was_cancelled_in_its_last_step_takes_no_other(tmp_path, base
 
     output, callbacks = tmp_path / "part.safetensors", Callbacks(on_step=cancel)
     with pytest.raises(KeyboardInterrupt):
-        train(photos_of(35), base, config, faces=network, output=output, callbacks=callbacks)
-    train(photos_of(35), base, config, faces=network, output=output, resume=True, callbacks=callbacks)
+        train_on(config, output=output, callbacks=callbacks)
+    train_on(config, output=output, resume=True, callbacks=callbacks)
     assert steps == [*range(1, PATIENCE + 2)]
 
 

@@ -61,13 +61,6 @@ def test_the_convolution_is_that_of_the_changed_weight():
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_switched_off_it_is_the_frozen_layer():
-    layer = layer_of(nn.Linear(16, 8))
-    layer.enabled = False
-    x = torch.randn(3, 16)
-    assert torch.equal(layer(x), layer.base_layer(x))
-
-
 def test_dropout_only_drops_the_input_of_the_change():
     layer = layer_of(nn.Linear(16, 8), dropout=0.5)
     x = torch.randn(3, 16)

@@ -16,13 +16,11 @@ from core.lora.modules import name_kinds, stands_alone
 from core.models import load_base
 from core.models.memory_plan import plans_for
 from core.tensor_names import NAME_TABLES
-from core.training.callbacks import Callbacks
-from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
 from core.training.methods.dora import column_norms
 from core.training.step import Run
-from tests.tooling import SMALL_SDXL, mostly_slow, write_checkpoint
+from tests.tooling import SMALL_SDXL, assert_goes_on_exactly, mostly_slow, write_checkpoint
 
 CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
@@ -104,7 +102,7 @@ def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, fam
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-8, name
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", ("lora", *KINDS))
 def test_a_new_adapter_changes_nothing_and_disabled_is_the_frozen_network(bases, caches, method):
     base, config = bases["sd15"], config_of(method)
     plain = base.load("denoiser", CPU, torch.float32)
@@ -125,7 +123,7 @@ def test_a_new_adapter_changes_nothing_and_disabled_is_the_frozen_network(bases,
     assert torch.equal(draw(run.denoiser), changed)
 
 
-@pytest.mark.parametrize("method", mostly_slow(KINDS, "loha"))
+@pytest.mark.parametrize("method", mostly_slow(("lora", *KINDS), "lora", "loha"))
 def test_only_the_adapter_is_trained_on_every_network(bases, method):
     adapter = adapter_of(bases["sdxl"], config_of(method), ("denoiser", "text_encoder", "text_encoder_2"))
     trained = {id(p) for network in adapter.networks.values() for p in network.parameters() if p.requires_grad}
@@ -174,7 +172,7 @@ def test_it_becomes_a_plain_lora_with_the_error_that_is_stated(bases, method):
     assert stated == pytest.approx(max(errors), rel=1e-2)
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", ("lora", *KINDS))
 def test_going_on_from_a_file_starts_with_its_change_whatever_its_alpha(bases, method, tmp_path):
     base = bases["sd15"]
     first = adapter_of(base, config_of(method))
@@ -202,28 +200,34 @@ def test_a_file_of_another_method_or_rank_to_go_on_from_is_refused(bases, method
         adapter_of(base, replace(config_of(method), rank=2), continue_from=same.export(same.parameters(), base, {}))
 
 
-@pytest.mark.parametrize("method", mostly_slow(KINDS, "dora"))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "lora", "dora", "textual-inversion", "pivotal", "dreambooth"))
 def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path):
-    def cancel(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    config, state = config_of(method), tmp_path / "run.state.safetensors"
-    whole = train_lora(caches["sd15"], bases["sd15"], config, device=CPU)
-    with pytest.raises(KeyboardInterrupt):
-        train_lora(
-            caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, callbacks=Callbacks(on_step=cancel)
-        )
-    resumed = train_lora(caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, resume=True)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+    assert_goes_on_exactly(caches["sd15"], bases["sd15"], config_of(method), tmp_path)
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "oft"])
-def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, method):
-    for name, value in (("dropout", 0.1), ("lora_plus_ratio", 16.0)):
+NOT_OF_A_METHOD = {
+    **{method: {"dropout": 0.1, "lora_plus_ratio": 16.0} for method in ("loha", "lokr", "oft", "dreambooth")},
+    "textual-inversion": {"rslora": True},
+}
+
+
+@pytest.mark.parametrize("method", NOT_OF_A_METHOD)
+def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, caches, method):
+    for name, value in NOT_OF_A_METHOD[method].items():
         with pytest.raises(BadConfig, match=f"{name}: method '{method}' doesn't have this setting"):
-            adapter_of(bases["sd15"], replace(config_of(method), **{name: value}))
+            Run(caches["sd15"], bases["sd15"], replace(config_of(method), **{name: value}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("dreambooth", "continues from a checkpoint"),
+        *((name, f"method '{name}' starts from words, not from a file") for name in ("textual-inversion", "pivotal")),
+    ],
+)
+def test_what_starts_from_no_lora_refuses_one_to_go_on_from(bases, caches, method, said):
+    with pytest.raises(LoraMisfit, match=said):
+        Run(caches["sd15"], bases["sd15"], config_of(method), CPU, continue_from=LoraFile("sd15", {}, {}))
 
 
 def test_a_row_count_that_no_block_divides_is_refused(bases):

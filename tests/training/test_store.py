@@ -353,13 +353,6 @@ def test_a_file_with_a_bit_that_has_flipped_is_neither_taken_nor_copied(job, bas
     assert path.read_bytes() == data
 
 
-def test_two_jobs_one_after_the_other_are_two_files(job, base, loras):
-    second_job = replace(job, name="berta", config=replace(CONFIG, seed=2))
-    first, second = trained(job, base, loras).path, trained(second_job, base, loras).path
-    assert files(loras) == ["anna.safetensors", "berta.safetensors"]
-    assert not same(first, second)
-
-
 def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_trained(job, base, tmp_path):
     (tmp_path / "loras").write_text("a file")
     with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
@@ -427,13 +420,8 @@ def test_under_its_own_name_the_one_before_is_set_aside_and_comes_back_untrained
 
 def test_what_is_set_aside_replaces_nothing_and_checkpoints_go_along(job, base, loras):
     (loras / "earlier").mkdir(parents=True)
-    for name in (
-        "anna.safetensors",
-        "earlier/anna.safetensors",
-        "anna-step000001.safetensors",
-        "anna-stepson.safetensors",
-    ):
-        (loras / name).write_text(f"mine, {name}")
+    for name in ("anna", "earlier/anna", "anna-step000001", "anna-stepson"):
+        (loras / f"{name}.safetensors").write_text(f"mine, {name}.safetensors")
     trained_under_its_own_name(replace(job, config=replace(CONFIG, save_every=1)), base, loras)
     assert files(loras) == [
         "anna-step000001.safetensors", "anna-stepson.safetensors", "anna.safetensors", "earlier/anna (2).safetensors",
@@ -499,9 +487,15 @@ CHANGES: dict[str, Callable[[Wanted], Wanted]] = {
     "class photos": lambda job: replace(job, class_photos=job.photos[:2]),
     "other class photos": lambda job: replace(job, class_photos=job.photos[2:]),
     "class photos as photos": lambda job: replace(job, photos=job.photos[:2], class_photos=job.photos[2:]),
+    "samples on which likeness is measured": lambda job: measured(job, 1),
+    "samples at other steps": lambda job: measured(job, 2),
     "a LoRA to go on from": lambda job: replace(job, start=a_lora(1.0)),
     "another LoRA to go on from": lambda job: replace(job, start=a_lora(2.0)),
 }
+
+
+def measured(job: Wanted, sample_every: int) -> Wanted:
+    return replace(job, config=replace(job.config, sample_every=sample_every, hold_out=1))
 
 
 def masked(job: Wanted, value: int) -> Wanted:
@@ -521,6 +515,8 @@ def test_networks_that_hold_out_or_judge_other_than_by_default_change_the_key(jo
 def test_all_that_changes_the_file_changes_the_key(job, base):
     keys = {name: change(job).key(base) for name, change in CHANGES.items()} | {"none": job.key(base)}
     assert len(set(keys.values())) == len(keys), keys
+    renamed = replace(job, start=a_lora(1.0, "another"))  # which counts by its tensors
+    assert renamed.key(base) == keys["a LoRA to go on from"]
 
 
 def test_a_setting_that_earlier_versions_did_not_have_leaves_their_keys_as_they_were(job):
@@ -548,17 +544,6 @@ SAME: dict[str, Callable[[Wanted], Wanted]] = {
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
 def test_what_changes_nothing_in_the_file_leaves_the_key(job, base, change):
     assert change(job).key(base) == job.key(base)
-
-
-def test_where_likeness_is_measured_on_samples_they_count(job, base):
-    config = replace(CONFIG, sample_every=1, hold_out=1)
-    jobs = [replace(job, config=item) for item in (config, replace(config, sample_every=2))]
-    assert jobs[0].key(base) != jobs[1].key(base)
-
-
-def test_a_lora_to_go_on_from_counts_by_its_tensors(job, base):
-    keys = {replace(job, start=a_lora(1.0, name)).key(base) for name in ("one", "another")}
-    assert len(keys) == 1
 
 
 def test_a_folder_of_photos_and_a_base_that_are_called_otherwise_are_the_same(
@@ -718,29 +703,6 @@ def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_jo
     assert same(made.path, whole)
     assert made.run.history() == history
     assert not state_of(long_job, base).exists()
-
-
-@pytest.mark.slow
-def test_cancelled_in_the_middle_of_a_step_it_makes_that_step_again(long_job, base, loras, tmp_path):
-    whole, _ = whole_run(long_job, base, tmp_path / "whole")
-    steps: list[int] = []
-    calls_after: list[int] = []
-
-    def check() -> None:
-        if steps[-1:] == [3]:
-            calls_after.append(1)
-        if len(calls_after) == 3:
-            raise Cancel
-
-    with pytest.raises(Cancel):
-        made_of(
-            long_job,
-            base,
-            [loras],
-            callbacks=Callbacks(on_step=lambda report: steps.append(report.step), check_cancelled=check),
-        )
-    assert SafetensorsFile.open(state_of(long_job, base)).metadata["step"] == "3"
-    assert same(trained(long_job, base, loras).path, whole)
 
 
 def test_under_another_name_an_unfinished_run_goes_on(long_job, base, loras):

@@ -27,7 +27,6 @@ from core.studio import Order
 from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
-from core.training.encode import LatentCache
 from core.training.loop import train_lora
 from core.training.samples import build_draw_shots
 from core.training.step import Run
@@ -36,8 +35,7 @@ from core.training.training_adapter import METADATA_KEY, TrainingAdapter
 from tests.tooling import (
     SMALL_FLOWS,
     assert_trained_alike,
-    encoded_cache,
-    encoded_image,
+    cache_of,
     mostly_slow,
     random_lora,
     small_flow_base,
@@ -67,15 +65,9 @@ def merged(base: Base, lora: LoraFile) -> Base:
     return replace(base, components={**base.components, "denoiser": component})
 
 
-def cache_of(base: Base) -> LatentCache:
-    shape = (base.latent_shape.channels, 8, 8)
-    images = [encoded_image(base, f"{i}.png", "a photo of sks person", i, shape=shape) for i in range(2)]
-    return encoded_cache(base, images)
-
-
 def run_with(base: Base, lora: LoraFile | None, config: TrainConfig = CONFIG, plan: MemoryPlan = PLANS[0]) -> Run:
     adapter = TrainingAdapter.open(lora, base) if lora else None
-    return Run(cache_of(base), base, config, CPU, plan=plan, training_adapter=adapter)
+    return Run(cache_of(base, 2, side=8), base, config, CPU, plan=plan, training_adapter=adapter)
 
 
 def predicted(run: Run) -> Tensor:
@@ -215,7 +207,7 @@ def trained(
             raise KeyboardInterrupt
 
     made = train_lora(
-        cache_of(base), base, CONFIG, device=CPU, training_adapter=TrainingAdapter.open(lora, base),
+        cache_of(base, 2, side=8), base, CONFIG, device=CPU, training_adapter=TrainingAdapter.open(lora, base),
         state_path=state, resume=resume, callbacks=Callbacks(on_step=on_step),
     )  # fmt: skip
     assert isinstance(made, LoraFile)
