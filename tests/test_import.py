@@ -70,6 +70,11 @@ def test_importing_core_loads_neither_torch_nor_any_other_heavy_library():
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
+def test_importing_core_changes_no_environment_variable():
+    code = "import os; before = dict(os.environ); import core; assert dict(os.environ) == before"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_library(loaded):
     *_, modules = loaded
     assert "torch" in modules

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from core.config import TrainConfig
 from core.models import Base, load_base
@@ -113,6 +114,23 @@ def test_it_does_so_with_a_training_adapter_on_some_blocks(small):
 @pytest.mark.parametrize("form", ["scaled fp8", "nvfp4"])
 def test_it_does_so_for_weights_that_are_narrow_in_their_file(form, monkeypatch):
     assert_predicted_alike(narrow_and_wide_base(form)[0], TrainConfig(rank=4), NARROW_TRIED)
+
+
+def test_the_padding_of_a_text_takes_no_memory_in_the_blocks():
+    base = small_flow_base("zimage")
+    cache = encoded_cache(
+        base, [encoded_image(base, "1.png", "a photo of sks", 1, shape=(base.latent_shape.channels, 8, 8))]
+    )
+    padded = {
+        caption: {name: F.pad(value, (0, 0) * (value.ndim - 2) + (0, 64)) for name, value in conditioning.items()}
+        for caption, conditioning in cache.text.items()
+    }
+    config = TrainConfig(rank=4, precision="fp32")
+    short, long = (
+        StepPrediction(one, base, config, CPU, torch.float32).bytes(PLANS[0])
+        for one in (cache, replace(cache, text=padded))
+    )
+    assert short <= long < 1.02 * short
 
 
 def test_blocks_that_differ_in_their_rank_are_not_alike():
