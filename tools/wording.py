@@ -226,7 +226,7 @@ def check_help() -> Iterator[Fault]:
                 yield Fault(
                     *_place_of(text or f'"{command}"'), f"the help of an option is empty or in lower case: {text}"
                 )
-        for text in {*texts, parser.description, parser.epilog} - {None, ""}:
+        for text in filter(None, {*texts, parser.description, parser.epilog}):
             path, line = _place_of(text)
             yield from prose_faults(path, [Text(line, text)])
 

@@ -18,12 +18,8 @@ from core.photos.dataset import prepare
 from core.photos.report import framing
 from tests.face_samples import NUMBERS, PEOPLE, orl
 from tools.photo_tables import (
-    DOCUMENT,
     Remembering,
     find_intruders,
-    replace_table,
-    table,
-    threshold_rows,
     try_real_photos,
 )
 
@@ -402,13 +398,6 @@ def test_light_and_background_see_their_own_changes():
     images = [plain, plain, other_wall, side_light]
     assert measure.kinds([measure.background(image, face) for image in images]) == 2
     assert measure.kinds([measure.light(image, face) for image in images]) == 2
-
-
-def test_the_documentation_lists_the_thresholds_as_they_are():
-    text = DOCUMENT.read_text(encoding="utf-8")
-    rows = table(("threshold", "value", "where it comes from"), threshold_rows())
-    assert replace_table(text, "thresholds", rows) == text, "run: python -m tools.photo_tables"
-    assert len(threshold_rows()) == len(dataclasses.fields(Thresholds))
 
 
 REAL_PHOTOS = {
