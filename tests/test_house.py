@@ -91,7 +91,7 @@ def test_six_lines_that_stand_again_are_one_pair_however_long_they_go_on_and_fiv
 
 
 def test_every_module_has_a_room(sources):
-    assert all(storey_of(module) >= 0 for module in sources)
+    assert sources and all(storey_of(module) >= 0 for module in sources)
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/add-a-family.md", "CONTRIBUTING.md"])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import Callbacks, Job, LoraFile, TrainConfig, generate, load_base, train
 from core.cli import main
-from core.cli.common import progress_bar, split_strength
+from core.cli.common import BarProgress, split_strength
 from core.errors import BadFile
 from core.lora.embeddings import file_word
 from core.models.objective import NoiseSchedule
@@ -150,9 +150,9 @@ def test_a_progress_bar_is_drawn_in_characters_that_the_console_has(tmp_path, mo
     with open(tmp_path / "console", "w", encoding="cp1252") as console:
         console.isatty = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setattr(sys, "stderr", console)
-        bar = progress_bar("reading")
-        bar(1, 2)
-        bar(2, 2)
+        with BarProgress() as bar:
+            bar.phase("reading", 1, 2)
+    assert "reading:  50%|" in (tmp_path / "console").read_text(encoding="cp1252")
 
 
 class AsOnMps(TorchDispatchMode):
@@ -183,4 +183,4 @@ def test_training_and_drawing_need_no_dtype_that_apple_gpus_lack(tmp_path, small
     lora = LoraFile.read(tmp_path / "face.safetensors")
     with AsOnMps():
         train(tmp_path / "photos", base, config, output=tmp_path / "again.safetensors")
-        list(generate(base, [(lora, 1.0)], [Job("sks person", 1, size=(32, 32), steps=2)]))
+        assert len(list(generate(base, [(lora, 1.0)], [Job("sks person", 1, size=(32, 32), steps=2)]))) == 1

@@ -122,6 +122,7 @@ def test_another_kind_of_adapter_is_applied_as_comfyui_applies_it(server, flow_m
 
 
 def test_comfyui_and_diffusers_change_every_weight_as_the_trained_files_say(server, trained):
+    assert trained
     by_comfyui = run_comfyui([(f"small-{family}", path) for family, path in trained.items()])
     for (family, path), result in zip(trained.items(), by_comfyui, strict=True):
         lora = LoraFile.read(path)

@@ -239,7 +239,9 @@ def test_this_project_diffusers_and_peft_read_our_files_as_the_document_says(fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_known_what_diffusers_loads(family):
-    for contents, found in by_diffusers(family).items():
+    results = by_diffusers(family)
+    assert results
+    for contents, found in results.items():
         lora = lora_of(family, contents)
         refused, of_text = not_loaded_by("diffusers", lora), contents.startswith("text ")
         entries = [e for e in lora.entries if (e.part != "denoiser") == of_text and e.name not in refused]
@@ -269,6 +271,7 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
     is_small = family in IN_DIFFUSERS and family not in ("flux1", "chroma", "lumina2")
     name = f"small-{family}" if is_small else family
     model, modules = model_of(name), loras_of(name, blocks_only=True)
+    assert modules and FAMILIES[family].loaded.diffusers & {*SCHEMES}
     for scheme in sorted(FAMILIES[family].loaded.diffusers & {*SCHEMES}):
         plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
         for form, has_alpha in itertools.product(FORMS, (True, False)):
@@ -291,6 +294,7 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
 @pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.diffusers])
 def test_it_is_known_whose_paths_diffusers_loads(family):
     table, modules = FAMILIES[family], loras_of(family, blocks_only=True)
+    assert modules
     namings = [("diffusers", table.diffusers_prefix)] + [("comfy", "diffusion_model.")] * table.original_in_comfy
     for scheme, old_prefix in namings:
         source = LoraFile.from_modules(family, modules, {}, scheme).tensors
@@ -316,6 +320,7 @@ def test_it_is_known_whose_paths_diffusers_loads(family):
 @pytest.mark.parametrize("family", ["sd15", "flux1"])
 def test_it_is_known_in_which_forms_of_names_diffusers_loads_text_encoders(family):
     modules = {**dict(list(loras_of(family, blocks_only=True).items())[:1]), **text_loras_of(family)}
+    assert len(modules) > 1 and FAMILIES[family].loaded.diffusers & {*SCHEMES}
     for scheme in sorted(FAMILIES[family].loaded.diffusers & {*SCHEMES}):
         plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
         for form, has_alpha in itertools.product(FORMS, (True, False)):
@@ -356,8 +361,9 @@ def test_it_is_known_what_comfyui_loads(files, by_comfyui, family):
 
 @pytest.mark.parametrize("family", IN_COMFYUI)
 def test_comfyui_loads_the_modules_that_the_document_counts(by_comfyui, family):
-    known = documented()
-    for kind, wanted in in_comfyui(family).items():
+    known, cases = documented(), in_comfyui(family)
+    assert cases
+    for kind, wanted in cases.items():
         for scheme in SCHEMES:
             count = len(wanted.keys() & comfyui_changes(by_comfyui[family, scheme]).keys())
             expected = known[family, kind + scheme][1].partition(" ")[0]
@@ -366,7 +372,9 @@ def test_comfyui_loads_the_modules_that_the_document_counts(by_comfyui, family):
 
 @pytest.mark.parametrize("family", IN_COMFYUI)
 def test_comfyui_changes_the_weights_of_small_models_exactly(by_comfyui, family):
-    for wanted in in_comfyui(f"small-{family}").values():
+    cases = in_comfyui(f"small-{family}")
+    assert cases
+    for wanted in cases.values():
         for scheme in SCHEMES:
             cell = compare(comfyui_changes(by_comfyui[f"small-{family}", scheme]), wanted)
             assert cell.deviation < EXACT, scheme
@@ -437,6 +445,7 @@ def test_it_is_known_in_which_forms_of_names_invokeai_loads_a_lora(family, tmp_p
             loras[f"{scheme} {form} {has_alpha}"] = LoraFile(family, {}, in_form(plain, form, has_alpha))
     for name, lora in loras.items():
         lora.save(tmp_path / f"{name}.safetensors", torch.float32)
+    assert modules and loras
     results = run_invokeai([(family, tmp_path / f"{name}.safetensors") for name in loras], tmp_path)
     for (name, lora), result in zip(loras.items(), results, strict=True):
         found = {path.removeprefix("denoiser."): torch.tensor(change) for path, change in result["changes"].items()}

@@ -52,6 +52,7 @@ def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases,
     networks, originals = networks_of(bases[family]), networks_of(bases[family])
     apply(loras[family], {"family": family, **networks}, strength=0.8, text_encoder_strength=0.3)
     modules = loras[family].modules()
+    assert modules and {part for part, _ in modules} <= networks.keys()
     for part, network in networks.items():
         before = dict(originals[part].named_parameters())
         for name, weight in network.named_parameters():
@@ -159,7 +160,9 @@ def test_what_is_removed_has_the_precision_that_the_pipeline_has_by_then(bases, 
     pipeline.to(torch.bfloat16)
     applied.remove()
     after = pipeline.unet.state_dict()
-    assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
+    assert before and all(
+        after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before
+    )
 
 
 def test_a_lora_of_t5_is_applied():
@@ -250,6 +253,7 @@ def test_changes_of_biases_and_normalisation_layers_are_applied_and_removed(base
         f"{BLOCK}.attn1.to_out.0.weight": 0.5 * 0.5 * 2, f"{BLOCK}.attn1.to_out.0.bias": 1.5,
         f"{BLOCK}.attn2.to_out.0.bias": 2.5, f"{BLOCK}.norm1.weight": 3.5, f"{BLOCK}.norm1.bias": 4.5,
     }  # fmt: skip
+    assert expected.keys() <= after.keys()
     for name, value in after.items():
         torch.testing.assert_close(value, before[name] + expected.get(name, 0.0), rtol=0, atol=1e-5)
     applied.remove()

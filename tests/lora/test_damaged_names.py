@@ -154,7 +154,9 @@ def damaged(shapes: Shapes, prefix: str, chance: random.Random, size: int) -> It
 )
 def test_a_module_that_no_model_has_is_never_said_to_load(model, prefix, size, chance):
     _, _, shapes = WHOLE[model]
-    for modules in damaged(shapes, prefix, chance, size):
+    cases = list(damaged(shapes, prefix, chance, size))
+    assert cases
+    for modules in cases:
         assert (modules, wrongly_said(modules, prefix)) == (modules, None)
 
 
@@ -206,7 +208,9 @@ def assert_told(title: str, family: str | None, shapes: Shapes, prefix: str) -> 
 @given(st.integers(0, len(WHOLE) - 1), st.sampled_from(PREFIXES), st.randoms(use_true_random=False))
 def test_of_a_whole_model_and_of_its_parts_exactly_the_models_that_have_them_are_named(model, prefix, chance):
     title, family, shapes = WHOLE[model]
-    for part in parts(shapes, chance):
+    cases = list(parts(shapes, chance))
+    assert cases
+    for part in cases:
         assert_told(title, family, part, prefix)
 
 
@@ -266,6 +270,7 @@ def test_a_file_of_text_encoders_alone_is_of_a_model_with_such_ones(family, part
 @pytest.mark.parametrize(("prefix", "encoder"), TEXT_NAMES)
 def test_a_text_encoder_under_another_s_names_is_not_said_to_load_in_comfyui(prefix, encoder):
     layers = [path for path in TEXT_ENCODERS[encoder] if ".5." in path and len(TEXT_ENCODERS[encoder][path]) > 1][:2]
+    assert len(layers) == 2
     for title, family, shapes in WHOLE:
         if family is None or title not in ("SD 1.5", "SD 2", "SDXL", "SD3", "FLUX.1", "Chroma", "FLUX.2 dev"):
             continue

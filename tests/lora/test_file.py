@@ -211,7 +211,9 @@ def test_the_patterns_of_peft_are_regular_expressions_for_the_end_of_a_name(tmp_
         r=4, lora_alpha=8, alpha_pattern={pattern: 2}, target_modules=["to_q", "to_k"], init_lora_weights=False
     )
     get_peft_model(network, config).save_pretrained(tmp_path)  # pyright: ignore
-    for (_, path), module in LoraFile.read(tmp_path / "adapter_model.safetensors").modules().items():
+    modules = LoraFile.read(tmp_path / "adapter_model.safetensors").modules()
+    assert modules
+    for (_, path), module in modules.items():
         layer = network.get_submodule(path)
         torch.testing.assert_close(module.delta(), layer.get_delta_weight("default").detach())  # pyright: ignore
 

@@ -159,7 +159,9 @@ def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenize
     )
     for part in ("denoiser", "vae", "text_encoder", "text_encoder_2"):
         expected = one.load(part, CPU, torch.float32).state_dict()
-        for name, tensor in apart.load(part, CPU, torch.float32).state_dict().items():
+        found = apart.load(part, CPU, torch.float32).state_dict()
+        assert found.keys() == expected.keys() != set()
+        for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), name
 
 

@@ -123,7 +123,7 @@ def test_names_of_unet_and_vae_go_to_the_original_and_back(shape):
         else:
             continue
         assert back == names
-        assert len(set(there)) == len(names)
+        assert len(set(there)) == len(names) > 0
 
 
 @pytest.mark.parametrize("skip", [1, 2])

@@ -184,6 +184,7 @@ def test_recomputing_activations_gives_the_same_step(bases, family):
     saving = run_on_two(bases[family], replace(PLAIN, gradient_checkpointing="on"))
     plain.train_step()
     saving.train_step()
+    assert saving.parameters.keys() == plain.parameters.keys() != set()
     for name, parameter in plain.parameters.items():
         torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
 

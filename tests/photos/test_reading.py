@@ -129,7 +129,9 @@ def test_a_photo_whose_mask_cannot_be_read_is_named_with_it(tmp_path):
 def test_the_first_frame_of_an_animation_is_the_photo(tmp_path):
     for name in ("a.gif", "b.webp", "c.png"):
         picture().save(tmp_path / name, save_all=True, append_images=[picture(left=GREEN, right=RED)], duration=50)
-    for photo in read_photos(tmp_path, strict=True):
+    photos = read_photos(tmp_path, strict=True)
+    assert len(photos) == 3
+    for photo in photos:
         assert close(photo.image().getpixel((5, 20)), RED, within=12), photo.name
 
 

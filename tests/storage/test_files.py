@@ -69,8 +69,14 @@ def test_a_folder_whose_names_may_not_be_read_has_no_leftovers(tmp_path, monkeyp
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    leftover = tmp_path / ".face.png.01234567.tmp"
+    leftover.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        remove_leftovers(tmp_path, r"face\.png")
+    assert leftover.exists()
     remove_leftovers(tmp_path, r"face\.png")
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("value", ["", "relative"])

@@ -71,6 +71,7 @@ def test_single_numbers_are_read_as_torch_reads_them(code, tmp_path):
     tensors = {str(number): value for number, value in enumerate(values.view(DTYPES[code]).unbind())}
     save_safetensors(tmp_path / "a", {name: tensor.reshape(()) for name, tensor in tensors.items()})
     found = Header.open(tmp_path / "a").numbers(tensors)
+    assert found.keys() == tensors.keys() != set()
     for name, tensor in tensors.items():
         expected = float(tensor.float() if tensor.is_floating_point() and tensor.itemsize < 8 else tensor)
         assert found[name] == expected or (math.isnan(found[name]) and math.isnan(expected))

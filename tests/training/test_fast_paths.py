@@ -82,7 +82,7 @@ def test_matrices_cast_once_a_step(base, monkeypatch):
     config = replace(CONFIG, precision="bf16", prior_prediction=1.0, accumulation=2, batch_size=1)
     once = after_steps(Run(cache_of(base, 8), base, config, CPU), 3)
     layers = [module for module in once.denoiser.modules() if isinstance(module, LoraLayer)]
-    assert all(layer.together.copies is None for layer in layers)
+    assert layers and all(layer.together.copies is None for layer in layers)
     with once.fast():
         for layer in layers:
             assert layer.together.copies
@@ -110,6 +110,7 @@ def test_gradients_of_the_copies_in_half_precision_are_those_of_each_pass(flow, 
     monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
     each_time = Run(cache_of(flow), flow, IN_BF16, CPU)
     each_time.accumulate()
+    assert once.parameters.keys() == each_time.parameters.keys() != set()
     for name, parameter in each_time.parameters.items():
         gradient = once.parameters[name].grad
         assert gradient is not None and gradient.dtype == torch.float32

@@ -311,6 +311,7 @@ def test_lora_plus_and_the_text_encoder_have_their_own_rates(bases, caches):
     config = replace(PLAIN, learning_rate=1e-4, text_encoder_lr=1e-5, lora_plus_ratio=16.0)
     run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
     rates = {id(p): group["peak"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert {"denoiser", "text_encoder"} == {name.partition(".")[0] for name in run.parameters}
     for name, parameter in run.parameters.items():
         rate = 1e-4 if name.startswith("denoiser.") else 1e-5
         assert rates[id(parameter)] == pytest.approx(rate * (16 if name.endswith(".up") else 1))
@@ -342,7 +343,8 @@ def test_other_optimizers_learn(bases, caches, optimizer):
     run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
     for _ in range(3):
         run.train_step()
-    assert all(value.abs().max() > 0 for name, value in run.parameters.items() if name.endswith(".up"))
+    ups = [value for name, value in run.parameters.items() if name.endswith(".up")]
+    assert ups and all(value.abs().max() > 0 for value in ups)
 
 
 @pytest.mark.parametrize("method", ["pivotal", "textual-inversion"])

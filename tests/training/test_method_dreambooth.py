@@ -71,6 +71,7 @@ def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases
     before = {name: tensor.clone() for name, tensor in base.components["denoiser"].tensors.items()}
     run = Run(caches["sd15"], base, CONFIG, CPU)
     run.train_step()
+    assert before
     for name, tensor in base.components["denoiser"].tensors.items():
         assert torch.equal(tensor, before[name])
         assert not torch.equal(run.parameters[f"denoiser.{name}"], tensor) or not tensor.any()
