@@ -9,9 +9,9 @@ from core.errors import MissingPackage
 from tests.comfyui.graphs import training
 from tests.comfyui.server import ComfyServer
 from tests.tooling import write_photos
+from tools.workflows import FLOWS, LORA, SD15, SDXL
 
 from .page import ComfyPage, prepare, running_browser
-from .workflows import FLOWS, LORA, SD15, SDXL
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ from PIL import Image, ImageFilter
 
 from core.pictures.style_pack import find_style_packs
 from tests.tooling import write_photos
-
-from .pictures import write_drawn_photos
-from .workflows import BUILD, SD15, SDXL
+from tools.page_pictures import write_drawn_photos
+from tools.workflows import BUILD, SD15, SDXL
 
 pytestmark = pytest.mark.browser
 

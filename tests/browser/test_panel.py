@@ -10,8 +10,7 @@ import torch
 from core.lora.file import LoraFile
 from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
-
-from .workflows import BUILD, FOLDER, SD15, WORKFLOWS
+from tools.workflows import BUILD, FOLDER, SD15, WORKFLOWS
 
 pytestmark = pytest.mark.browser
 

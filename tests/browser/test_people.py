@@ -3,11 +3,11 @@
 import pytest
 
 from tests.tooling import write_photos
+from tools.workflows import BUILD
 
 from .page import ComfyPage
 from .test_nodes import PHOTOS
 from .test_panel import STATUS, is_idle, train_node, wait_for_step
-from .workflows import BUILD
 
 pytestmark = pytest.mark.browser
 

@@ -5,10 +5,10 @@ import pytest
 from tests.comfyui.graphs import training
 from tests.comfyui.server import running_server
 from tests.comfyui.test_train_node import ENDLESS, stop, training_state, wait_for
+from tools.workflows import BUILD
 
 from .page import ComfyPage, prepare
 from .test_panel import STATUS, is_idle, status, train_node, wait_for_step
-from .workflows import BUILD
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

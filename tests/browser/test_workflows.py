@@ -18,9 +18,9 @@ from core.storage.drawn import DRAWN, read_mark
 from tests.comfyui.server import ComfyServer, running_server
 from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
+from tools.workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subgraphs
 
 from .page import ComfyPage, drop_files, prepare
-from .workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subgraphs
 
 pytestmark = pytest.mark.browser
 

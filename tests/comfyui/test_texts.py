@@ -1,10 +1,10 @@
-"""The nodes' texts in locales and help pages. After a change of the nodes: `python -m tests.comfyui.texts`."""
+"""The nodes' texts in locales and help pages. After a change of the nodes: `python -m tools.node_texts`."""
 
 import json
 
 import pytest
 
-from .texts import HELP, LANGUAGES, LOCALES, WORDS, english, inputs, node_infos, page, tables
+from tools.node_texts import HELP, LANGUAGES, LOCALES, WORDS, english, inputs, node_infos, page, tables
 
 pytestmark = pytest.mark.comfyui
 

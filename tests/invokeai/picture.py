@@ -9,9 +9,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests.browser.pictures import write_drawn_photos
+
 from core.demo import FOLDER
 from tests.browser.page import running_browser
-from tests.browser.pictures import write_drawn_photos
 
 from .form import Form, change_workflow
 from .server import REPOSITORY, running_server
