@@ -39,6 +39,7 @@ PACKAGES = (
     ),
 )
 """Those that load a name when it is asked for."""
+SAID = "loaded: "
 
 
 def modules_after(statement: str) -> set[str]:
@@ -48,11 +49,19 @@ def modules_after(statement: str) -> set[str]:
 
 def modules_after_each(*statements: str) -> list[set[str]]:
     """Those that it has after each of the statements, one after the other; top-level names and full ones."""
-    said = "print(' '.join({part for name in sys.modules for part in (name.partition('.')[0], name)}))"
+    said = f"print('{SAID}', *{{part for name in sys.modules for part in (name.partition('.')[0], name)}}, sep=' ')"
     code = "\n".join(["import sys", *(line for statement in statements for line in (statement, said))])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return [set(line.removeprefix(SAID).split()) for line in printed(code).splitlines() if line.startswith(SAID)]
+
+
+def printed(code: str, *arguments: object, folder: Path = ROOT, **environment: str) -> str:
+    """What code prints in a Python of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder, env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [set(line.split()) for line in done.stdout.splitlines()[-len(statements) :]]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +98,11 @@ def test_what_the_header_of_a_lora_says_is_told_without_any_library(tmp_path):
         assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI, "tqdm"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
-def test_help_needs_no_library(arguments):
-    modules = modules_after(
-        f"from core.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
-    )
-    assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
+def test_help_needs_no_library():
+    calls = [["--help"], *([command, "--help"] for command in COMMANDS)]
+    helps = [f"try: main({words})\nexcept SystemExit as end: assert not end.code" for words in calls]
+    *_, modules = modules_after_each("from core.cli import main", *helps)
+    assert "core.cli" in modules and not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
 def test_every_command_has_the_function_that_runs_it():
@@ -155,8 +163,7 @@ def test_the_root_hands_out_the_names_of_core_and_no_nodes_of_the_old_kind(tmp_p
         "assert 'torch' not in sys.modules and {'train', 'lora', 'LoraFile'} <= {*dir(facelora)}\n"
         "assert facelora.train is facelora.core.train and facelora.lora.LoraFile is facelora.LoraFile\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed(code, folder=tmp_path)
 
 
 @pytest.mark.clock
@@ -170,15 +177,13 @@ def test_the_command_line_answers_for_help_at_once():
 @pytest.mark.clock
 def test_the_package_itself_is_loaded_at_once():
     code = "import time; t = time.process_time(); import core; core.lora, core.studio; print(time.process_time() - t)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert float(done.stdout) < 0.15, done.stdout
+    assert float(printed(code)) < 0.15
 
 
 @pytest.mark.clock
 def test_what_trains_is_loaded_quickly_beside_torch():
     code = "import torch, PIL.Image, time; t = time.process_time(); import core; core.train; print(time.process_time() - t)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert float(done.stdout) < 1.0, done.stdout  # CPU seconds, on any machine that runs tests
+    assert float(printed(code)) < 1.0  # CPU seconds, on any machine that runs tests
 
 
 def test_the_wheel_has_each_package_of_the_library_and_the_folders_of_data():
@@ -261,8 +266,7 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(wheel, t
         "import facelora.core, sys; assert 'core' not in sys.modules and 'nodes' not in sys.modules\n"
         f"assert facelora.core.__version__ == {core.__version__!r}"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed(code, folder=unpacked)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and a clone")
@@ -276,21 +280,6 @@ def test_the_registrys_package_has_what_comfyui_serves_and_nothing_of_the_tests(
     folders = {name.partition("/")[0] for name in packed if "/" in name}
     assert folders == {"core", "locales", "nodes", "subgraphs", "web", "workflows"}
     assert "web/docs/FaceLoRATrain/en.md" in packed and "core/demo/base.safetensors" not in packed
-
-
-def test_nothing_is_fetched_by_a_package_that_diffusers_imports(tmp_path):
-    """bitsandbytes asks `kernels`, a package that loads code from a hub, when it is imported on some CPUs; so does this one."""
-    asked = "import kernels; kernels.get_kernel('somewhere/else')"
-    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked for a kernel')\n")
-    (tmp_path / "bitsandbytes.py").write_text(f"try:\n    {asked}\nexcept ImportError:\n    pass\n")
-    code = (
-        "from core.models.packages import import_diffusers; import_diffusers()\n"
-        "import sys, kernels\n"
-        "assert 'bitsandbytes' in sys.modules and callable(kernels.get_kernel)"
-    )
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_core_imports_diffusers_through_one_function():
@@ -313,12 +302,17 @@ from core import TrainConfig, train
 before = list(warnings.filters)
 train(sys.argv[1], sys.argv[2], TrainConfig(steps=1, rank=2, resolution=32, check_photos=False))
 assert warnings.filters == before, [one for one in warnings.filters if one not in before]
+
+import kernels
+assert 'bitsandbytes' in sys.modules and callable(kernels.get_kernel)
 """
 
 
-def test_the_first_training_leaves_the_programs_warning_filters(photo_folder, small_sd15):
-    """The libraries that it imports have filters of their own."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINS, photo_folder, small_sd15], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_first_training_leaves_the_programs_warning_filters_and_fetches_nothing(tmp_path, photo_folder, small_sd15):
+    """The libraries that it imports have filters of their own. And bitsandbytes asks `kernels`, a package that loads code from
+    a hub, when it is imported on some CPUs; so does this one.
+    """
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked for a kernel')\n")
+    asked = "import kernels; kernels.get_kernel('somewhere/else')"
+    (tmp_path / "bitsandbytes.py").write_text(f"try:\n    {asked}\nexcept ImportError:\n    pass\n")
+    printed(TRAINS, photo_folder, small_sd15, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
