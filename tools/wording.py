@@ -13,11 +13,14 @@ import re
 import sys
 import tokenize
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
-from core.cli import COMMANDS, build_parser
+from core.cli import COMMANDS
+from core.cli import main as main_of_commands
 from core.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -217,18 +220,30 @@ def _option_faults(path: Path, tree: ast.AST) -> Iterator[Fault]:
 
 def check_help() -> Iterator[Fault]:
     """Yield the faults of what `--help-all` prints for each command."""
-    for command in COMMANDS:
-        _, parser = build_parser(command)
-        texts = [action.help for action in parser._actions if action.help != argparse.SUPPRESS]
-        texts += [text for action in parser._actions for _, text in getattr(action, "hidden", ())]
-        for text in texts:
-            if not text or text[0].islower():
-                yield Fault(
-                    *_place_of(text or f'"{command}"'), f"the help of an option is empty or in lower case: {text}"
-                )
-        for text in filter(None, {*texts, parser.description, parser.epilog}):
-            path, line = _place_of(text)
-            yield from prose_faults(path, [Text(line, text)])
+    add, options, texts = argparse.ArgumentParser.add_argument, set[str](), set[str]()
+
+    def noted(parser: Any, *names: Any, **settings: Any) -> argparse.Action:
+        if names[0] != "-h":
+            options.add(settings.get("help") or f"{names[0]} has none")
+        return add(parser, *names, **settings)
+
+    def printed(parser: argparse.ArgumentParser) -> None:
+        texts.update(filter(None, (parser.description, parser.epilog)))
+
+    with (
+        patch("argparse._ActionsContainer.add_argument", noted),
+        patch("argparse.ArgumentParser.print_help", printed),
+    ):
+        for command in COMMANDS:
+            with suppress(SystemExit):
+                main_of_commands([command, "--help"])
+    options -= {argparse.SUPPRESS}
+    for text in options:
+        if text[0].islower() or text[0] == "-":
+            yield Fault(*_place_of(text), f"the help of an option is missing or in lower case: {text}")
+    for text in options | texts:
+        path, line = _place_of(text)
+        yield from prose_faults(path, [Text(line, text)])
 
 
 def _place_of(text: str) -> tuple[Path, int]:
