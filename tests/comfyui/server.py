@@ -126,6 +126,18 @@ class ComfyServer:
         mark, started = len(self._log_path.read_bytes()), time.monotonic()
         return self.wait(self.queue(graph), seconds, mark, started)
 
+    def result(self, graph: Graph) -> Result:
+        """That of a graph which must succeed."""
+        result = self.run(graph)
+        assert result.status == "success", result.error + result.log
+        return result
+
+    def error(self, graph: Graph) -> str:
+        """The message of a graph which must fail."""
+        result = self.run(graph)
+        assert result.status == "error", result.log
+        return result.error
+
     def wait(self, prompt_id: str, seconds: float = 600, mark: int = 0, started: float | None = None) -> Result:
         started = started or time.monotonic()
         while time.monotonic() - started < seconds:

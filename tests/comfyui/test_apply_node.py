@@ -23,8 +23,7 @@ ROUNDING = 2
 @pytest.fixture(scope="module")
 def lora(server) -> str:
     """The name of a LoRA that was trained here, of denoiser and text encoder."""
-    result = server.run(training(name="apply", settings="text_encoder_lr = 0.01"))
-    assert result.status == "success", result.error
+    server.result(training(name="apply", settings="text_encoder_lr = 0.01"))
     return "apply.safetensors"
 
 
@@ -35,8 +34,7 @@ def picture(server, *applied: dict) -> Image.Image:
         one["inputs"] |= {"model": model, "clip": clip}
         graph[f"lora {index}"] = one
         model, clip = [f"lora {index}", 0], [f"lora {index}", 1]
-    result = server.run(graph | drawing(model, clip, ["base", 2]))
-    assert result.status == "success", result.error
+    result = server.result(graph | drawing(model, clip, ["base", 2]))
     assert "not loaded" not in result.log.lower()
     return server.drawn(result)
 
@@ -107,9 +105,8 @@ def test_blocks_at_zero_are_left_out(server, lora, plain, whole):
     ],
 )
 def test_wrong_settings_are_an_error_in_the_node(server, lora, changes, words):
-    result = server.run(BASE | {"apply": apply(lora, model=["base", 0], **changes)} | shown("apply"))
-    assert result.status == "error"
-    assert all(word in result.error for word in words), result.error
+    error = server.error(BASE | {"apply": apply(lora, model=["base", 0], **changes)} | shown("apply"))
+    assert all(word in error for word in words), error
 
 
 def shown(name: str) -> dict:
@@ -125,9 +122,8 @@ def test_a_missing_file_is_refused_before_anything_runs(server):
 def test_a_damaged_file_is_one_clear_line(server, lora):
     folder = server.folder / "models" / "loras"
     (folder / "cut.safetensors").write_bytes((folder / lora).read_bytes()[:5000])
-    result = server.run(BASE | {"apply": apply("cut.safetensors", model=["base", 0])} | shown("apply"))
-    assert result.status == "error"
-    assert "cut.safetensors" in result.error
+    error = server.error(BASE | {"apply": apply("cut.safetensors", model=["base", 0])} | shown("apply"))
+    assert "cut.safetensors" in error
 
 
 def test_a_lora_that_would_draw_black_is_an_error_in_the_node(server, lora):
@@ -139,9 +135,8 @@ def test_a_lora_that_would_draw_black_is_an_error_in_the_node(server, lora):
         tensors = {**file.tensors, up: torch.full_like(file.tensors[up], value)}
         save_safetensors(folder / "black.safetensors", tensors, file.metadata)
         graph = {"apply": apply("black.safetensors", model=["base", 0], strength_model=10.0)}
-        result = server.run(BASE | graph | shown("apply"))
-        assert result.status == "error"
-        assert f"black.safetensors: {name}: its change contains" in result.error and words in result.error
+        error = server.error(BASE | graph | shown("apply"))
+        assert f"black.safetensors: {name}: its change contains" in error and words in error
 
 
 def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
@@ -151,32 +146,26 @@ def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
     out = file.tensors[f"{name}.lora_up.weight"].shape[0]
     tensors = {**file.tensors, f"{name}.dora_scale": torch.ones(out, 1)}
     LoraFile.from_tensors(tensors, file.metadata).save(folder / "one-dora.safetensors")
-    result = server.run(
+    error = server.error(
         BASE | {"apply": apply("one-dora.safetensors", model=["base", 0], end_percent=0.5)} | shown("apply")
     )
-    assert result.status == "error"
-    assert (
-        "1 module of one-dora.safetensors, e.g. " in result.error and "can only be added to the weights" in result.error
-    )
+    assert "1 module of one-dora.safetensors, e.g. " in error and "can only be added to the weights" in error
 
 
 def test_nothing_is_trained_on_what_is_computed_beside_the_weights(server, lora):
-    result = server.run(
+    error = server.error(
         training(name="beside", model=["apply", 0]) | {"apply": apply(lora, model=["base", 0], mode="bypass")}
     )
-    assert result.status == "error"
-    assert "training needs LoRAs in the weights" in result.error
+    assert "training needs LoRAs in the weights" in error
 
 
 def test_a_lora_of_another_family_is_an_error_in_the_node(server, lora):
     path = "mid_block.attentions.0.transformer_blocks.9.attn2.to_k"
     modules = {("denoiser", path): LoraModule(torch.randn(4, 2048), torch.randn(1280, 4), 4.0)}
     LoraFile.from_modules("sdxl", modules, {}).save(server.folder / "models" / "loras" / "xl.safetensors")
-    result = server.run(BASE | {"apply": apply("xl.safetensors", model=["base", 0])} | shown("apply"))
-    assert result.status == "error"
+    error = server.error(BASE | {"apply": apply("xl.safetensors", model=["base", 0])} | shown("apply"))
     assert (
-        "LoraMisfit: xl.safetensors: does not fit the base model: it is for sdxl, but the base model is sd15"
-        in result.error
+        "LoraMisfit: xl.safetensors: does not fit the base model: it is for sdxl, but the base model is sd15" in error
     )
 
 

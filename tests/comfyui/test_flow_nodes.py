@@ -56,17 +56,15 @@ def picture(family: str, model: list) -> dict[str, Node]:
 def test_the_clip_of_another_family_is_refused(server, flow_models, checkpoint, words):
     changes: dict[str, Any] = {**LINKS, "name": "wrong", "clip": ["base", 1]}
     graph = training(**changes) | loaders("flux1") | {"base": node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
-    result = server.run(graph)
-    assert result.status == "error"
-    assert f"CLIP does not belong to MODEL, which is FLUX.1: {words}" in result.error
+    error = server.error(graph)
+    assert f"CLIP does not belong to MODEL, which is FLUX.1: {words}" in error
 
 
 def test_the_vae_of_another_family_is_refused(server, flow_models):
     checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
     changes: dict[str, Any] = {"name": "wrong", "vae": ["vae", 0]}
-    result = server.run(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
-    assert result.status == "error"
-    assert "vae: it makes latents with 128 channels, but MODEL needs 4" in result.error
+    error = server.error(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
+    assert "vae: it makes latents with 128 channels, but MODEL needs 4" in error
 
 
 def training_of(family: str) -> dict[str, Node]:
@@ -78,8 +76,7 @@ def trained(server, flow_models) -> dict[str, Path]:
     """Family -> the LoRA that Train Face LoRA has made."""
     files = {}
     for family in CLIPS:
-        result = server.run(training_of(family))
-        assert result.status == "success", result.error + result.log
+        server.result(training_of(family))
         files[family] = server.folder / "models" / "loras" / f"anna-{family}.safetensors"
     return files
 
@@ -92,8 +89,7 @@ def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_pict
 
     apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
                  strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    result = server.run(training_of(family) | {"apply": apply} | picture(family, ["apply", 0]))
-    assert result.status == "success", result.error + result.log
+    result = server.result(training_of(family) | {"apply": apply} | picture(family, ["apply", 0]))
     theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"anna-{family}.safetensors", strength_model=1.0)
     by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
@@ -110,8 +106,7 @@ def test_another_kind_of_adapter_is_applied_as_comfyui_applies_it(server, flow_m
     run = training(name=name, steps=3, settings=settings, samples=0, **LINKS)
     apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
                  strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    ours = server.run(loaders(family) | run | {"apply": apply} | picture(family, ["apply", 0]))
-    assert ours.status == "success", ours.error + ours.log
+    ours = server.result(loaders(family) | run | {"apply": apply} | picture(family, ["apply", 0]))
     theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"{name}.safetensors", strength_model=1.0)
     by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log

@@ -276,19 +276,24 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
         plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
         for form, has_alpha in itertools.product(FORMS, (True, False)):
             lora = LoraFile(family, {}, in_form(plain, form, has_alpha))
-            found, wanted = (
-                attempt(partial(of_diffusers, model=model), family, lora),
-                changes_of(lora.modules()),
-            )
-            objections = read_by("diffusers", lora).objections
-            for entry in lora.entries:
-                objection = objections.get(entry.name)
-                for _, path in entry.modules:
-                    change = None if isinstance(found, str) else found.get(path)
-                    is_right = change is not None and (change - wanted[path]).norm() < EXACT * wanted[path].norm()
-                    assert is_right == (objection is None), (scheme, form, has_alpha, path, found)
-                    if objection and objection.loads:
-                        assert change is not None and change.any(), (scheme, form, has_alpha, path)
+            found = attempt(partial(of_diffusers, model=model), family, lora)
+            assert_as_known(lora, found, (scheme, form, has_alpha))
+
+
+def assert_as_known(lora: LoraFile, found: Changes | str, case: tuple[object, ...], of_text: bool = False) -> None:
+    """That diffusers makes of the denoiser's modules, or of the text encoders', what is said of it."""
+    wanted, objections = changes_of(lora.modules()), read_by("diffusers", lora).objections
+    entries = [entry for entry in lora.entries if (entry.part != "denoiser") == of_text]
+    assert entries
+    for entry in entries:
+        objection = objections.get(entry.name)
+        for part, path in entry.modules:
+            name = f"{part}.{path}" if of_text else path
+            change = None if isinstance(found, str) else found.get(name)
+            is_right = change is not None and (change - wanted[name]).norm() < EXACT * wanted[name].norm()
+            assert is_right == (objection is None), (*case, name, found)
+            if objection and objection.loads:
+                assert change is not None and change.any(), (*case, name)
 
 
 @pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.diffusers])
@@ -308,13 +313,7 @@ def test_it_is_known_whose_paths_diffusers_loads(family):
                 flat = path.replace(".", "_") if prefix == "lora_unet_" else path
                 tensors[prefix + flat + key.removeprefix(name)] = tensor
             lora = LoraFile(family, {}, tensors)
-            found, wanted = attempt(of_diffusers, family, lora), changes_of(lora.modules())
-            objections = read_by("diffusers", lora).objections
-            for entry in lora.entries:
-                for _, path in entry.modules:
-                    change = None if isinstance(found, str) else found.get(path)
-                    is_right = change is not None and (change - wanted[path]).norm() < EXACT * wanted[path].norm()
-                    assert is_right == (entry.name not in objections), (scheme, prefix, path, found)
+            assert_as_known(lora, attempt(of_diffusers, family, lora), (scheme, prefix))
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux1"])
@@ -325,13 +324,7 @@ def test_it_is_known_in_which_forms_of_names_diffusers_loads_text_encoders(famil
         plain = LoraFile.from_modules(family, modules, {}, scheme).tensors
         for form, has_alpha in itertools.product(FORMS, (True, False)):
             lora = LoraFile(family, {}, in_form(plain, form, has_alpha))
-            found, wanted = attempt(text_of_diffusers, family, lora), changes_of(lora.modules())
-            objections = read_by("diffusers", lora).objections
-            for entry in (entry for entry in lora.entries if entry.part != "denoiser"):
-                objection, name = objections.get(entry.name), f"{entry.part}.{entry.modules[0][1]}"
-                change = None if isinstance(found, str) else found.get(name)
-                is_right = change is not None and (change - wanted[name]).norm() < EXACT * wanted[name].norm()
-                assert is_right == (objection is None), (scheme, form, has_alpha, name, found)
+            assert_as_known(lora, attempt(text_of_diffusers, family, lora), (scheme, form, has_alpha), of_text=True)
 
 
 def in_form(tensors: Mapping[str, Tensor], form: str, has_alpha: bool) -> dict[str, Tensor]:

@@ -37,8 +37,7 @@ def test_a_style_pack_drives_a_batch_through_ksampler(server):
     graph["styles"] = node("FaceLoRAStylePack", **STYLES)
     graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
     graph["prompts"] = node("PreviewAny", source=["styles", 0])
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     pictures = [server.picture(image) for image in result.outputs["picture"]["images"]]
     assert len(pictures) == 3
     expected = find_style_packs().pick("corporate").prompts(Subject("sks person", ""), "sd15", 3, 5, resolution=128)
@@ -61,8 +60,7 @@ def test_one_queue_draws_several_styles_each_as_its_style_says(server):
     graph["sheet_picture"] = node("PreviewImage", images=["sheet", 0])
     graph["names"] = node("PreviewAny", source=["styles", 7])
     graph["strengths"] = node("PreviewAny", source=["styles", 8])
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     styled = find_style_packs().pick("corporate").prompts(
         Subject("sks person", ""), "sd15", 4, 5, styles=settings["styles"].split(", "), resolution=64
     )  # fmt: skip
@@ -86,8 +84,7 @@ def test_a_users_pack_is_found_without_a_restart(server):
         "styles": node("FaceLoRAStylePack", **STYLES | {"pack": "ours"}),
         "show": node("PreviewAny", source=["styles", 0]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert texts(result, "show") == ["photo of sks person, green wall"] * 3
     info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
     assert "ours" in json.dumps(info["input"])
@@ -110,8 +107,7 @@ def test_the_model_tells_the_family(server):
         "styles": node("FaceLoRAStylePack", model=["base", 0], **settings),
         "widths": node("PreviewAny", source=["styles", 3]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     expected = find_style_packs().pick("corporate").prompts(Subject("sks person", ""), "sd15", 3, 5)
     assert [int(width) for width in texts(result, "widths")] == [styled.width for styled in expected]
 
@@ -125,8 +121,7 @@ def test_a_distilled_model_gets_its_steps_and_no_guidance(server):
         "guidance": node("PreviewAny", source=["styles", 5]),
         "steps": node("PreviewAny", source=["styles", 6]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert (texts(result, "guidance"), texts(result, "steps")) == (["1.0"] * 3, ["4"] * 3)
 
 
@@ -148,8 +143,7 @@ def test_photos_are_reported_on_and_counted(server):
         "captions": node("PreviewAny", source=["photos", 2]),
         "images": node("PreviewImage", images=["photos", 1]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     report = texts(result, "report")[0]
     assert "3 photos" in report
     assert "broken.jpg" in report
@@ -179,8 +173,7 @@ def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server
 
 def test_load_face_photos_can_be_run_by_itself(server):
     write_photos(server.folder / "input" / "clara", count=3, person=37)
-    result = server.run({"photos": load_photos("clara", check=True)})
-    assert result.status == "success", result.error
+    result = server.result({"photos": load_photos("clara", check=True)})
     assert len(result.outputs["photos"]["facelora_photos"][0]["photos"]) == 3
     seen = server.post("/facelora/check", {"folder": "clara", "pictures": ""})
     assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
@@ -236,8 +229,7 @@ def test_uploaded_pictures_are_photos_too(server):
         "photos": load_photos(pictures="\n".join(uploaded)),
         "images": node("PreviewImage", images=["photos", 1]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert [server.picture(image).size for image in result.outputs["images"]["images"]] == [(92, 112)] * 2
     graph["photos"] = load_photos(pictures=uploaded[0])
     assert len(server.run(graph).outputs["images"]["images"]) == 1
@@ -248,8 +240,7 @@ def test_a_folder_that_is_not_there_does_not_matter_where_pictures_were_added(se
     folder = write_photos(server.folder / "input" / "hanna", count=1, person=36)
     uploaded = server.upload(folder / "0.png", "hanna.png")
     graph = {"photos": load_photos("not-made-yet", uploaded), "report": node("PreviewAny", source=["photos", 3])}
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     (report,) = texts(result, "report")
     assert "1 photo" in report and "not-made-yet: this folder doesn't exist" in report
 
@@ -302,17 +293,15 @@ def test_photos_without_a_face_are_refused(server):
     folder.mkdir()
     for shade in (80, 160):
         Image.new("RGB", (256, 256), (shade, shade, shade)).save(folder / f"{shade}.png")
-    result = server.run(training(folder="walls") | {"photos": load_photos("walls", check=True)})
-    assert result.status == "error"
-    assert "none of the 2 photos shows a face" in result.error
+    error = server.error(training(folder="walls") | {"photos": load_photos("walls", check=True)})
+    assert "none of the 2 photos shows a face" in error
 
 
 def test_a_folder_without_photos_is_one_clear_line(server):
     (server.folder / "input" / "empty folder").mkdir(exist_ok=True)
-    result = server.run(training(folder="empty folder"))
-    assert result.status == "error"
-    assert "empty folder: no readable photo" in result.error
-    assert str(server.folder) not in result.error.partition(":")[2]
+    error = server.error(training(folder="empty folder"))
+    assert "empty folder: no readable photo" in error
+    assert str(server.folder) not in error.partition(":")[2]
 
 
 def test_pictures_of_the_person_score_above_those_of_someone_else(server):
@@ -331,8 +320,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
         "sheet": node("PreviewImage", images=["labelled", 0]),
         "plot": node("PreviewImage", images=["own", 3]),
     }  # fmt: skip
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     own, others = ([float(score) for score in texts(result, name)] for name in ("own_scores", "other_scores"))
     assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
     assert own == sorted(own, reverse=True)
@@ -345,8 +333,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     told = {"lora": ["train", 0], "name": "as_usual", "scheme": "automatic", "precision": "fp16", "sidecars": True}
     graph = training(name="saved", samples=1, training_seed=11)
     graph |= {"save": node("FaceLoRASave", **save), "told": node("FaceLoRASave", **told)}
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     beside = {path.name.partition(".")[2] for path in (server.folder / "output" / "loras").glob("as_usual*")}
     assert beside == {"safetensors", "json", "metadata.json", "cm-info.json"}, "and no picture: nobody was asked"
     (usual,) = (server.folder / "output" / "loras").glob("as_usual*.safetensors")
@@ -356,8 +343,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     lora = LoraFile.read(file)
     assert lora.scheme == "comfy"
     assert lora.metadata["modelspec.trigger_phrase"] == "sks person"
-    inspect = server.run({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
-    assert inspect.status == "success", inspect.error
+    inspect = server.result({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
     assert "sks person" in inspect.outputs["inspect"]["text"][0]
     assert server.read(f"/facelora/lora?name={file.name}").decode() == inspect.outputs["inspect"]["text"][0]
     with Image.open(file.with_suffix(".preview.png")) as picture:
@@ -389,8 +375,7 @@ def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
     graph = training(name="named")
     for name, number in (("by_name/one.safetensors", 1), ("by_name\\one", 2)):
         save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
-        result = server.run(graph | {"save": save, "shown": node("PreviewAny", source=["save", 0])})
-        assert result.status == "success", result.error
+        result = server.result(graph | {"save": save, "shown": node("PreviewAny", source=["save", 0])})
         assert texts(result, "shown") == [f"by_name/one_0000{number}_.safetensors"]
         assert (server.folder / "output" / "loras" / texts(result, "shown")[0]).exists()
     assert not list((server.folder / "output" / "loras" / "by_name").glob("*.png")), "nobody was asked"
