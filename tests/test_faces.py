@@ -159,7 +159,7 @@ def test_a_network_that_does_not_scale_its_pixels_gets_them_from_minus_one_to_on
     assert np.allclose(vectors, expected / np.linalg.norm(expected), atol=1e-4) and len(vectors) == 2
 
 
-def test_a_file_that_is_no_face_network_is_refused(tmp_path):
+def test_a_file_that_is_not_a_face_network_is_refused(tmp_path):
     save_mean_colour(tmp_path / "small.onnx", size=64)
     (tmp_path / "noise.onnx").write_bytes(b"not a network" * 99)
     with pytest.raises(BadFile, match=r"small\.onnx: its inputs are \[\[1, 3, 64, 64\]\]"):

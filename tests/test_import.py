@@ -78,13 +78,13 @@ def test_importing_core_loads_neither_torch_nor_any_other_heavy_library():
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
-def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_library(loaded):
+def test_names_exported_by_core_load_lazily_and_without_heavy_libraries(loaded):
     *_, modules = loaded
     assert "torch" in modules
     assert not modules & {*HEAVY, *COMFYUI}
 
 
-def test_what_the_header_of_a_lora_says_is_told_without_any_library(tmp_path):
+def test_the_header_of_a_lora_is_inspected_without_any_library(tmp_path):
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     sizes = {f"{module}.lora_down.weight": [1, 1280], f"{module}.lora_up.weight": [1280, 1], f"{module}.alpha": []}
     header, end = {}, 0
@@ -109,7 +109,7 @@ def test_every_command_has_the_function_that_runs_it():
     assert all(callable(function_of(run_of(name))) for name in COMMANDS)
 
 
-def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
+def test_the_arguments_offer_all_recipes_and_precisions():
     assert set(get_args(RecipeName)) == {*RECIPES}
     assert set(get_args(SavePrecision)) == {*PRECISIONS}
 
@@ -155,7 +155,7 @@ def test_no_name_that_a_package_hands_out_hides_behind_a_submodule(package):
     assert not handed_out & submodules
 
 
-def test_the_root_hands_out_the_names_of_core_and_no_nodes_of_the_old_kind(tmp_path):
+def test_the_root_exports_the_names_of_core_and_nodes_only_of_the_new_kind(tmp_path):
     (tmp_path / "facelora").symlink_to(ROOT)
     code = (
         "import sys, facelora\n"

@@ -45,7 +45,7 @@ def run(*arguments: object, encoding: str = "utf-8") -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
 
 
-def test_who_trains_a_full_size_model_without_a_gpu_is_told_what_to_install(small_sd15, monkeypatch):
+def test_training_a_full_size_model_without_a_gpu_names_what_to_install(small_sd15, monkeypatch):
     base = load_base(small_sd15)
 
     def told(device=CPU):
@@ -125,14 +125,14 @@ def test_no_file_of_the_cache_needs_a_long_path():
 
 
 @pytest.mark.parametrize("name", ["con", "NUL", "aux.anna", "COM1", "lpt9.txt"])
-def test_names_that_windows_keeps_for_devices_name_no_folder_and_no_file(tmp_path, name):
+def test_device_names_of_windows_are_refused_as_folders_and_files(tmp_path, name):
     write_photos(tmp_path / "people" / name, count=1)
     (person,) = read_people(tmp_path / "people")
     assert "is not a valid folder name" in person.problem
     assert not files.RESERVED.fullmatch(f"{file_word(name)}.safetensors")
 
 
-def test_a_drive_letter_is_no_strength():
+def test_a_drive_letter_is_not_taken_for_a_strength():
     assert split_strength(r"C:\loras\face.safetensors") == (r"C:\loras\face.safetensors", 1.0)
     assert split_strength(r"C:\loras\face.safetensors:0.8") == (r"C:\loras\face.safetensors", 0.8)
     assert split_strength(r"\\server\share\face.safetensors:-1") == (r"\\server\share\face.safetensors", -1.0)

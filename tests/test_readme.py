@@ -188,7 +188,7 @@ def test_the_form_for_faults_lists_every_family():
     assert options == [*(family.title for family in FAMILIES.values()), "the demo's base", "another, or none"]
 
 
-def test_the_style_packs_that_a_person_of_a_studio_wants_exist():
+def test_style_packs_named_on_the_studio_page_exist():
     wanted = re.findall(r'^style_pack = "(.+)"$', PAGES["studio.md"], re.MULTILINE)
     assert wanted and {*wanted} <= find_style_packs().packs.keys()
 

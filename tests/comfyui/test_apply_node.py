@@ -67,7 +67,7 @@ def test_the_node_shows_what_the_lora_is(server, lora):
     assert result.outputs["show"]["text"] == ["a photo of sks person"]
 
 
-def test_off_passes_the_model_through_and_still_tells_the_trigger(server, lora, plain, whole):
+def test_off_passes_the_model_through_and_still_outputs_the_trigger(server, lora, plain, whole):
     assert difference(plain, whole) > 3 * ROUNDING
     assert difference(picture(server, apply(lora, mode="off")), plain) == 0
 
@@ -152,7 +152,7 @@ def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
     assert "1 module of one-dora.safetensors, e.g. " in error and "can only be added to the weights" in error
 
 
-def test_nothing_is_trained_on_what_is_computed_beside_the_weights(server, lora):
+def test_training_on_a_lora_in_bypass_mode_is_refused(server, lora):
     error = server.error(
         training(name="beside", model=["apply", 0]) | {"apply": apply(lora, model=["base", 0], mode="bypass")}
     )
@@ -179,7 +179,7 @@ def test_an_error_names_a_file_from_its_folder_on_and_not_where_that_is_on_the_s
     assert str(server.folder) not in result.error
 
 
-def test_a_lora_in_a_naming_that_comfyui_skips_is_loaded_all_the_same(server, lora, whole):
+def test_a_lora_with_names_that_comfyui_skips_is_loaded(server, lora, whole):
     folder = server.folder / "models" / "loras"
     convert_lora(LoraFile.read(folder / lora), "diffusers")[0].save(folder / "peft.safetensors")
     skipped = server.run(

@@ -215,7 +215,7 @@ def latents_of(server, graph: dict[str, Node], name: str) -> Tensor:
         ({}, "half", "region of anna: 'half': must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to 1"),
     ],
 )
-def test_what_makes_no_group_is_an_error_in_the_node(server, people, changes, region, words):
+def test_an_invalid_group_is_an_error_in_the_node(server, people, changes, region, words):
     anna, ben = people["sd15"]
     graph = drawn({"anna": one(anna, region), "ben": one(ben)}, ["base", 0], ["base", 1], ["base", 2], **changes)
     error = server.error(BASE | graph)
@@ -245,7 +245,7 @@ def test_a_lora_of_another_family_is_an_error_in_the_node(server, people):
     )
 
 
-def test_the_picture_is_published_as_nobodys_example(server, people, tmp_path):
+def test_a_picture_of_two_people_is_not_published_as_an_example(server, people, tmp_path):
     nodes = {person.name: one(person) for person in people["sd15"]}
     graph = drawn(nodes, ["base", 0], ["base", 1], ["base", 2])
     graph["picture"] = node("SaveImage", images=["decoded", 0], filename_prefix="couple")

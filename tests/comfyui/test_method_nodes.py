@@ -151,7 +151,7 @@ def test_a_word_that_the_embeddings_folder_does_not_have_is_named(server):
     )
 
 
-def test_a_file_of_words_alone_is_no_lora_and_apply_says_where_it_belongs(server):
+def test_apply_refuses_a_file_of_embeddings_and_names_the_folder_for_it(server):
     tensors = embedding_tensors("sd15", {"text_encoder": torch.zeros(2, 768)})
     LoraFile("sd15", {}, tensors).save(server.folder / "models" / "loras" / "word.safetensors")
     error = server.error(BASE | {"apply": apply("word.safetensors"), "show": node("PreviewAny", source=["apply", 2])})
@@ -159,7 +159,7 @@ def test_a_file_of_words_alone_is_no_lora_and_apply_says_where_it_belongs(server
 
 
 @pytest.mark.parametrize("method", ["textual-inversion", "dreambooth"])
-def test_a_method_that_makes_no_lora_is_refused_with_where_to_train_it(server, method):
+def test_a_method_that_does_not_make_a_lora_is_refused_and_facelora_train_named(server, method):
     error = server.error(training(settings=f"method = '{method}'"))
     assert f"method = '{method}' doesn't make a LoRA" in error
     assert "facelora train" in error

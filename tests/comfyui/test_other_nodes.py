@@ -101,7 +101,7 @@ def test_the_node_lists_the_packs_and_their_styles(server):
     assert server.get("/facelora/styles?pack=corporate") == pack.names
 
 
-def test_the_model_tells_the_family(server):
+def test_the_family_is_detected_from_the_model(server):
     settings = STYLES | {"family": "that of the model", "resolution": 0}
     graph = BASE | {
         "styles": node("FaceLoRAStylePack", model=["base", 0], **settings),
@@ -179,7 +179,7 @@ def test_load_face_photos_can_be_run_by_itself(server):
     assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
 
 
-def test_where_no_photo_can_be_read_the_reason_is_said(server):
+def test_the_reason_is_given_if_no_photo_can_be_read(server):
     file = server.folder / "input" / "alone.jpg"
     file.write_bytes(b"no picture")
     result = server.run({"photos": load_photos(pictures="alone.jpg", check=True)})
@@ -210,14 +210,14 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
         ("../up.png", "this picture cannot be read"),
     ],
 )
-def test_a_dropped_file_that_is_no_photo_is_refused_by_its_own_name_and_not_kept(server, tmp_path, name, why):
+def test_a_dropped_file_that_is_not_a_photo_is_refused_by_its_own_name_and_deleted(server, tmp_path, name, why):
     (tmp_path / "file").write_bytes(b"no picture")
     assert server.drop(tmp_path / "file", "Emil", name=name)["error"].startswith(f"{name.removeprefix('../')}: {why}")
     assert not (server.folder / "input" / "photos" / "Emil").exists()
 
 
 @pytest.mark.parametrize("folder", ["photos/../clara", "photos/..", r"photos/a\\..\\clara", "clara", "/tmp"])
-def test_a_photo_is_dropped_into_no_folder_of_other_photos(server, tmp_path, folder):
+def test_a_dropped_photo_stays_out_of_folders_with_other_photos(server, tmp_path, folder):
     photos = write_photos(tmp_path / "mine", count=1, person=37)
     assert server.drop(photos / "0.png", "Fritz", folder=folder)["name"].startswith("photos/Fritz")
 
@@ -257,7 +257,7 @@ def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):
             server.read(f"/facelora/photo?name={name}")
 
 
-def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
+def test_every_style_has_a_picture_from_its_pack_or_a_drawn_one(server):
     names = server.get("/facelora/styles?pack=corporate")
     assert names == find_style_packs().pick("corporate").names
     drawn = server.read(f"/facelora/style?pack=corporate&style={quote(names[0])}").decode()
@@ -282,7 +282,7 @@ def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
         ({"pictures": "../../secret.png"}, "not in ComfyUI's input folder"),
     ],
 )
-def test_photos_that_are_not_there_are_one_error(server, choice, words):
+def test_missing_photos_are_one_error(server, choice, words):
     graph = {"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])}
     result = server.run(graph)
     assert result.status == "error" and words in result.error
@@ -356,7 +356,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     assert result.outputs["save"]["text"] == [f"saved: output/loras/{file.name}\npreview: {file.stem}.preview.png"]
 
 
-def test_the_address_about_loras_knows_those_of_the_list_alone(server):
+def test_the_lora_route_serves_only_files_of_the_list(server):
     broken = server.folder / "models" / "loras" / "no_lora.safetensors"
     broken.write_text("<html>")
     for name, said in (

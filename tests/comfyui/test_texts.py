@@ -40,14 +40,14 @@ def test_every_input_and_output_has_a_tooltip(infos):
 
 
 @pytest.mark.parametrize("name", ["FaceLoRAApply", "FaceLoRASave"])
-def test_a_lora_is_said_to_come_from_the_nodes_that_give_one(infos, server, name):
+def test_the_tooltip_of_a_lora_input_names_the_nodes_that_output_one(infos, server, name):
     everything = server.get("/object_info").values()
     _, options = inputs(infos[name])["lora"]
     assert all(info["display_name"] in options["tooltip"] for info in everything if "LORA_MODEL" in info["output"])
     assert "loader" not in options["tooltip"]
 
 
-def test_the_chinese_texts_are_of_the_nodes_there_are_and_served(infos, server):
+def test_the_chinese_texts_match_the_nodes_and_are_served(infos, server):
     chinese = json.loads((LOCALES / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
     assert set(chinese) == set(infos)
     for name, info in infos.items():

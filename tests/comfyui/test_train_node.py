@@ -361,7 +361,7 @@ def test_the_panel_shows_the_photos_that_are_trained_on(server):
     assert len(training_state(server)["photos"]) == 6
 
 
-def test_a_checkpoint_of_what_is_not_trained_yet_is_refused_before_the_training(server, trained):
+def test_a_checkpoint_that_was_never_trained_is_refused_before_training(server, trained):
     graph = training(name="too-early", training_seed=91)
     graph["train"]["inputs"]["checkpoint"] = 1
     result = server.run(graph)
@@ -435,7 +435,7 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(serv
     assert not same(tensors(server, "more"), tensors(server, "anna"))
 
 
-def test_masks_of_photos_that_are_opaque_are_none(server, trained):
+def test_opaque_masks_are_ignored(server, trained):
     graph = training(name="opaque", masks=["masks", 0]) | {
         "mask": node("SolidMask", value=0.0, width=64, height=64),
         "mask image": node("MaskToImage", mask=["mask", 0]),
@@ -449,7 +449,7 @@ def test_masks_of_photos_that_are_opaque_are_none(server, trained):
     )
 
 
-def test_the_recipe_that_nobody_chooses_is_the_command_lines(server):
+def test_the_default_recipe_is_that_of_the_command_line(server):
     parser = argparse.ArgumentParser()
     add_train(parser)
     _, options = server.get("/object_info/FaceLoRATrain")["FaceLoRATrain"]["input"]["required"]["recipe"]

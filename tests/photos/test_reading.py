@@ -97,7 +97,7 @@ def test_transparency_shows_white_and_becomes_the_mask(tmp_path):
     assert (mask.mode, mask.size, mask.getpixel((5, 5)), mask.getpixel((40, 5))) == ("L", (64, 48), 255, 0)
 
 
-def test_an_opaque_alpha_channel_is_no_mask(tmp_path):
+def test_an_opaque_alpha_channel_is_not_used_as_a_mask(tmp_path):
     picture().convert("RGBA").save(tmp_path / "a.png")
     assert only_photo(tmp_path).mask() is None
 
@@ -231,7 +231,7 @@ def test_an_unreadable_photo_among_good_ones_is_named_and_left_out(tmp_path):
         read_photos(tmp_path, strict=True)
 
 
-def test_a_folder_that_holds_no_photos_is_refused_in_one_line(tmp_path):
+def test_a_folder_without_photos_is_refused_in_one_line(tmp_path):
     file = tmp_path / "a.png"
     with pytest.raises(BadPhoto, match="does not exist"):
         read_photos(tmp_path / "missing")
@@ -269,7 +269,7 @@ def test_a_sub_folder_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
     assert reading.count_photos(tmp_path) == 1
 
 
-def test_what_is_no_regular_file_is_named_and_never_read(tmp_path):
+def test_a_pipe_device_or_dangling_link_is_named_and_never_read(tmp_path):
     picture().save(tmp_path / "good.png")
     os.mkfifo(tmp_path / "pipe")
     for name, target in (("endless", "/dev/zero"), ("gone", tmp_path / "nowhere.jpg"), ("waits", tmp_path / "pipe")):
@@ -421,7 +421,7 @@ def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kin
     path = tmp_path / f"a.{ {'jpeg': 'jpg', 'tiff': 'tif'}.get(kind, kind) }"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        photo = reading._read_photo(path, 1)
+        photo = only_photo(tmp_path)
         assert photo.image().size == photo.size
     except BadPhoto as problem:
         assert str(problem).startswith(path.name) and "\n" not in str(problem)
@@ -449,7 +449,7 @@ def test_a_folder_with_too_many_repeats_or_of_headshots_is_left_out_with_a_warni
     assert len(warnings) == 3 and all("(10 repeats, at most 1,000)" in warning for warning in warnings)
 
 
-def test_pictures_that_this_program_has_drawn_are_no_photos_wherever_they_are(tmp_path, capsys):
+def test_pictures_drawn_by_this_program_are_left_out_of_the_photos_in_any_folder(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", count=5)
     command = ["generate", "--base", "demo", "--prompt", "a photo", "--steps", "1", "--size", "64x64", "--count", "1"]
     assert main([*command, "--output", str(photos / "10_x")]) == 0
@@ -465,7 +465,7 @@ def test_pictures_that_this_program_has_drawn_are_no_photos_wherever_they_are(tm
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_of_marked_pictures_only_those_that_this_program_has_drawn_are_no_photos(format, tmp_path, monkeypatch):
+def test_only_marked_pictures_of_this_program_are_left_out_of_the_photos(format, tmp_path, monkeypatch):
     """People also train on pictures of other programs, and phones mark photos that they have retouched."""
     photos = write_photos(tmp_path / "photos")
     image, path = Image.open(photos / "0.png"), photos / f"drawn.{format.lower()}"
@@ -534,7 +534,7 @@ def test_in_strips_a_picture_is_what_it_is_as_a_whole(tmp_path, monkeypatch, mod
     assert (again and again.tobytes()) == (mask and mask.tobytes())
 
 
-def test_a_very_large_photo_comes_at_half_its_size_and_its_parts_are_found_in_it(tmp_path, monkeypatch):
+def test_a_very_large_photo_is_decoded_at_half_size_and_boxes_are_scaled(tmp_path, monkeypatch):
     sample("RGBA").resize((640, 480)).save(tmp_path / "a.png")
     picture((640, 480)).save(tmp_path / "b.jpg")
     small = [photo.image() for photo in read_photos(tmp_path)]

@@ -162,7 +162,7 @@ def test_the_person_can_be_found_from_group_photos_alone(network):
     assert all(item.face and item.face.box[0] > 80 for item in report.photos)
 
 
-def test_a_couple_in_every_photo_is_reviewed_since_nobody_said_who_is_meant(network):
+def test_a_couple_in_every_photo_needs_a_review_to_choose_the_person(network):
     couple = [photo(side_by_side(orl(5, number), orl(2, number)), f"{number}") for number in (1, 2, 3, 4, 5)]
     for item in check_photos(couple, network, SMALL).photos:
         assert item.verdict == "review"
@@ -179,7 +179,7 @@ def test_an_intruder_is_not_named_when_no_one_has_the_majority(network):
     assert report.people == (1, 2, 3, 4) and not report.enough
 
 
-def test_two_people_mixed_half_and_half_are_the_headline_and_who_is_which(network):
+def test_photos_of_two_people_are_reported_in_the_headline_with_who_is_which(network):
     mixed = [photo(orl(person, number), f"{person}-{number}") for number in range(1, 7) for person in (5, 6)]
     report = check_photos([*mixed, photo(Image.new("RGB", (100, 100), "teal"))], network, SMALL)
     assert report.people == (*(1, 2) * 6, 0)
@@ -187,7 +187,7 @@ def test_two_people_mixed_half_and_half_are_the_headline_and_who_is_which(networ
     assert report.headline == "different people: person 1 on 6 photos, person 2 on 6 photos. Keep the photos of one"
 
 
-def test_where_nothing_is_usable_the_headline_says_why_and_not_what_else_to_add(network):
+def test_the_headline_explains_why_no_photo_is_usable(network):
     soft = [photo(item.image().filter(ImageFilter.GaussianBlur(2)), item.name) for item in seven_of(5)]
     assert check_photos(soft, network, SMALL).headline == "0 of 7 usable: all blurred"
 
@@ -206,7 +206,7 @@ def test_a_single_photo_has_nothing_to_compare_with(network):
     assert report.verdict == "review" and report.findings[0].sentence.startswith("2 people")
 
 
-def test_an_empty_set_is_reported_as_such(network):
+def test_an_empty_set_is_reported(network):
     report = check_photos([], network)
     assert not report.enough and report.advice[0].startswith("At least 5 are needed")
 
@@ -231,7 +231,7 @@ def test_faces_are_in_pixels_of_the_photo_however_it_was_decoded(network, tmp_pa
     assert np.allclose(report.face.box, np.array(alone.box) * 5 + [1000, 800, 1000, 800], atol=25)
 
 
-def test_the_set_counts_variety_and_says_what_to_add(network):
+def test_the_report_counts_variety_and_lists_what_to_add(network):
     report = check_photos(seven_of(5), network, SMALL)
     assert len(report.usable) == 7 and report.enough
     assert report.advice[0] == "3 more would help."
@@ -307,7 +307,7 @@ def test_a_resolution_that_cannot_be_is_refused():
         Thresholds.for_resolution(0)
 
 
-def test_names_that_the_output_has_no_letters_for_do_not_end_a_command(tmp_path, monkeypatch):
+def test_names_that_the_console_cannot_encode_are_escaped(tmp_path, monkeypatch):
     orl(5, 1).save(tmp_path / "写真.png")
     output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", output)

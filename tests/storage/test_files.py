@@ -31,7 +31,7 @@ def test_pipes_devices_folders_and_large_files_are_not_read(tmp_path):
         assert len(read_bytes(tmp_path / "good", limit)) == 2**20
 
 
-def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
+def test_a_file_in_a_private_folder_is_private(tmp_path):
     before = os.umask(0o022)
     try:
         modes = {}
@@ -45,7 +45,7 @@ def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
     assert modes == {0o700: 0o600, 0o755: 0o644, 0o711: 0o644}
 
 
-def test_nor_are_they_as_json(tmp_path):
+def test_pipes_and_large_files_are_not_read_as_json(tmp_path):
     """The settings of peft's files and of diffusers' folders come with them."""
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "large.json").write_bytes(b"[]" + b" " * 2**26)
@@ -87,7 +87,7 @@ def test_only_an_absolute_path_names_the_folder_of_caches(monkeypatch, tmp_path,
     assert cache_folder() == tmp_path / ".cache" / "facelora"
 
 
-def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monkeypatch):
+def test_an_error_without_a_system_message_is_reported_by_its_own_text(tmp_path, monkeypatch):
     def refuse(path):
         raise OSError("the share is gone")
 
@@ -96,6 +96,6 @@ def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monke
         check_writable(tmp_path / "face.safetensors")
 
 
-def test_a_text_with_what_is_no_unicode_is_written(tmp_path):
+def test_a_text_with_invalid_unicode_is_written(tmp_path):
     write_text(tmp_path / "page.html", "b\udcffd")
     assert (tmp_path / "page.html").read_text() == "b?d"
