@@ -110,9 +110,10 @@ class ComfyServer:
             assert self.process.poll() is None, f"the server is gone:\n{self.log()[-4000:]}"
             raise
 
-    def queue(self, graph: Graph) -> str:
-        """The id of the queued prompt."""
-        answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+    def queue(self, graph: Graph, workflow: Any = None) -> str:
+        """The id of the queued prompt; a page sends the workflow with it."""
+        page = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow else {}
+        answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex, **page})
         assert "prompt_id" in answer, answer
         return answer["prompt_id"]
 
@@ -126,9 +127,9 @@ class ComfyServer:
         mark, started = len(self._log_path.read_bytes()), time.monotonic()
         return self.wait(self.queue(graph), seconds, mark, started)
 
-    def result(self, graph: Graph) -> Result:
+    def result(self, graph: Graph, workflow: Any = None) -> Result:
         """That of a graph which must succeed."""
-        result = self.run(graph)
+        result = self.wait(self.queue(graph, workflow), mark=self.mark())
         assert result.status == "success", result.error + result.log
         return result
 

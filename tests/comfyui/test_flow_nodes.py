@@ -13,7 +13,7 @@ from core.models import load_base
 from core.tensor_names import NAME_TABLES
 
 from .flow_files import CLIPS, VAES
-from .graphs import Node, drawing, node, training
+from .graphs import BASE, Node, drawing, node, training
 from .lora_changes import (
     EXACT,
     Changes,
@@ -61,9 +61,8 @@ def test_the_clip_of_another_family_is_refused(server, flow_models, checkpoint, 
 
 
 def test_the_vae_of_another_family_is_refused(server, flow_models):
-    checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
     changes: dict[str, Any] = {"name": "wrong", "vae": ["vae", 0]}
-    error = server.error(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
+    error = server.error(training(**changes) | BASE | {"vae": loaders("flux2")["vae"]})
     assert "vae: it makes latents with 128 channels, but MODEL needs 4" in error
 
 

@@ -20,6 +20,7 @@ from core.lora.readers import not_loaded_by, read_by
 from core.tensor_names import NAME_TABLES as FAMILIES
 from core.tensor_names import SCHEMES, ModuleId
 from tests.small_models import IN_DIFFUSERS
+from tests.tooling import mostly_slow
 
 from .lora_changes import (
     EXACT,
@@ -76,6 +77,9 @@ FORMS = {
 }
 OTHER_KINDS = ("sd15", "other kinds")
 IN_COMFYUI = [name for name, table in FAMILIES.items() if table.loaded.comfyui]
+IN_PIPELINES = [name for name, table in FAMILIES.items() if table.loaded.diffusers]
+BUT_FOR_LARGE = mostly_slow(FAMILIES, *(name for name in FAMILIES if name not in ("sd2", "sdxl")))
+"""All families; UNets with many modules only in a full run of the tests, but for one."""
 
 
 def contents_of(family: str) -> list[str]:
@@ -222,7 +226,7 @@ def assert_documented(cells: Mapping[tuple[str, str], tuple[str, ...]], columns:
     assert not wrong, f"docs/formats.md, columns {columns}: {wrong}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BUT_FOR_LARGE)
 def test_this_project_diffusers_and_peft_read_our_files_as_the_document_says(family):
     cells = {}
     for contents in contents_of(family):
@@ -237,7 +241,7 @@ def test_this_project_diffusers_and_peft_read_our_files_as_the_document_says(fam
     assert_documented(cells, (0, 2, 3))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BUT_FOR_LARGE)
 def test_it_is_known_what_diffusers_loads(family):
     results = by_diffusers(family)
     assert results
@@ -249,7 +253,7 @@ def test_it_is_known_what_diffusers_loads(family):
         assert (set() if isinstance(found, str) else set(found)) == names, contents
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd15", "flux1", "qwen-image"))
 def test_it_is_known_what_diffusers_makes_of_layers_outside_the_blocks(family):
     for scheme in SCHEMES:
         lora = LoraFile.from_modules(family, loras_of(family, blocks_only=False), {}, scheme)
@@ -265,7 +269,7 @@ def test_it_is_known_what_diffusers_makes_of_layers_outside_the_blocks(family):
                 assert is_right == (entry.name not in objections), (scheme, path)
 
 
-@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.diffusers])
+@pytest.mark.parametrize("family", mostly_slow(IN_PIPELINES, "sd3", "flux1", "ernie-image"))
 def test_it_is_known_in_which_forms_of_names_diffusers_loads_a_lora(family):
     # diffusers splits some matrices by the published models' widths.
     is_small = family in IN_DIFFUSERS and family not in ("flux1", "chroma", "lumina2")
@@ -296,7 +300,7 @@ def assert_as_known(lora: LoraFile, found: Changes | str, case: tuple[object, ..
                 assert change is not None and change.any(), (*case, name)
 
 
-@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.diffusers])
+@pytest.mark.parametrize("family", mostly_slow(IN_PIPELINES, "sd3", "flux1", "ernie-image"))
 def test_it_is_known_whose_paths_diffusers_loads(family):
     table, modules = FAMILIES[family], loras_of(family, blocks_only=True)
     assert modules
@@ -316,7 +320,7 @@ def test_it_is_known_whose_paths_diffusers_loads(family):
             assert_as_known(lora, attempt(of_diffusers, family, lora), (scheme, prefix))
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux1"])
+@pytest.mark.parametrize("family", mostly_slow(["sd15", "flux1"], "sd15"))
 def test_it_is_known_in_which_forms_of_names_diffusers_loads_text_encoders(family):
     modules = {**dict(list(loras_of(family, blocks_only=True).items())[:1]), **text_loras_of(family)}
     assert len(modules) > 1 and FAMILIES[family].loaded.diffusers & {*SCHEMES}

@@ -13,11 +13,10 @@ from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.methods.dreambooth import original_tensors
 
-from .graphs import drawing, node, training
+from .graphs import BASE, drawing, node, training
 
 pytestmark = pytest.mark.comfyui
 
-BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
 STRENGTH = 0.6
 
 

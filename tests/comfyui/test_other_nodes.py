@@ -16,11 +16,10 @@ from core.version import __version__
 from tests.marks import mark_in
 from tests.tooling import write_photos
 
-from .graphs import drawing, load_photos, node, training
+from .graphs import BASE, drawing, load_photos, node, training
 
 pytestmark = pytest.mark.comfyui
 
-BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
 STYLES = {
     "pack": "corporate", "styles": "", "subject": "sks person", "count": 3, "first_seed": 5, "family": "sd15",
     "resolution": 128,
@@ -94,13 +93,6 @@ def test_a_users_pack_is_found_without_a_restart(server):
     assert texts(server.run(graph), "show") == ["photo of sks person, blue wall"] * 3
 
 
-def test_the_node_lists_the_packs_and_their_styles(server):
-    info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
-    pack = find_style_packs().pick("corporate")
-    assert "corporate" in json.dumps(info["input"]["required"]["pack"])
-    assert server.get("/facelora/styles?pack=corporate") == pack.names
-
-
 def test_the_family_is_detected_from_the_model(server):
     settings = STYLES | {"family": "that of the model", "resolution": 0}
     graph = BASE | {
@@ -154,6 +146,8 @@ def test_photos_are_reported_on_and_counted(server):
     assert [tile["name"] for tile in shown["photos"]] == [f"clara/{index}.png" for index in range(3)]
     assert {tile["verdict"] for tile in shown["photos"]} <= {"good", "doubtful", "rejected"}
     assert re.search(r"of 3 usable.*; left out: broken\.jpg: ", shown["headline"])
+    seen = server.post("/facelora/check", {"folder": "clara", "pictures": ""})
+    assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
 
 
 def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server):
@@ -169,21 +163,6 @@ def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server
         broken = shown["photos"][-1]
         assert broken["verdict"] == "rejected" and broken["reason"].startswith("left out: broken.jpg: ")
         assert broken["reason"] in shown["headline"]
-
-
-def test_load_face_photos_can_be_run_by_itself(server):
-    write_photos(server.folder / "input" / "clara", count=3, person=37)
-    result = server.result({"photos": load_photos("clara", check=True)})
-    assert len(result.outputs["photos"]["facelora_photos"][0]["photos"]) == 3
-    seen = server.post("/facelora/check", {"folder": "clara", "pictures": ""})
-    assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
-
-
-def test_the_reason_is_given_if_no_photo_can_be_read(server):
-    file = server.folder / "input" / "alone.jpg"
-    file.write_bytes(b"no picture")
-    result = server.run({"photos": load_photos(pictures="alone.jpg", check=True)})
-    assert "alone.jpg: this picture cannot be read" in result.error
 
 
 def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_names_on_the_page(server, tmp_path):
@@ -279,13 +258,13 @@ def test_every_style_has_a_picture_from_its_pack_or_a_drawn_one(server):
         ({}, "no photos: add 10 to 20 photos of one person, or choose a folder of them"),
         ({"folder": "nowhere"}, "nowhere: this folder doesn't exist"),
         ({"pictures": "gone.png"}, "gone.png: this picture doesn't exist"),
+        ({"pictures": "alone.jpg"}, "alone.jpg: this picture cannot be read"),
         ({"pictures": "../../secret.png"}, "not in ComfyUI's input folder"),
     ],
 )
 def test_missing_photos_are_one_error(server, choice, words):
-    graph = {"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])}
-    result = server.run(graph)
-    assert result.status == "error" and words in result.error
+    (server.folder / "input" / "alone.jpg").write_bytes(b"no picture")
+    assert words in server.error({"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])})
 
 
 def test_photos_without_a_face_are_refused(server):
@@ -389,9 +368,7 @@ def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_i
     graph["empty"]["inputs"]["batch_size"] = 2
     graph["saved"] = node("FaceLoRASaveHeadshots", images=["decoded", 0], filename_prefix="marked/anna")
     graph["as_usual"] = node("SaveImage", images=["decoded", 0], filename_prefix="unmarked/anna")
-    answer = server.post("/prompt", {"prompt": graph, "extra_data": {"extra_pnginfo": {"workflow": {"name": "Zoë"}}}})
-    result = server.wait(answer["prompt_id"])
-    assert result.status == "success", result.error
+    result = server.result(graph, workflow={"name": "Zoë"})
     assert [image["filename"] for image in result.outputs["saved"]["images"]] == ["anna_00001_.png", "anna_00002_.png"]
     for number in (1, 2):
         marked, usual = (server.folder / "output" / name / f"anna_0000{number}_.png" for name in ("marked", "unmarked"))

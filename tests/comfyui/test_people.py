@@ -49,8 +49,7 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     photos = [server.drop(file, "lina", "photos/lina")["name"] for file in files[:1]]
     photos += [server.drop(file, "lina", photos[0].rpartition("/")[0])["name"] for file in files[1:]]
     prompt = headshots_of(server, "lina", photos, training_seed=51)
-    answer = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": graph}}})
-    assert server.wait(answer["prompt_id"]).status == "success"
+    server.result(prompt, workflow=graph)
     record, *_ = server.get("/facelora/people")
     assert (record["name"], record["phase"], record["file"]) == ("lina", "done", "lina.safetensors")
     assert record["picture"].startswith("data:image/jpeg") and record["begun"] > 1.6e9
@@ -60,8 +59,7 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     (shot,) = state["headshots"]
     assert shot["filename"].startswith("lina_") and -1 <= shot["score"] <= 1
 
-    answer = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": graph}}})
-    assert server.wait(answer["prompt_id"]).status == "success"
+    server.result(prompt, workflow=graph)
     (again,) = [one for one in server.get("/facelora/training") if one["workflow"] == graph["id"]]
     assert again["headshots"] == [shot], "a run in which nothing was drawn again"
 
@@ -94,9 +92,7 @@ def test_no_likeness_is_shown_beside_pictures_that_are_not_in_its_order(server, 
     graph = headshots_of(server, "lola", [server.drop(files[0], "lola")["name"]], training_seed=59)
     graph["empty"]["inputs"]["batch_size"] = 3
     graph["saved"]["inputs"]["images"] = ["decoded", 0]
-    page = {"extra_pnginfo": {"workflow": {"id": "of the page of lola", "nodes": []}}}
-    answer = server.post("/prompt", {"prompt": graph, "extra_data": page})
-    assert server.wait(answer["prompt_id"]).status == "success"
+    server.result(graph, workflow={"id": "of the page of lola", "nodes": []})
     (state,) = [one for one in server.get("/facelora/training") if one["workflow"] == "of the page of lola"]
     assert [shot["score"] for shot in state["headshots"]] == [None] * 3
 

@@ -25,7 +25,7 @@ from core.training.recipes import recipe_settings
 from core.training.training_adapter import METADATA_KEY
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
-from .graphs import drawing, load_photos, node, training
+from .graphs import BASE, drawing, load_photos, node, training
 
 pytestmark = pytest.mark.comfyui
 
@@ -35,7 +35,6 @@ def loras(server):
 
 
 APPLY = {"model": ["base", 0], "clip": ["base", 1], "strength_model": 1.0, "strength_clip": 1.0}
-BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
 ENDLESS = 20_000
 """Steps of a training that nobody waits for the end of."""
 CONNECTED = "(the connected LoRA)"
