@@ -41,8 +41,16 @@ def test_what_has_no_fault_passes(tmp_path, capsys):
     assert wording.main([tmp_path / "a.md"]) == 0 and capsys.readouterr().out == ""
 
 
-def test_the_texts_of_commands_and_translations_are_found():
-    """None of them are at fault, which would also be so if none were found."""
+def test_texts_of_every_kind_are_found(monkeypatch):
+    """Without them there would be no fault either."""
     assert {"This machine", "loading the model", "perhaps"} <= {words for words, _ in wording.said()}
-    for name in ("web/train_panel.js", "web/photos.js"):
-        assert len(wording.translated_texts((wording.ROOT / name).read_text(encoding="utf-8"))) > 10
+    monkeypatch.setattr(wording, "LONGEST", 0)
+    assert len({*wording.check_help()}) > 150
+    for name in (
+        "README.md",
+        "core/errors.py",
+        "nodes/comfyui/train.py",
+        "web/photos.js",
+        "web/docs/FaceLoRATrain/en.md",
+    ):
+        assert len({*wording.check(wording.ROOT / name)}) > 10, name

@@ -87,7 +87,6 @@ class Fault(NamedTuple):
 class Row(NamedTuple):
     """An input or output of a node, as its help page describes it."""
 
-    section: str
     name: str
     tooltip: Text
 
@@ -187,9 +186,9 @@ def _rows(page: str) -> Iterator[Row]:
     """Yield the inputs and outputs on the help page of a node. These tables are made from the running nodes."""
     section = ""
     for line, words in enumerate(page.splitlines(), 1):
-        section = words[3:].lower() if words.startswith("## ") else section
-        if section in ("inputs", "outputs") and (cells := re.match(r"\| `(\w+)` .*\| (.*) \|$", words)):
-            yield Row(section, cells[1], Text(line, cells[2]))
+        section = words if words.startswith("## ") else section
+        if section in ("## Inputs", "## Outputs") and (cells := re.match(r"\| `(\w+)` .*\| (.*) \|$", words)):
+            yield Row(cells[1], Text(line, cells[2]))
 
 
 def _spoken(message: ast.expr) -> str:
@@ -266,8 +265,9 @@ def _chinese_faults(path: Path, text: str) -> Iterator[Fault]:
 
 
 def check_translations() -> Iterator[Fault]:
-    """Yield the texts of the frontend, the settings and the nodes whose Chinese text is missing, left over, or another."""
-    words_file, needed, given = ROOT / "web/words.js", dict(said()), set[str]()
+    """Yield the texts of the frontend and the settings whose Chinese text is missing, left over, or has other values."""
+    words_file, help_file = ROOT / "web/words.js", ROOT / "locales/zh/help.json"
+    needed, given = dict(said()), set[str]()
     for line, code in enumerate(words_file.read_text(encoding="utf-8").splitlines(), 1):
         if found := re.match(r'  "(.+?)": "(.+)",$', code):
             given.add(found[1])
@@ -277,26 +277,26 @@ def check_translations() -> Iterator[Fault]:
                 yield Fault(words_file, line, f"not a place for each value: {found[2]}")
     for words in needed.keys() - given:
         yield Fault(*needed[words], f"no Chinese text in web/words.js: {words}")
-    help_file, nodes_file = ROOT / "locales/zh/help.json", ROOT / "locales/zh/nodeDefs.json"
     settings = list(json.loads(help_file.read_text(encoding="utf-8"))["settings"])
     if settings != (ours := [setting.name for setting in fields(TrainConfig)]):
         yield Fault(help_file, 1, f"not the settings, or not in their order: {sorted({*settings} ^ {*ours})}")
-    nodes = json.loads(nodes_file.read_text(encoding="utf-8"))
-    for page in PAGES:
-        if page.name == "en.md":
-            rows, texts = list(_rows(page.read_text(encoding="utf-8"))), nodes.get(page.parent.name, {})
-            chinese = [text["tooltip"] for part in ("inputs", "outputs") for text in texts.get(part, {}).values()]
-            if len(chinese) != len(rows):
-                yield Fault(
-                    nodes_file, 1, f"{page.parent.name}: {len(chinese)} Chinese texts for {len(rows)} English ones"
-                )
-            for row, text in zip(rows, chinese, strict=False):
-                facts = re.findall(r"\d+(?:\.\d+)?|NAME[\w-]*(?:\.\w+)*|\w+\.\w{3,}", row.tooltip.words)
-                missing = [fact for fact in facts if fact not in text]
-                if missing or not re.search("[\u4e00-\u9fff]", text):
-                    yield Fault(
-                        page, row.tooltip.line, f"{row.name}: not in the Chinese text: {', '.join(missing) or 'all'}"
-                    )
+
+
+def check_node_texts() -> Iterator[Fault]:
+    """Yield the inputs and outputs of nodes whose Chinese text is missing, or lacks a number, an option or a file name."""
+    file = ROOT / "locales/zh/nodeDefs.json"
+    nodes = json.loads(file.read_text(encoding="utf-8"))
+    for page in ROOT.glob("web/docs/*/en.md"):
+        node = nodes.get(page.parent.name, {})
+        texts = [text["tooltip"] for part in ("inputs", "outputs") for text in node.get(part, {}).values()]
+        rows = list(_rows(page.read_text(encoding="utf-8")))
+        if len(texts) != len(rows):
+            yield Fault(file, 1, f"{page.parent.name}: {len(texts)} Chinese texts for {len(rows)} English ones")
+        for row, text in zip(rows, texts, strict=False):
+            facts = re.findall(r"\d+(?:\.\d+)?|NAME[\w-]*(?:\.\w+)*|\w+\.\w{3,}", row.tooltip.words)
+            lacks = ", ".join(fact for fact in facts if fact not in text)
+            if lacks or not re.search("[\u4e00-\u9fff]", text):
+                yield Fault(page, row.tooltip.line, f"{row.name}: not in the Chinese text: {lacks or 'all of it'}")
 
 
 def said() -> Iterator[tuple[str, tuple[Path, int]]]:
@@ -308,12 +308,8 @@ def said() -> Iterator[tuple[str, tuple[Path, int]]]:
         yield from ((one[1], (path, text.count("\n", 0, one.start()) + 1)) for one in curves)
     phases = r'(?:callbacks\.progress\(|"phase": |^LOADING = |^READING = )"([^"]+)"'
     callbacks, nodes = ROOT / "core/training/callbacks.py", ROOT / "nodes/comfyui"
-    for path in (
-        *ROOT.glob("core/training/**/*.py"),
-        ROOT / "core/progress.py",
-        nodes / "panel.py",
-        nodes / "train.py",
-    ):
+    senders = (ROOT / "core/progress.py", nodes / "panel.py", nodes / "train.py")
+    for path in (*ROOT.glob("core/training/**/*.py"), *senders):
         text = path.read_text(encoding="utf-8")
         for one in re.finditer(phases, text, re.MULTILINE):
             yield one[1], (path, text.count("\n", 0, one.start()) + 1)
@@ -327,7 +323,7 @@ def said() -> Iterator[tuple[str, tuple[Path, int]]]:
 def main(paths: list[Path]) -> int:
     found = [fault for path in paths or (*PAGES, *CODE, *SCRIPTS, *CHINESE) for fault in check(path)]
     if not paths:
-        found += [*check_help(), *check_translations()]
+        found += [*check_help(), *check_translations(), *check_node_texts()]
     for fault in sorted({*found}):
         print(fault)
     return int(bool(found))
