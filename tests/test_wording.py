@@ -16,6 +16,7 @@ LONG = "A" + " word" * 30
         ("docs/a.md", "- a\n- a file of which\n  nothing is known", "2: 'of which'"),
         ("core/a.py", '"""Good."""\n\n# Fine.\n# It is no file.\n', "4: 'is no'"),
         ("core/a.py", 'def one():\n    """Good.\n\n    By itself."""\n', "4: 'By itself'"),
+        ("core/a.py", f'"""Good.\n\n    {LONG}\n\nIt is no file."""\n', "5: 'is no'"),
         ("core/a.py", 'raise BadFile(f"{1} is no file")\n', "1: 'is no'"),
         ("core/a.py", 'raise BadFile(f"{1}: use --steps")\n', "1: an error outside the command line names an option"),
         ("nodes/comfyui/a.py", 'Input("a",\n  tooltip="The training ends.")\n', "2: 'The training'"),

@@ -63,8 +63,8 @@ NOT_OURS = {
 }
 """Words that mean the same as one of ours, with ours."""
 OPTION = re.compile(r"(^|[^-\w])--[a-z]")
-NAMED_COMMANDS = ("pip install --no-deps", "facelora convert", " --to ", " --output ")
-"""Parts of errors that name an option together with its command."""
+NAMED_COMMANDS = ("pip install --no-deps", "facelora convert", " --to ", " --output ", "ComfyUI with --")
+"""Parts of errors that name an option together with its program."""
 
 
 class Text(NamedTuple):
@@ -115,7 +115,10 @@ def check(path: Path) -> Iterator[Fault]:
 def sentences(text: Text) -> Iterator[Text]:
     """Yield the sentences of a Markdown page, without code, tables, comments and links' addresses."""
     words = re.sub(
-        r"```.*?```|<!--.*?-->|<[^>]+>", lambda cut: "\0" + "\n" * cut[0].count("\n"), text.words, flags=re.DOTALL
+        r"```.*?```|<!--.*?-->|<[^>]+>",
+        lambda cut: "\0" + "\n" * cut[0].count("\n"),
+        text.words,
+        flags=re.DOTALL,
     )
     words = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", words)
     words = re.sub(r"`[^`]*`", lambda cut: "code" + "\n" * cut[0].count("\n"), words)
@@ -165,9 +168,11 @@ def _comments(code: str) -> Iterator[Text]:
 
 
 def _docstrings(tree: ast.AST) -> Iterator[Text]:
+    """Yield the docstrings, without what is indented in them, such as equations."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield Text(node.lineno, inspect.cleandoc(node.value.value))
+            words = inspect.cleandoc(node.value.value)
+            yield Text(node.lineno, re.sub(r"^ {4}.*", "", words, flags=re.MULTILINE))
 
 
 def _errors(tree: ast.AST) -> Iterator[Text]:
