@@ -1,8 +1,6 @@
 """Quantised files and MODELs are read as ComfyUI has them, bit for bit."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import gguf
@@ -18,7 +16,7 @@ from core.storage.stored import dtype_and_shape, narrow_in
 from tests.tooling import write_gguf
 
 from .graphs import node
-from .setup_comfyui import COMFYUI, PYTHON
+from .scripts import printed_by
 from .test_flow_nodes import loaders, picture, training_of
 
 pytestmark = pytest.mark.comfyui
@@ -27,11 +25,7 @@ CPU = torch.device("cpu")
 
 def written(*paths: Path) -> SafetensorsFile:
     """The file that quantised_writer.py writes."""
-    subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("quantised_writer.py")), *map(str, paths)],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    printed_by("quantised_writer.py", *paths)
     return SafetensorsFile.open(paths[0])
 
 
