@@ -30,8 +30,7 @@ def site(server) -> ComfyServer:
 def lora(site) -> str:
     """The name of a trained LoRA in the server's folder."""
     graph = training(SD15["name"], "my-photos", name=LORA.removesuffix(".safetensors"), training_seed=2)
-    result = site.run(graph)
-    assert result.status == "success", result.error
+    site.result(graph)
     return LORA
 
 
