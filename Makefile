@@ -92,6 +92,7 @@ lint: $(STAMP)
 	$(VENV)/$(BIN)/ruff format --check .
 	$(VENV)/$(BIN)/ruff check .
 	$(VENV)/$(BIN)/typos
+	$(RUN) -m tools.wording
 	$(VENV)/$(BIN)/pyright
 
 # Measure a GPU, with a PYTHON whose torch is built for it: one command of about eight minutes, or all of them in turn.

@@ -57,7 +57,7 @@ def test_a_pattern_is_a_part_of_a_name(pattern, matches):
 @pytest.mark.parametrize(
     "pattern", ["", "^", "(a+)+$", "attn1|attn2", "a?", r"\d", "[^0]", "[!0]", "to_q$ ", "[]", "a\n"]
 )
-def test_what_is_no_pattern_is_refused(pattern):
+def test_an_invalid_pattern_is_refused(pattern):
     for name in ("rank_pattern", "alpha_pattern"):
         with pytest.raises(BadConfig, match=f"^{name}: .* is not a valid pattern: use a part of a module's name"):
             config_from({name: {pattern: 4}})
@@ -106,5 +106,5 @@ def test_a_toml_text_that_would_take_much_memory_is_refused(text, words):
         parse_toml(text)
 
 
-def test_comments_and_long_texts_are_no_keys():
+def test_dots_in_comments_and_texts_do_not_count_as_keys():
     assert parse_toml(f'# {"." * 200}\nprompt = "{"and. so. on. " * 30}"')["prompt"].startswith("and. so.")

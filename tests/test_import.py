@@ -39,6 +39,7 @@ PACKAGES = (
     ),
 )
 """Those that load a name when it is asked for."""
+SAID = "loaded: "
 
 
 def modules_after(statement: str) -> set[str]:
@@ -48,11 +49,19 @@ def modules_after(statement: str) -> set[str]:
 
 def modules_after_each(*statements: str) -> list[set[str]]:
     """Those that it has after each of the statements, one after the other; top-level names and full ones."""
-    said = "print(' '.join({part for name in sys.modules for part in (name.partition('.')[0], name)}))"
+    said = f"print('{SAID}', *{{part for name in sys.modules for part in (name.partition('.')[0], name)}}, sep=' ')"
     code = "\n".join(["import sys", *(line for statement in statements for line in (statement, said))])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return [set(line.removeprefix(SAID).split()) for line in printed(code).splitlines() if line.startswith(SAID)]
+
+
+def printed(code: str, *arguments: object, folder: Path = ROOT, **environment: str) -> str:
+    """What code prints in a Python of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder, env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [set(line.split()) for line in done.stdout.splitlines()[-len(statements) :]]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +84,13 @@ def test_importing_core_changes_no_environment_variable():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_library(loaded):
+def test_names_exported_by_core_load_lazily_and_without_heavy_libraries(loaded):
     *_, modules = loaded
     assert "torch" in modules
     assert not modules & {*HEAVY, *COMFYUI}
 
 
-def test_what_the_header_of_a_lora_says_is_told_without_any_library(tmp_path):
+def test_the_header_of_a_lora_is_inspected_without_any_library(tmp_path):
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     sizes = {f"{module}.lora_down.weight": [1, 1280], f"{module}.lora_up.weight": [1280, 1], f"{module}.alpha": []}
     header, end = {}, 0
@@ -104,7 +113,7 @@ def test_help_and_wrong_usage_need_no_library(arguments):
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
-def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
+def test_the_arguments_offer_all_recipes_and_precisions():
     assert set(get_args(RecipeName)) == {*RECIPES}
     assert set(get_args(SavePrecision)) == {*PRECISIONS}
 
@@ -148,7 +157,7 @@ def test_no_name_that_a_package_hands_out_hides_behind_a_submodule(package):
     assert not handed_out & submodules
 
 
-def test_the_root_hands_out_the_names_of_core_and_no_nodes_of_the_old_kind(tmp_path):
+def test_the_root_exports_the_names_of_core_and_nodes_only_of_the_new_kind(tmp_path):
     (tmp_path / "facelora").symlink_to(ROOT)
     code = (
         "import sys, facelora\n"
@@ -156,8 +165,7 @@ def test_the_root_hands_out_the_names_of_core_and_no_nodes_of_the_old_kind(tmp_p
         "assert 'torch' not in sys.modules and {'train', 'lora', 'LoraFile'} <= {*dir(facelora)}\n"
         "assert facelora.train is facelora.core.train and facelora.lora.LoraFile is facelora.LoraFile\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed(code, folder=tmp_path)
 
 
 @pytest.mark.clock
@@ -171,15 +179,13 @@ def test_the_command_line_answers_for_help_at_once():
 @pytest.mark.clock
 def test_the_package_itself_is_loaded_at_once():
     code = "import time; t = time.process_time(); import core; core.lora, core.studio; print(time.process_time() - t)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert float(done.stdout) < 0.15, done.stdout
+    assert float(printed(code)) < 0.15
 
 
 @pytest.mark.clock
 def test_what_trains_is_loaded_quickly_beside_torch():
     code = "import torch, PIL.Image, time; t = time.process_time(); import core; core.train; print(time.process_time() - t)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert float(done.stdout) < 1.0, done.stdout  # CPU seconds, on any machine that runs tests
+    assert float(printed(code)) < 1.0  # CPU seconds, on any machine that runs tests
 
 
 def test_the_wheel_has_each_package_of_the_library_and_the_folders_of_data():
@@ -262,8 +268,7 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(wheel, t
         "import facelora.core, sys; assert 'core' not in sys.modules and 'nodes' not in sys.modules\n"
         f"assert facelora.core.__version__ == {core.__version__!r}"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed(code, folder=unpacked)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and a clone")
@@ -277,21 +282,6 @@ def test_the_registrys_package_has_what_comfyui_serves_and_nothing_of_the_tests(
     folders = {name.partition("/")[0] for name in packed if "/" in name}
     assert folders == {"core", "locales", "nodes", "subgraphs", "web", "workflows"}
     assert "web/docs/FaceLoRATrain/en.md" in packed and "core/demo/base.safetensors" not in packed
-
-
-def test_nothing_is_fetched_by_a_package_that_diffusers_imports(tmp_path):
-    """bitsandbytes asks `kernels`, a package that loads code from a hub, when it is imported on some CPUs; so does this one."""
-    asked = "import kernels; kernels.get_kernel('somewhere/else')"
-    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked for a kernel')\n")
-    (tmp_path / "bitsandbytes.py").write_text(f"try:\n    {asked}\nexcept ImportError:\n    pass\n")
-    code = (
-        "from core.models.packages import import_diffusers; import_diffusers()\n"
-        "import sys, kernels\n"
-        "assert 'bitsandbytes' in sys.modules and callable(kernels.get_kernel)"
-    )
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_core_imports_diffusers_through_one_function():
@@ -314,12 +304,17 @@ from core import TrainConfig, train
 before = list(warnings.filters)
 train(sys.argv[1], sys.argv[2], TrainConfig(steps=1, rank=2, resolution=32, check_photos=False))
 assert warnings.filters == before, [one for one in warnings.filters if one not in before]
+
+import kernels
+assert 'bitsandbytes' in sys.modules and callable(kernels.get_kernel)
 """
 
 
-def test_the_first_training_leaves_the_programs_warning_filters(photo_folder, small_sd15):
-    """The libraries that it imports have filters of their own."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINS, photo_folder, small_sd15], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_first_training_leaves_the_programs_warning_filters_and_fetches_nothing(tmp_path, photo_folder, small_sd15):
+    """The libraries that it imports have filters of their own. And bitsandbytes asks `kernels`, a package that loads code from
+    a hub, when it is imported on some CPUs; so does this one.
+    """
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked for a kernel')\n")
+    asked = "import kernels; kernels.get_kernel('somewhere/else')"
+    (tmp_path / "bitsandbytes.py").write_text(f"try:\n    {asked}\nexcept ImportError:\n    pass\n")
+    printed(TRAINS, photo_folder, small_sd15, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))

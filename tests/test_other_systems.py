@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import Callbacks, Job, LoraFile, TrainConfig, generate, load_base, train
 from core.cli import main
-from core.cli.common import progress_bar, split_strength
+from core.cli.common import BarProgress, split_strength
 from core.errors import BadFile
 from core.lora.embeddings import file_word
 from core.models.objective import NoiseSchedule
@@ -45,7 +45,7 @@ def run(*arguments: object, encoding: str = "utf-8") -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
 
 
-def test_who_trains_a_full_size_model_without_a_gpu_is_told_what_to_install(small_sd15, monkeypatch):
+def test_training_a_full_size_model_without_a_gpu_names_what_to_install(small_sd15, monkeypatch):
     base = load_base(small_sd15)
 
     def told(device=CPU):
@@ -126,14 +126,14 @@ def test_no_file_of_the_cache_needs_a_long_path():
 
 
 @pytest.mark.parametrize("name", ["con", "NUL", "aux.anna", "COM1", "lpt9.txt"])
-def test_names_that_windows_keeps_for_devices_name_no_folder_and_no_file(tmp_path, name):
+def test_device_names_of_windows_are_refused_as_folders_and_files(tmp_path, name):
     write_photos(tmp_path / "people" / name, count=1)
     (person,) = read_people(tmp_path / "people")
     assert "is not a valid folder name" in person.problem
     assert not files.RESERVED.fullmatch(f"{file_word(name)}.safetensors")
 
 
-def test_a_drive_letter_is_no_strength():
+def test_a_drive_letter_is_not_taken_for_a_strength():
     assert split_strength(r"C:\loras\face.safetensors") == (r"C:\loras\face.safetensors", 1.0)
     assert split_strength(r"C:\loras\face.safetensors:0.8") == (r"C:\loras\face.safetensors", 0.8)
     assert split_strength(r"\\server\share\face.safetensors:-1") == (r"\\server\share\face.safetensors", -1.0)
@@ -151,9 +151,9 @@ def test_a_progress_bar_is_drawn_in_characters_that_the_console_has(tmp_path, mo
     with open(tmp_path / "console", "w", encoding="cp1252") as console:
         console.isatty = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setattr(sys, "stderr", console)
-        bar = progress_bar("reading")
-        bar(1, 2)
-        bar(2, 2)
+        with BarProgress() as bar:
+            bar.phase("reading", 1, 2)
+    assert "reading:  50%|" in (tmp_path / "console").read_text(encoding="cp1252")
 
 
 class AsOnMps(TorchDispatchMode):
@@ -184,4 +184,4 @@ def test_training_and_drawing_need_no_dtype_that_apple_gpus_lack(tmp_path, small
     lora = LoraFile.read(tmp_path / "face.safetensors")
     with AsOnMps():
         train(tmp_path / "photos", base, config, output=tmp_path / "again.safetensors")
-        list(generate(base, [(lora, 1.0)], [Job("sks person", 1, size=(32, 32), steps=2)]))
+        assert len(list(generate(base, [(lora, 1.0)], [Job("sks person", 1, size=(32, 32), steps=2)]))) == 1

@@ -29,24 +29,22 @@ from tests.tooling import write_photos
 ROOT = Path(__file__).parent.parent
 
 
-def scripts_of(page: Path) -> str:
-    """All Python code of a page, as one script."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-
-
-SCRIPTS = {
-    page.name: code for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if (code := scripts_of(page))
+PAGES = {
+    page.name: page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
-"""The Python code of each page that has any."""
+SCRIPTS = {
+    name: "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    for name, text in PAGES.items()
+    if "```python" in text
+}
+"""The Python code of each page that has any, as one script."""
 
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
-
-
-def commands_of(page: Path) -> list[list[str]]:
+def commands_of(text: str) -> list[list[str]]:
     """The words of each line of a page's blocks of code that calls `facelora`."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(code for language, code in blocks if not language).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("facelora ")]
 
 
@@ -96,10 +94,10 @@ def write_quick_base(path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_tutorials_on_the_small_base_can_be_followed(tmp_path, monkeypatch, capsys):
-    page = ROOT / "docs" / "tutorials.md"
+    page = PAGES["tutorials.md"]
     monkeypatch.setattr("core.demo.BASE_FILE", write_quick_base(tmp_path / "base.safetensors"))
     write_photos(tmp_path / "photos", count=6)
-    agreement = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    agreement = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     for name, person in (("anna", 36), ("ben", 37)):
         (write_photos(tmp_path / "people" / name, count=5, person=person) / "person.toml").write_text(*agreement)
     monkeypatch.chdir(tmp_path)
@@ -158,9 +156,13 @@ def names_in(code: str) -> Iterator[tuple[str, ...]]:
             yield *aliases[inner.id], *path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_have_the_options_that_the_pages_give_them(page):
-    for words in commands_of(page):
+    commands = commands_of(PAGES[page])
+    assert len(commands) == len(re.findall(r"^[ $]*facelora [a-z]", PAGES[page], re.MULTILINE)), (
+        "each is a line of a block"
+    )
+    for words in commands:
         command_parser(words[0]).read(words[1:])
 
 
@@ -185,11 +187,11 @@ def test_the_form_for_faults_lists_every_family():
     assert options == [*(family.title for family in FAMILIES.values()), "the demo's base", "another, or none"]
 
 
-def test_the_style_packs_that_a_person_of_a_studio_wants_exist():
-    wanted = re.findall(r'^style_pack = "(.+)"$', (ROOT / "docs" / "studio.md").read_text(), re.MULTILINE)
+def test_style_packs_named_on_the_studio_page_exist():
+    wanted = re.findall(r'^style_pack = "(.+)"$', PAGES["studio.md"], re.MULTILINE)
     assert wanted and {*wanted} <= find_style_packs().packs.keys()
 
 
 def test_the_limits_that_are_promised_are_those_of_the_soak():
-    page = (ROOT / "docs" / "security.md").read_text()
+    page = PAGES["security.md"]
     assert f"no hang over {MOST_SECONDS:.0f} s" in page and f"the file's size + {MOST_MEMORY >> 20} MB" in page

@@ -22,7 +22,7 @@ def begun(module, runs, user, prompt="p1", workflow: str | None = "w", node="5",
     return run
 
 
-def test_each_user_is_shown_their_own_runs_and_nobody_is_shown_one_of_nobody(module):
+def test_each_user_sees_only_their_own_runs_and_runs_without_a_user_stay_hidden(module):
     runs = module.Runs()
     for user, prompt in (("anna", "p1"), ("berta", "p2"), (None, "p3")):
         begun(module, runs, user, prompt)
@@ -44,7 +44,7 @@ def test_a_run_is_ended_by_its_user_alone_who_names_it(module, user, prompt, nod
     assert runs.stop_is_wanted(run)
 
 
-def test_the_clock_of_a_run_goes_on_between_its_news_and_stands_when_it_has_ended(module, monkeypatch):
+def test_the_clock_of_a_run_continues_between_reports_and_stops_at_the_end(module, monkeypatch):
     now = 100.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     runs = module.Runs()
@@ -65,7 +65,7 @@ def test_where_nothing_is_learned_nothing_can_be_kept(module, phase):
     assert runs.stop("anna", "p1", "5") is None
 
 
-def test_a_run_of_nobody_cannot_be_ended_by_a_stranger(module):
+def test_a_run_without_a_user_cannot_be_ended_by_a_stranger(module):
     runs = module.Runs()
     begun(module, runs, None)
     assert runs.stop(None, "p1", "5") is None
@@ -90,7 +90,7 @@ def test_a_stop_that_comes_too_late_does_not_end_the_next_run(module):
     assert not runs.stop_is_wanted(begun(module, runs, "anna", "p2"))
 
 
-def test_what_is_shown_outlives_the_server_and_goes_with_the_cache(module, tmp_path):
+def test_panel_states_survive_a_restart_and_are_deleted_with_the_cache(module, tmp_path):
     begun(module, runs := module.Runs(), "anna", step=3, loss=0.5)
     begun(module, runs, "berta")
     begun(module, runs, None)
@@ -111,14 +111,14 @@ def test_what_is_shown_outlives_the_server_and_goes_with_the_cache(module, tmp_p
 @pytest.mark.parametrize(
     "text", ["[1]", "{}", '[{"node": "5"}]', '[{"prompt": 1, "workflow": [], "node": 2}]', "[", '"x"']
 )
-def test_a_file_that_holds_something_else_is_no_state(module, tmp_path, text):
+def test_a_file_with_other_content_is_not_read_as_state(module, tmp_path, text):
     begun(module, module.Runs(), "anna")
     (file,) = (tmp_path / "cache" / "panels").iterdir()
     file.write_text(text)
     assert module.Runs().of("anna") == []
 
 
-def test_a_user_has_no_more_states_than_are_kept(module):
+def test_only_the_latest_states_of_a_user_are_kept(module):
     runs = module.Runs()
     for number in range(module.KEPT + 3):
         begun(module, runs, "anna", str(number), node=str(number))

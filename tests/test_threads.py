@@ -121,22 +121,29 @@ def test_the_demo_has_few_threads():
     assert int(printed(code, {})) <= FEW
 
 
-def test_nothing_changes_for_a_program_that_has_loaded_torch_and_for_a_script():
-    code = (
-        "import os, torch; before = torch.get_num_threads(), dict(os.environ); from core.threads import set_threads; "
-    )
-    code += "set_threads(); import core; core.train; print(before == (torch.get_num_threads(), dict(os.environ)))"
-    assert printed(code, {}) == "True\n"
+IN_ANOTHER_PROGRAM = """
+import os, torch
+before = torch.get_num_threads(), dict(os.environ)
+import core, core.threads as threads
+threads.set_threads()
+core.train
+assert before == (torch.get_num_threads(), dict(os.environ))
+
+threads._quotas = lambda root: [1.0]
+with threads.within_quota():
+    print(torch.get_num_threads())
+assert torch.get_num_threads() == before[0]
+torch.set_num_threads(7)
+with threads.within_quota():
+    print(torch.get_num_threads())
+"""
+
+
+def test_another_programs_threads_stay_and_a_quota_lowers_only_torchs_own_number():
+    """ComfyUI's, say, which has loaded torch before."""
+    assert printed(IN_ANOTHER_PROGRAM, {}) == "1\n7\n"
+
+
+def test_a_script_keeps_its_environment():
     code = "import os; before = dict(os.environ); import core; core.train, core.generate; print(before == dict(os.environ))"
     assert printed(code, {}) == "True\n"
-
-
-@pytest.mark.parametrize(("start", "inside"), [("", 1), ("torch.set_num_threads(7); ", 7)])
-def test_in_another_program_a_quota_lowers_only_torchs_own_number(start, inside):
-    """ComfyUI's, say, which has loaded torch before."""
-    code = "import torch; import core.threads as threads; " + start
-    code += "threads._quotas = lambda root: [1.0]; before = torch.get_num_threads()\n"
-    code += (
-        "with threads.within_quota(): print(torch.get_num_threads(), end=' ')\nprint(torch.get_num_threads() == before)"
-    )
-    assert printed(code, {}) == f"{inside} True\n"

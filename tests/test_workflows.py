@@ -33,7 +33,7 @@ def test_a_workflow_runs_targets_of_the_makefile_alone(workflow):
     assert others in ([], ['python tools/release.py >> "$GITHUB_OUTPUT"'])
 
 
-def test_each_machine_of_the_tests_runs_a_target_that_there_is():
+def test_each_test_machine_runs_an_existing_target():
     machines = WORKFLOWS["test.yml"]["jobs"]["test"]["strategy"]["matrix"]["include"]
     assert {machine["make"] for machine in machines} <= TARGETS
     assert {machine["os"].partition("-")[0] for machine in machines} == {"ubuntu", "windows", "macos"}

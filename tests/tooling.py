@@ -38,6 +38,7 @@ from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetens
 from core.tensor_names.unet import ldm_unet_path
 from core.training.callbacks import Callbacks, StepReport
 from core.training.encode import EncodedImage, LatentCache
+from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.step import Run
 from tools.small_flows import SMALL_FLOWS, flow_base
@@ -366,7 +367,7 @@ def encoded_image(
 
 def started_run(cache: LatentCache, base: Base, config: TrainConfig) -> Run:
     """A run whose adapter already changes something, as in the middle of a training."""
-    run = Run(cache, base, config, torch.device("cpu"))
+    run = Run(TrainingInputs.on(torch.device("cpu"), cache, base, config))
     generator = torch.Generator().manual_seed(9)
     for name, parameter in run.parameters.items():
         if name.endswith(".up"):

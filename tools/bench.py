@@ -33,6 +33,7 @@ from core.models.families import FAMILIES
 from core.models.memory_plan import MemoryPlan, count_flops
 from core.storage.files import write_file
 from core.training.encode import LatentCache
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import predicted_memory
 from tools.bench_loops import ComfyLoop, Loop, OurLoop, PlainLoop
 from tools.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache
@@ -144,7 +145,7 @@ def bench(
         "steps": len(taken["matmul"]) * block,
         "parameters": sum(tensor.numel() for tensor in base.components["denoiser"].tensors.values()),
         "matmul_flops_per_second": rate,
-        "predicted_bytes": predicted_memory(cache, base, config, device, dtype, MemoryPlan()),
+        "predicted_bytes": predicted_memory(TrainingInputs(cache, base, config, device, dtype), MemoryPlan()),
     }
     for name in loops:
         report[name] = _figures(name, taken, counts[name], config.batch_size, rate) | {

@@ -23,6 +23,7 @@ from core.errors import BadConfig
 from core.models.base import Base
 from core.models.spec import Conditioning, FamilySpec
 from core.training.encode import LatentCache
+from core.training.inputs import TrainingInputs
 from core.training.methods import peak_rate
 from core.training.step import Run
 from tools.random_models import CAPTION
@@ -48,9 +49,9 @@ class OurLoop:
     """The loop of this project, as `train_lora` runs it."""
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
-        self.run: Run = Run(cache, base, config, device)
-        if self.run.why_not_compiled:
-            raise BadConfig(f"--compile: not possible here: {self.run.why_not_compiled}")
+        self.run: Run = Run(TrainingInputs.on(device, cache, base, config))
+        if self.run.model.why_not_compiled:
+            raise BadConfig(f"--compile: not possible here: {self.run.model.why_not_compiled}")
         self.generator: torch.Generator = torch.Generator(device).manual_seed(0)
 
     def step(self) -> None:
@@ -61,8 +62,12 @@ class OurLoop:
 
     @torch.no_grad()
     def forward(self) -> None:
-        with self.run.fast():
-            self.run.loss_of(self.run.picture_pass(self.run.images, [CAPTION] * len(self.run.images), self.generator))
+        with self.run.model.fast():
+            self.run.loss_of(
+                self.run.examples.picture_pass(
+                    self.run.examples.images, [CAPTION] * len(self.run.examples.images), self.generator
+                )
+            )
 
 
 def of_diffusers(base: Base) -> Base:

@@ -35,7 +35,10 @@ from core.pictures.generate import Job, generate
 from core.pictures.sampling import load_vae
 from core.storage.files import write_text
 from core.training.encode import LatentCache
+from core.training.inputs import TrainingInputs
+from core.training.loop import accumulate_within_memory
 from core.training.memory_prediction import choose_plan, predicted_memory
+from core.training.state import pack_run, restore_run
 from core.training.step import Run
 from tools.bench import LEAST_ROUNDS, append_text, bench, format_report, matmul, take_turns
 from tools.bench_loops import OurLoop
@@ -172,9 +175,9 @@ def _beside(
 ) -> dict[str, Any]:
     """Compare a gradient with the first one whose plan stores weights alike. `first` keeps these."""
     config = TrainConfig(rank=4, precision="fp32", compile=compile)
-    run = Run(cache, base, config, device, plan=plan)
-    if run.why_not_compiled:
-        raise BadConfig(run.why_not_compiled)
+    run = Run(TrainingInputs.on(device, cache, base, config), plan=plan)
+    if run.model.why_not_compiled:
+        raise BadConfig(run.model.why_not_compiled)
     for name, parameter in run.parameters.items():
         if name.endswith(".up"):
             parameter.data.fill_(0.01)
@@ -229,7 +232,7 @@ def resumed(name: str, device: torch.device, deterministic: bool) -> dict[str, f
     base, cache = _small(name)
 
     def begun() -> Run:
-        return Run(cache, base, TrainConfig(rank=4, learning_rate=1e-3), device)
+        return Run(TrainingInputs.on(device, cache, base, TrainConfig(rank=4, learning_rate=1e-3)))
 
     def end(run: Run) -> Tensor:
         while run.step < 6:
@@ -240,7 +243,7 @@ def resumed(name: str, device: torch.device, deterministic: bool) -> dict[str, f
         first, second, stopped, third = begun(), begun(), begun(), begun()
         for _ in range(3):
             stopped.train_step()
-        third.restore(stopped.state({}, {}, []))
+        restore_run(third, pack_run(stopped, {}, {}, []))
         ends = [end(run) for run in (first, second, third)]
     return {"equal": float((ends[1] - ends[0]).abs().max()), "resumed": float((ends[2] - ends[0]).abs().max())}
 
@@ -288,13 +291,13 @@ def run_ahead(session: Session) -> Measurements:
 
 def _slowed(session: Session, base: Base, config: TrainConfig, cache: LatentCache) -> dict[str, Any]:
     plan = PLANS[-1]
-    run = Run(cache, base, config, session.device, plan=plan)
+    run = Run(TrainingInputs.on(session.device, cache, base, config), plan=plan)
     sleep: Any = torch.cuda._sleep
-    for block in () if session.small else blocks_of(run.denoiser):
+    for block in () if session.small else blocks_of(run.model.denoiser):
         block.register_forward_pre_hook(lambda *_: sleep(20_000_000))  # cycles, about a hundredth of a second
     run.train_step()
     peak = peak_memory(run.train_step, session.device)
-    need = predicted_memory(cache, base, config, session.device, session.dtype, plan)
+    need = predicted_memory(TrainingInputs(cache, base, config, session.device, session.dtype), plan)
     return {"measured": peak, "predicted": need}
 
 
@@ -315,11 +318,11 @@ def _bounded(
     torch.cuda.set_per_process_memory_fraction(share, session.device)
     try:
         limited = replace(config, memory_limit=0.9 * size)
-        plan = choose_plan(cache, base, limited, session.device, session.dtype, warnings.append)
-        run = Run(cache, base, config, session.device, plan=plan)
+        plan = choose_plan(TrainingInputs(cache, base, limited, session.device, session.dtype), warnings.append)
+        run = Run(TrainingInputs.on(session.device, cache, base, config), plan=plan)
         for _ in range(3):
-            run.update(run.accumulate_within_memory(warnings.append))
-        ran, step = run.memory.plan, seconds(run.train_step, session.device)[0]
+            run.update(accumulate_within_memory(run, warnings.append))
+        ran, step = run.model.memory.plan, seconds(run.train_step, session.device)[0]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, session.device)
     reserved = torch.cuda.max_memory_reserved(session.device)

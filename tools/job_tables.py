@@ -26,9 +26,10 @@ from core.pictures import find_style_packs
 from core.studio import PARTS, Order
 from core.studio.ledger import Basis, Ledger
 from core.studio.passes import count_passes
+from core.training.adapted_model import memory_plans
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction
 from core.training.recipes import recipe_config
-from core.training.step import memory_plans
 from tools.memory_tables import CARDS, DOCUMENT, MODELS, SHARE, Card, base_of, cache_of, column
 from tools.photo_tables import replace_table, table
 
@@ -75,7 +76,7 @@ def ledgers(name: str) -> Found:
         photos = [Photo.from_image(Image.new("RGB", (side, side)), f"{number}.png") for number in range(PHOTOS)]
         passes, cache = count(config.rank, side)
         order = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS)
-        prediction = StepPrediction(cache, base, config, torch.device("cpu"), torch.bfloat16)
+        prediction = StepPrediction(TrainingInputs(cache, base, config, torch.device("cpu"), torch.bfloat16))
         needs = {plan: prediction.bytes(plan) for plan in memory_plans(config, base)}
         for card in CARDS:
             plan = first_that_fits(list(needs), lambda plan, room=card.room, needs=needs: needs[plan] <= room)

@@ -23,6 +23,7 @@ from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, count_flops, dra
 from core.models.quantised import dequantised
 from core.models.spec import Component
 from core.training.encode import EncodedImage, LatentCache
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction
 from tools.photo_tables import replace_table, table
 from tools.random_models import denoiser_config
@@ -204,7 +205,8 @@ def cache_of(model: Model, base: Base) -> LatentCache:
 def predictions(model: Model, form: str = "") -> dict[MemoryPlan, Need]:
     """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
     base, config = base_of(model, form), config_of(model)
-    prepare = partial(StepPrediction, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
+    inputs = TrainingInputs(cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
+    prepare = partial(StepPrediction, inputs)
     operations: dict[MemoryPlan, int] = {}
     for plan in PLANS[:4]:  # apart from the memory, since the counter keeps activations that the plan would recompute
         operations[plan] = count_flops(partial(prepare(each_block=True).bytes, plan))

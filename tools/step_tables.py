@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.models.spec import Component
+from core.training.inputs import TrainingInputs
 from core.training.methods.lora_layer import LoraLayer
 from core.training.step import Run
 from tools.bench_loops import PlainLoop
@@ -55,7 +56,7 @@ def steps(name: str, card: Card) -> dict[str, Asked]:
     weights = {key: torch.empty(tensor.shape, dtype=torch.bfloat16) for key, tensor in state.items()}
     base = replace(base, components={"denoiser": Component(model.config, weights)})
     cache = cache_of(model, base)
-    run = Run(cache, base, config, DEVICE)
+    run = Run(TrainingInputs.on(DEVICE, cache, base, config))
     run.train_step()  # makes what stays
     step, passes = asked(card, run.train_step), asked(card, run.accumulate)
     with patch.object(LoraLayer, "forward", frozen):

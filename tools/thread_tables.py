@@ -21,6 +21,7 @@ from core.demo import CONFIG, PICTURE_SIZE, embedded_base
 from core.demo.people import person_photos
 from core.faces import embed_images, load_faces
 from core.threads import thread_settings
+from core.training.inputs import TrainingInputs
 from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image
 from tools.photo_tables import replace_table, table
@@ -44,12 +45,12 @@ def demo_step() -> Callable[[], object]:
     side = 64 // base.latent_shape.pixels
     shape = (base.latent_shape.channels, side, side)
     images = [encoded_image(base, f"{n}.png", "a photo of sks person", n, False, shape) for n in range(8)]
-    return Run(encoded_cache(base, images), base, CONFIG, CPU).train_step
+    return Run(TrainingInputs.on(CPU, encoded_cache(base, images), base, CONFIG)).train_step
 
 
 def sd15_step() -> Callable[[], object]:
     base, config = random_base("sd15", REAL_CHANNELS, CPU, torch.float32), TrainConfig(resolution=256)
-    return Run(random_cache(base, config), base, config, CPU).train_step
+    return Run(TrainingInputs.on(CPU, random_cache(base, config), base, config)).train_step
 
 
 def drawing() -> Callable[[], object]:

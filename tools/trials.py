@@ -17,6 +17,7 @@ from core.models.products import time_in_eight_bits
 from core.models.spec import on_device, placed
 from core.storage.stored import FLOAT8, NarrowTensor, as_stored
 from core.training.encode import LatentCache
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import attach
 from core.training.step import Run
@@ -109,9 +110,9 @@ def trial(
 ) -> Trial:
     """Take a few steps under the plan, and return their time and memory beside the prediction."""
     try:
-        predicted = predicted_memory(cache, base, config, device, dtype, plan)
+        predicted = predicted_memory(TrainingInputs(cache, base, config, device, dtype), plan)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        run = Run(cache, base, config, device, plan=plan)
+        run = Run(TrainingInputs.on(device, cache, base, config), plan=plan)
         run.train_step()
         peak = peak_memory(run.train_step, device) if device.type == "cuda" else None
         times = [seconds(run.train_step, device)[0] for _ in range(3)]

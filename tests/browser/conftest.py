@@ -9,9 +9,9 @@ from core.errors import MissingPackage
 from tests.comfyui.graphs import training
 from tests.comfyui.server import ComfyServer
 from tests.tooling import write_photos
+from tools.workflows import FLOWS, LORA, SD15, SDXL
 
 from .page import ComfyPage, prepare, running_browser
-from .workflows import FLOWS, LORA, SD15, SDXL
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +30,7 @@ def site(server) -> ComfyServer:
 def lora(site) -> str:
     """The name of a trained LoRA in the server's folder."""
     graph = training(SD15["name"], "my-photos", name=LORA.removesuffix(".safetensors"), training_seed=2)
-    result = site.run(graph)
-    assert result.status == "success", result.error
+    site.result(graph)
     return LORA
 
 

@@ -8,9 +8,8 @@ from PIL import Image, ImageFilter
 
 from core.pictures.style_pack import find_style_packs
 from tests.tooling import write_photos
-
-from .pictures import write_drawn_photos
-from .workflows import BUILD, SD15, SDXL
+from tools.page_pictures import write_drawn_photos
+from tools.workflows import BUILD, SD15, SDXL
 
 pytestmark = pytest.mark.browser
 
@@ -94,7 +93,7 @@ def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_
     assert page.complaints() == []
 
 
-def test_the_reason_why_a_node_failed_is_said_on_the_page(page, server):
+def test_the_reason_why_a_node_failed_is_shown_on_the_page(page, server):
     nodes = [node("photos", PHOTOS, {}, {}), node("shown", "PreviewAny", {}, {"source": "photos.report"})]
     page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
     assert server.wait(page.queue()).status == "error"
@@ -103,7 +102,7 @@ def test_the_reason_why_a_node_failed_is_said_on_the_page(page, server):
     assert message == "Load Face Photos\nno photos: add 10 to 20 photos of one person, or choose a folder of them"
 
 
-def test_the_pictures_of_a_dropped_folder_are_its_photos_and_a_mask_is_none(page, server, files):
+def test_pictures_of_a_dropped_folder_become_photos_and_masks_stay_masks(page, server, files):
     Image.new("L", (300, 200), 255).save(files[1].with_name("holiday 1-masklabel.png"))
     page.add(PHOTOS)
     page.drop(PHOTOS, [files[0].parent])
@@ -157,7 +156,7 @@ def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page,
     assert page.complaints() == []
 
 
-def test_nothing_is_said_of_photos_that_were_removed_while_they_were_checked(page, files):
+def test_photos_removed_during_the_check_get_no_headline(page, files):
     held = []
     page.page.route("**/facelora/check", lambda route: held.append(route))
     page.add(PHOTOS)
@@ -293,7 +292,7 @@ def test_styles_are_chosen_by_their_pictures(either_page):
     assert page.complaints() == []
 
 
-def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(either_page, server, lora):
+def test_a_node_still_describes_its_lora_when_it_is_not_run_again(either_page, server, lora):
     page = either_page
     nodes = [
         node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
@@ -333,7 +332,7 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     assert page.complaints() == []
 
 
-def test_what_a_lora_is_stands_in_a_node_of_a_subgraph_too_when_its_tab_is_opened_again(page, server, lora):
+def test_a_node_in_a_subgraph_still_describes_its_lora_after_its_tab_is_reopened(page, server, lora):
     nodes = [node(key, "FaceLoRAInspect", {"lora_name": lora}, {}) for key in ("outside", "inside")]
     page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
     page.run("() => { app.graph.convertToSubgraph(new Set([app.graph.nodes.at(-1)])) }")

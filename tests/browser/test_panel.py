@@ -10,8 +10,7 @@ import torch
 from core.lora.file import LoraFile
 from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
-
-from .workflows import BUILD, FOLDER, SD15, WORKFLOWS
+from tools.workflows import BUILD, FOLDER, SD15, WORKFLOWS
 
 pytestmark = pytest.mark.browser
 
@@ -118,7 +117,7 @@ def test_the_cancel_button_ends_a_training_that_goes_on_when_queued_again(page, 
     assert server.wait(prompt_id, 900).status == "success"
 
 
-def test_the_panel_is_no_part_of_what_is_saved_or_queued(page):
+def test_the_panel_is_neither_saved_nor_queued(page):
     page.run(BUILD, train_node(seed=13))
     (node,) = [node for node in page.saved()["nodes"] if node["type"] == "FaceLoRATrain"]
     widgets = page.run(
@@ -207,7 +206,7 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
     assert re.fullmatch(r"1 h 1 min · 1 min 1\d s left", page.page.text_content(".facelora-time") or "")
 
 
-def test_what_a_recipe_does_is_said_before_a_training(page):
+def test_the_settings_of_a_recipe_are_shown_before_training(page):
     page.run(BUILD, train_node(seed=21, steps=0, resolution=0))
     for recipe, does in (
         ("fast", "500 steps × 1, rank 16, learning rate 1e-4"),
@@ -219,7 +218,7 @@ def test_what_a_recipe_does_is_said_before_a_training(page):
     page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 7 steps × 1, rank 4, ')")
 
 
-def test_the_clock_goes_on_between_two_reports_and_tells_no_time_left_after_a_stop(page):
+def test_the_clock_runs_between_reports_and_shows_no_time_left_after_a_stop(page):
     page.run(BUILD, train_node(seed=20))
     news = {
         "prompt": "ours",
@@ -249,7 +248,7 @@ def test_the_clock_goes_on_between_two_reports_and_tells_no_time_left_after_a_st
         (0.07, "someone else", "rejected", "Train longer"),
     ],
 )
-def test_the_end_says_in_words_and_colour_whether_it_is_the_person(page, likeness, word, verdict, advice):
+def test_the_final_status_shows_in_words_and_colour_whether_it_is_the_person(page, likeness, word, verdict, advice):
     page.run(BUILD, train_node(seed=19))
     hear(page, prompt="ours", phase="done", file="x.safetensors", kept_likeness=likeness, kept_word=word, kept_step=125)
     assert status(page).startswith(f"done: x.safetensors · step 125, likeness {likeness:.2f}: {word}")

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.tooling import write_photos
+from tools.workflows import BUILD
 
 from .page import ComfyPage
 from .test_nodes import PHOTOS
 from .test_panel import STATUS, is_idle, train_node, wait_for_step
-from .workflows import BUILD
 
 pytestmark = pytest.mark.browser
 
@@ -41,7 +41,7 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     other.close()
 
 
-def test_the_question_before_an_unfinished_run_is_deleted_speaks_of_no_lora(page, server):
+def test_the_question_before_deleting_an_unfinished_run_states_that_no_lora_was_made(page, server):
     page.run(BUILD, train_node(seed=62, name="robin", samples=0, settings=""))
     prompt_id = page.queue()
     wait_for_step(page, 1)

@@ -5,10 +5,10 @@ import pytest
 from tests.comfyui.graphs import training
 from tests.comfyui.server import running_server
 from tests.comfyui.test_train_node import ENDLESS, stop, training_state, wait_for
+from tools.workflows import BUILD
 
 from .page import ComfyPage, prepare
 from .test_panel import STATUS, is_idle, status, train_node, wait_for_step
-from .workflows import BUILD
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -83,7 +83,7 @@ def test_each_user_sees_and_ends_their_own_training_by_page_route_and_event(user
     bertas.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('stopped')")
 
 
-def test_cancel_on_a_page_whose_training_is_over_ends_nobody_elses(users):
+def test_cancelling_a_finished_training_does_not_end_another_users(users):
     (anna, berta), (annas, bertas) = users
     first = annas.queue()
     wait_for_step(annas, 3)

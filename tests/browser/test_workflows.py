@@ -18,9 +18,9 @@ from core.storage.drawn import DRAWN, read_mark
 from tests.comfyui.server import ComfyServer, running_server
 from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
+from tools.workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subgraphs
 
 from .page import ComfyPage, drop_files, prepare
-from .workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subgraphs
 
 pytestmark = pytest.mark.browser
 
@@ -76,7 +76,7 @@ def test_every_workflow_opens_without_a_warning_and_with_room_for_20_photos(page
     check_all(page)
 
 
-def test_templates_for_a_lora_name_no_checkpoint_and_no_lora_and_ask_for_one_lora_once(page, server, lora):
+def test_templates_for_a_lora_open_with_the_users_own_files_and_ask_for_a_lora_once(page, server, lora):
     there = {file.name for folder in ("checkpoints", "loras") for file in (server.folder / "models" / folder).iterdir()}
     for name in [name for name in NAMES if name[0] in "6789I"]:
         page.open(workflow_file(name), name)
@@ -89,7 +89,7 @@ def test_templates_for_a_lora_name_no_checkpoint_and_no_lora_and_ask_for_one_lor
 
 
 @pytest.mark.parametrize("choices", [[[]], ["COMBO", {"options": []}]], ids=["of V1", "of V3"])
-def test_who_has_no_checkpoint_is_offered_the_one_of_the_template(page, choices):
+def test_a_user_without_checkpoints_is_offered_the_one_of_the_template(page, choices):
     page.run("""(choices) => {
         const { input } = LiteGraph.registered_node_types.CheckpointLoaderSimple.nodeData
         input.required.ckpt_name = choices
@@ -311,7 +311,7 @@ def test_a_workflow_runs(name, page, server, lora, request):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
-def test_a_file_says_what_its_plan_says(workflow):
+def test_a_workflow_file_has_the_planned_nodes(workflow):
     graph = workflow_file(workflow.name)
     planned = [one for step in workflow.steps for node in step.nodes for one in node.flat]
     assert sorted(types(graph)) == sorted([node.type for node in planned] + ["MarkdownNote"] * len(workflow.steps))

@@ -1,15 +1,11 @@
 """What the command line says of itself: all commands, the options that matter first, and the word that was meant."""
 
-import argparse
 import sys
 
 import pytest
 
-from core.cli import COMMANDS, description_of, main
-from core.cli.command import command_parser
+from core.cli import COMMANDS, main
 from core.cli.common import BarProgress, end_bars
-from core.cli.options import HelpAll
-from tests.prose import faults
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:
@@ -34,19 +30,6 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys):
     assert len(short.splitlines()) < 60
     assert all(option in short and option in whole for option in ("--base", "--steps", "--resolution"))
     assert all(option not in short and option in whole for option in ("--vae", "--optimizer", "--caption-dropout"))
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_has_short_sentences_and_explains_every_option(command):
-    parser = command_parser(command)
-    for action in parser._actions:
-        if isinstance(action, HelpAll):
-            action.show()
-    texts = [action.help for action in parser._actions]
-    assert all(text and text != argparse.SUPPRESS and not text[0].islower() for text in texts)
-    assert [
-        fault for text in (*texts, description_of(command), parser.epilog or "") for fault in faults(text or "")
-    ] == []
 
 
 @pytest.mark.parametrize(

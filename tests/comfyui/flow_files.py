@@ -1,7 +1,5 @@
 """Small random files of the diffusion transformers, as ComfyUI users have them: denoiser, VAE, text encoders."""
 
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from core.storage.safetensors_file import SafetensorsFile, save_safetensors, wri
 from tests.tooling import RandomTensors
 
 from .graphs import Node, node
-from .setup_comfyui import COMFYUI, PYTHON
+from .scripts import printed_by
 
 # Family -> loader of the text encoders.
 CLIPS: dict[str, Node] = {
@@ -42,12 +40,7 @@ KL = {
 
 def run_model_writer(paths: Mapping[str, Path], weights_alone: bool = False) -> None:
     """Name of a model in model_writer.py -> the file that is written."""
-    arguments = ["yes" if weights_alone else "no", *(str(part) for pair in paths.items() for part in pair)]
-    subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("model_writer.py")), *arguments],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    printed_by("model_writer.py", "yes" if weights_alone else "no", *(part for pair in paths.items() for part in pair))
 
 
 def write_denoisers(folder: Path, names: dict[str, str], qwen_vae: Path | None = None) -> None:

@@ -9,6 +9,9 @@ def node(class_type: str, **inputs: Any) -> Node:
     return {"class_type": class_type, "inputs": inputs}
 
 
+BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
+
+
 def load_photos(folder: str = "(no folder)", pictures: Any = "", **changes: Any) -> Node:
     return node("FaceLoRALoadPhotos", folder=folder, pictures=pictures, **({"check": False, "strict": False} | changes))
 

@@ -6,9 +6,7 @@ with ranks 1 and 2 and alpha 0.5. A change is what a weight changes by, times a 
 
 import inspect
 import json
-import os
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,7 +22,7 @@ from core.tensor_names import NAME_TABLES, ModuleId
 from tests.invokeai.setup_invokeai import PYTHON as INVOKEAI
 from tests.small_models import IN_DIFFUSERS
 
-from .setup_comfyui import COMFYUI, PYTHON
+from .scripts import printed_by
 
 EXACT = 1e-3
 """Relative deviation that float32 sums of thousands of products can have, where they cancel."""
@@ -297,31 +295,19 @@ def of_peft_layers(model: nn.Module) -> Changes:
 
 def run_comfyui(files: Iterable[tuple[str, Path]], base: str = "zero") -> list[dict]:
     """What lora_reader.py says of each file; `base` is what the weights are before: zero or random."""
-    arguments = [str(value) for pair in files for value in pair]
-    result = subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("lora_reader.py")), *arguments],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1", "LORA_READER_BASE": base},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line[7:]) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    arguments = (value for pair in files for value in pair)
+    return results_in(printed_by("lora_reader.py", *arguments, LORA_READER_BASE=base))
 
 
 def run_invokeai(files: Iterable[tuple[str, Path]], root: Path) -> list[dict]:
     """What invokeai_reader.py says of each file; `root` is a folder for what InvokeAI itself may write."""
-    result = subprocess.run(
-        [
-            str(INVOKEAI),
-            str(Path(__file__).with_name("invokeai_reader.py")),
-            *(str(v) for pair in files for v in pair),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "INVOKEAI_ROOT": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line[7:]) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    arguments = (value for pair in files for value in pair)
+    found = printed_by("invokeai_reader.py", *arguments, python=INVOKEAI, PYTHONPATH="", INVOKEAI_ROOT=str(root))
+    return results_in(found)
+
+
+def results_in(printed: str) -> list[dict]:
+    return [json.loads(line[7:]) for line in printed.splitlines() if line.startswith("RESULT ")]
 
 
 def in_original_names(family: str, modules: Mapping[ModuleId, LoraModule]) -> Changes:

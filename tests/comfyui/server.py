@@ -110,9 +110,10 @@ class ComfyServer:
             assert self.process.poll() is None, f"the server is gone:\n{self.log()[-4000:]}"
             raise
 
-    def queue(self, graph: Graph) -> str:
-        """The id of the queued prompt."""
-        answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+    def queue(self, graph: Graph, workflow: Any = None) -> str:
+        """The id of the queued prompt; a page sends the workflow with it."""
+        page = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow else {}
+        answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex, **page})
         assert "prompt_id" in answer, answer
         return answer["prompt_id"]
 
@@ -125,6 +126,18 @@ class ComfyServer:
     def run(self, graph: Graph, seconds: float = 600) -> Result:
         mark, started = len(self._log_path.read_bytes()), time.monotonic()
         return self.wait(self.queue(graph), seconds, mark, started)
+
+    def result(self, graph: Graph, workflow: Any = None) -> Result:
+        """That of a graph which must succeed."""
+        result = self.wait(self.queue(graph, workflow), mark=self.mark())
+        assert result.status == "success", result.error + result.log
+        return result
+
+    def error(self, graph: Graph) -> str:
+        """The message of a graph which must fail."""
+        result = self.run(graph)
+        assert result.status == "error", result.log
+        return result.error
 
     def wait(self, prompt_id: str, seconds: float = 600, mark: int = 0, started: float | None = None) -> Result:
         started = started or time.monotonic()

@@ -126,6 +126,7 @@ def test_captions_have_the_states_that_comfyuis_text_encoder_gives(files, family
             encoder["visual.deepstack_merger_list.0.norm.weight"] = torch.zeros(1)
         base = denoiser_base(file, text_encoders=[encoder], tokenizer=tokenizer)
     together, cases = encode_captions(file, base)
+    assert cases
     padding = int(family == "chroma")  # the authors' one token, which ComfyUI leaves out
     for states, mask, case in zip(together["context"], together["context_mask"], cases, strict=True):
         assert_same(states[: int(mask.sum()) - padding], case["context"][0])

@@ -13,7 +13,7 @@ from core.models import load_base
 from core.tensor_names import NAME_TABLES
 
 from .flow_files import CLIPS, VAES
-from .graphs import Node, drawing, node, training
+from .graphs import BASE, Node, drawing, node, training
 from .lora_changes import (
     EXACT,
     Changes,
@@ -56,17 +56,14 @@ def picture(family: str, model: list) -> dict[str, Node]:
 def test_the_clip_of_another_family_is_refused(server, flow_models, checkpoint, words):
     changes: dict[str, Any] = {**LINKS, "name": "wrong", "clip": ["base", 1]}
     graph = training(**changes) | loaders("flux1") | {"base": node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
-    result = server.run(graph)
-    assert result.status == "error"
-    assert f"CLIP does not belong to MODEL, which is FLUX.1: {words}" in result.error
+    error = server.error(graph)
+    assert f"CLIP does not belong to MODEL, which is FLUX.1: {words}" in error
 
 
 def test_the_vae_of_another_family_is_refused(server, flow_models):
-    checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
     changes: dict[str, Any] = {"name": "wrong", "vae": ["vae", 0]}
-    result = server.run(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
-    assert result.status == "error"
-    assert "vae: it makes latents with 128 channels, but MODEL needs 4" in result.error
+    error = server.error(training(**changes) | BASE | {"vae": loaders("flux2")["vae"]})
+    assert "vae: it makes latents with 128 channels, but MODEL needs 4" in error
 
 
 def training_of(family: str) -> dict[str, Node]:
@@ -78,8 +75,7 @@ def trained(server, flow_models) -> dict[str, Path]:
     """Family -> the LoRA that Train Face LoRA has made."""
     files = {}
     for family in CLIPS:
-        result = server.run(training_of(family))
-        assert result.status == "success", result.error + result.log
+        server.result(training_of(family))
         files[family] = server.folder / "models" / "loras" / f"anna-{family}.safetensors"
     return files
 
@@ -92,8 +88,7 @@ def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_pict
 
     apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
                  strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    result = server.run(training_of(family) | {"apply": apply} | picture(family, ["apply", 0]))
-    assert result.status == "success", result.error + result.log
+    result = server.result(training_of(family) | {"apply": apply} | picture(family, ["apply", 0]))
     theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"anna-{family}.safetensors", strength_model=1.0)
     by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
@@ -110,8 +105,7 @@ def test_another_kind_of_adapter_is_applied_as_comfyui_applies_it(server, flow_m
     run = training(name=name, steps=3, settings=settings, samples=0, **LINKS)
     apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
                  strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    ours = server.run(loaders(family) | run | {"apply": apply} | picture(family, ["apply", 0]))
-    assert ours.status == "success", ours.error + ours.log
+    ours = server.result(loaders(family) | run | {"apply": apply} | picture(family, ["apply", 0]))
     theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"{name}.safetensors", strength_model=1.0)
     by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
@@ -122,6 +116,7 @@ def test_another_kind_of_adapter_is_applied_as_comfyui_applies_it(server, flow_m
 
 
 def test_comfyui_and_diffusers_change_every_weight_as_the_trained_files_say(server, trained):
+    assert trained
     by_comfyui = run_comfyui([(f"small-{family}", path) for family, path in trained.items()])
     for (family, path), result in zip(trained.items(), by_comfyui, strict=True):
         lora = LoraFile.read(path)

@@ -1,10 +1,7 @@
 """What we say that ComfyUI loads, name by name, against ComfyUI's own maps of names, for every published model of a family."""
 
 import json
-import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +10,7 @@ from core.tensor_names import NAME_TABLES
 from tests.lora.test_damaged_names import Named
 from tools.model_tables import OUTPUT, whole
 
-from .setup_comfyui import COMFYUI, PYTHON
+from .scripts import printed_by
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
@@ -79,14 +76,7 @@ def names_of(model: dict) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def key_maps() -> dict[str, dict[str, tuple[int, ...]]]:
-    result = subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("key_maps.py"))],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    maps = json.loads(result.stdout.splitlines()[-1])
+    maps = json.loads(printed_by("key_maps.py").splitlines()[-1])
     return {title: {name: tuple(shape) for name, shape in names.items()} for title, names in maps.items()}
 
 

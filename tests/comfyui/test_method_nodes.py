@@ -13,11 +13,10 @@ from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.methods.dreambooth import original_tensors
 
-from .graphs import drawing, node, training
+from .graphs import BASE, drawing, node, training
 
 pytestmark = pytest.mark.comfyui
 
-BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
 STRENGTH = 0.6
 
 
@@ -35,8 +34,7 @@ def base(server):
 def check_applied(server, base, name: str) -> None:
     """The weights in ComfyUI with the LoRA of that name on them are core's."""
     graph = {"apply": apply(f"{name}.safetensors"), "write": node("TestPatchedWeights", model=["apply", 0], name=name)}
-    result = server.run(BASE | graph)
-    assert result.status == "success", result.error
+    result = server.result(BASE | graph)
     assert "not loaded" not in result.log and "ERROR" not in result.log
     file = LoraFile.read(server.folder / "models" / "loras" / f"{name}.safetensors")
     parts = {part: dict(component.tensors) for part, component in base.components.items()}
@@ -54,8 +52,7 @@ def check_applied(server, base, name: str) -> None:
 
 @pytest.mark.parametrize("method", ["dora", "loha", "lokr", "oft"])
 def test_what_was_trained_is_applied_as_core_applies_it_at_any_strength(server, base, method):
-    trained = server.run(training(name=method, settings=f"method = '{method}'"))
-    assert trained.status == "success", trained.error
+    server.result(training(name=method, settings=f"method = '{method}'"))
     check_applied(server, base, method)
 
 
@@ -115,8 +112,7 @@ def dora(weight: torch.Tensor, layout: tuple[int, ...]) -> dict[str, torch.Tenso
 
 
 def test_pivotal_tuning_writes_its_word_where_prompts_find_it(server):
-    trained = server.run(training(name="my anna", settings="method = 'pivotal'\nembedding_lr = 0.5"))
-    assert trained.status == "success", trained.error
+    server.result(training(name="my anna", settings="method = 'pivotal'\nembedding_lr = 0.5"))
     file = LoraFile.read(server.folder / "models" / "loras" / "my anna.safetensors")
     (embedding,) = (server.folder / "models" / "embeddings").glob("my_anna-????????.safetensors")
     written = LoraFile.read(embedding)
@@ -127,8 +123,7 @@ def test_pivotal_tuning_writes_its_word_where_prompts_find_it(server):
     graph = BASE | {"apply": apply("my anna.safetensors"), "show": node("PreviewAny", source=["apply", 3])}
     pictures = []
     for prompt in (["apply", 3], "a photo of sks person"):
-        result = server.run(graph | drawing(["apply", 0], ["apply", 1], ["base", 2], prompt=prompt))
-        assert result.status == "success", result.error
+        result = server.result(graph | drawing(["apply", 0], ["apply", 1], ["base", 2], prompt=prompt))
         assert "warning, embedding" not in result.log, "what ComfyUI says where it has no such embedding"
         pictures.append(server.drawn(result).tobytes())
     assert result.outputs["show"]["text"] == [f"a photo of embedding:{embedding.stem} person"]
@@ -145,8 +140,7 @@ def test_pivotal_tuning_writes_its_word_where_prompts_find_it(server):
 
 def test_a_word_that_the_embeddings_folder_does_not_have_is_named(server):
     loras = server.folder / "models" / "loras"
-    trained = server.run(training(name="frida", settings="method = 'pivotal'"))
-    assert trained.status == "success", trained.error
+    server.result(training(name="frida", settings="method = 'pivotal'"))
     (loras / "frida.safetensors").rename(loras / "carl.safetensors")
     result = server.run(BASE | {"apply": apply("carl.safetensors"), "show": node("PreviewAny", source=["apply", 2])})
     assert result.outputs["show"]["text"] == ["sks person"]
@@ -156,17 +150,15 @@ def test_a_word_that_the_embeddings_folder_does_not_have_is_named(server):
     )
 
 
-def test_a_file_of_words_alone_is_no_lora_and_apply_says_where_it_belongs(server):
+def test_apply_refuses_a_file_of_embeddings_and_names_the_folder_for_it(server):
     tensors = embedding_tensors("sd15", {"text_encoder": torch.zeros(2, 768)})
     LoraFile("sd15", {}, tensors).save(server.folder / "models" / "loras" / "word.safetensors")
-    result = server.run(BASE | {"apply": apply("word.safetensors"), "show": node("PreviewAny", source=["apply", 2])})
-    assert result.status == "error"
-    assert "word.safetensors: changes no weight" in result.error and "embeddings folder" in result.error
+    error = server.error(BASE | {"apply": apply("word.safetensors"), "show": node("PreviewAny", source=["apply", 2])})
+    assert "word.safetensors: changes no weight" in error and "embeddings folder" in error
 
 
 @pytest.mark.parametrize("method", ["textual-inversion", "dreambooth"])
-def test_a_method_that_makes_no_lora_is_refused_with_where_to_train_it(server, method):
-    result = server.run(training(settings=f"method = '{method}'"))
-    assert result.status == "error"
-    assert f"method = '{method}' doesn't make a LoRA" in result.error
-    assert "facelora train" in result.error
+def test_a_method_that_does_not_make_a_lora_is_refused_and_facelora_train_named(server, method):
+    error = server.error(training(settings=f"method = '{method}'"))
+    assert f"method = '{method}' doesn't make a LoRA" in error
+    assert "facelora train" in error

@@ -16,11 +16,10 @@ from core.version import __version__
 from tests.marks import mark_in
 from tests.tooling import write_photos
 
-from .graphs import drawing, load_photos, node, training
+from .graphs import BASE, drawing, load_photos, node, training
 
 pytestmark = pytest.mark.comfyui
 
-BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
 STYLES = {
     "pack": "corporate", "styles": "", "subject": "sks person", "count": 3, "first_seed": 5, "family": "sd15",
     "resolution": 128,
@@ -37,8 +36,7 @@ def test_a_style_pack_drives_a_batch_through_ksampler(server):
     graph["styles"] = node("FaceLoRAStylePack", **STYLES)
     graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
     graph["prompts"] = node("PreviewAny", source=["styles", 0])
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     pictures = [server.picture(image) for image in result.outputs["picture"]["images"]]
     assert len(pictures) == 3
     expected = find_style_packs().pick("corporate").prompts(Subject("sks person", ""), "sd15", 3, 5, resolution=128)
@@ -61,8 +59,7 @@ def test_one_queue_draws_several_styles_each_as_its_style_says(server):
     graph["sheet_picture"] = node("PreviewImage", images=["sheet", 0])
     graph["names"] = node("PreviewAny", source=["styles", 7])
     graph["strengths"] = node("PreviewAny", source=["styles", 8])
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     styled = find_style_packs().pick("corporate").prompts(
         Subject("sks person", ""), "sd15", 4, 5, styles=settings["styles"].split(", "), resolution=64
     )  # fmt: skip
@@ -86,8 +83,7 @@ def test_a_users_pack_is_found_without_a_restart(server):
         "styles": node("FaceLoRAStylePack", **STYLES | {"pack": "ours"}),
         "show": node("PreviewAny", source=["styles", 0]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert texts(result, "show") == ["photo of sks person, green wall"] * 3
     info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
     assert "ours" in json.dumps(info["input"])
@@ -97,21 +93,13 @@ def test_a_users_pack_is_found_without_a_restart(server):
     assert texts(server.run(graph), "show") == ["photo of sks person, blue wall"] * 3
 
 
-def test_the_node_lists_the_packs_and_their_styles(server):
-    info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
-    pack = find_style_packs().pick("corporate")
-    assert "corporate" in json.dumps(info["input"]["required"]["pack"])
-    assert server.get("/facelora/styles?pack=corporate") == pack.names
-
-
-def test_the_model_tells_the_family(server):
+def test_the_family_is_detected_from_the_model(server):
     settings = STYLES | {"family": "that of the model", "resolution": 0}
     graph = BASE | {
         "styles": node("FaceLoRAStylePack", model=["base", 0], **settings),
         "widths": node("PreviewAny", source=["styles", 3]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     expected = find_style_packs().pick("corporate").prompts(Subject("sks person", ""), "sd15", 3, 5)
     assert [int(width) for width in texts(result, "widths")] == [styled.width for styled in expected]
 
@@ -125,8 +113,7 @@ def test_a_distilled_model_gets_its_steps_and_no_guidance(server):
         "guidance": node("PreviewAny", source=["styles", 5]),
         "steps": node("PreviewAny", source=["styles", 6]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert (texts(result, "guidance"), texts(result, "steps")) == (["1.0"] * 3, ["4"] * 3)
 
 
@@ -148,8 +135,7 @@ def test_photos_are_reported_on_and_counted(server):
         "captions": node("PreviewAny", source=["photos", 2]),
         "images": node("PreviewImage", images=["photos", 1]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     report = texts(result, "report")[0]
     assert "3 photos" in report
     assert "broken.jpg" in report
@@ -160,6 +146,8 @@ def test_photos_are_reported_on_and_counted(server):
     assert [tile["name"] for tile in shown["photos"]] == [f"clara/{index}.png" for index in range(3)]
     assert {tile["verdict"] for tile in shown["photos"]} <= {"good", "doubtful", "rejected"}
     assert re.search(r"of 3 usable.*; left out: broken\.jpg: ", shown["headline"])
+    seen = server.post("/facelora/check", {"folder": "clara", "pictures": ""})
+    assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
 
 
 def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server):
@@ -175,22 +163,6 @@ def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server
         broken = shown["photos"][-1]
         assert broken["verdict"] == "rejected" and broken["reason"].startswith("left out: broken.jpg: ")
         assert broken["reason"] in shown["headline"]
-
-
-def test_load_face_photos_can_be_run_by_itself(server):
-    write_photos(server.folder / "input" / "clara", count=3, person=37)
-    result = server.run({"photos": load_photos("clara", check=True)})
-    assert result.status == "success", result.error
-    assert len(result.outputs["photos"]["facelora_photos"][0]["photos"]) == 3
-    seen = server.post("/facelora/check", {"folder": "clara", "pictures": ""})
-    assert seen["own_names"] == {f"clara/{number}.png": f"{number}.png" for number in range(3)}
-
-
-def test_where_no_photo_can_be_read_the_reason_is_said(server):
-    file = server.folder / "input" / "alone.jpg"
-    file.write_bytes(b"no picture")
-    result = server.run({"photos": load_photos(pictures="alone.jpg", check=True)})
-    assert "alone.jpg: this picture cannot be read" in result.error
 
 
 def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_names_on_the_page(server, tmp_path):
@@ -217,14 +189,14 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
         ("../up.png", "this picture cannot be read"),
     ],
 )
-def test_a_dropped_file_that_is_no_photo_is_refused_by_its_own_name_and_not_kept(server, tmp_path, name, why):
+def test_a_dropped_file_that_is_not_a_photo_is_refused_by_its_own_name_and_deleted(server, tmp_path, name, why):
     (tmp_path / "file").write_bytes(b"no picture")
     assert server.drop(tmp_path / "file", "Emil", name=name)["error"].startswith(f"{name.removeprefix('../')}: {why}")
     assert not (server.folder / "input" / "photos" / "Emil").exists()
 
 
 @pytest.mark.parametrize("folder", ["photos/../clara", "photos/..", r"photos/a\\..\\clara", "clara", "/tmp"])
-def test_a_photo_is_dropped_into_no_folder_of_other_photos(server, tmp_path, folder):
+def test_a_dropped_photo_stays_out_of_folders_with_other_photos(server, tmp_path, folder):
     photos = write_photos(tmp_path / "mine", count=1, person=37)
     assert server.drop(photos / "0.png", "Fritz", folder=folder)["name"].startswith("photos/Fritz")
 
@@ -236,8 +208,7 @@ def test_uploaded_pictures_are_photos_too(server):
         "photos": load_photos(pictures="\n".join(uploaded)),
         "images": node("PreviewImage", images=["photos", 1]),
     }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert [server.picture(image).size for image in result.outputs["images"]["images"]] == [(92, 112)] * 2
     graph["photos"] = load_photos(pictures=uploaded[0])
     assert len(server.run(graph).outputs["images"]["images"]) == 1
@@ -248,8 +219,7 @@ def test_a_folder_that_is_not_there_does_not_matter_where_pictures_were_added(se
     folder = write_photos(server.folder / "input" / "hanna", count=1, person=36)
     uploaded = server.upload(folder / "0.png", "hanna.png")
     graph = {"photos": load_photos("not-made-yet", uploaded), "report": node("PreviewAny", source=["photos", 3])}
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     (report,) = texts(result, "report")
     assert "1 photo" in report and "not-made-yet: this folder doesn't exist" in report
 
@@ -266,7 +236,7 @@ def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):
             server.read(f"/facelora/photo?name={name}")
 
 
-def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
+def test_every_style_has_a_picture_from_its_pack_or_a_drawn_one(server):
     names = server.get("/facelora/styles?pack=corporate")
     assert names == find_style_packs().pick("corporate").names
     drawn = server.read(f"/facelora/style?pack=corporate&style={quote(names[0])}").decode()
@@ -288,13 +258,13 @@ def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
         ({}, "no photos: add 10 to 20 photos of one person, or choose a folder of them"),
         ({"folder": "nowhere"}, "nowhere: this folder doesn't exist"),
         ({"pictures": "gone.png"}, "gone.png: this picture doesn't exist"),
+        ({"pictures": "alone.jpg"}, "alone.jpg: this picture cannot be read"),
         ({"pictures": "../../secret.png"}, "not in ComfyUI's input folder"),
     ],
 )
-def test_photos_that_are_not_there_are_one_error(server, choice, words):
-    graph = {"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])}
-    result = server.run(graph)
-    assert result.status == "error" and words in result.error
+def test_missing_photos_are_one_error(server, choice, words):
+    (server.folder / "input" / "alone.jpg").write_bytes(b"no picture")
+    assert words in server.error({"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])})
 
 
 def test_photos_without_a_face_are_refused(server):
@@ -302,17 +272,15 @@ def test_photos_without_a_face_are_refused(server):
     folder.mkdir()
     for shade in (80, 160):
         Image.new("RGB", (256, 256), (shade, shade, shade)).save(folder / f"{shade}.png")
-    result = server.run(training(folder="walls") | {"photos": load_photos("walls", check=True)})
-    assert result.status == "error"
-    assert "none of the 2 photos shows a face" in result.error
+    error = server.error(training(folder="walls") | {"photos": load_photos("walls", check=True)})
+    assert "none of the 2 photos shows a face" in error
 
 
 def test_a_folder_without_photos_is_one_clear_line(server):
     (server.folder / "input" / "empty folder").mkdir(exist_ok=True)
-    result = server.run(training(folder="empty folder"))
-    assert result.status == "error"
-    assert "empty folder: no readable photo" in result.error
-    assert str(server.folder) not in result.error.partition(":")[2]
+    error = server.error(training(folder="empty folder"))
+    assert "empty folder: no readable photo" in error
+    assert str(server.folder) not in error.partition(":")[2]
 
 
 def test_pictures_of_the_person_score_above_those_of_someone_else(server):
@@ -331,8 +299,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
         "sheet": node("PreviewImage", images=["labelled", 0]),
         "plot": node("PreviewImage", images=["own", 3]),
     }  # fmt: skip
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     own, others = ([float(score) for score in texts(result, name)] for name in ("own_scores", "other_scores"))
     assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
     assert own == sorted(own, reverse=True)
@@ -345,8 +312,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     told = {"lora": ["train", 0], "name": "as_usual", "scheme": "automatic", "precision": "fp16", "sidecars": True}
     graph = training(name="saved", samples=1, training_seed=11)
     graph |= {"save": node("FaceLoRASave", **save), "told": node("FaceLoRASave", **told)}
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     beside = {path.name.partition(".")[2] for path in (server.folder / "output" / "loras").glob("as_usual*")}
     assert beside == {"safetensors", "json", "metadata.json", "cm-info.json"}, "and no picture: nobody was asked"
     (usual,) = (server.folder / "output" / "loras").glob("as_usual*.safetensors")
@@ -356,8 +322,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     lora = LoraFile.read(file)
     assert lora.scheme == "comfy"
     assert lora.metadata["modelspec.trigger_phrase"] == "sks person"
-    inspect = server.run({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
-    assert inspect.status == "success", inspect.error
+    inspect = server.result({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
     assert "sks person" in inspect.outputs["inspect"]["text"][0]
     assert server.read(f"/facelora/lora?name={file.name}").decode() == inspect.outputs["inspect"]["text"][0]
     with Image.open(file.with_suffix(".preview.png")) as picture:
@@ -370,7 +335,7 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     assert result.outputs["save"]["text"] == [f"saved: output/loras/{file.name}\npreview: {file.stem}.preview.png"]
 
 
-def test_the_address_about_loras_knows_those_of_the_list_alone(server):
+def test_the_lora_route_serves_only_files_of_the_list(server):
     broken = server.folder / "models" / "loras" / "no_lora.safetensors"
     broken.write_text("<html>")
     for name, said in (
@@ -389,8 +354,7 @@ def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
     graph = training(name="named")
     for name, number in (("by_name/one.safetensors", 1), ("by_name\\one", 2)):
         save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
-        result = server.run(graph | {"save": save, "shown": node("PreviewAny", source=["save", 0])})
-        assert result.status == "success", result.error
+        result = server.result(graph | {"save": save, "shown": node("PreviewAny", source=["save", 0])})
         assert texts(result, "shown") == [f"by_name/one_0000{number}_.safetensors"]
         assert (server.folder / "output" / "loras" / texts(result, "shown")[0]).exists()
     assert not list((server.folder / "output" / "loras" / "by_name").glob("*.png")), "nobody was asked"
@@ -404,9 +368,7 @@ def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_i
     graph["empty"]["inputs"]["batch_size"] = 2
     graph["saved"] = node("FaceLoRASaveHeadshots", images=["decoded", 0], filename_prefix="marked/anna")
     graph["as_usual"] = node("SaveImage", images=["decoded", 0], filename_prefix="unmarked/anna")
-    answer = server.post("/prompt", {"prompt": graph, "extra_data": {"extra_pnginfo": {"workflow": {"name": "Zoë"}}}})
-    result = server.wait(answer["prompt_id"])
-    assert result.status == "success", result.error
+    result = server.result(graph, workflow={"name": "Zoë"})
     assert [image["filename"] for image in result.outputs["saved"]["images"]] == ["anna_00001_.png", "anna_00002_.png"]
     for number in (1, 2):
         marked, usual = (server.folder / "output" / name / f"anna_0000{number}_.png" for name in ("marked", "unmarked"))

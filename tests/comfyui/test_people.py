@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,7 @@ def trained(server, tmp_path: Path, name: str, person: int, **changes) -> dict:
     files = sorted(write_photos(tmp_path / name, count=3, scale=2, person=person).glob("*.png"))
     first = server.drop(files[0], name)["name"]
     photos = [first, *(server.drop(file, name, first.rpartition("/")[0])["name"] for file in files[1:])]
-    result = server.run(headshots_of(server, name, photos, **changes))
-    assert result.status == "success", result.error
+    server.result(headshots_of(server, name, photos, **changes))
     return next(one for one in server.get("/facelora/people") if one["name"] == name)
 
 
@@ -51,8 +49,7 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     photos = [server.drop(file, "lina", "photos/lina")["name"] for file in files[:1]]
     photos += [server.drop(file, "lina", photos[0].rpartition("/")[0])["name"] for file in files[1:]]
     prompt = headshots_of(server, "lina", photos, training_seed=51)
-    answer = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": graph}}})
-    assert server.wait(answer["prompt_id"]).status == "success"
+    server.result(prompt, workflow=graph)
     record, *_ = server.get("/facelora/people")
     assert (record["name"], record["phase"], record["file"]) == ("lina", "done", "lina.safetensors")
     assert record["picture"].startswith("data:image/jpeg") and record["begun"] > 1.6e9
@@ -62,8 +59,7 @@ def test_a_training_is_listed_with_its_name_picture_date_and_headshots_and_opene
     (shot,) = state["headshots"]
     assert shot["filename"].startswith("lina_") and -1 <= shot["score"] <= 1
 
-    answer = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": graph}}})
-    assert server.wait(answer["prompt_id"]).status == "success"
+    server.result(prompt, workflow=graph)
     (again,) = [one for one in server.get("/facelora/training") if one["workflow"] == graph["id"]]
     assert again["headshots"] == [shot], "a run in which nothing was drawn again"
 
@@ -96,32 +92,9 @@ def test_no_likeness_is_shown_beside_pictures_that_are_not_in_its_order(server, 
     graph = headshots_of(server, "lola", [server.drop(files[0], "lola")["name"]], training_seed=59)
     graph["empty"]["inputs"]["batch_size"] = 3
     graph["saved"]["inputs"]["images"] = ["decoded", 0]
-    page = {"extra_pnginfo": {"workflow": {"id": "of the page of lola", "nodes": []}}}
-    answer = server.post("/prompt", {"prompt": graph, "extra_data": page})
-    assert server.wait(answer["prompt_id"]).status == "success"
+    server.result(graph, workflow={"id": "of the page of lola", "nodes": []})
     (state,) = [one for one in server.get("/facelora/training") if one["workflow"] == "of the page of lola"]
     assert [shot["score"] for shot in state["headshots"]] == [None] * 3
-
-
-def test_nobody_is_deleted_while_their_headshots_are_drawn(server, tmp_path):
-    photos = [
-        server.drop(file, "tilda")["name"] for file in write_photos(tmp_path / "tilda", count=1, scale=2).glob("*.png")
-    ]
-    graph = headshots_of(server, "tilda", photos, training_seed=58)
-    graph["sampler"]["inputs"]["steps"] = 10_000
-    prompt_id = server.queue(graph)
-
-    def record() -> dict:
-        return next((one for one in server.get("/facelora/people") if one["name"] == "tilda"), {})
-
-    while (phase := record().get("phase")) != "drawing":
-        assert phase in (None, "running")
-        time.sleep(0.05)
-    said = server.delete(f"/facelora/people/{record()['key']}")
-    assert said["error"].startswith("tilda: headshots are being drawn")
-    server.post("/interrupt", {})
-    server.wait(prompt_id)
-    assert "tilda.safetensors" in server.delete(f"/facelora/people/{record()['key']}")["deleted"]
 
 
 def test_a_person_is_deleted_with_all_that_is_theirs_and_nothing_else(server, tmp_path):
@@ -197,37 +170,18 @@ def test_own_photos_in_the_folder_of_dropped_ones_are_neither_deleted_nor_replac
     assert {file: file.read_bytes() for file in own.iterdir()} == before
 
 
-def test_uploaded_names_of_photos_delete_nothing_outside_their_folder(server, tmp_path):
+def test_what_belongs_to_the_lora_is_deleted_with_it_and_what_does_not_stays(server, tmp_path):
     record = trained(server, tmp_path, "pia", 16, training_seed=63)
-    names = server.folder / "input" / "photos" / "pia" / ".names.json"
+    lora, photos = loras(server) / "pia.safetensors", server.folder / "input" / "photos" / "pia"
+    sidecars = [lora.with_suffix(ending) for ending in (".json", ".png", ".preview.png")]
+    for file in (*sidecars, note := photos / "notes.txt", elsewhere := server.folder / "elsewhere.txt"):
+        file.touch()
+    names = photos / ".names.json"  # which a user may upload
     names.write_text(names.read_text().replace("{", '{"../../../elsewhere.txt": "4.png", ', 1))
-    (elsewhere := server.folder / "elsewhere.txt").touch()
+    (shot,) = (server.folder / "output" / "headshots").glob("pia_*.png")
+    shot.write_bytes(b"another picture of this name")
     assert "input/photos/pia/photo 01.png" in server.delete(f"/facelora/people/{record['key']}")["deleted"]
-    assert elsewhere.exists() and not names.exists()
-
-
-def test_a_file_beside_dropped_photos_stays_with_its_folder(server, tmp_path):
-    record = trained(server, tmp_path, "petra", 11, training_seed=59)
-    note = server.folder / "input" / "photos" / "petra" / "notes.txt"
-    note.write_text("mine")
-    server.delete(f"/facelora/people/{record['key']}")
-    assert [file.name for file in note.parent.iterdir()] == ["notes.txt"]
-
-
-def test_sidecars_of_a_lora_are_deleted_with_it(server, tmp_path):
-    record = trained(server, tmp_path, "vera", 12, training_seed=60)
-    lora = loras(server) / "vera.safetensors"
-    beside = [lora.with_suffix(ending) for ending in (".json", ".png", ".preview.png")]
-    for file in beside:
-        file.write_text("of vera")
-    server.delete(f"/facelora/people/{record['key']}")
-    assert not any(file.exists() for file in (lora, *beside))
-
-
-def test_a_picture_that_has_got_the_name_of_a_headshot_is_not_deleted_with_it(server, tmp_path):
-    record = trained(server, tmp_path, "wilma", 13, training_seed=61)
-    (shot,) = (server.folder / "output" / "headshots").glob("wilma_*.png")
-    shot.write_bytes(b"of somebody else")
-    server.delete(f"/facelora/people/{record['key']}")
-    assert shot.read_bytes() == b"of somebody else"
+    assert not any(file.exists() for file in (lora, *sidecars))
+    assert [*photos.iterdir()] == [note] and elsewhere.exists()
+    assert shot.read_bytes() == b"another picture of this name"
     shot.unlink()

@@ -1,8 +1,6 @@
 """Quantised files and MODELs are read as ComfyUI has them, bit for bit."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import gguf
@@ -18,7 +16,7 @@ from core.storage.stored import dtype_and_shape, narrow_in
 from tests.tooling import write_gguf
 
 from .graphs import node
-from .setup_comfyui import COMFYUI, PYTHON
+from .scripts import printed_by
 from .test_flow_nodes import loaders, picture, training_of
 
 pytestmark = pytest.mark.comfyui
@@ -27,11 +25,7 @@ CPU = torch.device("cpu")
 
 def written(*paths: Path) -> SafetensorsFile:
     """The file that quantised_writer.py writes."""
-    subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("quantised_writer.py")), *map(str, paths)],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    printed_by("quantised_writer.py", *paths)
     return SafetensorsFile.open(paths[0])
 
 
@@ -61,24 +55,21 @@ def test_a_quantised_model_is_trained_on_and_drawn_with_and_the_library_reads_it
     graph["train"]["inputs"]["name"] = f"quantised-{family}"
     apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
                  strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    result = server.run(graph | {"apply": apply} | picture(family, ["apply", 0]))
-    assert result.status == "success", result.error + result.log
+    result = server.result(graph | {"apply": apply} | picture(family, ["apply", 0]))
     plain = server.run(loaders(family) | {"unet": graph["unet"]} | picture(family, ["unet", 0]))
     assert "not loaded" not in result.log and server.drawn(result).tobytes() != server.drawn(plain).tobytes()
     lora = LoraFile.read(server.folder / "models" / "loras" / f"quantised-{family}.safetensors")
     assert lora.family == family and lora.metadata["ss_sd_model_name"] == file.path.name
 
     handed = node("TestHandedOver", model=["unet", 0], name="handed.safetensors")
-    result = server.run({"unet": graph["unet"], "handed": handed})
-    assert result.status == "success", result.error + result.log
+    result = server.result({"unet": graph["unet"], "handed": handed})
     taken = SafetensorsFile.open(server.folder / "output" / "handed.safetensors")
     of_layers = {name.removesuffix("comfy_quant") for name in file if name.endswith(".comfy_quant")}
     for name in file:
         if name.startswith(tuple(of_layers)) and not name.endswith("bias"):
             assert tensor_bytes(taken[name]) == tensor_bytes(file[name]), name
     handed["inputs"]["model"] = ["apply", 0]
-    result = server.run(graph | {"apply": apply, "handed": handed})
-    assert result.status == "success", result.error + result.log
+    result = server.result(graph | {"apply": apply, "handed": handed})
     patched = SafetensorsFile.open(server.folder / "output" / "handed.safetensors")
     assert set(patched) < set(taken) and {taken.dtypes[name] for name in set(taken) - set(patched)} >= {torch.uint8}
     assert all(dtype.itemsize > 1 for name, dtype in patched.dtypes.items() if name.endswith("attn.qkv.weight"))
@@ -107,8 +98,7 @@ def test_a_model_in_the_form_of_comfyui_gguf_is_trained_on_as_it_is(server, flow
     graph["train"]["inputs"] |= {"name": "of-gguf", "steps": 1, "samples": 0}
     graph["unet"] = node("TestLoadGguf", wide="flux1.safetensors", name=path.name)
     graph["handed"] = node("TestHandedOver", model=["unet", 0], name="handed-gguf.safetensors")
-    result = server.run(graph)
-    assert result.status == "success", result.error + result.log
+    result = server.result(graph)
     assert in_q8 and set(result.outputs["handed"]["narrow"]) == {f"diffusion_model.{name}" for name in in_q8}
     taken, expected = SafetensorsFile.open(server.folder / "output" / "handed-gguf.safetensors"), open_gguf(path)
     assert all(tensor_bytes(taken[name]) == tensor_bytes(expected[name]) for name in expected)

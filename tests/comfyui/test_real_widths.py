@@ -30,8 +30,7 @@ def server(tmp_path_factory):
 @pytest.mark.parametrize("family", PARTS)
 def test_it_trains_and_comfyuis_own_loader_takes_every_key(server, family):
     checkpoint = f"{family}.safetensors"
-    result = server.run(training(checkpoint, name=f"anna-{family}", steps=1, settings="text_encoder_lr = 0.01"))
-    assert result.status == "success", result.error
+    server.result(training(checkpoint, name=f"anna-{family}", steps=1, settings="text_encoder_lr = 0.01"))
     lora = LoraFile.read(server.folder / "models" / "loras" / f"anna-{family}.safetensors")
     assert lora.family == family
     assert {entry.part for entry in lora.entries} == PARTS[family]
@@ -42,8 +41,7 @@ def test_it_trains_and_comfyuis_own_loader_takes_every_key(server, family):
             model=["base", 0], clip=["base", 1], lora_name=f"anna-{family}.safetensors", strength_model=1.0, strength_clip=1.0,
         ),
     } | drawing(["loader", 0], ["loader", 1], ["base", 2])  # fmt: skip
-    drawn = server.run(graph)
-    assert drawn.status == "success", drawn.error
+    drawn = server.result(graph)
     assert "not loaded" not in drawn.log
     assert "ERROR" not in drawn.log
     assert server.drawn(drawn).size == (128, 128)
@@ -53,6 +51,5 @@ def test_a_foreign_text_encoder_is_refused(server):
     wrong_clip = training(name="wrong", clip=["other", 1]) | {
         "other": node("CheckpointLoaderSimple", ckpt_name="sdxl.safetensors")
     }
-    result = server.run(wrong_clip)
-    assert result.status == "error"
-    assert "CLIP does not belong to MODEL, which is SD15" in result.error
+    error = server.error(wrong_clip)
+    assert "CLIP does not belong to MODEL, which is SD15" in error

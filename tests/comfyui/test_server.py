@@ -20,6 +20,5 @@ def test_comfyui_draws_a_picture_with_the_random_checkpoint(server):
         "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
         "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
     }  # fmt: skip
-    result = server.run(graph)
-    assert result.status == "success", result.error
+    result = server.result(graph)
     assert server.drawn(result, "6").size == (32, 32)

@@ -97,8 +97,7 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
 
         berta = first.post("/users", {"username": "berta"})
         first = first.as_user(berta)
-        done = first.run(training())
-        assert done.status == "success", done.error
+        first.result(training())
         file = folder / "models" / "loras" / "anna.safetensors"
         written = file.stat().st_mtime_ns
 
@@ -113,8 +112,7 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
         state = training_state(second)
         assert state["phase"] == "stopped" and state["photos"], "what a page shows is still known"
 
-        found = second.run(training())
-        assert found.status == "success", found.error
+        found = second.result(training())
         assert "train" not in found.cached and training_state(second)["phase"] == "done"
         assert file.stat().st_mtime_ns == written, "it was not trained again"
 

@@ -58,7 +58,7 @@ def test_a_thumbnail_and_a_verdict_are_served_to_the_photos_user_alone(users, dr
         assert "this picture doesn't exist" in other.post("/facelora/check", asked)["error"]
 
 
-def test_a_graph_with_anothers_photos_finds_none(users, dropped):
+def test_a_graph_cannot_load_photos_of_another_user(users, dropped):
     anna, berta, _ = users
     for graph in (load_photos(dropped.rpartition("/")[0]), load_photos(pictures=dropped)):
         assert anna.run({"photos": graph}).status == "success"

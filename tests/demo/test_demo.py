@@ -44,7 +44,7 @@ def test_the_demo_takes_fewer_steps_than_its_own_warm_up(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "report.json", "contact_sheet.png"])
-def test_the_demo_replaces_no_file_that_it_has_not_made(tmp_path, capsys, name):
+def test_the_demo_refuses_to_replace_foreign_files(tmp_path, capsys, name):
     if name == "lora.safetensors":
         lora = LoraFile.from_tensors(kohya_tensors(some("sd15")), {"ss_sd_model_name": "mine.safetensors"})
         lora.save(tmp_path / name)

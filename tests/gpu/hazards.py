@@ -28,6 +28,7 @@ from core.models.memory_plan import PLANS, MemoryPlan, drawing_plan
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.headshot import cut_out, drawn_again
 from core.training.callbacks import Callbacks, StepReport
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
 from core.training.store import train
@@ -108,7 +109,12 @@ def room_for_one(case: Case, settings: Mapping[str, Any]) -> float:
         dtype = device_and_dtype(config.precision, DEVICE)[1]
         shape = (base.latent_shape.channels, 8, 8)
         cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
-        return 1.25 * predicted_memory(cache, base, config, DEVICE, dtype, PLAIN) / memory_plan.RESERVE / 2**30
+        return (
+            1.25
+            * predicted_memory(TrainingInputs(cache, base, config, DEVICE, dtype), PLAIN)
+            / memory_plan.RESERVE
+            / 2**30
+        )
 
 
 def deterministic_after_a_product(photos: Path, output: Path, workspace: str | None) -> str:
@@ -145,9 +151,9 @@ def fp8_where_there_is_none(form: str) -> frozenset[torch.dtype]:
         card.refused = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
         case = Case("flux1", form=form)
         base = case.base()
-        run = Run(cached(base, case), base, case.config(), DEVICE)
+        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()))
         run.train_step()
-        return frozenset(parameter.dtype for parameter in run.denoiser.parameters())
+        return frozenset(parameter.dtype for parameter in run.model.denoiser.parameters())
 
 
 def pinned_with_little_memory() -> tuple[int, int]:
@@ -155,9 +161,9 @@ def pinned_with_little_memory() -> tuple[int, int]:
     with fake_cuda() as card, patch("core.models.memory_plan.free_memory", lambda _: memory_plan.LEFT_FREE):
         case = Case("flux1", plan=PLANS[-1])
         base = case.base()
-        run = Run(cached(base, case), base, case.config(), DEVICE, plan=case.plan)
+        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()), plan=case.plan)
         run.train_step()
-        return card.pinned, run.memory.offload.pageable
+        return card.pinned, run.model.memory.offload.pageable
 
 
 def settings_in_a_step(photos: Path, output: Path) -> tuple[list[tuple[bool, bool]], tuple[bool, bool]]:

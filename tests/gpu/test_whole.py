@@ -89,7 +89,7 @@ def test_a_vae_works_on_tiles_where_the_whole_picture_does_not_fit(family, fake_
 
 
 @pytest.mark.slow
-def test_without_page_locked_memory_blocks_come_from_usual_memory(fake_process):
+def test_blocks_come_from_ordinary_memory_if_it_cannot_be_page_locked(fake_process):
     step = fake_process.submit(trials.without_pinned_memory).result()
     assert step.copies and not any(copy.pinned for copy in step.copies) and step.early == 0
 

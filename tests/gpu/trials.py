@@ -31,6 +31,8 @@ from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
+from core.training.inputs import TrainingInputs
+from core.training.loop import accumulate_within_memory
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from core.training.store import train
@@ -116,15 +118,15 @@ def step(case: Case) -> Step:
         cache = cached(base, case)
         dtype = device_and_dtype(config.precision, DEVICE)[1]
         adapter = TrainingAdapter.open(random_lora(base), base) if case.adapted else None
-        predicted = predicted_memory(cache, base, config, DEVICE, dtype, case.plan, adapter)
+        predicted = predicted_memory(TrainingInputs(cache, base, config, DEVICE, dtype, adapter=adapter), case.plan)
         before = card.live
-        run = Run(cache, base, config, DEVICE, plan=case.plan, training_adapter=adapter)
+        run = Run(TrainingInputs.on(DEVICE, cache, base, config, adapter=adapter), plan=case.plan)
         run.train_step()
         card.watch()
         run.train_step()
         dtypes, copies, launches = frozenset(card.product_dtypes()), tuple(card.copies), card.launches
         run.check_finite()
-        home = sum(parameter.nbytes for parameter in run.memory.offload.parameters())
+        home = sum(parameter.nbytes for parameter in run.model.memory.offload.parameters())
         return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)
 
 
@@ -132,7 +134,7 @@ def memory_left_to_a_sample(case: Case) -> tuple[int, int]:
     """Bytes that the last step held and that are free when a sample is drawn, and the bytes of the parameters."""
     with fake_cuda(case.size, case.capability) as card:
         base = case.base()
-        run = Run(cached(base, case), base, case.config(), DEVICE)
+        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()))
         run.train_step()
         after_step, drawing = card.live, []
         Drawing(run).draw(lambda *_: drawing.append(card.live) or [], [], lambda _: None)
@@ -143,11 +145,11 @@ def memory_to_narrow_weights(case: Case) -> tuple[int, int]:
     """The bytes that a change to frozen weights in 8 bits needs between two steps, and those of the largest in float32."""
     with fake_cuda(case.size, case.capability) as card:
         base = case.base()
-        run = Run(cached(base, case), base, case.config(), DEVICE)
+        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()))
         run.train_step()
-        largest = max(4 * parameter.numel() for parameter in run.memory.resident())
+        largest = max(4 * parameter.numel() for parameter in run.model.memory.resident())
         before = card.peak = card.live
-        run.adopt(case.plan)
+        run.model.adopt(case.plan)
         return card.peak - before, largest
 
 
@@ -166,7 +168,7 @@ def operations(case: Case) -> tuple[int, int]:
 
     def started(device: torch.device) -> Run:
         base = case.base()
-        run = Run(cached(base, case), base, case.config(), device)
+        run = Run(TrainingInputs.on(device, cached(base, case), base, case.config()))
         run.train_step()
         return run
 
@@ -211,17 +213,19 @@ def training_and_drawing(case: Case) -> tuple[frozenset, frozenset]:
     with fake_cuda(case.size, case.capability):
         base, config = case.base(), case.config()
         cache = cached(base, case)
-        run = Run(cache, base, config, DEVICE)
+        run = Run(TrainingInputs.on(DEVICE, cache, base, config))
         generator = torch.Generator(DEVICE)
-        image = run.images[0]
-        with torch.no_grad(), run.fast():
-            trained = norms_and_products(lambda: run.loss_of(run.picture_pass([image], [image.caption], generator)))
-        text = run.text[image.caption]
+        image = run.examples.images[0]
+        with torch.no_grad(), run.model.fast():
+            trained = norms_and_products(
+                lambda: run.loss_of(run.examples.picture_pass([image], [image.caption], generator))
+            )
+        text = run.examples.text[image.caption]
         side = case.latents * base.latent_shape.pixels
 
         def draw() -> None:
             sample_latents(
-                base, run.denoiser, [text], [text], device=DEVICE, dtype=run.dtype, seeds=[1], size=(side, side),
+                base, run.model.denoiser, [text], [text], device=DEVICE, dtype=run.model.dtype, seeds=[1], size=(side, side),
                 steps=1, guidance=1.0,
             )  # fmt: skip
 
@@ -290,22 +294,22 @@ def out_of_memory_in_steps(
     with fake_cuda(case.size, case.capability) as card:
         base, config = case.base(), case.config()
         cache = cached(base, case)
-        run = Run(cache, base, config, DEVICE)
+        run = Run(TrainingInputs.on(DEVICE, cache, base, config))
         run.train_step()
         card.watch()
         run.accumulate()
         allocations = card.allocations
         for number, share in enumerate(shares):
-            run = Run(cache, base, config, DEVICE)
+            run = Run(TrainingInputs.on(DEVICE, cache, base, config))
             card.watch()
             card.fails_at, card.form = 1 + int(share * (allocations - 1)), forms[number % len(forms)]
             error = ""
             try:
-                run.accumulate_within_memory(lambda _: None)
+                accumulate_within_memory(run, lambda _: None)
             except OutOfMemory as raised:
                 error = str(raised)
             card.fails_at = None
-            found.append((str(run.memory.plan), error))
+            found.append((str(run.model.memory.plan), error))
     return found
 
 

@@ -66,7 +66,9 @@ def test_the_pack_registers_its_nodes_where_invokeai_imports_it_and_nowhere_else
 def test_every_field_says_what_it_is_in_a_sentence_that_fits_a_tooltip(pack):
     outputs = [kind.invoke.__annotations__["return"] for kind in NODES.values()]
     for kind in (*NODES.values(), *outputs):
-        for name, one in fields_of(kind).items():
+        fields = fields_of(kind)
+        assert fields
+        for name, one in fields.items():
             assert 8 < len(one.options["description"]) < 200 and one.options["description"][-1] in ".…", (kind, name)
 
 
@@ -111,7 +113,7 @@ def test_a_trained_lora_is_registered_with_its_words_and_a_cover_and_then_found(
     assert again.lora == made.lora and again.report.startswith("anna: already trained")
 
 
-def test_a_lora_in_the_place_of_one_deleted_by_hand_has_its_own_words(desk):
+def test_a_lora_trained_after_one_was_deleted_by_hand_has_its_own_words(desk):
     before = train(desk, class_word="man").lora
     (desk.context.folder / "facelora" / "anna.safetensors").unlink()
     after = train(desk, class_word="woman").lora
@@ -217,7 +219,7 @@ def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
         ({"name": "../anna"}, "give a file name"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(desk, fields, message):
+def test_an_error_is_one_sentence(desk, fields, message):
     Image.new("RGB", (200, 200), "grey").save(desk.context.folder / "grey.png")
     with pytest.raises(desk.errors.FaceLoraError, match=message):
         train(desk, **fields)

@@ -51,6 +51,7 @@ def lora_of(shapes: Shapes, prefix: str = "diffusion_model.") -> LoraFile:
 def test_every_published_model_is_known_by_all_of_its_modules_and_by_some():
     for model, names in CASES:
         shapes = whole(model["denoiser"][names])
+        assert shapes
         for part in filter(None, subsets(shapes)):
             found = identify(("denoiser", *module) for module in part.items())
             assert model["title"] in found.models, (model["title"], names, found)

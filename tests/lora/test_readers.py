@@ -53,10 +53,6 @@ def test_sd_scripts_is_said_to_load_the_modules_of_its_own_list_and_no_others(fa
         assert loaded == denoiser
 
 
-def test_the_table_of_what_programs_load_is_up_to_date():
-    assert reader_tables.document() == reader_tables.DOCUMENT.read_text("utf-8"), "run python -m tools.reader_tables"
-
-
 def zimage() -> LoraFile:
     module = LoraModule(torch.ones(1, 3840), torch.ones(3840, 1), 1.0)
     return LoraFile.from_modules("zimage", {("denoiser", "layers.0.attention.to_q"): module}, {}, "kohya")

@@ -14,11 +14,12 @@ from core.config import TrainConfig
 from core.models import Base, load_base
 from core.models.alike_blocks import StandIn
 from core.models.memory_plan import PLANS, MemoryPlan, blocks_of
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction, choose_plan
 from core.training.methods import METHODS
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
-from tests.tooling import UNETS, cache_of, mostly_slow, random_lora, small_flow_base
+from tests.tooling import UNETS, cache_of, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
 from tools.memory_tables import MODELS, base_of, config_of
 from tools.memory_tables import cache_of as published_cache
 from tools.small_flows import SMALL_FLOWS
@@ -53,9 +54,10 @@ def assert_predicted_alike(
     cache = cache_of(base, 2, side=32)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     found, each = (
-        StepPrediction(cache, base, config, CPU, dtype, adapter, each_block=each_block) for each_block in (False, True)
+        StepPrediction(TrainingInputs(cache, base, config, CPU, dtype, adapter=adapter), each_block=each_block)
+        for each_block in (False, True)
     )
-    assert any(isinstance(block, StandIn) for block in blocks_of(found.run.denoiser))
+    assert any(isinstance(block, StandIn) for block in blocks_of(found.run.model.denoiser))
     # Autocast keeps what it has cast until the forward pass ends. With stand-ins this is added to all passes: two bytes a
     # trained number, which is much in these small models.
     trained = sum(parameter.numel() for parameter in each.run.parameters.values())
@@ -86,7 +88,7 @@ def test_one_block_of_each_kind_tells_the_memory_and_the_work_of_all(small, plan
     one, each = assert_predicted_alike(small, TrainConfig(rank=4, batch_size=2), plans)
     for plan in PLANS[:4] if plans == TRIED else FEW_TRIED[:2]:
         for prediction in (one, each):
-            prediction.run.memory.adopt(plan)
+            prediction.run.model.memory.adopt(plan)
         # The text that Qwen-Image's last block returns is not used, so it has no gradient.
         counted = each.operations(each.run.accumulate)
         assert one.operations(one.run.accumulate) == pytest.approx(
@@ -127,7 +129,7 @@ def test_the_padding_of_a_text_takes_no_memory_in_the_blocks():
     }
     config = TrainConfig(rank=4, precision="fp32")
     short, long = (
-        StepPrediction(one, base, config, CPU, torch.float32).bytes(PLANS[0])
+        StepPrediction(TrainingInputs(one, base, config, CPU, torch.float32)).bytes(PLANS[0])
         for one in (cache, replace(cache, text=padded))
     )
     assert short <= long < 1.02 * short
@@ -138,8 +140,8 @@ def test_blocks_that_differ_in_their_rank_are_not_alike():
     cache = cache_of(base, side=8)
 
     def kinds(config: TrainConfig) -> int:
-        run = StepPrediction(cache, base, config, CPU, torch.float32).run
-        return len({type(block) for block in blocks_of(run.denoiser)})
+        run = StepPrediction(TrainingInputs(cache, base, config, CPU, torch.float32)).run
+        return len({type(block) for block in blocks_of(run.model.denoiser)})
 
     config = TrainConfig(rank=4, precision="fp32")
     assert kinds(config) == kinds(replace(config, rank_pattern={"layers.3.": 2}))
@@ -150,7 +152,9 @@ def test_the_memory_of_each_published_size_can_be_predicted(name):
     """Many layers, of which the prediction has few. That was once taken for a damaged config."""
     model = MODELS[name]
     base = base_of(model)
-    prediction = StepPrediction(published_cache(model, base), base, config_of(model), CPU, torch.bfloat16)
+    prediction = StepPrediction(
+        TrainingInputs(published_cache(model, base), base, config_of(model), CPU, torch.bfloat16)
+    )
     weights = base.weight_bytes("denoiser", torch.bfloat16)
     assert weights < prediction.bytes(MemoryPlan()) < 6 * weights
 
@@ -161,7 +165,7 @@ def seconds_to_choose(name: str, limit: float) -> tuple[float, str]:
     base = base_of(model)  # loads diffusers, which a training has loaded by then
     config = replace(config_of(model), memory_limit=limit)
     started = time.process_time()
-    plan = choose_plan(published_cache(model, base), base, config, CPU, torch.bfloat16, lambda _: None)
+    plan = choose_plan(TrainingInputs(published_cache(model, base), base, config, CPU, torch.bfloat16), lambda _: None)
     return time.process_time() - started, str(plan)
 
 

@@ -31,6 +31,7 @@ from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear
 from core.pictures.generate import Job, generate
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
+from core.training.inputs import TrainingInputs
 from core.training.step import Run
 from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
@@ -539,7 +540,7 @@ def test_a_step_on_stable_diffusions_files_apart_is_that_on_the_checkpoint(sd_fi
     adapters = []
     for base in (load_base(read({"sd15": small_sd15, "sdxl": small_sdxl}[family])), apart):
         cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1)])
-        run = Run(cache, base, TrainConfig(rank=2, precision="fp32", batch_size=1), CPU)
+        run = Run(TrainingInputs.on(CPU, cache, base, TrainConfig(rank=2, precision="fp32", batch_size=1)))
         run.train_step()
         adapters.append({name: parameter.detach().clone() for name, parameter in run.parameters.items()})
     assert any(parameter.any() for name, parameter in adapters[0].items() if name.endswith(".up"))

@@ -9,6 +9,7 @@ import torch
 from core.config import TrainConfig
 from core.models.compiled import CompiledBlocks
 from core.training.callbacks import Callbacks
+from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.step import Run
 from tests.models.quantised_weights import narrow_and_wide_base
@@ -35,9 +36,9 @@ def cache(base):
 @pytest.mark.parametrize("form", ["", "scaled fp8"])
 def test_compiled_blocks_train_as_plain_ones_do(base, cache, form):
     base = narrow_and_wide_base(form)[0] if form else base
-    plain = Run(cache, base, CONFIG, CPU)
-    compiled = Run(cache, base, replace(CONFIG, compile=True), CPU, check_cancelled=lambda: None)
-    assert compiled.why_not_compiled is None and compiled.compiled
+    plain = Run(TrainingInputs.on(CPU, cache, base, CONFIG))
+    compiled = Run(TrainingInputs.on(CPU, cache, base, replace(CONFIG, compile=True)), check_cancelled=lambda: None)
+    assert compiled.model.why_not_compiled is None and compiled.model.fast_layers
     torch._dynamo.utils.counters.clear()
     for _ in range(CONFIG.steps):
         plain.train_step()
@@ -61,7 +62,7 @@ def test_photos_of_many_shapes_are_compiled_a_few_times(base, monkeypatch):
         )
         for number, shape in enumerate(shapes)
     ]
-    run = Run(encoded_cache(base, images), base, replace(CONFIG, compile=True), CPU)
+    run = Run(TrainingInputs.on(CPU, encoded_cache(base, images), base, replace(CONFIG, compile=True)))
     torch._dynamo.utils.counters.clear()
     for _ in range(12):
         run.train_step()

@@ -24,6 +24,7 @@ from core.models.products import choose_products, has_int8_products, time_in_eig
 from core.models.quantised import widen_fp8
 from core.storage.stored import NarrowTensor, as_stored
 from core.training.callbacks import Callbacks
+from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.metadata import PRODUCTS_KEY, WEIGHTS_KEY
 from core.training.step import Run
@@ -145,11 +146,11 @@ def test_too_few_rows_for_a_gpu_are_multiplied_with_the_widened_weight():
 
 
 def gradients_of(base, plan: MemoryPlan, config: TrainConfig) -> tuple[float, torch.Tensor]:
-    run = Run(cache_of(base), base, config, CPU, plan=plan)
+    run = Run(TrainingInputs.on(CPU, cache_of(base), base, config), plan=plan)
     for name, parameter in run.parameters.items():
         if name.endswith(".up"):  # zeros, behind which the others have no gradient
             parameter.data.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape))
-    assert run.in_eight_bits == (config.eight_bit_products == "on")
+    assert run.model.in_eight_bits == (config.eight_bit_products == "on")
     loss = float(run.accumulate())
     return loss, torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None])
 
@@ -176,8 +177,8 @@ def test_only_weights_that_are_stored_numbers_times_a_scale_are_multiplied_in_8_
     )
     assert distance(gradients, plain) < 0.08 and abs(loss / plain_loss - 1) < 0.002
     if config.eight_bit_products == "off":
-        run = Run(cache_of(narrow), narrow, CONFIG, CPU)
-        assert not run.in_eight_bits
+        run = Run(TrainingInputs.on(CPU, cache_of(narrow), narrow, CONFIG))
+        assert not run.model.in_eight_bits
 
 
 def layers_with(weight: NarrowTensor) -> nn.Sequential:
@@ -238,7 +239,7 @@ def test_a_deterministic_training_does_not_choose_by_time(monkeypatch):
         TrainConfig(deterministic=True),
         TrainConfig(deterministic=True, eight_bit_products="on"),
     ):
-        Run(cache_of(wide), wide, config, CPU)
+        Run(TrainingInputs.on(CPU, cache_of(wide), wide, config))
     assert asked == ["auto", "off", "on"]
 
 

@@ -26,6 +26,7 @@ from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.encode import LatentCache
+from core.training.inputs import TrainingInputs
 from core.training.job import check_base_options, hints
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
@@ -116,9 +117,9 @@ def test_every_rectified_flow_has_a_small_model_here():
 def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
     base = bases[family]
     run = run_on_two(base, PLAIN)
-    images = [run.images[index] for index in run.batches.at(0)]
-    latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = map(run.loss_of, run.passes(0))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    latents, noise, noisy, timesteps = run.examples.noised(images, run.examples.generator("noise", 0))
+    (loss,) = map(run.loss_of, run.examples.passes(0))
     loss.backward()
 
     # W + alpha / rank * up @ down in the place of each adapted weight; the velocity is noise - picture.
@@ -126,7 +127,7 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
     torch.testing.assert_close(noisy, (1 - time) * latents + time * noise)
     denoiser = base.load("denoiser", CPU, torch.float32)
     weights = {f"denoiser.{name}": parameter for name, parameter in denoiser.named_parameters()}
-    modules = {path: module for (_, path), module in run.adapter.modules().items()}  # pyright: ignore
+    modules = {path: module for (_, path), module in run.model.adapter.modules().items()}  # pyright: ignore
     leaves = {path: (m.down.clone().requires_grad_(), m.up.clone().requires_grad_()) for path, m in modules.items()}
     for path, (down, up) in leaves.items():
         name = f"denoiser.{path}.weight"
@@ -140,7 +141,7 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
         def forward(self, *inputs):
             return base.family.predict(self.denoiser, *inputs)
 
-    conditioning = stack_conditioning([run.text[image.caption] | image.conditioning for image in images])
+    conditioning = stack_conditioning([run.examples.text[image.caption] | image.conditioning for image in images])
     prediction = torch.func.functional_call(Plain(), weights, (noisy, timesteps, conditioning))
     expected = F.mse_loss(prediction, noise - latents)
     expected.backward()
@@ -152,7 +153,7 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
             continue
         assert down.grad is not None and up.grad is not None
         close(run.parameters[f"denoiser.{path}.up"].grad, up.grad)
-        first = ".".join(run.adapter.shared["denoiser", path])  # pyright: ignore
+        first = ".".join(run.model.adapter.shared["denoiser", path])  # pyright: ignore
         downs[first] = downs.get(first, 0) + down.grad  # layers that share their A add up in it
     for name, gradient in downs.items():
         close(run.parameters[f"{name}.down"].grad, gradient)
@@ -170,8 +171,8 @@ def test_a_prediction_never_waits_for_the_device(bases, family, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     base, meta = bases[family], torch.device("meta")
     run = run_on_two(base, PLAIN)
-    pictures = run.images[:2]
-    conditioning = on_device(run._conditioning(pictures, [picture.caption for picture in pictures]), meta)
+    pictures = run.examples.images[:2]
+    conditioning = on_device(run.examples.conditioning(pictures, [picture.caption for picture in pictures]), meta)
     denoiser = base.family.build("denoiser", base.components["denoiser"].config).to(meta)
     latents = torch.empty(2, base.latent_shape.channels, 8, 12, device=meta)
     prediction = base.family.predict(denoiser, latents, torch.empty(2, device=meta), conditioning)
@@ -217,7 +218,7 @@ def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
     cache = cache_of(base, side=16 * base.latent_shape.positions_side)
     config = TrainConfig(rank=2, precision="bf16")
     plans = (PLANS[0], PLANS[2], PLANS[-1])
-    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
+    needs = [predicted_memory(TrainingInputs(cache, base, config, CPU, torch.bfloat16), plan) for plan in plans]
     assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
 
 
@@ -260,7 +261,7 @@ def test_another_kind_of_adapter_is_saved_read_and_applied_module_by_module(base
     for parameter in run.parameters.values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
     metadata = {"ss_base_model_version": base.family.base_model_version}
-    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "me.safetensors", torch.float32)
+    run.model.adapter.export(run.parameters, base, metadata).save(tmp_path / "me.safetensors", torch.float32)
     lora = LoraFile.read(tmp_path / "me.safetensors")
     assert (lora.kind, lora.family, lora.unknown_keys) == (method, family, ())
     assert bool(not_loaded_by("ComfyUI", lora)) == (not KEYS[family].loaded.comfyui)
@@ -270,10 +271,10 @@ def test_another_kind_of_adapter_is_saved_read_and_applied_module_by_module(base
     apply(lora, {"family": family, "denoiser": applied})
     changed = [name for name, value in applied.named_parameters() if not torch.equal(value, before[name])]
     assert len(changed) == len(lora.entries)
-    conditioning = run._conditioning(run.images, [image.caption for image in run.images])
+    conditioning = run.examples.conditioning(run.examples.images, [image.caption for image in run.examples.images])
     noisy, timesteps = torch.randn(2, base.latent_shape.channels, 8, 12), torch.tensor([300, 700])
     with torch.no_grad():
-        trained = base.family.predict(run.denoiser, noisy, timesteps, conditioning)
+        trained = base.family.predict(run.model.denoiser, noisy, timesteps, conditioning)
         found = base.family.predict(applied, noisy, timesteps, conditioning)
     torch.testing.assert_close(found, trained, rtol=1e-3, atol=1e-4)
 

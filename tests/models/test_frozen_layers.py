@@ -9,6 +9,7 @@ from core.config import TrainConfig
 from core.models import frozen_layers, load_base
 from core.models.frozen_layers import FrozenLayers
 from core.models.memory_plan import MemoryPlan
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image, started_run
@@ -172,11 +173,12 @@ def test_a_step_has_the_same_gradients_with_them(small_sd15, monkeypatch):
     torch.testing.assert_close(ours.accumulate(), plain.accumulate(), rtol=1e-5, atol=0)
     assert calls == {"_Winograd", "_Product"}
     assert _error(_gradient(ours), _gradient(plain)) < 1e-5
-    assert predicted_memory(cache, base, config, CPU, torch.float32, MemoryPlan()) > 0
-    while not ours.memory.plan.offload:  # whose kernels would stay beside weights that are brought in
-        ours.adopt(ours.plans[ours.plans.index(ours.memory.plan) + 1])
-        assert not ours.frozen_layers or ours.frozen_layers._forwards.keys() <= set(ours.denoiser.modules())
-    assert ours.frozen_layers and not ours.frozen_layers.keeps_kernels
+    assert predicted_memory(TrainingInputs(cache, base, config, CPU, torch.float32), MemoryPlan()) > 0
+    while not ours.model.memory.plan.offload:  # whose kernels would stay beside weights that are brought in
+        ours.model.adopt(ours.model.plans[ours.model.plans.index(ours.model.memory.plan) + 1])
+        layers = ours.model.fast_layers
+        assert isinstance(layers, FrozenLayers) and layers._forwards.keys() <= set(ours.model.denoiser.modules())
+    assert isinstance(ours.model.fast_layers, FrozenLayers) and not ours.model.fast_layers.keeps_kernels
 
 
 def _gradient(run: Run) -> torch.Tensor:

@@ -34,7 +34,8 @@ from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
 from core.training.drawing import Drawing
 from core.training.encode import LatentCache
-from core.training.loop import train_lora
+from core.training.inputs import TrainingInputs
+from core.training.loop import accumulate_within_memory, train_lora
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import METHODS
@@ -93,12 +94,12 @@ def measured_memory(base: Base, cache, config: TrainConfig, plan: MemoryPlan) ->
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_set("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    run = Run(cache, base, config, CPU, plan=plan)
+    run = Run(TrainingInputs.on(CPU, cache, base, config), plan=plan)
     for _ in range(2):
         run.train_step()
     taken = resident_set("VmHWM") - before
     own = {tensor.data_ptr() for tensor in base.components["denoiser"].tensors.values()}
-    return taken + sum(tensor.nbytes for tensor in run.memory.resident() if tensor.data_ptr() in own)
+    return taken + sum(tensor.nbytes for tensor in run.model.memory.resident() if tensor.data_ptr() in own)
 
 
 MEASURED = (*PLANS[:4], NARROW, OFFLOADED)
@@ -113,7 +114,7 @@ def needs(base: Base, cache, config: TrainConfig, what: str, plans: Iterable[Mem
     return [
         (
             f"{what}, {plan}",
-            predicted_memory(cache, base, config, CPU, torch.float32, plan),
+            predicted_memory(TrainingInputs(cache, base, config, CPU, torch.float32), plan),
             measured_memory(base, cache, config, plan),
         )
         for plan in plans
@@ -149,7 +150,9 @@ def needs_of_transformer(family: str, wide: dict[str, int]) -> Needs:
 )
 def test_the_prediction_is_within_5_percent_of_what_a_run_takes(needs_of, family, sizes, fresh_process):
     other = 50 * 2**20  # bytes that a process takes for other things, while it trains
-    for what, predicted, measured in fresh_process.submit(needs_of, family, sizes).result():
+    needs = fresh_process.submit(needs_of, family, sizes).result()
+    assert needs
+    for what, predicted, measured in needs:
         print(f"| {what} | {predicted / 2**30:.3f} | {measured / 2**30:.3f} | {predicted / measured - 1:+.1%} |")
         assert predicted == pytest.approx(measured, rel=0.05, abs=other), what
 
@@ -170,7 +173,7 @@ def test_what_lives_at_a_time_is_counted_and_what_is_gone_is_not():
 def test_each_plan_needs_less_than_the_one_before_with_weights_in_the_same_place(base, cache):
     large = replace(cache.images[0], mean=torch.zeros(4, 64, 64), deviation=torch.zeros(4, 64, 64))
     large = replace(cache, images=(large,))
-    needs = {plan: predicted_memory(large, base, CONFIG, CPU, torch.float32, plan) for plan in PLANS}
+    needs = {plan: predicted_memory(TrainingInputs(large, base, CONFIG, CPU, torch.float32), plan) for plan in PLANS}
     for weights, is_brought in (("full", False), ("8 bits", False), ("8 bits", True)):
         alike = [need for plan, need in needs.items() if (plan.weights, plan.offload > 0) == (weights, is_brought)]
         assert alike == sorted(alike, reverse=True) and len(set(alike)) == len(alike)
@@ -215,7 +218,7 @@ def test_the_first_plan_that_fits_is_taken(last, base, cache, monkeypatch):
     asked = predict_by_place(monkeypatch)
     warnings: list[str] = []
     config = replace(CONFIG, memory_limit=19.5 - last)
-    assert choose_plan(cache, base, config, CPU, torch.float32, warnings.append) == PLANS[last]
+    assert choose_plan(TrainingInputs(cache, base, config, CPU, torch.float32), warnings.append) == PLANS[last]
     assert asked == list(PLANS[: last + 1]) and len(warnings) == 1
 
 
@@ -223,16 +226,16 @@ def test_what_cannot_hold_the_weights_is_not_predicted(base, cache, monkeypatch)
     asked = predict_by_place(monkeypatch)
     weights = base.weight_bytes("denoiser", torch.float32)
     config = replace(CONFIG, memory_limit=0.9 * weights / 2**30)
-    choose_plan(cache, base, config, CPU, torch.float32, lambda _: None)
+    choose_plan(TrainingInputs(cache, base, config, CPU, torch.float32), lambda _: None)
     assert asked and all(plan.weights == "8 bits" for plan in asked)
 
 
 def test_after_a_lack_of_memory_nothing_is_given_back_to_it(base, cache, monkeypatch):
     """From everything recomputed it goes to 8 bits with everything recomputed, though others with 8 bits come before."""
-    run_out_of_memory(monkeypatch, lambda run: run.memory.plan.weights == "full")
-    run = Run(cache, base, CONFIG, CPU, plan=MemoryPlan(1.0))
-    run.accumulate_within_memory(lambda _: None)
-    assert run.memory.plan == NARROW
+    run_out_of_memory(monkeypatch, lambda run: run.model.memory.plan.weights == "full")
+    run = Run(TrainingInputs.on(CPU, cache, base, CONFIG), plan=MemoryPlan(1.0))
+    accumulate_within_memory(run, lambda _: None)
+    assert run.model.memory.plan == NARROW
 
 
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache, monkeypatch):
@@ -267,7 +270,7 @@ def test_what_was_trained_on_8_bits_stays_so_when_it_goes_on_with_more_memory(ba
 
 
 def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, cache, monkeypatch):
-    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.weights == "full")
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.model.memory.plan.weights == "full")
     saved: dict[int, LoraFile] = {}
     config = replace(CONFIG, save_every=2)
     callbacks = Callbacks(on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
@@ -282,12 +285,12 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     base = base if kind == "sd15" else small_flow_base(kind)
     cache = cache_of(base, side=8)
     config = replace(CONFIG, sample_steps=1, sample_guidance=1.0)
-    run = Run(cache, base, config, CPU, plan=PLANS[-1])
-    assert any(parameter.dtype == torch.int8 for parameter in run.denoiser.parameters())
+    run = Run(TrainingInputs.on(CPU, cache, base, config), plan=PLANS[-1])
+    assert any(parameter.dtype == torch.int8 for parameter in run.model.denoiser.parameters())
     run.train_step()
     side = 8 * base.latent_shape.pixels
     sampler = build_draw_shots(
-        base, config, {text: (given, given) for text, given in run.text.items()}, CPU, (side, side)
+        base, config, {text: (given, given) for text, given in run.examples.text.items()}, CPU, (side, side)
     )
     (picture,) = Drawing(run).draw(sampler, [("a photo of sks person", 1)], pytest.fail)
     assert picture.size == (side, side)
@@ -298,9 +301,9 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
 )
 def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monkeypatch):
     monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
-    run = Run(cache, base, replace(CONFIG, method=method), CPU)
-    full = [weakref.ref(p) for p in run.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
-    run.adopt(NARROW)
+    run = Run(TrainingInputs.on(CPU, cache, base, replace(CONFIG, method=method)))
+    full = [weakref.ref(p) for p in run.model.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
+    run.model.adopt(NARROW)
     run.train_step()
     gc.collect()
     assert full and all(weight() is None for weight in full)
@@ -309,7 +312,9 @@ def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monk
 @pytest.mark.slow
 def test_trained_text_encoders_are_in_the_prediction(base, cache):
     without, trained = (
-        predicted_memory(cache, base, replace(CONFIG, text_encoder_lr=rate), CPU, torch.float32, PLANS[0])
+        predicted_memory(
+            TrainingInputs(cache, base, replace(CONFIG, text_encoder_lr=rate), CPU, torch.float32), PLANS[0]
+        )
         for rate in (0.0, 1e-5)
     )
     encoders = sum(tensor.nbytes for tensor in base.components["text_encoder"].tensors.values())
@@ -334,18 +339,18 @@ class Full(torch.OutOfMemoryError):
 
 
 def run_out_of_memory(monkeypatch, when) -> None:
-    """Has the denoiser's pass of a run fail as a GPU's allocator does, when `when(run)` says so."""
-    predict = Run._predict
+    """Has a pass of a run fail as a GPU's allocator does, when `when(run)` says so."""
+    loss_of = Run.loss_of
 
-    def fail_or_predict(run, *arguments):
-        return out_of_memory() if when(run) else predict(run, *arguments)
+    def fail_or_compute(run, *arguments):
+        return out_of_memory() if when(run) else loss_of(run, *arguments)
 
-    monkeypatch.setattr(Run, "_predict", fail_or_predict)
+    monkeypatch.setattr(Run, "loss_of", fail_or_compute)
 
 
 def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base, cache, monkeypatch):
     plain = train_lora(cache, base, CONFIG, device=CPU)
-    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.recompute < 1)
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.model.memory.plan.recompute < 1)
     warnings: list[str] = []
     steps: list[int] = []
     callbacks = Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step))
@@ -361,7 +366,7 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
 def test_a_plan_that_runs_out_of_memory_when_it_is_adopted_is_followed_by_the_next(base, cache, monkeypatch):
     adopt = MemorySaver.adopt
     monkeypatch.setattr(MemorySaver, "adopt", lambda m, p: out_of_memory() if p == PLANS[1] else adopt(m, p))
-    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan == PLANS[0])
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.model.memory.plan == PLANS[0])
     warnings: list[str] = []
     lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     assert lora.metadata["ss_steps"] == "4"
@@ -390,26 +395,26 @@ def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
 
 @pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(1.0, "8 bits", 0.75)], ids=str)
 def test_samples_that_do_not_fit_are_drawn_with_blocks_brought_in_and_training_keeps_its_plan(base, cache, plan):
-    run = Run(cache, base, CONFIG, CPU, plan=plan)
+    run = Run(TrainingInputs.on(CPU, cache, base, CONFIG), plan=plan)
     warnings: list[str] = []
     drawn_with: list[MemoryPlan] = []
 
     def sampler(*_):
-        drawn_with.append(run.memory.plan)
-        return out_of_memory() if run.memory.plan.offload < 1 else [Image.new("RGB", (8, 8))]
+        drawn_with.append(run.model.memory.plan)
+        return out_of_memory() if run.model.memory.plan.offload < 1 else [Image.new("RGB", (8, 8))]
 
     drawing = Drawing(run)
     assert len(drawing.draw(sampler, [("a photo", 1)], warnings.append)) == 1
     assert drawn_with == [replace(plan, offload=share) for share in (plan.offload, 0.5, 1.0) if share >= plan.offload]
     said = "out of memory: a sample does not fit"
     assert [warning.split(".")[0] for warning in warnings] == [said] * (len(drawn_with) - 1)
-    assert run.memory.plan == plan
+    assert run.model.memory.plan == plan
     drawn_with.clear()
     drawing.draw(sampler, [("a photo", 1)], warnings.append)
-    assert drawn_with == [replace(plan, offload=1.0)] and run.memory.plan == plan
+    assert drawn_with == [replace(plan, offload=1.0)] and run.model.memory.plan == plan
     with pytest.raises(OutOfMemory, match=r"a sample does not fit .* sample_every 0"):
         drawing.draw(lambda *_: out_of_memory(), [("a photo", 1)], warnings.append)
-    assert run.memory.plan == plan
+    assert run.model.memory.plan == plan
 
 
 def test_what_does_not_fit_together_is_computed_in_parts():
@@ -605,10 +610,10 @@ def test_weights_that_come_block_by_block_train_the_same(family, base, cache):
     if family != "sd15":
         base, cache = small_flow(family)
     quarter = replace(OFFLOADED, offload=0.25)
-    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), quarter))
+    plain, offloaded = (Run(TrainingInputs.on(CPU, cache, base, CONFIG), plan=plan) for plan in (MemoryPlan(), quarter))
     for step in range(4):
         if step == 2:
-            offloaded.memory.adopt(OFFLOADED)
+            offloaded.model.memory.adopt(OFFLOADED)
         plain.train_step()
         offloaded.train_step()
     assert_trained_alike(offloaded.parameters, plain.parameters)
@@ -619,7 +624,7 @@ SELECTIVE = (MemoryPlan(selective=True), MemoryPlan(0.5, offload=1.0, selective=
 
 def gradients_and_work(base: Base, cache: LatentCache, config: TrainConfig, plan: MemoryPlan) -> tuple[list[Any], int]:
     """The gradients of the second step, and the operations of its products and attention."""
-    run = Run(cache, base, config, CPU, plan=plan)
+    run = Run(TrainingInputs.on(CPU, cache, base, config), plan=plan)
     run.train_step()
     run.optimizer.zero_grad()
     work = count_flops(run.accumulate)
@@ -675,13 +680,15 @@ def test_wide_convolutions_are_recomputed_selectively_from_the_first_step_on():
     """A CPU transforms their kernels in the first pass, and keeps them: a recomputation would not repeat that."""
     base, config = random_base("sd15", 128, CPU, torch.float32), replace(CONFIG, resolution=256)
     cache = random_cache(base, config)
-    plain, selective = (Run(cache, base, config, CPU, plan=plan) for plan in (MemoryPlan(), SELECTIVE[0]))
+    plain, selective = (
+        Run(TrainingInputs.on(CPU, cache, base, config), plan=plan) for plan in (MemoryPlan(), SELECTIVE[0])
+    )
     for run in (plain, selective):
         run.accumulate()
     for name, parameter in plain.parameters.items():
         torch.testing.assert_close(selective.parameters[name].grad, parameter.grad, rtol=1e-3, atol=1e-7)
-    need = predicted_memory(cache, base, config, CPU, torch.float32, SELECTIVE[0])
-    assert need < predicted_memory(cache, base, config, CPU, torch.float32, MemoryPlan())
+    need = predicted_memory(TrainingInputs(cache, base, config, CPU, torch.float32), SELECTIVE[0])
+    assert need < predicted_memory(TrainingInputs(cache, base, config, CPU, torch.float32), MemoryPlan())
 
 
 def test_compiled_blocks_are_not_recomputed_selectively(base, monkeypatch):
@@ -703,19 +710,19 @@ def test_compiled_blocks_are_not_recomputed_selectively(base, monkeypatch):
 
 
 def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):
-    run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
-    before = {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()}
+    run = Run(TrainingInputs.on(CPU, cache, base, CONFIG), plan=OFFLOADED)
+    before = {name: parameter.data_ptr() for name, parameter in run.model.denoiser.named_parameters()}
     run.train_step()
-    assert {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()} == before
+    assert {name: parameter.data_ptr() for name, parameter in run.model.denoiser.named_parameters()} == before
 
 
 def test_recomputing_without_dropout_asks_for_no_state_of_random_numbers(base, cache, monkeypatch):
     def refuse() -> None:
         raise AssertionError
 
-    run = Run(cache, base, CONFIG, CPU, plan=MemoryPlan(1.0))
+    run = Run(TrainingInputs.on(CPU, cache, base, CONFIG), plan=MemoryPlan(1.0))
     monkeypatch.setattr(torch, "get_rng_state", refuse)
-    run.accumulate()
+    assert run.accumulate() is not None
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
@@ -749,4 +756,4 @@ def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
 def test_small_and_trained_layers_stay_as_they_are():
     network = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(300, 300))
     narrow_weights(network, CPU)
-    assert all(type(layer) is nn.Linear for layer in network)
+    assert [type(layer) for layer in network] == [nn.Linear, nn.Linear]

@@ -17,10 +17,12 @@ from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate
 from core.storage.stored import narrow_in
+from core.training.adapted_model import memory_plans
+from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY
-from core.training.step import Run, memory_plans
+from core.training.step import Run
 from tests.models.quantised_weights import FORMS, MATRICES, narrow_and_wide_base
 from tests.tooling import SMALL_FLOWS, cache_of, mostly_slow, nothing_fits, random_lora
 
@@ -31,7 +33,7 @@ CONFIG = TrainConfig(rank=4, learning_rate=1e-3, steps=2, precision="bf16", prio
 def step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """The loss of the next step, the adapter's gradients, and the most bytes that were in use beside what was there."""
     with MemoryCount(CPU) as count:
-        for tensor in run.denoiser.parameters():
+        for tensor in run.model.denoiser.parameters():
             count.leave_out(tensor)
         loss = run.accumulate()
     gradients = {name: parameter.grad for name, parameter in run.parameters.items() if parameter.grad is not None}
@@ -42,7 +44,7 @@ def step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
 def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLANS[0], family: str = "flux1") -> None:
     narrow, wide = narrow_and_wide_base(form, family)
     cache = cache_of(wide, 2)
-    runs = [Run(cache, base, config, CPU, plan=plan) for base in (narrow, wide)]
+    runs = [Run(TrainingInputs.on(CPU, cache, base, config), plan=plan) for base in (narrow, wide)]
     for run in runs:
         for name, parameter in run.parameters.items():
             if name.endswith(".up"):  # zeros, behind which the others have no gradient
@@ -50,7 +52,7 @@ def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLA
     (loss, gradients, peak), (wide_loss, wide_gradients, wide_peak) = map(step, runs)
     assert torch.equal(loss, wide_loss) and loss.isfinite() and gradients.keys() == wide_gradients.keys()
     assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
-    layers = [layer for layer in runs[0].denoiser.modules() if isinstance(layer, NarrowLinear)]
+    layers = [layer for layer in runs[0].model.denoiser.modules() if isinstance(layer, NarrowLinear)]
     widths = sorted(layer.in_features * layer.out_features * 4 for layer in layers)
     tensors = wide.components["denoiser"].tensors
     assert len(layers) == sum(
@@ -90,7 +92,9 @@ def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch)
     saved = wide.weight_bytes("denoiser", torch.bfloat16) - narrow.weight_bytes(
         "denoiser", torch.bfloat16, as_stored=True
     )
-    needs = [predicted_memory(cache, base, CONFIG, CPU, torch.bfloat16, plans[0]) for base in (narrow, wide)]
+    needs = [
+        predicted_memory(TrainingInputs(cache, base, CONFIG, CPU, torch.bfloat16), plans[0]) for base in (narrow, wide)
+    ]
     largest = max(tensor.nbytes for tensor in wide.components["denoiser"].tensors.values())
     assert needs[0] <= needs[1] - saved + 2 * largest < needs[1]
     nothing_fits(monkeypatch)
@@ -118,11 +122,11 @@ def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
     narrow = replace(wide, components={**wide.components, "denoiser": replace(denoiser, tensors=fp8)})
     cache = cache_of(wide)
     config = replace(CONFIG, method="dreambooth", precision="fp32", prior_prediction=0)
-    run = Run(cache, narrow, config, CPU)
+    run = Run(TrainingInputs.on(CPU, cache, narrow, config))
     assert run.accumulate().isfinite() and memory_plans(config, narrow) == memory_plans(config, wide)
-    assert not any(isinstance(layer, NarrowLayer) for layer in run.denoiser.modules())
-    lora = Run(cache, narrow, CONFIG, CPU)
-    kinds = {type(layer) for layer in lora.denoiser.modules() if isinstance(layer, NarrowLayer)}
+    assert not any(isinstance(layer, NarrowLayer) for layer in run.model.denoiser.modules())
+    lora = Run(TrainingInputs.on(CPU, cache, narrow, CONFIG))
+    kinds = {type(layer) for layer in lora.model.denoiser.modules() if isinstance(layer, NarrowLayer)}
     assert kinds == {NarrowLinear, NarrowConv2d} and lora.accumulate().isfinite()
 
 

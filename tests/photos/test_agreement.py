@@ -38,6 +38,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["agreed = true", "agreed = 'Yes'", "class_word = 'woman'"])
-def test_agreement_and_a_file_without_a_word_on_it_are_no_refusal(tmp_path, text):
+def test_a_person_toml_without_a_refusal_is_accepted(tmp_path, text):
     (tmp_path / "person.toml").write_text(text)
     check_agreed(tmp_path)

@@ -67,7 +67,9 @@ def test_a_small_face_gives_a_chest_up_part_and_no_crop_below_the_resolution():
 
 def test_other_people_are_cut_off_at_the_cheapest_side():
     others = [face_at(200, 500, 300, 400), face_at(1500, 400, 300, 400)]
-    for region in regions_of(blank((2000, 1500)), face_at(800, 400, 320, 420), others, crop=True):
+    regions = regions_of(blank((2000, 1500)), face_at(800, 400, 320, 420), others, crop=True)
+    assert regions
+    for region in regions:
         left, _, right, _ = region.box
         assert left >= 500 and right <= 1500 and left < 800 and right > 1120
 
@@ -117,7 +119,9 @@ def test_regions_are_inside_the_photo_and_never_enlarged(width, height, place, s
     side = share * min(width, height)
     face = face_at(place[0] * (width - side), place[1] * (height - side), side, side)
     photo = dataclasses.replace(blank((1, 1)), size=(width, height))  # no pixels are looked at
-    for region in regions_of(photo, face, crop=crop, resolution=resolution):
+    regions = regions_of(photo, face, crop=crop, resolution=resolution)
+    assert regions
+    for region in regions:
         left, top, right, bottom = region.box
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
         # A part has the resolution's pixels, unless a side of the photo is too short for that.

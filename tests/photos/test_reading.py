@@ -97,7 +97,7 @@ def test_transparency_shows_white_and_becomes_the_mask(tmp_path):
     assert (mask.mode, mask.size, mask.getpixel((5, 5)), mask.getpixel((40, 5))) == ("L", (64, 48), 255, 0)
 
 
-def test_an_opaque_alpha_channel_is_no_mask(tmp_path):
+def test_an_opaque_alpha_channel_is_not_used_as_a_mask(tmp_path):
     picture().convert("RGBA").save(tmp_path / "a.png")
     assert only_photo(tmp_path).mask() is None
 
@@ -112,24 +112,25 @@ def test_a_mask_file_beside_the_photo_wins_and_leaves_the_identity(tmp_path):
     assert photo.digest == without.digest
 
 
-def test_a_mask_of_another_size_is_refused(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_photo_is_refused_with_its_mask(tmp_path, damaged):
     picture().save(tmp_path / "a.png")
-    Image.new("L", (20, 20)).save(tmp_path / "a-masklabel.png")
-    with pytest.raises(BadPhoto, match=r"a-masklabel\.png: the mask has 20x20 pixels, but its photo 64x48"):
-        read_photos(tmp_path, strict=True)
-
-
-def test_a_photo_whose_mask_cannot_be_read_is_named_with_it(tmp_path):
-    picture().save(tmp_path / "a.png")
-    (tmp_path / "a-masklabel.png").write_bytes(b"no picture")
-    with pytest.raises(BadPhoto, match=r"^a\.png: the mask a-masklabel\.png: "):
+    mask = tmp_path / "a-masklabel.png"
+    Image.new("L", (20, 20)).save(mask)
+    words = r"^a-masklabel\.png: the mask has 20x20 pixels, but its photo 64x48"
+    if damaged:
+        mask.write_bytes(b"no picture")
+        words = r"^a\.png: the mask a-masklabel\.png: "
+    with pytest.raises(BadPhoto, match=words):
         read_photos(tmp_path, strict=True)
 
 
 def test_the_first_frame_of_an_animation_is_the_photo(tmp_path):
     for name in ("a.gif", "b.webp", "c.png"):
         picture().save(tmp_path / name, save_all=True, append_images=[picture(left=GREEN, right=RED)], duration=50)
-    for photo in read_photos(tmp_path, strict=True):
+    photos = read_photos(tmp_path, strict=True)
+    assert len(photos) == 3
+    for photo in photos:
         assert close(photo.image().getpixel((5, 20)), RED, within=12), photo.name
 
 
@@ -141,15 +142,21 @@ def test_colours_of_a_profile_are_converted_to_srgb(tmp_path):
     assert close(only_photo(tmp_path).image().getpixel((2, 2)), (119, 119, 119), within=2)
 
 
-def test_a_broken_colour_profile_is_ignored(tmp_path):
-    picture().save(tmp_path / "a.png", icc_profile=b"not a profile")
-    assert only_photo(tmp_path).image().getpixel((5, 5)) == RED
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_broken_exif_data_are_ignored(tmp_path, suffix):
-    picture().save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0no header")
-    assert only_photo(tmp_path).image().size == (64, 48)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"icc_profile": b"not a profile"},
+        {"exif": b"Exif\0\0no header"},
+        {"exif": b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06"},
+    ],
+    ids=["profile", "EXIF", "tags"],
+)
+def test_broken_data_beside_the_pixels_are_ignored_in_silence(tmp_path, suffix, broken, recwarn):
+    picture().save(tmp_path / f"a.{suffix}", **broken)
+    photo = only_photo(tmp_path)
+    assert photo.image().size == (64, 48) and photo.mask() is None
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_photo_whose_caption_cannot_be_read_is_named_with_it(tmp_path):
@@ -199,18 +206,15 @@ def test_kohya_folders_give_repeats_and_other_folders_are_mentioned(tmp_path):
     assert len(said) == 1 and "'old'" in said[0]
 
 
-def test_order_does_not_depend_on_when_files_were_written(tmp_path):
+def test_photos_are_sorted_by_name_and_told_apart_by_the_sha256_of_their_files(tmp_path):
     for name in ("c.png", "a.png", "b.png"):
-        picture().save(tmp_path / name)
-    assert [photo.name for photo in read_photos(tmp_path)] == ["a.png", "b.png", "c.png"]
-
-
-def test_the_digest_is_the_sha256_of_the_file_whatever_its_name(tmp_path):
-    picture().save(tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(data)
-    digests = [photo.digest for photo in read_photos(tmp_path)]
-    assert digests == [hashlib.sha256(data).hexdigest()] * 2
+        picture(left=GREEN if name == "c.png" else RED).save(tmp_path / name)
+    photos = read_photos(tmp_path)
+    assert [photo.name for photo in photos] == ["a.png", "b.png", "c.png"]
+    assert [photo.digest for photo in photos] == [
+        hashlib.sha256((tmp_path / photo.name).read_bytes()).hexdigest() for photo in photos
+    ]
+    assert photos[0].digest == photos[1].digest != photos[2].digest
 
 
 def test_an_unreadable_photo_among_good_ones_is_named_and_left_out(tmp_path):
@@ -227,7 +231,7 @@ def test_an_unreadable_photo_among_good_ones_is_named_and_left_out(tmp_path):
         read_photos(tmp_path, strict=True)
 
 
-def test_a_folder_that_holds_no_photos_is_refused_in_one_line(tmp_path):
+def test_a_folder_without_photos_is_refused_in_one_line(tmp_path):
     file = tmp_path / "a.png"
     with pytest.raises(BadPhoto, match="does not exist"):
         read_photos(tmp_path / "missing")
@@ -265,25 +269,21 @@ def test_a_sub_folder_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
     assert reading.count_photos(tmp_path) == 1
 
 
-def test_a_link_to_a_photo_that_is_gone_is_named_and_left_out(tmp_path):
+def test_a_pipe_device_or_dangling_link_is_named_and_never_read(tmp_path):
     picture().save(tmp_path / "good.png")
-    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    said = []
-    assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
-    assert said == ["left out: gone.jpg: cannot be read: No such file or directory"]
-
-
-def test_what_is_no_regular_file_is_named_and_never_read(tmp_path):
-    picture().save(tmp_path / "good.png")
-    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "waits.jpg").symlink_to(tmp_path / "pipe")
+    for name, target in (("endless", "/dev/zero"), ("gone", tmp_path / "nowhere.jpg"), ("waits", tmp_path / "pipe")):
+        (tmp_path / f"{name}.jpg").symlink_to(target)
     said: list[str] = []
     assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
-    wanted = ["left out: endless.jpg: is not a regular file", "left out: waits.jpg: is not a regular file"]
+    wanted = [
+        "left out: endless.jpg: is not a regular file",
+        "left out: gone.jpg: cannot be read: No such file or directory",
+        "left out: waits.jpg: is not a regular file",
+    ]
     assert said == wanted
     assert read_photo_files([tmp_path / "endless.jpg", tmp_path / "pipe"], on_warning=said.append) == []
-    assert said[2:] == [wanted[0], "left out: pipe: is not a regular file"]
+    assert said[3:] == [wanted[0], "left out: pipe: is not a regular file"]
 
 
 def test_a_program_for_printers_in_a_photos_name_is_not_run(tmp_path):
@@ -342,38 +342,43 @@ def test_a_heic_photo_renamed_to_jpg_is_read_whatever_was_read_before(tmp_path, 
     assert only_photo(tmp_path).size == (64, 48)
 
 
-def test_a_photo_deleted_after_reading_says_so(tmp_path):
-    picture().save(tmp_path / "a.png")
+def test_a_photo_or_mask_that_is_gone_or_another_by_now_is_refused(tmp_path):
+    """What is made of a photo is kept under the digest that it had."""
+    file, mask = tmp_path / "a.png", tmp_path / "a-masklabel.png"
+    picture().convert("RGBA").save(file)
     photo = only_photo(tmp_path)
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(BadPhoto, match=r"a\.png: cannot be read: No such file or directory"):
-        photo.image()
-
-
-def test_a_photo_that_is_another_picture_by_now_is_refused(tmp_path):
-    """What is made of it is kept under the digest that it had."""
-    picture().convert("RGBA").save(tmp_path / "a.png")
-    photo = only_photo(tmp_path)
-    picture(left=GREEN).convert("RGBA").save(tmp_path / "a.png")
+    picture(left=GREEN).convert("RGBA").save(file)
     for use in (photo.image, photo.mask):
         with pytest.raises(BadPhoto, match=r"a\.png: the file has changed since it was first read; start again"):
             use()
-
-
-def test_a_mask_deleted_after_reading_says_so(tmp_path):
-    picture().save(tmp_path / "a.png")
-    mask = tmp_path / "a-masklabel.png"
     Image.new("L", (64, 48)).save(mask)
-    photo = only_photo(tmp_path)
+    masked = only_photo(tmp_path)
     mask.unlink()
-    for use in (lambda: photo.fingerprint, photo.mask):
+    file.unlink()
+    with pytest.raises(BadPhoto, match=r"a\.png: cannot be read: No such file or directory"):
+        photo.image()
+    for use in (lambda: masked.fingerprint, masked.mask):
         with pytest.raises(BadPhoto, match=r"a-masklabel\.png: cannot be read: No such file or directory"):
             use()
 
 
-def test_a_name_cannot_write_to_the_terminal(tmp_path):
-    picture().save(tmp_path / "a\x1b[2J\nb\u202e c\u202fd.png")
-    assert only_photo(tmp_path).name == "a\ufffd[2J\ufffdb\ufffd c\u202fd.png"
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a\x1b[2J\nb\u202e c\u202fd.png".encode(), "a\ufffd[2J\ufffdb\ufffd c\u202fd.png"),
+        (b"a" * 251 + b".png", "a" * 251 + ".png"),
+        pytest.param(
+            b"J\xfcrgen.png", "J\ufffdrgen.png",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names"),
+        ),
+    ],
+    ids=["one that writes to the terminal", "the longest", "not UTF-8"],
+)  # fmt: skip
+def test_any_name_can_be_shown_without_its_path(tmp_path, name, shown):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    photo = only_photo(tmp_path)
+    assert photo.name == shown and str(tmp_path) not in repr(photo)
 
 
 def test_a_reduced_decode_keeps_both_sides_large_enough(tmp_path):
@@ -394,18 +399,6 @@ def test_a_photo_from_memory_is_the_same_kind_of_value():
         Photo.from_image(Image.new("F", (8, 8)), "f")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_name_that_is_not_utf_8_can_be_shown(tmp_path):
-    picture().save(tmp_path / "a.png")
-    (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/J\xfcrgen.png"))
-    assert only_photo(tmp_path).name == "J\N{REPLACEMENT CHARACTER}rgen.png"
-
-
-def test_a_photo_does_not_show_its_path(tmp_path):
-    picture().save(tmp_path / "a.png")
-    assert str(tmp_path) not in repr(only_photo(tmp_path))
-
-
 KINDS = ["jpeg", "png", "webp", "gif", "tiff", "bmp", *(["avif"] if features.check("avif") else [])]
 
 
@@ -417,15 +410,6 @@ def sample_files():
         picture().save(data, kind)
         files[kind] = data.getvalue()
     return files
-
-
-def test_what_pillow_says_of_damaged_tags_is_not_the_users_affair(tmp_path, recwarn):
-    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06"
-    picture().save(tmp_path / "a.jpg", exif=exif)
-    (photo,) = read_photo_files([tmp_path / "a.jpg"], strict=True)
-    photo.image()
-    photo.mask()
-    assert [str(warning.message) for warning in recwarn] == []
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -454,33 +438,18 @@ def test_pictures_that_differ_in_their_palette_alone_are_two_photos():
     assert [photo.image().getpixel((0, 0)) for photo in (first, second)] == [(10,) * 3, (200,) * 3]
 
 
-def test_a_photo_may_have_the_longest_name(tmp_path):
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    (tmp_path / "a.png").rename(tmp_path / ("a" * 251 + ".png"))
-    assert len(read_photos(tmp_path)) == 1
-
-
-def test_a_folder_with_too_many_repeats_is_left_out_with_a_warning(tmp_path):
-    for name in ("a", "1000_me", "2019_Italy", f"{'1' * 180}_me"):
+def test_a_folder_with_too_many_repeats_or_of_headshots_is_left_out_with_a_warning(tmp_path):
+    for name in ("a", "1000_me", "1000_me-headshots", "2019_Italy", f"{'1' * 180}_me"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / name / "1.png")
     warnings: list[str] = []
     (photo,) = read_photos(tmp_path, on_warning=warnings.append)
     assert photo.repeats == 1000
+    assert warnings.pop(0).startswith("folder '1000_me-headshots' with 1 photo left out: ")
     assert len(warnings) == 3 and all("(10 repeats, at most 1,000)" in warning for warning in warnings)
 
 
-def test_headshots_beside_the_photos_they_were_made_from_are_no_photos(tmp_path):
-    for name in ("10_me", "10_me-headshots"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (64, 64)).save(tmp_path / name / "1.png")
-    warnings: list[str] = []
-    (photo,) = read_photos(tmp_path, on_warning=warnings.append)
-    assert photo.repeats == 10
-    assert warnings[0].startswith("folder '10_me-headshots' with 1 photo left out: ")
-
-
-def test_pictures_that_this_program_has_drawn_are_no_photos_wherever_they_are(tmp_path, capsys):
+def test_pictures_drawn_by_this_program_are_left_out_of_the_photos_in_any_folder(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", count=5)
     command = ["generate", "--base", "demo", "--prompt", "a photo", "--steps", "1", "--size", "64x64", "--count", "1"]
     assert main([*command, "--output", str(photos / "10_x")]) == 0
@@ -496,7 +465,7 @@ def test_pictures_that_this_program_has_drawn_are_no_photos_wherever_they_are(tm
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_of_marked_pictures_only_those_that_this_program_has_drawn_are_no_photos(format, tmp_path, monkeypatch):
+def test_only_marked_pictures_of_this_program_are_left_out_of_the_photos(format, tmp_path, monkeypatch):
     """People also train on pictures of other programs, and phones mark photos that they have retouched."""
     photos = write_photos(tmp_path / "photos")
     image, path = Image.open(photos / "0.png"), photos / f"drawn.{format.lower()}"
@@ -509,18 +478,14 @@ def test_of_marked_pictures_only_those_that_this_program_has_drawn_are_no_photos
     assert len(read_photos(photos)) == 5
 
 
-def test_a_picture_of_a1111_without_its_models_hash_is_a_photo(tmp_path):
-    photos, info = write_photos(tmp_path / "photos"), PngInfo()
-    info.add_text("parameters", "a man\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x80, Model: sd15")
-    Image.open(photos / "0.png").save(photos / "theirs.png", pnginfo=info)
-    assert len(read_photos(photos)) == 5
-
-
 @pytest.mark.parametrize(
     "text",
-    ["Steps: 1, Seed: 1, Size: 64x64, Model hash: abc, Model: a, Version: v1.10", "Size: 64x64", "my parameters"],
-)
-def test_a_picture_with_another_programs_parameters_is_read(tmp_path, text):
+    [
+        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x80, Model: sd15",
+        "Steps: 1, Seed: 1, Size: 64x64, Model hash: abc, Model: a, Version: v1.10", "Size: 64x64", "my parameters",
+    ],
+)  # fmt: skip
+def test_a_picture_with_another_programs_parameters_is_a_photo(tmp_path, text):
     info = PngInfo()
     info.add_text("parameters", f"a photo\n{text}")
     Image.new("RGB", (64, 64)).save(tmp_path / "1.png", pnginfo=info)
@@ -569,7 +534,7 @@ def test_in_strips_a_picture_is_what_it_is_as_a_whole(tmp_path, monkeypatch, mod
     assert (again and again.tobytes()) == (mask and mask.tobytes())
 
 
-def test_a_very_large_photo_comes_at_half_its_size_and_its_parts_are_found_in_it(tmp_path, monkeypatch):
+def test_a_very_large_photo_is_decoded_at_half_size_and_boxes_are_scaled(tmp_path, monkeypatch):
     sample("RGBA").resize((640, 480)).save(tmp_path / "a.png")
     picture((640, 480)).save(tmp_path / "b.jpg")
     small = [photo.image() for photo in read_photos(tmp_path)]

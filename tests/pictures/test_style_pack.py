@@ -120,6 +120,7 @@ def test_shipped_prompts_speak_of_no_gender_age_or_beauty(pack: StylePack):
         r"|beautiful|handsome|pretty|attractive|sexy|slim|thin|fat|ugly|deformed|flawless|perfect|smooth skin|pale skin"
         r"|fair|wrinkles|makeup|beard|hair|glasses)\b"
     )
+    assert pack.styles
     allowed = r"old (university|stone|plaster|brick)|of old buildings|serious and fair|with old buildings"
     for style in pack.styles:
         assert style.tags is not None and style.sentences is not None
@@ -131,6 +132,7 @@ def test_shipped_prompts_speak_of_no_gender_age_or_beauty(pack: StylePack):
 
 @shipped_packs
 def test_every_shipped_style_asks_for_real_skin_and_varies_the_expression(pack: StylePack):
+    assert pack.styles
     for style in pack.styles:
         assert style.tags is not None and style.sentences is not None
         assert re.search(r"skin texture|visible pores|sharp eyes", style.tags.prompt), style.name

@@ -27,11 +27,16 @@ def test_pipes_devices_folders_and_large_files_are_not_read(tmp_path):
     for name, why in refused.items():
         with pytest.raises(BadFile, match=f"^{name}: {why}$"):
             read_bytes(tmp_path / name, 2**20, name=name)
+    with pytest.raises(BadFile, match=r"pipe: is not a regular file"):
+        read_json(tmp_path / "pipe")  # as the settings of diffusers' folders are
+    (tmp_path / "large.json").write_bytes(b"[]" + b" " * 2**26)
+    with pytest.raises(BadFile, match=r"large\.json: the file is larger than 64 MiB"):
+        read_json(tmp_path / "large.json")
     for limit in (2**20, 2**60):  # of which no machine has so much memory
         assert len(read_bytes(tmp_path / "good", limit)) == 2**20
 
 
-def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
+def test_a_file_in_a_private_folder_is_private(tmp_path):
     before = os.umask(0o022)
     try:
         modes = {}
@@ -43,15 +48,6 @@ def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
     finally:
         os.umask(before)
     assert modes == {0o700: 0o600, 0o755: 0o644, 0o711: 0o644}
-
-
-def test_nor_are_they_as_json(tmp_path):
-    """The settings of peft's files and of diffusers' folders come with them."""
-    os.mkfifo(tmp_path / "pipe.json")
-    (tmp_path / "large.json").write_bytes(b"[]" + b" " * 2**26)
-    for name, why in (("pipe.json", "is not a regular file"), ("large.json", "the file is larger than 64 MiB")):
-        with pytest.raises(BadFile, match=f"{name}: {why}"):
-            read_json(tmp_path / name)
 
 
 def test_leftovers_are_deleted_by_the_whole_name_alone(tmp_path):
@@ -69,8 +65,14 @@ def test_a_folder_whose_names_may_not_be_read_has_no_leftovers(tmp_path, monkeyp
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    leftover = tmp_path / ".face.png.01234567.tmp"
+    leftover.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        remove_leftovers(tmp_path, r"face\.png")
+    assert leftover.exists()
     remove_leftovers(tmp_path, r"face\.png")
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("value", ["", "relative"])
@@ -81,7 +83,7 @@ def test_only_an_absolute_path_names_the_folder_of_caches(monkeypatch, tmp_path,
     assert cache_folder() == tmp_path / ".cache" / "facelora"
 
 
-def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monkeypatch):
+def test_an_error_without_a_system_message_is_reported_by_its_own_text(tmp_path, monkeypatch):
     def refuse(path):
         raise OSError("the share is gone")
 
@@ -90,6 +92,6 @@ def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monke
         check_writable(tmp_path / "face.safetensors")
 
 
-def test_a_text_with_what_is_no_unicode_is_written(tmp_path):
+def test_a_text_with_invalid_unicode_is_written(tmp_path):
     write_text(tmp_path / "page.html", "b\udcffd")
     assert (tmp_path / "page.html").read_text() == "b?d"

@@ -80,7 +80,7 @@ def test_what_a_killed_process_leaves_locks_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_the_file_system_has_no_locks_there_is_none(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
     def refuse(lock):
         raise OSError(95, "Operation not supported")
 

@@ -71,6 +71,7 @@ def test_single_numbers_are_read_as_torch_reads_them(code, tmp_path):
     tensors = {str(number): value for number, value in enumerate(values.view(DTYPES[code]).unbind())}
     save_safetensors(tmp_path / "a", {name: tensor.reshape(()) for name, tensor in tensors.items()})
     found = Header.open(tmp_path / "a").numbers(tensors)
+    assert found.keys() == tensors.keys() != set()
     for name, tensor in tensors.items():
         expected = float(tensor.float() if tensor.is_floating_point() and tensor.itemsize < 8 else tensor)
         assert found[name] == expected or (math.isnan(found[name]) and math.isnan(expected))
@@ -171,7 +172,7 @@ def test_a_file_larger_than_memory_is_read_where_it_is_asked(tmp_path):
         (raw({"a": entry()}, bytes(9)), "1 bytes after the last tensor"),
     ],
 )
-def test_a_file_that_is_not_what_it_says_is_refused_with_the_reason(content, message, tmp_path):
+def test_a_damaged_or_foreign_file_is_refused_with_the_reason(content, message, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(BadFile) as caught:
@@ -322,7 +323,7 @@ def test_a_missing_folder_is_named(tmp_path):
         save_safetensors(tmp_path / "none" / "a", {"x": torch.ones(4)})
 
 
-def test_metadata_that_are_no_texts_are_refused_and_the_file_before_stays(tmp_path):
+def test_metadata_with_other_values_than_texts_are_refused_and_the_old_file_stays(tmp_path):
     file = tmp_path / "a.safetensors"
     save_safetensors(file, {"x": torch.ones(4)}, {"epoch": "2"})
     with pytest.raises(BadFile, match=r"metadata: 'epoch' = 3: a safetensors file holds only texts"):

@@ -35,6 +35,7 @@ from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
+from core.training.inputs import TrainingInputs
 from core.training.methods import METHODS
 from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
@@ -143,9 +144,9 @@ def test_recomputation_is_that_of_the_plan(photos, base):
     size = (64, 64)
     passes, cache = count_passes(base, PLAIN, size)
     once = replace(PLAIN, batch_size=1)
-    whole = count_flops(Run(cache, base, once, CPU).accumulate)
+    whole = count_flops(Run(TrainingInputs.on(CPU, cache, base, once)).accumulate)
     for plan in PLANS[1:4]:
-        run = Run(cache, base, once, CPU, plan=plan)
+        run = Run(TrainingInputs.on(CPU, cache, base, once), plan=plan)
         assert passes.recompute(plan) * passes.predict(size) == pytest.approx(
             count_flops(run.accumulate) - whole, rel=0.05
         )

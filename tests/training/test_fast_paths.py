@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.config import TrainConfig
 from core.models import Base, load_base
+from core.training.inputs import TrainingInputs
 from core.training.methods.lora import LoraAdapter
 from core.training.methods.lora_layer import LoraLayer, SharedInput
 from core.training.methods.method import Adapter
@@ -47,7 +48,7 @@ def plain(base) -> Run:
     """After STEPS steps without anything fast."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoraLayer, "forward", plain_forward)
-        return after_steps(Run(cache_of(base, 4), base, CONFIG, CPU))
+        return after_steps(Run(TrainingInputs.on(CPU, cache_of(base, 4), base, CONFIG)))
 
 
 def after_steps(run: Run, steps: int = STEPS) -> Run:
@@ -63,7 +64,7 @@ def assert_runs_alike(run: Run, plain: Run) -> None:
 
 
 def test_the_fused_layer(base, plain):
-    assert_runs_alike(after_steps(Run(cache_of(base, 4), base, CONFIG, CPU)), plain)
+    assert_runs_alike(after_steps(Run(TrainingInputs.on(CPU, cache_of(base, 4), base, CONFIG))), plain)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,10 @@ IN_BF16 = replace(CONFIG, precision="bf16", batch_size=1, accumulation=2)
 
 def test_gradients_of_the_copies_in_half_precision_are_those_of_each_pass(flow, monkeypatch):
     """Tensor for tensor, summed up over two passes in float32."""
-    once = Run(cache_of(flow, 4), flow, IN_BF16, CPU)
+    once = Run(TrainingInputs.on(CPU, cache_of(flow, 4), flow, IN_BF16))
     once.accumulate()
     monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
-    each_time = Run(cache_of(flow, 4), flow, IN_BF16, CPU)
+    each_time = Run(TrainingInputs.on(CPU, cache_of(flow, 4), flow, IN_BF16))
     each_time.accumulate()
     assert each_time.parameters
     for name, parameter in each_time.parameters.items():
@@ -90,7 +91,7 @@ def test_gradients_of_the_copies_in_half_precision_are_those_of_each_pass(flow, 
 
 
 def test_an_interrupted_pass_leaves_nothing_for_the_next(flow):
-    whole = Run(cache_of(flow, 4), flow, IN_BF16, CPU)
+    whole = Run(TrainingInputs.on(CPU, cache_of(flow, 4), flow, IN_BF16))
     whole.accumulate()
     calls = 0
 
@@ -100,7 +101,7 @@ def test_an_interrupted_pass_leaves_nothing_for_the_next(flow):
         if calls == 6:  # in the backward pass
             raise KeyboardInterrupt
 
-    run = Run(cache_of(flow, 4), flow, IN_BF16, CPU, check_cancelled=cancel_once)
+    run = Run(TrainingInputs.on(CPU, cache_of(flow, 4), flow, IN_BF16), check_cancelled=cancel_once)
     with pytest.raises(KeyboardInterrupt):
         run.accumulate()
     run.accumulate()
@@ -111,10 +112,10 @@ def test_an_interrupted_pass_leaves_nothing_for_the_next(flow):
 
 def test_a_layer_asks_for_eight_operations_at_most(flow, monkeypatch):
     """Two products for its own weight, two for the change, and four for their gradients; the cast is for all layers."""
-    run = Run(cache_of(flow, 4), flow, replace(IN_BF16, accumulation=1), CPU)
+    run = Run(TrainingInputs.on(CPU, cache_of(flow, 4), flow, replace(IN_BF16, accumulation=1)))
     run.accumulate()
     with_adapter = count_operations(run.accumulate)
-    layers = [module for module in run.denoiser.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in run.model.denoiser.modules() if isinstance(module, LoraLayer)]
 
     def frozen(layer: LoraLayer, x: Tensor) -> Tensor:
         output = layer.base_layer(x)
@@ -129,12 +130,14 @@ def test_layers_that_work_together_are_given_one_input(family, small_sd15, small
     """Otherwise each of them would compute the outputs of all."""
     checkpoint = {"sd15": small_sd15, "sdxl": small_sdxl}.get(family)
     base = load_base(checkpoint) if checkpoint else small_flow_base(family)
-    run = Run(cache_of(base, 4), base, replace(CONFIG, batch_size=1), CPU)
+    run = Run(TrainingInputs.on(CPU, cache_of(base, 4), base, replace(CONFIG, batch_size=1)))
     computed: list[SharedInput] = []
     outputs = SharedInput.outputs
     monkeypatch.setattr(SharedInput, "outputs", lambda shared, x: (computed.append(shared), outputs(shared, x))[1])
     run.accumulate()
-    layers = [module for module in run.denoiser.modules() if isinstance(module, LoraLayer) and module.down.ndim == 2]
+    layers = [
+        module for module in run.model.denoiser.modules() if isinstance(module, LoraLayer) and module.down.ndim == 2
+    ]
     assert len(computed) == len({layer.together for layer in layers}) < 0.8 * len(layers)
     assert set(computed) == {layer.together for layer in layers}
 
@@ -153,7 +156,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_step_never_waits_for_the_device(base):
-    run = Run(cache_of(base, 4), base, CONFIG, CPU)
+    run = Run(TrainingInputs.on(CPU, cache_of(base, 4), base, CONFIG))
     run.train_step()
     with Waits() as waits:
         run.train_step()

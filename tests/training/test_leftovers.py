@@ -12,6 +12,7 @@ from core.config import TrainConfig
 from core.device import release_memory
 from core.models.memory_plan import PLANS
 from core.pictures.generate import load_denoiser
+from core.training.inputs import TrainingInputs
 from core.training.methods import METHODS
 from core.training.step import Run
 from core.training.training_adapter import TrainingAdapter
@@ -33,12 +34,12 @@ def left_of(base, config=CONFIG, plan=PLANS[0], adapted=False, end=lambda: None)
     """The modules and parameters of a denoiser that are there after two steps, the end of its run, and `end`."""
     cache = cache_of(base)
     adapter = TrainingAdapter.open(random_lora(base), base) if adapted else None
-    run = Run(cache, base, config, CPU, check_cancelled=lambda: None, plan=plan, training_adapter=adapter)
+    run = Run(TrainingInputs.on(CPU, cache, base, config, adapter=adapter), check_cancelled=lambda: None, plan=plan)
     run.train_step()
     run.train_step()
     seen = [
-        *((name, weakref.ref(module)) for name, module in run.denoiser.named_modules()),
-        *((name, weakref.ref(parameter)) for name, parameter in run.denoiser.named_parameters()),
+        *((name, weakref.ref(module)) for name, module in run.model.denoiser.named_modules()),
+        *((name, weakref.ref(parameter)) for name, parameter in run.model.denoiser.named_parameters()),
     ]
     del run, cache, adapter
     end()

@@ -25,6 +25,7 @@ from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.drawing import Drawing
 from core.training.encode import Batches
 from core.training.identity import run_identity
+from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.methods import peak_rate
 from core.training.optimizer import learning_rate_factor
@@ -73,7 +74,7 @@ def reference_prediction(base: Base, run: Run, leaves, noisy, timesteps, conditi
 
 
 def conditioning_of(run: Run, images):
-    parts = [run.text[image.caption] | image.conditioning for image in images]
+    parts = [run.examples.text[image.caption] | image.conditioning for image in images]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -82,9 +83,9 @@ def conditioning_of(run: Run, images):
 def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, caches, family, targets):
     base, config = bases[family], replace(PLAIN, batch_size=2, targets=targets)
     run = started_run(person_only(caches[family]), base, config)
-    images = [run.images[index] for index in run.batches.at(0)]
-    latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = map(run.loss_of, run.passes(0))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    latents, noise, noisy, timesteps = run.examples.noised(images, run.examples.generator("noise", 0))
+    (loss,) = map(run.loss_of, run.examples.passes(0))
     loss.backward()
 
     leaves = {name: value.detach().clone().requires_grad_() for name, value in run.parameters.items()}
@@ -107,9 +108,11 @@ def test_a_step_is_one_of_adamw_on_the_clipped_mean_gradient(bases, caches):
     run.train_step()
 
     optimizer = torch.optim.AdamW(reference.parameters.values(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
-    with reference.fast():  # Adam turns the rounding of small gradients into steps, so both have the same products.
+    with (
+        reference.model.fast()
+    ):  # Adam turns the rounding of small gradients into steps, so both have the same products.
         for number in (0, 1):
-            (loss,) = map(reference.loss_of, reference.passes(number))
+            (loss,) = map(reference.loss_of, reference.examples.passes(number))
             (loss / 2).backward()
     norm = torch.stack([p.grad.norm() for p in reference.parameters.values() if p.grad is not None]).norm()
     assert norm > 0.01
@@ -125,9 +128,9 @@ def test_a_step_is_one_of_adamw_on_the_clipped_mean_gradient(bases, caches):
 def test_the_loss_with_min_snr_is_that_of_the_diffusers_training_script(bases, caches, prediction_type):
     base = replace(bases["sd15"], prediction_type=prediction_type)
     run = started_run(person_only(caches["sd15"]), base, replace(PLAIN, batch_size=2, min_snr_gamma=5.0))
-    images = [run.images[index] for index in run.batches.at(0)]
-    latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = map(run.loss_of, run.passes(0))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    latents, noise, noisy, timesteps = run.examples.noised(images, run.examples.generator("noise", 0))
+    (loss,) = map(run.loss_of, run.examples.passes(0))
     with torch.no_grad():
         prediction = reference_prediction(
             base, run, run.parameters, noisy, timesteps, conditioning_of(run, images)
@@ -148,15 +151,18 @@ def test_prior_preservation_adds_the_weighted_loss_on_class_images(bases, caches
     base = bases["sd15"]
     run = started_run(caches["sd15"], base, replace(PLAIN, batch_size=2, prior_loss_weight=0.7))
     expected = []
-    for images, number, purpose in ((run.images, run.batches, "noise"), (run.class_images, run.class_batches, "class")):
+    for images, number, purpose in (
+        (run.examples.images, run.examples.batches, "noise"),
+        (run.examples.class_images, run.examples.class_batches, "class"),
+    ):
         assert number is not None
         chosen = [images[index] for index in number.at(0)]
         assert {image.is_class for image in chosen} == {purpose == "class"}
-        _, noise, noisy, timesteps = run._noised(chosen, run._generator(purpose, 0))
+        _, noise, noisy, timesteps = run.examples.noised(chosen, run.examples.generator(purpose, 0))
         with torch.no_grad():
             prediction = reference_prediction(base, run, run.parameters, noisy, timesteps, conditioning_of(run, chosen))
         expected.append(F.mse_loss(prediction, noise).item())
-    person, prior = (loss.item() for loss in map(run.loss_of, run.passes(0)))
+    person, prior = (loss.item() for loss in map(run.loss_of, run.examples.passes(0)))
     assert person == pytest.approx(expected[0], rel=1e-4)
     assert prior == pytest.approx(0.7 * expected[1], rel=1e-4)
     run.train_step()
@@ -166,15 +172,15 @@ def test_prior_preservation_adds_the_weighted_loss_on_class_images(bases, caches
 def test_prior_prediction_holds_the_class_caption_to_the_frozen_model(bases, caches):
     base = bases["sd15"]
     run = started_run(person_only(caches["sd15"]), base, replace(PLAIN, prior_prediction=1.0, prior_loss_weight=0.5))
-    images = [run.images[index] for index in run.batches.at(0)]
-    _, _, noisy, timesteps = run._noised(images, run._generator("prior", 0))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    _, _, noisy, timesteps = run.examples.noised(images, run.examples.generator("prior", 0))
     of_class = [replace(image, caption=image.class_caption) for image in images]
     conditioning = conditioning_of(run, of_class)
     frozen = base.load("denoiser", CPU, torch.float32)
     with torch.no_grad():
         teacher = frozen(noisy, timesteps, conditioning["context"]).sample
         student = reference_prediction(base, run, run.parameters, noisy, timesteps, conditioning)
-    prior, _ = map(run.loss_of, run.passes(0))
+    prior, _ = map(run.loss_of, run.examples.passes(0))
     assert prior.item() == pytest.approx(0.5 * F.mse_loss(student, teacher).item(), rel=1e-3)
     prior.backward()
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in run.parameters.values())
@@ -186,11 +192,11 @@ def test_a_masked_picture_counts_inside_its_mask(bases, caches):
     cache = person_only(caches["sd15"])
     cache = replace(cache, images=(replace(cache.images[0], mask=mask),))
     run = started_run(cache, bases["sd15"], replace(PLAIN, background_weight=0.0))
-    _, noise, noisy, timesteps = run._noised(run.images, run._generator("noise", 0))
-    (loss,) = map(run.loss_of, run.passes(0))
+    _, noise, noisy, timesteps = run.examples.noised(run.examples.images, run.examples.generator("noise", 0))
+    (loss,) = map(run.loss_of, run.examples.passes(0))
     with torch.no_grad():
         prediction = reference_prediction(
-            bases["sd15"], run, run.parameters, noisy, timesteps, conditioning_of(run, run.images)
+            bases["sd15"], run, run.parameters, noisy, timesteps, conditioning_of(run, run.examples.images)
         )
     inside = ((prediction - noise) ** 2)[..., 4:9, 5:12].mean()
     assert loss.item() == pytest.approx(inside.item(), rel=1e-4)
@@ -201,7 +207,7 @@ def test_caption_dropout_trains_on_the_empty_caption(bases, caches):
     dropped = started_run(cache, base, replace(PLAIN, caption_dropout=1.0))
     emptied = replace(cache, images=tuple(replace(image, caption="") for image in cache.images))
     runs = dropped, started_run(emptied, base, PLAIN)
-    loss, expected = (run.loss_of(*run.passes(0)) for run in runs)
+    loss, expected = (run.loss_of(*run.examples.passes(0)) for run in runs)
     assert loss.item() == expected.item()
 
 
@@ -211,7 +217,7 @@ def test_recomputing_activations_gives_the_same_step(bases, caches, family):
     plain = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="off"))
     saving = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="on"))
     passes = []
-    saving.denoiser.get_submodule("up_blocks.0.resnets.0").register_forward_pre_hook(lambda *_: passes.append(1))
+    saving.model.denoiser.get_submodule("up_blocks.0.resnets.0").register_forward_pre_hook(lambda *_: passes.append(1))
     plain.train_step()
     saving.train_step()
     assert len(passes) == 2
@@ -225,15 +231,15 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, f
     config = replace(
         PLAIN, precision=precision, max_grad_norm=1.0 if precision == "bf16" else 0.0, text_encoder_lr=1e-4
     )
-    run = Run(person_only(caches[family]), bases[family], config, CPU)
+    run = Run(TrainingInputs.on(CPU, person_only(caches[family]), bases[family], config))
     before = {name: value.detach().clone() for name, value in run.parameters.items()}
     for _ in range(2):
         run.train_step()
     run.check_finite()
     assert {value.dtype for value in run.parameters.values()} == {torch.float32}
-    assert next(run.denoiser.parameters()).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert next(run.model.denoiser.parameters()).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     changed = [name for name, value in run.parameters.items() if not torch.equal(value, before[name])]
-    assert {name.partition(".")[0] for name in changed} == {"denoiser", *run.encoders}
+    assert {name.partition(".")[0] for name in changed} == {"denoiser", *run.model.encoders}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +267,7 @@ def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
         PLAIN, text_encoder_lr=text_encoder_lr, ema_decay=0.9, prior_prediction=1.0, min_snr_gamma=5.0,
         input_perturbation=0.1, noise_offset=0.1, timestep_bias=0.5, accumulation=accumulation, targets="transformer+conv",
     )  # fmt: skip
-    run = Run(caches[family], bases[family], config, torch.device("meta"))
+    run = Run(TrainingInputs.on(torch.device("meta"), caches[family], bases[family], config))
     run.train_step()
     assert run.loss.device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
@@ -303,9 +309,9 @@ def test_the_learning_rate_rises_then_follows_its_schedule():
 
 def test_lora_plus_and_the_text_encoder_have_their_own_rates(bases, caches):
     config = replace(PLAIN, learning_rate=1e-4, text_encoder_lr=1e-5, lora_plus_ratio=16.0)
-    run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    run = Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], config))
     rates = {id(p): group["peak"] for group in run.optimizer.param_groups for p in group["params"]}
-    assert {*run.encoders, "denoiser"} == {name.partition(".")[0] for name in run.parameters}
+    assert {*run.model.encoders, "denoiser"} == {name.partition(".")[0] for name in run.parameters}
     for name, parameter in run.parameters.items():
         rate = 1e-4 if name.startswith("denoiser.") else 1e-5
         assert rates[id(parameter)] == pytest.approx(rate * (16 if name.endswith(".up") else 1))
@@ -313,7 +319,7 @@ def test_lora_plus_and_the_text_encoder_have_their_own_rates(bases, caches):
 
 def test_the_running_average_is_what_is_saved(bases, caches):
     config = replace(PLAIN, ema_decay=0.5, steps=4, learning_rate=1e-2)
-    run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    run = Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], config))
     name = next(name for name in run.parameters if name.endswith(".up"))
     average = run.parameters[name].detach().clone()
     for step in range(4):
@@ -328,21 +334,26 @@ def test_a_missing_optimizer_package_is_named_with_the_command(bases, caches, mo
     for name in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackage, match="pip install bitsandbytes"):
-        Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="adamw8bit"), CPU)
+        Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="adamw8bit")))
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "prodigy"])
 def test_other_optimizers_learn(bases, caches, optimizer):
     config = replace(PLAIN, optimizer=optimizer, learning_rate=None if optimizer == "prodigy" else 1e-3)
-    run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    run = Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], config))
     for _ in range(3):
         run.train_step()
-    assert all(value.abs().max() > 0 for name, value in run.parameters.items() if name.endswith(".up"))
+    ups = [value for name, value in run.parameters.items() if name.endswith(".up")]
+    assert ups and all(value.abs().max() > 0 for value in ups)
 
 
 @pytest.mark.parametrize("method", ["pivotal", "textual-inversion"])
 def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, method, capsys):
-    run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="prodigy", method=method), CPU)
+    run = Run(
+        TrainingInputs.on(
+            CPU, person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="prodigy", method=method)
+        )
+    )
     run.train_step()
     assert {group["peak"] for group in run.optimizer.param_groups} == {1.0}
     assert capsys.readouterr().out == ""  # where reports in JSON go
@@ -355,10 +366,12 @@ def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, meth
 @pytest.mark.parametrize("method, rate", [("lora", 1e-4), ("loha", 1.5e-5), ("dreambooth", 1e-5), ("oft", 3e-5)])
 def test_a_method_that_is_told_no_learning_rate_has_the_one_that_suits_it(bases, caches, method, rate):
     base, cache, config = bases["sd15"], person_only(caches["sd15"]), TrainConfig(method=method, rank=4, steps=1)
-    run = Run(cache, base, config, CPU)
+    run = Run(TrainingInputs.on(CPU, cache, base, config))
     assert {group["peak"] for group in run.optimizer.param_groups} == {rate}
     told = replace(config, learning_rate=rate)
-    assert run_identity(cache, base, config, run.dtype) == run_identity(cache, base, told, run.dtype)
+    assert run_identity(TrainingInputs.on(CPU, cache, base, config)) == run_identity(
+        TrainingInputs.on(CPU, cache, base, told)
+    )
     assert peak_rate(replace(config, method="dora")) == 1e-4
 
 
@@ -489,7 +502,7 @@ def test_a_step_that_could_not_be_saved_is_saved_when_the_run_goes_on(bases, pho
 
 
 def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, caches):
-    run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, dropout=0.3), CPU)
+    run = Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, dropout=0.3)))
     modes = []
 
     def sampler(denoiser, encoders, shots):
@@ -498,7 +511,7 @@ def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, ca
 
     Drawing(run).draw(sampler, [], pytest.fail)
     assert modes == [False]
-    assert all(module.training for module in run.denoiser.modules())
+    assert all(module.training for module in run.model.denoiser.modules())
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases, caches, tmp_path):
@@ -509,7 +522,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases
     with pytest.raises(TrainingDiverged, match=said):
         train_lora(replace(cache, images=(broken,)), bases["sd15"], PLAIN, device=CPU, state_path=state)
     assert not state.exists()
-    run = Run(cache, bases["sd15"], PLAIN, CPU)
+    run = Run(TrainingInputs.on(CPU, cache, bases["sd15"], PLAIN))
     run.train_step()
     run.update(torch.tensor(math.nan))
     with pytest.raises(TrainingDiverged, match=r"in step 2 on .*\. Lower the learning rate$"):
@@ -522,7 +535,7 @@ def test_a_loss_that_is_not_finite_is_null_in_json(capsys):
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(bases, caches):
-    run = Run(person_only(caches["sd15"]), bases["sd15"], PLAIN, CPU)
+    run = Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], PLAIN))
     run.train_step()
     next(iter(run.parameters.values())).data[0, 0] = math.inf
     with pytest.raises(TrainingDiverged, match="step 1 on"):

@@ -38,6 +38,7 @@ def test_output_and_gradients_are_those_of_the_changed_weight(shape, bias):
         output = forward(x)
         gradients = torch.autograd.grad((output * weights).sum(), (x, layer.down, layer.up))
         results.append((output.detach(), *gradients))
+    assert len(results[0]) == 4
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 

@@ -16,6 +16,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.callbacks import NO_CALLBACKS, Callbacks
+from core.training.inputs import TrainingInputs
 from core.training.intermediate_loras import IntermediateLoras
 from core.training.loop import train_lora
 from core.training.metadata import WEIGHTS_KEY
@@ -32,10 +33,10 @@ CONFIG = TrainConfig(method="dreambooth", rank=8, min_snr_gamma=0.0, precision="
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, caches, family):
     base = bases[family]
-    run = Run(caches[family], base, replace(CONFIG, weight_decay=0.1), CPU)
-    images = [run.images[index] for index in run.batches.at(0)]
-    _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    text = run._conditioning(images, [image.caption for image in images])
+    run = Run(TrainingInputs.on(CPU, caches[family], base, replace(CONFIG, weight_decay=0.1)))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    _, noise, noisy, timesteps = run.examples.noised(images, run.examples.generator("noise", 0))
+    text = run.examples.conditioning(images, [image.caption for image in images])
     run.train_step()
     unet = base.load("denoiser", CPU, torch.float32)
     for parameter in unet.parameters():
@@ -70,17 +71,18 @@ def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases
     base = bases["sd15"]
     before = {name: tensor.clone() for name, tensor in base.components["denoiser"].tensors.items()}
     assert before
-    run = Run(caches["sd15"], base, CONFIG, CPU)
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], base, CONFIG))
     run.train_step()
+    assert before
     for name, tensor in base.components["denoiser"].tensors.items():
         assert torch.equal(tensor, before[name])
         assert not torch.equal(run.parameters[f"denoiser.{name}"], tensor) or not tensor.any()
-        with run.adapter.disabled():
+        with run.model.adapter.disabled():
             assert torch.equal(run.parameters[f"denoiser.{name}"], tensor)
 
 
 def test_the_base_models_pictures_show_its_own_weights_in_a_resumed_run_with_an_average(bases, caches):
-    run = Run(caches["sd15"], bases["sd15"], replace(CONFIG, ema_decay=0.9), CPU)
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(CONFIG, ema_decay=0.9)))
     run.train_step()
     name, original = next(iter(bases["sd15"].components["denoiser"].tensors.items()))
     drawn_with: list[torch.Tensor] = []
@@ -90,17 +92,18 @@ def test_the_base_models_pictures_show_its_own_weights_in_a_resumed_run_with_an_
         return [Image.new("RGB", (8, 8)) for _ in shots]
 
     watch: Any = SimpleNamespace(base_shots=[("a photo of person", 1)], see_base=lambda images: None)
-    looks = IntermediateLoras(run, caches["sd15"], bases["sd15"], Samples(sampler, watch=watch), NO_CALLBACKS, {})
+    inputs = TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], run.config)
+    looks = IntermediateLoras(run, inputs, Samples(sampler, watch=watch), NO_CALLBACKS, {})
     looks.see_base()
     assert torch.equal(drawn_with[0], original)
 
 
 def test_prior_prediction_holds_the_class_to_the_frozen_weights(bases, caches):
-    run = Run(caches["sd15"], bases["sd15"], replace(CONFIG, prior_prediction=1.0), CPU)
-    prior, _ = map(run.loss_of, run.passes(0))
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(CONFIG, prior_prediction=1.0)))
+    prior, _ = map(run.loss_of, run.examples.passes(0))
     assert prior.item() < 1e-10  # of other memory, a copy's rounding may be another
     run.train_step()
-    assert next(iter(map(run.loss_of, run.passes(1)))).item() > 1e-6
+    assert next(iter(map(run.loss_of, run.examples.passes(1)))).item() > 1e-6
 
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
@@ -109,9 +112,9 @@ def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_wei
 ):
     base = bases[family]
     config = replace(CONFIG, text_encoder_lr=1e-3)
-    run = Run(caches[family], base, config, CPU)
+    run = Run(TrainingInputs.on(CPU, caches[family], base, config))
     run.train_step()
-    run.adapter.export(run.parameters, base, {}).save(tmp_path / "tuned.safetensors", torch.float32)
+    run.model.adapter.export(run.parameters, base, {}).save(tmp_path / "tuned.safetensors", torch.float32)
     tuned, original = SafetensorsFile.open(tmp_path / "tuned.safetensors"), base.file
     assert original is not None
     assert tuned.shapes == original.shapes
@@ -127,9 +130,9 @@ def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_wei
 
 def test_the_lora_beside_it_has_the_same_change_where_its_rank_is_enough(bases, caches, tmp_path):
     base = bases["sd15"]
-    run = Run(caches["sd15"], base, replace(CONFIG, rank=32), CPU)
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], base, replace(CONFIG, rank=32)))
     run.train_step()
-    tuned = run.adapter.export(run.parameters, base, {"ss_base_model_version": "sd_v1"})
+    tuned = run.model.adapter.export(run.parameters, base, {"ss_base_model_version": "sd_v1"})
     files_beside(tuned, base, run.config)["lora"].save(tmp_path / "lora.safetensors", torch.float32)
     modules = LoraFile.read(tmp_path / "lora.safetensors").modules()
     tensors = base.components["denoiser"].tensors

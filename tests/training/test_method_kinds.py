@@ -16,6 +16,7 @@ from core.lora.modules import name_kinds, stands_alone
 from core.models import load_base
 from core.models.memory_plan import plans_for
 from core.tensor_names import NAME_TABLES
+from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
 from core.training.methods.dora import column_norms
@@ -85,14 +86,14 @@ def reference_prediction(base, method, values, noisy, timesteps, text):
 @pytest.mark.parametrize("method", KINDS)
 def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, family, method):
     base = bases[family]
-    run = Run(caches[family], base, config_of(method), CPU)
+    run = Run(TrainingInputs.on(CPU, caches[family], base, config_of(method)))
     stir(run.parameters)
-    images = [run.images[index] for index in run.batches.at(0)]
-    _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = map(run.loss_of, run.passes(0))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    _, noise, noisy, timesteps = run.examples.noised(images, run.examples.generator("noise", 0))
+    (loss,) = map(run.loss_of, run.examples.passes(0))
     loss.backward()
     leaves = {name: value.detach().clone().requires_grad_() for name, value in run.parameters.items()}
-    text = run._conditioning(images, [image.caption for image in images])
+    text = run.examples.conditioning(images, [image.caption for image in images])
     expected = F.mse_loss(reference_prediction(base, method, leaves, noisy, timesteps, text), noise)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -106,21 +107,21 @@ def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, fam
 def test_a_new_adapter_changes_nothing_and_disabled_is_the_frozen_network(bases, caches, method):
     base, config = bases["sd15"], config_of(method)
     plain = base.load("denoiser", CPU, torch.float32)
-    run = Run(caches["sd15"], base, config, CPU)
-    noisy, timesteps, text = torch.randn(1, 4, 16, 16), torch.tensor([400]), run.text["a photo of sks person"]
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], base, config))
+    noisy, timesteps, text = torch.randn(1, 4, 16, 16), torch.tensor([400]), run.examples.text["a photo of sks person"]
 
     def draw(denoiser):
         with torch.no_grad():
             return base.family.predict(denoiser, noisy, timesteps, text)
 
     expected = draw(plain)
-    torch.testing.assert_close(draw(run.denoiser), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(draw(run.model.denoiser), expected, rtol=1e-4, atol=1e-5)
     stir(run.parameters)
-    changed = draw(run.denoiser)
+    changed = draw(run.model.denoiser)
     assert (changed - expected).norm() > 1e-2 * expected.norm()
-    with run.adapter.disabled():
-        assert torch.equal(draw(run.denoiser), expected)
-    assert torch.equal(draw(run.denoiser), changed)
+    with run.model.adapter.disabled():
+        assert torch.equal(draw(run.model.denoiser), expected)
+    assert torch.equal(draw(run.model.denoiser), changed)
 
 
 @pytest.mark.parametrize("method", mostly_slow(("lora", *KINDS), "lora", "loha"))
@@ -137,18 +138,18 @@ def test_only_the_adapter_is_trained_on_every_network(bases, method):
 @pytest.mark.parametrize("method", mostly_slow(KINDS, "dora", "loha"))
 def test_the_saved_file_read_and_applied_draws_what_the_adapter_drew(bases, caches, family, method, tmp_path):
     base = bases[family]
-    run = Run(caches[family], base, config_of(method), CPU)
+    run = Run(TrainingInputs.on(CPU, caches[family], base, config_of(method)))
     stir(run.parameters)
     metadata = {"ss_base_model_version": base.family.base_model_version}
-    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "a.safetensors", torch.float32)
+    run.model.adapter.export(run.parameters, base, metadata).save(tmp_path / "a.safetensors", torch.float32)
     file = LoraFile.read(tmp_path / "a.safetensors")
     assert (file.kind, file.family, file.unknown_keys) == (method, family, ())
     applied = base.load("denoiser", CPU, torch.float32)
     apply(file, {"family": family, "denoiser": applied})
     noisy, timesteps = torch.randn(1, 4, 16, 16), torch.tensor([400])
-    text = run._conditioning(run.images[:1], ["a photo of sks person"])
+    text = run.examples.conditioning(run.examples.images[:1], ["a photo of sks person"])
     with torch.no_grad():
-        expected = base.family.predict(run.denoiser, noisy, timesteps, text)
+        expected = base.family.predict(run.model.denoiser, noisy, timesteps, text)
         found = base.family.predict(applied, noisy, timesteps, text)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -186,7 +187,7 @@ def test_going_on_from_a_file_starts_with_its_change_whatever_its_alpha(bases, m
         dict(lora.changes(lambda module: tensors[f"{module[1]}.weight"]))  # pyright: ignore
         for lora in (file, second.export(second.parameters(), base, metadata))
     )
-    assert all(torch.allclose(found[module], wanted[module], rtol=1e-4, atol=1e-6) for module in wanted)
+    assert wanted and all(torch.allclose(found[module], wanted[module], rtol=1e-4, atol=1e-6) for module in wanted)
 
 
 @pytest.mark.parametrize("method", mostly_slow(KINDS, "lokr"))
@@ -215,7 +216,7 @@ NOT_OF_A_METHOD = {
 def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, caches, method):
     for name, value in NOT_OF_A_METHOD[method].items():
         with pytest.raises(BadConfig, match=f"{name}: method '{method}' doesn't have this setting"):
-            Run(caches["sd15"], bases["sd15"], replace(config_of(method), **{name: value}), CPU)
+            Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(config_of(method), **{name: value})))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, caches,
 )
 def test_what_starts_from_no_lora_refuses_one_to_go_on_from(bases, caches, method, said):
     with pytest.raises(LoraMisfit, match=said):
-        Run(caches["sd15"], bases["sd15"], config_of(method), CPU, continue_from=LoraFile("sd15", {}, {}))
+        Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], config_of(method), start=LoraFile("sd15", {}, {})))
 
 
 def test_a_row_count_that_no_block_divides_is_refused(bases):
@@ -250,7 +251,7 @@ def test_a_module_stands_alone_unless_comfyui_knows_it_as_one_with_others():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases, caches, method):
-    run = Run(caches["sd15"], bases["sd15"], config_of(method), CPU)
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], config_of(method)))
     next(iter(run.parameters.values())).data.fill_(float("nan"))
     run.train_step()
     rate = "0.005" if method == "textual-inversion" else "0.01"  # that of the vectors
@@ -262,7 +263,9 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
 def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
     base, plan = bases["sd15"], plans_for("off")[0]
     small, large = (
-        predicted_memory(caches["sd15"], base, replace(config_of(method), **size), CPU, torch.float32, plan)
+        predicted_memory(
+            TrainingInputs(caches["sd15"], base, replace(config_of(method), **size), CPU, torch.float32), plan
+        )
         for size in ({"rank": 2, "embedding_vectors": 1}, {"rank": 16, "embedding_vectors": 64})
     )
     weights = sum(tensor.nbytes for tensor in base.components["denoiser"].tensors.values())

@@ -15,6 +15,7 @@ from core.lora.embeddings import WORD_KEY, embedding_files, embeddings_of, new_w
 from core.lora.file import LoraFile
 from core.models.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.pictures.sampling import encode_prompts
+from core.training.inputs import TrainingInputs
 from core.training.methods import files_beside
 from core.training.step import Run
 from core.training.store import train
@@ -27,7 +28,7 @@ METHODS = ("textual-inversion", "pivotal")
 
 
 def started_run(bases, caches, family, method="textual-inversion") -> Run:
-    run = Run(caches[family], bases[family], replace(CONFIG, method=method), CPU)
+    run = Run(TrainingInputs.on(CPU, caches[family], bases[family], replace(CONFIG, method=method)))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in sorted(run.parameters.items()):
         if name.endswith((".vectors", ".up")):
@@ -61,9 +62,9 @@ def test_an_encoder_looks_new_words_up_behind_its_table_and_forgets_them_again(b
 def test_the_gradient_of_a_step_is_that_of_vectors_put_into_the_table_itself(bases, caches, family):
     """Independently: the vectors overwrite rows of other words in transformers' own table, and captions name those."""
     base, run = bases[family], started_run(bases, caches, family)
-    images = [run.images[index] for index in run.batches.at(0)]
-    _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = map(run.loss_of, run.passes(0))
+    images = [run.examples.images[index] for index in run.examples.batches.at(0)]
+    _, noise, noisy, timesteps = run.examples.noised(images, run.examples.generator("noise", 0))
+    (loss,) = map(run.loss_of, run.examples.passes(0))
     loss.backward()
     encoders, rows = base.load_text_encoders(CPU, torch.float32), caption_tokens("apple river stone")
     leaves = {}
@@ -88,7 +89,7 @@ def test_the_gradient_of_a_step_is_that_of_vectors_put_into_the_table_itself(bas
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_vectors_start_from_the_words_of_the_class_on_every_encoder(bases, caches, family):
     base = bases[family]
-    run = Run(caches[family], base, replace(CONFIG, class_word="old man", trigger_word="ohwx"), CPU)
+    run = Run(TrainingInputs.on(CPU, caches[family], base, replace(CONFIG, class_word="old man", trigger_word="ohwx")))
     first, second = caption_tokens("old man")
     assert set(run.parameters) == {f"{part}.vectors" for part in base.family.text_encoders}
     for name, parameter in run.parameters.items():
@@ -97,7 +98,7 @@ def test_the_vectors_start_from_the_words_of_the_class_on_every_encoder(bases, c
 
 
 def test_a_vector_never_outgrows_the_longest_word(bases, caches):
-    run = Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_lr=1.0), CPU)
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(CONFIG, embedding_lr=1.0)))
     table = bases["sd15"].components["text_encoder"].tensors["text_model.embeddings.token_embedding.weight"]
     longest = table.norm(dim=1).max()
     for _ in range(2):
@@ -108,14 +109,14 @@ def test_a_vector_never_outgrows_the_longest_word(bases, caches):
 @pytest.mark.parametrize("method", METHODS)
 def test_disabled_the_word_is_an_ordinary_one_again(bases, caches, method):
     base, run = bases["sd15"], started_run(bases, caches, "sd15", method)
-    plain = run.text["a photo of sks person"]["context"]
+    plain = run.examples.text["a photo of sks person"]["context"]
     with torch.no_grad():
-        changed = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
-        with run.adapter.disabled():
-            disabled = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
+        changed = run.examples.conditioning(run.examples.images[:1], ["a photo of sks person"])["context"]
+        with run.model.adapter.disabled():
+            disabled = run.examples.conditioning(run.examples.images[:1], ["a photo of sks person"])["context"]
     assert torch.equal(disabled, plain) and not torch.allclose(changed, plain)
-    assert words_of(run.encoders["text_encoder"]).keys() == {"sks"}
-    assert tuple(base.family.text_encoders) == tuple(run.encoders)
+    assert words_of(run.model.encoders["text_encoder"]).keys() == {"sks"}
+    assert tuple(base.family.text_encoders) == tuple(run.model.encoders)
 
 
 @pytest.mark.parametrize(("family", "keys"), [("sd15", {"emb_params"}), ("sdxl", {"clip_l", "clip_g"})])
@@ -124,13 +125,13 @@ def test_the_embedding_file_is_what_a1111_and_comfyui_read_and_prompts_name_its_
 ):
     base, run = bases[family], started_run(bases, caches, family)
     metadata = {"ss_base_model_version": base.family.base_model_version}
-    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "face.safetensors", torch.float32)
+    run.model.adapter.export(run.parameters, base, metadata).save(tmp_path / "face.safetensors", torch.float32)
     file = LoraFile.read(tmp_path / "face.safetensors")
     assert (set(file.tensors), file.kind, file.family, file.unknown_keys) == (keys, "embedding", family, ())
     assert file.metadata[WORD_KEY] == "sks"
     encoders = base.load_text_encoders(CPU, torch.float32)
     with torch.no_grad():
-        wanted = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
+        wanted = run.examples.conditioning(run.examples.images[:1], ["a photo of sks person"])["context"]
     with new_words(encoders, [file]):
         for word in ("sks", "embedding:sks", "face"):
             found = encode_prompts(base, encoders, [f"a photo of {word} person"])[0]["context"]
@@ -142,7 +143,7 @@ def test_the_embedding_file_is_what_a1111_and_comfyui_read_and_prompts_name_its_
 def test_a_pivotal_file_brings_its_word_along_and_beside(bases, caches, family, tmp_path):
     base, run = bases[family], started_run(bases, caches, family, "pivotal")
     metadata = {"ss_base_model_version": base.family.base_model_version}
-    lora = run.adapter.export(run.parameters, base, metadata)
+    lora = run.model.adapter.export(run.parameters, base, metadata)
     lora.save(tmp_path / "face.safetensors", torch.float32)
     file = LoraFile.read(tmp_path / "face.safetensors")
     assert file.kind == "lora" and not file.unknown_keys
@@ -164,7 +165,7 @@ def test_a_pivotal_file_brings_its_word_along_and_beside(bases, caches, family, 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_with_vectors_is_not_gone_on_from_without_them(bases, caches, photo_folder, method):
     run = started_run(bases, caches, "sd15", method)
-    start, config = run.adapter.export(run.parameters, bases["sd15"], {}), replace(CONFIG, method="lora", steps=1)
+    start, config = run.model.adapter.export(run.parameters, bases["sd15"], {}), replace(CONFIG, method="lora", steps=1)
     assert isinstance(start, LoraFile)
     with pytest.raises(LoraMisfit, match="LoRA: has vectors of sks, which training cannot continue and would lose"):
         train(photo_folder, bases["sd15"], replace(config, check_photos=False), device=CPU, continue_from=start)
@@ -173,7 +174,7 @@ def test_a_file_with_vectors_is_not_gone_on_from_without_them(bases, caches, pho
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_of_another_family_does_not_fit(bases, caches, method):
     run = started_run(bases, caches, "sd15", method)
-    file = run.adapter.export(run.parameters, bases["sd15"], {"ss_base_model_version": "sd_v1"})
+    file = run.model.adapter.export(run.parameters, bases["sd15"], {"ss_base_model_version": "sd_v1"})
     sdxl = {"family": "sdxl", **bases["sdxl"].load_text_encoders(CPU, torch.float32)}
     with pytest.raises(LoraMisfit, match=r"it is for sd15, but the base model is sdxl; .*changes a sd15 model"):
         apply(file, sdxl)  # pyright: ignore
@@ -187,7 +188,7 @@ def test_vectors_of_another_width_are_refused(bases):
 
 def test_words_to_start_from_must_be_there(bases, caches):
     with pytest.raises(BadConfig, match="does not contain a word"):
-        Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
+        Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" ")))
 
 
 def test_a_single_vector_may_have_one_axis_and_other_shapes_are_refused(bases):
@@ -213,7 +214,7 @@ def test_half_of_sdxls_embedding_is_no_sd15s():
 def test_diffusers_reads_a_pivotal_file_that_is_converted_and_its_word_beside_it(bases, caches, tmp_path):
     base, run = bases["sd15"], started_run(bases, caches, "sd15", "pivotal")
     metadata = {"ss_base_model_version": "sd_v1"}
-    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "a.safetensors", torch.float32)
+    run.model.adapter.export(run.parameters, base, metadata).save(tmp_path / "a.safetensors", torch.float32)
     arguments = ["convert", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.safetensors")]
     assert main([*arguments, "--to", "diffusers", "--precision", "fp32"]) == 0
     pipeline = base.pipeline()
@@ -222,7 +223,7 @@ def test_diffusers_reads_a_pivotal_file_that_is_converted_and_its_word_beside_it
     text, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False)
     noisy, timesteps = torch.randn(1, 4, 16, 16), torch.tensor([400])
     with torch.no_grad():
-        ours = run._conditioning(run.images[:1], ["a photo of sks person"])
-        wanted = base.family.predict(run.denoiser, noisy, timesteps, ours)
+        ours = run.examples.conditioning(run.examples.images[:1], ["a photo of sks person"])
+        wanted = base.family.predict(run.model.denoiser, noisy, timesteps, ours)
         found = pipeline.unet(noisy, timesteps, text).sample
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

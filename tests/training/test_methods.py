@@ -70,7 +70,8 @@ def test_rank_and_alpha_follow_the_patterns_of_names(base):
 
 def test_without_an_alpha_it_is_each_modules_own_rank(base):
     config = replace(CONFIG, alpha=None, rank_pattern={r"attn1\.": 2})
-    assert all(module.alpha == module.rank for module in attach(base, config).modules().values())
+    modules = attach(base, config).modules().values()
+    assert modules and all(module.alpha == module.rank for module in modules)
 
 
 def test_attention_targets_are_the_attentions_alone(base):

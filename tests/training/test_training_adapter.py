@@ -27,6 +27,7 @@ from core.studio import Order
 from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
+from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.samples import build_draw_shots
 from core.training.step import Run
@@ -67,17 +68,17 @@ def merged(base: Base, lora: LoraFile) -> Base:
 
 def run_with(base: Base, lora: LoraFile | None, config: TrainConfig = CONFIG, plan: MemoryPlan = PLANS[0]) -> Run:
     adapter = TrainingAdapter.open(lora, base) if lora else None
-    return Run(cache_of(base, 2, side=8), base, config, CPU, plan=plan, training_adapter=adapter)
+    return Run(TrainingInputs.on(CPU, cache_of(base, 2, side=8), base, config, adapter=adapter), plan=plan)
 
 
 def predicted(run: Run) -> Tensor:
     """What the networks of a run predict now, as a sampler sees them."""
 
     def sampler(*_: object) -> list:
-        pictures = run.images[:1]
-        conditioning = run._conditioning(pictures, [pictures[0].caption])
+        pictures = run.examples.images[:1]
+        conditioning = run.examples.conditioning(pictures, [pictures[0].caption])
         with torch.no_grad():
-            drawn.append(run._predict(pictures[0].mean[None], torch.tensor([500.0]), conditioning))
+            drawn.append(run.model.predict(pictures[0].mean[None], torch.tensor([500.0]), conditioning))
         return []
 
     drawn: list[Tensor] = []
@@ -142,7 +143,7 @@ def test_every_kind_of_lora_does_what_it_does_merged_in(kind):
     lora = of_kind(base, kind)
     ours, theirs = run_with(base, lora), run_with(merged(base, lora), None)
     with torch.no_grad():
-        losses = [float(next(map(run.loss_of, run.passes(0)))) for run in (ours, theirs)]
+        losses = [float(next(map(run.loss_of, run.examples.passes(0)))) for run in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=BOUND)
 
 
@@ -163,7 +164,7 @@ def test_samples_are_drawn_without_it():
     adapted, plain = run_with(base, random_lora(base)), run_with(base, None)
     assert torch.equal(predicted(adapted), predicted(plain))
     adapted.train_step()
-    plain._put(adapted.parameters)
+    plain.model.put(adapted.parameters)
     assert torch.equal(predicted(adapted), predicted(plain))
 
 
@@ -178,7 +179,7 @@ def test_layers_in_8_bits_keep_it(monkeypatch):
         run_with(base, *case) for case in ((lora, config, plan), (lora, config, PLANS[0]), (None, config, PLANS[0]))
     ]
     with torch.no_grad():
-        narrow, wide, without = (float(run.loss_of(*run.passes(0))) for run in runs)
+        narrow, wide, without = (float(run.loss_of(*run.examples.passes(0))) for run in runs)
     assert abs(narrow - wide) < 0.2 * abs(without - wide)
 
 
@@ -186,7 +187,7 @@ def test_layers_in_8_bits_keep_it(monkeypatch):
 def test_compiled_blocks_have_it_in_steps():
     base = small_flow_base("zimage")
     plain, compiled = (run_with(base, random_lora(base), replace(CONFIG, compile=on)) for on in (False, True))
-    assert compiled.compiled
+    assert compiled.model.fast_layers
     for run in (plain, compiled):
         run.train_step()
     assert compiled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Takes the picture of `docs/invokeai.md`: `python -m tests.invokeai.picture`, which takes some minutes.
+"""Takes the picture of `docs/invokeai.md`: `python -m tools.invokeai_picture`, which takes some minutes.
 
 The form is gone through on the demo's base model. No photo of a person may be seen: the photos are faces that the base has
 drawn, as in the pictures of ComfyUI.
@@ -11,11 +11,10 @@ from pathlib import Path
 
 from core.demo import FOLDER
 from tests.browser.page import running_browser
-from tests.browser.pictures import write_drawn_photos
-
-from .form import Form, change_workflow
-from .server import REPOSITORY, running_server
-from .wide_base import write_wide_base
+from tests.invokeai.form import Form, change_workflow
+from tests.invokeai.server import REPOSITORY, running_server
+from tests.invokeai.wide_base import write_wide_base
+from tools.page_pictures import write_drawn_photos
 
 PICTURE = REPOSITORY / "docs" / "images" / "invokeai.jpg"
 BASE = "Small faces"

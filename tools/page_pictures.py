@@ -1,4 +1,4 @@
-"""Takes the pictures of `docs/images/` that show ComfyUI: `python -m tests.browser.pictures`, which takes some minutes.
+"""Takes the pictures of `docs/images/` that show ComfyUI: `python -m tools.page_pictures`, which takes some minutes.
 
 The app of the first workflow is gone through on the demo's base model, with the recipe that this base brings along. No photo of
 a person may be seen in the pictures: the photos are faces that the base has drawn, on `docs/demo.png`.
@@ -11,11 +11,10 @@ import numpy as np
 from PIL import Image
 
 from core.demo import BASE_FILE, FOLDER, PICTURE_SIZE, STYLE_PACK
+from tests.browser.page import SIZE, ComfyPage, prepare, running_browser
+from tests.browser.test_workflows import Hands
 from tests.comfyui.server import PACK, TEST_PACK, running_server
 from tests.tooling import write_in_16_bits
-
-from .page import SIZE, ComfyPage, prepare, running_browser
-from .test_workflows import Hands
 
 IMAGES = PACK / "docs" / "images"
 PERSON, SOMEONE_ELSE = 284, 498

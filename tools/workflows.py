@@ -1,4 +1,4 @@
-"""The workflows of this pack. `python -m tests.browser.workflows` writes them into `workflows/`.
+"""The workflows of this pack. `python -m tools.workflows` writes them into `workflows/`.
 
 Their layout is here. ComfyUI's own frontend builds, connects and saves them, because only it supports the file format.
 """
@@ -626,7 +626,7 @@ BUILD = """(steps) => {
 
 
 def save_all() -> None:
-    from .page import ComfyPage, prepare, running_browser
+    from tests.browser.page import ComfyPage, prepare, running_browser
 
     FOLDER.mkdir(exist_ok=True)
     BLUEPRINTS.mkdir(exist_ok=True)

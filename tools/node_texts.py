@@ -1,4 +1,4 @@
-"""The nodes' texts outside of their code. `python -m tests.comfyui.texts` writes them from what a server reports.
+"""The nodes' texts outside of their code. `python -m tools.node_texts` writes them from what a server reports.
 
 It writes the part below the prose of each help page in `web/docs/NODE/LANGUAGE.md`: the tables of inputs, outputs, recipes and
 settings. The Chinese tables use `locales/zh/nodeDefs.json` and `locales/zh/help.json`, which are written by hand. ComfyUI asks
@@ -16,8 +16,7 @@ from core.config import TrainConfig
 from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES
 from core.training.recipes import CHEAP_LOOKS, COMMON, ENOUGH, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
-
-from .server import PACK, ComfyServer, running_server
+from tests.comfyui.server import PACK, ComfyServer, running_server
 
 LOCALES = PACK / "locales"
 HELP = PACK / "web" / "docs"
