@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from core.errors import BadFile, UnknownFamily
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.lora.names import LoraNames, Types, recognise
+from core.lora.names import Content, LoraNames, Types, recognise
 from core.lora.readers import READERS, read_by
 from core.lora.report import format_inspection, inspect_header
 from core.storage.safetensors_file import save_safetensors
@@ -66,16 +66,20 @@ TEXT_NAMES = {
 class Named(LoraNames):
     """A LoRA of names and shapes without tensors."""
 
-    def __init__(self, types: Types, metadata: Mapping[str, str] = {}, name: str = "x"):
-        self.family, found = recognise(types, metadata, name)
-        self.types, self.metadata, self.name = types, dict(metadata), name
+    def __init__(self, family: str, types: Types, metadata: Mapping[str, str], found: Content | None = None):
+        self.family, self.types, self.metadata, self.name = family, types, dict(metadata), "x"
         self.__post_init__(found)
+
+    @classmethod
+    def read(cls, types: Types, metadata: Mapping[str, str] = {}) -> "Named":
+        family, found = recognise(types, metadata, "x")
+        return cls(family, types, metadata, found)
 
 
 def read(types: Types, metadata: Mapping[str, str] = {}) -> Named | None:
     """The LoRA of these tensors; None where it is refused."""
     try:
-        return Named(types, metadata)
+        return Named.read(types, metadata)
     except UnknownFamily:
         return None
 
@@ -178,7 +182,7 @@ def assert_told(title: str, family: str | None, shapes: Shapes, prefix: str) -> 
     assert title in models
     types = types_of(shapes, prefix)
     try:
-        lora = Named(types)
+        lora = Named.read(types)
     except UnknownFamily as error:
         # All blocks of a smaller model are that model's, though they are in a larger one too.
         of_all = title if families and family is None else " or ".join(models)
@@ -345,7 +349,7 @@ def test_of_kinds_that_tell_the_outputs_alone_these_are_compared(kind, shape):
 def test_processor_stays_in_names_that_are_no_unet_s():
     types = types_of({"double_stream_layers.0.img_instruct_attn.processor.img_out": (3360, 3360)}, "diffusion_model.")
     with pytest.raises(UnknownFamily, match="is for Boogu, which is not supported"):
-        Named(types)
+        Named.read(types)
     old = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora"
     lora = read({f"{old}.down.weight": ("float16", (4, 1280)), f"{old}.up.weight": ("float16", (1280, 4))})
     assert lora is not None and lora.entries[0].modules[0][1].endswith("attn1.to_out.0")
@@ -363,4 +367,4 @@ def test_a_file_of_more_modules_than_any_lora_has_is_refused_at_once():
         f"lora_unet_down_blocks_{number}_attentions_0_proj_in.diff": ("float16", (1, 1)) for number in range(20_001)
     }
     with pytest.raises(BadFile, match="many: has 20,001 tensors, but a LoRA can have at most 20,000"):
-        Named(types, name="many")
+        recognise(types, {}, "many")
