@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ from tools.trials import (
     products,
     trial,
 )
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `resumed`; torch reads it at the first product
 
 T = TypeVar("T")
 Measurements = Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]

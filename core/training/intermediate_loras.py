@@ -41,7 +41,7 @@ class IntermediateLoras:
         """Without `samples`, no pictures are drawn. Without a watch in them, likeness isn't measured and the last is kept."""
         self.run: Run = run
         self.config: TrainConfig = run.config
-        self._cache, self._base = inputs.cache, inputs.base
+        self._inputs = inputs
         self._extra_metadata: dict[str, str] = {METADATA_KEY: inputs.adapter.digest} if inputs.adapter else {}
         self._extra_metadata |= extra_metadata
         self._samples, self._callbacks = samples, callbacks
@@ -72,7 +72,11 @@ class IntermediateLoras:
             return
         shots = self._selection.watch.base_shots
         key = content_key(
-            "base pictures", shots, self._samples.drawn_as, self.run.model.memory.plan.weights, self._base.identity
+            "base pictures",
+            shots,
+            self._samples.drawn_as,
+            self.run.model.memory.plan.weights,
+            self._inputs.base.identity,
         )
         with cache_in(None):  # not in a personal cache: these pictures show nobody
             folder = made_folder("base", key)
@@ -170,11 +174,15 @@ class IntermediateLoras:
         """Build the file of an adapter with these parameter values after that step."""
         run = self.run
         metadata = training_metadata(
-            self._cache, self._base, self.config, steps=step, started_at=self._started_at, precision=run.model.dtype,
-            plan=run.model.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
-            products_in_eight_bits=run.model.in_eight_bits, thumbnail=self._thumbnail,
-        )  # fmt: skip
-        file = run.model.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
+            self._inputs,
+            steps=step,
+            started_at=self._started_at,
+            plan=run.model.memory.plan,
+            weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
+            products_in_eight_bits=run.model.in_eight_bits,
+            thumbnail=self._thumbnail,
+        )
+        file = run.model.adapter.export(values, self._inputs.base, {**metadata, **self._extra_metadata})
         # The tensors reveal which published model of the family the LoRA is for.
         return file.with_metadata(file.true_metadata) if isinstance(file, LoraFile) else file
 

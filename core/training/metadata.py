@@ -17,6 +17,7 @@ from ..models.objective import TIMESTEPS
 from ..photos.captions import tag_counts
 from ..storage.drawn import DRAWN, jpeg_url
 from .encode import LatentCache
+from .inputs import TrainingInputs
 from .methods import peak_rate
 
 _OPTIMIZER_NAMES = {
@@ -64,13 +65,10 @@ _NOT_OURS: dict[str, Any] = {
 
 
 def training_metadata(
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
+    inputs: TrainingInputs,
     *,
     steps: int,
     started_at: float,
-    precision: torch.dtype,
     plan: MemoryPlan,
     weights_narrowed: bool,
     products_in_eight_bits: bool,
@@ -81,14 +79,14 @@ def training_metadata(
     None is written as "None", as in sd-scripts. The trigger word is in `modelspec.trigger_phrase`, `ss_tag_frequency` and
     `ss_datasets`, since each reader looks in one of them. `started_at` is in seconds since the epoch.
     """
-    finished_at = time.time()
+    cache, base, config, finished_at = inputs.cache, inputs.base, inputs.config, time.time()
     values = _modelspec(base, config, finished_at, thumbnail) | _NOT_OURS | _of_photos(cache, base, config)
     values |= _of_length(cache, config, steps) | _of_settings(base, config)
     values |= {
         "ss_base_model_version": base.family.base_model_version,
         "ss_gradient_checkpointing": plan.selective or plan.recompute > 0,
         "ss_max_token_length": None if cache.chunks == 1 else 75 * cache.chunks,
-        "ss_mixed_precision": _PRECISION_NAMES[precision],
+        "ss_mixed_precision": _PRECISION_NAMES[inputs.dtype],
         "ss_new_sd_model_hash": base.sha256,
         "ss_sd_model_hash": base.legacy_hash,
         "ss_sd_model_name": base.name,

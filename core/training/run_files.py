@@ -11,6 +11,7 @@ from PIL import Image
 from ..config import TrainConfig
 from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, FaceLoraError
+from ..models.base import Base
 from ..storage.drawn import save_png
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, set_aside
 from ..storage.locks import locked
@@ -56,6 +57,14 @@ class RunFiles:
         """Find the intermediate LoRAs of any run with this name."""
         return self._named(_NUMBERED)
 
+    def check(self, base: Base) -> None:
+        """Raise BadFile when the output cannot be written, or is a file of the base model."""
+        check_output(self.output)
+        if any(self.output.exists() and self.output.samefile(file.path) for file in base.files):
+            raise BadFile(
+                f"{self.output}: is a file of the base model, which the LoRA would replace. Choose another output"
+            )
+
     def delete_leftovers(self) -> None:
         """Delete temporary files of a killed run. Requires the output's lock."""
         names = rf"{re.escape(self.output.stem)}(\.state|-embedding|-lora|{_NUMBERED})?{re.escape(self.output.suffix)}"
@@ -89,7 +98,7 @@ class RunFiles:
         run writes it, and BadConfig for a leftover state.
         """
         config = job.config
-        check_output(self.output)
+        self.check(job.base)
         check_writable(self.state)
         with locked(self.output):
             self.delete_leftovers()
@@ -97,10 +106,6 @@ class RunFiles:
                 raise BadConfig(
                     f"{self.state}: the state of an unfinished run, which a new run would replace. Continue it with "
                     "resume, start over with restart, or choose another output"
-                )
-            if any(self.output.exists() and self.output.samefile(file.path) for file in job.base.files):
-                raise BadFile(
-                    f"{self.output}: is a file of the base model, which the LoRA would replace. Choose another output"
                 )
             if problem := self.foreign(config):
                 raise BadFile(problem)

@@ -30,7 +30,7 @@ from ..models.opening import load_base
 from ..photos import Photo, PhotoLike, Ready, as_photo, check_agreed, read_photos
 from ..progress import READING, OnWarning, silent
 from ..storage.cache_folder import made_folder
-from ..storage.files import EARLIER, RESERVED, check_output, check_writable, remove_leftovers, set_aside, writing
+from ..storage.files import EARLIER, RESERVED, check_writable, remove_leftovers, set_aside, writing
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, check_metadata, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
@@ -151,18 +151,16 @@ def train(
     the same output.
     """
     check_metadata(metadata or {})
-    if output is not None:
-        check_output(Path(output))
     warn = callbacks.on_warning
     given = photos if isinstance(photos, Ready) else _read(photos, strict, warn)
     out = _read(held_out, strict, warn, "held_out")
     if config is not None and not isinstance(config, TrainConfig):
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
     if not isinstance(base, Base):
-        noise = (
-            {} if config is None else {name: getattr(config, name) for name in ("prediction_type", "zero_terminal_snr")}
-        )
-        base = load_base(base, **noise)
+        said = config or TrainConfig()
+        base = load_base(base, prediction_type=said.prediction_type, zero_terminal_snr=said.zero_terminal_snr)
+    if output is not None:
+        RunFiles(Path(output)).check(base)
     if config is None:
         count = len(given.used if isinstance(given, Ready) else given)
         config = recipe_config("balanced", base, count, {"hold_out": len(out)} if out else {}, warn)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import core.training.step as step_module
+import core.training.adapted_model as adapted_model
 from core.config import TrainConfig
 from core.models import narrow_layers, products
 from core.models.memory_plan import MemoryPlan
@@ -232,7 +232,7 @@ def test_products_with_wrong_results_are_not_used_however_fast_they_are(monkeypa
 
 def test_a_deterministic_training_does_not_choose_by_time(monkeypatch):
     asked = []
-    monkeypatch.setattr(step_module, "choose_products", lambda network, wanted, *_: asked.append(wanted) or False)
+    monkeypatch.setattr(adapted_model, "choose_products", lambda network, wanted, *_: asked.append(wanted) or False)
     _, wide = narrow_and_wide_base("fp8")
     for config in (
         TrainConfig(),
@@ -258,7 +258,7 @@ def test_a_training_with_products_in_8_bits_says_so_in_its_file(monkeypatch):
 @pytest.mark.parametrize("possible", [True, False])
 def test_a_training_that_cannot_multiply_in_8_bits_as_wanted_says_so(possible, monkeypatch):
     if not possible:  # as on GPUs before capability 8.9, which have no products with fp8 weights
-        monkeypatch.setattr(step_module, "choose_products", lambda *_: False)
+        monkeypatch.setattr(adapted_model, "choose_products", lambda *_: False)
     base, _ = narrow_and_wide_base("fp8")
     warnings: list[str] = []
     train_lora(

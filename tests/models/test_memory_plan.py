@@ -578,7 +578,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(base, cache, monkeypatc
     def fail(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Run, "_predict", fail)
+    monkeypatch.setattr(Run, "loss_of", fail)
     with pytest.raises(RuntimeError, match="something else"):
         train_lora(cache, base, CONFIG, device=CPU)
 

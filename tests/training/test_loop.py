@@ -24,6 +24,7 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.drawing import Drawing
 from core.training.encode import Batches
+from core.training.examples import Examples
 from core.training.identity import run_identity
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
@@ -262,7 +263,7 @@ def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
         return torch.optim.SGD([{"params": parameters, "lr": 0.1, "peak": 0.1}], foreach=True)
 
     monkeypatch.setattr("core.training.step.build_optimizer", plain_descent)  # the fused AdamW has no meta kernel
-    monkeypatch.setattr(Run, "_generator", lambda run, purpose, number: None)  # nor is there a generator of it
+    monkeypatch.setattr(Examples, "generator", lambda examples, purpose, number: None)  # nor is there a generator of it
     config = replace(
         PLAIN, text_encoder_lr=text_encoder_lr, ema_decay=0.9, prior_prediction=1.0, min_snr_gamma=5.0,
         input_perturbation=0.1, noise_offset=0.1, timestep_bias=0.5, accumulation=accumulation, targets="transformer+conv",
