@@ -197,7 +197,7 @@ class _GroupBatch(Batch):
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, device=self.device)
 
-    def parameters(self, job: Job) -> str:
+    def key(self, job: Job) -> str:
         return group_parameters(self.base, self.group, self.loras, job, self.config)
 
     def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:

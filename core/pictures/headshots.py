@@ -156,8 +156,8 @@ class Batch:
             self.base, self.loras, jobs, self.config, device=self.device, on_step=lambda *_: self.check_cancelled()
         )
 
-    def parameters(self, job: Job) -> str:
-        """Return the text that identifies a picture of the job."""
+    def key(self, job: Job) -> str:
+        """Return the key of a job's picture, equal when the same would be drawn: the parameters that are written into it."""
         return parameters_text(self.base, self.loras, job, self.config)
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
@@ -190,7 +190,7 @@ class Batch:
         try:
             with Image.open(path) as image:
                 image.load()  # Raises for a truncated file.
-                same = image.info.get("parameters") == self.parameters(job)
+                same = image.info.get("parameters") == self.key(job)
         except (*DAMAGED, Image.DecompressionBombError):
             return False
         outcome = _face_outcome(path)

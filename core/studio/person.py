@@ -22,6 +22,7 @@ from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
 from ..progress import silent
+from ..storage.cache_folder import content_key
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import TrainingJob, ready_for
 from ..training.store import LoraFolders, find_or_train
@@ -58,6 +59,15 @@ class Order:
     def on(self, base: Base) -> Base:
         """Return the base model as used for training, and for drawing unless there is another one for that."""
         return base.as_distilled() if self.training_adapter else base
+
+    def key(self, photos: Sequence[str] | int, base: Base) -> str:
+        """Return a hash that is equal when the same LoRA would be trained and the same pictures drawn.
+
+        `photos` are the photos' fingerprints, or only their number.
+        """
+        others = [self.training_adapter.digest] if self.training_adapter else []
+        others += [self.drawn_on.identity] if self.drawn_on else []
+        return content_key("studio", repr(self.config), self.jobs(base), photos, base.identity, *others)
 
     def jobs(self, base: Base) -> list[Job]:
         """Return the pictures to draw, in rounds over the styles of the pack."""

@@ -164,7 +164,7 @@ def find_or_make(
     if (found := _recorded(order, key, output)) is not None:
         return found
     number = count_photos(person.photos)
-    planned = _key(terms.order(person, number, base), number, base)
+    planned = terms.order(person, number, base).key(number, base)
     callbacks = watch.listening(callbacks)
     ready = ready_photos(photos, base, order.config, callbacks)
     watch.enter("encode")
@@ -196,7 +196,7 @@ def is_made(order: Order, photos: int, base: Base, output: Path) -> bool:
     them."""
     record = output / order.name / RECORD
     try:
-        return record.exists() and read_json(record)["planned"] == _key(order, photos, base)
+        return record.exists() and read_json(record)["planned"] == order.key(photos, base)
     except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced.
         return False
 
@@ -239,19 +239,12 @@ def is_foreign(folder: Path) -> bool:
 def _asked(
     person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks
 ) -> tuple[Sequence[Photo], Order, str]:
-    """Return the photos, the order, and a hash that is equal if the same LoRA would be trained and the same pictures drawn."""
+    """Return the photos, the order, and a key of the order."""
     check_person(person, output)
     terms.compute_hashes(base, callbacks.progress(READING))
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
-    return photos, order, _key(order, [photo.fingerprint for photo in photos], base)
-
-
-def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
-    """Return a hash of the order, the base model, and the photos' fingerprints or number."""
-    others = [order.training_adapter.digest] if order.training_adapter else []
-    others += [order.drawn_on.identity] if order.drawn_on else []
-    return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *others)
+    return photos, order, order.key([photo.fingerprint for photo in photos], base)
 
 
 def _hash_with_files(key: str, result: Result, output: Path) -> str:
