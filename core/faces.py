@@ -7,6 +7,7 @@ can replace SFace by name or as an ONNX file, or replace both by implementing `F
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -111,7 +112,13 @@ def load_faces(
             f"{path.name}: its inputs are {[list(value.shape) for value in (picture, *others)]} instead of one picture "
             f"[N, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}] as in ArcFace and similar networks"
         )
-    return OnnxFaces(path.stem, detector, session, scaled=_scales_pixels(model))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return OnnxFaces(path.stem, detector, session, scaled=_scales_pixels(model), digest=digest)
+
+
+def network_key(network: FaceNetwork) -> str:
+    """Return a text that differs between networks: the name, and for one from a file also the hash of the file."""
+    return f"{network.name} {getattr(network, 'digest', '')}".strip()
 
 
 def check_judge(judge: FaceNetwork, network: FaceNetwork) -> None:
@@ -273,9 +280,12 @@ class OnnxFaces(YuNet):
     (`scaled`), else -1 to 1. It returns one vector for each face.
     """
 
-    def __init__(self, name: str, detector: InferenceSession, embedder: InferenceSession, scaled: bool) -> None:
+    def __init__(
+        self, name: str, detector: InferenceSession, embedder: InferenceSession, scaled: bool, digest: str = ""
+    ) -> None:
         super().__init__(detector)
         self.name = name
+        self.digest = digest  # of the file, unless it comes with a package
         self._embedder = embedder
         self._scaled = scaled
         (picture,) = embedder.get_inputs()

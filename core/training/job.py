@@ -12,7 +12,7 @@ import torch
 from ..config import TrainConfig
 from ..device import why_no_gpu
 from ..errors import BadConfig, BadPhoto, LoraMisfit, MissingPackage
-from ..faces import FaceNetwork, faces_if_installed, load_faces
+from ..faces import FaceNetwork, faces_if_installed, load_faces, network_key
 from ..lora.file import LoraFile, fit
 from ..lora.hashes import model_hash
 from ..lora.names import word_of
@@ -102,10 +102,11 @@ class TrainingJob:
         photos = [[photo.fingerprint for photo in group] for group in (self.ready.photos, self.class_photos)]
         start = model_hash(self.start.tensors) if self.start else None
         others: list[object] = [self.adapter.digest] if self.adapter else []
-        if (network := self.ready.network or self.faces) and network.name != DEFAULT_NETWORK:
-            others.append(f"faces: {network.name}")
+        if (network := self.ready.network or self.faces) and network_key(network) != DEFAULT_NETWORK:
+            others.append(f"faces: {network_key(network)}")
         if self.held_out or self.judge:
-            others += [[photo.fingerprint for photo in self.held_out], self.judge and self.judge.name]
+            judge = self.judge and network_key(self.judge)
+            others += [[photo.fingerprint for photo in self.held_out], judge]
         return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.identity, *others)
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse, TrainingDiverged
+from core.faces import load_faces
 from core.lora.file import KEY, LoraFile
 from core.lora.names import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
@@ -37,7 +39,7 @@ from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
 from core.training.store import LoraFolders, find_or_train
 from core.training.trained_file import Curve, RunFolder, TrainedFile, drawn_sample, has_key
-from tests.tooling import held_elsewhere, write_photos
+from tests.tooling import held_elsewhere, save_mean_colour, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
 LONG = replace(CONFIG, steps=6)
@@ -501,6 +503,20 @@ def measured(job: Wanted, sample_every: int) -> Wanted:
 def masked(job: Wanted, value: int) -> Wanted:
     mask = Image.new("L", job.photos[0].size, value)
     return replace(job, photos=[job.photos[0].with_mask(mask), *job.photos[1:]])
+
+
+def test_a_network_from_a_file_counts_by_its_content(job, base, tmp_path):
+    """Also one that is called as the default network is."""
+    plain, keys = job.on(base), set()
+    for number, name in enumerate(("sface", "model", "model")):
+        file = tmp_path / str(number) / f"{name}.onnx"
+        file.parent.mkdir()
+        save_mean_colour(file)
+        content = onnx.load(file)
+        content.doc_string = str(number)
+        onnx.save(content, file)
+        keys.add(replace(plain, ready=replace(plain.ready, network=load_faces(file))).key)
+    assert len(keys | {plain.key}) == 4
 
 
 def test_networks_that_hold_out_or_judge_other_than_by_default_change_the_key(job, base):
