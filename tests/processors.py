@@ -15,7 +15,7 @@ import torch
 
 from core.device import processor
 
-COMPARES = ("torch.equal(", "assert_close(", "assert_trained_alike(", "approx(")
+COMPARES = ("torch.equal(", "assert_close(", "assert_trained_alike(", "assert_goes_on_exactly(", "error_of(", "approx(")
 """What a file of tests contains that compares numbers."""
 QUICK = "not slow and not clock and not comfyui and not browser"
 
