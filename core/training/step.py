@@ -73,17 +73,18 @@ class Run:
     def loss_of(self, inputs: Pass) -> Tensor:
         """Return the weighted loss of a pass, a scalar."""
         schedule, model, config = self.examples.schedule, self.model, self.config
+        frozen = None
         if inputs.kind == "prior":
             # Learning without forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation. Both
             # models see the same noisy training pictures, so no class images are needed. A training adapter is part of both.
             with torch.no_grad(), model.adapter.disabled():
                 conditioning = inputs.frozen_conditioning or inputs.conditioning
-                target = model.predict(inputs.noisy_latents, inputs.timesteps, conditioning)
-        else:
-            target = schedule.target(inputs.latents, inputs.noise, inputs.timesteps)
+                frozen = model.predict(inputs.noisy_latents, inputs.timesteps, conditioning)
         prediction = model.predict(inputs.noisy_latents, inputs.timesteps, inputs.conditioning)
+        # The target comes last: during the forward pass it would only take memory.
+        target = schedule.target(inputs.latents, inputs.noise, inputs.timesteps) if frozen is None else frozen
         losses = sample_losses(prediction, target, inputs.masks, config)
-        if inputs.kind != "prior":
+        if frozen is None:
             losses = losses * schedule.loss_weights(inputs.timesteps, config)
         return losses.mean() if inputs.kind == "pictures" else config.prior_loss_weight * losses.mean()
 

@@ -225,10 +225,11 @@ def find_or_train(
     steps from earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after which
     likeness was measured, and at most two others per second. A loss that is not finite is left out.
     """
+    if isinstance(place, LoraFolders):
+        check_makes_lora(job.config)
     job.base.compute_hashes(callbacks.progress(READING))
     if isinstance(place, OutputFile):
         return _in_file(job, place, device, callbacks)
-    check_makes_lora(job.config)
     run = RunFolder(made_folder("runs", job.key))
     with locked(run.files.output):
         remove_leftovers(run.path, ".*")
