@@ -17,6 +17,11 @@ elif __package__:  # pytest also imports this file alone, as a module outside an
 
     __getattr__, __dir__, __all__ = _core.__getattr__, _core.__dir__, _core.__all__
 
+    if __name__ == "facelora":  # Node packs have other names, and no scripts.
+        from .core.lazy_names import ModulesOfAnother
+
+        sys.meta_path.insert(0, ModulesOfAnother(__name__, _core.__name__))
+
     # InvokeAI imports the pack and then has the nodes. A wheel has none.
     if "invokeai.app.invocations.load_custom_nodes" in sys.modules and Path(__file__).with_name("nodes").is_dir():
         from .nodes import invokeai as invokeai

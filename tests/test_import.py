@@ -54,6 +54,26 @@ def modules_after_each(*statements: str) -> list[set[str]]:
     return [set(line.removeprefix(SAID).split()) for line in printed(code).splitlines() if line.startswith(SAID)]
 
 
+def test_every_room_can_be_imported_by_its_short_name_and_is_loaded_once():
+    code = """
+import facelora.core.photos
+import facelora.photos.reading
+from facelora.demo import BASE_FILE
+from facelora.errors import FaceLoraError
+spec = facelora.core.photos.__spec__.name
+same = facelora.photos is facelora.core.photos and facelora.photos.reading is facelora.core.photos.reading
+print(BASE_FILE.name, FaceLoraError.__module__, spec, same)
+try:
+    import facelora.phots
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert printed(code).splitlines() == [
+        f"{core.demo.BASE_FILE.name} facelora.core.errors facelora.core.photos True",
+        "No module named 'facelora.phots'",
+    ]
+
+
 def printed(code: str, *arguments: object, folder: Path = ROOT, **environment: str) -> str:
     """What code prints in a Python of its own."""
     done = subprocess.run(
