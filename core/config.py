@@ -472,6 +472,10 @@ def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     import difflib
 
+    if not isinstance(settings, Mapping):
+        raise BadConfig(
+            f"the settings are a {type(settings).__name__}: expected a mapping of those to change, such as {{'steps': 300}}"
+        )
     known = [item.name for item in dataclasses.fields(TrainConfig)]
     cleaned: dict[str, Any] = {}
     for raw, value in settings.items():

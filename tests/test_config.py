@@ -9,7 +9,7 @@ import pytest
 from core.cli.command import command_parser
 from core.cli.options import HelpAll
 from core.cli.settings import OF_RECIPES
-from core.config import GROUPS, TrainConfig, config_from, group_of, name_matches, parse_toml
+from core.config import GROUPS, TrainConfig, config_from, group_of, known_settings, name_matches, parse_toml
 from core.errors import BadConfig
 from core.models.families import FAMILIES
 from core.training.recipes import recipe_settings
@@ -104,6 +104,13 @@ def test_the_help_says_which_defaults_come_from_the_recipe():
 def test_a_toml_text_that_would_take_much_memory_is_refused(text, words):
     with pytest.raises(BadConfig, match=words):
         parse_toml(text)
+
+
+def test_settings_that_are_no_mapping_are_refused():
+    with pytest.raises(
+        BadConfig, match="the settings are a TrainConfig: expected a mapping of those to change, such as"
+    ):
+        known_settings(TrainConfig())  # pyright: ignore
 
 
 def test_dots_in_comments_and_texts_do_not_count_as_keys():

@@ -95,7 +95,7 @@ def write_quick_base(path: Path) -> Path:
 @pytest.mark.slow
 def test_the_tutorials_on_the_small_base_can_be_followed(tmp_path, monkeypatch, capsys):
     page = PAGES["tutorials.md"]
-    monkeypatch.setattr("core.demo.BASE_FILE", write_quick_base(tmp_path / "base.safetensors"))
+    monkeypatch.setattr("core.models.opening.DEMO_FILE", write_quick_base(tmp_path / "base.safetensors"))
     write_photos(tmp_path / "photos", count=6)
     agreement = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     for name, person in (("anna", 36), ("ben", 37)):

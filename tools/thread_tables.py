@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from core import GenerateConfig, Job, TrainConfig, generate, load_base
-from core.demo import CONFIG, PICTURE_SIZE, embedded_base
+from core.demo import CONFIG, PICTURE_SIZE
 from core.demo.people import person_photos
 from core.faces import embed_images, load_faces
 from core.threads import thread_settings
@@ -41,7 +41,7 @@ BUSY = 3
 
 
 def demo_step() -> Callable[[], object]:
-    base = load_base(embedded_base())
+    base = load_base("demo")
     side = 64 // base.latent_shape.pixels
     shape = (base.latent_shape.channels, side, side)
     images = [encoded_image(base, f"{n}.png", "a photo of sks person", n, False, shape) for n in range(8)]
@@ -54,7 +54,7 @@ def sd15_step() -> Callable[[], object]:
 
 
 def drawing() -> Callable[[], object]:
-    base = load_base(embedded_base())
+    base = load_base("demo")
     jobs = [Job("a photo of a person", seed, size=PICTURE_SIZE, steps=10) for seed in range(4)]
     return lambda: list(generate(base, [], jobs, GenerateConfig(batch_size=4), device=CPU))
 

@@ -63,7 +63,8 @@ def _answered(function: Callable[[], int | None]) -> int:
         from .common import end_bars
 
         end_bars()
-        print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
+        said = str(error) if isinstance(error, FaceLoraError) else "stopped"
+        print(f"facelora: {said.replace('check_photos = false', '--no-check-photos')}", file=sys.stderr)
     except BrokenPipeError:
         pass
     return 1

@@ -33,18 +33,9 @@ def base_from(
     the other.
     """
     files = {"vae": parts.vae, "text_encoders": parts.text_encoder, "tokenizer": parts.tokenizer}
-    if other and models.has_all_parts(_source(name)) and not models.has_all_parts(_source(other)):
+    if other and models.has_all_parts(name) and not models.has_all_parts(other):
         files = {}
-    return models.load_base(_source(name), **files, **schedule or {})
-
-
-def _source(name: str):
-    """Return the argument for `load_base`: the embedded base model for `demo`, else the given name."""
-    if name != DEMO:
-        return name
-    from ..demo import embedded_base
-
-    return embedded_base()
+    return models.load_base(name, **files, **schedule or {})
 
 
 def packs_for(base: str | None, folders: Sequence[Path]) -> "pictures.FoundPacks":
@@ -57,8 +48,8 @@ def packs_for(base: str | None, folders: Sequence[Path]) -> "pictures.FoundPacks
 
 
 def checkpoint(path: Path) -> Path:
-    """Return the path of the embedded base model for `demo`, else the given path."""
-    return Path(_source(str(path)))
+    """Return the small base model's file for `demo`, else the given path."""
+    return Path(models.named_file(str(path)))
 
 
 def split_strength(text: str) -> tuple[str, float]:

@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
 from ..lora.file import LoraFile
-from ..models.opening import load_base
+from ..models.opening import DEMO_FILE, load_base
 from ..photos import Photo
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sheet import contact_sheet
@@ -31,7 +31,7 @@ from ..training.store import train
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
 FOLDER = Path(__file__).parent
-BASE_FILE = FOLDER / "base.safetensors"
+BASE_FILE = DEMO_FILE
 STYLE_PACK = "demo"
 """The style pack in FOLDER, with the only style that the base model knows."""
 PICTURE_SIZE = (64, 80)
@@ -101,16 +101,6 @@ class DemoReport:
         )
 
 
-def embedded_base() -> Path:
-    """Return the base model's file. Raises BadFile if it isn't installed, as with the package from ComfyUI's registry."""
-    if not BASE_FILE.exists():
-        raise BadFile(
-            f"{BASE_FILE.name}: the demo's base model is missing, since ComfyUI's registry package leaves it out; "
-            "install the project from its repository with pip, or use a clone"
-        )
-    return BASE_FILE
-
-
 def run(
     output: str | os.PathLike[str],
     *,
@@ -132,7 +122,7 @@ def run(
     faces = load_faces()
     photos = person_photos(person)
     training, held_out = photos[:-HELD_OUT], photos[-HELD_OUT:]
-    base = load_base(embedded_base())
+    base = load_base("demo")
     lora_path = output / "lora.safetensors"
     started = time.monotonic()
     train(

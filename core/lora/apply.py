@@ -1,6 +1,7 @@
 """Apply a LoRA to a model: a diffusers pipeline or bare networks."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -137,14 +138,14 @@ class _LowRank:
 
 
 def apply(
-    lora: LoraFile,
+    lora: LoraFile | str | os.PathLike[str],
     target: Any,
     strength: float = 1.0,
     text_encoder_strength: float | None = None,
     *,
     for_good: bool = False,
 ) -> AppliedLora:
-    """Apply a LoRA. Each weight W that it changes becomes W + strength * alpha / rank * up @ down.
+    """Apply a LoRA or its file. Each weight W that it changes becomes W + strength * alpha / rank * up @ down.
 
     Other kinds of adapters change weights and biases in their own ways. `remove`, or the end of a `with apply(...):`, undoes
     all changes.
@@ -158,6 +159,8 @@ def apply(
     Raises LoraMisfit when the target lacks any other module that the LoRA changes. Raises UnmatchedKeys when a tensor cannot
     be used or a changed weight would not be finite. After an error, the target is unchanged, except with `for_good`.
     """
+    if not isinstance(lora, LoraFile):
+        lora = LoraFile.read(lora)
     family, networks = _networks(target)
     layers: dict[ModuleId, nn.Module] = {
         (part, path if part == "denoiser" else text_encoder_path(path)): module

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .memory_plan import MemoryPlan as MemoryPlan
     from .opening import has_all_parts as has_all_parts
     from .opening import load_base as load_base
+    from .opening import named_file as named_file
     from .spec import Component as Component
     from .spec import Conditioning as Conditioning
     from .spec import FamilySpec as FamilySpec

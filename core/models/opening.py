@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,23 @@ from .recipe import RECIPES_KEY
 from .spec import DENOISER_PREFIX, Component, FamilySpec
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
+_Source = TypeVar("_Source")
+DEMO_FILE = Path(__file__).parent.parent / "demo" / "base.safetensors"
+
+
+def named_file(source: _Source) -> _Source | Path:
+    """Return the file of the base model that comes with the package for "demo", and any other source unchanged.
+
+    Raises BadFile if the file isn't installed, as with the package from ComfyUI's registry.
+    """
+    if source != "demo":
+        return source
+    if not DEMO_FILE.exists():
+        raise BadFile(
+            f"{DEMO_FILE.name}: the demo's base model is missing, since ComfyUI's registry package leaves it out; "
+            "install the project from its repository with pip, or use a clone"
+        )
+    return DEMO_FILE
 
 
 def load_base(
@@ -36,6 +53,7 @@ def load_base(
 ) -> Base:
     """Open a base model: a `.safetensors` checkpoint, a mapping of tensors named as in one, a diffusers folder, or a hub id.
 
+    "demo" is the small base model that comes with the package. It knows only faces, in `core.demo`'s style.
     A checkpoint holds all parts, or the denoiser alone. `vae` and `text_encoders` are files or mappings that replace those in
     the checkpoint. `tokenizer` is the folder of a T5 or Qwen tokenizer, for families that have one. With a `caption_encoder`,
     neither text encoders nor a tokenizer are needed. The internet is only used for a hub id (`owner/name` that does not exist
@@ -50,6 +68,7 @@ def load_base(
             f"the base model is a {type(source).__name__}: use a file, a folder, a hub id or a mapping of tensors. "
             "Save a diffusers pipeline to a folder with pipeline.save_pretrained(folder)"
         )
+    source = named_file(source)
     schedule = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
     opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
     if not isinstance(source, Mapping):

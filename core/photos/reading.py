@@ -169,26 +169,25 @@ class Photo:
         return content
 
 
-PhotoLike = Photo | Image.Image | np.ndarray
+PhotoLike = Photo | Image.Image | np.ndarray | str | os.PathLike[str]
 """What `as_photo` accepts as a photo."""
 
 
 def as_photo(picture: PhotoLike, name: str) -> Photo:
-    """Return a Photo unchanged, or make one of that name from a PIL image or an array, uint8 (height, width, 3) in RGB.
+    """Return a Photo unchanged, read one from a path, or make one of that name from a PIL image or an array.
 
-    Raises BadPhoto for anything else.
+    Arrays are of uint8 (height, width, 3) in RGB. Raises BadPhoto for anything else, and for a file that can't be read.
     """
     if isinstance(picture, Photo):
         return picture
+    if isinstance(picture, str | os.PathLike):
+        return read_photo_files([picture], strict=True)[0]
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
         picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         return Photo.from_image(picture, name)
     what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-    raise BadPhoto(
-        f"{name} is {what}: expected a Photo, a PIL image, or an array of uint8 (height, width, 3). To read files, use "
-        "photos.read_photo_files"
-    )
+    raise BadPhoto(f"{name} is {what}: expected a path, a Photo, a PIL image, or an array of uint8 (height, width, 3)")
 
 
 def read_photos(
@@ -224,7 +223,7 @@ def read_photos(
 
 
 def read_photo_files(
-    paths: Iterable[str | Path], *, strict: bool = False, on_warning: OnWarning = warnings.warn
+    paths: Iterable[str | os.PathLike[str]], *, strict: bool = False, on_warning: OnWarning = warnings.warn
 ) -> list[Photo]:
     """Read the photos in these files, in the order given, with the captions and masks beside them.
 

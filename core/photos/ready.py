@@ -16,8 +16,8 @@ from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
 
 MIN_TRAINING_PHOTOS = 3
 """The number of photos that must remain to train on when others are held out."""
-OVERRULE = " (check_photos = false trains on all photos anyway)"
-"""The end of the error that too few photos can be used. An interface replaces it by its own way to train anyway."""
+SWITCH = "check_photos = false"
+"""The setting that the error names if too few photos can be used. An interface replaces it by its own name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def make_ready(
         for item in rejected:
             on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
         if not report.enough:
-            raise BadPhoto(f"{report.headline}{OVERRULE}")
+            raise BadPhoto(f"{report.headline}. To train on all photos anyway: {SWITCH}")
         if rejected:
             on_warning(f"photos: {report.headline}")
     held_out: tuple[PhotoReport, ...] = ()

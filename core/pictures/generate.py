@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar, get_args
@@ -162,6 +163,8 @@ def generate(
     """
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
+    if isinstance(jobs, Job) or not all(isinstance(job, Job) for job in jobs):
+        raise BadConfig(f"jobs = {jobs!r}: expected a list of Job, such as [Job('a photo of sks person', seed=1)]")
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     starts = _checked_starts(base, jobs, starts, denoise) if starts else None
     device, dtype = base.device_and_dtype(config.precision, device)
@@ -218,8 +221,8 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
                 f"loras: {pair!r}: expected a list of pairs of a LoraFile, as returned by LoraFile.read(path), and a strength"
             )
         lora, strength = pair
-        if not math.isfinite(strength):
-            raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
+        if not isinstance(strength, Real) or not math.isfinite(strength):
+            raise BadConfig(f"{lora.name}: strength = {strength!r}: must be a finite number")
     if config.clip_skip > 1 and not base.family.has_clip_skip:
         raise BadConfig(
             f"clip_skip = {config.clip_skip}: {base.family.title} does not let you choose the layer. Leave it at 1"

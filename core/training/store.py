@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import TrainConfig, known_settings
 from ..device import PRECISIONS
 from ..errors import BadConfig, FaceLoraError, InUse
 from ..faces import FaceNetwork
@@ -125,12 +126,14 @@ def train(
     device: torch.device | str | None = None,
     metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
 ) -> Trained:
     """Train a LoRA, write it to `output` (a `.safetensors` path) if that is given, and return it.
 
-    `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or a Ready from
+    `photos` is a folder, a list of paths, Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or a Ready from
     `ready_for`. `class_photos`, for prior preservation, and `held_out` are a folder or a list too. Without a `config`, the
-    recipe `balanced` is used: see `core.training.recipe_config`.
+    recipe `balanced` is used: see `core.training.recipe_config`. Other keywords are settings that replace those of the recipe
+    or `config`, such as `steps=300`.
 
     With `output`, the result is read from that file. If the file was trained from the same photos, settings and base model,
     nothing is trained, except with `restart=True`. Any other file is replaced. The state is kept beside the output until the
@@ -151,19 +154,20 @@ def train(
     the same output.
     """
     check_metadata(metadata or {})
+    _check_types(config, callbacks)
     warn = callbacks.on_warning
     given = photos if isinstance(photos, Ready) else _read(photos, strict, warn)
     out = _read(held_out, strict, warn, "held_out")
-    if config is not None and not isinstance(config, TrainConfig):
-        raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
+    settings = known_settings(settings)
+    config = config and replace(config, **settings)
     if not isinstance(base, Base):
-        said = config or TrainConfig()
+        said = config or TrainConfig(**settings)
         base = load_base(base, prediction_type=said.prediction_type, zero_terminal_snr=said.zero_terminal_snr)
     if output is not None:
         RunFiles(Path(output)).check(base)
     if config is None:
         count = len(given.used if isinstance(given, Ready) else given)
-        config = recipe_config("balanced", base, count, {"hold_out": len(out)} if out else {}, warn)
+        config = recipe_config("balanced", base, count, {"hold_out": len(out), **settings} if out else settings, warn)
     if continue_from is not None and not isinstance(continue_from, LoraFile):
         continue_from = LoraFile.read(continue_from)
     job = TrainingJob.of(
@@ -181,11 +185,22 @@ def train(
     if output is None:
         return run_job(job, device=device, metadata=metadata, callbacks=callbacks)
     place = OutputFile(Path(output), resume, restart, metadata or {})
-    path = find_or_train(job, place, device=device, callbacks=callbacks).path
-    if job.makes == "checkpoint":
-        file = SafetensorsFile.open(path)
-        return Checkpoint(base.family.name, dict(file.metadata), file, str(path))
-    return LoraFile.read(path)
+    return _read_result(job, find_or_train(job, place, device=device, callbacks=callbacks).path)
+
+
+def _read_result(job: TrainingJob, path: Path) -> Trained:
+    if job.makes != "checkpoint":
+        return LoraFile.read(path)
+    file = SafetensorsFile.open(path)
+    return Checkpoint(job.base.family.name, dict(file.metadata), file, str(path))
+
+
+def _check_types(config: object, callbacks: object) -> None:
+    if config is not None and not isinstance(config, TrainConfig):
+        raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
+    if not isinstance(callbacks, Callbacks):
+        given = type(callbacks).__name__
+        raise BadConfig(f"callbacks is a {given}: expected Callbacks, such as Callbacks(on_step=function)")
 
 
 def _read(
@@ -195,6 +210,7 @@ def _read(
     if isinstance(photos, str | os.PathLike):
         check_agreed(photos)
         return read_photos(Path(photos), strict=strict, drawn=name == "class_photos", on_warning=on_warning)
+    check_agreed(*{Path(photo).parent for photo in photos if isinstance(photo, str | os.PathLike)})
     return [as_photo(photo, f"{name}[{number}]") for number, photo in enumerate(photos)]
 
 

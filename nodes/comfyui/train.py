@@ -26,7 +26,7 @@ from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
-from ...core.photos.ready import OVERRULE
+from ...core.photos.ready import SWITCH
 from ...core.progress import READING
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
@@ -321,8 +321,7 @@ def _make(
         try:
             job = checked(on_warning=watch.warning)
         except BadPhoto as error:
-            anyway = f". To train on them anyway, set use (Train on) to '{ALL}'"
-            raise BadPhoto(str(error).replace(OVERRULE, anyway)) from None
+            raise BadPhoto(str(error).replace(SWITCH, f"choose '{ALL}' instead of '{GOOD}'")) from None
         job.base.compute_hashes(partial(watch.phase, READING))
         if checkpoint and not is_trained(job, place):
             raise BadConfig(

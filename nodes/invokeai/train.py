@@ -22,7 +22,7 @@ from ...core.errors import BadPhoto
 from ...core.lora.file import LoraFile
 from ...core.lora.names import trigger_words
 from ...core.models.base import Base
-from ...core.photos.ready import OVERRULE
+from ...core.photos.ready import SWITCH
 from ...core.threads import within_quota
 from ...core.training.job import TrainingJob
 from ...core.training.recipes import MEASUREMENTS, recipe_config
@@ -102,7 +102,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         try:
             job = TrainingJob.of(photos, base, config, on_warning=progress.warning)
         except BadPhoto as error:
-            raise BadPhoto(str(error).replace(OVERRULE, ". To train on them anyway, turn off Check Photos")) from None
+            raise BadPhoto(str(error).replace(SWITCH, "turn off Check Photos")) from None
         services.make_room(context)
         made = _train(job, place, progress)
         metadata, samples = LoraFile.read(made.path).metadata, made.run.samples()

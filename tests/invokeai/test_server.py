@@ -197,7 +197,7 @@ def test_what_is_wrong_is_an_error_of_the_node_in_one_sentence(invoke, photos, l
         return invoke.run({"train": train(invoke, photos) | fields}).error
 
     assert error(photos=no_faces, check_photos=True) == (
-        "BadPhoto: 0 of 3 usable: all without a face. To train on them anyway, turn off Check Photos"
+        "BadPhoto: 0 of 3 usable: all without a face. To train on all photos anyway: turn off Check Photos"
     )
     assert (
         error(photos=None) == "BadPhoto: no photos: add 10 to 20 photos of one person, or choose a board that has them"

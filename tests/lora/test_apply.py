@@ -86,9 +86,10 @@ def test_a_diffusers_pipeline_gets_the_same_weights_as_from_diffusers_own_loader
         assert changed == named > 0
 
 
-def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras):
+def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras, tmp_path):
     networks, originals = networks_of(bases["sd15"]), networks_of(bases["sd15"])
-    applied = apply(loras["sd15"], {"family": "sd15", **networks}, strength=1.7)
+    loras["sd15"].save(tmp_path / "me.safetensors")
+    applied = apply(tmp_path / "me.safetensors", {"family": "sd15", **networks}, strength=1.7)
     assert not torch.equal(networks["denoiser"].conv_in.weight, networks["denoiser"].conv_out.weight)
     applied.remove()
     for part, network in networks.items():

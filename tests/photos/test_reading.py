@@ -575,6 +575,8 @@ def test_arrays_and_pil_images_are_photos_too():
         photo = reading.as_photo(one, "photos[3]")
         assert (photo.name, photo.image().tobytes()) == ("photos[3]", image.tobytes())
     assert reading.as_photo(photo, "b") is photo
-    for wrong, what in ((np.zeros((4, 4)), r"float64 \(4, 4\)"), ("a.jpg", "str")):
-        with pytest.raises(BadPhoto, match=rf"photos\[0\] is {what}: expected a Photo, a PIL image, or an array"):
+    for wrong, what in ((np.zeros((4, 4)), r"float64 \(4, 4\)"), (1, "int")):
+        with pytest.raises(
+            BadPhoto, match=rf"photos\[0\] is {what}: expected a path, a Photo, a PIL image, or an array"
+        ):
             reading.as_photo(wrong, "photos[0]")  # pyright: ignore[reportArgumentType]

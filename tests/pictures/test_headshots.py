@@ -97,6 +97,12 @@ def test_loras_that_can_be_read_only_once_are_refused_as_is_one_without_a_streng
     assert str(refused.value).startswith("loras: LoraFile(family='sd15', name='LoRA'): expected a list")
 
 
+@pytest.mark.parametrize("wrong", [Job("a photo", 1), "a photo", ["a photo"]], ids=["one job", "text", "texts"])
+def test_what_is_no_list_of_jobs_is_refused(base, wrong) -> None:
+    with pytest.raises(BadConfig, match=r"jobs = .*a photo.*: expected a list of Job, such as \[Job\("):
+        next(generate(base, [], wrong))
+
+
 def test_texts_are_encoded_some_at_a_time(base) -> None:
     family, sizes = base.family, []
 
@@ -679,10 +685,10 @@ def test_a_clip_skip_that_the_base_does_not_have_is_refused(base) -> None:
             next(generate(base, [], jobs(1), GenerateConfig(clip_skip=layer)))
 
 
-@pytest.mark.parametrize("strength", [math.nan, math.inf])
+@pytest.mark.parametrize("strength", [math.nan, math.inf, "0.9"])
 def test_a_strength_that_is_not_finite_is_refused_also_of_a_file_that_holds_words_alone(base, strength) -> None:
     word = LoraFile("sd15", {}, {"emb_params": torch.zeros(1, 64)}, name="word.safetensors")
-    with pytest.raises(BadConfig, match=f"word.safetensors: strength = {strength}: must be finite"):
+    with pytest.raises(BadConfig, match=f"word.safetensors: strength = {strength!r}: must be a finite number"):
         next(generate(base, [(word, strength)], jobs(1)))
 
 

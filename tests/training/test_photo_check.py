@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,10 +72,13 @@ def test_a_lora_of_the_good_photos_is_found_again_whatever_else_is_in_the_folder
     assert found.found and found.path == made.path
 
 
-def test_fewer_than_five_usable_photos_stop_before_the_training_with_what_to_add(photos):
+def test_fewer_than_five_usable_photos_stop_before_the_training_with_what_to_add(photos, tmp_path, capsys):
     (photos / "4.png").unlink()
-    with pytest.raises(BadPhoto, match=r"4 of 5 usable, and 5 are needed; add \d .*check_photos = false"):
+    few = r"4 of 5 usable, and 5 are needed; add \d .*\. To train on all photos anyway: "
+    with pytest.raises(BadPhoto, match=f"{few}check_photos = false$"):
         train(photos, BASE_FILE, CONFIG)
+    assert main(["train", str(photos), "--base", "demo", "--output", str(tmp_path / "me.safetensors")]) == 1
+    assert re.search(f"{few}--no-check-photos$", capsys.readouterr().err.strip())
     lora = train(photos, BASE_FILE, replace(CONFIG, check_photos=False))
     assert isinstance(lora, LoraFile) and trained_on(lora) == 5
 
@@ -154,8 +158,8 @@ def test_photos_to_hold_out_are_given_like_those_to_train_on(photos, tmp_path):
     config = replace(CONFIG, sample_every=1, sample_steps=1, likeness_pictures=1)
     curves = [
         train(photos, BASE_FILE, config, held_out=held_out).metadata[LIKENESS_KEY]
-        for held_out in (images, tmp_path / "out", read_photos(tmp_path / "out"))
+        for held_out in (images, tmp_path / "out", read_photos(tmp_path / "out"), sorted((tmp_path / "out").iterdir()))
     ]
-    assert curves[0] == curves[1] == curves[2]
-    with pytest.raises(BadPhoto, match=r"held_out\[0\] is str: expected a Photo, .* use photos\.read_photo_files"):
-        train(photos, BASE_FILE, config, held_out=[str(tmp_path / "out" / "0.png")])  # pyright: ignore
+    assert all(curve == curves[0] for curve in curves)
+    with pytest.raises(BadPhoto, match=r"held_out\[0\] is int: expected a path, a Photo, "):
+        train(photos, BASE_FILE, config, held_out=[1])  # pyright: ignore

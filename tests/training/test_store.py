@@ -167,6 +167,14 @@ def test_a_script_trains_nothing_twice(job, base, tmp_path):
     assert made == 0 and named.metadata["ss_training_comment"] == "Anna"
     assert named.tensors.keys() == first.tensors.keys() and named.model_hash == first.model_hash
     assert again(replace(CONFIG, seed=2))[1] == 2  # made in another way, so it is replaced
+    assert again(seed=2)[1] == 0 and again(steps=3)[1] == 3  # settings as keywords
+    with pytest.raises(BadConfig, match="unknown setting 'step'; did you mean steps"):
+        again(step=3)
+
+
+def test_callbacks_that_are_a_function_are_refused(photos, base):
+    with pytest.raises(BadConfig, match=r"callbacks is a function: expected Callbacks, such as Callbacks\(on_step="):
+        core.train(photos, base, CONFIG, callbacks=lambda report: None)  # pyright: ignore
 
 
 def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
