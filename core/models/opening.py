@@ -111,7 +111,7 @@ def load_base(
         components=components,
         prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
         zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
-        resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
+        resolution=stated_resolution(metadata, family),
         file=file if isinstance(file, WeightsFile) else None,
         vae_file=vae_file if isinstance(vae_file, WeightsFile) else None,
         files=tuple(one for one in opened if isinstance(one, WeightsFile)),
@@ -253,12 +253,13 @@ def _numbers_in(value: Any) -> Iterator[int]:
         yield value
 
 
-def _side(resolution: str | None, default: int) -> int:
-    """Return the side of a square as large as modelspec's `WIDTHxHEIGHT`, or the default if that is missing or invalid."""
-    sides = (resolution or "").lower().split("x")
+def stated_resolution(metadata: Mapping[str, str], family: FamilySpec) -> int:
+    """Return the resolution of a checkpoint with this metadata: the side, in pixels, of a square as large as modelspec's
+    `WIDTHxHEIGHT`. It is the family's if that is missing or invalid."""
+    sides = metadata.get("modelspec.resolution", "").lower().split("x")
     if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
         return round((int(sides[0]) * int(sides[1])) ** 0.5)
-    return default
+    return family.resolution
 
 
 def _of_folder(folder: Path, name: str, prediction_type: str, zero_terminal_snr: bool) -> Base:

@@ -28,12 +28,12 @@ from ...core.lora.file import LoraFile, fit
 from ...core.lora.names import Entry
 from ...core.models.base import Base, CaptionEncoder
 from ...core.models.families import FAMILIES
-from ...core.models.opening import load_base
+from ...core.models.opening import load_base, stated_resolution
 from ...core.models.spec import Conditioning, FewSteps
 from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
 from ...core.storage.gguf_file import dequantised_array, dtype_of, narrow_gguf
-from ...core.storage.safetensors_file import tensor_bytes
+from ...core.storage.safetensors_file import SafetensorsFile, tensor_bytes
 from ...core.storage.stored import LazyTensors, LazyValues, NarrowTensor, Stored, outline
 from ...core.tensor_names import NAME_TABLES
 
@@ -59,7 +59,7 @@ def style_family(model: Any) -> str:
 
 def few_steps(model: Any) -> FewSteps | None:
     """Return how a MODEL draws whose file's name says that it was distilled to a few steps; None for all others."""
-    family, name = FAMILIES.get(FAMILY_OF_CLASS.get(_class_name(model), "")), _file_name(model)
+    family, name = FAMILIES.get(FAMILY_OF_CLASS.get(_class_name(model), "")), _file(model).name
     guided = model.model.model_config.unet_config.get("guidance_embed")
     return family.few_steps_named(name) if family and family.is_named_distilled(name) and not guided else None
 
@@ -72,6 +72,16 @@ def trained_family(model: Any) -> str:
         known = ", ".join(family.title for name, family in FAMILIES.items() if name in FAMILY_OF_CLASS.values())
         raise UnknownFamily(f"MODEL is {kind}. Train Face LoRA can train: {known}")
     return family
+
+
+def resolution_of(model: Any) -> int:
+    """Return the resolution that MODEL's file states, in pixels, or its family's. Raises as `trained_family`."""
+    family = FAMILIES[trained_family(model)]
+    try:
+        metadata = SafetensorsFile.open(_file(model)).metadata
+    except FaceLoraError:  # Another kind of file, or none that ComfyUI knows of.
+        metadata = {}
+    return stated_resolution(metadata, family)
 
 
 def _class_name(model: Any) -> str:
@@ -112,7 +122,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         encode = partial(_encode_caption, clip, family.title, context_width(denoiser), pooled_width(denoiser))
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
-    return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)
+    return replace(base, name=_file(model).name, resolution=config.resolution or resolution_of(model))
 
 
 _OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scale", "weight_scale_2")
@@ -284,11 +294,10 @@ def _sampling_markers(model: Any) -> dict[str, Tensor]:
     return markers
 
 
-def _file_name(model: Any) -> str:
-    """Return the name of the checkpoint file for the metadata, or "ComfyUI MODEL" if ComfyUI no longer has it."""
+def _file(model: Any) -> Path:
+    """Return the checkpoint file; `ComfyUI MODEL`, which doesn't exist, if ComfyUI no longer has its path."""
     loader = getattr(model, "cached_patcher_init", None)
-    path = loader[1][0] if loader and loader[1] and isinstance(loader[1][0], str) else "ComfyUI MODEL"
-    return Path(path).name
+    return Path(loader[1][0] if loader and loader[1] and isinstance(loader[1][0], str) else "ComfyUI MODEL")
 
 
 # --- pictures ---
@@ -378,7 +387,7 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
     else:
         shapes |= _shapes("text_encoders.", clip.cond_stage_model)
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
-    base = BaseLayers(shapes, _file_name(model), FAMILY_OF_CLASS.get(_class_name(model)))
+    base = BaseLayers(shapes, _file(model).name, FAMILY_OF_CLASS.get(_class_name(model)))
     fit(lora, base.family, base.shapes, base.biased).check(Path(lora.name).name)
     skipped: list[str] = []
     for candidate in _in_every_scheme(lora):

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from ...core.errors import BadConfig, LoraMisfit
 from ...core.lora.names import trigger_words
-from ...core.models.families import FAMILIES
 from ...core.pictures.group import MOST_PEOPLE, Area, Group, GroupMember, Mask, read_box
 from .apply import CONNECTED, chosen_lora, file_state, patch_clip
-from .convert import LoraModel, loadable, mask_picture, trained_family
+from .convert import LoraModel, loadable, mask_picture, resolution_of
 from .folders import prompt_phrase, says_no_server_paths
 from .weight_patches import load_patches
 
@@ -273,7 +272,7 @@ def _multiple(model: Any) -> int:
 def _size(group: Group, model: Any, width: int, height: int, multiple: int) -> tuple[int, int]:
     """Return the size in pixels. A side of 0 is computed from the group."""
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
-    own = group.size(FAMILIES[trained_family(model)].resolution, multiple * pixels)
+    own = group.size(resolution_of(model), multiple * pixels)
     return width or own[0], height or own[1]
 
 

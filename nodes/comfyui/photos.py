@@ -19,13 +19,12 @@ from server import PromptServer
 from ...core.errors import BadFile, BadPhoto, FaceLoraError, counted
 from ...core.faces import faces_if_installed
 from ...core.models.base import Base
-from ...core.models.families import FAMILIES
 from ...core.models.opening import load_base
 from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
 from ...core.photos.reading import MASK_ENDING
 from ...core.photos.report import CROP, REJECT, REVIEW, USE
 from . import panel
-from .convert import FacePhotos, image_tensor, trained_family
+from .convert import FacePhotos, image_tensor, resolution_of
 from .dropped import NAMES, add, folders_for, input_folder, is_hidden, own_name
 from .folders import refusal, says_no_server_paths, without_server_paths
 
@@ -126,7 +125,7 @@ class LoadFacePhotos(io.ComfyNode):
     @classmethod
     @says_no_server_paths
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str, model: Any = None) -> io.NodeOutput:
-        resolution = FAMILIES[trained_family(model)].resolution if model else DEFAULT_RESOLUTION
+        resolution = resolution_of(model) if model else DEFAULT_RESOLUTION
         seen = look(folder, pictures, panel.running_user(), resolution if check else None, strict=strict)
         if seen.report and seen.report.network and not any(item.faces for item in seen.report.photos):
             raise BadPhoto(

@@ -17,7 +17,7 @@ from core.config import config_from
 from core.lora.file import KEY, LoraFile
 from core.lora.hashes import model_hash
 from core.models.families import FAMILIES
-from core.storage.safetensors_file import SafetensorsFile
+from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from core.training.likeness import LIKENESS_KEY
 from core.training.recipes import recipe_settings
 from core.training.store import train
@@ -306,6 +306,16 @@ def test_the_same_training_through_core_gives_the_same_tensors(server, trained):
     output = server.folder / "core.safetensors"
     train(server.folder / "input" / "anna", checkpoint, config, output=output)
     assert same(dict(LoraFile.read(output).tensors), tensors(server, "anna"))
+
+
+def test_the_checkpoints_own_resolution_is_trained_at(server, trained):
+    checkpoints = server.folder / "models" / "checkpoints"
+    whole = SafetensorsFile.open(checkpoints / "sd15.safetensors")
+    copy_with_metadata(whole, checkpoints / "small.safetensors", {"modelspec.resolution": "64x64"})
+    base = {"small": node("CheckpointLoaderSimple", ckpt_name="small.safetensors")}
+    inputs = {"model": ["small", 0], "clip": ["small", 1], "vae": ["small", 2], "resolution": 0, "steps": 1}
+    server.result(training(name="small", **inputs) | base)
+    assert LoraFile.read(loras(server) / "small.safetensors").metadata["ss_resolution"] == "(64, 64)"
 
 
 def test_the_layer_that_is_set_on_clip_is_trained_on(server, trained):
