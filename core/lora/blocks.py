@@ -30,7 +30,8 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
 
     The text is either a list of numbers for BLOCK_LISTS, or `BLOCK=NUMBER` items separated by commas or line breaks. BLOCK
     is the beginning of a module's dotted path (`up_blocks`, `up_blocks.1.attentions.0`), a part (`text_encoder`), or a label
-    of the lists (`BASE`, `IN04`, `M00`, `OUT05`). The longest match is used. Raises BadConfig for anything else.
+    of the lists (`BASE`, `IN04`, `M00`, `OUT05`). The longest match is used. A part of the model that this LoRA doesn't change
+    may be named too. Raises BadConfig for anything else.
     """
     items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
     named = dict.fromkeys(name for entry in lora.entries for name in _blocks_of(entry))
@@ -40,7 +41,7 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
         given = {}
         for item in items:
             name, _, number = (part.strip() for part in item.partition("="))
-            if name not in named:
+            if name not in named and name not in ("BASE", *NAME_TABLES[lora.family].kohya_prefixes):
                 shown = ", ".join(name for name in named if name.count(".") < 2)
                 raise BadConfig(f"block_weights: {lora.name} has no block {name!r}; choose from {shown}")
             given[name] = _factor(number, item)

@@ -1,5 +1,8 @@
 """Strengths of the blocks of a LoRA."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,6 +36,14 @@ def strengths(text: str, lora: LoraFile) -> dict[str, float]:
 def test_the_longest_name_counts():
     found = strengths("down_blocks=0.5, down_blocks.1.attentions.1 = 0\ntext_encoder=0.25", lora())
     assert found == {"down": 0.5, "down, second": 0, "middle": 1, "up": 1, "text": 0.25}
+
+
+def test_a_part_that_the_lora_does_not_change_may_be_named():
+    """docs/comfyui.md names one that most LoRAs don't change."""
+    (text,) = re.findall(r"It takes `(up_blocks=.*?)`", Path("docs/comfyui.md").read_text())
+    modules = {path: LoraModule(torch.randn(4, 768), torch.randn(640, 4), 4.0) for path in list(PATHS.values())[:-1]}
+    found = block_strengths(LoraFile.from_modules("sd15", modules, {}), text)
+    assert sorted(found.values()) == [0, 0, 0.5, 1]
 
 
 @pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy"])
