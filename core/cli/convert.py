@@ -43,7 +43,7 @@ def run(options: ConvertOptions) -> None:
         base = lora.BaseWeights.open(checkpoint(options.base))
         lora.fit(source, base.family, base.shapes).check(source.name)
         weight = base.read
-    elif source.entries and not source.identity.models and not source.identity.is_near:
+    elif options.to and source.entries and not source.identity.models and not source.identity.is_near:
         print_warning(f"{options.file}: no published model has most of its modules; programs may not load the result")
     details = options.plain_rank, weight, progress_bar("converting")
     if options.to is not None:

@@ -176,6 +176,7 @@ def format_likeness(measured: dict[str, Any]) -> str:
             + (f"  {judged['likeness']:6.2f}  {judged['leakage']:7.2f}" if judged else "")
             + ("  <- kept" if index == measured["kept"] else "")
         )
+    rows.append("copying: photos are memorised; leakage: everybody becomes the person; drift: other pictures change")
     return "\n".join(rows)
 
 

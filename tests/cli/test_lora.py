@@ -282,6 +282,9 @@ def test_modules_of_no_published_model_are_not_converted_silently(tmp_path, caps
     save_safetensors(path, {f"{name}.lora_A.weight": torch.ones(4, 3072), f"{name}.lora_B.weight": torch.ones(3072, 4)})
     run("convert", path, "--output", tmp_path / "b.safetensors", "--to", "kohya", "--family", "flux1")
     assert "no published model has most of its modules; programs may not load the result" in capsys.readouterr().err
+    command = ["convert", path, "--output", tmp_path / "c.safetensors", "--for", "diffusers", "--family", "flux1"]
+    assert main([*map(str, command)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1  # the same is not said twice
     inpainting = {
         "lora_unet_conv_in.lora_down.weight": torch.ones(4, 9, 3, 3),
         "lora_unet_conv_in.lora_up.weight": torch.ones(320, 4, 1, 1),
