@@ -1,7 +1,7 @@
 """Run a whole job, and print each part's predicted and measured time: `python -m tools.job_measured PHOTOS OUTPUT --base FILE`.
 
 The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: SD1.5 in its published size,
-with random weights. Nothing else should run beside it.
+with random weights. Times are processor seconds per thread, which other programs lengthen least.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from core.device import best_device, precision_name, processor
 from core.models import load_base
 from core.photos import read_photos
 from core.pictures.style_pack import find_style_packs
-from core.studio.ledger import Ledger, device_rate
+from core.studio.ledger import Ledger
 from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
+from core.studio.speed import Speed, speed_of
 from core.training import recipe_config
 from core.training.callbacks import Callbacks
 from tests.tooling import FULL_SD15, write_checkpoint
@@ -41,15 +42,15 @@ PHASES = {
 
 
 class PartTimes:
-    """Adds the time between two reports to the part that the second one is about."""
+    """Adds the processor seconds of each thread between two reports to the part that the second one is about."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
+        self._last = time.process_time()
 
     def reported(self, phase: str) -> None:
-        now, part = time.monotonic(), PHASES.get(phase, phase)
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        now, part = time.process_time(), PHASES.get(phase, phase)
+        self.seconds[part] = self.seconds.get(part, 0.0) + (now - self._last) / torch.get_num_threads()
         self._last = now
 
     def callbacks(self) -> Callbacks:
@@ -60,13 +61,14 @@ class PartTimes:
         )
 
 
-def rows(ledger: Ledger, times: PartTimes, rate: float) -> list[tuple[str, ...]]:
+def rows(ledger: Ledger, times: PartTimes, speed: Speed) -> list[tuple[str, ...]]:
     """Return the rows of the table: TFLOP, predicted and measured seconds of each part, then of what isn't predicted."""
-    found = []
+    found, predicted = [], ledger.seconds(speed)
     for part, counted in PARTS.items():
         operations, measured = sum(ledger.operations[one] for one in counted), times.seconds.get(part, 0.0)
-        ratio = f"{operations / rate / measured:.2f}" if measured else "–"
-        found.append((part, f"{operations / 1e12:.1f}", f"{operations / rate:.0f}", f"{measured:.0f}", ratio))
+        least, most = (sum(predicted[one][end] for one in counted) for end in (0, 1))
+        reached = f"{operations / speed.rate / measured:.2f}" if measured else "–"
+        found.append((part, f"{operations / 1e12:.1f}", f"{least:.0f} to {most:.0f}", f"{measured:.0f}", reached))
     others = {part: seconds for part, seconds in times.seconds.items() if part not in PARTS}
     return [*found, *((part, "–", "–", f"{seconds:.0f}", "–") for part, seconds in others.items())]
 
@@ -89,7 +91,7 @@ def main() -> None:
     ready = ready_photos(photos, base, config, callbacks)
     times.reported("check")
     device, dtype = base.device_and_dtype(config.precision)
-    ledger, rate = ledger_of(ready, base, order), device_rate(base, precision=config.precision)
+    ledger, speed = ledger_of(ready, base, order), speed_of(base, precision=config.precision)
     times.reported("prediction")
     began = time.monotonic()
     peak = peak_memory(lambda: train_and_draw(ready, base, order, options.output, callbacks=callbacks), device)
@@ -98,10 +100,10 @@ def main() -> None:
     print(
         f"{base.family.title}, {config.resolution or base.resolution} px, {config.steps} steps of {config.batch_size}, "
         f"{options.count} pictures, {precision_name(dtype)}; {processor(best_device())}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; rate {rate / 1e9:.0f} GFLOP/s; {elapsed:.0f} s from photos to gallery; "
+        f"torch {torch.__version__}; rate {speed.rate / 1e9:.0f} GFLOP/s; {elapsed:.0f} s from photos to gallery; "
         f"{ledger.memory / 2**30:.2f} GiB predicted for training, peak of the job {(peak or 0) / 2**30:.2f} GiB"
     )
-    print(table(("part", "TFLOP", "predicted, s", "measured, s", "predicted / measured"), rows(ledger, times, rate)))
+    print(table(("part", "TFLOP", "predicted, s", "measured, s", "share of the rate"), rows(ledger, times, speed)))
 
 
 if __name__ == "__main__":

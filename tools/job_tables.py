@@ -1,15 +1,18 @@
 """The tables of whole jobs in docs/benchmarks.md: `python -m tools.job_tables` counts them and writes them there.
 
 A job is what `facelora headshots` does: a LoRA of a recipe on 15 photos, and 20 headshots, each with a face pass. Nothing is
-computed: passes are counted on the published models' shapes, at the share of a card's rate that tools/memory_tables.py has.
-It takes about 40 seconds a model, most of them to predict the memory of plans.
-`--model NAME`, once or more, writes tables of these models alone; `--json` prints the seconds of each part instead.
+computed: passes are counted on the published models' shapes, at the published shares of a card's rate (core/studio/speed.py).
+It takes about 40 seconds a model and core, most of them to predict the memory of plans.
+`--model NAME`, once or more, writes tables of these models alone; `--json` prints the seconds of each part instead, as
+{model: {recipe: {card: {part: [least, most]}}}}.
 """
 
 import argparse
 import functools
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +26,14 @@ from core.models.recipe import RECIPES
 from core.models.spec import Component
 from core.photos import Photo
 from core.pictures import find_style_packs
-from core.studio import PARTS, Order
+from core.studio import PARTS, Order, Span, Speed
 from core.studio.ledger import Basis, Ledger
 from core.studio.passes import count_passes
 from core.training.adapted_model import memory_plans
 from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction
 from core.training.recipes import recipe_config
-from tools.memory_tables import CARDS, DOCUMENT, MODELS, SHARE, Card, base_of, cache_of, column
+from tools.memory_tables import CARDS, DOCUMENT, GIB, MODELS, TAKEN, Card, base_of, cache_of, column
 from tools.photo_tables import replace_table, table
 
 PHOTOS, HEADSHOTS, PACK = 15, 20, "corporate"
@@ -40,8 +43,10 @@ DISTILLED = {
     "Krea 2": "Krea 2 Turbo", "ERNIE-Image": "ERNIE-Image-Turbo",
 }  # fmt: skip
 """The versions of models that draw in a few steps."""
-Found = dict[str, dict[str, dict[str, Ledger]]]
-"""The work of a job by model, recipe and card."""
+Seconds = dict[str, Span]
+"""How long each part of a job takes, from the least to the most."""
+Found = dict[str, dict[str, dict[str, tuple[Ledger, Seconds]]]]
+"""The work of a job and its time, by model, recipe and card."""
 SHOWN = ("SD1.5", "SDXL", "FLUX.1-dev", "Z-Image", "Krea 2")
 """The models whose parts have columns."""
 _BLOCKS = {
@@ -77,49 +82,54 @@ def ledgers(name: str) -> Found:
         passes, cache = count(config.rank, side)
         order = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS)
         prediction = StepPrediction(TrainingInputs(cache, base, config, torch.device("cpu"), torch.bfloat16))
-        needs = {plan: prediction.bytes(plan) for plan in memory_plans(config, base)}
+        needs = functools.cache(prediction.bytes)
         for card in CARDS:
-            plan = first_that_fits(list(needs), lambda plan, room=card.room, needs=needs: needs[plan] <= room)
-            if needs[plan] <= card.room:
-                shared = Basis(base, passes, plan, needs[plan])
+            plan = first_that_fits(
+                memory_plans(config, base), lambda plan, room=card.room, needs=needs: needs(plan) <= room
+            )
+            if needs(plan) <= card.room:
+                shared = Basis(base, passes, plan, needs(plan), torch.bfloat16, (card.memory - TAKEN) * GIB)
+                speed = Speed.published("cuda", base, card.rate, (card.copies / 1.2, card.copies * 1.1))
                 for title, drawing in drawn_on.items():
                     jobs = replace(order, drawn_on=drawing).jobs(base)
-                    found[title][recipe][card.name] = shared.ledger(photos, config, jobs)
+                    ledger = shared.ledger(photos, config, jobs)
+                    found[title][recipe][card.name] = ledger, ledger.seconds(speed)
     return found
 
 
-def seconds(ledger: Ledger, card: Card) -> dict[str, float]:
-    """How long each part takes on a card."""
-    return {part: operations / (SHARE * card.rate) for part, operations in ledger.operations.items()}
+def hours(taken: Span) -> str:
+    unit, name = (60, "min") if taken[1] < 5400 else (3600, "h")
+    least, most = (f"{one / unit:.0f}" if unit == 60 else f"{one / unit:.2g}" for one in taken)
+    return f"{most if least == most else f'{least}–{most}'} {name}"
 
 
-def hours(taken: float) -> str:
-    return f"{taken / 60:.0f} min" if taken < 5400 else f"{taken / 3600:.3g} h"
+def whole(seconds: Seconds) -> Span:
+    return sum(least for least, _ in seconds.values()), sum(most for _, most in seconds.values())
 
 
 def tables(found: Found) -> dict[str, str]:
     """The tables by name: the parts of jobs on one card, and the sums on all cards, also of drawing on distilled models."""
     (card,) = (card for card in CARDS if card.memory == 12)
     shown = {name: found[name]["balanced"][card.name] for name in SHOWN if name in found}
-    rows = [[part, *(hours(seconds(one, card)[part]) for one in shown.values())] for part in PARTS]
+    rows = [[part, *(hours(seconds[part]) for _, seconds in shown.values())] for part in PARTS]
     rows = [row for row in rows if set(row[1:]) != {"0 min"}]
     rows += [
-        ["all", *(hours(sum(seconds(one, card).values())) for one in shown.values())],
-        ["TFLOP", *(f"{one.total / 1e12:,.0f}" for one in shown.values())],
-        ["memory plan", *(column(one.plan) for one in shown.values())],
+        ["all", *(hours(whole(seconds)) for _, seconds in shown.values())],
+        ["TFLOP", *(f"{one.total / 1e12:,.0f}" for one, _ in shown.values())],
+        ["memory plan", *(column(one.plan) for one, _ in shown.values())],
     ]
 
-    def sums(recipes: Mapping[str, Mapping[str, Ledger]], card: Card) -> str:
+    def sums(recipes: Mapping[str, Mapping[str, tuple[Ledger, Seconds]]], card: Card) -> str:
         there = [recipes[recipe].get(card.name) for recipe in RECIPES]
-        return ", ".join(hours(sum(seconds(one, card).values())) if one else "–" for one in there)
+        return ", ".join(hours(whole(one[1])) if one else "–" for one in there)
 
-    whole = {name: [sums(recipes, card) for card in CARDS] for name, recipes in found.items()}
+    jobs = {name: [sums(recipes, card) for card in CARDS] for name, recipes in found.items()}
     head = [", ".join(RECIPES), *(card.name for card in CARDS)]
     return {
         "a job by part": table([f"balanced, {card.name}", *shown], rows),
-        "whole jobs": table(head, [[name, *whole[name]] for name in MODELS if name in whole]),
+        "whole jobs": table(head, [[name, *jobs[name]] for name in MODELS if name in jobs]),
         "drawn on distilled models": table(
-            head, [[f"{name}, drawn on {other}", *whole[other]] for name, other in DISTILLED.items() if other in whole]
+            head, [[f"{name}, drawn on {other}", *jobs[other]] for name, other in DISTILLED.items() if other in jobs]
         ),
     }
 
@@ -129,12 +139,12 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS, help="a model of the tables; default all")
     parser.add_argument("--json", action="store_true", help="print seconds instead of writing tables")
     options = parser.parse_args()
-    found = {title: one for name in options.model or MODELS for title, one in ledgers(name).items()}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = {title: one for each in pool.map(ledgers, options.model or MODELS) for title, one in each.items()}
     if options.json:
-        cards = {card.name: card for card in CARDS}
         values = {
             name: {
-                recipe: {card: seconds(one, cards[card]) for card, one in on_cards.items()}
+                recipe: {card: seconds for card, (_, seconds) in on_cards.items()}
                 for recipe, on_cards in recipes.items()
             }
             for name, recipes in found.items()

@@ -1,14 +1,13 @@
 """The tables of memory plans in docs/benchmarks.md: `python -m tools.memory_tables` predicts them and writes them there.
 
 Nothing is trained: the published models' sizes are gone through with tensors that hold no numbers. It takes about a quarter of
-an hour; `--model NAME`, once or more, does these models alone, and leaves the rows of the others as they are. How long a step
-takes is its arithmetic at a share of the card's rate, or the copies of blocks that are brought in, if these take longer.
+an hour; `--model NAME`, once or more, does these models alone, and leaves the rows of the others as they are.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,6 @@ from tools.random_models import denoiser_config
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 GIB = 2**30
-SHARE = 0.3
-"""How much of a card's rate a step reaches. Other trainers reach 0.25 to 0.37, by published seconds of steps and this file's
-operations with everything recomputed: Krea 2 on an H100 (0.353 s at 512 px, 0.990 s at 1024), FLUX.1 on an RTX 4090 (1.4 s)."""
 TAKEN = 1
 """GiB of a card that the screen, other programs and CUDA itself have."""
 
@@ -61,16 +57,6 @@ CARDS = (
     Card("RTX 4060 Ti, 16 GB", 16, 44e12, 12e9),
     Card("RTX 4090, 24 GB", 24, 165e12, 24e9),
 )
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a step needs under a memory plan."""
-
-    memory: int
-    """Bytes."""
-    operations: int
-    """Floating-point operations, a multiplication and an addition as two."""
 
 
 @dataclass(frozen=True)
@@ -202,19 +188,17 @@ def cache_of(model: Model, base: Base) -> LatentCache:
     return LatentCache((image,), {caption: text}, chunks=1, digest="")
 
 
-def predictions(model: Model, form: str = "") -> dict[MemoryPlan, Need]:
-    """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
+def prediction_of(model: Model, form: str = "", *, each_block: bool = False) -> StepPrediction:
+    """The step of a LoRA of rank 16 on one picture, in bf16."""
     base, config = base_of(model, form), config_of(model)
     inputs = TrainingInputs(cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
-    prepare = partial(StepPrediction, inputs)
-    operations: dict[MemoryPlan, int] = {}
-    for plan in PLANS[:4]:  # apart from the memory, since the counter keeps activations that the plan would recompute
-        operations[plan] = count_flops(partial(prepare(each_block=True).bytes, plan))
-    plans = plans_for("auto", narrow=base.is_narrow)
-    prediction = prepare()
-    return {
-        plan: Need(prediction.bytes(plan), operations[replace(plan, weights="full", offload=0.0)]) for plan in plans
-    }
+    return StepPrediction(inputs, each_block=each_block)
+
+
+def predictions(model: Model, form: str = "") -> dict[MemoryPlan, int]:
+    """How many bytes each plan needs."""
+    prediction = prediction_of(model, form)
+    return {plan: prediction.bytes(plan) for plan in plans_for("auto", narrow=base_of(model, form).is_narrow)}
 
 
 def column(plan: MemoryPlan) -> str:
@@ -226,18 +210,10 @@ def column(plan: MemoryPlan) -> str:
     return f"{bits}{share}{cheap} recomputed{brought}"
 
 
-def training_on(card: Card, needs: dict[MemoryPlan, Need], stored: int) -> str:
-    """The plan that is chosen on a card, in few words, with the GiB and the seconds that a step needs.
-
-    `stored` are the bytes of the weights as plans bring them in."""
-    plan = first_that_fits(list(needs), lambda plan: needs[plan].memory <= card.room)
-    need = needs[plan]
-    if need.memory > card.room:
-        return "no plan fits"
-    # Blocks come for the forward pass, and for the backward pass again.
-    copied = 2 * plan.offload * stored
-    seconds = max(need.operations / (SHARE * card.rate), copied / card.copies)
-    return f"{column(plan)} ({need.memory / GIB:.1f}), {seconds:{'.0f' if seconds > 9.5 else '.2g'}} s"
+def training_on(card: Card, needs: dict[MemoryPlan, int]) -> str:
+    """The plan that is chosen on a card, in few words, with the GiB that it needs."""
+    plan = first_that_fits(list(needs), lambda plan: needs[plan] <= card.room)
+    return f"{column(plan)} ({needs[plan] / GIB:.1f})" if needs[plan] <= card.room else "no plan fits"
 
 
 def tables_of_quantised(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -251,15 +227,15 @@ def tables_of_quantised(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
         "memory of quantised files": table(
             ["GiB", "weights", *map(column, needs[0])],
             [
-                [title, f"{size / GIB:.1f}", *(f"{need.memory / GIB:.1f}" for need in found.values())]
+                [title, f"{size / GIB:.1f}", *(f"{need / GIB:.1f}" for need in found.values())]
                 for title, size, found in zip(titles, sizes, needs, strict=True)
             ],
         ),
         "training on quantised files": table(
             ["", *(card.name for card in CARDS)],
             [
-                [title, *(training_on(card, found, size) for card in CARDS)]
-                for title, size, found in zip(titles, sizes, needs, strict=True)
+                [title, *(training_on(card, found) for card in CARDS)]
+                for title, found in zip(titles, needs, strict=True)
             ],
         ),
     }
@@ -276,11 +252,11 @@ def rows_of(model_name: str) -> dict[str, list[str]]:
     model = MODELS[model_name]
     needs, weights, title = predictions(model), weight_bytes(model), titled(model_name)
     return {
-        "memory": [title, *(f"{needs[plan].memory / GIB:.1f}" for plan in PLANS)],
+        "memory": [title, *(f"{needs[plan] / GIB:.1f}" for plan in PLANS)],
         "training on cards": [
             title,
-            f"{needs[PLANS[0]].operations / 1e12:.3g}",
-            *(training_on(card, needs, weights // 2) for card in CARDS),  # brought in, they are in 8 bits
+            f"{count_flops(partial(prediction_of(model, each_block=True).bytes, PLANS[0])) / 1e12:.3g}",
+            *(training_on(card, needs) for card in CARDS),
         ],
         "drawing on cards": [model_name, f"{weights / GIB:.1f}", *(drawing_on(card, weights) for card in CARDS)],
     }

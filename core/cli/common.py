@@ -82,6 +82,14 @@ def rough_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def rough_span(seconds: tuple[float, float]) -> str:
+    """Format a range of seconds in one unit, such as "12 to 20 min"."""
+    most = rough_duration(seconds[1])
+    number, unit = most.split()
+    least = f"{seconds[0] / {'s': 1, 'min': 60, 'h': 3600}[unit]:.{1 if '.' in number else 0}f}"
+    return most if least == number else f"{least} to {most}"
+
+
 def print_warning(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 

@@ -3,12 +3,14 @@
 import json
 from typing import TYPE_CHECKING
 
-from .common import rough_duration
+from .common import rough_span
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
-    from ..studio import Ledger
+    from ..studio import Ledger, Span
 
 
 def device_from(name: str | None) -> "torch.device":
@@ -30,32 +32,40 @@ def named_or_best(name: str | None) -> "torch.device":
     return best_device() if name is None else named_device(name)
 
 
-def show_work(ledger: "Ledger", rate: float, as_json: bool) -> None:
-    """Print the work of a job part by part, and its time on a device that does `rate` operations per second."""
+def show_work(ledger: "Ledger", seconds: "Mapping[str, Span]", as_json: bool) -> None:
+    """Print the work of a job part by part, and how long each part takes, from the least to the most."""
     if not as_json:
-        print(*_table(ledger, rate), "Nothing was trained or drawn.", sep="\n")
+        print(*_table(ledger, seconds), "Nothing was trained or drawn.", sep="\n")
         return
     described = {
-        "parts": {part: {"operations": count, "seconds": count / rate} for part, count in ledger.operations.items()},
+        "parts": {
+            part: {"operations": ledger.operations.get(part, 0.0), "seconds": span} for part, span in seconds.items()
+        },
         "operations": ledger.total,
-        "seconds": ledger.total / rate,
+        "seconds": total_span(seconds),
         "memory": ledger.memory,
         "memory_plan": str(ledger.plan),
     }
     print(json.dumps(described))
 
 
-def work_in_short(ledger: "Ledger", rate: float) -> str:
+def work_in_short(ledger: "Ledger", seconds: "Mapping[str, Span]") -> str:
     """Return the total in one line."""
-    return f"at most about {rough_duration(ledger.total / rate)} and {ledger.memory / 2**30:.1f} GiB of memory"
+    return f"about {rough_span(total_span(seconds))} and {ledger.memory / 2**30:.1f} GiB of memory"
 
 
-def _table(ledger: "Ledger", rate: float) -> list[str]:
+def total_span(seconds: "Mapping[str, Span]") -> "Span":
+    """Return the sum of spans."""
+    return sum(low for low, _ in seconds.values()), sum(high for _, high in seconds.values())
+
+
+def _table(ledger: "Ledger", seconds: "Mapping[str, Span]") -> list[str]:
     """Return the lines of the job's parts and their total."""
-    lines = [f"{'at most':<17}{'TFLOP':>10}{'time':>10}{'share':>8}"]
-    for part, count in (*ledger.operations.items(), ("all", ledger.total)):
-        if count or part == "all":
-            tera = count / 1e12
-            shown = f"{tera:,.0f}" if tera >= 100 else f"{tera:.2g}"
-            lines.append(f"{part:<17}{shown:>10}{rough_duration(count / rate):>10}{count / ledger.total:>8.0%}")
+    total = total_span(seconds)
+    lines = [f"{'':<17}{'TFLOP':>10}{'time':>18}{'share':>8}"]
+    for part, span in (*seconds.items(), ("all", total)):
+        if sum(span):
+            tera = (ledger.total if part == "all" else ledger.operations.get(part, 0.0)) / 1e12
+            shown = "" if not tera else f"{tera:,.0f}" if tera >= 100 else f"{tera:.2g}"
+            lines.append(f"{part:<17}{shown:>10}{rough_span(span):>18}{sum(span) / sum(total):>8.0%}")
     return [*lines, f"memory: {ledger.memory / 2**30:.1f} GiB ({ledger.plan})"]

@@ -92,15 +92,25 @@ def run(options: HeadshotsOptions) -> int:
         order = dataclasses.replace(order, training_adapter=adapter, drawn_on=drawn_on)
         for line in unread_in_pack(order.pack, base):
             progress.warning(line)
+        watch, counted = studio.Stopwatch(), None
         if asks or options.dry_run:
             ledger = studio.ledger_of(ready, base, order, device)
-            rate = studio.device_rate(base, device, order.config.precision)
+            speed = studio.speed_of(base, device, order.config.precision)
             if options.dry_run:
-                show_work(ledger, rate, options.json)
+                show_work(ledger, ledger.seconds(speed), options.json)
                 return 0
-            print(work_in_short(ledger, rate))
+            print(work_in_short(ledger, ledger.seconds(speed)))
+            counted = ledger, speed
+        watch.enter("encode")
         with stop:
-            outcome = studio.train_and_draw(ready, base, order, folder, device=device, callbacks=callbacks)
+            outcome = studio.train_and_draw(
+                ready, base, order, folder, device=device, callbacks=watch.listening(callbacks)
+            )
+        if counted:
+            ledger, speed = counted
+            cost = watch.cost(device, base.name, len(ready.used))
+            done = ledger.done(cost.work.steps / order.config.steps, cost.work.pictures / order.count)
+            studio.remember_speed(base, order.config.precision, speed, done, cost)
     if asked.sidecars:
         lora.write_sidecars(outcome.trained.path)
     made, gallery = outcome.trained.path, folder / "gallery.html"

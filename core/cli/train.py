@@ -130,7 +130,7 @@ def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
     device, used = device_from(options.device), job.ready.photos
     shared = studio.basis(used, job.base, job.config, device, job.adapter)
     ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))
-    show_work(ledger, studio.device_rate(job.base, device, job.config.precision), options.json)
+    show_work(ledger, ledger.seconds(studio.speed_of(job.base, device, job.config.precision)), options.json)
 
 
 def training_adapter_from(path: Path | None, base: "models.Base") -> "training.TrainingAdapter | None":

@@ -6,13 +6,13 @@ from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .cost import Cost as Cost
+    from .cost import Stopwatch as Stopwatch
     from .cost import Work as Work
     from .cost import seconds_for as seconds_for
     from .forgetting import forget as forget
     from .ledger import PARTS as PARTS
     from .ledger import Ledger as Ledger
     from .ledger import basis as basis
-    from .ledger import device_rate as device_rate
     from .many import Plan as Plan
     from .many import make_people as make_people
     from .many import plan_ledger as plan_ledger
@@ -28,5 +28,9 @@ if TYPE_CHECKING:
     from .person import train_and_draw as train_and_draw
     from .result import Result as Result
     from .result import Terms as Terms
+    from .speed import Span as Span
+    from .speed import Speed as Speed
+    from .speed import remember_speed as remember_speed
+    from .speed import speed_of as speed_of
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

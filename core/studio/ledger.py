@@ -1,15 +1,15 @@
 """Count the work of a whole job in advance, part by part: from encoding the photos to redrawing faces."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import Precision, TrainConfig
+from ..config import TrainConfig
+from ..device import free_memory
 from ..models.base import Base
-from ..models.memory_plan import MemoryPlan
+from ..models.memory_plan import MemoryPlan, drawing_plan
 from ..photos import Dataset, Photo, bucket_sizes
 from ..photos.captions import class_caption
 from ..pictures.generate import Job, texts_of
@@ -25,20 +25,18 @@ from ..training.methods import trains_text
 from ..training.samples import sample_shots, sample_size, sampling_steps
 from ..training.training_adapter import TrainingAdapter
 from .passes import Passes, Size, count_passes
+from .speed import DRAW, ENCODE, TRAIN, Span, Speed
 
-PARTS = (
-    "encoding", "class images", "training", "prior prediction", "recomputation", "likeness", "samples", "headshots",
-    "face pass",
-)  # fmt: skip
+PHASE_OF = {
+    "encoding": ENCODE, "class images": DRAW, "training": TRAIN, "prior prediction": TRAIN, "recomputation": TRAIN,
+    "likeness": DRAW, "samples": DRAW, "headshots": DRAW, "face pass": DRAW,
+}  # fmt: skip
+"""The parts of a job that are counted in operations, with the phase whose speed they have."""
+LOADING, LOOKING = "loading", "face networks"
+PARTS = (*PHASE_OF, LOADING, LOOKING)
 """The parts of a job, in the order of tables."""
-EFFICIENCY, OF_LARGE_ON_CPU = 0.4, 0.65
-"""The share of a matrix product's speed that a job reaches, and that of a large base model on a CPU.
-
-With the demo's narrow base model, a CPU reached 0.27 to 0.5, and with SD1.5's widths 0.62 in bf16 and 0.7 in fp32 (docs/
-benchmarks.md). It has not been measured on a GPU.
-"""
-_SIDES = {"cpu": 1024, "cuda": 4096, "mps": 2048}
-"""The side of the matrices whose product is timed."""
+_DRAWN = ("headshots", "face pass")
+"""The parts after training."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,13 @@ class Ledger:
     """The most work a job can take. Training that stops early, or a batch with few small faces, takes less."""
 
     operations: Mapping[str, float]
-    """The floating-point operations of each of PARTS. A multiplication with an addition is two."""
+    """The floating-point operations of each of PHASE_OF. A multiplication with an addition is two."""
+    copied: Mapping[str, float]
+    """The bytes of blocks that are brought in during the training steps, their prior prediction, and drawing."""
+    loaded: float
+    """The bytes of weights that are loaded, counting each time."""
+    looked_at: int
+    """The number of pictures that the face networks look at, counting each time."""
     memory: int
     """The most bytes that training uses at once."""
     plan: MemoryPlan
@@ -59,8 +63,35 @@ class Ledger:
     @classmethod
     def sum(cls, ledgers: Sequence["Ledger"]) -> "Ledger":
         """Return the work of several jobs, one after the other."""
-        largest = max(ledgers, key=lambda one: one.memory)
-        return replace(largest, operations={part: sum(one.operations[part] for one in ledgers) for part in PARTS})
+        return replace(
+            max(ledgers, key=lambda one: one.memory),
+            operations={part: sum(one.operations[part] for one in ledgers) for part in PHASE_OF},
+            copied={part: sum(one.copied.get(part, 0.0) for one in ledgers) for part in PHASE_OF},
+            loaded=sum(one.loaded for one in ledgers),
+            looked_at=sum(one.looked_at for one in ledgers),
+        )
+
+    def seconds(self, speed: Speed) -> dict[str, Span]:
+        """Return how long each of PARTS takes, from the least to the most.
+
+        Copies of blocks happen during computation, so only the longer of the two counts.
+        """
+        found: dict[str, Span] = {}
+        for part, count in self.operations.items():
+            least, most = speed.shares[PHASE_OF[part]]
+            slow, fast = speed.copies
+            copied = self.copied.get(part, 0.0)
+            found[part] = max(count / most / speed.rate, copied / fast), count / least / speed.rate + copied / slow
+        slow, fast = speed.loads
+        found[LOADING] = self.loaded / fast, self.loaded / slow
+        found[LOOKING] = self.looked_at * speed.looks[0], self.looked_at * speed.looks[1]
+        return found
+
+    def done(self, steps: float, pictures: float) -> dict[str, float]:
+        """Return the operations of the phases TRAIN and DRAW in a job that has done these shares of its steps and pictures."""
+        drawn = sum(self.operations[part] for part in _DRAWN)
+        trained = self.total - drawn - self.operations["encoding"]
+        return {TRAIN: steps * trained, DRAW: pictures * drawn}
 
 
 @dataclass(frozen=True)
@@ -71,6 +102,9 @@ class Basis:
     passes: Passes
     plan: MemoryPlan
     memory: int
+    dtype: torch.dtype
+    free: int | None = None
+    """The device's free memory for drawing, in bytes; None if everything fits."""
 
     def ledger(
         self,
@@ -91,7 +125,7 @@ class Basis:
         own, prior = pictures * (2 if classes else 1), pictures * config.prior_prediction
         encoded = sum(passes.encode(image.bucket) for image in dataset.images) + classes * passes.encode(square)
         headshots, faces = _drawn(passes, base, jobs)
-        likeness, samples = _while_training(passes, counts, base, config)
+        likeness, samples, measured = _while_training(passes, counts, base, config)
         operations = {
             "encoding": encoded + passes.caption * len(_texts(dataset, base, config, jobs)),
             "class images": config.class_images * passes.draw(base, square, base.steps, base.guidance),
@@ -103,7 +137,38 @@ class Basis:
             "headshots": headshots,
             "face pass": faces if redraws_faces else 0.0,
         }
-        return Ledger(operations, self.memory, self.plan)
+        return Ledger(
+            operations,
+            self._copied(config, jobs),
+            self._loaded(draws=bool(jobs)),
+            (len(photos) + measured + 2 * len(jobs)) if redraws_faces else 0,
+            self.memory,
+            self.plan,
+        )
+
+    def _copied(self, config: TrainConfig, jobs: Sequence[Job]) -> dict[str, float]:
+        """Return the bytes of blocks brought in. A pass with gradients brings them in twice."""
+        stored = self._bytes("denoiser")
+        if self.plan.weights == "8 bits":
+            stored //= self.dtype.itemsize
+        batches = config.steps * config.accumulation
+        trained, drawn = self.plan.offload * stored, drawing_plan(self._bytes("denoiser"), self.free).offload
+        steps = sum(job.steps for job in jobs)
+        again = sum(max(1, round(FacePass().denoise * job.steps)) for job in jobs)
+        return {
+            "training": 2 * batches * trained,
+            "prior prediction": 3 * config.prior_prediction * batches * trained,
+            "headshots": steps * drawn * self._bytes("denoiser"),
+            "face pass": again * drawn * self._bytes("denoiser"),
+        }
+
+    def _loaded(self, *, draws: bool) -> float:
+        """Return the bytes loaded: all once for the hash, then each network for encoding, for training, and for drawing."""
+        all_parts = sum(map(self._bytes, self.base.components))
+        return 2 * all_parts + (all_parts if draws else 0)
+
+    def _bytes(self, part: str) -> int:
+        return self.base.weight_bytes(part, self.dtype, as_stored=True)
 
 
 def basis(
@@ -122,7 +187,8 @@ def basis(
     passes, cache = count_passes(base, config, largest, training_adapter)
     inputs = TrainingInputs.on(device, cache, base, config, adapter=training_adapter)
     plan = choose_plan(inputs, silent)
-    return Basis(base, passes, plan, predicted_memory(inputs, plan))
+    free = free_memory(inputs.device) if inputs.device.type == "cuda" else None
+    return Basis(base, passes, plan, predicted_memory(inputs, plan), inputs.dtype, free)
 
 
 def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Dataset:
@@ -147,22 +213,24 @@ def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job
     return {"", *captions, *shown, *measured, *drawn}
 
 
-def _while_training(passes: Passes, counts: Mapping[Size, int], base: Base, config: TrainConfig) -> tuple[float, float]:
-    """Return the operations of the likeness pictures, and of the samples shown beside them."""
+def _while_training(
+    passes: Passes, counts: Mapping[Size, int], base: Base, config: TrainConfig
+) -> tuple[float, float, int]:
+    """Return the operations of the likeness pictures, those of the samples shown beside them, and the number of the former."""
     if not config.sample_every:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0
     guidance = base.guidance if config.sample_guidance is None else config.sample_guidance
     size = sample_size(base, max(counts, key=lambda size: (counts[size], math.prod(size))))
     picture = passes.draw(base, size, sampling_steps(base, config), guidance)
     shown = config.steps // config.sample_every * len(sample_shots(config)) * picture
     if not config.hold_out:
-        return 0.0, shown
+        return 0.0, shown, 0
     of_person, of_class, of_nobody = pictures_at_a_look(config)
     looks = math.ceil(config.steps / config.sample_every)  # Likeness is measured after the last step too.
     looks += bool(config.merge_best) and looks > 1
     pictures = looks * of_person + (looks + 1) * (of_class + of_nobody)  # The base model draws the latter two once.
     # The sample with the usual prompt is one of the likeness pictures.
-    return pictures * picture, shown if config.sample_prompts else 0.0
+    return pictures * picture, shown if config.sample_prompts else 0.0, pictures
 
 
 def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, float]:
@@ -175,16 +243,3 @@ def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, floa
         again = max(1, round(FacePass().denoise * job.steps))
         faces += passes.encode(part) + passes.draw(base, part, again, job.guidance)
     return headshots, faces
-
-
-def device_rate(base: Base, device: torch.device | None = None, precision: Precision = "auto") -> float:
-    """Return the operations per second of a job, estimated by the best of three products of two large matrices."""
-    device, dtype = base.device_and_dtype(precision, device)
-    side = _SIDES.get(device.type, 1024)
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(4):  # The first product also loads the kernels.
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # Wait for the device.
-        best = min(best, time.perf_counter() - started)
-    return (OF_LARGE_ON_CPU if device.type == "cpu" and base.is_large else EFFICIENCY) * 2 * side**3 / best

@@ -28,8 +28,9 @@ from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
-from core.studio import PARTS, Cost, Ledger, Result, Work, basis, device_rate
+from core.studio import PARTS, Cost, Ledger, Result, Speed, Work, basis, remember_speed, speed_of
 from core.studio.cost import PHASES
+from core.studio.ledger import LOADING, LOOKING, PHASE_OF
 from core.studio.passes import count_passes
 from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.report import write_report
@@ -44,6 +45,7 @@ from tests.tooling import encoded_cache, encoded_image, mostly_slow, small_flow_
 from tools.job_tables import with_vae
 
 CPU = torch.device("cpu")
+FAST = Speed(1e12, dict.fromkeys(("encode", "train", "draw"), (0.25, 0.5)), copies=(1e12, 1e12))
 PLAIN = TrainConfig(steps=4, rank=2, batch_size=2, min_snr_gamma=0.0, check_photos=False, resolution=64)
 MEASURED: dict[str, Any] = {"sample_every": 2, "sample_steps": 3}
 LIKENESS: dict[str, Any] = {**MEASURED, "hold_out": 2, "likeness_pictures": 2, "merge_best": 2}
@@ -92,7 +94,7 @@ def plain(photos, base) -> Ledger:
 
 
 def test_a_training_run_is_counted_as_it_is_done(plain, counted):
-    assert set(plain.operations) == set(PARTS)
+    assert set(plain.operations) == set(PHASE_OF)
     assert plain.total == pytest.approx(counted(), rel=0.02)
 
 
@@ -191,6 +193,43 @@ def test_a_training_adapter_takes_memory_and_work_in_steps_alone(photos, base):
     assert passes[0].predict((64, 64)) == passes[1].predict((64, 64))
 
 
+def test_weights_brought_in_and_loaded_and_pictures_looked_at_take_time(photos, base):
+    jobs = [Job("a", seed, steps=10) for seed in (1, 2)]
+    config = replace(PLAIN, prior_prediction=0.5)
+    shared = basis(photos, base, config, CPU)
+    weights = {part: base.weight_bytes(part, torch.float32, as_stored=True) for part in base.components}
+    ledger = replace(shared, plan=MemoryPlan(1.0, offload=0.5), free=weights["denoiser"]).ledger(photos, config, jobs)
+    training = 2 * 0.5 * config.steps * weights["denoiser"]
+    assert ledger.copied["training"] == training and ledger.copied["prior prediction"] == pytest.approx(0.75 * training)
+    assert ledger.copied["headshots"] == pytest.approx(0.3 * 20 * weights["denoiser"])
+    assert ledger.loaded == 3 * sum(weights.values()) and ledger.looked_at == len(photos) + 4
+    slow, fast = (replace(FAST, copies=(rate, 2 * rate)) for rate in (1e6, 1e12))
+    assert ledger.seconds(slow)["training"] == pytest.approx((training / 2e6, training / 1e6), rel=0.01)
+    assert ledger.seconds(fast)["training"][0] == ledger.operations["training"] / 0.5e12
+    taken = ledger.seconds(replace(FAST, loads=(1e6, 2e6), looks=(1.0, 2.0)))
+    assert taken[LOADING] == (ledger.loaded / 2e6, ledger.loaded / 1e6) and taken[LOOKING] == (12, 24)
+
+
+def test_after_a_job_its_own_speed_is_expected(base, tmp_path, monkeypatch):
+    cost = Cost("cpu", processor(CPU), "", Work(1, 8, 100, 10), dict.fromkeys(PHASES, 10.0), {})
+    with cache_in(tmp_path):
+        before = speed_of(base, CPU, "fp32")
+        remember_speed(base, "fp32", before, {"train": 0.8 * 10 * before.rate, "draw": 0.0}, cost)
+        after = speed_of(base, CPU, "fp32")
+        assert after.shares["train"] == pytest.approx((0.72, 0.88)) and after.shares["draw"] == before.shares["draw"]
+        assert speed_of(base, CPU, "bf16").shares == before.shares
+        (file,) = tmp_path.rglob("*.json")
+        file.write_text("[]")
+        assert speed_of(base, CPU, "fp32").shares == before.shares
+
+
+def test_a_fast_gpu_waits_for_the_host_on_a_unet():
+    unet, transformer = (with_vae(name) for name in ("SDXL", "FLUX.1-dev"))
+    shares = [Speed.published("cuda", unet, rate, FAST.copies).shares["train"][1] for rate in (25e12, 165e12, 989e12)]
+    assert shares == sorted(shares, reverse=True) and len(set(shares)) == 3
+    assert Speed.published("cuda", transformer, 165e12, FAST.copies).shares["train"][0] > shares[1] * 0.9
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder with photos of two people, one of whom has agreed."""
@@ -208,9 +247,9 @@ def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder
     (folder / "people" / "dora" / "person.toml").write_text("agreed = false\n")
     (folder / "own.toml").write_text('precision = "bf16"')
     given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]
-    rates: list[str] = []
-    monkeypatch.setattr("core.studio.device_rate", lambda base, device, precision: rates.append(precision) or 1e12)
-    assert main([*given, "--config", str(folder / "own.toml")]) == 0 and rates == ["bf16"]
+    asked: list[str] = []
+    monkeypatch.setattr("core.studio.speed_of", lambda base, device, precision: asked.append(precision) or FAST)
+    assert main([*given, "--config", str(folder / "own.toml")]) == 0 and asked == ["bf16"]
     printed = capsys.readouterr()
     assert "dora will be refused: the person has not agreed" in printed.err
     assert "carl is not included in the estimate: a.png: " in printed.err and "likeness " in printed.out
@@ -224,13 +263,16 @@ def test_a_dry_run_prints_the_work_and_writes_no_file(folder, capsys, command):
     before = sorted(folder.rglob("*"))
     assert main(given) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in printed[:3]] == ["at", "encoding", "training"]
+    assert [row.split()[0] for row in printed[:3]] == ["TFLOP", "encoding", "training"]
     assert [row for row in printed if row.startswith("likeness ")] and "100%" in printed[-3]
     assert printed[-2].startswith("memory: ") and printed[-1] == "Nothing was trained or drawn."
     assert main([*given, "--json"]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(values["parts"]) == list(PARTS) and values["memory"] > 0
     assert sum(part["operations"] for part in values["parts"].values()) == pytest.approx(values["operations"])
+    assert all(
+        0 <= least <= most for least, most in [values["seconds"], *(p["seconds"] for p in values["parts"].values())]
+    )
     assert bool(values["parts"]["headshots"]["operations"]) == (command != "train")
     assert sorted(folder.rglob("*")) == before
 
@@ -251,7 +293,8 @@ def test_a_studio_where_somebody_was_measured_goes_by_that(folder, base, capsys)
     given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--json"]
     assert main(given) == 0
     counted, values = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
-    assert values["seconds"] == pytest.approx(counted["seconds"]) == pytest.approx(5000, rel=0.2)
+    assert values["seconds"] == pytest.approx([counted["seconds"]] * 2)
+    assert counted["seconds"] == pytest.approx(5000, rel=0.2)
 
 
 @pytest.mark.clock
@@ -262,7 +305,8 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
     config = recipe_config("fast", base, len(photos), given)
     report = ready_photos(photos, base, config)
     order = Order("anna", config, find_style_packs([demo.FOLDER]).pick(demo.STYLE_PACK), 3, 1, demo.PICTURE_SIZE)
-    rate, ledger = device_rate(base, CPU, config.precision), ledger_of(report, base, order, CPU)
+    ledger = ledger_of(report, base, order, CPU)
+    spans = ledger.seconds(speed_of(base, CPU, config.precision))
     taken, since = defaultdict[str, float](float), time.monotonic()
 
     def until_now(part: str) -> None:
@@ -280,9 +324,9 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
                 on_phase=lambda phase, done, total: until_now(names.get(phase, phase)),
             ),
         )  # fmt: skip
-    work = dict(ledger.operations)
+    work = {part: sum(span) / 2 for part, span in spans.items()}
     work["training"] += work["prior prediction"] + work["recomputation"]
-    rows = {part: (taken[part], work[part] / rate) for part in ("training", "likeness", "headshots")}
+    rows = {part: (taken[part], work[part]) for part in ("training", "likeness", "headshots")}
     with capsys.disabled():
         print(*(f"\n{part}: {real:.1f} s, counted {counted:.1f} s" for part, (real, counted) in rows.items()))
     for part, (real, counted) in rows.items():
