@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat, takewhile
@@ -354,6 +355,19 @@ def release_memory() -> None:
         torch.xpu.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def clear_variables(error: BaseException) -> None:
+    """Clear the variables of the functions that an error has ended, and of those in the errors before it.
+
+    Its traceback would keep their tensors alive for as long as a program keeps the error.
+    """
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following and following not in seen:
+        traceback.clear_frames(following.__traceback__)
+        seen.append(following)
+        following = following.__context__
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def two_people(case: Case, photos: Path, folder: Path, pictures: int = 20) -> tu
             offloads.append(plan.offload)
             return plan
 
-        with patch("core.training.loop.choose_plan", choose), patch("core.pictures.generate.drawing_plan", draw):
+        with patch("core.training.loop.choose_plan", choose), patch("core.pictures.drawing_model.drawing_plan", draw):
             for person in ("first", "second"):
                 lora = train(photos, base, case.config(), output=folder / f"{person}.safetensors", device=DEVICE)
                 assert isinstance(lora, LoraFile)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import core.pictures.drawing_model as drawing_model
 import core.pictures.generate as generate_module
 from core.config import TrainConfig
 from core.device import free_memory, in_parts_that_fit, is_out_of_memory, synchronize, until_it_fits
@@ -520,14 +521,14 @@ def test_pictures_are_the_same_whatever_of_the_denoiser_stays_in_the_computers_m
         return draw(base, denoiser, *arguments, **options) if shares[-1] == 1 else out_of_memory()
 
     current: list[MemorySaver] = []
-    load = generate_module.load_denoiser
+    load = drawing_model.load_denoiser
 
     def loaded(*arguments):
         denoiser, memory = load(*arguments)
         current.append(memory)
         return denoiser, memory
 
-    monkeypatch.setattr(generate_module, "load_denoiser", loaded)
+    monkeypatch.setattr(drawing_model, "load_denoiser", loaded)
     monkeypatch.setattr(generate_module, "sample_latents", fails_until_it_is_small)
     pressed = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
     assert shares[:5] == [0, 0, 0.5, 0.5, 1]  # each: both pictures, then one alone
