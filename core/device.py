@@ -371,6 +371,18 @@ def clear_variables(error: BaseException) -> None:
 
 
 @contextmanager
+def released_memory() -> Iterator[None]:
+    """Call `release_memory` at the end of the context. After an error, its traceback keeps no tensors alive."""
+    try:
+        yield
+    except BaseException as error:
+        clear_variables(error)
+        raise
+    finally:
+        release_memory()
+
+
+@contextmanager
 def explained_memory_error(advice: str) -> Iterator[None]:
     """Raise OutOfMemory, with `advice` on what to change, for a lack of memory within the context."""
     try:

@@ -39,11 +39,11 @@ from tools.trials import agreement
 
 
 def left_after(case: Case, photos: Path, output: Path, end: str) -> tuple[str, int, int, int]:
-    """The error of a training that is "done", "cancelled" or "failed", and what it leaves: bytes of the card, of page-locked
-    memory in use, and of page-locked memory that torch keeps.
+    """The error of a training that is "done", "cancelled" or "failed", and what it leaves while the error is kept: bytes of the
+    card, of page-locked memory in use, and of page-locked memory that torch keeps.
     """
     with fake_cuda(case.size, case.capability) as card:
-        base, error = case.base(), ""
+        base, kept = case.base(), []
 
         def step(_: StepReport) -> None:
             if end == "cancelled":
@@ -55,7 +55,8 @@ def left_after(case: Case, photos: Path, output: Path, end: str) -> tuple[str, i
         try:
             train(photos, base, case.config(), output=output, device=DEVICE, callbacks=Callbacks(on_step=step))
         except FaceLoraError as raised:
-            error = f"{type(raised).__name__}: {raised}"
+            kept.append(raised)
+        error = "".join(f"{type(raised).__name__}: {raised}" for raised in kept)
         return error, card.live - before, card.pinned, card.unpinned
 
 

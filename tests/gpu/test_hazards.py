@@ -33,10 +33,11 @@ def test_a_convolution_for_which_memory_is_lacking_leads_to_the_next_plan(form, 
     assert found == [(str(PLANS[1]), "")]
 
 
-def test_page_locked_memory_is_given_back_after_a_training(on_card, photo_folder, tmp_path):
+@pytest.mark.parametrize("end", ["done", "cancelled", "failed"])
+def test_page_locked_memory_is_given_back_after_a_training(end, on_card, photo_folder, tmp_path):
     case = Case("flux1", settings={**SHORT, "memory_limit": 0.001})
-    *_, pinned, kept = on_card(hazards.left_after, case, photo_folder, tmp_path / "me.safetensors", "done")
-    assert pinned == kept == 0
+    error, *left = on_card(hazards.left_after, case, photo_folder, tmp_path / "me.safetensors", end)
+    assert bool(error) == (end != "done") and left == [0, 0, 0]
 
 
 def test_a_second_person_is_trained_and_drawn_as_the_first_one_was(on_card, photo_folder, small_sdxl, tmp_path):
