@@ -21,6 +21,8 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
 """The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
+NOT_TORCHS = 2**29
+"""The bytes of a GPU that a limit leaves to what torch doesn't count: kernels and libraries that are loaded later."""
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS, in errors of several classes.
     "DefaultCPUAllocator: can't allocate",
@@ -240,15 +242,23 @@ def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
             setattr(place, name, value)
 
 
-def stay_within_free_memory(device: torch.device) -> None:
-    """On Windows, make allocations fail that exceed the GPU's free memory, for the rest of the process.
+def spills_over(device: torch.device) -> bool:
+    """Return whether the driver moves a GPU's memory to the computer's memory when it is full, as on Windows and in WSL 2.
 
-    Otherwise the driver silently moves GPU memory to the computer's memory. Each step then takes many times as long, while a
-    smaller memory plan only takes a third more.
+    WSL 2 reports itself as Linux, with a kernel of Microsoft's (github.com/microsoft/WSL/issues/11050).
     """
-    if sys.platform == "win32" and device.type == "cuda":
+    on_windows = sys.platform == "win32" or "microsoft" in platform.release().lower()
+    return on_windows and device.type == "cuda"
+
+
+def stay_within_free_memory(device: torch.device) -> None:
+    """Where the driver spills over, make allocations fail that exceed the GPU's free memory, for the rest of the process.
+
+    Otherwise each step takes many times as long, while a smaller memory plan only takes a third more.
+    """
+    if spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
-        share = (free + torch.cuda.memory_reserved(device)) / total
+        share = (max(0, free - NOT_TORCHS) + torch.cuda.memory_reserved(device)) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
@@ -259,7 +269,7 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.platform == "win32" and device.type == "cuda":
+        if spills_over(device):
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 

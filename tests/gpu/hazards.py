@@ -202,9 +202,18 @@ def dtypes_of_card(capability: tuple[int, int], name: str) -> tuple[torch.dtype,
         return tuple(device_and_dtype("auto", None, overflows)[1] for overflows in (False, True))  # pyright: ignore
 
 
-def share_on_windows_in_comfyui(size: float, used: float, own: float) -> tuple[float | None, float | None]:
+WINDOWS = {
+    "windows": ("win32", "11"),
+    "wsl": ("linux", "5.15.167.4-microsoft-standard-WSL2"),
+    "linux": ("linux", "6.8.0"),
+}
+"""What each system reports as its platform and its release."""
+
+
+def share_on_windows_in_comfyui(system: str, size: float, used: float, own: float) -> tuple[float | None, float | None]:
     """The share of the card in a node and after it, where `used` GiB are another program's and `own` ComfyUI's."""
-    with fake_cuda(size) as card, patch.object(sys, "platform", "win32"):
+    name, release = WINDOWS[system]
+    with fake_cuda(size) as card, patch.object(sys, "platform", name), patch("platform.release", lambda: release):
         tensors = [torch.empty(int(gib * 2**30), dtype=torch.uint8, device=DEVICE) for gib in (used, own)]
         with patch("torch.cuda.memory_reserved", lambda *_: int(own * 2**30)), within_free_memory(DEVICE):
             within = card.share

@@ -102,7 +102,7 @@ def test_what_overflows_in_fp16_is_computed_in_float32_on_old_cards(fake_process
 
 
 def test_on_windows_a_command_takes_no_more_than_is_free(fake_process):
-    assert fake_process.submit(trials.share_on_windows, 12, 3).result() == 0.75
+    assert fake_process.submit(trials.share_on_windows, 16, 3.5).result() == 0.75
 
 
 def test_a_training_goes_from_photos_to_its_samples(fake_process, small_sd15, photo_folder, tmp_path):
