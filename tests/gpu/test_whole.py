@@ -49,6 +49,12 @@ def test_quantised_weights_with_a_lora_draw_there_and_away(room, fake_process):
     assert drawn.offload == 1 - room and len(drawn.sizes) == 1
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_gpu_converts_the_weights_that_it_loads_unless_that_means_more_bytes_to_copy(stored, fake_process):
+    copied, converted = fake_process.submit(trials.loaded_as_bf16, stored).result()
+    assert converted == 0 and copied == min(stored.itemsize, 2)
+
+
 def test_a_lora_needs_no_second_denoiser_on_the_gpu(fake_process):
     plain, changed = (
         fake_process.submit(trials.generated, trials.Case("flux1", denoiser=MANY_BLOCKS, adapted=adapted)).result()
