@@ -276,17 +276,25 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on a device; None if the system doesn't report them.
 
-    On a GPU they include memory that torch has reserved but doesn't use, or that only reference cycles keep alive.
+    On a GPU they include memory that torch has reserved but doesn't use, or that only reference cycles keep alive. Apple's GPUs
+    share the computer's memory, and can use what macOS recommends.
     """
-    if device.type == "cuda":
-        gc.collect()
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu":
         import psutil
 
         return psutil.virtual_memory().available
-    return None
+    gc.collect()
+    if device.type == "mps":
+        torch.mps.empty_cache()
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    card: Any = getattr(torch, device.type)
+    try:
+        free, _ = card.mem_get_info(device)
+    except (AttributeError, RuntimeError):
+        if device.type != "xpu":
+            raise
+        return None  # torch before 2.6 and some drivers don't report it for Intel's GPUs.
+    return free + card.memory_reserved(device) - card.memory_allocated(device)
 
 
 def why_no_gpu(device: torch.device) -> str | None:
