@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat, takewhile
@@ -20,6 +21,8 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
 """The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
+NOT_TORCHS = 2**29
+"""The bytes of a GPU that a limit leaves to what torch doesn't count: kernels and libraries that are loaded later."""
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS, in errors of several classes.
     "DefaultCPUAllocator: can't allocate",
@@ -239,15 +242,23 @@ def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
             setattr(place, name, value)
 
 
-def stay_within_free_memory(device: torch.device) -> None:
-    """On Windows, make allocations fail that exceed the GPU's free memory, for the rest of the process.
+def spills_over(device: torch.device) -> bool:
+    """Return whether the driver moves a GPU's memory to the computer's memory when it is full, as on Windows and in WSL 2.
 
-    Otherwise the driver silently moves GPU memory to the computer's memory. Each step then takes many times as long, while a
-    smaller memory plan only takes a third more.
+    WSL 2 reports itself as Linux, with a kernel of Microsoft's (github.com/microsoft/WSL/issues/11050).
     """
-    if sys.platform == "win32" and device.type == "cuda":
+    on_windows = sys.platform == "win32" or "microsoft" in platform.release().lower()
+    return on_windows and device.type == "cuda"
+
+
+def stay_within_free_memory(device: torch.device) -> None:
+    """Where the driver spills over, make allocations fail that exceed the GPU's free memory, for the rest of the process.
+
+    Otherwise each step takes many times as long, while a smaller memory plan only takes a third more.
+    """
+    if spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
-        share = (free + torch.cuda.memory_reserved(device)) / total
+        share = (max(0, free - NOT_TORCHS) + torch.cuda.memory_reserved(device)) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
@@ -258,24 +269,32 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.platform == "win32" and device.type == "cuda":
+        if spills_over(device):
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on a device; None if the system doesn't report them.
 
-    On a GPU they include memory that torch has reserved but doesn't use, or that only reference cycles keep alive.
+    On a GPU they include memory that torch has reserved but doesn't use, or that only reference cycles keep alive. Apple's GPUs
+    share the computer's memory, and can use what macOS recommends.
     """
-    if device.type == "cuda":
-        gc.collect()
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu":
         import psutil
 
         return psutil.virtual_memory().available
-    return None
+    gc.collect()
+    if device.type == "mps":
+        torch.mps.empty_cache()
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    card: Any = getattr(torch, device.type)
+    try:
+        free, _ = card.mem_get_info(device)
+    except (AttributeError, RuntimeError):
+        if device.type != "xpu":
+            raise
+        return None  # torch before 2.6 and some drivers don't report it for Intel's GPUs.
+    return free + card.memory_reserved(device) - card.memory_allocated(device)
 
 
 def why_no_gpu(device: torch.device) -> str | None:
@@ -354,6 +373,31 @@ def release_memory() -> None:
         torch.xpu.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def clear_variables(error: BaseException) -> None:
+    """Clear the variables of the functions that an error has ended, and of those in the errors before it.
+
+    Its traceback would keep their tensors alive for as long as a program keeps the error.
+    """
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following and following not in seen:
+        traceback.clear_frames(following.__traceback__)
+        seen.append(following)
+        following = following.__context__
+
+
+@contextmanager
+def released_memory() -> Iterator[None]:
+    """Call `release_memory` at the end of the context. After an error, its traceback keeps no tensors alive."""
+    try:
+        yield
+    except BaseException as error:
+        clear_variables(error)
+        raise
+    finally:
+        release_memory()
 
 
 @contextmanager

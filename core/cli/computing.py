@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def device_from(name: str | None) -> "torch.device":
     """Return the device of that name, else the best one. Raises BadConfig if it cannot compute.
 
-    On Windows, the process's use of GPU memory is limited to what is free.
+    On Windows and in WSL 2, the process's use of GPU memory is limited to what is free.
     """
     from ..device import stay_within_free_memory, usable_device
 

@@ -10,15 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import exact_arithmetic
 from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.families import FAMILIES
 from ..models.narrow_layers import NarrowLayer
 from ..tensor_names import ModuleId, text_encoder_path
 from .file import LoraFile, fit
 from .modules import LoraModule
+from .names import Entry
 
 LOW_RANK = ("lora", "locon")
 """The kinds of entries that can be applied to narrow weights, which stay as they are stored."""
+SUMS_APART = "cpu"
+"""The kind of device where a low-rank change is computed before it is added, so that results never change in a bit."""
 _PIPELINE_PARTS = {
     "unet": "denoiser",
     "transformer": "denoiser",
@@ -42,44 +46,77 @@ class AppliedLora:
     originals: dict[tuple[ModuleId, str], Any] = field(default_factory=dict)
     """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes.
 
-    They are in the computer's memory until `swap` needs them on the device.
+    They are in the computer's memory until `swap` needs them on the device, unless they are kept `at_hand`. LoRAs that are
+    applied one on another may share them: `remove` of one then removes all.
     """
     for_good: bool = False
     """Whether originals are not kept, so that it cannot be removed."""
+    at_hand: bool = False
+    """Whether originals stay on the device of their parameter, so that `swap` copies nothing."""
+    device: torch.device | None = None
+    """The device that computes the changed parameters; None means each parameter's own."""
+    _sound: dict[tuple[ModuleId, str], Tensor] = field(default_factory=dict)
+    """Whether each changed parameter is finite in its precision. They are read together, since reading waits for the device."""
+
+    def place(self, module_id: ModuleId) -> torch.device:
+        """Return the device that computes the changed parameters of a layer."""
+        layer: Any = self.layers[module_id]
+        return self.device or (layer.narrow.parts[0] if isinstance(layer, NarrowLayer) else layer.weight).device
 
     @torch.no_grad()
     def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
-        """Add a change of any shape to a parameter. Raises UnmatchedKeys when the sum is not finite in its precision."""
+        """Add a change of any shape to a parameter. Raises UnmatchedKeys for a narrow weight."""
         if name == "weight" and isinstance(self.layers[module_id], NarrowLayer):
             raise UnmatchedKeys(
                 f"{self.name}: the weight of {module_id[1]} is quantised or in fp8, so only a plain LoRA can change it; "
                 "convert the LoRA to a plain one"
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
-        changed = self._sum(module_id, name, parameter, change)
-        if not self.for_good and (module_id, name) not in self.originals:
-            # A GPU that holds the network may have no room for a second one.
-            self.originals[module_id, name] = parameter.data.cpu()
-        parameter.data = changed.to(parameter.dtype)
+        place = self.place(module_id)
+        self._replace(
+            module_id, name, parameter.to(place).float() + change.reshape(parameter.shape).to(place), parameter
+        )
 
     @torch.no_grad()
     def add_low_rank(self, module_id: ModuleId, module: LoraModule) -> None:
-        """Add a change to a weight, as `add` does. A narrow weight stays as it is, and the change is beside it."""
+        """Add a low-rank change to a weight. A narrow weight stays as it is, and the change is beside it."""
         layer = self.layers[module_id]
-        if not isinstance(layer, NarrowLayer):
+        if isinstance(layer, NarrowLayer):
+            if not self.for_good:
+                self.originals.setdefault((module_id, "weight"), layer.changes)
+            layer.changes = (*layer.changes, _LowRank(module))
+            return
+        place = self.place(module_id)
+        module = _on_device(module, place)
+        if module.mid is not None or place.type == SUMS_APART:
             self.add(module_id, "weight", module.delta())
             return
-        change = _LowRank(module)
-        self._sum(module_id, "weight", layer.weight, change(layer.narrow.parts[0].device))
-        if not self.for_good:
-            self.originals.setdefault((module_id, "weight"), layer.changes)
-        layer.changes = (*layer.changes, change)
+        parameter: Any = layer.weight
+        # W + scale * up @ down, in float32: a product in 16 bits would round the matrices first.
+        weight, up, down = (matrix.flatten(1).float() for matrix in (parameter.to(place), module.up, module.down))
+        self._replace(module_id, "weight", torch.addmm(weight, up, down, alpha=module.scale), parameter)
 
-    def _sum(self, module_id: ModuleId, name: str, parameter: Tensor, change: Tensor) -> Tensor:
-        changed = parameter.float() + change.reshape(parameter.shape).to(parameter.device)
-        if not torch.linalg.vector_norm(changed, math.inf) <= torch.finfo(parameter.dtype).max:
-            raise UnmatchedKeys(f"{self.name}: the {name} of {module_id[1]} would hold NaN or infinity")
-        return changed
+    def _replace(self, module_id: ModuleId, name: str, changed: Tensor, parameter: Tensor) -> None:
+        """Give a parameter the changed values, in float32 and of any shape with as many numbers."""
+        limit = torch.finfo(parameter.dtype).max
+        self._sound[module_id, name] = torch.linalg.vector_norm(changed, math.inf) <= limit
+        changed = changed.reshape(parameter.shape).to(parameter.dtype)  # rounded before it is copied
+        if self.for_good and parameter.is_pinned():
+            parameter.data.copy_(changed)  # into its place in page-locked memory
+            return
+        if not self.for_good and (module_id, name) not in self.originals:
+            # A GPU that holds the network may have no room for a second one.
+            self.originals[module_id, name] = parameter.data if self.at_hand else parameter.data.cpu()
+        parameter.data = changed.to(parameter.device)
+
+    def check(self) -> None:
+        """Raise UnmatchedKeys when a changed parameter is not finite in its precision."""
+        for place in {sound.device for sound in self._sound.values()}:
+            found = {changed: sound for changed, sound in self._sound.items() if sound.device == place}
+            if not torch.stack([*found.values()]).all():
+                (_, path), name = next(changed for changed, sound in found.items() if not sound)
+                raise UnmatchedKeys(f"{self.name}: the {name} of {path} would hold NaN or infinity")
+        self._sound.clear()
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -122,19 +159,25 @@ class _LowRank:
 
     def __init__(self, module: LoraModule):
         self._module = module
+        self._factors: tuple[Tensor, Tensor] | None = None
+        """Down and the scaled up, in the dtype of the last input."""
 
     def __call__(self, device: torch.device) -> Tensor:
-        return self._on(device).delta()
+        self._module = _on_device(self._module, device)
+        return self._module.delta()
 
     def times(self, x: Tensor) -> Tensor:
-        module = self._on(x.device)
-        return F.linear(F.linear(x, module.down.to(x.dtype)), (module.scale * module.up).to(x.dtype))
+        if self._factors is None or (self._factors[0].device, self._factors[0].dtype) != (x.device, x.dtype):
+            module = self._module = _on_device(self._module, x.device)
+            self._factors = module.down.to(x.dtype), (module.scale * module.up).to(x.dtype)
+        down, up = self._factors
+        return F.linear(F.linear(x, down), up)
 
-    def _on(self, device: torch.device) -> LoraModule:
-        module = self._module
-        mid = None if module.mid is None else module.mid.to(device)
-        self._module = replace(module, down=module.down.to(device), up=module.up.to(device), mid=mid)
-        return self._module
+
+def _on_device(module: LoraModule, device: torch.device) -> LoraModule:
+    """Return the change with its matrices on the device."""
+    mid = None if module.mid is None else module.mid.to(device)
+    return replace(module, down=module.down.to(device), up=module.up.to(device), mid=mid)
 
 
 def apply(
@@ -144,6 +187,9 @@ def apply(
     text_encoder_strength: float | None = None,
     *,
     for_good: bool = False,
+    at_hand: bool = False,
+    device: torch.device | None = None,
+    originals: dict[tuple[ModuleId, str], Any] | None = None,
 ) -> AppliedLora:
     """Apply a LoRA or its file. Each weight W that it changes becomes W + strength * alpha / rank * up @ down.
 
@@ -153,11 +199,16 @@ def apply(
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
     the family's name under `family`. Changes of text encoders that the target doesn't have are ignored.
 
-    Removing a LoRA requires the original weights, which fill as much memory as the changed ones. With `for_good` they are not
-    kept, and the LoRA cannot be removed.
+    Changed weights are computed on `device`, by default on each weight's own. Only the LoRA's matrices are copied to it, and
+    weights that are elsewhere.
+
+    Removing a LoRA requires the original weights, which fill as much of the computer's memory as the changed ones, or with
+    `at_hand` of the device's. With `for_good` they are not kept, and the LoRA cannot be removed. LoRAs on one target may share
+    a dict of `originals`, which has each weight as it was before the first of them. `remove` of one of them then removes all.
 
     Raises LoraMisfit when the target lacks any other module that the LoRA changes. Raises UnmatchedKeys when a tensor cannot
-    be used or a changed weight would not be finite. After an error, the target is unchanged, except with `for_good`.
+    be used or a changed weight would not be finite. After an error, the target is unchanged, except with `for_good`; LoRAs that
+    share their originals are removed too.
     """
     if not isinstance(lora, LoraFile):
         lora = LoraFile.read(lora)
@@ -178,23 +229,33 @@ def apply(
     fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
-    applied = AppliedLora(lora.name, layers, for_good=for_good)
+    applied = AppliedLora(lora.name, layers, {} if originals is None else originals, for_good, at_hand, device)
     try:
-        for entry in present.entries:
-            factor = strength if entry.part == "denoiser" else text_encoder_strength
-            if entry.kind in LOW_RANK and any(isinstance(layers[module], NarrowLayer) for module in entry.modules):
-                for module_id, module in present.low_rank_of(entry, factor):
-                    applied.add_low_rank(module_id, module)
-            else:
-                changes = present.changes_of(entry, lambda module_id: layers[module_id].weight.cpu())  # pyright: ignore
-                for module_id, change in changes:
-                    applied.add(module_id, "weight", factor * change)
-            for module_id, change in present.bias_changes_of(entry, inputs=math.prod(shapes[entry.modules[0]][1:2])):
-                applied.add(module_id, "bias", factor * change)
+        with exact_arithmetic(tf32=False):
+            for entry in present.entries:
+                factor = strength if entry.part == "denoiser" else text_encoder_strength
+                _apply_entry(applied, present, entry, factor, math.prod(shapes[entry.modules[0]][1:2]))
+            applied.check()
     except BaseException:  # Don't leave the LoRA half applied.
         applied.remove()
         raise
     return applied
+
+
+def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: float, inputs: int) -> None:
+    """Apply the changes of an entry times the factor. `inputs` is the number of input features of its weight."""
+    layers = [applied.layers[module_id] for module_id in entry.modules]
+    place = applied.place(entry.modules[0])
+    if entry.kind in LOW_RANK and (place.type != SUMS_APART or any(isinstance(layer, NarrowLayer) for layer in layers)):
+        for module_id, module in lora.low_rank_of(entry, factor):
+            applied.add_low_rank(module_id, module)
+    else:
+        weight = dict(zip(entry.modules, layers, strict=True))
+        changes = lora.changes_of(entry, lambda module_id: weight[module_id].weight.to(place), place)  # pyright: ignore
+        for module_id, change in changes:
+            applied.add(module_id, "weight", factor * change)
+    for module_id, change in lora.bias_changes_of(entry, inputs):
+        applied.add(module_id, "bias", factor * change)
 
 
 def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:

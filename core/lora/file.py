@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
+from ..device import is_out_of_memory
 from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys, counted
 from ..progress import OnProgress, silent
 from ..storage.safetensors_file import (
@@ -233,12 +234,16 @@ class LoraFile(LoraNames):
         return replace(self, tensors={key: tensor for key, tensor in self.tensors.items() if key not in left_out})
 
     def changes_of(
-        self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
+        self,
+        entry: Entry,
+        base_weight: Callable[[ModuleId], Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> list[tuple[ModuleId, Tensor]]:
         """Compute the change of each weight that an entry changes, float32. A fused weight is split into its modules.
 
-        `base_weight` returns the weight of a module, for kinds whose change depends on it (DoRA, OFT). Raises UnmatchedKeys
-        when it is missing, or when a change cannot be computed or is not finite.
+        `base_weight` returns the weight of a module, for kinds whose change depends on it (DoRA, OFT). Changes are computed on
+        `device`, by default where the tensors are, and weights must be there too. Raises UnmatchedKeys when a weight is
+        missing, or when a change cannot be computed or is not finite.
         """
         if entry.kind == "bias":
             return []
@@ -250,9 +255,14 @@ class LoraFile(LoraNames):
                     "give the base model"
                 )
             weight = entry.place.join([base_weight(module).float() for module in entry.modules])
+        tensors = self.sound_tensors_of(entry)
         try:
-            return entry.place.split(weight_change(entry.kind, self.sound_tensors_of(entry), weight))
+            # Alpha is read as a number.
+            there = {role: tensor if role == "alpha" else tensor.to(device=device) for role, tensor in tensors.items()}
+            return entry.place.split(weight_change(entry.kind, there, weight))
         except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
 
     def bias_changes_of(self, entry: Entry, inputs: int) -> list[tuple[ModuleId, Tensor]]:

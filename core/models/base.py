@@ -234,7 +234,7 @@ class Base:
             free = free_memory(device)
             room = math.inf if free is None else free / 1.2
             narrow = as_stored and self.weight_bytes(part, kept) >= room
-            stays = device.type != "cuda" or self.weight_bytes(part, kept, narrow) < room
+            stays = device.type == "cpu" or self.weight_bytes(part, kept, narrow) < room
             encoders[part] = self.load(part, device if stays else torch.device("cpu"), kept, narrow)
             if not stays:
                 MemorySaver(encoders[part], device).adopt(MemoryPlan(offload=1))

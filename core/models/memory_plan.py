@@ -264,8 +264,9 @@ class BlockOffload:
                 block.register_forward_hook(self._take_away, always_call=True),
             )
 
-    def pin(self) -> None:
-        """Page-lock weights that were replaced since they were taken, as an applied LoRA does."""
+    def renew(self) -> None:
+        """Take over weights that were changed, as an applied LoRA does. Those that were replaced are page-locked."""
+        self._coming = None
         if self._stream:
             self.store.take([parameter for parameter in self.parameters() if not parameter.is_pinned()])
 

@@ -17,7 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _PRODUCTS = ("mm", "addmm", "bmm", "convolution", "_scaled_mm")
-_ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+_ATTENTION = (
+    "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+    "attention_math_for_mps", "fused_attention_overrideable",
+)  # fmt: skip
+"""The kernels of attention on NVIDIA's, AMD's and the computer's processors, and on Apple's and Intel's GPUs."""
 KEPT = [
     getattr(room, name).default
     for room, names in (

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from .drawing_model import DrawingModel as DrawingModel
     from .gallery import SAME_PERSON as SAME_PERSON
     from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
     from .generate import GenerateConfig as GenerateConfig

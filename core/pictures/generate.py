@@ -4,8 +4,8 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -18,25 +18,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import Precision
-from ..device import explained_memory_error, free_memory, in_parts_that_fit, until_it_fits
+from ..device import explained_memory_error, in_parts_that_fit
 from ..errors import BadConfig, check_length
-from ..lora.apply import LOW_RANK, apply
-from ..lora.embeddings import new_words
 from ..lora.file import LoraFile
 from ..models.base import Base
-from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair, stacked_with
 from ..progress import OnProgress
 from ..storage.drawn import save_png
 from ..storage.files import is_text
 from ..storage.safetensors_file import SafetensorsFile
+from .drawing_model import DrawingModel, Worn
 from .parameters import Parameters
 from .sampling import (
     SAMPLERS,
     decode_latents,
-    encode_pairs,
     encode_pictures,
-    load_vae,
     predictions_per_step,
     sample_latents,
     sampler_name,
@@ -149,6 +145,7 @@ def generate(
     starts: Mapping[Job, Image.Image] | None = None,
     denoise: float = 1.0,
     device: torch.device | str | None = None,
+    model: DrawingModel | None = None,
     on_step: OnProgress | None = None,
 ) -> Iterator[Picture]:
     """Draw the pictures of all jobs, and yield them batch by batch; jobs of equal strength are drawn together.
@@ -156,6 +153,7 @@ def generate(
     `loras` are LoRAs with their strengths. A picture depends only on its own job, not on others in the batch (up to rounding).
     With `starts`, a picture of the job's size for each job, these pictures are redrawn: only the last `denoise` share of the
     steps (above 0 to 1) is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
+    Calls with the same `model`, made for this base model, config and device, load its networks only once.
 
     Raises BadConfig for a strength that is not finite, a job without a fitting picture in `starts`, and a picture that becomes
     NaN. Raises it also for a size, sampler or clip_skip that the base model doesn't support, and OutOfMemory if the device has
@@ -167,38 +165,43 @@ def generate(
         raise BadConfig(f"jobs = {jobs!r}: expected a list of Job, such as [Job('a photo of sks person', seed=1)]")
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     starts = _checked_starts(base, jobs, starts, denoise) if starts else None
-    device, dtype = base.device_and_dtype(config.precision, device)
     groups = by_strength(jobs)
-    with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
-        encoded = _encode(base, loras, groups, config, device)
-        denoiser, memory = load_denoiser(base, device, dtype, [lora for lora, _ in loras])
-        vae = load_vae(base, device, dtype)
-        for strength, group in groups.items():
-            is_last = strength == [*groups][-1]
-            with applied(base, loras, strength, {"denoiser": denoiser}, for_good=is_last):
-                memory.offload.pin()
-                texts = [encoded[strength, texts_of(job, base)] for job in group]
-                for batch, pairs in in_batches(
-                    group, texts, config.batch_size, lambda job: (job.size, job.steps, job.guidance)
-                ):
+    with ExitStack() as stack:
+        model = model or stack.enter_context(DrawingModel(base, config.precision, config.clip_skip, device))
+        stack.enter_context(explained_memory_error("batch_size 1, smaller pictures or the device cpu"))
+        device, dtype = model.place
+        worn = {strength: worn_at(strength, loras) for strength in groups}
+        model.encode({worn[strength]: {texts_of(job, base) for job in group} for strength, group in groups.items()})
+        # The strength that the model has from the last batch comes first.
+        strengths = sorted(groups, key=lambda strength: not model.wears(worn[strength]))
+        for strength in strengths:
+            group = groups[strength]
+            model.wear(worn[strength], last=strength == strengths[-1] and not model.goes_on)
+            texts = [model.encoded(worn[strength], texts_of(job, base)) for job in group]
+            for batch, pairs in in_batches(
+                group, texts, config.batch_size, lambda job: (job.size, job.steps, job.guidance)
+            ):
 
-                    def draw(part: Sequence[tuple[Job, Pair]], first: Job = batch[0]) -> list[Image.Image]:
-                        assert first.size is not None
-                        begin = encode_pictures(base, vae, [starts[job] for job, _ in part]) if starts else None
-                        latents = sample_latents(
-                            base, denoiser,
-                            [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
-                            device=device, dtype=dtype, seeds=[job.seed for job, _ in part], size=first.size,
-                            steps=first.steps, guidance=first.guidance, sampler=config.sampler, start=begin,
-                            denoise=denoise, on_step=on_step,
-                        )  # fmt: skip
-                        return finished(base, vae, latents)
+                def draw(part: Sequence[tuple[Job, Pair]], first: Job = batch[0]) -> list[Image.Image]:
+                    assert first.size is not None
+                    begin = encode_pictures(base, model.vae, [starts[job] for job, _ in part]) if starts else None
+                    latents = sample_latents(
+                        base, model.denoiser,
+                        [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
+                        device=device, dtype=dtype, seeds=[job.seed for job, _ in part], size=first.size,
+                        steps=first.steps, guidance=first.guidance, sampler=config.sampler, start=begin,
+                        denoise=denoise, on_step=on_step,
+                    )  # fmt: skip
+                    return finished(base, model.vae, latents)
 
-                    images = within_memory(
-                        memory, partial(in_parts_that_fit, draw, list(zip(batch, pairs, strict=True)))
-                    )
-                    for job, image in zip(batch, images, strict=True):
-                        yield Picture(image, job, parameters_text(base, loras, job, config))
+                images = model.draw(partial(in_parts_that_fit, draw, list(zip(batch, pairs, strict=True))))
+                for job, image in zip(batch, images, strict=True):
+                    yield Picture(image, job, parameters_text(base, loras, job, config))
+
+
+def worn_at(strength: float, loras: Sequence[tuple[LoraFile, float]]) -> Worn:
+    """Return the LoRAs with their strengths multiplied by a job's."""
+    return tuple((lora, factor * strength) for lora, factor in loras)
 
 
 def finished(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
@@ -251,92 +254,9 @@ def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
     return groups
 
 
-def are_low_rank(loras: Iterable[LoraFile], parts: Collection[str]) -> bool:
-    """Return whether the changes of LoRAs in these parts can be added to weights kept in their stored form."""
-    return all(entry.kind in LOW_RANK for lora in loras for entry in lora.of_parts(parts).entries)
-
-
-def load_denoiser(
-    base: Base, device: torch.device, dtype: torch.dtype, loras: Sequence[LoraFile], copies: int = 1
-) -> tuple[nn.Module, MemorySaver]:
-    """Load the denoiser; also return the object that holds the memory plan for drawing with these LoRAs on a GPU.
-
-    `copies` is the largest number of copies of its weights in memory. Quantised weights stay quantised, unless a LoRA's changes
-    are as large as the weights.
-    """
-    free = free_memory(device) if device.type == "cuda" else None
-    as_stored = are_low_rank(loras, {"denoiser"})
-    size = copies * base.weight_bytes("denoiser", dtype, as_stored)
-    plan = drawing_plan(size, free)
-    denoiser = base.load("denoiser", torch.device("cpu") if plan.offload else device, dtype, as_stored)
-    memory = MemorySaver(denoiser, device)
-    memory.adopt(plan)
-    return denoiser, memory
-
-
-def within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-    """Return what `draw` returns. If memory runs out, call it again with half of the blocks offloaded, then with all."""
-    shares = (share for share in (0.5, 1.0) if share > memory.plan.offload)
-    return until_it_fits(draw, (partial(memory.adopt, MemoryPlan(offload=share)) for share in shares))
-
-
-def _encode(
-    base: Base,
-    loras: Sequence[tuple[LoraFile, float]],
-    groups: Mapping[float, Sequence[Job]],
-    config: GenerateConfig,
-    device: torch.device,
-) -> dict[tuple[float, tuple[str, str]], Pair]:
-    """Return the conditioning of each (strength, (prompt, negative prompt)).
-
-    The text encoders are freed before this returns, so that the denoiser can be loaded.
-    """
-    as_stored = are_low_rank([lora for lora, _ in loras], base.text_encoders)
-    encoders = base.load_text_encoders(device, torch.float32, as_stored)
-    encoded = {}
-    for strength, group in groups.items():
-        pairs = encode_texts(base, encoders, loras, strength, {texts_of(job, base) for job in group}, config)
-        encoded |= {(strength, texts): pair for texts, pair in pairs.items()}
-    return encoded
-
-
-def encode_texts(
-    base: Base,
-    encoders: Mapping[str, nn.Module],
-    loras: Sequence[tuple[LoraFile, float]],
-    strength: float,
-    texts: Collection[tuple[str, str]],
-    config: GenerateConfig,
-) -> dict[tuple[str, str], Pair]:
-    """Return the conditioning of each (prompt, negative prompt), encoded with the LoRAs applied at that strength."""
-    with applied(base, loras, strength, encoders):
-        return encode_pairs(base, encoders, texts, config.clip_skip)
-
-
 def texts_of(job: Job, base: Base) -> tuple[str, str]:
     """Return the prompt and the negative prompt; "" replaces an unused negative prompt, so that its length doesn't matter."""
     return job.prompt, job.negative if predictions_per_step(base, job.guidance) == 2 else ""
-
-
-@contextmanager
-def applied(
-    base: Base,
-    loras: Sequence[tuple[LoraFile, float]],
-    strength: float,
-    networks: Mapping[str, nn.Module],
-    for_good: bool = False,
-) -> Iterator[None]:
-    """Apply the LoRAs to the networks within the context, and add the words that the files define.
-
-    With `for_good`, the networks stay changed, and no memory is needed for their original weights.
-    """
-    with ExitStack() as contexts:
-        for lora, factor in loras:
-            present = lora.of_parts(networks)
-            target = {"family": base.family.name, **networks}
-            contexts.enter_context(apply(present, target, factor * strength, for_good=for_good))
-        contexts.enter_context(new_words(networks, [lora for lora, _ in loras]))
-        yield
 
 
 def in_batches(

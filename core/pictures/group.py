@@ -10,38 +10,35 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..device import explained_memory_error
 from ..errors import BadConfig, LoraMisfit, one_line
-from ..lora.apply import AppliedLora, apply
+from ..lora.apply import AppliedLora
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.spec import Pair
 from ..progress import OnProgress
+from .drawing_model import DrawingModel, Texts, Worn
 from .generate import (
     GenerateConfig,
     Job,
     Picture,
-    applied,
-    are_low_rank,
     by_strength,
     check_drawing,
-    encode_texts,
     finished,
-    load_denoiser,
     parameters_text,
     texts_of,
-    within_memory,
+    worn_at,
 )
 from .parameters import Parameters
-from .sampling import Prediction, Sampling, denoised, guided_prediction, load_vae
+from .sampling import Prediction, Sampling, denoised, guided_prediction
 from .sizes import checked_size
 
 RelativeBox = tuple[float, float, float, float]
@@ -263,13 +260,15 @@ def generate_group(
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),
     device: torch.device | str | None = None,
+    model: DrawingModel | None = None,
     on_step: OnProgress | None = None,
 ) -> Iterator[Picture]:
     """Draw the pictures of all jobs, one by one; prompts name everyone in braces: "{anna} and {ben} in an office".
 
     `loras` are LoRAs with strengths that everything is drawn with, such as a style's. A job's strength multiplies the strengths
     of all LoRAs. `on_step(done, total)` is called in each sampling step and may raise to cancel. No person's LoRA stays applied
-    afterwards, even after an error. Each person's changed weights are kept in memory beside the denoiser's own.
+    afterwards, even after an error. Each person's changed weights are kept in memory beside the denoiser's own. `model` is as
+    in `generate`.
 
     Raises BadConfig for a prompt with an unknown name or without everyone, and as `generate` does. Raises LoraMisfit for a LoRA
     of another family, and OutOfMemory if the device has too little memory.
@@ -277,27 +276,22 @@ def generate_group(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     jobs = [sized(base, group, job) for job in jobs]
-    device, dtype = base.device_and_dtype(config.precision, device)
-    with explained_memory_error("smaller pictures or the device cpu"):
-        encoded = _encode(base, group, loras, by_strength(jobs), config, device)
-        denoiser, memory = load_denoiser(
-            base, device, dtype, [*(lora for lora, _ in loras), *(person.lora for person in group.people)],
-            copies=1 + len(group.people),
-        )  # fmt: skip
-        vae = load_vae(base, device, dtype)
+    with ExitStack() as stack:
+        model = model or stack.enter_context(DrawingModel(base, config.precision, config.clip_skip, device))
+        stack.enter_context(explained_memory_error("smaller pictures or the device cpu"))
+        encoded = _encode(model, group, loras, jobs)
         for strength, some in by_strength(jobs).items():
-            with applied(base, loras, strength, {"denoiser": denoiser}):
-                people = _at_hand(base, group, strength, denoiser)
-                for job in some:
+            model.wear(worn_at(strength, loras), beside=worn_at(strength, [(p.lora, p.strength) for p in group.people]))
+            for job in some:
 
-                    def draw(job: Job = job, people: Sequence[AppliedLora] = people) -> list[Image.Image]:
-                        assert job.size is not None
-                        predict = _blended(base, denoiser, group, people, encoded[job], job, device, dtype)
-                        sampling = Sampling(job.size, job.steps, config.sampler, on_step=on_step)
-                        return finished(base, vae, denoised(base, predict, sampling, [job.seed], device))
+                def draw(job: Job = job) -> list[Image.Image]:
+                    assert job.size is not None
+                    predict = _blended(model, group, encoded[job], job)
+                    sampling = Sampling(job.size, job.steps, config.sampler, on_step=on_step)
+                    return finished(base, model.vae, denoised(base, predict, sampling, [job.seed], model.place[0]))
 
-                    (image,) = within_memory(memory, draw)
-                    yield Picture(image, job, group_parameters(base, group, loras, job, config))
+                (image,) = model.draw(draw)
+                yield Picture(image, job, group_parameters(base, group, loras, job, config))
 
 
 def check_group(
@@ -345,41 +339,19 @@ def shows_several(said: Parameters) -> bool:
 
 
 def _encode(
-    base: Base,
-    group: Group,
-    loras: Sequence[tuple[LoraFile, float]],
-    groups: Mapping[float, Sequence[Job]],
-    config: GenerateConfig,
-    device: torch.device,
+    model: DrawingModel, group: Group, loras: Sequence[tuple[LoraFile, float]], jobs: Sequence[Job]
 ) -> dict[Job, list[Pair]]:
     """Return the conditioning of each job's texts: the scene's, then each person's, encoded with only that person's LoRA."""
-    worn_by_some = [lora for lora, _ in loras] + [person.lora for person in group.people]
-    encoders = base.load_text_encoders(device, torch.float32, are_low_rank(worn_by_some, base.text_encoders))
-    encoded: dict[Job, list[Pair]] = {}
-    for strength, jobs in groups.items():
+    texts: dict[Job, list[tuple[Worn, Texts]]] = {}
+    wanted: dict[Worn, set[Texts]] = {}
+    for job in jobs:
         for person in (None, *group.people):
-            worn = [*loras, (person.lora, person.strength)] if person else loras
-            texts = {
-                job: texts_of(
-                    replace(job, prompt=group.words_of(person, job.prompt) if person else group.scene_words(job.prompt)), base
-                )
-                for job in jobs
-            }  # fmt: skip
-            pairs = encode_texts(base, encoders, worn, strength, set(texts.values()), config)
-            for job in jobs:
-                encoded.setdefault(job, []).append(pairs[texts[job]])
-    return encoded
-
-
-def _at_hand(base: Base, group: Group, strength: float, denoiser: nn.Module) -> list[AppliedLora]:
-    """Compute everyone's LoRA without applying it; `_worn` applies one."""
-    target = {"family": base.family.name, "denoiser": denoiser}
-    people = []
-    for person in group.people:
-        one = apply(person.lora.of_parts({"denoiser"}), target, person.strength * strength)
-        one.swap()
-        people.append(one)
-    return people
+            words = group.words_of(person, job.prompt) if person else group.scene_words(job.prompt)
+            worn = worn_at(job.strength, [*loras, (person.lora, person.strength)] if person else loras)
+            texts.setdefault(job, []).append((worn, texts_of(replace(job, prompt=words), model.base)))
+            wanted.setdefault(worn, set()).add(texts[job][-1][1])
+    model.encode(wanted)
+    return {job: [model.encoded(*one) for one in ones] for job, ones in texts.items()}
 
 
 @contextmanager
@@ -392,18 +364,10 @@ def _worn(lora: AppliedLora) -> Iterator[None]:
         lora.swap()
 
 
-def _blended(
-    base: Base,
-    denoiser: nn.Module,
-    group: Group,
-    people: Sequence[AppliedLora],
-    texts: Sequence[Pair],
-    job: Job,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Prediction:
+def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job) -> Prediction:
     """Return the predictions for the scene and for each person's region, blended."""
     assert job.size is not None
+    base, (device, dtype) = model.base, model.place
     regions = group.regions(job.size, base.size_multiple)
     cell = base.latent_shape.pixels
     cells = [tuple(side // cell for side in region) for region in regions]
@@ -412,14 +376,14 @@ def _blended(
     sizes = [job.size, *((right - left, bottom - top) for left, top, right, bottom in regions)]
     scene, *others = (
         guided_prediction(
-            base, denoiser, [positive], [negative], device=device, dtype=dtype, size=size, guidance=job.guidance
+            base, model.denoiser, [positive], [negative], device=device, dtype=dtype, size=size, guidance=job.guidance
         )
         for size, (positive, negative) in zip(sizes, texts, strict=True)
     )
 
     def predict(latents: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
         blended = weights[-1] * scene(latents, timestep, following) if has_scene else torch.zeros_like(latents)
-        for weight, own, lora, (left, top, right, bottom) in zip(weights, others, people, cells, strict=False):
+        for weight, own, lora, (left, top, right, bottom) in zip(weights, others, model.beside, cells, strict=False):
             part = (..., slice(top, bottom), slice(left, right))
             with _worn(lora):
                 blended[part] += weight[part] * own(latents[part], timestep, following)

@@ -14,6 +14,7 @@ from ..faces import Face, FaceNetwork, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..progress import OnPhase, OnProgress, silent
+from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, SOMEONE_ELSE
 from .generate import GenerateConfig, Job, Picture
 from .group import Group, Mask, check_group, generate_group, group_parameters, sized
@@ -111,13 +112,15 @@ def redraw_faces(
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),
     device: torch.device | None = None,
+    model: DrawingModel | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[_Key, GroupFaces]:
     """Redraw the faces in the pictures that the face pass considers small, or that are not alike.
 
     Each face is drawn in its own cut-out, with only its person's LoRA and words. A new face is used if likeness doesn't fall. A
     face that isn't alike is redrawn with another seed, up to TRIES times. `on_progress(done, total)` is called after each try
-    with each person, and may raise to cancel. The result has only the pictures in which a face was redrawn.
+    with each person, and may raise to cancel. `model` is as in `generate`. The result has only the pictures in which a face was
+    redrawn.
     """
     group = reference.group
     found = {key: reference.find(image) for key, (_, image) in pictures.items()}
@@ -135,7 +138,7 @@ def redraw_faces(
                     words, seed = group.words_of(person, job.prompt), (job.seed + attempt) % 2**64
                     parts[key] = (replace(job, prompt=words, seed=seed), part)
                     before.setdefault(key, _lowest(found[key]))
-            for key, drawn in drawn_again(base, own, parts, config, face_pass.denoise, device):
+            for key, drawn in drawn_again(base, own, parts, config, face_pass.denoise, device, model):
                 image = blend(images[key], parts[key][1], drawn)
                 now, was = reference.find(image), found[key][number]
                 new = now[number]
@@ -194,18 +197,24 @@ def make_group_pictures(
 class _GroupBatch(Batch):
     group: Group
 
-    def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
-        return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, device=self.device)
+    def model(self, jobs: Sequence[Job]) -> DrawingModel:
+        config = self.config
+        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, goes_on=True)
+
+    def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
+        return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, model=model)
 
     def key(self, job: Job) -> str:
         return group_parameters(self.base, self.group, self.loras, job, self.config)
 
-    def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
+    def improve_faces(
+        self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared, model: DrawingModel
+    ) -> None:
         """Redraw faces that are small or not alike, and write the outcome into each picture."""
         assert isinstance(person, GroupReference)
         pictures = {job: (job, read_picture(path)) for job, path in paths.items()}
         drawn = redraw_faces(
-            self.base, person, pictures, self.config, face_pass, loras=self.loras, device=self.device,
+            self.base, person, pictures, self.config, face_pass, loras=self.loras, device=self.device, model=model,
             on_progress=lambda done, total: self.on_progress("faces", done, total),
         )  # fmt: skip
         for job, faces in drawn.items():

@@ -12,6 +12,7 @@ from ..errors import BadConfig
 from ..faces import Face, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
+from .drawing_model import DrawingModel
 from .generate import GenerateConfig, Job, generate
 from .sizes import size_near
 
@@ -136,8 +137,12 @@ def drawn_again(
     config: GenerateConfig,
     denoise: float,
     device: torch.device | None,
+    model: DrawingModel | None = None,
 ) -> Iterator[tuple[_Key, Image.Image]]:
-    """Yield each cut-out's key and picture, after repeating the last `denoise` share of its job's steps."""
+    """Yield each cut-out's key and picture, after repeating the last `denoise` share of its job's steps.
+
+    `model` is as in `generate`.
+    """
     # Without the number, the same prompt and seed at two sizes would be one job here.
     keys = {
         replace(job, size=part.image.size, style=str(number)): key
@@ -145,7 +150,9 @@ def drawn_again(
     }
     starts = {job: parts[key][1].image for job, key in keys.items()}
     if keys:
-        for picture in generate(base, loras, list(keys), config, starts=starts, denoise=denoise, device=device):
+        for picture in generate(
+            base, loras, list(keys), config, starts=starts, denoise=denoise, device=device, model=model
+        ):
             yield keys[picture.job], picture.image
 
 

@@ -33,6 +33,7 @@ from ..storage.files import (
     writing,
 )
 from ..storage.locks import locked
+from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
 from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
@@ -137,11 +138,12 @@ class Batch:
         with locked(folder / OVERVIEW):
             remove_leftovers(folder, r".*\.png")
             self.base.hash_files(partial(self.on_progress, READING))
-            self.draw_missing(paths, face_pass)
-            if person and face_pass.below:
-                found = {job: _face_outcome(path) for job, path in paths.items()}
-                left = {job: paths[job] for job, one in found.items() if one is None or one.settings != face_pass}
-                self.improve_faces(left, face_pass, person)
+            with self.model(jobs) as model:
+                self.draw_missing(paths, face_pass, model)
+                if person and face_pass.below:
+                    found = {job: _face_outcome(path) for job, path in paths.items()}
+                    left = {job: paths[job] for job, one in found.items() if one is None or one.settings != face_pass}
+                    self.improve_faces(left, face_pass, person, model)
             shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
             if person:
                 shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
@@ -150,22 +152,28 @@ class Batch:
             _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder))
             return shots
 
-    def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
+    def model(self, jobs: Sequence[Job]) -> DrawingModel:
+        """Return the networks for all passes on the pictures of these jobs."""
+        strengths = {job.strength for job in jobs}
+        config = self.config
+        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, goes_on=len(strengths) > 1)
+
+    def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
         return generate(
-            self.base, self.loras, jobs, self.config, device=self.device, on_step=lambda *_: self.check_cancelled()
+            self.base, self.loras, jobs, self.config, model=model, on_step=lambda *_: self.check_cancelled()
         )
 
     def key(self, job: Job) -> str:
         """Return the key of a job's picture, equal when the same would be drawn: the parameters that are written into it."""
         return parameters_text(self.base, self.loras, job, self.config)
 
-    def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
+    def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass, model: DrawingModel) -> None:
         """Draw pictures that are missing or were made differently, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
-            for picture in self.draw(missing):
+            for picture in self.draw(missing, model):
                 set_aside(paths[picture.job])
                 picture.save(paths[picture.job])
                 done += 1
@@ -197,7 +205,9 @@ class Batch:
         # A face drawn with other settings must be replaced, and the picture without it no longer exists.
         return same and (outcome is None or not outcome.kept or outcome.settings == face_pass)
 
-    def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
+    def improve_faces(
+        self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared, model: DrawingModel
+    ) -> None:
         """Redraw small faces, and write the outcome into each picture, even into pictures that didn't change."""
         assert isinstance(person, Reference)
         parts: dict[Path, tuple[Job, CutOut]] = {}
@@ -208,7 +218,7 @@ class Batch:
                 part = cut_out(image, faces[0], face_share(person), self.base.resolution, self.base.size_multiple)
                 if part:
                     parts[path] = (job, part)
-        drawn = drawn_again(self.base, self.loras, parts, self.config, face_pass.denoise, self.device)
+        drawn = drawn_again(self.base, self.loras, parts, self.config, face_pass.denoise, self.device, model)
         for done, (path, image) in enumerate(drawn, start=1):
             job, part = parts[path]
             first = read_picture(path)

@@ -187,7 +187,7 @@ def basis(
     passes, cache = count_passes(base, config, largest, training_adapter)
     inputs = TrainingInputs.on(device, cache, base, config, adapter=training_adapter)
     plan = choose_plan(inputs, silent)
-    free = free_memory(inputs.device) if inputs.device.type == "cuda" else None
+    free = None if inputs.device.type == "cpu" else free_memory(inputs.device)
     return Basis(base, passes, plan, predicted_memory(inputs, plan), inputs.dtype, free)
 
 

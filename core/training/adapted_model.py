@@ -1,7 +1,7 @@
 """A base model's networks with an adapter on them: where their weights are, and how they compute."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -83,7 +83,7 @@ class AdaptedModel:
             self.training_adapter = AttachedAdapter(inputs.adapter, self.denoiser, self.device, self.dtype)
         self.set_training(True)
         if check_cancelled:
-            _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
+            _check_often(blocks_of(self.denoiser), check_cancelled)
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
         """Why blocks are not compiled although the settings ask for it, or None."""
         compiled = config.compile and not self.why_not_compiled
@@ -174,8 +174,8 @@ class AdaptedModel:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Collection[nn.Module]) -> None:
-    """Add hooks that call `check_cancelled` at every block, forward and backward, but not inside blocks in `whole`."""
+def _check_often(blocks: Iterable[nn.Module], check_cancelled: CheckCancelled) -> None:
+    """Add hooks that call `check_cancelled` at every block, forward and backward."""
 
     def check(*_: object) -> None:
         check_cancelled()
@@ -185,9 +185,6 @@ def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Col
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(check)
 
-    within = {inner for block in whole for inner in block.modules() if inner is not block}
-    for blocks in network.modules():
-        if isinstance(blocks, nn.ModuleList) and blocks not in within:
-            for block in blocks:
-                block.register_forward_pre_hook(check)
-                block.register_forward_hook(check_backward_too)
+    for block in blocks:
+        block.register_forward_pre_hook(check)
+        block.register_forward_hook(check_backward_too)

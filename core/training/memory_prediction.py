@@ -285,7 +285,7 @@ def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
     plans, frozen = memory_plans(config, base), METHODS[config.method].freezes_weights
     if config.memory_limit is not None:
         room, whose = int(config.memory_limit * 2**30), "memory_limit"
-    elif device.type == "cuda" and (free := free_memory(device)) is not None:
+    elif device.type != "cpu" and (free := free_memory(device)) is not None:
         room, whose = int(free * RESERVE), "free memory"
     else:
         return plans[0]

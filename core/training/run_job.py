@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..device import deterministic_if, release_memory, usable_device
+from ..device import deterministic_if, released_memory, usable_device
 from ..photos import Photo, face_regions, with_masks
 from ..progress import READING
 from .callbacks import LOADING, NO_CALLBACKS, Callbacks
@@ -45,7 +45,8 @@ def run_job(
     if job.adapter:
         job = replace(job, base=job.base.as_distilled())
     base, config = job.base, job.config
-    with deterministic_if(config.deterministic):
+    # Memory is released for whatever needs it next: drawing, another person, ComfyUI's next node.
+    with deterministic_if(config.deterministic), released_memory():
         device = usable_device(device)
         for hint in hints(base, config, job.adapter is not None, device):
             callbacks.on_warning(hint)
@@ -65,7 +66,6 @@ def run_job(
             extra_metadata={"ss_output_name": files.output.stem} if files else None,
             callbacks=files.written_by(callbacks, config) if files else callbacks,
         )  # fmt: skip
-        release_memory()  # for whatever needs it next: drawing, another person, ComfyUI's next node
     if metadata:
         lora = lora.with_metadata({**lora.metadata, **metadata})
     if files:

@@ -258,6 +258,8 @@ class Card(TorchDispatchMode):
         self.allocations = self.launches = self.moved = 0
         self.copies: list[Copy] = []
         self.products: Counter[tuple[str, tuple[torch.dtype, ...]]] = Counter()
+        self.converted = 0
+        """Bytes that the processor converts to another dtype, as torch does where it copies and converts in one call."""
         self.rounded = 0
         """Convolutions in float32 whose inputs were rounded to TF32."""
         self.peak = self.live
@@ -377,6 +379,7 @@ class Card(TorchDispatchMode):
             self.synchronize()
             return torch.zeros(tensor.shape, dtype=dtype)
         self._note("to device", tensor)
+        self.converted += tensor.nbytes * (dtype != tensor.dtype)
         self.current.asked += 1
         self._settle()
         with self.fake:

@@ -39,11 +39,11 @@ from tools.trials import agreement
 
 
 def left_after(case: Case, photos: Path, output: Path, end: str) -> tuple[str, int, int, int]:
-    """The error of a training that is "done", "cancelled" or "failed", and what it leaves: bytes of the card, of page-locked
-    memory in use, and of page-locked memory that torch keeps.
+    """The error of a training that is "done", "cancelled" or "failed", and what it leaves while the error is kept: bytes of the
+    card, of page-locked memory in use, and of page-locked memory that torch keeps.
     """
     with fake_cuda(case.size, case.capability) as card:
-        base, error = case.base(), ""
+        base, kept = case.base(), []
 
         def step(_: StepReport) -> None:
             if end == "cancelled":
@@ -55,7 +55,8 @@ def left_after(case: Case, photos: Path, output: Path, end: str) -> tuple[str, i
         try:
             train(photos, base, case.config(), output=output, device=DEVICE, callbacks=Callbacks(on_step=step))
         except FaceLoraError as raised:
-            error = f"{type(raised).__name__}: {raised}"
+            kept.append(raised)
+        error = "".join(f"{type(raised).__name__}: {raised}" for raised in kept)
         return error, card.live - before, card.pinned, card.unpinned
 
 
@@ -88,7 +89,7 @@ def two_people(case: Case, photos: Path, folder: Path, pictures: int = 20) -> tu
             offloads.append(plan.offload)
             return plan
 
-        with patch("core.training.loop.choose_plan", choose), patch("core.pictures.generate.drawing_plan", draw):
+        with patch("core.training.loop.choose_plan", choose), patch("core.pictures.drawing_model.drawing_plan", draw):
             for person in ("first", "second"):
                 lora = train(photos, base, case.config(), output=folder / f"{person}.safetensors", device=DEVICE)
                 assert isinstance(lora, LoraFile)
@@ -201,9 +202,18 @@ def dtypes_of_card(capability: tuple[int, int], name: str) -> tuple[torch.dtype,
         return tuple(device_and_dtype("auto", None, overflows)[1] for overflows in (False, True))  # pyright: ignore
 
 
-def share_on_windows_in_comfyui(size: float, used: float, own: float) -> tuple[float | None, float | None]:
+WINDOWS = {
+    "windows": ("win32", "11"),
+    "wsl": ("linux", "5.15.167.4-microsoft-standard-WSL2"),
+    "linux": ("linux", "6.8.0"),
+}
+"""What each system reports as its platform and its release."""
+
+
+def share_on_windows_in_comfyui(system: str, size: float, used: float, own: float) -> tuple[float | None, float | None]:
     """The share of the card in a node and after it, where `used` GiB are another program's and `own` ComfyUI's."""
-    with fake_cuda(size) as card, patch.object(sys, "platform", "win32"):
+    name, release = WINDOWS[system]
+    with fake_cuda(size) as card, patch.object(sys, "platform", name), patch("platform.release", lambda: release):
         tensors = [torch.empty(int(gib * 2**30), dtype=torch.uint8, device=DEVICE) for gib in (used, own)]
         with patch("torch.cuda.memory_reserved", lambda *_: int(own * 2**30)), within_free_memory(DEVICE):
             within = card.share

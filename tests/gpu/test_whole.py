@@ -49,6 +49,12 @@ def test_quantised_weights_with_a_lora_draw_there_and_away(room, fake_process):
     assert drawn.offload == 1 - room and len(drawn.sizes) == 1
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_gpu_converts_the_weights_that_it_loads_unless_that_means_more_bytes_to_copy(stored, fake_process):
+    copied, converted = fake_process.submit(trials.loaded_as_bf16, stored).result()
+    assert converted == 0 and copied == min(stored.itemsize, 2)
+
+
 def test_a_lora_needs_no_second_denoiser_on_the_gpu(fake_process):
     plain, changed = (
         fake_process.submit(trials.generated, trials.Case("flux1", denoiser=MANY_BLOCKS, adapted=adapted)).result()
@@ -102,7 +108,7 @@ def test_what_overflows_in_fp16_is_computed_in_float32_on_old_cards(fake_process
 
 
 def test_on_windows_a_command_takes_no_more_than_is_free(fake_process):
-    assert fake_process.submit(trials.share_on_windows, 12, 3).result() == 0.75
+    assert fake_process.submit(trials.share_on_windows, 16, 3.5).result() == 0.75
 
 
 def test_a_training_goes_from_photos_to_its_samples(fake_process, small_sd15, photo_folder, tmp_path):

@@ -180,6 +180,17 @@ def operations(case: Case) -> tuple[int, int]:
     return launches, count_operations(started(torch.device("cpu")).train_step)
 
 
+def loaded_as_bf16(stored: torch.dtype) -> tuple[float, float]:
+    """The bytes copied to the card for each number of a denoiser in that dtype, and those that are converted before."""
+    base = small_flow_base("flux1")
+    tensors = {name: tensor.to(stored) for name, tensor in base.components["denoiser"].tensors.items()}
+    base = replace(base, components={"denoiser": replace(base.components["denoiser"], tensors=tensors)})
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    with fake_cuda() as card:
+        base.load("denoiser", DEVICE, torch.bfloat16)
+        return sum(copy.size for copy in card.copies) / numbers, card.converted / numbers
+
+
 @dataclass(frozen=True)
 class Drawn:
     """What drawing asked of the card."""

@@ -86,6 +86,29 @@ def test_a_diffusers_pipeline_gets_the_same_weights_as_from_diffusers_own_loader
         assert changed == named > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_product_gives_the_same_weights_within_rounding(bases, loras, dtype, monkeypatch):
+    """A GPU adds the product to the weight at once. Here the CPU does so too, for two LoRAs and a Tucker core."""
+    first = loras["sd15"]
+    key = next(name for name in first.tensors if "resnets" in name and name.endswith("lora_down.weight"))
+    down, core = first.tensors[key], torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    tucker = {key: down[..., :1, :1].clone(), key.replace("lora_down", "lora_mid"): core}
+    second = LoraFile.from_tensors({**first.tensors, **tucker}, first.metadata)
+    assert any("mid" in entry.keys for entry in second.entries)
+    found = []
+    for sums_apart in ("cpu", "none"):
+        monkeypatch.setattr("core.lora.apply.SUMS_APART", sums_apart)
+        networks = {part: network.to(dtype) for part, network in networks_of(bases["sd15"]).items()}
+        for lora, strength in ((first, 0.8), (second, -0.3)):
+            apply(lora, {"family": "sd15", **networks}, strength)
+        found.append({(part, name): weight for part in networks for name, weight in networks[part].named_parameters()})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
+        )
+    assert dtype != torch.float32 or any(not torch.equal(found[1][name], weight) for name, weight in found[0].items())
+
+
 def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras, tmp_path):
     networks, originals = networks_of(bases["sd15"]), networks_of(bases["sd15"])
     loras["sd15"].save(tmp_path / "me.safetensors")

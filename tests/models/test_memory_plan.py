@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import core.pictures.drawing_model as drawing_model
 import core.pictures.generate as generate_module
 from core.config import TrainConfig
 from core.device import free_memory, in_parts_that_fit, is_out_of_memory, synchronize, until_it_fits
@@ -26,7 +27,16 @@ from core.errors import BadConfig, OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import Base, load_base
-from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of, count_flops, plans_for
+from core.models.memory_plan import (
+    PLANS,
+    WEIGHTS_IN_DRAWING,
+    MemoryCount,
+    MemoryPlan,
+    MemorySaver,
+    blocks_of,
+    count_flops,
+    plans_for,
+)
 from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights, narrowed
 from core.models.selective import is_kept
 from core.pictures.generate import GenerateConfig, Job, generate
@@ -472,6 +482,55 @@ def test_the_device_that_is_waited_for_is_the_one_that_computes(monkeypatch):
     assert waited == [torch.device("cuda", 1)]
 
 
+def apples(monkeypatch, recommended: int, used: int) -> torch.device:
+    """An Apple GPU whose driver reports these bytes."""
+    reported = {"recommended_max_memory": recommended, "driver_allocated_memory": used, "empty_cache": None}
+    for name, value in reported.items():
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
+    return torch.device("mps")
+
+
+def intels(monkeypatch, free: int, reserved: int = 0, allocated: int = 0) -> torch.device:
+    """An Intel GPU whose driver reports these free bytes, and torch the others."""
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda _: (free, 2 * free), raising=False)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda _: reserved)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda _: allocated)
+    return torch.device("xpu", 0)
+
+
+def test_the_free_memory_of_apples_and_intels_gpus_is_what_they_report(monkeypatch):
+    assert free_memory(apples(monkeypatch, 11 * 2**30, 2**30)) == 10 * 2**30
+    assert free_memory(intels(monkeypatch, 7 * 2**30, 3 * 2**30, 2**30)) == 9 * 2**30
+    monkeypatch.delattr(torch.xpu, "mem_get_info")  # as before torch 2.6
+    assert free_memory(torch.device("xpu", 0)) is None
+
+
+@pytest.mark.parametrize("gpu", [apples, intels])
+def test_apples_and_intels_gpus_get_a_plan_that_fits_what_they_report(gpu, base, cache, monkeypatch):
+    """An SDXL needs 11.7 GiB without a plan. A Mac with 16 GB recommends 10.7 GiB for its GPU."""
+    device = gpu(monkeypatch, int(10.7 * 2**30), 0)
+    predict_by(monkeypatch, lambda plan: int((11.7 if plan == PLANS[0] else 9.5) * 2**30))
+    inputs = TrainingInputs(cache, base, CONFIG, device, torch.bfloat16)
+    assert choose_plan(inputs, lambda _: None) == PLANS[1]
+
+
+@pytest.mark.parametrize("gpu", [apples, intels])
+def test_apples_and_intels_gpus_draw_with_as_much_of_a_model_as_fits(gpu, base, monkeypatch):
+    size, shares = base.weight_bytes("denoiser", torch.float32), []
+    device = gpu(monkeypatch, size, 0)
+    load = Base.load
+    monkeypatch.setattr(Base, "load", lambda base, part, place, *given: load(base, part, CPU, *given))
+    monkeypatch.setattr(MemorySaver, "adopt", lambda memory, plan: shares.append(plan.offload))
+    drawing_model.load_denoiser(base, device, torch.float32)
+    assert shares == [pytest.approx(1 - WEIGHTS_IN_DRAWING)]
+
+
+def test_the_attention_of_apples_and_intels_gpus_is_kept_in_selective_recomputation():
+    names = ("attention_math_for_mps", "fused_attention_overrideable")
+    kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    assert all(is_kept(kernel, ()) for kernel in kernels)
+
+
 def test_free_memory_is_known_without_a_unix(monkeypatch):
     monkeypatch.delattr("os.sysconf")
     assert 2**20 < (free_memory(CPU) or 0) < 2**50
@@ -520,14 +579,14 @@ def test_pictures_are_the_same_whatever_of_the_denoiser_stays_in_the_computers_m
         return draw(base, denoiser, *arguments, **options) if shares[-1] == 1 else out_of_memory()
 
     current: list[MemorySaver] = []
-    load = generate_module.load_denoiser
+    load = drawing_model.load_denoiser
 
     def loaded(*arguments):
         denoiser, memory = load(*arguments)
         current.append(memory)
         return denoiser, memory
 
-    monkeypatch.setattr(generate_module, "load_denoiser", loaded)
+    monkeypatch.setattr(drawing_model, "load_denoiser", loaded)
     monkeypatch.setattr(generate_module, "sample_latents", fails_until_it_is_small)
     pressed = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
     assert shares[:5] == [0, 0, 0.5, 0.5, 1]  # each: both pictures, then one alone

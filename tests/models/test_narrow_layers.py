@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import core.pictures.generate as generate_module
+import core.pictures.drawing_model as drawing_model
 from core.config import TrainConfig
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
@@ -134,14 +134,14 @@ def test_pictures_of_narrow_weights_with_loras_are_those_of_wide_ones(monkeypatc
     narrow, wide = narrow_and_wide_base("scaled fp8")
     loras = [(random_lora(wide, r"transformer_blocks\..+", seed=seed), 0.5) for seed in (1, 2)]
     layers: list[list[NarrowLayer]] = []
-    load = generate_module.load_denoiser
+    load = drawing_model.load_denoiser
 
     def loaded(*arguments):
         denoiser, memory = load(*arguments)
         layers.append([layer for layer in denoiser.modules() if isinstance(layer, NarrowLayer)])
         return denoiser, memory
 
-    monkeypatch.setattr(generate_module, "load_denoiser", loaded)
+    monkeypatch.setattr(drawing_model, "load_denoiser", loaded)
     jobs = [Job("a photo of sks", seed=1, size=(64, 64), steps=2)]
 
     def draw(base, loras):

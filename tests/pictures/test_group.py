@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import core.pictures.drawing_model as drawing_model
 import core.pictures.group as group_module
 import core.pictures.group_batch as faces_module
 from core import GenerateConfig, Job, LoraFile, LoraModule, generate, load_base
@@ -257,8 +258,8 @@ def test_nobodys_lora_is_left_applied(base, where: str, monkeypatch: pytest.Monk
             raise InterruptedError
 
     worn: list[bool] = []
-    load_denoiser = group_module.load_denoiser
-    monkeypatch.setattr(group_module, "load_denoiser", load)
+    load_denoiser = drawing_model.load_denoiser
+    monkeypatch.setattr(drawing_model, "load_denoiser", load)
     watched = replace(base, family=replace(base.family, predict=predict))
     drawing = generate_group(watched, COUPLE, [JOB], on_step=on_step)
     if where == "never":
@@ -331,7 +332,7 @@ def test_a_face_that_is_not_alike_is_drawn_again_until_it_is(
 ) -> None:
     asked = []
 
-    def photos(base, loras, parts, config, denoise, device):
+    def photos(base, loras, parts, config, denoise, device, model):
         person = next(number for number, one in enumerate(COUPLE.people) if loras == [(one.lora, one.strength)])
         for key, (job, part) in parts.items():
             asked.append((job.prompt, job.seed))
@@ -356,7 +357,7 @@ def test_a_face_that_is_not_alike_is_drawn_again_until_it_is(
 def test_a_page_says_of_a_face_that_it_was_redrawn_only_if_it_was(
     base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people, alike: bool, redrawn: bool
 ) -> None:
-    def photos(base, loras, parts, config, denoise, device):
+    def photos(base, loras, parts, config, denoise, device, model):
         person = next(number for number, one in enumerate(COUPLE.people) if loras == [(one.lora, one.strength)])
         for key, (_, part) in parts.items():
             new = person_photos(person + 1)[5].resize(part.image.size)

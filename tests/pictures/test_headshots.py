@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
+import core.pictures.drawing_model as drawing_model
 from core import GenerateConfig, Job, LoraFile, load_base
 from core.cli import main
 from core.cli.generate import pack_jobs
@@ -31,7 +32,9 @@ from core.errors import BadConfig, BadPhoto, InUse
 from core.faces import Face, Reference
 from core.lora.apply import apply
 from core.lora.hashes import file_hashes
+from core.models import Base
 from core.models.clip import caption_tokens
+from core.pictures import DrawingModel
 from core.pictures.gallery import SAME_PERSON
 from core.pictures.generate import Picture, generate, parameters_text
 from core.pictures.headshot import FacePass, Headshot, blend, cut_out
@@ -314,19 +317,67 @@ def test_guidance_and_negative_prompt_are_said_as_they_are_taken(family, guidanc
 
 
 def test_original_weights_are_kept_only_while_another_strength_follows(base, monkeypatch) -> None:
-    lora, applied = random_lora(base), []
-    monkeypatch.setattr(
-        "core.pictures.generate.apply",
-        lambda *given, **options: (applied.append(apply(*given, **options)), applied[-1])[1],
-    )
+    lora, kept = random_lora(base), []
+
+    def noted(present, target, *given, **options):
+        one = apply(present, target, *given, **options)
+        if "denoiser" in target:
+            kept.append((one.for_good, bool(one.originals)))
+        return one
+
+    monkeypatch.setattr(drawing_model, "apply", noted)
     weak, strong = (
         Job("a photo", 1, size=(64, 80), steps=1, guidance=1.0, strength=strength) for strength in (0.5, 1.0)
     )
     pictures = [picture.image.tobytes() for picture in generate(base, [(lora, 1.0)], [weak, strong])]
-    assert [bool(one.originals) for one in applied if one.for_good or one.originals] == [True, False]
+    assert kept == [(False, True), (True, False)]
     alone = [next(generate(base, [(lora, 1.0)], [job])).image.tobytes() for job in (weak, strong)]
     assert pictures == alone and pictures[0] != pictures[1]
-    assert not any(one.originals for one in applied[-2:])
+    assert kept[2:] == [(True, False)] * 2
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The parts of base models that are loaded."""
+    found: list[str] = []
+    load = Base.load
+    monkeypatch.setattr(Base, "load", lambda base, part, *given: (found.append(part), load(base, part, *given))[1])
+    return found
+
+
+def test_batches_with_one_model_load_it_once_and_draw_the_same(base, loads: list[str]) -> None:
+    loras = [(random_lora(base), 0.5)]
+    given = [Job("a photo", 1, size=(64, 80), steps=2, guidance=1.0, strength=strength) for strength in (0.5, 1.0)]
+    start = Image.new("RGB", (64, 80), (90, 120, 150))
+    starts = dict.fromkeys(given, start)
+    apart = [*generate(base, loras, given), *generate(base, loras, given, starts=starts, denoise=0.5)]
+    assert loads == ["text_encoder", "denoiser", "vae"] * 2
+    loads.clear()
+    with DrawingModel(base, goes_on=True) as model:
+        drawn = list(generate(base, loras, given, model=model))
+        again = list(generate(base, loras, given, starts=starts, denoise=0.5, model=model))
+        # Other words need the text encoders, for which the denoiser makes room.
+        more = list(generate(base, loras, [replace(given[0], prompt="a drawing")], model=model))
+    assert loads == ["text_encoder", "denoiser", "vae"] * 2 and len(more) == 1
+    pictures = {(at > 1, picture.job): picture.image.tobytes() for at, picture in enumerate(apart)}
+    assert pictures == {(at > 1, picture.job): picture.image.tobytes() for at, picture in enumerate(drawn + again)}
+
+
+def test_a_model_that_was_changed_for_good_is_loaded_again_for_another_strength(base, loads: list[str]) -> None:
+    loras = [(random_lora(base), 0.5)]
+    given = [Job("a photo", 1, size=(64, 80), steps=1, guidance=1.0, strength=strength) for strength in (0.5, 1.0)]
+    with DrawingModel(base) as model:
+        drawn = [next(generate(base, loras, [job], model=model)).image.tobytes() for job in given]
+    assert loads.count("denoiser") == 2
+    assert drawn == [next(generate(base, loras, [job])).image.tobytes() for job in given]
+
+
+def test_a_batch_and_its_face_pass_load_one_model(base, tmp_path: Path, loads: list[str]) -> None:
+    drawn, missing = (Job("a photo of person", seed, size=(160, 200), steps=2, guidance=1.0) for seed in (1, 2))
+    photos = person_photos(36)
+    small_face(base, drawn, tmp_path, photos[0])
+    shots = make_headshots(base, [], [drawn, missing], tmp_path, reference=photos[:2], face_pass=FacePass(below=0.6))
+    assert any(shot.face_pass for shot in shots) and loads == ["text_encoder", "denoiser", "vae"]
 
 
 def test_a_picture_of_another_embedding_is_made_again(base, tmp_path: Path) -> None:

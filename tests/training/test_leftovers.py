@@ -11,7 +11,7 @@ import core.models.narrow_layers as narrow_layers
 from core.config import TrainConfig
 from core.device import release_memory
 from core.models.memory_plan import PLANS
-from core.pictures.generate import load_denoiser
+from core.pictures.drawing_model import load_denoiser
 from core.training.inputs import TrainingInputs
 from core.training.methods import METHODS
 from core.training.step import Run
@@ -76,7 +76,7 @@ def test_nothing_is_left_of_a_compiled_run(no_collector):
 @pytest.mark.parametrize("family", mostly_slow([*UNETS, *SMALL_FLOWS], "flux1"))
 def test_nothing_of_a_denoiser_that_has_drawn_is_left(family, bases, no_collector):
     base = base_of(family, bases)
-    denoiser, memory = load_denoiser(base, CPU, torch.float32, [])
+    denoiser, memory = load_denoiser(base, CPU, torch.float32)
     memory.adopt(replace(memory.plan, offload=1))
     left = [weakref.ref(parameter) for parameter in denoiser.parameters()]
     del denoiser, memory

@@ -19,6 +19,7 @@ from core.device import deterministic_if
 from core.errors import BadConfig, BadFile, MissingPackage, TrainingDiverged
 from core.lora.file import LoraFile
 from core.models import Base, load_base
+from core.models.memory_plan import blocks_of
 from core.photos import Photo
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
@@ -420,6 +421,15 @@ def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches
         callbacks = Callbacks(check_cancelled=cancel)
         train_lora(person_only(caches["sd15"]), bases["sd15"], PLAIN, device=CPU, state_path=state, callbacks=callbacks)
     assert not state.exists()
+
+
+def test_a_step_checks_for_cancelling_at_each_block_and_not_at_each_layer(bases, caches):
+    calls = []
+    inputs = TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, prior_prediction=0))
+    run = Run(inputs, check_cancelled=lambda: calls.append(1))
+    run.accumulate()
+    blocks = len(blocks_of(run.model.denoiser))
+    assert blocks < len(calls) <= 2 * blocks * PLAIN.accumulation  # forward and backward
 
 
 def test_a_run_whose_file_cannot_be_made_in_the_end_leaves_a_state(bases, caches, tmp_path, monkeypatch):

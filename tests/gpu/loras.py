@@ -1,0 +1,159 @@
+"""LoRAs that are applied on the fake device. Each function runs in a process of its own, and returns plain values."""
+
+from tests.gpu.fake_cuda import DEVICE, fake_cuda  # isort: skip  # before torch
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import core.models.memory_plan as memory_plan
+from core.faces import Face
+from core.lora.file import LoraFile
+from core.models.base import Base
+from core.pictures import DrawingModel, Group, GroupMember, generate_group
+from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.headshot import cut_out, drawn_again
+from core.training.methods import METHODS
+from tests.gpu.trials import Case
+from tests.tooling import random_lora
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What it took to apply a LoRA."""
+
+    to_device: int
+    """Bytes copied to the card."""
+    to_host: int
+    """Bytes copied from the card, but for numbers that the host waits for."""
+    waits: int
+    matrices: int
+    """Bytes of the LoRA's tensors that are no single numbers."""
+    weights: int
+    """Bytes of the weights that it changes."""
+    products: int
+    """Products on the card that add to a weight."""
+    changed: int
+    """The number of these weights."""
+    pinned: int
+    """Bytes of page-locked memory that the LoRA has added."""
+
+
+def lora_of(case: Case, base: Base, method: str) -> LoraFile:
+    """An untrained LoRA of that method, or a random plain one."""
+    if method == "lora":
+        pattern = r"transformer_blocks\..+" if case.form else ".*"
+        return random_lora(base, pattern)
+    networks = {"denoiser": base.load("denoiser", CPU, torch.float32)}
+    adapter = METHODS[method].attach(networks, base.family, replace(case.config(), method=method), None)  # pyright: ignore
+    file = adapter.export(adapter.parameters(), base, {"ss_base_model_version": base.family.base_model_version})
+    assert isinstance(file, LoraFile)
+    return file
+
+
+def applied(case: Case, method: str = "lora", brought_in: bool = False, others_follow: bool = False) -> Applied:
+    """What it takes to apply a LoRA to a denoiser that is on the card, or whose blocks are all brought in."""
+    base = case.base()
+    lora = lora_of(case, base, method)
+    with fake_cuda() as card, patch.object(memory_plan, "WEIGHTS_IN_DRAWING", 1.0 * (not brought_in)):
+        model = DrawingModel(base, "bf16", device=DEVICE)
+        model.wear(())
+        shapes, before = base.module_shapes(), card.pinned
+        card.watch()
+        model.wear(((lora, 0.7),), last=not others_follow)
+        copies = [copy for copy in card.copies if copy.place.startswith("lora/")]
+        changed = [module for entry in lora.entries for module in entry.modules]
+        return Applied(
+            sum(copy.size for copy in copies if copy.direction == "to device"),
+            sum(copy.size for copy in copies if copy.direction == "to host"),
+            sum(copy.direction == "read" for copy in copies),
+            sum(tensor.nbytes for tensor in lora.tensors.values() if tensor.numel() > 1),
+            sum(2 * int(np.prod(shapes[module])) for module in changed),
+            sum(count for (name, _), count in card.products.items() if name == "aten.addmm"),
+            len(changed),
+            card.pinned - before,
+        )
+
+
+@contextmanager
+def loads() -> Iterator[list[str]]:
+    """The parts of a base model that are loaded in this context."""
+    found: list[str] = []
+    load = Base.load
+    with patch.object(Base, "load", lambda base, part, *given: (found.append(part), load(base, part, *given))[1]):
+        yield found
+
+
+def loaded_for_headshots(case: Case) -> tuple[list[str], list[tuple[int, int]]]:
+    """The parts that are loaded for headshots of two strengths and their face pass, and the bytes that LoRAs copy to the card
+    and back before each picture."""
+    base = case.base()
+    lora, size = random_lora(base), (64, 64)
+    jobs = [
+        Job("a photo", seed, size=size, steps=1, strength=strength) for seed, strength in enumerate((1.0, 0.5, 0.5))
+    ]
+    config, copied = GenerateConfig(precision="bf16"), []
+    with fake_cuda() as card, loads() as found, DrawingModel(base, "bf16", device=DEVICE, goes_on=True) as model:
+
+        def note() -> None:
+            sizes = {"to device": 0, "to host": 0, "read": 0}
+            for copy in card.copies:
+                sizes[copy.direction] += copy.size * copy.place.startswith("lora/")
+            copied.append((sizes["to device"], sizes["to host"]))
+            card.watch()
+
+        drawn = {}
+        for picture in generate(base, [(lora, 1.0)], jobs, config, model=model):
+            drawn[picture.job] = picture.image
+            note()
+        face = Face((20, 20, 28, 28), np.zeros((5, 2)), 1.0)
+        parts = {job: (job, cut_out(image, face, 0.5, 64, 8)) for job, image in drawn.items()}
+        for _ in drawn_again(base, [(lora, 1.0)], parts, config, 0.5, None, model):  # pyright: ignore
+            note()
+    return found, copied
+
+
+def loaded_for_a_group(case: Case, people: int) -> list[str]:
+    """The parts that are loaded for a picture of some people and two redrawn faces of each."""
+    base = case.base()
+    names = ["anna", "ben", "carl"][:people]
+    group = Group(tuple(GroupMember(n, random_lora(base, seed=at), f"{n} person") for at, n in enumerate(names)))
+    job = Job(group.listed, 1, size=(64 * people, 64), steps=1)
+    with fake_cuda(), loads() as found, DrawingModel(base, "bf16", device=DEVICE, goes_on=True) as model:
+        (picture,) = generate_group(base, group, [job], GenerateConfig(precision="bf16"), model=model)
+        face = Face((20, 20, 28, 28), np.zeros((5, 2)), 1.0)
+        for person in group.people:
+            words = replace(job, prompt=group.words_of(person, job.prompt))
+            for _ in range(2):
+                parts = {0: (words, cut_out(picture.image, face, 0.5, 64, 8))}
+                loras = [(person.lora, person.strength)]
+                list(drawn_again(base, loras, parts, GenerateConfig(precision="bf16"), 0.5, None, model))  # pyright: ignore
+    return found
+
+
+def left_after_drawing(case: Case, end: str) -> tuple[str, int, int, int]:
+    """The error of drawing with blocks brought in that is "done", "cancelled" or "failed", and what it leaves while the error
+    is kept: bytes of the card, of page-locked memory in use, and of page-locked memory that torch keeps.
+    """
+
+    def step(*_: int) -> None:
+        if end == "cancelled":
+            raise InterruptedError("stopped")
+        if end == "failed":
+            card.total = card.live
+
+    base = case.base()
+    loras, jobs = [(random_lora(base), 1.0)], [Job("a photo", 1, size=(64, 64), steps=2)]
+    with fake_cuda() as card, patch.object(memory_plan, "WEIGHTS_IN_DRAWING", 0.0):
+        kept: BaseException | None = None
+        try:
+            list(generate(base, loras, jobs, device=DEVICE, on_step=step))
+        except Exception as error:
+            kept = error
+        return type(kept).__name__ if kept else "", card.live, card.pinned, card.unpinned
