@@ -17,7 +17,7 @@ from .common import BarProgress, base_from, packs_for, print_warning, split_stre
 from .computing import device_from
 from .options import Options, below, option, settings
 from .settings import SCHEDULE
-from .shared_options import BASE, DEVICE, SEED, STYLE_FOLDER, BaseParts
+from .shared_options import BASE, DEVICE, SEED, SPEED_LORA, STYLE_FOLDER, BaseParts
 from .values import Folder, InputName, InputPath, Text
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def size_from(text: str) -> tuple[int, int]:
 class GenerateOptions(Options):
     base: InputName | None = BASE
     parts: BaseParts = below()
+    speed_lora: InputPath | None = SPEED_LORA
     schedule: dict[str, Any] = settings(SCHEDULE)
     lora: list[InputName] = option("LoRA to draw with; may be repeated", "FILE[:STRENGTH]")
     person: list[Text] = option(
@@ -108,6 +109,8 @@ def run(options: GenerateOptions) -> None:
     group = group_from(options) if options.person else None
     loras = [(lora.LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = base_from(base_name, options.parts, options.schedule)
+    if options.speed_lora:
+        base = pictures.with_speed_lora(base, options.speed_lora)
     with BarProgress() as progress:
         if options.negative and base.embeds_guidance:
             progress.warning(f"--negative has no effect: this {base.family.title} doesn't use a negative prompt")
@@ -181,6 +184,11 @@ def few_steps_hint(
     left = {option: how for option, (given, how) in own.items() if given is None}
     if not (base.few_steps and left) or base.is_distilled:
         return []
+    if base.speed_lora:
+        name = base.speed_lora.path
+        said = f"{name.name}: its name gives no number of steps, so pictures are drawn {' '.join(left.values())}"
+        unsaid = base.few_steps is base.family.few_steps
+        return [f"{said}; to change that, rename it, such as to {name.stem}_4step.safetensors"] if unsaid else []
     return [
         f"{base.name}: its name says that it was distilled to a few steps, so it draws {' '.join(left.values())}; "
         "if that is wrong, " + (remedy or f"set {' and '.join(left)}")

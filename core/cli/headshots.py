@@ -15,7 +15,7 @@ from .computing import device_from, show_work, work_in_short
 from .generate import few_steps_hint, unread_syntax
 from .options import Options, argument, below, option, settings
 from .settings import SCHEDULE, schedule_from, settings_from
-from .shared_options import BASE, DEVICE, DRY_RUN, SEED, SIDECARS, STYLE_FOLDER, TRAINING_ADAPTER, BaseParts
+from .shared_options import BASE, DEVICE, DRY_RUN, SEED, SIDECARS, SPEED_LORA, STYLE_FOLDER, TRAINING_ADAPTER, BaseParts
 from .train import StopOnSignal, shown, training_adapter_from
 from .values import Folder, InputName, InputPath
 
@@ -40,6 +40,7 @@ class OrderOptions:
     draw_on: InputName | None = option(
         "Base model to draw on, instead of the one trained on: another of its family, such as SDXL-Lightning", "BASE"
     )
+    speed_lora: InputPath | None = SPEED_LORA
     sidecars: bool = SIDECARS
     given: dict[str, Any] = settings(("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
 
@@ -127,13 +128,14 @@ def run(options: HeadshotsOptions) -> int:
 def bases_from(
     name: str, parts: BaseParts, asked: OrderOptions, given: Mapping[str, Any]
 ) -> tuple["models.Base", "models.Base | None"]:
-    """Return the base model to train on, and another one to draw on, if given. Raises BadConfig or BadFile unless they fit."""
+    """Return the base model to train on, and another one to draw on, if given. Raises a FaceLoraError unless they fit."""
     schedule = schedule_from(given)
-    base = base_from(name, parts, schedule, other=asked.draw_on)
-    if not asked.draw_on:
-        return base, None
-    drawn_on = base_from(asked.draw_on, parts, schedule, other=name)
-    studio.check_drawn_on(drawn_on, base)
+    base, drawn_on = base_from(name, parts, schedule, other=asked.draw_on), None
+    if asked.draw_on:
+        drawn_on = base_from(asked.draw_on, parts, schedule, other=name)
+        studio.check_drawn_on(drawn_on, base)
+    if asked.speed_lora:
+        drawn_on = pictures.with_speed_lora(drawn_on or base, asked.speed_lora)
     return base, drawn_on
 
 

@@ -20,6 +20,10 @@ class BaseParts:
     )
 
 
+SPEED_LORA = option(
+    "LoRA that makes the base model draw in a few steps, such as SDXL-Lightning's or DMD2's. It is used for pictures only",
+    "FILE",
+)
 BASE = option("Base model: checkpoint file, diffusers folder, hub id, or demo, the small one of the package")
 DEVICE = option("Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
 DRY_RUN = option("Print the work of each part, the time and the memory, then exit")

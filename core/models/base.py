@@ -42,8 +42,8 @@ LARGE_ENCODER = 2 * 2**30
 """A text encoder of at least this many bytes counts as a language model."""
 WeightsFile = SafetensorsFile | GgufTensors
 """A file that a base model is read from."""
-_File = Literal["file", "vae_file"]
-_FILES: tuple[_File, ...] = ("file", "vae_file")
+_File = Literal["file", "vae_file", "speed_lora"]
+_FILES: tuple[_File, ...] = ("file", "vae_file", "speed_lora")
 """The files of a base model that have a hash of their own."""
 
 
@@ -68,6 +68,8 @@ class Base:
     """The VAE's own file, or None."""
     files: tuple[WeightsFile, ...] = field(default=(), repr=False)
     """All files that were opened, including those of text encoders."""
+    speed_lora: WeightsFile | None = field(default=None, repr=False)
+    """A LoRA that distils the model to a few steps, such as SDXL-Lightning's. Pictures are drawn with it at full strength."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """An encoder of captions that replaces the base model's own text encoders."""
     own_recipes: str = field(default="{}", repr=False)
@@ -114,9 +116,17 @@ class Base:
         base._digests.update(self._digests)
         return base
 
+    def sped_up(self, lora: WeightsFile) -> "Base":
+        """Return the base model with that speed LoRA."""
+        base = replace(self, speed_lora=lora)
+        base._digests.update(self._digests)
+        return base
+
     @property
     def few_steps(self) -> FewSteps | None:
-        """How the model draws if it or its name declares distillation to a few steps. None for all others."""
+        """How the model draws if it, its name or its speed LoRA declares distillation to a few steps. None for all others."""
+        if self.speed_lora:
+            return self.family.few_steps_named(self.speed_lora.path.name)
         named = self.family.is_named_distilled(self.name) and not self.embeds_guidance
         return self.family.few_steps_named(self.name) if self.is_distilled or named else None
 
@@ -314,7 +324,8 @@ class Base:
     def identity(self) -> str:
         """A text that is equal for base models with the same weights and the same way to predict."""
         prediction = f"{self.prediction_type} {self.zero_terminal_snr}"
-        return f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
+        found = f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
+        return f"{found} {self.speed_lora_sha256}" if self.speed_lora else found
 
     @property
     def sha256(self) -> str | None:
@@ -325,6 +336,11 @@ class Base:
     def vae_sha256(self) -> str | None:
         """The sha256 of the VAE's own file, or None without one."""
         return self._file_hash("vae_file")
+
+    @property
+    def speed_lora_sha256(self) -> str | None:
+        """The sha256 of the speed LoRA's file, or None without one."""
+        return self._file_hash("speed_lora")
 
     def _file_hash(self, name: _File, on_chunk: Callable[[], None] = silent) -> str | None:
         file = getattr(self, name)

@@ -6,6 +6,7 @@ from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .drawing_model import DrawingModel as DrawingModel
+    from .drawing_model import with_speed_lora as with_speed_lora
     from .gallery import SAME_PERSON as SAME_PERSON
     from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
     from .generate import GenerateConfig as GenerateConfig

@@ -1,5 +1,6 @@
 """The networks that draw pictures: loaded once, and kept from one batch of pictures to the next."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -11,18 +12,35 @@ from torch import nn
 
 from ..config import Precision
 from ..device import clear_variables, free_memory, release_memory, until_it_fits
+from ..errors import BadConfig
 from ..lora.apply import LOW_RANK, AppliedLora, apply
 from ..lora.embeddings import new_words
-from ..lora.file import LoraFile
+from ..lora.file import LoraFile, fit
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair
+from ..storage.safetensors_file import SafetensorsFile
 from .sampling import encode_pairs, load_vae
 
 Worn = tuple[tuple[LoraFile, float], ...]
 """LoRAs, with the strengths that they are applied at."""
 Texts = tuple[str, str]
 """A prompt and a negative prompt."""
+
+
+def with_speed_lora(base: Base, path: str | os.PathLike[str]) -> Base:
+    """Return the base model to draw on with a LoRA that distils it to a few steps, such as SDXL-Lightning's.
+
+    The LoRA is applied to the denoiser at full strength, whatever the strength of other LoRAs. Pictures take the steps that the
+    name of its file gives (`..._4step_lora`), or else those that are usual for the family, without guidance. Raises BadConfig
+    for a family whose distilled models aren't known, and the errors of `LoraFile.read`. Raises LoraMisfit for a LoRA that
+    doesn't fit the base model.
+    """
+    lora = LoraFile.read(path)
+    if base.family.few_steps is None:
+        raise BadConfig(f"{lora.name}: no model of {base.family.title} that draws in a few steps is known")
+    fit(lora.of_parts({"denoiser"}), base.family.name, base.module_shapes()).check(lora.name)
+    return base.sped_up(SafetensorsFile.open(path))
 
 
 class DrawingModel:
@@ -62,6 +80,12 @@ class DrawingModel:
     def place(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype to compute with. Raises BadConfig for a device that is missing."""
         return self.base.device_and_dtype(*self._wanted)
+
+    @cached_property
+    def _speed(self) -> Worn:
+        """The base model's speed LoRA, which is applied with any others."""
+        file = self.base.speed_lora
+        return ((LoraFile.read(file.path).of_parts({"denoiser"}), 1.0),) if file else ()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -112,14 +136,14 @@ class DrawingModel:
         self.beside.clear()
         if any(one.for_good for one in self._applied):
             self._free()
-        self._load([lora for lora, _ in (*worn, *beside)], copies=1 + len(beside))
+        self._load([lora for lora, _ in (*worn, *self._speed, *beside)], copies=1 + len(beside))
         for one in self._applied[:1]:
             one.remove()  # All, since they share their originals.
         if last:
             self._originals.clear()
         self._worn, self._applied = None, []
         target, device = {"family": self.base.family.name, "denoiser": self.denoiser}, self.place[0]
-        for lora, strength in worn:
+        for lora, strength in (*worn, *self._speed):
             one = apply(
                 lora.of_parts({"denoiser"}), target, strength, for_good=last, device=device, originals=self._originals
             )

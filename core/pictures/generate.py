@@ -293,6 +293,8 @@ def parameters_text(
     # These would end the tag, or the name in the hashes.
     names = [re.sub(r"[<>:\r\n]", "_", Path(lora.name).stem) for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
+    if base.speed_lora:
+        used.append(f"<lora:{base.speed_lora.path.stem}:1>")
     guidance = {"CFG scale": f"{job.guidance:g}"}
     if base.embeds_guidance:  # Forge uses these names.
         guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
@@ -311,6 +313,8 @@ def parameters_text(
         settings["Model hash"] = base.sha256[:10]
     if base.vae_file and base.vae_sha256:
         settings |= {"VAE hash": base.vae_sha256[:10], "VAE": base.vae_file.path.name}
+    if base.speed_lora and base.speed_lora_sha256:
+        settings["Speed LoRA hash"] = base.speed_lora_sha256[:10]
     # A1111 has no names for the next two: it reads them from a file beside the checkpoint.
     if base.prediction_type == "v_prediction":
         settings["Prediction"] = "v"

@@ -333,6 +333,7 @@ def _base_options(base: Base, folder: Path) -> list[str]:
         return []
     encoders = [file for file in base.files if file is not base.file and file is not base.vae_file]
     files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]
+    files += [("speed-lora", base.speed_lora)]
     named = [f"--{name}={_named(file.path, folder)}" for name, file in files if file]
     schedule = base.opened_with or {}
     if schedule.get("prediction_type", "auto") != "auto":

@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import BadConfig, BadFile, FaceLoraError, MissingPackage
 from ..models.base import Base
 from ..models.opening import load_base
+from ..pictures.drawing_model import with_speed_lora
 from ..progress import READING
 from ..training.callbacks import Callbacks
 from .people import Person
@@ -46,10 +47,18 @@ _LAST_STEP = 20.0
 class Worker:
     """The code of an actor."""
 
-    def __init__(self, opened_with: Sequence[Mapping[str, Any] | None], identity: str, output: Path, terms: Terms):
+    def __init__(
+        self,
+        opened_with: Sequence[Mapping[str, Any] | None],
+        speed_lora: Path | None,
+        identity: str,
+        output: Path,
+        terms: Terms,
+    ):
         import ray
 
         self._opened_with, self._identity, self._output, self._terms = opened_with, identity, output, terms
+        self._speed_lora = speed_lora
         self._base: Base | None = None
         self._restarted: bool = bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
@@ -59,6 +68,8 @@ class Worker:
             return
         base, drawn_on = (load_base(**one) if one else None for one in self._opened_with)
         assert base
+        if drawn_on and self._speed_lora:
+            drawn_on = with_speed_lora(drawn_on, self._speed_lora)
         self._terms = replace(self._terms, drawn_on=drawn_on)
         if self._terms.identity(base) != self._identity:
             raise BadFile("its base model is a different one")
@@ -125,7 +136,8 @@ def make_on_cluster(
     if not waiting:
         return
     opened_with = (base.opened_with, terms.drawn_on.opened_with if terms.drawn_on else None)
-    arguments = (opened_with, terms.identity(base), output, replace(terms, drawn_on=None))
+    speed_lora = terms.drawn_on and terms.drawn_on.speed_lora and Path(os.path.abspath(terms.drawn_on.speed_lora.path))
+    arguments = (opened_with, speed_lora, terms.identity(base), output, replace(terms, drawn_on=None))
     done, at_work = len(people) - len(waiting), 0
     with _connected(address) as ray, _Workers(ray, arguments, waiting, callbacks) as workers:
         while waiting or at_work:

@@ -34,7 +34,7 @@ from core.lora.apply import apply
 from core.lora.hashes import file_hashes
 from core.models import Base
 from core.models.clip import caption_tokens
-from core.pictures import DrawingModel
+from core.pictures import DrawingModel, with_speed_lora
 from core.pictures.gallery import SAME_PERSON
 from core.pictures.generate import Picture, generate, parameters_text
 from core.pictures.headshot import FacePass, Headshot, blend, cut_out
@@ -104,6 +104,19 @@ def test_loras_that_can_be_read_only_once_are_refused_as_is_one_without_a_streng
 def test_what_is_no_list_of_jobs_is_refused(base, wrong) -> None:
     with pytest.raises(BadConfig, match=r"jobs = .*a photo.*: expected a list of Job, such as \[Job\("):
         next(generate(base, [], wrong))
+
+
+def test_a_speed_lora_is_applied_at_full_strength_beside_others(base, tmp_path) -> None:
+    person, path = random_lora(base, r".*attn1\.to_q"), tmp_path / "lightning_2step.safetensors"
+    random_lora(base, r".*attn2\.to_k", seed=3).save(path)
+    faster = with_speed_lora(base, path)
+    half = replace(jobs(1)[0], strength=0.5).on(faster)
+    assert (half.steps, half.guidance) == (2, 1.0) and faster.identity != base.identity
+    (drawn,) = generate(faster, [(person, 0.8)], [half])
+    together = [(person, 0.4), (LoraFile.read(path), 1.0)]
+    (expected,) = generate(base.as_distilled(), together, [replace(half, strength=1.0)])
+    assert drawn.image.tobytes() == expected.image.tobytes()
+    assert "<lora:lightning_2step:1>" in drawn.parameters
 
 
 def test_texts_are_encoded_some_at_a_time(base) -> None:

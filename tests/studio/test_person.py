@@ -26,7 +26,7 @@ from core.photos import read_photos
 from core.pictures import find_style_packs, headshots
 from core.studio import Order, Outcome, person, ready_photos, train_and_draw
 from core.training import Callbacks, store
-from tests.tooling import write_photos, write_quick_pack
+from tests.tooling import random_lora, write_photos, write_quick_pack
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(steps=4, rank=2, learning_rate=1e-3, min_snr_gamma=0.0, state_interval=0.0)
@@ -227,10 +227,7 @@ def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, 
     assert next(answers, "none") == "none"
     said = "".join(capsys.readouterr())
     assert (
-        "at most about " in said
-        and " and 0." in said
-        and said.count("5 of 6 usable") == 1
-        and "small.png is left out" in said
+        "about " in said and " and 0." in said and said.count("5 of 6 usable") == 1 and "small.png is left out" in said
     )
     lora = LoraFile.read(folder / "out" / "sks.safetensors")
     assert lora.metadata["modelspec.trigger_phrase"] == "sks woman"
@@ -274,6 +271,25 @@ def test_a_lora_is_trained_on_one_base_model_and_draws_on_another(desk):
     assert f"Model: {BASE_FILE.stem}," in drawn_as(folder / "out")
 
 
+def test_a_speed_lora_is_for_the_pictures_only(desk, capsys):
+    folder = desk("anna")
+    speed = folder / "lightning_2step_lora.safetensors"
+    random_lora(load_base(BASE_FILE), r".*attn1\.to_q").save(speed)
+    command = ["headshots", str(folder / "photos"), "--base", "demo", "--count", "1", "--yes", *quickly(folder)]
+    command += ["--style-pack", "quick"]
+    main([*command, "--output", str(folder / "out")])
+    lora = LoraFile.read(folder / "out" / "sks.safetensors")
+    main([*command, "--speed-lora", str(speed), "--output", str(folder / "out")])
+    assert LoraFile.read(folder / "out" / "sks.safetensors").model_hash == lora.model_hash
+    drawn = drawn_as(folder / "out")
+    assert "<lora:sks:0.8> <lora:lightning_2step_lora:1>" in drawn and "Steps: 2, Sampler: Euler" in drawn
+    assert "CFG scale: 1," in drawn and "--speed-lora=lightning" in (folder / "out" / "gallery.html").read_text()
+    assert "gives no number of steps" not in capsys.readouterr().err
+    unsaid = shutil.copy(speed, folder / "fast.safetensors")
+    main([*command, "--speed-lora", str(unsaid), "--output", str(folder / "more"), "--dry-run"])
+    assert "fast.safetensors: its name gives no number of steps, so pictures are drawn in 8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("other", ["SDXL", "wider", "without a VAE"])
 def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, request, other, capsys):
     folder = desk("anna")
@@ -285,6 +301,14 @@ def test_a_base_model_that_cannot_be_drawn_on_is_refused_before_training(desk, r
     command = ["headshots", str(folder / "photos"), "--base", "demo", "--yes", *quickly(folder)]
     assert main([*command, "--draw-on", str(given()), "--output", str(folder / "out")]) == 1
     assert words in capsys.readouterr().err and not (folder / "out").exists()
+
+
+def test_a_speed_lora_that_does_not_fit_is_refused_before_training(desk, small_sdxl, capsys):
+    folder = desk("anna")
+    random_lora(load_base(small_sdxl), r".*attn1\.to_q").save(folder / "speed.safetensors")
+    command = ["headshots", str(folder / "photos"), "--base", "demo", "--yes", *quickly(folder)]
+    assert main([*command, "--speed-lora", str(folder / "speed.safetensors"), "--output", str(folder / "out")]) == 1
+    assert "speed.safetensors: does not fit the base model" in capsys.readouterr().err and not (folder / "out").exists()
 
 
 def test_an_unknown_style_pack_is_refused_before_the_photos_are_read(desk, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from core.models import load_base
 from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Person, Result, Terms, make_people
-from tests.tooling import write_photos, write_quick_pack
+from tests.tooling import random_lora, write_photos, write_quick_pack
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install ".[ray]"')
@@ -240,6 +240,8 @@ def test_a_ray_of_this_machines_own_ends_with_the_command_which_goes_on_where_it
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(home)}
     other = shutil.copy(BASE_FILE, tmp_path / "other.safetensors")  # The workers open it too.
     command = [*studio(tmp_path, people=2), str(output), "--ray", "local", "--draw-on", str(other)]
+    random_lora(load_base(BASE_FILE), r".*attn1\.to_q").save(tmp_path / "speed_2step.safetensors")
+    command += ["--speed-lora", str(tmp_path / "speed_2step.safetensors")]
     first = Watch(command, output, environment)
     first.until(lambda: 3 <= first.now.get("p01", 0) < STEPS // 2)
     own = rays() - before
@@ -256,7 +258,7 @@ def test_a_ray_of_this_machines_own_ends_with_the_command_which_goes_on_where_it
     steps = first.steps["p01"] + second.steps["p01"]
     assert steps == sorted(steps) and len(steps) > len(first.steps["p01"])
     pictures = [Image.open(path).info["parameters"] for path in output.glob("p*/0*.png")]
-    assert ["Model: other," in text for text in pictures] == [True, True]
+    assert ["Model: other," in text and "<lora:speed_2step:1>" in text for text in pictures] == [True, True]
     assert not (home / ".ray").exists(), "a token, with which other clusters would ask for it"
 
 
