@@ -33,17 +33,18 @@ class ConvertOptions(NewLoraOptions):
 
 def run(options: ConvertOptions) -> None:
     source = lora.LoraFile.read(options.file, options.family)
-    if others := source.other_families:
+    if others := source.other_models:
+        also = "also fit" if source.is_known else "are also named like those of"
         print_warning(
-            f"{options.file}: treated as {source.family}, but its modules also fit {' and '.join(others)}, and its metadata "
-            "name none of them; choose one with --family"
+            f"{options.file}: treated as {source.family}, but its modules {also} {' and '.join(others)}, and its metadata name "
+            "none of them; choose a family with --family"
         )
     weight = None
     if options.base is not None:
         base = lora.BaseWeights.open(checkpoint(options.base))
         lora.fit(source, base.family, base.shapes).check(source.name)
         weight = base.read
-    elif source.entries and not source.identity.models and not source.identity.is_near:
+    elif source.entries and not source.is_known:
         print_warning(f"{options.file}: no published model has most of its modules; programs may not load the result")
     details = options.plain_rank, weight, progress_bar("converting")
     if options.to is not None:

@@ -110,7 +110,7 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
             refusal = refusal or f"a file with {others}"
     if refusal:
         found = {entry.name: Objection(refusal) for entry in lora.entries}
-    return Reading(len(lora.entries), found, bool(identity.models or identity.is_near))
+    return Reading(len(lora.entries), found, lora.is_known)
 
 
 _OF_CONFIG = Objection("peft's alpha in the metadata, and loads a different change without it", loads=True)

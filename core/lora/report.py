@@ -45,17 +45,22 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     lora = LoraHeader.read(path)
     entries = lora.entries
     ranks = Counter(entry.rank for entry in entries if entry.rank is not None)
+    # A family is not named if it is only the first of several with such names.
+    readers = {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {}
+    others = [*([] if lora.is_known or not lora.other_models else [lora.family]), *lora.other_models]
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
         "tensors": len(lora.types),
         "dtype": lora.type_name,
-        "family": lora.family,
+        "family": lora.family if lora.family not in others else None,
         "identity": {
             "verdict": lora.identity.verdict,
             "models": list(lora.identity.models),
             "nearest": lora.identity.nearest,
             "misfits": list(lora.misfits),
+            "others": others,
+            "first_blocks": lora.identity.first_blocks,
         },
         "scheme": lora.scheme,
         "kind": lora.kind,
@@ -140,7 +145,7 @@ def format_line(report: Mapping[str, Any]) -> str:
     """Format a report of `inspect_files` as one readable line."""
     if "error" in report:
         return one_line(f"{report['file']}: {report['error']}")
-    models = " or ".join(report["identity"]["models"]) or f"named like {report['family']}"
+    models = " or ".join(report["identity"]["models"]) or f"named like {_family(report)}"
     trigger = f", trigger: {_short(report['trigger_words'][0])}" if report["trigger_words"] else ""
     return one_line(f"{report['file']}: {models}, {report['kind']} of rank {counts(report['ranks'])}{trigger}")
 
@@ -149,7 +154,7 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     """Format the report of `inspect_header` or `inspect_lora` as readable text."""
     lines = [
         f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
-        f"  for           {report['family']}, {report['scheme']} names",
+        f"  for           {_family(report)}, {report['scheme']} names",
         *([f"                {_doubt(report['identity'])}"] if report["identity"]["verdict"] != "certain" else []),
         f"  kind          {report['kind']}: {KINDS.get(report['kind'], 'several kinds of adapters')}",
     ]
@@ -178,10 +183,16 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     return "\n".join(map(one_line, lines))
 
 
+def _family(report: Mapping[str, Any]) -> str:
+    return report["family"] or " or ".join(report["identity"]["others"])
+
+
 def _doubt(identity: Mapping[str, Any]) -> str:
     """Explain an identity that is not certain."""
-    if identity["models"]:
+    if identity["models"][1:]:
         return f"its modules fit several models: {', '.join(identity['models'])}"
+    if identity["models"]:
+        return f"it only has the first {identity['first_blocks']} blocks, which a smaller model may have too"
     if not identity["nearest"]:
         return "only by its names: no published model has modules of these sizes"
     return (

@@ -13,14 +13,14 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .families import NAME_TABLES as NAME_TABLES
     from .families import families_of as families_of
-    from .families import family_named as family_named
+    from .families import model_named as model_named
     from .families import other_model as other_model
     from .families import plain_name as plain_name
-    from .keys import EMBEDDING_KEYS as EMBEDDING_KEYS
     from .keys import NamedTensor as NamedTensor
     from .keys import bundled_embedding as bundled_embedding
     from .keys import bundled_name as bundled_name
     from .keys import parse_key as parse_key
+    from .keys import vectors_in as vectors_in
     from .models import Identity as Identity
     from .models import identify as identify
     from .models import is_published as is_published
