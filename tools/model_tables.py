@@ -99,7 +99,9 @@ class Model:
     text: tuple[str, ...] = ()
     """Names in TEXT_ENCODERS, by number."""
     claims: tuple[str, ...] = ()
-    """What metadata call it, beside the names of its family."""
+    """What metadata call it, beside its title and the names of its family."""
+    control: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    """The rows of modules whose inputs are wider for a control image, which LoRAs for such images change too."""
 
 
 CLIPS = ("clip_l", "clip_g")
@@ -347,6 +349,7 @@ def entry(model: Model) -> dict[str, Any]:
         named["original"] = from_comfyui(model)
     print(f"{model.title:<24} {', '.join(f'{names}: {len(shapes)}' for names, shapes in named.items())}", flush=True)
     values = {"title": model.title, "family": model.family, "text": model.text, "claims": model.claims}
+    values |= {"control": model.control} if model.control else {}
     return values | {"denoiser": {names: compact(shapes) for names, shapes in named.items()}}
 
 

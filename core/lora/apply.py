@@ -14,10 +14,9 @@ from ..models.families import FAMILIES
 from ..models.narrow_layers import NarrowLayer
 from ..tensor_names import ModuleId, text_encoder_path
 from .file import LoraFile, fit
+from .kinds import LOW_RANK
 from .modules import LoraModule
 
-LOW_RANK = ("lora", "locon")
-"""The kinds of entries that can be applied to narrow weights, which stay as they are stored."""
 _PIPELINE_PARTS = {
     "unet": "denoiser",
     "transformer": "denoiser",
@@ -179,6 +178,7 @@ def apply(
     try:
         for entry in present.entries:
             factor = strength if entry.part == "denoiser" else text_encoder_strength
+            # Narrow weights stay as they are stored, beside a low-rank change.
             if entry.kind in LOW_RANK and any(isinstance(layers[module], NarrowLayer) for module in entry.modules):
                 for module_id, module in present.low_rank_of(entry, factor):
                     applied.add_low_rank(module_id, module)

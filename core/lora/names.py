@@ -30,6 +30,7 @@ from ..tensor_names import (
     families_of_embedding,
     identify,
     is_published,
+    is_widened,
     model_named,
     numbered_paths,
     other_model,
@@ -128,6 +129,8 @@ def content_of(types: Types, claims: tuple[str, ...]) -> Content:
             strange.append(key)
         else:
             found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
+    if all(role == "set_weight" for tensors in found.values() for _, role, *_ in tensors):
+        strange, found = [*strange, *(key for tensors in found.values() for key, *_ in tensors)], {}  # Of a checkpoint.
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
     return Content(claims, modules, tuple(embeddings), tuple(strange))
 
@@ -276,6 +279,12 @@ class LoraNames:
     def embedding_keys(self) -> tuple[str, ...]:
         """The names of the tensors that hold textual-inversion embeddings."""
         return self.content.embedding_keys
+
+    @property
+    def widened(self) -> tuple[Entry, ...]:
+        """The modules with more inputs than in the family's model, for a control image beside the latents."""
+        shapes = ((entry, entry.weight_shape) for entry in self.entries if entry.part == "denoiser")
+        return tuple(entry for entry, shape in shapes if shape and is_widened(self.family, entry.path, shape))
 
     @cached_property
     def unknown_keys(self) -> tuple[str, ...]:

@@ -45,8 +45,8 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     lora = LoraHeader.read(path)
     entries = lora.entries
     ranks = Counter(entry.rank for entry in entries if entry.rank is not None)
-    # A family is not named if it is only the first of several with such names.
     readers = {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {}
+    # A family is not named if it is only the first of several with such names.
     others = [*([] if lora.is_known or not lora.other_models else [lora.family]), *lora.other_models]
     return {
         "file": path.name,
@@ -70,7 +70,8 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         "alphas": _histogram("none (as rank)" if alpha is None else f"{alpha:g}" for alpha in lora.alphas()),
         "embeddings": sorted({word_of(lora, key) for key in lora.embedding_keys}),
         "unknown_keys": list(lora.unknown_keys),
-        "readers": {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {},
+        "readers": readers,
+        "needs": _needs(lora, readers),
         "base_model": _known(
             version=lora.metadata.get("ss_base_model_version"),
             name=lora.metadata.get("ss_sd_model_name"),
@@ -84,6 +85,18 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         ),
         "thumbnail": "modelspec.thumbnail" in lora.metadata,
     }
+
+
+def _needs(lora: LoraHeader, readers: Mapping[str, Any]) -> str | None:
+    """Return what a LoRA needs for drawing that this project lacks, and who has it; None if it needs nothing."""
+    if not lora.widened:
+        return None
+    entry = lora.widened[0]
+    able = [reader for reader, reading in readers.items() if reading["verdict"] != "not at all"]
+    return (
+        f"a control image, for which {entry.path} has {(entry.weight_shape or (0, 0))[1]} inputs. FaceLoRA reads and converts "
+        f"the file, but cannot draw with a control image. With these names {', '.join(able) or 'no program'} can load it"
+    )
 
 
 def _reading(reading: Reading) -> dict[str, Any]:
@@ -162,6 +175,8 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         lines.append(f"  modules       {counts(report['parts'])}")
         lines.append(f"  rank          {counts(report['ranks'])}")
         lines.append(f"  alpha         {counts(report['alphas'])}")
+    if report["needs"]:
+        lines.append(f"  needs         {report['needs']}")
     if report["trigger_words"]:
         lines.append(f"  trigger       {_short(', '.join(report['trigger_words'][:10]))}")
     for title, section in (("base", "base_model"), ("about", "about"), ("training", "training"), ("hashes", "hashes")):

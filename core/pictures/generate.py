@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..config import Precision
 from ..device import explained_memory_error, free_memory, in_parts_that_fit, until_it_fits
 from ..errors import BadConfig, check_length
-from ..lora.apply import LOW_RANK, apply
+from ..lora.apply import apply
 from ..lora.embeddings import new_words
 from ..lora.file import LoraFile
+from ..lora.kinds import LOW_RANK
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair, stacked_with

@@ -19,7 +19,9 @@ _SUFFIXES = {
     **{role: rf"\.{role}" for role in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{role: rf"\.{role}" for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     **{role: rf"\.{role}" for role in ("lokr_t2", "oft_blocks", "oft_diag", "rescale")},
-    **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")},
+    **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "reshape_weight")},
+    # FLUX.1's control LoRAs have new values of norms, under the model's own names.
+    "set_weight": r"\.set_weight|(?<=_norm)\.scale|(?<=\.norm_[qk])\.weight|(?<=\.norm_added_[qk])\.weight",
 }
 _SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
 # Nearly all tensors have one of these suffixes, so look them up before searching with the patterns.

@@ -142,6 +142,15 @@ def is_published(family: str, part: str, path: str) -> bool:
 
 
 @lru_cache(1 << 16)
+def is_widened(family: str, path: str, shape: Shape) -> bool:
+    """Check that a weight of this shape has more inputs than in the family's model, for a control image."""
+    variants = _tables().variants
+    narrower = [row.shape for row in _rows("denoiser", path) if variants[row.variant].family == family]
+    fits = any(same_weight(other, shape) for other in narrower)
+    return fits and any(other[0] == shape[0] and other[1:] < shape[1:] for other in narrower)
+
+
+@lru_cache(1 << 16)
 def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozenset[int]:
     """Return the indices of the variants that have the module, with the shape if one is given, and with a bias if needed."""
     return frozenset(
@@ -237,6 +246,7 @@ def _tables() -> _Tables:
             paths |= table.keys() if model["family"] else set()
         for part, name in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), model["text"], strict=False):
             add(data["text_encoders"].get(name, {}), part)
+        add(model.get("control", {}), "denoiser")
         variants.append(Variant(model["title"], model["family"], frozenset(model["claims"])))
     words = frozenset(word for path in paths for word in path.split(".") if "_" in word)
     return _Tables(tuple(variants), rows, words, 1 + max(word.count("_") for word in words))
