@@ -65,14 +65,18 @@ class Reading:
     """The objections to modules, by their names in the file."""
     of_published: bool = True
     """Whether the LoRA, or all but some of its modules, fits a published model."""
+    is_known: bool = True
+    """Whether anything is known of the program and the LoRA's family."""
 
     @property
     def verdict(self) -> str:
-        """The result: "loads", "loads in part", "loads as another change" (all or part of it), or "not at all".
+        """The result: "loads", "loads in part", "loads as another change" (all or part of it), "not at all" or "not known".
 
         For a LoRA that fits no published model, "knows the names" replaces the first three, because whether it loads depends
         on the model that you use.
         """
+        if not self.is_known:
+            return "not known"
         if self.modules == sum(not objection.loads for objection in self.objections.values()):
             return "not at all"
         if not self.of_published:
@@ -86,7 +90,7 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     """Predict how a program, one of READERS, loads a LoRA."""
     if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
         nothing = Objection(f"{lora.family} at all, as far as we know")
-        return Reading(len(lora.entries), dict.fromkeys((entry.name for entry in lora.entries), nothing))
+        return Reading(len(lora.entries), dict.fromkeys((e.name for e in lora.entries), nothing), is_known=False)
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
     if lora.types.keys() >= _CONTROL_SIGNS.get(reader, {"-"}):
         rule = f"{_OF_CONTROL} in {reader}"
@@ -281,7 +285,7 @@ def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objec
     if not entry.is_plain:
         return f"adapters of kind {entry.kind} in its plain network"
     if named.part != "denoiser":
-        prefix = family.kohya_prefixes.get(entry.part, "?")
+        prefix = "lora_te3_" if _is_t5(named) else family.kohya_prefixes.get(entry.part, "?")
         is_right = named.module_name.startswith(prefix) and (_is_t5(named) or "text_model" in named.module_name)
         if not is_right:
             return f"{named.scheme} names of text encoders"

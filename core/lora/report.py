@@ -92,7 +92,7 @@ def _needs(lora: LoraHeader, readers: Mapping[str, Any]) -> str | None:
     if not lora.widened:
         return None
     entry = lora.widened[0]
-    able = [reader for reader, reading in readers.items() if reading["verdict"] != "not at all"]
+    able = [reader for reader, reading in readers.items() if not reading["verdict"].startswith("not ")]
     return (
         f"a control image, for which {entry.path} has {(entry.weight_shape or (0, 0))[1]} inputs. FaceLoRA reads and converts "
         f"the file, but cannot draw with a control image. With these names {', '.join(able) or 'no program'} can load it"
@@ -218,6 +218,8 @@ def _doubt(identity: Mapping[str, Any]) -> str:
 
 def _loads(reading: Mapping[str, Any]) -> str:
     total, faulty = reading["modules"], reading["not_as_meant"]
+    if reading["verdict"] == "not known":
+        return "not known"
     by_names = ", only by their names" if reading["verdict"] == "knows the names" else ""
     if not faulty:
         return f"all {total} modules{by_names}"
