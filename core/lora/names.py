@@ -21,6 +21,7 @@ from ..tensor_names import (
     NAME_TABLES,
     NUMBERED,
     Identity,
+    Listing,
     ModuleId,
     NameTable,
     Place,
@@ -35,6 +36,7 @@ from ..tensor_names import (
     numbered_paths,
     other_model,
     parse_key,
+    plain_model_name,
     plain_name,
     shows_other_blocks,
     vectors_in,
@@ -296,6 +298,14 @@ class LoraNames:
     def base_words(self) -> dict[str, str]:
         """The metadata for the base model that the tensors fit, by key. The architecture is without the adapter's kind."""
         return NAME_TABLES[self.family].words_of(self.identity.models)
+
+    @property
+    def listings(self) -> list[Listing]:
+        """What to state about the published models that the tensors fit, in the editions that the metadata name."""
+        table = NAME_TABLES[self.family].listings
+        names = [*_bases_in(self.metadata).values(), self.metadata.get("ss_sd_model_name", "")]
+        plain = [plain_model_name(name) for name in names]
+        return [table[model].of(plain) for model in self.identity.models if model in table]
 
     @property
     def true_metadata(self) -> dict[str, str]:

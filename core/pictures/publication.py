@@ -217,8 +217,7 @@ def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[s
 
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
     """Return the texts to paste, each below the name of its field."""
-    table = NAME_TABLES[source.family].listings
-    listings = [table[model] for model in source.identity.models if model in table]
+    listings = source.listings
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
     # Civitai's names for the hashes.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .families import families_of as families_of
     from .families import model_named as model_named
     from .families import other_model as other_model
+    from .families import plain_model_name as plain_model_name
     from .families import plain_name as plain_name
     from .keys import NamedTensor as NamedTensor
     from .keys import bundled_embedding as bundled_embedding
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .table import SCHEMES as SCHEMES
     from .table import T5_PATHS as T5_PATHS
     from .table import Fusion as Fusion
+    from .table import Listing as Listing
     from .table import ModuleId as ModuleId
     from .table import NameTable as NameTable
     from .table import Place as Place

@@ -98,7 +98,17 @@ SDXL = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=lambda path: Fusion(ldm_unet_path(path), (path,)),
-    listings={"SDXL": Listing("SDXL 1.0", "CreativeML Open RAIL++-M")},
+    listings={
+        "SDXL": Listing(
+            "SDXL 1.0",
+            "CreativeML Open RAIL++-M",
+            editions={
+                "noob": Listing("NoobAI", "NoobAI License"),
+                "illustrious": Listing("Illustrious", "Illustrious License"),
+                "pony": Listing("Pony", "Pony License"),
+            },
+        )
+    },
     loaded=loaded_names.SDXL,
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",
