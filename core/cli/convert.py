@@ -7,7 +7,7 @@ from .. import lora  # Its modules load only when a name is used.
 from ..errors import counted
 from ..tensor_names import NAME_TABLES, SCHEMES
 from .common import checkpoint, print_warning, progress_bar
-from .new_lora import SCHEMES_HELP, NewLoraOptions, save
+from .new_lora import SCHEMES_HELP, NewLoraOptions, read_source, save
 from .options import OneOf, argument, option
 from .values import InputPath
 
@@ -32,13 +32,7 @@ class ConvertOptions(NewLoraOptions):
 
 
 def run(options: ConvertOptions) -> None:
-    source = lora.LoraFile.read(options.file, options.family)
-    if others := source.other_models:
-        also = "also fit" if source.is_known else "are also named like those of"
-        print_warning(
-            f"{options.file}: treated as {source.family}, but its modules {also} {' and '.join(others)}, and its metadata name "
-            "none of them; choose a family with --family"
-        )
+    source = read_source(options.file, options.family)
     weight = None
     if options.base is not None:
         base = lora.BaseWeights.open(checkpoint(options.base))

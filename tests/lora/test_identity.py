@@ -281,7 +281,7 @@ def test_the_first_blocks_alone_may_be_those_of_a_smaller_model(prefix, count, m
     command = ["convert", str(path), "--output", str(tmp_path / "b.safetensors"), "--to", "diffusers", "--overwrite"]
     assert main(command) == 0
     warned = capsys.readouterr().err
-    assert ("choose a family with --family" in warned) == (models is not None)
+    assert ("choose a family with convert --family" in warned) == (models is not None)
     assert all(other in warned for other in report["identity"]["others"])
     assert main([*command, "--family", "qwen-image"]) == 0 and capsys.readouterr().err == ""
 
