@@ -31,6 +31,7 @@ from ..tensor_names import (
     families_of_embedding,
     identify,
     is_published,
+    is_text_path,
     is_widened,
     model_named,
     numbered_paths,
@@ -60,6 +61,8 @@ _PLAIN = re.compile(r"[\w.]+")
 _BRIEF = re.compile(r"(?=.{1,200}$)(?!([^*(]*[*(]){4})([\w.^$|()]|\.\*|\\\.|\[\w+\])+")
 """Another pattern there: a regular expression with few ways to match, since one from a stranger's file may never end."""
 _T = TypeVar("_T")
+_SECOND_WIDTH = 1280
+"""The width of CLIP-G, which is the second text encoder of all its models. No other text encoder has it."""
 _FEW = 10
 """The number of modules with unpublished names that are allowed, for small custom models."""
 
@@ -168,8 +171,14 @@ def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) ->
     is_complex = any(type_name.startswith("complex") for _, _, type_name, _ in tensors)
     named = parse_key(tensors[0][0])
     assert named is not None
-    kind = None if is_complex else kind_of(shapes)
-    return NamedModule(named.module_name, named.scheme, named.part, named.path, kind, keys, shapes)
+    kind, part = None if is_complex else kind_of(shapes), named.part
+    if (
+        part == "denoiser"
+        and is_text_path(named.path)
+        and _SECOND_WIDTH in (weight_shape(kind or "", shapes) or ())[:2]
+    ):
+        part = "text_encoder_2"  # peft has one prefix for all parts.
+    return NamedModule(named.module_name, named.scheme, part, named.path, kind, keys, shapes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -219,10 +219,10 @@ def test_the_strength_in_what_a_denoiser_of_diffusers_saves_is_kept(more, scale)
     torch.testing.assert_close(converted.modules()["denoiser", path].delta(), scale * up @ down)
 
 
-def write_text_adapter(folder: Path, base: str) -> Path:
-    """Writes a LoRA of CLIP-L as peft does, with the base model that its configuration names."""
+def write_text_adapter(folder: Path, base: str, width: int = 768) -> Path:
+    """Writes a LoRA of a CLIP, usually CLIP-L, as peft does, with the base model that its configuration names."""
     name = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
-    down, up = factors(768, 768)
+    down, up = factors(width, width)
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "base_model_name_or_path": base}))
     save_safetensors(folder / "adapter_model.safetensors", tensors)
@@ -247,6 +247,14 @@ def test_a_text_encoder_is_of_the_model_that_pefts_configuration_names(base, fam
     lora = LoraFile.read(write_text_adapter(tmp_path, base))
     assert lora.family == family and lora.other_models == ()
     assert all(key.startswith(prefix) for key in convert_lora(lora, "kohya").lora.tensors)
+
+
+def test_a_clip_g_is_the_second_text_encoder(tmp_path):
+    lora = LoraFile.read(write_text_adapter(tmp_path, "stable-diffusion-xl-base-1.0/text_encoder_2", 1280))
+    assert lora.family == "sdxl" and list(lora.modules()) == [
+        ("text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj")
+    ]
+    assert all(key.startswith("lora_te2_") for key in convert_lora(lora, "kohya").lora.tensors)
 
 
 def test_a_text_encoder_of_an_unknown_model_is_ambiguous_until_its_family_is_given(tmp_path, capsys):
