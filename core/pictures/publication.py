@@ -109,7 +109,7 @@ def publish(
     if not source.entries:
         raise BadFile(f"{source.name}: this file is an embedding; only LoRAs can be published")
     drawing = [reader for reader in READERS if reader not in TRAINERS]
-    if source.identity.models and all(read_by(reader, source).verdict == "not at all" for reader in drawing):
+    if source.identity.models and all(read_by(reader, source).verdict.startswith("not ") for reader in drawing):
         on_warning(
             f"{source.name}: no image program loads its {source.scheme} names. Convert it, and publish the result: "
             f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
