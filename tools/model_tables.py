@@ -99,7 +99,9 @@ class Model:
     text: tuple[str, ...] = ()
     """Names in TEXT_ENCODERS, by number."""
     claims: tuple[str, ...] = ()
-    """What metadata call it, beside the names of its family."""
+    """What metadata call it, beside its title and the names of its family."""
+    control: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    """The rows of modules whose inputs are wider for a control image, which LoRAs for such images change too."""
 
 
 CLIPS = ("clip_l", "clip_g")
@@ -109,13 +111,14 @@ MODELS = (
         "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
         text=("clip_h",)),
     Model("SDXL", "sdxl", "UNet2DConditionModel", SDXL_UNET, text=CLIPS),
-    Model("SDXL refiner", None, "UNet2DConditionModel", REFINER_UNET, text=("", "clip_g"), claims=("sdxl_refiner",)),
+    Model("SDXL refiner", None, "UNet2DConditionModel", REFINER_UNET, text=("", "clip_g"), claims=(
+        "stable-diffusion-xl-refiner", "stable-diffusion-xl-v1-refiner")),
     Model("Kolors", None, "UNet2DConditionModel", SDXL_UNET | {
         "encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "projection_class_embeddings_input_dim": 5632},
-        like="sdxl", claims=("kolors",)),
+        like="sdxl"),
     Model("SSD-1B", comfyui=LDM_UNET, comfyui_config=SDXL_LDM | {
         "transformer_depth": [0, 0, 2, 2, 4, 4], "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
-        "transformer_depth_middle": -1}, claims=("ssd_1b", "ssd-1b")),
+        "transformer_depth_middle": -1}),
     Model("Segmind Vega", comfyui=LDM_UNET, comfyui_config=SDXL_LDM | {
         "transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
         "transformer_depth_middle": -1}),
@@ -125,7 +128,9 @@ MODELS = (
           text=(*CLIPS, "t5xxl")),
     Model("SD3.5 Large", "sd3", "SD3Transformer2DModel", SD3 | {
         "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}, text=(*CLIPS, "t5xxl")),
-    Model("FLUX.1", "flux1", "FluxTransformer2DModel", {"guidance_embeds": True}, text=("clip_l", "t5xxl")),
+    # The LoRAs of FLUX.1 Depth and Canny double the inputs.
+    Model("FLUX.1", "flux1", "FluxTransformer2DModel", {"guidance_embeds": True}, text=("clip_l", "t5xxl"),
+          control=dict.fromkeys(("x_embedder", "img_in"), (3072, 128, BIAS))),
     Model("Chroma", "chroma", "ChromaTransformer2DModel", text=("t5xxl",)),
     Model("FLUX.2 dev", "flux2", "Flux2Transformer2DModel"),
     Model("FLUX.2 klein 4B", "flux2", "Flux2Transformer2DModel", {
@@ -151,7 +156,8 @@ MODELS = (
         "hidream.model:HiDreamImageTransformer2DModel", {
         "patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096, 4096]}, claims=("hidream",)),
     Model("HunyuanVideo", None, "HunyuanVideoTransformer3DModel", {}, "hunyuan_video.model:HunyuanVideo", HUNYUAN_VIDEO,
-          claims=("hunyuan_video", "hunyuan-video")),
+          claims=("hunyuan_video",)),
+    Model("FramePack", None, "HunyuanVideoFramepackTransformer3DModel"),
     Model("HunyuanVideo 1.5", None, "HunyuanVideo15Transformer3DModel", {}, "hunyuan_video.model:HunyuanVideo",
           HUNYUAN_VIDEO | {"hidden_size": 2048, "num_heads": 16, "depth": 54, "depth_single_blocks": 0,
                            "context_in_dim": 3584, "vec_in_dim": None, "guidance_embed": False, "in_channels": 65,
@@ -159,7 +165,7 @@ MODELS = (
     Model("HunyuanImage 2.1", None, "HunyuanImageTransformer2DModel", {}, "hunyuan_video.model:HunyuanVideo",
           HUNYUAN_VIDEO | {"hidden_size": 3584, "num_heads": 28, "context_in_dim": 3584, "vec_in_dim": None,
                            "in_channels": 64, "out_channels": 64, "patch_size": [1, 1]},
-          claims=("hunyuan_image", "hunyuan-image")),
+          claims=("hunyuan_image",)),
     Model("HunyuanDiT", None, "HunyuanDiT2DModel", {
         "num_layers": 40, "cross_attention_dim": 1024, "in_channels": 4, "learn_sigma": True, "patch_size": 2,
         "hidden_size": 1408, "mlp_ratio": 4.3637}),
@@ -181,8 +187,8 @@ MODELS = (
         "attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}),
     Model("LTX-2", None, "LTX2VideoTransformer3DModel", {}, "lightricks.av_model:LTXAVModel"),
     Model("Cosmos-Predict2 2B", comfyui="cosmos.predict2:MiniTrainDIT", comfyui_config=COSMOS_PREDICT2),
-    Model("Anima", comfyui="anima.model:Anima", comfyui_config=COSMOS_PREDICT2, claims=("anima",)),
-    Model("OmniGen2", comfyui="omnigen.omnigen2:OmniGen2Transformer2DModel", comfyui_config=OMNIGEN2, claims=("omnigen2",)),
+    Model("Anima", comfyui="anima.model:Anima", comfyui_config=COSMOS_PREDICT2),
+    Model("OmniGen2", comfyui="omnigen.omnigen2:OmniGen2Transformer2DModel", comfyui_config=OMNIGEN2),
     Model("Boogu", comfyui="boogu.model:BooguTransformer2DModel"),
     Model("Kandinsky 5 Lite", None, "Kandinsky5Transformer3DModel", {}, "kandinsky5.model:Kandinsky5"),
     Model("Kandinsky 5 Image", None, "Kandinsky5Transformer3DModel", {
@@ -343,6 +349,7 @@ def entry(model: Model) -> dict[str, Any]:
         named["original"] = from_comfyui(model)
     print(f"{model.title:<24} {', '.join(f'{names}: {len(shapes)}' for names, shapes in named.items())}", flush=True)
     values = {"title": model.title, "family": model.family, "text": model.text, "claims": model.claims}
+    values |= {"control": model.control} if model.control else {}
     return values | {"denoiser": {names: compact(shapes) for names, shapes in named.items()}}
 
 

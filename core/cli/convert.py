@@ -7,7 +7,7 @@ from .. import lora  # Its modules load only when a name is used.
 from ..errors import counted
 from ..tensor_names import NAME_TABLES, SCHEMES
 from .common import checkpoint, print_warning, progress_bar
-from .new_lora import SCHEMES_HELP, NewLoraOptions, save
+from .new_lora import SCHEMES_HELP, NewLoraOptions, read_source, save
 from .options import OneOf, argument, option
 from .values import InputPath
 
@@ -32,18 +32,13 @@ class ConvertOptions(NewLoraOptions):
 
 
 def run(options: ConvertOptions) -> None:
-    source = lora.LoraFile.read(options.file, options.family)
-    if others := source.other_families:
-        print_warning(
-            f"{options.file}: treated as {source.family}, but its modules also fit {' and '.join(others)}, and its metadata "
-            "name none of them; choose one with --family"
-        )
+    source = read_source(options.file, options.family)
     weight = None
     if options.base is not None:
         base = lora.BaseWeights.open(checkpoint(options.base))
         lora.fit(source, base.family, base.shapes).check(source.name)
         weight = base.read
-    elif options.to and source.entries and not source.identity.models and not source.identity.is_near:
+    elif options.to and source.entries and not source.is_known:
         print_warning(f"{options.file}: no published model has most of its modules; programs may not load the result")
     details = options.plain_rank, weight, progress_bar("converting")
     if options.to is not None:

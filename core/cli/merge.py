@@ -6,7 +6,7 @@ from .. import lora  # Its modules load only when a name is used.
 from ..errors import BadConfig, counted
 from ..tensor_names import SCHEMES
 from .common import checkpoint, print_warning, progress_bar, split_strength
-from .new_lora import SCHEMES_HELP, NewLoraOptions, save
+from .new_lora import SCHEMES_HELP, NewLoraOptions, read_source, save
 from .options import argument, option
 from .values import InputName, InputPath
 
@@ -24,7 +24,7 @@ class MergeOptions(NewLoraOptions):
 def run(options: MergeOptions) -> None:
     named = [split_strength(name) for name in options.files]
     into, progress = options.into and checkpoint(options.into), progress_bar("merging")
-    loras = [(lora.LoraFile.read(path), strength) for path, strength in named]
+    loras = [(read_source(path), strength) for path, strength in named]
     if into is None:
         made = lora.merge_loras(loras, options.rank, options.to, on_progress=progress)
         save(made, options, [source for source, _ in loras] if made.lora.scheme == "diffusers" else [])

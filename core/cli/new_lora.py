@@ -30,6 +30,18 @@ class NewLoraOptions(Options):
     overwrite: bool = OVERWRITE
 
 
+def read_source(path: str | os.PathLike[str], family: str | None = None) -> "lora.LoraFile":
+    """Read a LoRA as `LoraFile.read` does, and warn if it may be for another model."""
+    source = lora.LoraFile.read(path, family)
+    if others := source.other_models:
+        also = "also fit" if source.is_known else "are also named like those of"
+        print_warning(
+            f"{path}: treated as {source.family}, but its modules {also} {' and '.join(others)}, and its metadata name none of "
+            "them; choose a family with convert --family"
+        )
+    return source
+
+
 def save(made: "lora.NewLora", options: NewLoraOptions, sources: Sequence["lora.LoraFile"] = ()) -> None:
     """Write the LoRA, and beside it the trigger word vectors of `sources`, which diffusers' naming scheme cannot contain."""
     from ..device import PRECISIONS

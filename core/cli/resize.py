@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .. import lora  # Its modules load only when a name is used.
 from .common import progress_bar
-from .new_lora import NewLoraOptions, save
+from .new_lora import NewLoraOptions, read_source, save
 from .options import argument, option
 from .values import InputPath
 
@@ -17,5 +17,5 @@ class ResizeOptions(NewLoraOptions):
 
 
 def run(options: ResizeOptions) -> None:
-    read, progress = lora.LoraFile.read(options.file), progress_bar("resizing")
+    read, progress = read_source(options.file), progress_bar("resizing")
     save(lora.resize_lora(read, options.rank, options.energy, on_progress=progress), options)

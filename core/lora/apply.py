@@ -16,11 +16,10 @@ from ..models.families import FAMILIES
 from ..models.narrow_layers import NarrowLayer
 from ..tensor_names import ModuleId, text_encoder_path
 from .file import LoraFile, fit
+from .kinds import LOW_RANK
 from .modules import LoraModule
 from .names import Entry
 
-LOW_RANK = ("lora", "locon")
-"""The kinds of entries that can be applied to narrow weights, which stay as they are stored."""
 SUMS_APART = "cpu"
 """The kind of device where a low-rank change is computed before it is added, so that results never change in a bit."""
 _PIPELINE_PARTS = {

@@ -42,6 +42,8 @@ def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None 
     if base is None:
         raise ValueError(f"the change of this {kind} depends on the base weight; pass it as `base`")
     base = base.float()
+    if kind == "set":
+        return float32["set_weight"].reshape(base.shape) - base
     if kind in ("oft", "boft"):
         return _rotation(float32, base)
     change = _additive_change(kind, float32).reshape(base.shape)

@@ -7,7 +7,7 @@ held in memory, but their originals are not. `on_progress(done, total)` is calle
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..progress import OnProgress, silent
 from ..storage.stored import LazyValues
-from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
+from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, Place, bundled_embedding
 from .changes import Factorised, bias_change, decomposed, factorise, scale_of
 from .file import KEY, LoraFile
-from .kinds import BIAS_ROLES, UNBOUND, needs_base
+from .kinds import BIAS_ROLES, LOW_RANK, UNBOUND, needs_base
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, Entry, trigger_words
@@ -72,7 +72,9 @@ def convert_lora(
         modules, kept = converted.modules(), {}
     else:
         converted, error = lora, 0.0
-        modules, kept = _plain_modules(lora), _renamed(lora, names, others, scheme)
+        modules = _low_rank(lora, [entry for entry in lora.entries if entry.kind in LOW_RANK])
+        kept = _renamed(lora, names, [entry for entry in others if entry.kind not in LOW_RANK], scheme)
+        kept |= _beside(lora, names, scheme)
     # diffusers refuses files with anything but adapters.
     words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
@@ -155,10 +157,33 @@ def reading_limits(lora: LoraFile) -> list[str]:
     return limits
 
 
-def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
-    """Return only the modules of a file that are plain LoRAs."""
-    keys = [key for entry in lora.entries if entry.is_plain for key in entry.keys.values()]
-    return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
+def _low_rank(lora: LoraFile, entries: Iterable[Entry]) -> dict[ModuleId, LoraModule]:
+    """Return the low-rank changes of these entries, without those of biases."""
+    return {module_id: module for entry in entries for module_id, module in lora.low_rank_of(entry)}
+
+
+def _beside(lora: LoraFile, names: NameTable, scheme: str) -> dict[str, Tensor]:
+    """Return what files in a scheme have beside low-rank changes: those of biases, and the shapes of widened weights.
+
+    diffusers needs no shapes: it compares the matrices with the model's weights.
+    """
+    tensors: dict[str, Tensor] = {}
+    biases: dict[str, tuple[Place, int, dict[int, Tensor]]] = {}
+    for entry in lora.entries:
+        if entry.kind not in LOW_RANK or not entry.changes_bias:
+            continue
+        inputs = entry.shapes["down"][1]
+        for (part, path), bias in lora.bias_changes_of(entry, inputs):
+            name, fusion, index = name_in_scheme(names, part, path, scheme)
+            biases.setdefault(name, (Place(part, fusion, None), inputs, {}))[2][index] = bias
+    for name, (place, inputs, parts) in biases.items():
+        sizes = enumerate(place.fusion.sizes)
+        whole = [parts[n] if n in parts else torch.zeros(round(size * inputs)) for n, size in sizes]
+        tensors[f"{name}.{'lora_B.bias' if scheme == 'diffusers' else 'diff_b'}"] = place.join(whole, inputs)
+    for entry in lora.widened if scheme != "diffusers" else ():
+        name = name_in_scheme(names, *entry.modules[0], scheme)[0]
+        tensors[f"{name}.reshape_weight"] = torch.tensor(entry.weight_shape)
+    return tensors
 
 
 def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
@@ -189,6 +214,10 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
     """
     tensors: dict[str, Tensor] = {}
     for entry in entries:
+        if scheme == "diffusers" and entry.kind == "set":
+            name = name_in_scheme(family, *entry.modules[0], scheme)[0]
+            tensors[f"{name}.weight"] = lora.sound_tensors_of(entry)["set_weight"]
+            continue
         if scheme == "diffusers" and _is_dora_of_peft(lora, entry):
             tensors |= _dora_of_peft(lora, entry)
             continue
@@ -273,11 +302,11 @@ def to_plain(
     """
     check_rank(rank)
     lora.check()
-    modules = _plain_modules(lora)
+    modules = _low_rank(lora, [entry for entry in lora.entries if entry.is_plain])
     others = [entry for entry in lora.entries if not entry.is_plain]
     worst = 0.0
     for done, entry in enumerate(others, 1):
-        if entry.kind == "norm" or entry.changes_bias or len(entry.weight_shape or ()) == 1:
+        if entry.kind in ("norm", "set") or entry.changes_bias or len(entry.weight_shape or ()) == 1:
             raise UnmatchedKeys(
                 f"{lora.name}: {entry.name} changes a bias or a normalisation layer, which a plain LoRA cannot express"
             )

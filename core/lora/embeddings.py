@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import BadFile
 from ..models.clip import add_word, remove_words
 from ..storage.files import RESERVED
-from ..tensor_names import NAME_TABLES, bundled_name
+from ..tensor_names import NAME_TABLES, vectors_in
 from .file import LoraFile
 from .names import WORD_KEY, word_of
 
@@ -44,9 +44,7 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
     parts = {key: part for part, key in NAME_TABLES[lora.family].embedding_names.items()}
     words: dict[str, dict[str, Tensor]] = {}
     for key in lora.embedding_keys:
-        name = bundled_name(key)
-        tail = name.rpartition(".")[2]
-        part = parts.get("emb_params" if tail == "*" else tail)
+        part = parts.get(vectors_in(key) or "")
         if part is None:
             continue
         tensor = lora.sound_vectors(key)

@@ -374,16 +374,24 @@ class Fit:
         raise LoraMisfit(f"{name}: does not fit the base model: {families}{count} keys are left over, e.g. {examples}")
 
 
+_CONTROL = (
+    "it adds inputs for a control image, which this base model does not have. ComfyUI's Load LoRA and diffusers' "
+    "FluxControlPipeline add them"
+)
+
+
 def fit(
     lora: LoraFile,
     family: str,
     shapes: Mapping[ModuleId, tuple[int, ...]],
     biased: Collection[ModuleId] | None = None,
+    widens: bool = False,
 ) -> Fit:
     """Find the modules of a base model that the LoRA changes, and the names in the file that do not fit it.
 
     `family` is the base model's family. `shapes` are the weight shapes of all its modules; without those of its text encoders,
-    their part of the LoRA is left over. `biased` are the modules that have a bias; None skips this check. No tensor is read.
+    their part of the LoRA is left over. `biased` are the modules that have a bias; None skips this check. `widens` says that
+    inputs for a control image can be added to the base model. No tensor is read.
     """
     matched: list[ModuleId] = []
     left_over: dict[str, str] = {key: "is not recognised" for key in lora.unknown_keys}
@@ -391,6 +399,7 @@ def fit(
         why = f"changes a {lora.family} model"
         names = [*(entry.name for entry in lora.entries), *lora.embedding_keys]
         return Fit(lora.family, family, (), left_over | dict.fromkeys(names, why))
+    widened = lora.widened
     for entry in lora.entries:
         missing = [module for module in entry.modules if module not in shapes]
         if missing:
@@ -399,8 +408,11 @@ def fit(
         expected = [tuple(shapes[module]) for module in entry.modules]
         shape, outputs = entry.weight_shape, sum(rows for rows, *_ in expected)
         if shape is not None and not same_weight(shape, (outputs, *expected[0][1:])):
-            left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
-            continue
+            is_widened = entry in widened
+            if not (is_widened and widens):
+                does_not_fit = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
+                left_over[entry.name] = _CONTROL if is_widened else does_not_fit
+                continue
         if entry.bias_size is not None and entry.bias_size != outputs:
             left_over[entry.name] = f"a bias of {entry.bias_size} does not fit {outputs} outputs"
             continue

@@ -130,9 +130,11 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> Iterator[Faul
             text = f"{key} is {claimed_hash[:12]} in the metadata, but the file's hash is {in_fact[key][:12]}"
             is_placeholder = claimed_hash == _HASH_OF_NOTHING  # Some tools write this before they hash the file.
             yield Fault(key == "sshs_model_hash" and not is_placeholder, text)
-    if lora.other_families:
-        others = " and ".join(lora.other_families)
-        yield Fault(False, f"its modules fit {others} as well as {lora.family}, and its metadata don't say which")
+    if lora.other_models:
+        others, fit_them = " and ".join(lora.other_models), "fit" if lora.is_known else "are named like those of"
+        yield Fault(
+            False, f"its modules {fit_them} {others} as well as {lora.family}, and its metadata don't say which"
+        )
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
     if stated.isdecimal() and ranks and stated not in ranks:

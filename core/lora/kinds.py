@@ -16,16 +16,19 @@ KINDS = {
     "boft": "butterfly of rotations (arXiv:2311.06243)",
     "full": "the whole difference of a weight",
     "norm": "the difference of a normalisation layer",
+    "set": "the new weight of a normalisation layer",
     "bias": "the difference of a bias only",
     "embedding": "the vectors of a new word (textual inversion, arXiv:2208.01618)",
 }
 
 
+LOW_RANK = ("lora", "locon")
+"""The kinds whose change is a product of two small matrices."""
 BIAS_DIFFERENCES = ("diff_b", "b_norm")
 """The roles of tensors that are the difference of a bias. The module must have a bias."""
 BIAS_ROLES = (*BIAS_DIFFERENCES, "bias")
 """The roles of tensors that change a bias, with or without a weight. `bias` is the bias of peft's up matrix."""
-_BESIDE = ("alpha", "dora", *BIAS_ROLES)
+_BESIDE = ("alpha", "dora", "reshape_weight", *BIAS_ROLES)
 """The roles of tensors that may be beside those of any kind."""
 UNBOUND = 1000.0
 """The alpha of an unbounded rotation. SD.Next and sd-scripts would take 0 for a bound that allows no rotation."""
@@ -41,7 +44,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _FACTORS = {
     **dict.fromkeys(("lora", "locon", "dora"), ("down", "up", "mid")),
     **dict.fromkeys(("oft", "boft"), ("oft_blocks", "rescale")),
-    "loha": ("hada_",), "lokr": ("lokr_",), "full": ("diff",), "norm": ("w_norm",), "bias": (),
+    "loha": ("hada_",), "lokr": ("lokr_",), "full": ("diff",), "norm": ("w_norm",), "set": ("set_weight",), "bias": (),
 }  # fmt: skip
 """The roles of each kind, or their beginnings, except for the roles in _BESIDE."""
 
@@ -76,6 +79,8 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
         return "full"
     if "w_norm" in roles:
         return "norm"
+    if "set_weight" in roles:
+        return "set"
     return "bias" if roles and roles <= {*BIAS_DIFFERENCES} else None
 
 
@@ -87,9 +92,9 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
     if kind in ("oft", "boft"):
         blocks = shapes["oft_blocks"]
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
-    if kind in ("full", "norm", "bias"):
+    if kind in ("full", "norm", "set", "bias"):
         return all(shape and math.prod(shape) > 0 for shape in shapes.values())
-    tensors = {role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", *BIAS_ROLES)}
+    tensors = {role: shape for role, shape in shapes.items() if role not in _BESIDE}
     is_sensible = all(
         len(shape) in (2, 4) and math.prod(shape) > 0 and math.prod(shape[2:]) <= LARGEST_KERNEL
         for shape in tensors.values()
@@ -134,8 +139,8 @@ def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...
 
 
 def needs_base(kind: str, roles: Collection[str]) -> bool:
-    """Check whether the change depends on the weight itself, as for rotations and for any kind with a magnitude."""
-    return kind in ("oft", "boft") or "dora" in roles
+    """Check whether the change depends on the weight itself: for rotations, new weights, and any kind with a magnitude."""
+    return kind in ("oft", "boft", "set") or "dora" in roles
 
 
 def rank_of(kind: str, shapes: Shapes) -> int | None:
@@ -164,4 +169,6 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
         return shapes["diff"]
     if kind == "norm":
         return shapes["w_norm"]
+    if kind == "set":
+        return shapes["set_weight"]
     return None

@@ -18,10 +18,10 @@ from ..errors import BadFile, NoLora, UnknownFamily, UnmatchedKeys, counted
 from ..storage.files import read_json
 from ..storage.header import Header
 from ..tensor_names import (
-    EMBEDDING_KEYS,
     NAME_TABLES,
     NUMBERED,
     Identity,
+    Listing,
     ModuleId,
     NameTable,
     Place,
@@ -29,14 +29,18 @@ from ..tensor_names import (
     bundled_name,
     families_of,
     families_of_embedding,
-    family_named,
     identify,
     is_published,
+    is_text_path,
+    is_widened,
+    model_named,
     numbered_paths,
     other_model,
     parse_key,
+    plain_model_name,
     plain_name,
     shows_other_blocks,
+    vectors_in,
 )
 from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, KINDS, kind_of, rank_of, weight_shape
 
@@ -57,6 +61,8 @@ _PLAIN = re.compile(r"[\w.]+")
 _BRIEF = re.compile(r"(?=.{1,200}$)(?!([^*(]*[*(]){4})([\w.^$|()]|\.\*|\\\.|\[\w+\])+")
 """Another pattern there: a regular expression with few ways to match, since one from a stranger's file may never end."""
 _T = TypeVar("_T")
+_SECOND_WIDTH = 1280
+"""The width of CLIP-G, which is the second text encoder of all its models. No other text encoder has it."""
 _FEW = 10
 """The number of modules with unpublished names that are allowed, for small custom models."""
 
@@ -94,8 +100,8 @@ class NamedModule:
 class Content:
     """The tensors of a file, grouped by the meaning of their names."""
 
-    claimed: str | None
-    """The family that the LoRA is said to be for, which decides between models that are equally near."""
+    claims: tuple[str, ...]
+    """The families and models that the metadata name (`claims_of`), which decide between models that are equally near."""
     modules: tuple[NamedModule, ...]
     """The modules in the file's order."""
     embedding_keys: tuple[str, ...]
@@ -112,27 +118,29 @@ class Content:
     def identity(self) -> Identity:
         """The published models that have all unbroken modules, in the same shapes."""
         biased = {(module.part, module.path) for module in self.modules if module.keys.keys() & BIAS_DIFFERENCES}
-        return identify((place for place in self.places if place[2] is not None), self.claimed, biased)
+        return identify((place for place in self.places if place[2] is not None), self.claims, biased)
 
 
-def content_of(types: Types, claimed: str | None) -> Content:
-    """Group the tensors of a file by the meaning of their names. `claimed` is the family that the LoRA is said to be for."""
+def content_of(types: Types, claims: tuple[str, ...]) -> Content:
+    """Group the tensors of a file by the meaning of their names. `claims` are those of `Content`."""
     if any(map(NUMBERED.fullmatch, types)):
-        return _content_of_numbers(types, claimed)
+        return _content_of_numbers(types, claims)
     found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
     embeddings, strange = [], []
     for key in types:
-        if key in EMBEDDING_KEYS or (key.startswith("bundle_emb.") and bundled_embedding(key)):
+        if vectors_in(key):
             embeddings.append(key)
         elif (parsed := parse_key(key)) is None:
             strange.append(key)
         else:
             found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
+    if all(role == "set_weight" for tensors in found.values() for _, role, *_ in tensors):
+        strange, found = [*strange, *(key for tensors in found.values() for key, *_ in tensors)], {}  # Of a checkpoint.
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
-    return Content(claimed, modules, tuple(embeddings), tuple(strange))
+    return Content(claims, modules, tuple(embeddings), tuple(strange))
 
 
-def _content_of_numbers(types: Types, claimed: str | None) -> Content:
+def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
     """Group the tensors of a file in the first LoRA format. All are strange if their sizes fit no model in any known order."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for key in types:
@@ -148,10 +156,10 @@ def _content_of_numbers(types: Types, claimed: str | None) -> Content:
             modules.append(
                 NamedModule(f"{part}:{number}", "numbered", part_of_model, path, kind_of(shapes), keys, shapes)
             )
-        content = Content(claimed, tuple(modules), embeddings, ())
+        content = Content(claims, tuple(modules), embeddings, ())
         if all(module.kind for module in modules) and content.identity.models:
             return content
-    return Content(claimed, (), (), tuple(types))
+    return Content(claims, (), (), tuple(types))
 
 
 # Most files in a folder have modules with the same names and sizes.
@@ -163,8 +171,14 @@ def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) ->
     is_complex = any(type_name.startswith("complex") for _, _, type_name, _ in tensors)
     named = parse_key(tensors[0][0])
     assert named is not None
-    kind = None if is_complex else kind_of(shapes)
-    return NamedModule(named.module_name, named.scheme, named.part, named.path, kind, keys, shapes)
+    kind, part = None if is_complex else kind_of(shapes), named.part
+    if (
+        part == "denoiser"
+        and is_text_path(named.path)
+        and _SECOND_WIDTH in (weight_shape(kind or "", shapes) or ())[:2]
+    ):
+        part = "text_encoder_2"  # peft has one prefix for all parts.
+    return NamedModule(named.module_name, named.scheme, part, named.path, kind, keys, shapes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +259,7 @@ class LoraNames:
     @cached_property
     def content(self) -> Content:
         """The tensors, grouped by the meaning of their names."""
-        return self._found or content_of(self.types, self.family)
+        return self._found or content_of(self.types, (self.family,))
 
     @property
     def identity(self) -> Identity:
@@ -277,6 +291,12 @@ class LoraNames:
         """The names of the tensors that hold textual-inversion embeddings."""
         return self.content.embedding_keys
 
+    @property
+    def widened(self) -> tuple[Entry, ...]:
+        """The modules with more inputs than in the family's model, for a control image beside the latents."""
+        shapes = ((entry, entry.weight_shape) for entry in self.entries if entry.part == "denoiser")
+        return tuple(entry for entry, shape in shapes if shape and is_widened(self.family, entry.path, shape))
+
     @cached_property
     def unknown_keys(self) -> tuple[str, ...]:
         """The names of tensors that are not recognised, or whose module lacks a tensor or has mismatched shapes."""
@@ -287,6 +307,14 @@ class LoraNames:
     def base_words(self) -> dict[str, str]:
         """The metadata for the base model that the tensors fit, by key. The architecture is without the adapter's kind."""
         return NAME_TABLES[self.family].words_of(self.identity.models)
+
+    @property
+    def listings(self) -> list[Listing]:
+        """What to state about the published models that the tensors fit, in the editions that the metadata name."""
+        table = NAME_TABLES[self.family].listings
+        names = [*_bases_in(self.metadata).values(), self.metadata.get("ss_sd_model_name", "")]
+        plain = [plain_model_name(name) for name in names]
+        return [table[model].of(plain) for model in self.identity.models if model in table]
 
     @property
     def true_metadata(self) -> dict[str, str]:
@@ -322,11 +350,25 @@ class LoraNames:
     def _peft_config(self) -> dict[str, Any]:
         return json_in(self.metadata, PEFT_KEY, dict)
 
+    @cached_property
+    def other_models(self) -> tuple[str, ...]:
+        """The other families and models that the LoRA may be for, if the metadata do not decide between them.
+
+        They are those that its modules fit too, or that have the same names if no model fits.
+        """
+        identity = self.identity
+        fitting = (*identity.families, *identity.strangers)
+        if not self.is_known:
+            fitting = tuple(families_of(self.content.places))
+        elif identity.first_blocks and not identity.strangers:
+            fitting += ("a smaller model with the same blocks",)
+        is_told = {*claims_of(self.metadata).values()} & {self.family, *fitting}
+        return () if is_told else tuple(one for one in fitting if one != self.family)
+
     @property
-    def other_families(self) -> tuple[str, ...]:
-        """The other families that the modules fit too, if the metadata do not decide between them."""
-        fitting = self.identity.families
-        return () if family_in_metadata(self.metadata) in fitting else tuple(f for f in fitting if f != self.family)
+    def is_known(self) -> bool:
+        """Whether a published model has all modules of the LoRA, or most of them. Otherwise only their names are known."""
+        return bool(self.identity.models or self.identity.is_near)
 
     def scale_in_config(self, entry: Entry) -> float | None:
         """Return the factor on a module's change from peft's configuration; None if it has none or the file has an alpha."""
@@ -417,37 +459,32 @@ def recognise(types: Types, metadata: Mapping[str, str], name: str) -> tuple[str
     """
     if len(types) > MOST_TENSORS:
         raise BadFile(f"{name}: has {len(types):,} tensors, but a LoRA can have at most {MOST_TENSORS:,}")
-    for end, kind in _UNREAD.items():
-        if key := next((key for key in types if key.endswith(end)), None):
+    content = content_of(types, tuple(claims_of(metadata).values()))
+    for key in content.strange_keys:
+        if kind := next((kind for end, kind in _UNREAD.items() if re.search(f"{end}$", key)), None):
             what = f"its tensors are those of {kind}, e.g. {shortened(key)!r}"
             raise UnknownFamily(f"{name}: not supported: {what}; known kinds: {', '.join(KINDS)}")
-    content = content_of(types, family_in_metadata(metadata))
-    return _detect_family(content, types, metadata, name), content
+    return _detect_family(content, types, name), content
 
 
-def _detect_family(content: Content, types: Types, metadata: Mapping[str, str], name: str) -> str:
+def _detect_family(content: Content, types: Types, name: str) -> str:
     """Return the family of a published model that has all the modules, or else the family whose names fit best.
 
     The metadata only break ties, since many tools write them wrong. Raises UnknownFamily when no family has the names of half
     of the modules, or when an unsupported model fits better.
     """
-    modules, identity, claimed = content.places, content.identity, content.claimed
-    if identity.models:
-        claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
-        other = claim or (None if claimed in identity.families else identity.stranger)
-    elif identity.is_near:
-        other = None if identity.nearest_family else identity.nearest
-    else:
-        other = other_model(modules)
-    if other:
+    modules, identity = content.places, content.identity
+    fitting = (*identity.families, *identity.strangers)
+    claimed = next((claim for claim in content.claims if claim in fitting), next(iter(content.claims), None))
+    if other := _stranger(content, claimed):
         raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = list(identity.families)
     if identity.is_near and identity.nearest_family:
         candidates = [identity.nearest_family]
     if len(candidates) != 1:
         candidates = families_of(modules, candidates or None) or candidates
-    if not candidates and types and types.keys() <= set(EMBEDDING_KEYS):
-        candidates = families_of_embedding({key: shape for key, (_, shape) in types.items()})
+    if not candidates and types and len(content.embedding_keys) == len(types):
+        candidates = families_of_embedding({vectors_in(key) or "": shape for key, (_, shape) in types.items()})
     if not candidates:
         example = shortened(next(iter(types), ""))
         if not modules:
@@ -474,14 +511,30 @@ def _detect_family(content: Content, types: Types, metadata: Mapping[str, str], 
     return family
 
 
+def _stranger(content: Content, claimed: str | None) -> str | None:
+    """Return the name of the unsupported model that a file is for; None for another file."""
+    identity = content.identity
+    if claimed in identity.strangers:
+        return claimed
+    if identity.models:
+        return None if identity.families else " or ".join(identity.models)
+    if identity.is_near:
+        return None if identity.nearest_family else identity.nearest
+    return other_model(content.places)
+
+
 _UNREAD = {
-    ".oft_R.weight": "OFT v2 (peft, OneTrainer)",
-    ".on_input": "IA3 (LyCORIS)",
-    ".a1.weight": "GLoRA (LyCORIS)",
+    r"\.oft_R\.weight": "OFT v2 (peft, OneTrainer)",
+    r"\.on_input": "IA3 (LyCORIS)",
+    r"\.a1\.weight": "GLoRA (LyCORIS)",
+    r"\.ia3_l(\.\w+)?": "IA3 (peft)",
+    r"\.p?vera_(lambda_[bd]|[AB])(\.\w+)?": "VeRA (peft)",
+    r"\.boft_[Rs](\.\w+)?": "BOFT (peft)",
+    r"\.fourierft_spectrum(\.\w+)?": "FourierFT (peft)",
+    r"\.hra_u(\.\w+)?": "HRA (peft)",
+    r"\.lora_monteclora_sampler\..+": "MonteCLoRA (peft)",
 }
-"""Kinds of adapters that are not read, by the ends of names that only these have."""
-_WORD_WIDTHS = {768, 1024, 1280, 4096}
-"""The widths of the text encoders that learn new words."""
+"""Kinds of adapters that are not read, by patterns of the ends of names that only these have."""
 
 
 def _what_else(types: Types) -> str | None:
@@ -490,32 +543,29 @@ def _what_else(types: Types) -> str | None:
         return "it has no tensors"
     if any(map(NUMBERED.fullmatch, types)):
         return "its modules are numbered (cloneofsimo/lora), but don't fit SD1.x or SD2.x in any known order"
-    if all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
-        return f"it is a textual-inversion embedding ({', '.join(map(repr, types))})"
+    if words := [shape[-1] for key, (_, shape) in types.items() if shape and vectors_in(key)]:
+        return f"its vectors of words are {words[0]} wide, which no supported text encoder has"
     if key := next((key for key in types if "lora" in key.lower()), None):
         return f"{shortened(key)!r} does not end like a LoRA's tensor, such as .lora_down.weight or .lora_A.weight"
     return None
 
 
-def _architecture(metadata: Mapping[str, str]) -> str:
-    """Return the architecture in modelspec's metadata, without the adapter's kind that follows it."""
-    return metadata.get("modelspec.architecture", "").partition("/")[0]
-
-
 def claims_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the family that each metadata value names, by key, the best evidence first. Unknown names are left out."""
+    """Return the family that each metadata value names, by key, the best evidence first. Unknown names are left out.
+
+    For a model without a family, it is the model's title.
+    """
+    return {key: family for key, name in _bases_in(metadata).items() if (family := model_named(name))}
+
+
+def _bases_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the name of the base model in each metadata value that has one, by key."""
     bases = (base for key, base in json_in(metadata, PEFT_KEY, dict).items() if key.endswith("base_model_name_or_path"))
-    names = {
+    return {
         "ss_base_model_version": metadata.get("ss_base_model_version", ""),
-        "modelspec.architecture": _architecture(metadata),
+        "modelspec.architecture": metadata.get("modelspec.architecture", "").partition("/")[0],
         PEFT_KEY: str(next(bases, "")),
     }
-    return {key: family for key, name in names.items() if (family := family_named(name))}
-
-
-def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """Return the family that the metadata claim; None if they claim no known family."""
-    return next(iter(claims_of(metadata).values()), None)
 
 
 def json_in(metadata: Mapping[str, str], key: str, kind: type) -> Any:

@@ -65,14 +65,18 @@ class Reading:
     """The objections to modules, by their names in the file."""
     of_published: bool = True
     """Whether the LoRA, or all but some of its modules, fits a published model."""
+    is_known: bool = True
+    """Whether anything is known of the program and the LoRA's family."""
 
     @property
     def verdict(self) -> str:
-        """The result: "loads", "loads in part", "loads as another change" (all or part of it), or "not at all".
+        """The result: "loads", "loads in part", "loads as another change" (all or part of it), "not at all" or "not known".
 
         For a LoRA that fits no published model, "knows the names" replaces the first three, because whether it loads depends
         on the model that you use.
         """
+        if not self.is_known:
+            return "not known"
         if self.modules == sum(not objection.loads for objection in self.objections.values()):
             return "not at all"
         if not self.of_published:
@@ -86,8 +90,10 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     """Predict how a program, one of READERS, loads a LoRA."""
     if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
         nothing = Objection(f"{lora.family} at all, as far as we know")
-        return Reading(len(lora.entries), dict.fromkeys((entry.name for entry in lora.entries), nothing))
+        return Reading(len(lora.entries), dict.fromkeys((e.name for e in lora.entries), nothing), is_known=False)
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
+    if lora.types.keys() >= _CONTROL_SIGNS.get(reader, {"-"}):
+        rule = f"{_OF_CONTROL} in {reader}"
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     if reader not in ("diffusers", "peft") and PEFT_KEY in lora.metadata:
         # Only these two read an alpha other than the rank from the metadata.
@@ -110,7 +116,7 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
             refusal = refusal or f"a file with {others}"
     if refusal:
         found = {entry.name: Objection(refusal) for entry in lora.entries}
-    return Reading(len(lora.entries), found, bool(identity.models or identity.is_near))
+    return Reading(len(lora.entries), found, lora.is_known)
 
 
 _OF_CONFIG = Objection("peft's alpha in the metadata, and loads a different change without it", loads=True)
@@ -148,6 +154,8 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
         return "an adapter's name in the tensors' names, except default"
     if not family.loaded.comfyui:
         return f"{family.name} at all"
+    if entry.kind == "set" and not entry.keys["set_weight"].endswith(".set_weight"):
+        return "new weights of norms under the model's own names"
     reason = _name_not_known_to_comfyui(family, named)
     if reason is None and has_pefts_magnitude(entry):
         return Objection("peft's magnitude, and loads a different change without it", loads=True)
@@ -156,6 +164,15 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
 
 # If a file has USO's and other names, ComfyUI converts USO's to its own and prefixes all others with "diffusion_model.".
 _USO_SIGNS = {"single_blocks.37.processor.qkv_lora.up.weight", "double_blocks.18.processor.qkv_lora2.up.weight"}
+_CONTROL_SIGNS = {
+    "ComfyUI": {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"},
+    "diffusers": {"img_in.lora_A.weight", "double_blocks.0.img_attn.norm.query_norm.scale"},
+    "InvokeAI": {"img_in.lora_A.weight", "img_in.lora_B.weight", "img_in.lora_B.bias"},
+}
+"""The tensors by which programs recognise FLUX.1's control LoRAs with the model's own names."""
+_OF_CONTROL = "a control LoRA"
+_CONTROL_MODULES = 464
+"""The number of modules that diffusers expects in such a file, without the two for guidance."""
 _USO_KEY = re.compile(r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
 _USO_IN_COMFYUI = "USO's file in ComfyUI"
 _KNOWING_LINEAR1_QKV = {("ComfyUI", "comfy"), (_USO_IN_COMFYUI, "xlabs"), ("diffusers", "xlabs")}
@@ -165,6 +182,15 @@ _KNOWING_LINEAR1_QKV = {("ComfyUI", "comfy"), (_USO_IN_COMFYUI, "xlabs"), ("diff
 def _of_uso_by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> str | None:
     is_usos = all(_USO_KEY.fullmatch(key) for key in entry.keys.values())
     return None if is_usos else "other names in a file with USO's names"
+
+
+def _of_control(rule: str, family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    if named.scheme != "bare" or "original" not in _whose_paths(family, named):
+        return "other names in a file with the names of a control LoRA"
+    if rule == "diffusers" and entry.place.fusion.halves_swapped:
+        # It swaps the halves of both matrices.
+        return Objection("the order of shift and scale in original names, and loads a different change", loads=True)
+    return None
 
 
 def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
@@ -192,6 +218,10 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
     else:
         forms = family.loaded.diffusers_text_forms.get(named.scheme, TEXT_FORMS.get(named.scheme))
+    if entry.kind == "set":
+        # It reads these only for control LoRAs.
+        is_own = entry.keys["set_weight"].endswith(".weight") and "xlabs" in family.loaded.diffusers
+        return None if is_own and named.scheme == "diffusers" else "new weights of norms with these names"
     if objection := (_form_not_in(forms, entry) if forms else None) or _kind_not_loaded_by_peft(entry):
         return objection
     if entry.place.index is None and entry.place.fusion.halves_swapped:
@@ -255,7 +285,7 @@ def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objec
     if not entry.is_plain:
         return f"adapters of kind {entry.kind} in its plain network"
     if named.part != "denoiser":
-        prefix = family.kohya_prefixes.get(entry.part, "?")
+        prefix = "lora_te3_" if _is_t5(named) else family.kohya_prefixes.get(entry.part, "?")
         is_right = named.module_name.startswith(prefix) and (_is_t5(named) or "text_model" in named.module_name)
         if not is_right:
             return f"{named.scheme} names of text encoders"
@@ -320,6 +350,8 @@ def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry)
 def _refusal_by_diffusers(lora: LoraNames) -> str | None:
     """Return the reason why diffusers refuses a whole file; None if it doesn't."""
     loaded = NAME_TABLES[lora.family].loaded
+    if lora.types.keys() >= _CONTROL_SIGNS["diffusers"]:
+        return None if len(lora.entries) >= _CONTROL_MODULES else "a control LoRA without some of its modules"
     for scheme, stacks in loaded.diffusers_blocks.items():
         paths = {module.path for module in lora.content.modules if module.scheme == scheme}
         for stack, expected in stacks.items():
@@ -363,6 +395,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
 _RULES = {
     "ComfyUI": _by_comfyui,
     _USO_IN_COMFYUI: _of_uso_by_comfyui,
+    **{f"{_OF_CONTROL} in {program}": partial(_of_control, program) for program in _CONTROL_SIGNS},
     "diffusers": _by_diffusers,
     "peft": _by_peft,
     "sd-scripts": _by_sd_scripts,

@@ -45,17 +45,22 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     lora = LoraHeader.read(path)
     entries = lora.entries
     ranks = Counter(entry.rank for entry in entries if entry.rank is not None)
+    readers = {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {}
+    # A family is not named if it is only the first of several with such names.
+    others = [*([] if lora.is_known or not lora.other_models else [lora.family]), *lora.other_models]
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
         "tensors": len(lora.types),
         "dtype": lora.type_name,
-        "family": lora.family,
+        "family": lora.family if lora.family not in others else None,
         "identity": {
             "verdict": lora.identity.verdict,
             "models": list(lora.identity.models),
             "nearest": lora.identity.nearest,
             "misfits": list(lora.misfits),
+            "others": others,
+            "first_blocks": lora.identity.first_blocks,
         },
         "scheme": lora.scheme,
         "kind": lora.kind,
@@ -65,7 +70,8 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         "alphas": _histogram("none (as rank)" if alpha is None else f"{alpha:g}" for alpha in lora.alphas()),
         "embeddings": sorted({word_of(lora, key) for key in lora.embedding_keys}),
         "unknown_keys": list(lora.unknown_keys),
-        "readers": {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {},
+        "readers": readers,
+        "needs": _needs(lora, readers),
         "base_model": _known(
             version=lora.metadata.get("ss_base_model_version"),
             name=lora.metadata.get("ss_sd_model_name"),
@@ -79,6 +85,18 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         ),
         "thumbnail": "modelspec.thumbnail" in lora.metadata,
     }
+
+
+def _needs(lora: LoraHeader, readers: Mapping[str, Any]) -> str | None:
+    """Return what a LoRA needs for drawing that this project lacks, and who has it; None if it needs nothing."""
+    if not lora.widened:
+        return None
+    entry = lora.widened[0]
+    able = [reader for reader, reading in readers.items() if not reading["verdict"].startswith("not ")]
+    return (
+        f"a control image, for which {entry.path} has {(entry.weight_shape or (0, 0))[1]} inputs. FaceLoRA reads and converts "
+        f"the file, but cannot draw with a control image. With these names {', '.join(able) or 'no program'} can load it"
+    )
 
 
 def _reading(reading: Reading) -> dict[str, Any]:
@@ -140,7 +158,7 @@ def format_line(report: Mapping[str, Any]) -> str:
     """Format a report of `inspect_files` as one readable line."""
     if "error" in report:
         return one_line(f"{report['file']}: {report['error']}")
-    models = " or ".join(report["identity"]["models"]) or f"named like {report['family']}"
+    models = " or ".join(report["identity"]["models"]) or f"named like {_family(report)}"
     trigger = f", trigger: {_short(report['trigger_words'][0])}" if report["trigger_words"] else ""
     return one_line(f"{report['file']}: {models}, {report['kind']} of rank {counts(report['ranks'])}{trigger}")
 
@@ -149,7 +167,7 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     """Format the report of `inspect_header` or `inspect_lora` as readable text."""
     lines = [
         f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
-        f"  for           {report['family']}, {report['scheme']} names",
+        f"  for           {_family(report)}, {report['scheme']} names",
         *([f"                {_doubt(report['identity'])}"] if report["identity"]["verdict"] != "certain" else []),
         f"  kind          {report['kind']}: {KINDS.get(report['kind'], 'several kinds of adapters')}",
     ]
@@ -157,6 +175,8 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         lines.append(f"  modules       {counts(report['parts'])}")
         lines.append(f"  rank          {counts(report['ranks'])}")
         lines.append(f"  alpha         {counts(report['alphas'])}")
+    if report["needs"]:
+        lines.append(f"  needs         {report['needs']}")
     if report["trigger_words"]:
         lines.append(f"  trigger       {_short(', '.join(report['trigger_words'][:10]))}")
     for title, section in (("base", "base_model"), ("about", "about"), ("training", "training"), ("hashes", "hashes")):
@@ -178,10 +198,16 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     return "\n".join(map(one_line, lines))
 
 
+def _family(report: Mapping[str, Any]) -> str:
+    return report["family"] or " or ".join(report["identity"]["others"])
+
+
 def _doubt(identity: Mapping[str, Any]) -> str:
     """Explain an identity that is not certain."""
-    if identity["models"]:
+    if identity["models"][1:]:
         return f"its modules fit several models: {', '.join(identity['models'])}"
+    if identity["models"]:
+        return f"it only has the first {identity['first_blocks']} blocks, which a smaller model may have too"
     if not identity["nearest"]:
         return "only by its names: no published model has modules of these sizes"
     return (
@@ -192,6 +218,8 @@ def _doubt(identity: Mapping[str, Any]) -> str:
 
 def _loads(reading: Mapping[str, Any]) -> str:
     total, faulty = reading["modules"], reading["not_as_meant"]
+    if reading["verdict"] == "not known":
+        return "not known"
     by_names = ", only by their names" if reading["verdict"] == "knows the names" else ""
     if not faulty:
         return f"all {total} modules{by_names}"

@@ -82,18 +82,18 @@ def _unedited(path: Path) -> dict[str, Any] | None:
 
 def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return the values for each program's file, by the ending of its name."""
-    metadata, table = lora.metadata, NAME_TABLES[lora.family]
+    metadata = lora.metadata
     phrase = metadata.get(PHRASE_KEY) or next(iter(trigger_words(metadata)), "")
     title = metadata.get("modelspec.title") or path.stem
     description = metadata.get("modelspec.description", "")
     tags = [tag.strip() for tag in metadata.get("modelspec.tags", "").split(",") if tag.strip()]
-    bases = [table.listings[model].civitai for model in lora.identity.models if model in table.listings]
-    base, words = bases[0] if len(bases) == 1 else "Other", [phrase] if phrase else []
+    listings = lora.listings
+    base, words = listings[0].civitai if len(listings) == 1 else "Other", [phrase] if phrase else []
     status = path.stat()
     # For A1111, Forge, SD.Next, InvokeAI and SwarmUI. Only SD.Next reads the last two values.
     a1111 = {
         "description": description,
-        "sd version": table.a1111_version,
+        "sd version": NAME_TABLES[lora.family].a1111_version if lora.identity.models else "Unknown",
         "activation text": phrase,
         "notes": metadata.get("modelspec.usage_hint", ""),
         "tags": tags,
@@ -124,5 +124,6 @@ def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str,
         "ImportedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(status.st_mtime)),
         "Hashes": {name: hashes[name.lower()] for name in ("SHA256", "CRC32", "BLAKE3") if name.lower() in hashes},
         "TrainedWords": words,
+        "Source": 3,  # "Other" in ConnectedModelSource (Stability Matrix, July 2026). Without it, Civitai is taken for it.
     }
     return dict(zip(_TEXTS, (a1111, lora_manager, stability_matrix), strict=True))

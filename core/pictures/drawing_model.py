@@ -13,9 +13,10 @@ from torch import nn
 from ..config import Precision
 from ..device import clear_variables, free_memory, release_memory, until_it_fits
 from ..errors import BadConfig
-from ..lora.apply import LOW_RANK, AppliedLora, apply
+from ..lora.apply import AppliedLora, apply
 from ..lora.embeddings import new_words
 from ..lora.file import LoraFile, fit
+from ..lora.kinds import LOW_RANK
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair

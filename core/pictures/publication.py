@@ -109,7 +109,7 @@ def publish(
     if not source.entries:
         raise BadFile(f"{source.name}: this file is an embedding; only LoRAs can be published")
     drawing = [reader for reader in READERS if reader not in TRAINERS]
-    if source.identity.models and all(read_by(reader, source).verdict == "not at all" for reader in drawing):
+    if source.identity.models and all(read_by(reader, source).verdict.startswith("not ") for reader in drawing):
         on_warning(
             f"{source.name}: no image program loads its {source.scheme} names. Convert it, and publish the result: "
             f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
@@ -217,8 +217,7 @@ def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[s
 
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
     """Return the texts to paste, each below the name of its field."""
-    table = NAME_TABLES[source.family].listings
-    listings = [table[model] for model in source.identity.models if model in table]
+    listings = source.listings
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
     # Civitai's names for the hashes.

@@ -13,17 +13,19 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .families import NAME_TABLES as NAME_TABLES
     from .families import families_of as families_of
-    from .families import family_named as family_named
+    from .families import model_named as model_named
     from .families import other_model as other_model
+    from .families import plain_model_name as plain_model_name
     from .families import plain_name as plain_name
-    from .keys import EMBEDDING_KEYS as EMBEDDING_KEYS
     from .keys import NamedTensor as NamedTensor
     from .keys import bundled_embedding as bundled_embedding
     from .keys import bundled_name as bundled_name
     from .keys import parse_key as parse_key
+    from .keys import vectors_in as vectors_in
     from .models import Identity as Identity
     from .models import identify as identify
     from .models import is_published as is_published
+    from .models import is_widened as is_widened
     from .signs import Sign as Sign
     from .stable_diffusion import NUMBERED as NUMBERED
     from .stable_diffusion import families_of_embedding as families_of_embedding
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .table import SCHEMES as SCHEMES
     from .table import T5_PATHS as T5_PATHS
     from .table import Fusion as Fusion
+    from .table import Listing as Listing
     from .table import ModuleId as ModuleId
     from .table import NameTable as NameTable
     from .table import Place as Place

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 from .ernie import ERNIE_IMAGE
 from .flux import CHROMA, FLUX1, FLUX2, FLUX3, LONGCAT_IMAGE
 from .ideogram import IDEOGRAM4
 from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
+from .models import stranger_names
 from .qwen import QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
 from .signs import Sign
@@ -27,16 +29,25 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-_BY_NAME = {plain_name(name): table.name for table in _ALL for name in table.base_versions}
+@cache
+def _by_name() -> dict[str, str]:
+    strangers = {plain_name(name): title for name, title in stranger_names().items()}
+    return strangers | {plain_name(name): table.name for table in _ALL for name in table.base_versions}
 
 
-def family_named(name: str) -> str | None:
-    """Return the family of a base model named in metadata, whichever program wrote it; None for an unknown name.
+_SUBFOLDER = re.compile(r"(text_encoder|tokenizer|transformer|unet)(_\d)?|snapshots|[0-9a-f]{40}|")
 
-    Only the last part of a path or a hub id is compared.
-    """
-    plain = plain_name(name.rstrip("/").rpartition("/")[2])
-    return _BY_NAME.get(max(filter(plain.startswith, _BY_NAME), key=len, default=""))
+
+def plain_model_name(name: str) -> str:
+    """Return the plain name of a base model in metadata: a word, a hub id, a path on any system, or in the hub's cache."""
+    folders = [folder for folder in re.split(r"[/\\]|--", name) if not _SUBFOLDER.fullmatch(folder)]
+    return plain_name(folders[-1]) if folders else ""
+
+
+def model_named(name: str) -> str | None:
+    """Return the family of a base model named in metadata, or the title of one without a family; None for an unknown name."""
+    plain = plain_model_name(name)
+    return _by_name().get(max(filter(plain.startswith, _by_name()), key=len, default=""))
 
 
 def families_of(
@@ -71,7 +82,9 @@ _OTHERS = (
     ("Stable Cascade", Sign(r"^(down|up)_blocks\.\d+\.\d+\.")),
     ("a video model like AnimateDiff or SVD", Sign(r"motion[._]modules|temporal[._]transformer")),
     ("a language model", Sign(r"(^|\.)(model|text_model)\.layers\.\d+\.(self_attn|mlp)\.|(^|\.)h\.\d+\.(attn|mlp)\.c_")),
-    ("a vision model like SAM or ViT", Sign(r"(^|\.)(image|vision)_(encoder|model)\.|(^|\.)encoder\.layer\.\d+\.")),
+    ("a language model like BERT", Sign(r"(^|\.)\w*bert\w*\.|\.layer\.\d+\.attention\.self\.")),
+    ("a vision model like SAM or ViT", Sign(r"(^|\.)(vit|(image|vision)_(encoder|model))\.|\.layer\.\d+\.attention\.atten")),
+    ("a language or vision model", Sign(r"(^|\.)encoder\.layer\.\d+\.")),
     ("the SDXL refiner", Sign(r"attn2\.to_[kv]$", frozenset({1280}), ratio=0.6)),
 )  # fmt: skip
 

@@ -133,6 +133,7 @@ _SIGNS_1 = (
 )
 """The signs of the blocks of FLUX.1 and Chroma."""
 
+_DEV = "FLUX.1 [dev] Non-Commercial License"
 FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
@@ -148,7 +149,17 @@ FLUX1 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
-    listings={"FLUX.1": Listing("Flux.1 D", "FLUX.1 [dev] Non-Commercial License")},
+    listings={
+        "FLUX.1": Listing(
+            "Flux.1 D",
+            _DEV,
+            editions={
+                "kontext": Listing("Flux.1 Kontext", _DEV),
+                "krea": Listing("Flux.1 Krea", _DEV),
+                "schnell": Listing("Flux.1 S", "Apache-2.0"),
+            },
+        )
+    },
     loaded=loaded_names.FLUX1,
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
@@ -198,8 +209,10 @@ LONGCAT_IMAGE = NameTable(
 )
 
 
-def _klein(size: str) -> dict[str, str]:
-    return {"ss_base_model_version": f"flux2_klein_{size}", "modelspec.architecture": f"flux.2-klein-{size}"}
+def _klein(size: str, licence: str) -> Listing:
+    words = {"ss_base_model_version": f"flux2_klein_{size}", "modelspec.architecture": f"flux.2-klein-{size}"}
+    name = f"Flux.2 Klein {size.upper()}"
+    return Listing(name, licence, words, {"base": Listing(f"{name}-base", licence)})
 
 
 FLUX2 = NameTable(
@@ -221,8 +234,8 @@ FLUX2 = NameTable(
     of_diffusers=_of_diffusers_2,
     listings={
         "FLUX.2 dev": Listing("Flux.2 D", "FLUX Non-Commercial License"),
-        "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0", _klein("4b")),
-        "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License", _klein("9b")),
+        "FLUX.2 klein 4B": _klein("4b", "Apache-2.0"),
+        "FLUX.2 klein 9B": _klein("9b", "FLUX Non-Commercial License"),
     },
     loaded=loaded_names.FLUX2,
 )

@@ -26,7 +26,6 @@ IDEOGRAM4 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
-    # We don't know of an entry for it in Civitai's list.
-    listings={"Ideogram 4": Listing("Other", "Ideogram Non-Commercial Model Agreement")},
+    listings={"Ideogram 4": Listing("Ideogram 4.0", "Ideogram Non-Commercial Model Agreement")},
     loaded=loaded_names.IDEOGRAM4,
 )

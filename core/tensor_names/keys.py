@@ -19,7 +19,9 @@ _SUFFIXES = {
     **{role: rf"\.{role}" for role in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{role: rf"\.{role}" for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     **{role: rf"\.{role}" for role in ("lokr_t2", "oft_blocks", "oft_diag", "rescale")},
-    **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")},
+    **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "reshape_weight")},
+    # FLUX.1's control LoRAs have new values of norms, under the model's own names.
+    "set_weight": r"\.set_weight|(?<=_norm)\.scale|(?<=\.norm_[qk])\.weight|(?<=\.norm_added_[qk])\.weight",
 }
 _SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
 # Nearly all tensors have one of these suffixes, so look them up before searching with the patterns.
@@ -144,11 +146,27 @@ def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     return scheme, part, path
 
 
-EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g", "clip_l_out", "clip_g_out")
-"""The names of tensors in a file that is only a textual-inversion embedding.
+_VECTORS = {
+    **{name: name for name in ("emb_params", "clip_l", "clip_g", "clip_l_out", "clip_g_out")},
+    "text_encoders_0": "clip_l",
+    "text_encoders_1": "clip_g",
+}
+"""What a tensor's name in a textual-inversion file means: the vectors for SD1.x or SD2.x, or for one of SDXL's text encoders.
 
-OneTrainer's `_out` vectors replace a text encoder's output. No other program uses them.
+OneTrainer's `_out` vectors replace a text encoder's output. No other program uses them. diffusers' training scripts number the
+text encoders.
 """
+
+
+def vectors_in(key: str) -> str | None:
+    """Return what the vectors of a textual inversion are for, such as "emb_params" or "clip_l"; None for other tensors.
+
+    diffusers names a tensor by its word, such as `<s1>`.
+    """
+    if key.startswith("<"):
+        return "emb_params"
+    tail = key.rpartition(".")[2]
+    return _VECTORS.get(key) or (("emb_params" if tail == "*" else tail) if bundled_embedding(key) else None)
 
 
 def bundled_embedding(key: str) -> str | None:
@@ -157,5 +175,5 @@ def bundled_embedding(key: str) -> str | None:
 
 
 def bundled_name(key: str) -> str:
-    """Return the bundled name of an embedding's tensor. Files of cloneofsimo/lora name it by the word, such as `<s1>`."""
-    return f"bundle_emb.{key}.string_to_param.*" if key.startswith("<") else key
+    """Return the bundled name of an embedding's tensor that is named by its word, or else its name in a file of its own."""
+    return f"bundle_emb.{key}.string_to_param.*" if key.startswith("<") else _VECTORS.get(key, key)

@@ -63,7 +63,9 @@ class LoadedNames:
     """More groups of signs, by the scheme of the file's names."""
 
     others: Mapping[str, str] = field(default_factory=dict)
-    """The schemes that each program in `readers.OTHERS` loads, with a "+" if it loads CLIP's names too."""
+    """The schemes that each program in `readers.OTHERS` loads, with a "+" if it loads CLIP's names too.
+
+    For programs that are not listed, nothing is known."""
     others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """A regular expression, by program and scheme, for the denoiser's paths that the program does not load."""
 
@@ -118,6 +120,7 @@ SD2 = LoadedNames(
     invokeai_text=("lora_te_text_model_",),
     invokeai_skips=frozenset({"kohya"}),
     invokeai_signs=_invokeai_signs(1024),
+    others={"A1111": "kohya+", "SD.Next": "kohya+"},
 )
 
 SDXL = LoadedNames(
@@ -189,6 +192,7 @@ CHROMA = LoadedNames(
     diffusers_refuses=dict.fromkeys(("kohya", "comfy"), r"^distilled_guidance_layer\."),
     comfyui_t5=("lora_te1_",),
     comfyui_lacks=r"^distilled_guidance_layer\.",
+    sd_scripts=_ORIGINAL_BLOCKS,
     others={
         "Forge": "kohya comfy",
         "SD.Next": "kohya diffusers comfy",
@@ -200,7 +204,11 @@ CHROMA = LoadedNames(
 )
 
 # In diffusers only the denoiser loads LoRAs, the pipeline doesn't.
-LONGCAT_IMAGE = LoadedNames(_FLUX_IN_COMFYUI, comfyui_lacks=r"^time_embed\.")
+LONGCAT_IMAGE = LoadedNames(
+    _FLUX_IN_COMFYUI,
+    comfyui_lacks=r"^time_embed\.",
+    others={"stable-diffusion.cpp": "kohya diffusers comfy"},
+)
 
 FLUX2 = LoadedNames(
     _FLUX_IN_COMFYUI,
@@ -363,10 +371,17 @@ ERNIE_IMAGE = LoadedNames(
 )
 
 _IDEOGRAM4_LAYERS = r"layers\.\d+\.(attention\.(qkv|o)|feed_forward\.w[123]|adaln_modulation)"
+_IDEOGRAM4_ENDS = r"(input_proj|adaln_proj|final_layer\.linear)$"
 IDEOGRAM4 = LoadedNames(
     frozenset({("kohya", "original"), ("comfy", "original")}),
     diffusers=frozenset({"diffusers", "comfy"}),
     diffusers_forms={"comfy": "lora_A lora_A+ lora_down lora_down+"},
     # diffusers refuses the whole file if it has any other module.
     diffusers_refuses={"comfy": rf"^(?!{_IDEOGRAM4_LAYERS}$)"},
+    others={"mflux": "kohya diffusers comfy", "musubi-tuner": "kohya"},
+    others_lack={
+        ("mflux", "kohya"): r"^(?!layers\.\d+\.adaln_modulation$)",
+        ("mflux", "diffusers"): rf"attention|^(?!{_IDEOGRAM4_LAYERS}$|{_IDEOGRAM4_ENDS})",
+        ("mflux", "comfy"): rf"^(?!{_IDEOGRAM4_LAYERS}$|{_IDEOGRAM4_ENDS})",
+    },
 )

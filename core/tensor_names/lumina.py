@@ -73,7 +73,7 @@ ZIMAGE = NameTable(
     ),
     of_original=_of_original_z,
     of_diffusers=_of_diffusers_z,
-    listings={"Z-Image": Listing("ZImageBase", "Apache-2.0")},
+    listings={"Z-Image": Listing("ZImageBase", "Apache-2.0", editions={"turbo": Listing("ZImageTurbo", "Apache-2.0")})},
     loaded=loaded_names.ZIMAGE,
     # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".
     original_in_comfy=False,

@@ -62,34 +62,30 @@ class Identity:
     """The (part, path) of the modules that the nearest model lacks, or has in another shape."""
     is_near: bool = False
     """Whether the nearest model has more than half of the modules, so that only the others are wrong."""
-    stranger: str | None = None
-    """The model without a family that the LoRA is for.
-
-    Either no model of a family fits, or it is the only one whose changed blocks the LoRA covers completely.
-    """
+    first_blocks: int | None = None
+    """The number of blocks if a transformer's LoRA has only its first ones, which a smaller model may have too."""
 
     @property
     def verdict(self) -> str:
-        """The result: "certain", "ambiguous" when several models fit, or "unknown" when none does."""
-        return ("unknown", "certain", "ambiguous")[min(len(self.models), 2)]
+        """The result: "certain", "ambiguous" when several models fit or another could, or "unknown" when none does."""
+        return "unknown" if not self.models else "ambiguous" if self.models[1:] or self.first_blocks else "certain"
 
-    def of_claim(self, metadata_names: Iterable[str]) -> str | None:
-        """Return the title of the fitting model that has one of these names in metadata; None if no name matches."""
-        named = {name.lower() for name in metadata_names}
-        claimed = (variant.title for variant in _tables().variants if variant.claims & named)
-        return next((title for title in claimed if title in self.models), None)
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        """The titles of the fitting models without a family."""
+        return tuple(title for title in self.models if title in stranger_names())
 
 
 def identify(
     modules: Iterable[tuple[str, str, Shape | None]],
-    claimed: str | None = None,
+    claims: Collection[str] = (),
     biased: Collection[tuple[str, str]] = (),
 ) -> Identity:
     """Find the models that have all the modules (part, path, shape of the weight, or None if the file doesn't show it).
 
     `biased` are the (part, path) of the modules whose bias is changed. A path may be in the original model's or in diffusers'
     naming, and for a model without a family also have "_" for its dots. If no model fits and several are equally near, one
-    of the family `claimed` is preferred. A shape of (out, 0) means that the inputs are unknown.
+    whose family or title is among the `claims` is preferred. A shape of (out, 0) means that the inputs are unknown.
     """
     variants = _tables().variants
     fitting: Counter[int] = Counter()
@@ -103,27 +99,39 @@ def identify(
         fits = [variants[number] for number in sorted(whole)]
         families = dict.fromkeys(variant.family for variant in fits if variant.family)
         titles = tuple(dict.fromkeys(variant.title for variant in fits))
-        stranger = None if families else " or ".join(titles)
-        # All programs treat a smaller UNet, such as SSD-1B, like its family (SDXL).
-        if families and not any(place[1].startswith(_OF_UNETS) for place, _ in having):
-            places = {place for place, _ in having}
-            exact = [variants[number] for number in whole if _has_no_more(number, places)]
-            if exact and not any(variant.family for variant in exact):
-                stranger = " or ".join(dict.fromkeys(variant.title for variant in exact))
-        return Identity(titles, tuple(families), stranger=stranger)
+        return Identity(titles, tuple(families), first_blocks=_first_blocks(whole[0], [place for place, _ in having]))
     if not fitting:
         return Identity((), ())
     # The models that this project can train come first in the tables, and so win a tie.
-    nearest = max(sorted(fitting), key=lambda n: (fitting[n], claimed is not None and variants[n].family == claimed))
+    order = sorted(fitting, key=lambda n: (-fitting[n], not {variants[n].family, variants[n].title} & {*claims}, n))
+    nearest, title = order[0], variants[order[0]].title
+    if variants[nearest].family is None and title not in claims:
+        title = " or ".join(dict.fromkeys(variants[n].title for n in order if fitting[n] == fitting[nearest]))
     misfits = [place for place, found in having if nearest not in found]
-    title, family = variants[nearest].title, variants[nearest].family
-    return Identity((), (), title, family, tuple(misfits), 2 * len(misfits) < len(having))
+    return Identity((), (), title, variants[nearest].family, tuple(misfits), 2 * len(misfits) < len(having))
 
 
-def _has_no_more(variant: int, places: Collection[tuple[str, str]]) -> bool:
-    """Check that the places include every block of a variant that has their modules, and that there are several blocks."""
-    seen = Counter(row for place in places for row in _rows(*place) if row.variant == variant)
-    return all(count == math.prod(last - first + 1 for first, last in row.numbers) > 1 for row, count in seen.items())
+def _first_blocks(variant: int, places: Collection[tuple[str, str]]) -> int | None:
+    """Return the number of blocks if the places are only in a variant's first ones, without the last one of any stack.
+
+    One block alone does not count, because LoRAs for tests and experiments have it. UNets have no such stacks.
+    """
+    stacks: dict[tuple[str, int], set[int]] = {}
+    for part, path in places:
+        row = next((row for row in _rows(part, path) if row.variant == variant), None)
+        if part != "denoiser" or is_text_path(path) or path.startswith(_OF_UNETS) or row is None or not row.numbers:
+            return None
+        stacks.setdefault((row.path.partition("#")[0], row.numbers[0][1]), set()).add(_template(path)[1][0][0])
+    counts = [
+        len(blocks) for (_, last), blocks in stacks.items() if blocks == {*range(len(blocks))} and last not in blocks
+    ]
+    return max(counts, default=0) if len(counts) == len(stacks) and max(counts, default=0) > 1 else None
+
+
+@cache
+def stranger_names() -> dict[str, str]:
+    """Return the title of each model without a family, by the title and by its other names in metadata."""
+    return {name: v.title for v in _tables().variants if not v.family for name in (v.title, *v.claims)}
 
 
 @lru_cache(1 << 16)
@@ -131,6 +139,15 @@ def is_published(family: str, part: str, path: str) -> bool:
     """Check that a published model of the family has a module with that path, in any shape."""
     variants = _tables().variants
     return any(variants[row.variant].family == family for row in _rows(part, path))
+
+
+@lru_cache(1 << 16)
+def is_widened(family: str, path: str, shape: Shape) -> bool:
+    """Check that a weight of this shape has more inputs than in the family's model, for a control image."""
+    variants = _tables().variants
+    narrower = [row.shape for row in _rows("denoiser", path) if variants[row.variant].family == family]
+    fits = any(same_weight(other, shape) for other in narrower)
+    return fits and any(other[0] == shape[0] and other[1:] < shape[1:] for other in narrower)
 
 
 @lru_cache(1 << 16)
@@ -229,6 +246,7 @@ def _tables() -> _Tables:
             paths |= table.keys() if model["family"] else set()
         for part, name in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), model["text"], strict=False):
             add(data["text_encoders"].get(name, {}), part)
+        add(model.get("control", {}), "denoiser")
         variants.append(Variant(model["title"], model["family"], frozenset(model["claims"])))
     words = frozenset(word for path in paths for word in path.split(".") if "_" in word)
     return _Tables(tuple(variants), rows, words, 1 + max(word.count("_") for word in words))

@@ -48,6 +48,7 @@ QWEN_IMAGE_21 = NameTable(
     of_diffusers=_of_diffusers_21,
     original_in_kohya=False,
     original_in_comfy=False,
-    listings={"Qwen-Image 2.1": Listing("Qwen 2.1", "Qwen Research License")},
+    # Civitai's list has no entry for it.
+    listings={"Qwen-Image 2.1": Listing("Other", "Qwen Research License")},
     loaded=loaded_names.QWEN_IMAGE_21,
 )

@@ -39,11 +39,14 @@ class Sign:
         return self.inputs is not None or self.ratio is not None
 
 
+_CLIP_LAYER = r"^(text_model\.)?encoder\.layers\.\d+\."
+
+
 def clip_signs(width: int) -> tuple[Sign, ...]:
     """Return the signs of a CLIP of that width as the first text encoder."""
     return (
-        Sign(r"^(text_model\.)?encoder\.layers\.", part="text_encoder"),
-        Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({width}), part="text_encoder"),
+        Sign(_CLIP_LAYER, part="text_encoder"),
+        Sign(rf"{_CLIP_LAYER}(self_attn\.\w+|mlp\.fc1)$", frozenset({width}), part="text_encoder"),
     )
 
 

@@ -98,7 +98,17 @@ SDXL = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=lambda path: Fusion(ldm_unet_path(path), (path,)),
-    listings={"SDXL": Listing("SDXL 1.0", "CreativeML Open RAIL++-M")},
+    listings={
+        "SDXL": Listing(
+            "SDXL 1.0",
+            "CreativeML Open RAIL++-M",
+            editions={
+                "noob": Listing("NoobAI", "NoobAI License"),
+                "illustrious": Listing("Illustrious", "Illustrious License"),
+                "pony": Listing("Pony", "Pony License"),
+            },
+        )
+    },
     loaded=loaded_names.SDXL,
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",
@@ -118,11 +128,16 @@ SDXL = NameTable(
 
 
 def families_of_embedding(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the families that an embedding file may be for, by the names and shapes of its tensors. The likeliest is first."""
+    """Return the families that an embedding file may be for, by what its tensors are for (`vectors_in`) and their shapes.
+
+    The likeliest is first. There is none for the widths of other text encoders: CLIP-G, Qwen3 and T5.
+    """
     if any(name.startswith(tuple(SDXL.embedding_names.values())) for name in shapes):
         return [SDXL.name]
-    is_wide = shapes.get("emb_params", ())[-1:] == (_SD2_TEXT_WIDTH,)
-    return [SD2.name, SD15.name] if is_wide else [SD15.name, SD2.name]
+    (width,) = shapes.get("emb_params", ())[-1:] or (0,)
+    if width in (1280, 2560, 4096):
+        return []
+    return [SD2.name, SD15.name] if width == _SD2_TEXT_WIDTH else [SD15.name, SD2.name]
 
 
 NUMBERED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")

@@ -97,6 +97,12 @@ class Listing:
     """The licence of the model."""
     words: Mapping[str, str] = field(default_factory=dict)
     """The metadata of the model, by key, that replace those of the family (`NameTable.words_of`)."""
+    editions: Mapping[str, Listing] = field(default_factory=dict)
+    """Models with the same tensors, by a word in the plain names (`families.plain_name`) of their files."""
+
+    def of(self, names: Sequence[str]) -> Listing:
+        """Return the listing of the edition that one of these plain names names, or this one."""
+        return next((one for word, one in self.editions.items() if any(word in name for name in names)), self)
 
 
 PUBLISHED_BLOCKS = 2
@@ -112,7 +118,7 @@ class NameTable:
     base_versions: tuple[str, ...]
     """The prefixes of its models' names in metadata. The first is the `ss_base_model_version` to write.
 
-    `families.family_named` compares only letters and digits."""
+    `families.model_named` compares only letters and digits."""
     architecture: str
     """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]

@@ -388,7 +388,7 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
         shapes |= _shapes("text_encoders.", clip.cond_stage_model)
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
     base = BaseLayers(shapes, _file(model).name, FAMILY_OF_CLASS.get(_class_name(model)))
-    fit(lora, base.family, base.shapes, base.biased).check(Path(lora.name).name)
+    fit(lora, base.family, base.shapes, base.biased, widens=True).check(Path(lora.name).name)
     skipped: list[str] = []
     for candidate in _in_every_scheme(lora):
         skipped = [entry.name for entry in candidate.entries if entry.name not in names or "bias" in entry.keys]

@@ -59,6 +59,29 @@ first.eject_model()
 torch.testing.assert_close(model.qkv(x), plain + change)
 second.eject_model()
 assert torch.equal(model.qkv(x), plain) and torch.equal(model.conv(image), plain_image)
+
+# A LoRA for control images: doubled inputs, a bias, and the new weight of a norm.
+from pack.core.lora.file import LoraFile
+from pack.core.lora.convert import convert_lora
+
+tensors = {"img_in.lora_A.weight": torch.randn(2, 128), "img_in.lora_B.weight": torch.randn(3072, 2)}
+tensors |= {"img_in.lora_B.bias": torch.randn(3072), "single_blocks.0.norm.key_norm.scale": torch.randn(128)}
+lora = convert_lora(LoraFile.from_tensors(tensors, {"ss_base_model_version": "flux1"}), "comfy").lora
+key_map = {entry.name: entry.name + ".weight" for entry in lora.entries}
+model = torch.nn.ModuleDict({"diffusion_model": torch.nn.ModuleDict({"img_in": torch.nn.Linear(64, 3072)})})
+model["diffusion_model"]["single_blocks"] = torch.nn.ModuleList([torch.nn.Module()])
+model["diffusion_model"]["single_blocks"][0].norm = torch.nn.ModuleDict({"key_norm": torch.nn.RMSNorm(128)})
+patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+patches = module.load_patches(lora, list(lora.entries), key_map, 1.0)
+assert set(patcher.add_patches(patches, 1.0)) == set(patches) and len(patches) == 3
+before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+patcher.patch_model()
+after = model.state_dict()
+a, b, bias, norm = tensors.values()
+wide = torch.nn.functional.pad(before["diffusion_model.img_in.weight"], (0, 64))
+torch.testing.assert_close(after["diffusion_model.img_in.weight"], wide + b @ a)
+torch.testing.assert_close(after["diffusion_model.img_in.bias"], before["diffusion_model.img_in.bias"] + bias)
+torch.testing.assert_close(after["diffusion_model.single_blocks.0.norm.key_norm.weight"], norm)
 print("AS EXPECTED")
 """
 

@@ -181,8 +181,9 @@ def test_a_change_of_a_bias_is_never_left_out_silently():
         kept = convert_lora(lora, "comfy")[0].tensors
         (changed,) = (tensor for key, tensor in kept.items() if key.endswith(".diff_b"))
         assert torch.equal(changed, torch.full((320,), value))
+        in_diffusers = convert_lora(lora, "diffusers")[0].tensors
+        assert torch.equal(next(t for key, t in in_diffusers.items() if key.endswith(".lora_B.bias")), changed)
         for refused in (
-            lambda lora=lora: convert_lora(lora, "diffusers"),
             lambda lora=lora: convert_lora(lora, "kohya", plain_rank=2),
             lambda lora=lora: merge_loras([(lora, 1.0)]),
             lora.modules,

@@ -283,7 +283,8 @@ def test_readers_say_which_module_is_of_another_size_than_the_model_s_and_all_bu
     module = "diffusion_model.double_blocks.1.img_attn.proj"
     assert (report["identity"]["nearest"], report["identity"]["misfits"]) == ("FLUX.1", [module])
     verdicts = {reader: (found["verdict"], found["not_as_meant"]) for reader, found in report["readers"].items()}
-    assert verdicts.pop("ComfyUI") == ("loads in part", 1) and set(verdicts.values()) == {("not at all", 9)}
+    assert verdicts.pop("ComfyUI") == ("loads in part", 1)
+    assert set(verdicts.values()) == {("not at all", 9), ("not known", 9)}
     text = format_inspection(report)
     assert f"8 of 9 modules; it does not support modules of other sizes than in FLUX.1, e.g. {module}" in text
     (line,) = (line for line in text.splitlines() if "InvokeAI" in line)

@@ -84,7 +84,7 @@ def test_no_program_is_said_to_load_pefts_names_after_another_prefix():
     down, up = factors(KLEIN, KLEIN)
     name = "transformer.base_model.model.transformer_blocks.0.attn.to_out.0.lora"
     lora = LoraFile.from_tensors({f"{name}.down.weight": down, f"{name}.up.weight": up}, {})
-    assert {read_by(reader, lora).verdict for reader in READERS} == {"not at all"}
+    assert {read_by(reader, lora).verdict for reader in READERS} == {"not at all", "not known"}
 
 
 def test_the_part_of_a_fused_layer_that_xlabs_changes_finds_its_rows():
@@ -178,6 +178,23 @@ def test_t5_of_flux1_gets_the_name_that_invokeai_looks_for():
     assert LoraFile.from_tensors(converted.tensors, converted.metadata).modules().keys() == modules.keys()
 
 
+@pytest.mark.parametrize(
+    ("tensors", "family", "parts"),
+    [
+        ({"emb_params": 768}, "sd15", {"text_encoder"}),
+        ({"<sks>": 768}, "sd15", {"text_encoder"}),
+        ({"<sks>": 1024}, "sd2", {"text_encoder"}),
+        ({"text_encoders_0": 768, "text_encoders_1": 1280}, "sdxl", {"text_encoder", "text_encoder_2"}),
+    ],
+)
+def test_embeddings_of_all_programs_are_read_alike(tensors, family, parts):
+    vectors = {name: torch.ones(2, width) for name, width in tensors.items()}
+    lora = LoraFile.from_tensors(vectors, {}, "sks.safetensors")
+    assert (lora.family, lora.kind, lora.unknown_keys) == (family, "embedding", ())
+    ((word, taken),) = embeddings_of(lora).items()
+    assert word.strip("<>") == "sks" and set(taken) == parts
+
+
 @pytest.mark.parametrize("names", [["clip_l_out", "clip_g_out"], ["clip_l", "clip_g", "clip_l_out", "clip_g_out"]])
 def test_onetrainer_s_vectors_of_a_text_encoder_s_output_are_understood(names):
     vectors = {name: torch.ones(2, 768 if "_l" in name else 1280) for name in names}
@@ -202,10 +219,10 @@ def test_the_strength_in_what_a_denoiser_of_diffusers_saves_is_kept(more, scale)
     torch.testing.assert_close(converted.modules()["denoiser", path].delta(), scale * up @ down)
 
 
-def write_text_adapter(folder: Path, base: str) -> Path:
-    """Writes a LoRA of CLIP-L as peft does, with the base model that its configuration names."""
+def write_text_adapter(folder: Path, base: str, width: int = 768) -> Path:
+    """Writes a LoRA of a CLIP, usually CLIP-L, as peft does, with the base model that its configuration names."""
     name = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
-    down, up = factors(768, 768)
+    down, up = factors(width, width)
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "base_model_name_or_path": base}))
     save_safetensors(folder / "adapter_model.safetensors", tensors)
@@ -218,17 +235,31 @@ def write_text_adapter(folder: Path, base: str) -> Path:
         ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "lora_te1_"),
         ("runwayml/stable-diffusion-v1-5", "sd15", "lora_te_"),
         ("black-forest-labs/FLUX.1-dev", "flux1", "lora_te1_"),
+        (r"D:\models\stable-diffusion-xl-base-1.0\text_encoder", "sdxl", "lora_te1_"),
+        (
+            f"/cache/models--stabilityai--stable-diffusion-xl-base-1.0/snapshots/{'0f' * 20}/text_encoder",
+            "sdxl",
+            "lora_te1_",
+        ),
     ],
 )
 def test_a_text_encoder_is_of_the_model_that_pefts_configuration_names(base, family, prefix, tmp_path):
     lora = LoraFile.read(write_text_adapter(tmp_path, base))
-    assert lora.family == family and lora.other_families == ()
+    assert lora.family == family and lora.other_models == ()
     assert all(key.startswith(prefix) for key in convert_lora(lora, "kohya").lora.tensors)
+
+
+def test_a_clip_g_is_the_second_text_encoder(tmp_path):
+    lora = LoraFile.read(write_text_adapter(tmp_path, "stable-diffusion-xl-base-1.0/text_encoder_2", 1280))
+    assert lora.family == "sdxl" and list(lora.modules()) == [
+        ("text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj")
+    ]
+    assert all(key.startswith("lora_te2_") for key in convert_lora(lora, "kohya").lora.tensors)
 
 
 def test_a_text_encoder_of_an_unknown_model_is_ambiguous_until_its_family_is_given(tmp_path, capsys):
     source, output = write_text_adapter(tmp_path, "somebody/a-model"), tmp_path / "a.safetensors"
-    assert LoraFile.read(source).other_families == ("sdxl", "sd3", "flux1")
+    assert LoraFile.read(source).other_models == ("sdxl", "sd3", "flux1")
     assert any("fit sdxl and sd3 and flux1 as well as sd15" in fault.text for fault in verify_lora(source))
     command = ["convert", str(source), "--output", str(output), "--overwrite", "--to", "kohya"]
     assert main(command) == 0
@@ -248,13 +279,11 @@ def factors_of(*names: str) -> dict[str, torch.Tensor]:
 
 STRANGE = {
     "nothing": ({}, r"^LoRA: not a LoRA: it has no tensors$"),
-    "a textual inversion of diffusers": (
-        {"<s1>": torch.zeros(2, 768)},
-        r"it is a textual-inversion embedding \('<s1>'\)",
-    ),
-    "the words of a training on SDXL": (
-        {"text_encoders_0": torch.zeros(2, 768), "text_encoders_1": torch.zeros(2, 1280)},
-        r"textual-inversion embedding \('text_encoders_0', 'text_encoders_1'\)",
+    "a LoRA of a ViT": ({"w_a_000": torch.zeros(4, 768), "w_b_000": torch.zeros(768, 4)}, "no adapter found in its 2"),
+    "a cached text": ({"prompt_embeds": torch.zeros(77, 4096)}, "not a LoRA: no adapter found in its 1 tensor"),
+    "words for T5": (
+        {"<s1>": torch.zeros(2, 4096)},
+        "its vectors of words are 4096 wide, which no supported text encoder",
     ),
     "an underline in place of a dot": (
         {"lora_unet_mid_block_attentions_0_proj_in_lora_down.weight": torch.zeros(2, 1280)},
@@ -282,6 +311,29 @@ STRANGE = {
     "another language model": (factors_of("base_model.model.transformer.h.0.attn.c_attn"), "is for a language model"),
     "SAM": (factors_of("base_model.model.vision_encoder.layers.0.attn.qkv"), "is for a vision model like SAM or ViT"),
     "ViT": (factors_of("base_model.model.vit.encoder.layer.0.attention.attention.query"), "is for a vision model"),
+    "RoBERTa": (
+        factors_of("base_model.model.roberta.encoder.layer.0.attention.self.query"),
+        "is for a language model like BERT",
+    ),
+    "an encoder": (factors_of("encoder.layer.0.intermediate.dense"), "is for a language or vision model"),
+    **{
+        kind: (
+            {f"base_model.model.roberta.encoder.layer.0.{end}": torch.ones(4, 4)},
+            rf"those of {kind} \(peft\), e\.g",
+        )
+        for kind, end in {
+            "IA3": "attention.self.key.ia3_l",
+            "VeRA": "attention.self.key.vera_lambda_b",
+            "BOFT": "attention.self.key.boft_R",
+            "FourierFT": "attention.self.key.fourierft_spectrum",
+            "HRA": "attention.self.key.hra_u",
+        }.items()
+    },
+    "MonteCLoRA": (
+        factors_of("base_model.model.roberta.encoder.layer.0.attention.self.query")
+        | {"base_model.model.roberta.encoder.layer.0.attention.self.query.lora_monteclora_sampler.std": torch.ones(4)},
+        r"those of MonteCLoRA \(peft\)",
+    ),
 }
 
 

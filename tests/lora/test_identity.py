@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 
 from core.cli import main
 from core.errors import UnknownFamily
-from core.lora import LoraFile, format_inspection, inspect_header
+from core.lora import LoraFile, format_inspection, format_line, inspect_header
 from core.lora.readers import READERS, not_loaded_by
+from core.storage.safetensors_file import save_safetensors
 from core.tensor_names import NAME_TABLES, identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
 from tools.model_tables import whole
@@ -37,6 +39,10 @@ def subsets(shapes: Shapes) -> Iterator[Shapes]:
 
 def lora_of(shapes: Shapes, prefix: str = "diffusion_model.") -> LoraFile:
     """A LoRA of rank 1 on the matrices and convolutions, without values."""
+    return LoraFile.from_tensors(tensors_of(shapes, prefix), {}, "x")
+
+
+def tensors_of(shapes: Shapes, prefix: str = "diffusion_model.") -> dict[str, torch.Tensor]:
     tensors = {}
     with torch.device("meta"):
         for path, shape in shapes.items():
@@ -45,7 +51,7 @@ def lora_of(shapes: Shapes, prefix: str = "diffusion_model.") -> LoraFile:
             name = prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
             tensors[f"{name}.lora_down.weight"] = torch.empty(1, *shape[1:])
             tensors[f"{name}.lora_up.weight"] = torch.empty(shape[0], 1, *(1 for _ in shape[2:]))
-    return LoraFile.from_tensors(tensors, {}, "x")
+    return tensors
 
 
 def test_every_published_model_is_known_by_all_of_its_modules_and_by_some():
@@ -85,6 +91,7 @@ def test_only_models_that_hold_all_of_another_are_as_well_meant():
         ("Cosmos-Predict2 2B", "Anima"),
         ("Sana 1.6B", "Sana 4.8B"),
         ("Bria", "Bria FIBO"),
+        ("HunyuanVideo", "FramePack"),
     }
 
 
@@ -163,11 +170,42 @@ def test_a_rotation_fits_where_its_rows_are_the_outputs_of_the_weight(rows, fits
     assert ("SD 1.5" in lora.identity.models) == fits
 
 
-def test_metadata_say_which_of_several_models_is_meant():
-    shapes = {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.0.mlp.layer1": (8192, 2048)}
-    found = identify(("denoiser", *module) for module in shapes.items())
-    assert found.verdict == "ambiguous" and found.of_claim(["anima"]) == "Anima"
-    assert found.of_claim(["krea2"]) is None
+# What a model of this title is called in metadata, and some of its modules, which are also those of others.
+CLAIMS = [
+    ("Mage-Flow", "mageflow", r"^transformer_blocks\.[0-6]\."),
+    ("Ovis-Image", "ovis_image", r"^transformer_blocks\.[0-2]\.attn"),
+    ("Bria", "bria", r"^transformer_blocks\.\d\.attn"),
+    ("FramePack", "framepack", r"^transformer_blocks\.\d\.attn"),
+    ("HunyuanVideo 1.5", "hunyuan_video_1_5", r"^transformer_blocks\.\d\.attn"),
+    ("Anima", "anima-preview", r"^blocks\.\d\.(self_attn|mlp)"),
+]
+
+
+@pytest.mark.parametrize(("title", "word", "pattern"), CLAIMS)
+def test_a_model_that_the_metadata_name_and_the_modules_fit_is_the_one(title, word, pattern):
+    (model,) = (model for model in TABLES["models"] if model["title"] == title)
+    shapes = whole(next(iter(model["denoiser"].values())))
+    lora = tensors_of({path: shape for path, shape in shapes.items() if re.search(pattern, path) and len(shape) > 1})
+    assert lora
+    for metadata in ({"ss_base_model_version": word}, {"modelspec.architecture": f"{word}/lora"}):
+        with pytest.raises(UnknownFamily, match=f"x: is for {title}, which is not supported"):
+            LoraFile.from_tensors(lora, metadata, "x")
+
+
+@pytest.mark.parametrize(("metadata", "title"), [({"ss_base_model_version": "anima"}, "Anima"), ({}, ".* or Anima")])
+def test_a_model_is_nearest_if_the_metadata_name_it(metadata, title):
+    """Anima's LoRAs of sd-scripts change its Qwen3 too, which the tables lack."""
+    attention = {f"blocks.{n}.self_attn.{x}_proj": (2048, 2048) for n in range(28) for x in "qkv"}
+    tensors = tensors_of(attention, "lora_unet_")
+    tensors |= tensors_of({f"layers.{n}.self_attn.q_proj": (2048, 1024) for n in range(28)}, "lora_te_")
+    with pytest.raises(UnknownFamily, match=f"x: is for {title}, which is not supported"):
+        LoraFile.from_tensors(tensors, metadata, "x")
+
+
+def test_a_claim_that_does_not_fit_changes_nothing():
+    shapes = blocks_of("Qwen-Image", "attn")
+    for word in ("mageflow", "hunyuan_video", "wan_2.1"):
+        assert LoraFile.from_tensors(tensors_of(shapes), {"ss_base_model_version": word}).family == "qwen-image"
 
 
 def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing_but_is_told(tmp_path, capsys):
@@ -223,22 +261,48 @@ def blocks_of(title: str, part: str = "") -> Shapes:
     return {path: shape for path, shape in shapes.items() if "blocks" in path and part in path and len(shape) > 1}
 
 
+def first(title: str, count: int) -> Shapes:
+    shapes = blocks_of(title, "attn" if count > 24 else "")
+    return {path: shape for path, shape in shapes.items() if int(path.split(".")[1]) < count}
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "lora_unet_"])
-@pytest.mark.parametrize("part", ["", "attn"])
-def test_all_blocks_of_mage_flow_are_not_taken_for_the_first_of_qwen_image(part, prefix):
-    """Its twelve blocks are the same as Qwen-Image's first twelve, of sixty."""
-    with pytest.raises(UnknownFamily, match="is for Mage-Flow, which is not supported"):
-        lora_of(blocks_of("Mage-Flow", part), prefix)
-    few = {
-        path: shape for path, shape in blocks_of("Mage-Flow").items() if not path.startswith("transformer_blocks.3.")
-    }
-    assert lora_of(few, prefix).family == lora_of(blocks_of("Qwen-Image"), prefix).family == "qwen-image"
+@pytest.mark.parametrize(("count", "models"), [(7, ["Mage-Flow"]), (12, ["Mage-Flow"]), (24, []), (60, None)])
+def test_the_first_blocks_alone_may_be_those_of_a_smaller_model(prefix, count, models, tmp_path, capsys):
+    """Mage-Flow's twelve blocks are the same as Qwen-Image's first twelve, of sixty."""
+    path, tensors = tmp_path / "a.safetensors", tensors_of(first("Qwen-Image", count), prefix)
+    save_safetensors(path, {key: torch.zeros(tensor.shape) for key, tensor in tensors.items()})
+    assert main(["inspect", str(path), "--fast", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["family"] == "qwen-image" and report["identity"]["models"] == ["Qwen-Image", *(models or [])]
+    assert report["identity"]["verdict"] == ("certain" if models is None else "ambiguous")
+    others = {None: [], "Mage-Flow": ["Mage-Flow"], "": ["a smaller model with the same blocks"]}
+    assert report["identity"]["others"] == others[models and models[0] if models != [] else ""]
+    command = ["convert", str(path), "--output", str(tmp_path / "b.safetensors"), "--to", "diffusers", "--overwrite"]
+    assert main(command) == 0
+    warned = capsys.readouterr().err
+    assert ("choose a family with convert --family" in warned) == (models is not None)
+    assert all(other in warned for other in report["identity"]["others"])
+    assert main([*command, "--family", "qwen-image"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_metadata_say_that_some_blocks_of_qwen_image_are_meant():
-    tensors = lora_of(blocks_of("Qwen-Image")).tensors
-    some = {key: tensor for key, tensor in tensors.items() if int(key.split(".")[2]) < 12}
-    assert LoraFile.from_tensors(some, {"ss_base_model_version": "qwen_image"}).family == "qwen-image"
+    lora = LoraFile.from_tensors(tensors_of(first("Qwen-Image", 12)), {"ss_base_model_version": "qwen_image"})
+    assert lora.family == "qwen-image" and lora.other_models == ()
+
+
+def test_names_that_several_families_have_name_none_of_them(tmp_path):
+    """Short examples of Qwen-Image's LoKr, and of Anima's LoRA with its text encoder."""
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(4, 4)}
+    save_safetensors(tmp_path / "a.safetensors", factors)
+    report = inspect_header(tmp_path / "a.safetensors")
+    assert (report["family"], report["identity"]["verdict"]) == (None, "unknown")
+    assert {"sd3", "flux1", "qwen-image"} <= set(report["identity"]["others"])
+    assert "for           sd3 or" in format_inspection(report) and "named like sd3 or" in format_line(report)
+    text = tensors_of({"layers.0.self_attn.q_proj": (2048, 1024)}, "lora_te_")
+    with pytest.raises(UnknownFamily, match="no family matches its 2 keys"):
+        LoraFile.from_tensors(text, {})
 
 
 def test_a_file_of_which_most_modules_are_of_no_model_is_not_recognised():

@@ -16,7 +16,8 @@ from core.errors import BadConfig, UnmatchedKeys
 from core.lora import LoraFile
 from core.lora.convert import convert_for, convert_lora, reading_limits
 from core.lora.modules import LoraModule
-from core.lora.readers import READERS, not_loaded_by, read_by
+from core.lora.readers import OTHERS, READERS, not_loaded_by, read_by
+from core.tensor_names import NAME_TABLES
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
 from tools import reader_tables
 from tools.model_tables import whole
@@ -313,6 +314,36 @@ TRIED = {
     ("krea2", "ai-toolkit"): (0, 0, 224),
     ("ernie-image", "stable-diffusion.cpp"): (0, 252, 252),
 }
+# What the programs' own maps of names, in the files of PROGRAMS, have of whole LoRAs.
+MAPPED = {
+    ("chroma", "kohya", "sd-scripts"): "228 of 243",
+    ("ideogram4", "comfy", "mflux"): "207 of 212",
+    ("ideogram4", "kohya", "mflux"): "34 of 212",
+    ("ideogram4", "kohya", "musubi-tuner"): "all",
+    ("longcat-image", "comfy", "stable-diffusion.cpp"): "all",
+    ("sd2", "kohya", "A1111"): "all",
+    ("sd2", "text kohya", "SD.Next"): "all",
+    ("sd2", "kohya", "musubi-tuner"): "",
+}
+
+
+@pytest.mark.parametrize(("family", "contents", "program"), MAPPED)
+def test_a_cell_is_what_the_program_has_in_its_map_of_names(family, contents, program):
+    assert reader_tables.cell(program, reader_tables.loras_of(family)[contents]) == MAPPED[family, contents, program]
+
+
+def test_each_cell_has_the_version_and_the_file_that_it_was_read_from():
+    assert tuple(reader_tables.PROGRAMS) == READERS
+    for family, table in NAME_TABLES.items():
+        files = {reader: reader_tables.file_of(reader, family) for reader in READERS}
+        known = {reader for reader, file in files.items() if file and re.fullmatch(r"[\w/.-]+\.(py|cpp)", file)}
+        assert known == {*READERS} - OTHERS.keys() | table.loaded.others.keys()
+    programs = reader_tables.PROGRAMS
+    assert all(re.fullmatch(r"[\d.]+|\d{4}-\d\d-\d\d \([0-9a-f]{7}\)", one.version) for one in programs.values())
+    named = {word for one in programs.values() for families in one.files.values() for word in families.split()}
+    assert named <= {reader_tables.ALL, *NAME_TABLES}
+
+
 IN_BLOCKS = {
     "sd15": r"blocks?\.(\d+\.)?(attentions|resnets|downsamplers|upsamplers)",
     "sdxl": r"blocks?\.(\d+\.)?(attentions|resnets|downsamplers|upsamplers)",
@@ -343,8 +374,8 @@ def test_other_kinds_load_where_they_were_tried():
     oft = LoraFile.from_tensors({f"{name}.oft_blocks": torch.zeros(16, 80, 80)}, {"ss_base_model_version": "sd_v1"})
     verdicts = {kind: [read_by(program, lora).verdict for program in ("A1111", "Forge", "stable-diffusion.cpp", "mflux")]
                 for kind, lora in (("dora", dora), ("oft", oft))}  # fmt: skip
-    assert verdicts["dora"] == ["loads", "loads", "loads as another change", "not at all"]
-    assert verdicts["oft"] == ["loads", "not at all", "not at all", "not at all"]
+    assert verdicts["dora"] == ["loads", "loads", "loads as another change", "not known"]
+    assert verdicts["oft"] == ["loads", "not at all", "not at all", "not known"]
 
 
 def test_a_fused_layer_is_said_to_be_cut_where_it_is():

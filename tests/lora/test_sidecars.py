@@ -20,9 +20,12 @@ from core.errors import BadFile, NoLora
 from core.lora import LoraFile, edit_metadata, write_sidecars
 from core.lora.hashes import file_hashes
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
+from core.tensor_names import NAME_TABLES
 from tests.tooling import write_photos, write_quick_pack
+from tools.model_tables import whole
 
 from .test_file import kohya_tensors, some
+from .test_identity import TABLES
 
 DOWNLOADS = Path(__file__).parents[1] / ".downloads"
 METADATA = {
@@ -69,6 +72,54 @@ def test_each_program_finds_the_words_under_the_names_it_knows(lora):
     assert (matrix["ModelName"], matrix["BaseModel"], matrix["ModelType"]) == ("A face", "SD 1.5", "LORA")
     assert matrix["TrainedWords"] == ["sks person"] and matrix["Hashes"]["SHA256"] == hashes["sha256"]
     assert not any(str(lora.parent) in path.read_text() for path in lora.parent.glob("*.json"))
+
+
+# The published model, a name of its base in metadata, and how Civitai's list and Lora-Manager call that.
+BASES = [
+    ("Z-Image", "ss_base_model_version", "zimage:turbo", "ZImageTurbo"),
+    ("Z-Image", "ss_base_model_version", "zimage", "ZImageBase"),
+    ("FLUX.1", "ss_base_model_version", "flux.1_kontext", "Flux.1 Kontext"),
+    ("FLUX.1", "ss_sd_model_name", "flux1-krea-dev.safetensors", "Flux.1 Krea"),
+    ("FLUX.1", "ss_sd_model_name", "flux1-dev.safetensors", "Flux.1 D"),
+    ("SDXL", "ss_sd_model_name", "Illustrious-XL-v1.0.safetensors", "Illustrious"),
+    ("SDXL", "ss_sd_model_name", "ponyDiffusionV6XL.safetensors", "Pony"),
+    ("SDXL", "ss_sd_model_name", "sd_xl_base_1.0.safetensors", "SDXL 1.0"),
+    ("FLUX.2 klein 4B", "ss_sd_model_name", "flux-2-klein-4b.safetensors", "Flux.2 Klein 4B"),
+    ("FLUX.2 klein 4B", "ss_sd_model_name", "flux-2-klein-base-4b.safetensors", "Flux.2 Klein 4B-base"),
+    ("Ideogram 4", "ss_base_model_version", "ideogram4", "Ideogram 4.0"),
+    ("Qwen-Image 2.1", "ss_base_model_version", "qwen_image_2.1", "Other"),
+]
+
+
+@pytest.mark.parametrize(("title", "key", "name", "civitai"), BASES)
+def test_the_base_model_is_the_one_that_the_metadata_name(title, key, name, civitai, tmp_path):
+    (model,) = (model for model in TABLES["models"] if model["title"] == title)
+    shapes = whole(model["denoiser"]["diffusers"])
+    ends = {path: shape for path, shape in shapes.items() if len(shape) == 2}
+    prefix = NAME_TABLES[model["family"]].diffusers_prefix
+    tensors = {
+        f"{prefix}{path}.lora_{letter}.weight": torch.zeros(size)
+        for path, shape in ends.items()
+        for letter, size in (("A", (1, shape[1])), ("B", (shape[0], 1)))
+    }
+    path = tmp_path / "face.safetensors"
+    save_safetensors(path, tensors, {key: name})
+    write_sidecars(path)
+    assert json.loads(path.with_suffix(".metadata.json").read_text())["base_model"] == civitai
+    assert json.loads(path.with_suffix(".cm-info.json").read_text())["BaseModel"] == civitai
+
+
+def test_a_file_for_no_published_model_has_no_version_and_no_file_is_from_civitai(tmp_path):
+    """Stability Matrix takes a missing Source for Civitai, 0. 3 is "Other"."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 16), f"{name}.lora_up.weight": torch.ones(16, 1)}
+    save_safetensors(tmp_path / "demo.safetensors", tensors, {"ss_base_model_version": "sd_v1"})
+    write_sidecars(tmp_path / "demo.safetensors")
+    a1111, manager, matrix = (
+        json.loads((tmp_path / f"demo{end}.json").read_text()) for end in ("", ".metadata", ".cm-info")
+    )
+    assert (a1111["sd version"], manager["base_model"]) == ("Unknown", "Other")
+    assert (matrix["BaseModel"], matrix["Source"]) == ("Other", 3)
 
 
 def test_a_picture_is_written_only_if_it_is_given_and_without_what_tells_of_the_photo(lora, picture):

@@ -125,7 +125,12 @@ FLUX1 = FamilySpec(
         "best": Recipe(1600, 2e-4, 32),
     },
     pipeline_class="FluxPipeline",
-    other_pipelines=("FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
+    other_pipelines=(
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlPipeline",
+    ),
     text_encoders=TEXT,
     context_from={"text_encoder_2": 1},
     pooled_from={"text_encoder": 1},
