@@ -33,9 +33,9 @@ def choose_products(
 ) -> bool:
     """Compute the products with a network's narrow weights in 8 bits or not, and return whether they are.
 
-    With "on" they are if the device can, and with "auto" if that is faster, which is measured on a GPU that computes in bf16:
-    with as many rows as each layer has when `predict` calls the network. This changes the results a little, as rounding the
-    weights does.
+    With "on" they are if the device can, and with "auto" if that is faster, which is measured on a GPU that computes in bf16.
+    Products are measured with as many rows as each layer has when `predict` calls the network. This changes the results a
+    little, as rounding the weights does.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, NarrowLinear) and _is_product_of_scale(layer)]
     may_pay = device.type == "cuda" and dtype == torch.bfloat16
