@@ -6,12 +6,14 @@ an hour; `--model NAME`, once or more, does these models alone, and leaves the r
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -247,6 +249,75 @@ def drawing_on(card: Card, weights: int) -> str:
     return f"{away:.0%} ({away * weights / GIB:.1f})" if away else "nothing"
 
 
+def work(to_gpu: float = 0, back: float = 0, on_cpu: float = 0, on_gpu: float = 0, loads: int = 0) -> np.ndarray:
+    """The bytes copied to the GPU and back, the multiplications on each, and how often a denoiser is loaded."""
+    return np.array([to_gpu, back, on_cpu, on_gpu, loads], float)
+
+
+def applied(model_name: str, rank: int, room: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What it takes to have LoRAs of that rank on a model in bf16, before and now, by what they are for.
+
+    `room` is the free memory in bytes of a card that brings in the weights that don't fit. None means that all fit.
+    """
+    model = MODELS[model_name]
+    family, whole = FAMILIES[model.family], weight_bytes(model)
+    state = family.build_empty("denoiser", model.config).state_dict()
+    target = family.denoiser_targets[TrainConfig().targets]
+    layers = [
+        state[f"{path}.weight"]
+        for path in (name.removesuffix(".weight") for name in state)
+        if re.fullmatch(target, path)
+    ]
+    numbers = sum(weight.numel() for weight in layers)
+    matrices = sum(2 * rank * (len(weight) + weight[0].numel()) for weight in layers)
+    away = drawing_plan(whole, room).offload
+    here, brought = 2 * numbers * (1 - away), 2 * numbers * away
+    load, restore = work((1 - away) * whole, loads=1), work(here)
+
+    def before(kept: bool) -> np.ndarray:
+        """The processor multiplied, scaled the product twice, and copied it in float32. Originals were `kept` or not."""
+        return work(2 * here, here * kept, rank * numbers + 2 * numbers)
+
+    def now(kept: bool) -> np.ndarray:
+        return work(matrices + brought, here * kept + brought, on_gpu=rank * numbers)
+
+    return {
+        "applied once": (before(False), now(False)),
+        # The face pass begins with the strength that the headshots end with.
+        "headshots of 3 strengths and face pass": (
+            2 * (load + 2 * (before(True) + restore) + before(False)), load + now(True) + 4 * (restore + now(False))
+        ),
+        # Everyone's changed weights are computed for the picture. Faces are redrawn up to three times.
+        "picture of 3 people and face passes": (
+            load + 3 * (before(True) + restore) + 9 * (load + before(False)),
+            load + 3 * now(False) + now(True) + 2 * (restore + now(False)),
+        ),
+    }  # fmt: skip
+
+
+def table_of_loras() -> str:
+    """The table of what it takes to have LoRAs on a model."""
+    room = (12 - TAKEN) * GIB
+    found = {f"SDXL, rank 32, {what}": pair for what, pair in applied("SDXL", 32).items()}
+    found["FLUX.1-dev, rank 16, applied once"] = applied("FLUX.1-dev", 16)["applied once"]
+    on_card = {f"FLUX.1-dev on 12 GB, {what}": pair for what, pair in applied("FLUX.1-dev", 16, room).items()}
+    found |= {title: pair for title, pair in on_card.items() if "people" not in title}
+    units = np.array([GIB, GIB, 1e9, 1e9, 1])
+    found = {title: (before / units, now / units) for title, (before, now) in found.items()}
+    rows = [
+        [
+            title,
+            *(
+                " → ".join(f"{one:,.0f}" if one >= 100 else f"{one:.3g}" for one in both)
+                for both in zip(*pair, strict=True)
+            ),
+        ]
+        for title, pair in found.items()
+    ]
+    head = ["before → now", "GiB to the GPU", "GiB back", "10⁹ multiplications on the processor", "on the GPU", "loads"]
+    return table(head, rows)
+
+
 def rows_of(model_name: str) -> dict[str, list[str]]:
     """The model's row of each table, by the table's name."""
     model = MODELS[model_name]
@@ -296,11 +367,17 @@ def main() -> None:
     parser.add_argument(
         "--model", action="append", choices=MODELS, help="a model whose rows are predicted; default all"
     )
-    given = parser.parse_args().model
-    document = with_rows(DOCUMENT.read_text(), {name: rows_of(name) for name in given or MODELS})
+    parser.add_argument("--loras", action="store_true", help="make only the table of applied LoRAs")
+    options = parser.parse_args()
+    given = options.model
+    document = replace_table(DOCUMENT.read_text("utf-8"), "applying a LoRA", table_of_loras())
+    if options.loras:
+        DOCUMENT.write_text(document, "utf-8")
+        return
+    document = with_rows(document, {name: rows_of(name) for name in given or MODELS})
     for name, lines in {} if given else tables_of_quantised(QUANTISED).items():
         document = replace_table(document, name, lines)
-    DOCUMENT.write_text(document)
+    DOCUMENT.write_text(document, "utf-8")
 
 
 if __name__ == "__main__":

@@ -58,13 +58,20 @@ class Trial:
     """The most bytes in use by the device's allocator; None on a CPU, whose process holds other data too."""
 
 
+ROWS = 2048
+"""The rows of products, about the positions of a picture of 768 px."""
+
+
 def products(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, float | None]:
-    """Time products in 8 bits with weights as wide as those of a transformer's block.
+    """Time products in 8 bits of `ROWS` rows with weights as wide as those of a transformer's block.
 
     Return the time for each dtype of the weights, as a share of the time with widened weights; None where the device has no
     such products.
     """
-    shares = {name: time_in_eight_bits(of_kind, device, dtype) for name, of_kind in eight_bit_weights(width).items()}
+    shares = {
+        name: time_in_eight_bits([(weight, ROWS) for weight in of_kind], device, dtype)
+        for name, of_kind in eight_bit_weights(width).items()
+    }
     return {name: share if math.isfinite(share) else None for name, share in shares.items()}
 
 

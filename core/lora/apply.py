@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..device import exact_arithmetic
+from ..device import exact_arithmetic, keeps_narrow_weights
 from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.families import FAMILIES
 from ..models.narrow_layers import NarrowLayer
@@ -20,6 +20,8 @@ from .kinds import LOW_RANK
 from .modules import LoraModule
 from .names import Entry
 
+HAS_ALL_OPERATIONS = "cuda"
+"""The kind of device that computes the changes of all kinds of adapters. Others lack some operations or dtypes."""
 SUMS_APART = "cpu"
 """The kind of device where a low-rank change is computed before it is added, so that results never change in a bit."""
 _PIPELINE_PARTS = {
@@ -175,8 +177,12 @@ class _LowRank:
 
 def _on_device(module: LoraModule, device: torch.device) -> LoraModule:
     """Return the change with its matrices on the device."""
-    mid = None if module.mid is None else module.mid.to(device)
-    return replace(module, down=module.down.to(device), up=module.up.to(device), mid=mid)
+
+    def moved(matrix: Tensor) -> Tensor:
+        return (matrix if keeps_narrow_weights(device) else matrix.float()).to(device)
+
+    mid = None if module.mid is None else moved(module.mid)
+    return replace(module, down=moved(module.down), up=moved(module.up), mid=mid)
 
 
 def apply(
@@ -249,9 +255,9 @@ def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: flo
         for module_id, module in lora.low_rank_of(entry, factor):
             applied.add_low_rank(module_id, module)
     else:
-        weight = dict(zip(entry.modules, layers, strict=True))
-        changes = lora.changes_of(entry, lambda module_id: weight[module_id].weight.to(place), place)  # pyright: ignore
-        for module_id, change in changes:
+        there = place if place.type == HAS_ALL_OPERATIONS else torch.device("cpu")
+        weights: Any = dict(zip(entry.modules, layers, strict=True))
+        for module_id, change in lora.changes_of(entry, lambda module_id: weights[module_id].weight.to(there), there):
             applied.add(module_id, "weight", factor * change)
     for module_id, change in lora.bias_changes_of(entry, inputs):
         applied.add(module_id, "bias", factor * change)

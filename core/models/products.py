@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..device import synchronize
 from ..storage.stored import NarrowTensor, Widen, as_stored
-from .narrow_layers import LIMITS, InEightBits, NarrowLinear, linear, narrowed, times, times_scale
+from .narrow_layers import FEWEST_ROWS, LIMITS, InEightBits, NarrowLinear, linear, narrowed, times, times_scale
 from .quantised import widen_fp8, widen_int8
 
 MULTIPLE = 16
 """The number that both sides of a weight must be a multiple of, for `torch._int_mm` and `torch._scaled_mm`."""
-ROWS, REPEATS = 2048, 5
-"""The rows that products are timed with, about the positions of a picture of 768 px, and how often they are timed."""
+REPEATS = 20
+"""How often products are timed. They are waited for once, since a step waits for its work only at its end."""
 WRONG = 0.1
 """The relative distance from the widened product above which results are wrong. Rounding makes it 0.01 to 0.04."""
 WORTHWHILE = 0.9
@@ -25,17 +25,22 @@ WORTHWHILE = 0.9
 
 
 def choose_products(
-    network: nn.Module, wanted: Literal["auto", "on", "off"], device: torch.device, dtype: torch.dtype
+    network: nn.Module,
+    wanted: Literal["auto", "on", "off"],
+    device: torch.device,
+    dtype: torch.dtype,
+    predict: Callable[[], object],
 ) -> bool:
     """Compute the products with a network's narrow weights in 8 bits or not, and return whether they are.
 
     With "on" they are if the device can, and with "auto" if that is faster, which is measured on a GPU that computes in bf16.
-    This changes the results a little, as rounding the weights does.
+    Products are measured with as many rows as each layer has when `predict` calls the network. This changes the results a
+    little, as rounding the weights does.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, NarrowLinear) and _is_product_of_scale(layer)]
     may_pay = device.type == "cuda" and dtype == torch.bfloat16
     most = math.inf if wanted == "on" else WORTHWHILE if wanted == "auto" and may_pay else 0.0
-    chosen = bool(layers and most) and time_in_eight_bits([layer.narrow for layer in layers], device, dtype) < most
+    chosen = bool(layers and most) and time_in_eight_bits(_products_of(layers, predict), device, dtype) < most
     for layer in layers:
         layer.multiply(in_eight_bits=chosen)
     return chosen
@@ -43,7 +48,25 @@ def choose_products(
 
 def has_int8_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the device multiplies int8 weights in 8 bits."""
-    return time_in_eight_bits([narrowed(torch.ones(64, 64))], device, dtype) < math.inf
+    return time_in_eight_bits([(narrowed(torch.ones(64, 64)), FEWEST_ROWS)], device, dtype) < math.inf
+
+
+def _products_of(layers: Iterable[NarrowLinear], predict: Callable[[], object]) -> list[tuple[NarrowTensor, int]]:
+    """Return the weight and the number of rows of each product of these layers when `predict` calls them."""
+    found: list[tuple[NarrowLinear, int]] = []
+
+    def note(layer: NarrowLinear, inputs: tuple[Tensor, ...]) -> None:
+        found.append((layer, inputs[0].numel() // layer.in_features))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        predict()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        (layer.narrow, rows) for layer, rows in found
+    ]  # Within the call, weights may be on the device for a moment.
 
 
 def _is_product_of_scale(layer: NarrowLinear) -> bool:
@@ -53,23 +76,23 @@ def _is_product_of_scale(layer: NarrowLinear) -> bool:
     return is_scaled and weight.parts[0].dtype in LIMITS and not any(side % MULTIPLE for side in weight.shape)
 
 
-def time_in_eight_bits(weights: Iterable[NarrowTensor], device: torch.device, dtype: torch.dtype) -> float:
-    """Return the time of products with the weights in 8 bits, as a share of that with the widened weights.
+def time_in_eight_bits(products: Iterable[tuple[NarrowTensor, int]], device: torch.device, dtype: torch.dtype) -> float:
+    """Return the time of products in 8 bits, as a share of that with widened weights. They are weights with numbers of rows.
 
-    One weight of each shape is timed, in a forward and a backward product. Infinite if the device has no such products, or if
-    their results are wrong.
+    Of alike products one is timed, forward and backward. Infinite if the device has no such products, or if their results are
+    wrong.
     """
     if torch.version.hip and sys.platform == "win32":
         return math.inf  # they end the process (github.com/ROCm/rocm-libraries/issues/5205)
-    of_shapes: dict[object, list[NarrowTensor]] = {}
-    for weight in weights:
-        of_shapes.setdefault((weight.shape, weight.parts[0].dtype), []).append(weight)
+    of_shapes: dict[object, list[tuple[NarrowTensor, int]]] = {}
+    for weight, rows in products:
+        of_shapes.setdefault((weight.shape, weight.parts[0].dtype, rows), []).append((weight, rows))
     in_eight_bits = widened = 0.0
     try:
         for alike in of_shapes.values():
-            weight = alike[0].map(lambda part: part.to(device))
-            taken, results = _timed(weight, InEightBits(weight.widen), device, dtype)
-            taken_wide, expected = _timed(weight, weight.widen, device, dtype)
+            weight, rows = alike[0][0].map(lambda part: part.to(device)), alike[0][1]
+            taken, results = _timed(weight, InEightBits(weight.widen), rows, device, dtype)
+            taken_wide, expected = _timed(weight, weight.widen, rows, device, dtype)
             in_eight_bits, widened = in_eight_bits + len(alike) * taken, widened + len(alike) * taken_wide
             if any(_distance(*pair) > WRONG for pair in zip(results, expected, strict=True)):
                 return math.inf
@@ -79,19 +102,22 @@ def time_in_eight_bits(weights: Iterable[NarrowTensor], device: torch.device, dt
 
 
 def _timed(
-    weight: NarrowTensor, widen: Widen, device: torch.device, dtype: torch.dtype
+    weight: NarrowTensor, widen: Widen, rows: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, tuple[Tensor, ...]]:
-    """Return the seconds of a forward and a backward product, the least of a few, and their results."""
-    waves = [torch.arange(length, device=device).sin().to(dtype) for length in (ROWS, *weight.shape)]
+    """Return the seconds of a forward and a backward product, the mean of several, and their results."""
+    waves = [torch.arange(length, device=device).sin().to(dtype) for length in (rows, *weight.shape)]
     gradient, x = (waves[0][:, None] + wave for wave in waves[1:])
-    taken, results = [], ()
+
+    def multiply() -> tuple[Tensor, ...]:
+        return linear(x, widen, weight.parts), times(gradient, widen, weight.parts)
+
+    results = multiply()  # The first call also loads kernels.
+    synchronize(device)
+    began = time.perf_counter()
     for _ in range(REPEATS):
-        synchronize(device)
-        began = time.perf_counter()
-        results = linear(x, widen, weight.parts), times(gradient, widen, weight.parts)
-        synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return min(taken), results
+        multiply()
+    synchronize(device)
+    return (time.perf_counter() - began) / REPEATS, results
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

@@ -14,7 +14,7 @@ from ..models.compiled import CompiledBlocks, why_not_compiled
 from ..models.frozen_layers import FrozenLayers
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.products import choose_products
-from ..models.spec import Conditioning, FamilySpec
+from ..models.spec import Conditioning, FamilySpec, on_device, placed, stack_conditioning
 from ..progress import OnWarning
 from .inputs import TrainingInputs
 from .methods import METHODS, attach, trains_text
@@ -64,6 +64,7 @@ class AdaptedModel:
         self, inputs: TrainingInputs, plan: MemoryPlan | None = None, check_cancelled: CheckCancelled | None = None
     ):
         base, config = inputs.base, inputs.config
+        self._inputs = inputs
         self.config: TrainConfig = config
         self.family: FamilySpec = base.family
         self.device: torch.device = inputs.device
@@ -159,7 +160,22 @@ class AdaptedModel:
         wanted = self.config.eight_bit_products
         # A choice by time could differ when the run is resumed.
         wanted = "off" if wanted == "auto" and self.config.deterministic else wanted
-        return choose_products(self.denoiser, wanted, self.device, self.dtype)
+        return choose_products(self.denoiser, wanted, self.device, self.dtype, self._predict_largest)
+
+    def _predict_largest(self) -> None:
+        """Make the frozen model's prediction for a batch of the run's largest picture. Only its shapes matter."""
+        cache, count = self._inputs.cache, self.config.batch_size
+        image = max(cache.images, key=lambda image: image.mean.numel())
+        captions, timesteps = [image.caption] * count, torch.full((count,), 500.0, device=self.device)
+        with torch.no_grad(), self.adapter.disabled():  # Layers of an adapter don't call the frozen ones.
+            if self.encoders:
+                text = self.encode_text(captions, cache.chunks)
+            else:
+                text = placed(
+                    stack_conditioning([cache.text[caption] for caption in captions]), self.device, self.dtype
+                )
+            conditioning = text | on_device(stack_conditioning([image.conditioning] * count), self.device)
+            self.predict(torch.stack([image.mean] * count).to(self.device), timesteps, conditioning)
 
     def _frozen_layers(self) -> FrozenLayers:
         # With offloading, transformed kernels would stay on the device while the weights don't. A selective recomputation must

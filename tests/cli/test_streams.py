@@ -40,6 +40,25 @@ def test_closed_streams_and_messages_that_cannot_be_written_stop_no_training(tmp
     assert (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.parametrize(("driver", "own"), [("/", ""), ("/", "PYTORCH_CUDA_ALLOC_CONF"), ("/none", "")])
+def test_commands_choose_growing_segments_before_torch_is_loaded_unless_the_user_has_chosen(driver, own):
+    """Only with NVIDIA's driver for Linux, and never by an import, as in ComfyUI's process."""
+    program = f"""if True:
+        import os, sys, core, core.cli
+        names = [name for name in os.environ if name.endswith("ALLOC_CONF")]
+        core.cli.NVIDIA = {driver!r}
+        core.cli.main(["--version"])
+        assert "torch" not in sys.modules
+        print(*names, *(f"{{name}}={{os.environ[name]}}" for name in sorted(os.environ) if name.endswith("ALLOC_CONF")))
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    environment = {**clean, **({own: "max_split_size_mb:64"} if own else {})}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
+    chosen = [f"PYTORCH_{name}=expandable_segments:True" for name in ("ALLOC_CONF", "CUDA_ALLOC_CONF")]
+    wanted = [own, f"{own}=max_split_size_mb:64"] if own else chosen if driver == "/" else []
+    assert done.stdout.splitlines()[1:] == [" ".join(wanted)], done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["generate", "--style-pack", "list"], ["completion", "bash"]])
 def test_a_full_output_is_named(arguments):
     done = command(">/dev/full", *arguments)

@@ -3,7 +3,7 @@
 from tests.gpu.fake_cuda import DEVICE, fake_cuda  # isort: skip  # before torch
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -12,6 +12,7 @@ import torch
 
 import core.models.memory_plan as memory_plan
 from core.faces import Face
+from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.models.base import Base
 from core.pictures import DrawingModel, Group, GroupMember, generate_group
@@ -81,6 +82,35 @@ def applied(case: Case, method: str = "lora", brought_in: bool = False, others_f
         )
 
 
+def applied_where_much_is_lacking() -> list[int]:
+    """The bytes of changes in float32 that are copied to a device like Apple's, which has no fp8 and no inverses, for a LoRA in
+    fp8 and for a DoRA, whose change the processor computes.
+    """
+    base, copied = Case("flux1").base(), []
+    plain, dora = (lora_of(Case("flux1"), base, method) for method in ("lora", "dora"))
+    fp8 = replace(plain, tensors={name: tensor.to(torch.float8_e4m3fn) for name, tensor in plain.tensors.items()})
+    lacking = {
+        f"core.{module}.keeps_narrow_weights": lambda _: False
+        for module in ("lora.apply", "models.base", "models.spec")
+    }
+    with ExitStack() as stack:
+        for name, value in (lacking | {"core.lora.apply.HAS_ALL_OPERATIONS": "none"}).items():
+            stack.enter_context(patch(name, value))
+        card = stack.enter_context(fake_cuda())
+        card.refused = frozenset({torch.float8_e4m3fn, torch.float64})
+        denoiser = base.load("denoiser", DEVICE, torch.bfloat16)
+        for lora in (fp8, dora):
+            card.watch()
+            apply(lora, {"family": "flux1", "denoiser": denoiser}, for_good=True)
+            copied.append(sum(copy.size for copy in card.copies if copy.direction == "to device"))
+    shapes = base.module_shapes()
+    sizes = [
+        sum(4 * int(np.prod(shapes[module])) for entry in lora.entries for module in entry.modules)
+        for lora in (fp8, dora)
+    ]
+    return [one - whole for one, whole in zip(copied, sizes, strict=True)]
+
+
 @contextmanager
 def loads() -> Iterator[list[str]]:
     """The parts of a base model that are loaded in this context."""
@@ -119,14 +149,17 @@ def loaded_for_headshots(case: Case) -> tuple[list[str], list[tuple[int, int]]]:
     return found, copied
 
 
-def loaded_for_a_group(case: Case, people: int) -> list[str]:
-    """The parts that are loaded for a picture of some people and two redrawn faces of each."""
+def loaded_for_a_group(case: Case, people: int) -> tuple[list[str], int]:
+    """The parts that are loaded for a picture of some people and two redrawn faces of each. Also the bytes of weights that are
+    copied from the card for the picture.
+    """
     base = case.base()
     names = ["anna", "ben", "carl"][:people]
     group = Group(tuple(GroupMember(n, random_lora(base, seed=at), f"{n} person") for at, n in enumerate(names)))
     job = Job(group.listed, 1, size=(64 * people, 64), steps=1)
-    with fake_cuda(), loads() as found, DrawingModel(base, "bf16", device=DEVICE, goes_on=True) as model:
+    with fake_cuda() as card, loads() as found, DrawingModel(base, "bf16", device=DEVICE, goes_on=True) as model:
         (picture,) = generate_group(base, group, [job], GenerateConfig(precision="bf16"), model=model)
+        back = sum(copy.size for copy in card.copies if copy.direction == "to host" and "lora/" in copy.place)
         face = Face((20, 20, 28, 28), np.zeros((5, 2)), 1.0)
         for person in group.people:
             words = replace(job, prompt=group.words_of(person, job.prompt))
@@ -134,7 +167,7 @@ def loaded_for_a_group(case: Case, people: int) -> list[str]:
                 parts = {0: (words, cut_out(picture.image, face, 0.5, 64, 8))}
                 loras = [(person.lora, person.strength)]
                 list(drawn_again(base, loras, parts, GenerateConfig(precision="bf16"), 0.5, None, model))  # pyright: ignore
-    return found
+    return found, back
 
 
 def left_after_drawing(case: Case, end: str) -> tuple[str, int, int, int]:

@@ -38,6 +38,11 @@ def test_a_lora_beside_quantised_weights_takes_no_product_and_no_weight_to_apply
     assert (found.to_device, found.to_host, found.products) == (0, 0, 0)  # its matrices follow with the first picture
 
 
+def test_a_device_without_fp8_and_without_all_operations_applies_what_it_can(on_card):
+    plain, dora = on_card(loras.applied_where_much_is_lacking)
+    assert plain < 0 == dora
+
+
 def test_headshots_of_all_strengths_and_their_faces_share_one_model(on_card):
     loaded, copied = on_card(loras.loaded_for_headshots, Case("zimage"))
     assert loaded == ["denoiser", "vae"]
@@ -48,8 +53,8 @@ def test_headshots_of_all_strengths_and_their_faces_share_one_model(on_card):
 
 
 def test_a_group_and_its_faces_share_one_model(on_card):
-    loaded = on_card(loras.loaded_for_a_group, Case("zimage"), 3)
-    assert loaded == ["denoiser", "vae"]
+    loaded, back = on_card(loras.loaded_for_a_group, Case("zimage"), 3)
+    assert loaded == ["denoiser", "vae"] and back == 0
 
 
 @pytest.mark.parametrize("end", ["done", "cancelled", "failed"])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import core.training.adapted_model as adapted_model
+import core.training.methods.lora_layer as lora_layer
 from core.config import TrainConfig
 from core.models import narrow_layers, products
 from core.models.memory_plan import MemoryPlan
@@ -198,8 +199,8 @@ def marked(network: nn.Sequential) -> list[bool]:
 def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(share, chosen, monkeypatch):
     timed = []
 
-    def timed_products(weight, widen, device, dtype):
-        timed.append(weight)
+    def timed_products(weight, widen, rows, device, dtype):
+        timed.append((*weight.shape, rows))
         if share is None and isinstance(widen, InEightBits):
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
         return share if isinstance(widen, InEightBits) else 1.0, (torch.ones(3),)
@@ -207,20 +208,50 @@ def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(
     monkeypatch.setattr(products, "_timed", timed_products)
     monkeypatch.setattr(NarrowTensor, "map", lambda weight, function: weight)
     network = layers_with(narrowed(torch.randn(96, 64)))
-    assert choose_products(network, "auto", torch.device("cuda"), BF16) == chosen
-    assert len(timed) == (1 if share is None else 2)  # one of two alike weights
+
+    def predict() -> None:
+        for layer, rows in ((0, 30), (1, 30), (1, 18)):
+            network[layer](torch.ones(2, rows // 2, 64))
+
+    def choose(wanted, device, dtype) -> bool:
+        return choose_products(network, wanted, torch.device(device), dtype, predict)
+
+    assert choose("auto", "cuda", BF16) == chosen
+    # Each shape that the network multiplies, both ways: of two alike products one.
+    assert timed == [(96, 64, 30)] if share is None else [(96, 64, rows) for rows in (30, 30, 18, 18)]
     assert marked(network) == [chosen] * 2
     timed.clear()
-    assert not choose_products(network, "auto", CPU, BF16) and not timed
-    assert not choose_products(network, "auto", torch.device("cuda"), torch.float16) and not timed
-    assert not choose_products(network, "off", torch.device("cuda"), BF16) and not timed
-    assert choose_products(network, "on", CPU, torch.float32) == (share is not None)
-    assert not choose_products(network, "auto", CPU, BF16)
+    assert not choose("auto", "cpu", BF16) and not choose("auto", "cuda", torch.float16)
+    assert not choose("off", "cuda", BF16) and not timed
+    assert choose("on", "cpu", torch.float32) == (share is not None)
+    assert not choose("auto", "cpu", BF16)
     assert not any(marked(network))
 
 
-def test_products_are_timed_both_ways():
-    assert 0 < time_in_eight_bits([narrowed(torch.randn(96, 64))], CPU, BF16) < 1000
+def test_products_are_timed_both_ways_and_many_are_waited_for_together(monkeypatch):
+    waits, calls = [], []
+    multiply = products.linear
+    monkeypatch.setattr(products, "synchronize", lambda device: waits.append(len(calls)))
+    monkeypatch.setattr(products, "linear", lambda x, *given: calls.append(len(x)) or multiply(x, *given))
+    assert 0 < time_in_eight_bits([(narrowed(torch.randn(96, 64)), 36)], CPU, BF16) < 1000
+    each = products.REPEATS + 1
+    assert waits == [1, each, each + 1, 2 * each] and set(calls) == {36}
+
+
+def test_products_of_a_training_are_timed_with_its_own_rows(monkeypatch):
+    timed, rows, multiply = [], [], lora_layer.linear
+
+    def noted(x, *weight):
+        rows.append(x.numel() // x.shape[-1])
+        return multiply(x, *weight)
+
+    monkeypatch.setattr(products, "time_in_eight_bits", lambda found, *_: timed.extend(found) or 2.0)
+    monkeypatch.setattr(lora_layer, "linear", noted)
+    base, _ = narrow_and_wide_base("fp8")
+    run = Run(TrainingInputs.on(CPU, cache_of(base), base, replace(CONFIG, batch_size=3, prior_prediction=0)))
+    assert timed and not rows
+    run.accumulate()
+    assert rows and {*rows} <= {count for _, count in timed} and max(rows) > 3 * 16
 
 
 def test_products_with_wrong_results_are_not_used_however_fast_they_are(monkeypatch):
