@@ -170,6 +170,20 @@ def loaded_for_a_group(case: Case, people: int) -> tuple[list[str], int]:
     return found, back
 
 
+def brought_in_for_a_group() -> tuple[float, float, int, int]:
+    """The share of blocks that is brought in for a picture of two people and then for a face, on a card that holds twice the
+    denoiser. Also the bytes of the denoiser, and those on the card in the end.
+    """
+    base = Case("flux1").base()
+    size = base.weight_bytes("denoiser", torch.bfloat16)
+    anna, ben = ((random_lora(base, seed=seed), 1.0) for seed in (1, 2))
+    with fake_cuda(2 * size / memory_plan.WEIGHTS_IN_DRAWING / 2**30) as card, DrawingModel(base, "bf16") as model:
+        model.wear((), beside=(anna, ben))
+        for_all = model._memory.plan.offload
+        model.wear((anna,))
+        return for_all, model._memory.plan.offload, size, card.live
+
+
 def left_after_drawing(case: Case, end: str) -> tuple[str, int, int, int]:
     """The error of drawing with blocks brought in that is "done", "cancelled" or "failed", and what it leaves while the error
     is kept: bytes of the card, of page-locked memory in use, and of page-locked memory that torch keeps.

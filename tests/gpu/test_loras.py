@@ -57,6 +57,11 @@ def test_a_group_and_its_faces_share_one_model(on_card):
     assert loaded == ["denoiser", "vae"] and back == 0
 
 
+def test_blocks_that_were_brought_in_for_a_group_stay_on_the_gpu_for_its_faces(on_card):
+    for_all, for_a_face, size, live = on_card(loras.brought_in_for_a_group)
+    assert for_all == pytest.approx(1 / 3) and for_a_face == 0 and size <= live < 1.1 * size
+
+
 @pytest.mark.parametrize("end", ["done", "cancelled", "failed"])
 def test_nothing_is_left_of_drawing_with_blocks_brought_in(end, on_card):
     error, *left = on_card(loras.left_after_drawing, Case("flux1"), end)
