@@ -314,7 +314,7 @@ def test_core_imports_diffusers_through_one_function():
 
 
 def test_the_demos_base_is_there_for_scripts():
-    assert "demo" in vars(core)["__all__"] and core.load_base(core.demo.embedded_base()).family.name == "sd15"
+    assert "demo" in vars(core)["__all__"] and core.load_base("demo").name == core.demo.BASE_FILE.name
 
 
 TRAINS = """
