@@ -25,7 +25,7 @@ from core.training.step import Run
 from tools.gpu.session import CPU, Measurements, Send, Session, elsewhere, profiled
 from tools.random_models import SHAPES, random_base, random_cache
 from tools.small_flows import FLOW, SMALL_FLOWS, random_flow
-from tools.trials import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, eight_bit_weights
+from tools.trials import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, eight_bit_weight
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`; torch reads it at the first product
 
@@ -138,9 +138,9 @@ def _products_apart(kind: str, device: torch.device, dtype: torch.dtype) -> dict
     found: list[list[Tensor]] = []
     for place in (CPU, device):
         found.append([])
-        for weight in eight_bit_weights(SMALL_CHANNELS)[kind]:
-            weight = weight.map(lambda part, place=place: part.to(place))
-            outputs, inputs = weight.shape
+        for outputs, inputs in ((1, 1), (4, 1), (1, 4)):  # those of a block of a transformer
+            shape = outputs, inputs = outputs * SMALL_CHANNELS, inputs * SMALL_CHANNELS
+            weight = eight_bit_weight(kind, shape).map(lambda part, place=place: part.to(place))
             generator = torch.Generator().manual_seed(1)
             x, gradient = (torch.randn(64, side, generator=generator).to(place, dtype) for side in (inputs, outputs))
             widen = InEightBits(weight.widen)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -117,17 +118,15 @@ def _cancelled(session: Session) -> dict[str, Any]:
 
     # No plan fits, so the last one is chosen.
     config = session.config(memory_limit=0.001, check_photos=False, steps=3, sample_every=0)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["FACELORA_CACHE"] = f"{folder}/cache"
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, FACELORA_CACHE=f"{folder}/cache"):
         photos = _write_photos(Path(folder) / "photos", session.photo_sizes(base))
         try:
             train(
                 photos, base, config, output=Path(folder) / "me.safetensors", device=session.device,
                 callbacks=Callbacks(on_step=cancel),
             )  # fmt: skip
-        except _Cancelled as error:  # Its traceback keeps the run, as it does in a program that shows it.
+        except _Cancelled:  # Its traceback keeps the run alive here, as in a program that shows it.
             found["locked after the cancel"] = _locked()
-            del error
     release_memory()
     return {**found, "locked after releasing": _locked(), "steps": len(steps)}
 
@@ -142,7 +141,7 @@ def _write_photos(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
 
 
 def _locked() -> int | None:
-    """Return the bytes of page-locked memory that torch holds; None on a CPU, and before torch 2.8."""
+    """Return the bytes of page-locked memory that torch holds; None on a CPU, and if torch doesn't report it."""
     if not (torch.cuda.is_available() and hasattr(torch.cuda, "host_memory_stats")):
         return None
     return torch.cuda.host_memory_stats().get("allocated_bytes.current")

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from core.config import TrainConfig
+from core.device import precision_name
 from core.models.base import Base, CaptionEncoder
 from core.photos import bucket_sizes
-from core.training.encode import LatentCache
 from core.training.inputs import TrainingInputs
-from tools.random_models import REAL_CHANNELS, random_base, random_cache, random_component
+from tools.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache, random_component
 from tools.small_flows import FLOW, SMALL_FLOWS, WIDE_FLOW, random_flow
 from tools.timing import synchronize
 from tools.trials import SMALL_CHANNELS
@@ -26,7 +26,7 @@ Measurements = Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]
 """Names of measurements, each with the function that makes it."""
 Send = Callable[[Mapping[str, Any]], None]
 CPU = torch.device("cpu")
-SDXL = "sdxl"
+SMALL_UNET, SDXL = SHAPES
 PIXELS, RANK = 768, 32
 """The unit of a job: what the recipe `balanced` trains SDXL with."""
 VAE = {
@@ -34,8 +34,8 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4, "scaling_factor": 0.13025,
 }  # fmt: skip
 """SDXL's VAE in its published size."""
-SHAPES = 11
-"""The shapes of fifteen photos."""
+MOST_SIZES = 11
+"""The number of sizes that fifteen photos are trained at."""
 
 
 @dataclass
@@ -48,14 +48,19 @@ class Session:
     small: bool = False
     """Whether models are small and cases few, for tests."""
 
+    @property
+    def times(self) -> int:
+        """How often short work is timed."""
+        return 1 if self.small else 8
+
     def some(self, cases: Sequence[T]) -> Sequence[T]:
         """Return all cases, or only the first if `small`."""
         return cases[:1] if self.small else cases
 
     def config(self, **changes: Any) -> TrainConfig:
         """Return the settings of SDXL's recipe, with a pass of prior prediction in each step, and these `changes`."""
-        unit = {"resolution": 128 if self.small else PIXELS, "rank": RANK, "prior_prediction": 1.0}
-        return TrainConfig(**(unit | changes))
+        unit = {"resolution": 64 if self.small else PIXELS, "rank": RANK, "prior_prediction": 1.0}
+        return TrainConfig(**({**unit, "precision": precision_name(self.dtype)} | changes))
 
     def inputs(self, base: Base, config: TrainConfig, sizes: Sequence[tuple[int, int]] = ()) -> TrainingInputs:
         """Return random inputs of a training run on the GPU, with a picture of each size, by default the square."""
@@ -64,7 +69,8 @@ class Session:
     @functools.cached_property
     def sdxl(self) -> Base:
         """SDXL in its published size with random weights on the CPU: the denoiser and the VAE."""
-        base = random_base(SDXL, SMALL_CHANNELS if self.small else REAL_CHANNELS, self.device, self.dtype)
+        family, channels = (SMALL_UNET, SMALL_CHANNELS) if self.small else (SDXL, REAL_CHANNELS)
+        base = random_base(family, channels, self.device, self.dtype)
         vae = {**VAE, "block_out_channels": (32,) * 4} if self.small else VAE
         components = {**base.components, "vae": random_component(base.family, "vae", vae, self.device, self.dtype)}
         text = next(iter(random_cache(base, TrainConfig(resolution=64)).text.values()))
@@ -80,7 +86,7 @@ class Session:
         """Return the sizes that fifteen photos are trained at: some photos are smaller than the resolution."""
         side, step = self.config().resolution or base.resolution, base.size_multiple
         sizes = [size for smaller in range(4) for size in bucket_sizes(side - smaller * step, step)]
-        return list(dict.fromkeys(sizes))[: 3 if self.small else SHAPES]
+        return list(dict.fromkeys(sizes))[: 3 if self.small else MOST_SIZES]
 
 
 def _at_home(base: Base) -> Base:
