@@ -152,8 +152,9 @@ def _products_apart(kind: str, device: torch.device, dtype: torch.dtype) -> dict
 def resuming(session: Session) -> Measurements:
     """Compare a training run with an equal one and with a resumed one, with and without `deterministic`."""
     for name in session.some(COMPARED):
-        yield f"{name}, deterministic", partial(_resumed, name, session.device, True)
-        yield f"{name}, as it is", partial(_resumed, name, session.device, False)
+        for deterministic in session.some((True, False)):
+            way = "deterministic" if deterministic else "as it is"
+            yield f"{name}, {way}", partial(_resumed, name, session.device, deterministic)
 
 
 def _resumed(name: str, device: torch.device, deterministic: bool) -> dict[str, Any]:

@@ -27,8 +27,6 @@ FIRST_PLANS = (PLANS[0], PLANS[1], PLANS[3])
 """The plans that keep the weights in full: nothing, the cheap operations, and everything recomputed."""
 CARDS = (12, 8, 24)
 """The memory, in GiB, that the GPU is limited to."""
-ROUNDS = 2
-"""How often a run sees each shape."""
 
 
 class _Cancelled(Exception):
@@ -43,8 +41,7 @@ def plans(session: Session) -> Measurements:
 
 def _under(session: Session, plan: MemoryPlan) -> dict[str, Any]:
     inputs = _photos(session)
-    predicted, before = predicted_memory(inputs, plan), _allocator(session.device)
-    return {"predicted": predicted, **_trained(Run(inputs, plan), before, [])}
+    return {"predicted": predicted_memory(inputs, plan), **_trained(inputs, plan, [])}
 
 
 def cards(session: Session) -> Measurements:
@@ -57,9 +54,9 @@ def _bounded(session: Session, size: int) -> dict[str, Any]:
     warnings: list[str] = []
     _bound(session.device, size)
     try:
-        inputs, before = _photos(session, memory_limit=0.9 * size), _allocator(session.device)
+        inputs = _photos(session, memory_limit=0.9 * size)
         plan = choose_plan(inputs, warnings.append)
-        return {"chosen": str(plan), **_trained(Run(inputs, plan), before, warnings)}
+        return {"chosen": str(plan), **_trained(inputs, plan, warnings)}
     finally:
         _bound(session.device, None)
 
@@ -69,22 +66,25 @@ def _photos(session: Session, **settings: Any) -> TrainingInputs:
     return session.inputs(session.sdxl, session.config(**settings), session.photo_sizes(session.sdxl))
 
 
-def _trained(run: Run, before: dict[str, int], warnings: list[str]) -> dict[str, Any]:
+def _trained(inputs: TrainingInputs, plan: MemoryPlan, warnings: list[str]) -> dict[str, Any]:
     """Train a few rounds on each shape, with smaller plans if memory runs out, and return the time and the memory."""
-    device, shapes = run.model.device, len(run.examples.images)
+    device = inputs.device
+    release_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before, run = _allocator(device), Run(inputs, plan)
 
     def step() -> None:
         run.update(accumulate_within_memory(run, warnings.append))
 
-    first, *others = (seconds(step, device, shapes)[0] for _ in range(ROUNDS))
-    after = _allocator(device)
+    first, later = (seconds(step, device, len(run.examples.images))[0] for _ in range(2))
+    after, last = _allocator(device), str(run.model.memory.plan)
     found: dict[str, Any] = {name: after[name] - before[name] for name in after}
-    plan = str(run.model.memory.plan)
-    return {**found, "first seconds": first, "seconds": min(others), "trained with": plan, "warnings": warnings}
+    return {**found, "first seconds": first, "seconds": later, "trained with": last, "warnings": warnings}
 
 
 def _allocator(device: torch.device) -> dict[str, int]:
-    """Return the most bytes in use and reserved since the last measurement, and how often torch gave up its cached blocks."""
+    """Return the most bytes in use and reserved, and how often torch has given back its cached blocks to get memory."""
     if device.type != "cuda":
         return {}
     return {

@@ -59,7 +59,7 @@ class Session:
 
     def config(self, **changes: Any) -> TrainConfig:
         """Return the settings of SDXL's recipe, with a pass of prior prediction in each step, and these `changes`."""
-        unit = {"resolution": 64 if self.small else PIXELS, "rank": RANK, "prior_prediction": 1.0}
+        unit = {"resolution": 128 if self.small else PIXELS, "rank": RANK, "prior_prediction": 1.0}
         return TrainConfig(**({**unit, "precision": precision_name(self.dtype)} | changes))
 
     def inputs(self, base: Base, config: TrainConfig, sizes: Sequence[tuple[int, int]] = ()) -> TrainingInputs:
