@@ -4,7 +4,7 @@ from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -400,6 +400,9 @@ def resumed(photos: Path, folder: Path) -> tuple[int, list[int]]:
 def measured_on_a_gpu(command: str, folder: Path) -> dict[str, Any]:
     """The tables of a rehearsal of a command of tools/gpu/."""
     stages = import_module(f"tools.gpu.{command}").STAGES
-    # Another process has no fake card.
-    with fake_cuda(), patch("tools.gpu.correctness.elsewhere", lambda *_: iter([{}])):
+
+    def elsewhere(*_: object) -> Iterator[dict[str, Any]]:
+        yield {}  # another process has no fake card
+
+    with fake_cuda(), patch(f"tools.gpu.{command}.elsewhere", elsewhere, create=True):
         return measure(Session(DEVICE, torch.bfloat16, folder, small=True), command, stages)["stages"]

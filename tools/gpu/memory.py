@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from core.training.loop import accumulate_within_memory
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
 from core.training.store import train
-from tools.gpu.session import Measurements, Session
+from tools.gpu.session import Measurements, Send, Session, elsewhere
 from tools.timing import seconds
 
 FIRST_PLANS = (PLANS[0], PLANS[1], PLANS[3])
@@ -34,9 +35,20 @@ class _Cancelled(Exception):
 
 
 def plans(session: Session) -> Measurements:
-    """Train on all shapes in turn under memory plans."""
+    """Train on all shapes in turn under memory plans, and once in a process whose torch extends its blocks of memory."""
     for plan in session.some(FIRST_PLANS):
         yield str(plan), partial(_under, session, plan)
+    yield f"{PLANS[0]}, expandable segments", partial(_in_segments, replace(session))
+
+
+def _in_segments(session: Session) -> Mapping[str, Any]:
+    setting = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+    with patch.dict(os.environ, setting):
+        return next(elsewhere(_send_under, session, PLANS[0]))
+
+
+def _send_under(send: Send, session: Session, plan: MemoryPlan) -> None:
+    send(_under(session, plan))
 
 
 def _under(session: Session, plan: MemoryPlan) -> dict[str, Any]:
