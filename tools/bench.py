@@ -6,7 +6,6 @@ compared.
 
 import argparse
 import json
-import math
 import os
 import platform
 import shlex
@@ -99,15 +98,13 @@ def bench(
     device: torch.device | None = None,
     comfyui: Path | None = None,
     comfyui_python: Path = Path(sys.executable),
-    until: float = math.inf,
 ) -> dict[str, Any]:
     """Run a benchmark, and return a description of what was timed, and figures of the loops under `ours` and `peer`.
 
     Figures are medians over `steps`, in seconds and bytes. `step_over_peer` is the median of the ratios of neighbouring steps,
-    with its quartiles, which are None below LEAST_ROUNDS. No further round starts after `until`, a monotonic time. `comfyui` is
-    the folder of a ComfyUI, and `comfyui_python` the Python that runs it. Its trainer then takes turns too, for `comfyui` and
-    `step_over_comfyui`. Raises BadFile if that ComfyUI is missing, and BadConfig for settings that the random model doesn't
-    support.
+    with its quartiles, which are None below LEAST_ROUNDS. `comfyui` is the folder of a ComfyUI, and `comfyui_python` the Python
+    that runs it. Its trainer then takes turns too, for `comfyui` and `step_over_comfyui`. Raises BadFile if that ComfyUI is
+    missing, and BadConfig for settings that the random model doesn't support.
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: this folder has no ComfyUI that can train")
@@ -122,7 +119,7 @@ def bench(
     load = _load()
     # On a GPU the host runs ahead of the device by several steps, as in training.
     block = 1 if device.type == "cpu" else min(5, max(1, steps // LEAST_ROUNDS))
-    taken = take_turns(loops, product, device, max(1, steps // block), block, comfy, until)
+    taken = take_turns(loops, product, device, max(1, steps // block), block, comfy)
     if comfy:
         comfy.close()
     rate = product_flops / median(taken["matmul"])
@@ -218,19 +215,14 @@ def take_turns(
     rounds: int,
     block: int,
     comfy: ComfyLoop | None = None,
-    until: float = math.inf,
 ) -> dict[str, list[float]]:
     """Return the seconds of everything that was timed, one number for each round of `block` runs in a row.
-
-    No further round starts after `until`, a monotonic time.
 
     The keys are "step" and "forward" of each loop, alone and with "host" and "processor". For ComfyUI's trainer they are "step"
     alone and with "processor" and "peak", which is in bytes.
     """
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
-        if number and time.monotonic() > until:
-            break
         for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
             for what in ("step", "forward"):
                 measured = seconds(getattr(loops[name], what), device, block)

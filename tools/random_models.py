@@ -1,6 +1,6 @@
 """Base models of published or smaller size with random weights, and random inputs for them, for measurements."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from core.errors import BadConfig
 from core.models.base import Base
 from core.models.families import FAMILIES
 from core.models.spec import Component, FamilySpec
+from core.photos.dataset import Size
 from core.training.encode import EncodedImage, LatentCache
 
-CAPTION = "a photo of sks person"
+CAPTION, CLASS_CAPTION = "a photo of sks person", "a photo of person"
 TOKENS = 77
 
 
@@ -108,22 +109,14 @@ def random_component(
     return Component(config, tensors)
 
 
-def random_cache(base: Base, config: TrainConfig) -> LatentCache:
-    """Return a batch of random latents and a random conditioning of one caption, in the shapes of the family's encoders."""
-    side, shape = config.resolution or base.resolution, base.latent_shape
-    latent = (shape.channels, side // shape.pixels, side // shape.pixels)
+def random_cache(base: Base, config: TrainConfig, sizes: Sequence[Size] = ()) -> LatentCache:
+    """Return random latents and a random conditioning of the captions, in the shapes of the family's encoders.
+
+    There is a batch of pictures of each size (width, height) in pixels, by default of the square.
+    """
+    side = config.resolution or base.resolution
     generator = torch.Generator().manual_seed(0)
-    image = EncodedImage(
-        name="random",
-        mean=torch.randn(latent, generator=generator),
-        deviation=torch.full(latent, 0.1),
-        mask=None,
-        conditioning=base.family.image_conditioning((side, side), (0, 0), (side, side)),
-        caption=CAPTION,
-        class_caption="a photo of person",
-        repeats=1,
-        is_class=False,
-    )
+    images = [_random_image(base, size, generator) for size in sizes or [(side, side)]]
     if base.caption_encoder:
         text = base.caption_encoder.encode(CAPTION)
     else:
@@ -131,4 +124,21 @@ def random_cache(base: Base, config: TrainConfig) -> LatentCache:
         text = {"context": torch.randn(1, TOKENS, width, generator=generator)}
         if pooled := SHAPES[base.family.name].pooled:
             text["pooled"] = torch.randn(1, pooled, generator=generator)
-    return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
+    every = tuple(image for image in images for _ in range(config.batch_size))
+    return LatentCache(every, dict.fromkeys((CAPTION, CLASS_CAPTION), text), chunks=1, digest="random")
+
+
+def _random_image(base: Base, size: Size, generator: torch.Generator) -> EncodedImage:
+    shape = base.latent_shape
+    latent = (shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
+    return EncodedImage(
+        name="random",
+        mean=torch.randn(latent, generator=generator),
+        deviation=torch.full(latent, 0.1),
+        mask=None,
+        conditioning=base.family.image_conditioning(size, (0, 0), size),
+        caption=CAPTION,
+        class_caption=CLASS_CAPTION,
+        repeats=1,
+        is_class=False,
+    )

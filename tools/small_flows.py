@@ -1,6 +1,6 @@
 """Small rectified flows with random weights: the sizes of their denoisers, VAEs and texts.
 
-Tests train them, and `tools/gpu.py` compares a GPU with the CPU on them.
+Tests train them, and `python -m tools.gpu correctness` compares a GPU with the CPU on them.
 """
 
 import hashlib

@@ -1,26 +1,26 @@
-"""tools/gpu.py without a GPU: failures are recorded, wrong numbers are seen, and the time is kept.
+"""tools/gpu/ without a GPU: failures are recorded, rows are written at once, wrong numbers are seen, and the time is kept.
 
-tests/gpu/ runs the measurements.
+tests/gpu/ runs the measurements on a simulated GPU.
 """
 
 import json
-import time
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from core.config import TrainConfig
-from core.models.memory_plan import PLANS
-from tools import bench, gpu, trials
-from tools.gpu import Session
+from tools import trials
+from tools.gpu import __main__ as gpu
+from tools.gpu.running import as_markdown, measure
+from tools.gpu.session import Session, elsewhere
 from tools.random_models import random_base, random_cache
 
 CPU = torch.device("cpu")
-
-
-def works(session: Session):
-    yield "fails", lambda: {"seconds": 1 / 0}
-    yield "works", lambda: {"seconds": 1.5, "predicted": 3 * 2**30, "is_good": True}
+ROOT = Path(__file__).parents[2]
 
 
 def breaks(session: Session):
@@ -28,36 +28,65 @@ def breaks(session: Session):
     yield
 
 
-def is_late(session: Session):
-    session.until = time.monotonic() + gpu.LONGEST - 1
-    yield "late", lambda: pytest.fail("begun")
+def test_each_row_is_written_before_the_next_one_is_measured_and_failures_are_recorded(tmp_path):
+    good, killed = {"seconds": 1.5, "predicted": 3 * 2**30, "is_good": True}, []
 
+    def works(session: Session):
+        yield "fails", lambda: {"seconds": 1 / 0}
+        yield "works", lambda: good
+        yield "last", lambda: killed.append((tmp_path / "some.json").read_text()) or {}
 
-def test_failures_are_recorded_and_nothing_begins_when_the_time_is_nearly_over(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "COMMANDS", {"some": {"first": works, "second": breaks, "third": is_late}})
-    monkeypatch.setattr(gpu, "_forget", lambda device: None)
-    session = Session(CPU, torch.float32, time.monotonic() + 1000)
-    found = gpu.measure(session, "some", tmp_path / "found.json")
-    assert json.loads((tmp_path / "found.json").read_text())["stages"] == found["stages"]
+    found = measure(Session(CPU, torch.float32, tmp_path), "some", {"first": works, "second": breaks})
+    failed = {"error": "ZeroDivisionError: division by zero"}
+    # What is left if the process is killed during the last row.
+    assert json.loads(killed[0])["stages"]["first"] == {
+        "fails": failed, "works": good, "last": {"error": "not finished"},
+    }  # fmt: skip
     assert found["stages"] == {
-        "first": {
-            "fails": {"error": "ZeroDivisionError: division by zero"},
-            "works": {"seconds": 1.5, "predicted": 3 * 2**30, "is_good": True},
-        },
+        "first": {"fails": failed, "works": good, "last": {}},
         "second": {"all": {"error": "ValueError: no base"}},
-        "third": {"late": {"skipped": "no time left for this and the rest"}},
     }
-    text = gpu.as_markdown(found, "make gpu")
-    assert "| works |  | 1.5 | 3.00 GiB | yes |" in text and "`make gpu`" in text
+    assert json.loads((tmp_path / "some.json").read_text())["stages"] == found["stages"]
+    assert "| works |  | 1.5 | 3.00 GiB | yes |" in as_markdown(found) == (tmp_path / "some.md").read_text()
 
 
-def test_no_round_begins_after_the_time_but_the_first():
-    taken = bench.take_turns({}, lambda: None, CPU, rounds=9, block=1, until=time.monotonic() - 1)
-    assert len(taken["matmul"]) == 1
+def sends_and_dies(send):
+    send({"seconds": 1})
+    os._exit(3)
 
 
-def test_what_runs_in_another_process_comes_back():
-    assert gpu.apart(sorted, [2, 1]) == [1, 2]
+def test_what_another_process_sent_before_it_died_is_kept():
+    results = elsewhere(sends_and_dies)
+    assert next(results) == {"seconds": 1}
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        next(results)
+
+
+def test_missing_packages_are_named_first_with_the_command_that_installs_them(monkeypatch, tmp_path):
+    bare = [sys.executable, "-S", "-m", "tools.gpu", "speed", "--output", tmp_path]  # without installed packages
+    ended = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout.startswith("gpu: Python ") and "no torch, " in ended.stdout
+    assert ended.stderr.startswith("gpu: torch is missing. ") and ended.stderr.count("\n") == 1
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "diffusers" else name)
+    reason = gpu.why_not_ready()
+    assert reason.startswith("missing: diffusers. ") and "--no-index --find-links gpu-wheels diffusers" in reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", gpu.COMMANDS)
+def test_a_rehearsal_on_the_cpu_measures_everything(command, tmp_path):
+    run = [sys.executable, "-m", "tools.gpu", command, "--output", tmp_path, "--rehearse", "--minutes", "15"]
+    assert subprocess.run(run, cwd=ROOT).returncode == 0
+    rows = [row for rows in json.loads((tmp_path / f"{command}.json").read_text())["stages"].values() for row in rows]
+    assert rows
+
+
+@pytest.mark.slow
+def test_a_measurement_ends_when_the_time_is_over(tmp_path):
+    run = [sys.executable, "-m", "tools.gpu", "compiled", "--output", tmp_path, "--rehearse", "--minutes", "0.75"]
+    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "the time is over" in ended.stderr
+    assert '"not finished"' in (tmp_path / "compiled.json").read_text()
 
 
 def test_a_device_that_computes_something_else_is_seen(monkeypatch):
@@ -69,15 +98,3 @@ def test_a_device_that_computes_something_else_is_seen(monkeypatch):
     wrong = iter([right, (right[0], right[1] * torch.linspace(0.9, 1.1, len(right[1])))])
     monkeypatch.setattr(trials, "loss_and_gradient", lambda *_: next(wrong))
     assert not trials.agreement(base, cache, CPU, torch.float32).is_good
-
-
-def test_a_plan_that_fails_is_named_by_the_kind_of_its_error(monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("CUDA error: out of memory in /home/me")
-
-    monkeypatch.setattr(trials, "predicted_memory", fails)
-    base = random_base("sd15", 64, CPU, torch.float32)
-    tried = trials.trial(
-        random_cache(base, TrainConfig(resolution=64)), base, TrainConfig(), CPU, torch.float32, PLANS[0]
-    )
-    assert tried.error == "out of memory" and tried.seconds is None

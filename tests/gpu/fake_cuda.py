@@ -533,6 +533,8 @@ def fake_cuda(
         "max_memory_allocated": lambda *_: card.peak,
         "max_memory_reserved": lambda *_: card.peak,
         "reset_peak_memory_stats": lambda *_: setattr(card, "peak", card.live),
+        "memory_stats": lambda *_: {},
+        "host_memory_stats": lambda: {"allocated_bytes.current": card.pinned + card.unpinned},
         "get_arch_list": lambda: list(built_for),
         "empty_cache": lambda: None,
         "set_per_process_memory_fraction": lambda share, _: setattr(card, "share", share),

@@ -9,7 +9,6 @@ from core.models.memory_plan import PLANS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
 from tests.tooling import SMALL_FLOWS, UNETS, mostly_slow
-from tools.gpu import COMMANDS
 
 MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "sample_every": 2, "sample_steps": 1, "resolution": 64}
@@ -163,8 +162,11 @@ def test_a_card_that_is_too_small_for_the_fastest_plan_trains_by_another(fake_pr
     assert "a step would take" in whole.warnings[0] and any(str(plan) in whole.warnings[0] for plan in PLANS[1:])
 
 
-@pytest.mark.parametrize("command", mostly_slow(COMMANDS, "correctness"))
+@pytest.mark.parametrize("command", mostly_slow(["correctness", "memory", "speed"], "correctness"))
 def test_what_is_measured_on_a_gpu_is_measured_to_its_end(command, fake_process, tmp_path):
-    output = tmp_path / "found.json"
-    assert fake_process.submit(trials.measured_on_a_gpu, command, output).result() == []
-    assert json.loads(output.read_text())["stages"].keys() == COMMANDS[command].keys()
+    tables = fake_process.submit(trials.measured_on_a_gpu, command, tmp_path).result()
+    assert {name: row for rows in tables.values() for name, row in rows.items() if "error" in row} == {}
+    assert json.loads((tmp_path / f"{command}.json").read_text())["stages"] == tables
+    if command == "memory":
+        locked = tables["cancelling"]["after two steps"]
+        assert locked["locked while training"] > 0 == locked["locked after releasing"]

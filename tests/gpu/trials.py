@@ -3,11 +3,11 @@
 from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 import core.models.memory_plan as memory_plan
 import core.models.narrow_layers as narrow_layers
-import tools.gpu as gpu
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
@@ -40,6 +39,8 @@ from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
 from tools.bench import count_operations
+from tools.gpu.running import measure
+from tools.gpu.session import Session
 
 PLAIN = MemoryPlan()
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "resolution": 64}
@@ -407,12 +408,12 @@ def resumed(photos: Path, folder: Path) -> tuple[int, list[int]]:
     return 2, steps
 
 
-def measured_on_a_gpu(command: str, output: Path) -> list[tuple[str, str]]:
-    """The errors in a rehearsal of a command of tools/gpu.py, each with its stage."""
-    # There is no profiler that could count the fake card's kernels, and another process has no fake card.
-    own = patch.multiple(gpu, apart=lambda work, *args: work(*args))
-    with fake_cuda(), own, patch("tools.bench.count_kernels", return_value=0):
-        session = gpu.Session(DEVICE, torch.bfloat16, time.monotonic() + 600, small=True)
-        found = gpu.measure(session, command, output)
-    assert gpu.as_markdown(found, "make gpu")
-    return [(stage, row["error"]) for stage, rows in found["stages"].items() for row in rows.values() if "error" in row]
+def measured_on_a_gpu(command: str, folder: Path) -> dict[str, Any]:
+    """The tables of a rehearsal of a command of tools/gpu/."""
+    stages = import_module(f"tools.gpu.{command}").STAGES
+
+    def elsewhere(*_: object) -> Iterator[dict[str, Any]]:
+        yield {}  # another process has no fake card
+
+    with fake_cuda(), patch(f"tools.gpu.{command}.elsewhere", elsewhere, create=True):
+        return measure(Session(DEVICE, torch.bfloat16, folder, small=True), command, stages)["stages"]
