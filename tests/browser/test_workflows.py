@@ -52,6 +52,8 @@ FILLED = """(names) => {
         const photos = names.map((name) => ({ name, verdict: "good" }))
         node.onExecuted({ facelora_photos: [{ photos, headline: "20 usable", verdict: "good" }] })
     }
+    for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRAInspect"))
+        node.onExecuted({ text: Array(60).fill("a line of its report") })
 }"""
 OVERLAPS = """() => {
     const boxes = app.graph.nodes.map(({ title, pos: [x, y], size: [width, height] }) =>
@@ -63,7 +65,7 @@ OVERLAPS = """() => {
 
 
 def check_all(page: ComfyPage) -> None:
-    """Opens every workflow, and puts 20 photos and what a run says of them into it."""
+    """Opens every workflow, and puts 20 photos and what a run says of them and of a LoRA into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
@@ -203,8 +205,9 @@ class Hands:
         prompt = queued.value.json()["prompt_id"]
         result = server.wait(prompt)
         assert result.status == "success", result.error
+        lora = next(output["lora_name"][0] for output in result.outputs.values() if "lora_name" in output)
         saved = [image["filename"] for output in result.outputs.values() for image in output.get("images", ())
-                 if image["filename"].startswith("my-face_0000")]  # fmt: skip
+                 if image["filename"].startswith(f"{Path(lora).stem}_0000")]  # fmt: skip
         assert len(saved) >= 2
         assert {read_mark(server.folder / "output" / "headshots" / name) for name in saved} == {DRAWN}
         shown = """(names) => {
