@@ -191,8 +191,9 @@ class Panel {
     const [steps, rank, learning_rate, resolution] = own, { batch_size } = recipes
     const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size ?? 1, rank, short(learning_rate),
       resolution)
-    // Lines break between numbers, not in them.
-    this.status.replaceChildren(...plan.split(/(?<=, |[，：])/).map((part) => make("span", "facelora-whole", part)))
+    // Lines break between numbers, not in them. Chinese has no spaces there.
+    const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))
+    this.status.replaceChildren(...parts.flatMap((part) => [part, plan.includes(", ") ? " " : make("wbr", "")]))
   }
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */

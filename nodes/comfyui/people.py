@@ -83,10 +83,11 @@ def add_headshots(user: str | None, key: str, digests: Mapping[str, str], scores
     record = _record_in(_file(user, key)) if user is not None else {}
     if not record:
         return
-    shown = record.get("shown_likeness", -2.0)
     facts: Record = {"headshots": record["headshots"] | dict(digests)}
-    best = max(scores, key=lambda name: -1.0 if (score := scores[name]) is None else score)
-    if (likeness := -1.0 if scores[best] is None else scores[best]) > shown:
+    # Any headshot is better than none if likeness is unknown, but not one without a face (-1).
+    found = {name: -0.99 if score is None else score for name, score in scores.items()}
+    best = max(found, key=lambda name: found[name])
+    if (likeness := found[best]) > record.get("shown_likeness", -1.0):
         with suppress(*DAMAGED), Image.open(Path(folder_paths.get_output_directory()) / best) as image:
             facts |= {"headshot": jpeg_url(image, PICTURE_SIDE, DRAWN), "shown_likeness": likeness}
     note(user, key, **facts)

@@ -242,6 +242,10 @@ def test_the_settings_of_a_recipe_are_shown_before_training(page):
         const panel = document.querySelector(".facelora-panel:has(.facelora-status)")
         return panel.scrollHeight <= panel.clientHeight && panel.clientHeight > 30
     }""")
+    page.run("""() => { document.querySelector(".facelora-panel:has(.facelora-status)").style.width = "230px" }""")
+    assert page.run(
+        f"() => document.querySelector('{STATUS}').scrollWidth <= document.querySelector('{STATUS}').clientWidth"
+    )
     # An ended run isn't shown once the inputs have changed, also after F5, until it is heard of again.
     hear(page, prompt="ours", phase="stopped", seconds=3)
     assert status(page).startswith("stopped")
