@@ -137,7 +137,7 @@ def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
         base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
-        labels={"name": "Name", "class_word": "Class word, e.g. woman", "use": "Train on"},
+        labels={"name": "Name", "class_word": "Class word, e.g. woman", "use": "Train on", "recipe": "Recipe"},
     )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ def apply(base: Base, key: str = "apply", strength: float = 0.8, **links: str) -
     return Node(
         key, "FaceLoRAApply", {"lora_name": CONNECTED, "strength_model": strength, "strength_clip": strength},
         base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=420,
+        labels={"strength_model": "Strength"} if key == "apply" else {},
     )  # fmt: skip
 
 
@@ -152,7 +153,8 @@ def styles(pack: str) -> Node:
     return Node(
         "styles", "FaceLoRAStylePack", {"pack": pack, "count": 8},
         {"subject": "apply.trigger_phrase", "model": "apply.model"},
-        labels={"pack": "Style pack", "count": "How many headshots"}, height=620,
+        labels={"pack": "Style pack", "count": "How many headshots", "extra": "Add to each prompt",
+                "first_seed": "Seed, for other pictures"}, height=620,
     )  # fmt: skip
 
 
@@ -242,6 +244,7 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
         app=[
             ("train", "training"), ("train", "name"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
             ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
+            ("train", "recipe"), ("apply", "strength_model"), ("styles", "extra"), ("styles", "first_seed"),
         ],
     )  # fmt: skip
 

@@ -106,6 +106,10 @@ const ZH = {
   "Or photos in a folder": "或选择照片文件夹",
   "Style pack": "风格包",
   "How many headshots": "形象照数量",
+  "Recipe": "预设",
+  "Strength": "强度",
+  "Add to each prompt": "添加到每个提示词",
+  "Seed, for other pictures": "种子（更改后会生成其他图片）",
   "Photos": "照片",
   "Styles": "风格",
 }

@@ -33,7 +33,7 @@ def texts(result, name: str) -> list[str]:
 
 def test_a_style_pack_drives_a_batch_through_ksampler(server):
     graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], prompt=["styles", 0], seed=["styles", 2])
-    graph["styles"] = node("FaceLoRAStylePack", **STYLES)
+    graph["styles"] = node("FaceLoRAStylePack", **STYLES, extra=" smiling")
     graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
     graph["prompts"] = node("PreviewAny", source=["styles", 0])
     result = server.result(graph)
@@ -43,7 +43,7 @@ def test_a_style_pack_drives_a_batch_through_ksampler(server):
     # The demo's VAE has 4 pixels a latent where ComfyUI's empty latents count 8.
     assert [picture.size for picture in pictures] == [(styled.width // 2, styled.height // 2) for styled in expected]
     assert len({picture.tobytes() for picture in pictures}) == 3
-    assert texts(result, "prompts") == [styled.prompt for styled in expected]
+    assert texts(result, "prompts") == [f"{styled.prompt}, smiling" for styled in expected]
 
 
 def test_one_queue_draws_several_styles_each_as_its_style_says(server):
