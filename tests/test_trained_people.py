@@ -99,6 +99,22 @@ def test_a_training_run_under_another_name_is_another_row_whose_delete_names_its
     assert loras(comfy) == []
 
 
+def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
+    anna, other = trained(comfy, people, "Anna", steps=(80,)), trained(comfy, people, "Ben")
+    people.note("default", anna, graph={"nodes": [{"type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]})
+    (comfy / "models" / "loras" / "Anna.preview.png").touch()
+    assert people.rename("default", anna, "Bea", ()) == "Bea"
+    assert loras(comfy) == ["Bea", "Bea-step000080", "Ben"] and listed(people) == ["Bea", "Ben"]
+    assert (comfy / "models" / "loras" / "Bea.preview.png").exists()
+    assert LoraFile.read(comfy / "models" / "loras" / "Bea.safetensors").metadata["ss_output_name"] == "Bea"
+    assert people.graph_of("default", anna)["nodes"][0]["widgets_values"] == ["Bea", "sks"]
+    assert people.key_of("default", "a" * 64, "Bea") == anna, "trained again, it has the same row"
+    for name, words in (("Ben", "another LoRA has this name"), ("../x", "give a file name")):
+        with pytest.raises(people.BadConfig, match=words):
+            people.rename("default", anna, name, ())
+    assert people.files_to_delete("default", other)["loras"] == ["Ben.safetensors"]
+
+
 def test_the_same_name_again_is_the_same_row(comfy, people):
     for name in ("Anna", "Anna B", "Anna", "Anna B"):
         trained(comfy, people, name)

@@ -9,6 +9,8 @@ import { say } from "./words.js"
 const UNTRAINED = "untrained" // the phase of dropped photos without a training run
 // say
 const PHASES = { running: "training", drawing: "drawing headshots", stopped: "stopped", failed: "failed", done: "done" }
+/** The event that tells the widgets the key and the new name of a training run. */
+export const RENAMED = "facelora.renamed"
 /** The event that tells the widgets the names of deleted files. */
 export const DELETED = "facelora.deleted"
 
@@ -68,10 +70,27 @@ function row(person, root, leave) {
     leave()
     await app.loadGraphData(graph, true, true, person.name)
   })
+  const rename = make("button", "", say("Rename"))
+  rename.addEventListener("click", () => renamePerson(person, root, leave))
   const remove = make("button", "", say("Delete"))
-  remove.disabled = ["running", "drawing"].includes(person.phase)
+  remove.disabled = rename.disabled = ["running", "drawing"].includes(person.phase)
   remove.addEventListener("click", () => deletePerson(person, root, leave))
-  return make("div", "facelora-person", picture, facts, open, remove)
+  return make("div", "facelora-person", picture, facts, make("div", "facelora-row", open, rename, remove))
+}
+
+async function renamePerson(person, root, leave) {
+  const field = Object.assign(make("input", ""), { value: nameOf(person), autofocus: true })
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return
+    event.preventDefault() // it would also press the button that gets the focus back
+    field.closest("dialog").querySelector(".facelora-end button:last-child").click()
+  })
+  if ((await choose(say("Rename {}", nameOf(person)), [{ title: "", images: [field] }], say("Rename"))) === undefined) return
+  const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ name: field.value })
+  const { error, name } = await read(`/facelora/people/${person.key}`, { method: "PATCH", headers, body })
+  if (name) document.dispatchEvent(new CustomEvent(RENAMED, { detail: { key: person.key, name } }))
+  await listPeople(root, leave)
+  if (error) root.prepend(make("div", "facelora-refused", error))
 }
 
 /** A row of dropped photos that no training run uses. */

@@ -4,10 +4,10 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
 import {
-  BASE_CHOSEN, INPUTS_CHANGED, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, showText, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, INPUTS_CHANGED, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { missingFiles } from "./missing.js"
-import { DELETED, showPeople } from "./people.js"
+import { DELETED, RENAMED, showPeople } from "./people.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
@@ -371,6 +371,14 @@ document.addEventListener(DELETED, async () => {
   panels.forEach((panel) => panel.explain())
 })
 
+// A graph that shows a renamed training run doesn't make a copy under the old name.
+document.addEventListener(RENAMED, ({ detail: { key, name } }) => {
+  for (const { node } of [...panels].filter(({ state }) => state?.person === key)) {
+    widgetOf(node, "name").value = name
+    remember(node)
+  }
+})
+
 let known // the id of this page on the server, once the server has been told its user
 
 async function readStates() {
@@ -411,7 +419,7 @@ app.registerExtension({
     after(node, "onRemoved", () => panels.delete(panel))
     // Loaders list the new LoRA, also in workflows that are opened later.
     after(node, "onExecuted", ({ lora_name: [name] = [] }) => {
-      if (name) app.reloadNodeDefs()
+      if (name) app.reloadNodeDefs?.()
       panel.bringBack() // ComfyUI may have reused the result of a run that was put away
     })
   },

@@ -21,6 +21,8 @@ const ZH = {
   "Close": "关闭",
   "Delete": "删除",
   "Delete {}?": "要删除 {} 吗？",
+  "Rename": "重命名",
+  "Rename {}": "重命名 {}",
   "This deletes {}, {} headshots, {} dropped photos and cached files. Files that another training run uses are kept.": "这会删除 {}、{} 张形象照、{} 张拖入的照片，以及缓存文件。其他训练还在使用的文件会保留。",
   "No LoRA was made. This deletes {} dropped photos and cached files. Files that another training run uses are kept.": "这次训练没有生成 LoRA。这会删除 {} 张拖入的照片和缓存文件。其他训练还在使用的文件会保留。",
   "This deletes {} photos from ComfyUI's input folder.": "这会从 ComfyUI 的 input 文件夹中删除 {} 张照片。",

@@ -24,14 +24,14 @@ from server import PromptServer
 from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 
 from ...core.doctor import examine, format_doctor
-from ...core.errors import BadConfig
+from ...core.errors import BadConfig, FaceLoraError
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.progress import READING
 from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import DRAWN, jpeg_url
 from . import people
-from .folders import without_server_paths
+from .folders import refusal, without_server_paths
 from .runs import QueuedRun, Runs
 
 EVENT = "facelora.training"
@@ -317,7 +317,7 @@ def add_routes() -> None:
     - GET /facelora/training: the user's runs. GET /facelora/waiting: queued ones that have not begun.
     - POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result.
     - GET /facelora/people: a record of each of the user's training runs. With /KEY the graph of one; DELETE deletes it, and
-      /KEY/files says what that deletes. /KEY/headshots is a ZIP file.
+      /KEY/files says what that deletes. PATCH {"name": NAME} renames it. /KEY/headshots is a ZIP file.
     - GET /facelora/machine: the text of `facelora doctor`.
     """
     server = PromptServer.instance
@@ -377,6 +377,19 @@ def _add_people_routes() -> None:
     async def graph(request: web.Request) -> web.Response:
         return web.json_response(people.graph_of(user_of(request), request.match_info["key"]))
 
+    @routes.patch("/facelora/people/{key}")
+    async def rename(request: web.Request) -> web.Response:
+        user, key = user_of(request), request.match_info["key"]
+        try:
+            name = str((await request.json())["name"])
+            return web.json_response(
+                {"name": await asyncio.to_thread(people.rename, user, key, name, _running_prompts())}
+            )
+        except (KeyError, TypeError, ValueError):
+            return web.json_response({"error": 'send {"name": NAME}'}, status=400)
+        except FaceLoraError as problem:
+            return refusal(problem, 200)  # browsers report other answers as faults of the page
+
     @routes.get("/facelora/people/{key}/files")
     async def files(request: web.Request) -> web.Response:
         key = request.match_info["key"]
@@ -394,7 +407,7 @@ def _add_people_routes() -> None:
         try:
             place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
         except BadConfig as problem:
-            return web.json_response({"error": str(problem)}, status=409)
+            return refusal(problem, 409)
         except OSError as problem:  # on Windows, another program may read the file
             advice = "Close the program that uses it, then delete again"
             said = f"{problem.filename}: cannot be deleted ({problem.strerror}). {advice}"

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import threading
 import time
 import zipfile
@@ -24,15 +25,17 @@ from ...core.errors import BadConfig, BadFile, InUse
 from ...core.lora.embeddings import embedding_files
 from ...core.lora.file import LoraFile
 from ...core.lora.sidecars import SIDECARS
-from ...core.photos.reading import DAMAGED
+from ...core.photos.reading import DAMAGED, MASK_ENDING
 from ...core.storage.cache_folder import cache_folder, content_key, made_folder
 from ...core.storage.drawn import DRAWN, jpeg_url
 from ...core.storage.files import read_json, write_text
 from ...core.storage.locks import locked
+from ...core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ...core.training.encode import forget_latents
+from ...core.training.store import lora_path
 from ...core.training.trained_file import files_of, forget_run
 from .dropped import delete_dropped, folders_of, own_root, photos_in
-from .folders import embedding_name
+from .folders import embedding_name, write_embedding
 
 Record = dict[str, Any]
 PICTURE_SIDE = 256
@@ -53,9 +56,9 @@ _lock = threading.RLock()
 
 def key_of(user: str | None, job: str, name: str) -> str:
     """Return the key of the user's record of a training run, by its job's key, under a name."""
-    own = content_key("person", job, name)
-    first = _record_in(_file(user, job))
-    return own if first.get("name", name) != name or _record_in(_file(user, own)) else job
+    records = [record for record in _all() if record["user"] == user and _job(record) == job]
+    found = next((record["key"] for record in records if record["name"] == name), "")
+    return found or (secrets.token_hex(32) if records else job)
 
 
 def note(user: str | None, key: str, **facts: Any) -> None:
@@ -122,6 +125,7 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
     shown = []
     for folder in (folder for folder in folders_of(user) if folder not in used):
         names = [f"{folder}/{name}" for name in photos_in(folder)]
+        names = [name for name in names if not name.endswith(MASK_ENDING)] or names
         name = folder.rpartition("/")[2]
         shown.append({"key": None, "name": name, "phase": UNTRAINED, "can_open": False, "files": names})
     return shown
@@ -162,13 +166,7 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
     of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
     """
     with _lock:
-        record = _record_in(_file(user, key)) if user is not None else {}
-        if not record:
-            raise BadConfig("you have no such training run. Reload the list")
-        if key in _live:
-            raise BadConfig(f"{record['name']} is being trained. Cancel the training run first")
-        if record["run"]["prompt"] in prompts:
-            raise BadConfig(f"{record['name']}: headshots are being drawn. Cancel the run first, or wait until it ends")
+        record = _at_rest(user, key, prompts)
         others, deleted = _others(record), list[str]()
         for name in _headshots(record):
             (Path(folder_paths.get_output_directory()) / name).unlink()
@@ -182,6 +180,34 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
             deleted += [f"input/{name}" for name in delete_dropped(folder)]
         _file(user, key).unlink()
         return record["run"], deleted
+
+
+def rename(user: str | None, key: str, name: str, prompts: Collection[str]) -> str:
+    """Rename a training run of the user, its LoRAs and their sidecars, and return the new name.
+
+    Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
+    """
+    with _lock:
+        record = _at_rest(user, key, prompts)
+        new, old = Path(lora_path(name)).name, _stem(record)
+        named = [path for path in _loras(record, _others(record)) if _STEP.sub("", path.stem) == old]
+        targets = {path: path.with_name(new + path.name.removeprefix(old)) for path in named}
+        if taken := next((target.name for target in targets.values() if target.exists()), ""):
+            raise BadConfig(f"{taken}: another LoRA has this name. Choose another one")
+        for path, target in targets.items():
+            file = SafetensorsFile.open(path)
+            copy_with_metadata(file, target, {**file.metadata, "ss_output_name": target.stem})
+            del file  # Windows can't delete a file that is still open
+            for beside in filter(Path.is_file, map(path.with_suffix, SIDECARS)):
+                beside.rename(target.with_name(target.stem + beside.name.removeprefix(path.stem)))
+            write_embedding(target)
+            _delete_loras([path], old)
+        graph = record.get("graph")
+        for node in (graph or {}).get("nodes", ()):
+            if node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
+                node["widgets_values"][0] = new
+        note(user, key, name=new, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
+        return new
 
 
 def delete_photos(user: str | None, names: Collection[str]) -> list[str]:
@@ -200,6 +226,18 @@ def digest_of(name: str) -> str:
     root = Path(folder_paths.get_output_directory()).resolve()
     path = (root / name).resolve()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
+
+
+def _at_rest(user: str | None, key: str, prompts: Collection[str]) -> Record:
+    """Return a record of the user. Raises BadConfig if there is none, or if its prompt, one of the running `prompts`, runs."""
+    record = _record_in(_file(user, key)) if user is not None else {}
+    if not record:
+        raise BadConfig("you have no such training run. Reload the list")
+    if key in _live:
+        raise BadConfig(f"{record['name']} is being trained. Cancel the training run first")
+    if record["run"]["prompt"] in prompts:
+        raise BadConfig(f"{record['name']}: headshots are being drawn. Cancel the run first, or wait until it ends")
+    return record
 
 
 def _others(record: Record) -> list[Record]:

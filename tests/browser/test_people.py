@@ -37,9 +37,14 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     other.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done: petra')")
     other.page.locator(".facelora-all").click()
     person = other.page.locator(".facelora-dialog .facelora-person", has_text="petra")
+    person.get_by_role("button", name="Rename").click()
+    other.page.locator(".facelora-dialog input").fill("petra-p")
+    other.page.keyboard.press("Enter")
+    person.filter(has_text="petra-p").wait_for()
+    assert other.widgets("FaceLoRATrain")["name"] == "petra-p", "the open graph makes no copy"
     person.get_by_role("button", name="Delete").click()
     question(other).get_by_role("button", name="Cancel").click()
-    file = server.folder / "models" / "loras" / "petra.safetensors"
+    file = server.folder / "models" / "loras" / "petra-p.safetensors"
     assert file.exists()
     person.get_by_role("button", name="Delete").click()
     question(other).get_by_role("button", name="Delete").click()
