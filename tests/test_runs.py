@@ -83,6 +83,17 @@ def test_nodes_of_one_number_in_two_workflows_are_two_and_a_later_run_takes_the_
     assert "history" not in runs.of("anna")[-1]
 
 
+def test_a_run_that_continues_another_of_its_job_goes_on_with_its_curves_and_clock(module):
+    runs, news = module.Runs(), {"step": 3, "loss": 0.5, "learning_rate": 1e-3, "seconds": 10.0, "job": "j"}
+    runs.add(begun(module, runs, "anna", "p1", **news), {"phase": "stopped", "seconds": 12.0})
+    run = begun(module, runs, "anna", "p2")
+    assert runs.resumed("j") == {"history": [(3, 0.5)], "learning_rates": [(3, 1e-3)], "seconds": 12.0}
+    assert runs.resumed("another") == {}
+    runs.add(run, {"phase": "done", **news})
+    begun(module, runs, "anna", "p3")
+    assert "seconds" not in runs.resumed("j"), "it was not interrupted"
+
+
 def test_a_stop_that_comes_too_late_does_not_end_the_next_run(module):
     runs = module.Runs()
     begun(module, runs, "anna", "p1")

@@ -137,7 +137,7 @@ def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
         base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
-        labels={"name": "Name", "class_word": "Class word, e.g. woman", "use": "Train on"},
+        labels={"name": "Name", "class_word": "Class word, e.g. woman", "use": "Train on", "recipe": "Recipe"},
     )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ def apply(base: Base, key: str = "apply", strength: float = 0.8, **links: str) -
     return Node(
         key, "FaceLoRAApply", {"lora_name": CONNECTED, "strength_model": strength, "strength_clip": strength},
         base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=420,
+        labels={"strength_model": "Strength"} if key == "apply" else {},
     )  # fmt: skip
 
 
@@ -152,7 +153,8 @@ def styles(pack: str) -> Node:
     return Node(
         "styles", "FaceLoRAStylePack", {"pack": pack, "count": 8},
         {"subject": "apply.trigger_phrase", "model": "apply.model"},
-        labels={"pack": "Style pack", "count": "How many headshots"}, height=620,
+        labels={"pack": "Style pack", "count": "How many headshots", "extra": "Add to each prompt",
+                "first_seed": "Seed, for other pictures"}, height=620,
     )  # fmt: skip
 
 
@@ -180,20 +182,25 @@ def draw(base: Base, reference: str = "") -> Node:
             Node("empty", base.latent, {}, {"width": "styles.widths", "height": "styles.heights"}),
         ],
         [
-            Node("sampler", "KSampler",
-                 {**base.sampler, "control_after_generate": "fixed", **({"cfg": 1.0} if base.embeds_guidance else {})},
+            Node("sampler", "FaceLoRASampler",
+                 {**base.sampler, **({"cfg": 1.0} if base.embeds_guidance else {})},
                  {"model": "apply.model", **sampler, "negative": "negative.CONDITIONING",
                   "latent_image": "empty.LATENT", "seed": "styles.seeds", "steps": "styles.steps", **cfg}),
-            Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": base.vae}),
+            Node("decoded", "VAEDecode", {}, {"samples": "sampler.latents", "vae": base.vae}),
             *(ranking if reference else []),
         ],
     ]  # fmt: skip
     return Node("draw", "", title=f"Draw headshots{base.draws}", inside=inside, height=380)
 
 
-def headshots(prefix: str, drawn: str) -> Node:
+def headshots(prefix: str, drawn: str, **links: str) -> Node:
     return Node(
-        "saved", "FaceLoRASaveHeadshots", {"filename_prefix": prefix}, {"images": drawn}, "Headshots", height=500
+        "saved",
+        "FaceLoRASaveHeadshots",
+        {"filename_prefix": prefix},
+        {"images": drawn, **links},
+        "Headshots",
+        height=500,
     )
 
 
@@ -228,12 +235,16 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
                 note("""## 5 Press Run: headshots appear here, highest likeness first
 
                 ## Change first_seed for other pictures"""),
-                [draw(base, reference="photos.photos"), headshots("headshots/%FaceLoRATrain.name%", "ranked.images")],
+                [
+                    draw(base, reference="photos.photos"),
+                    headshots("headshots/%lora_name%", "ranked.images", lora_name="train.lora_name"),
+                ],
             ),
         ],
         app=[
             ("train", "training"), ("train", "name"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
             ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
+            ("train", "recipe"), ("apply", "strength_model"), ("styles", "extra"), ("styles", "first_seed"),
         ],
     )  # fmt: skip
 
@@ -267,17 +278,22 @@ def comparison() -> Workflow:
         "9 Compare strengths and steps",
         [
             Step(
-                "Base model and reference",
+                "Base model and LoRA",
                 note("""**Which strength is best?** The pictures of each column are ranked by likeness to the person.
 
-                Choose the LoRA in **Inspect LoRA**. As reference, use photos that were *not* trained on, if you have some."""),
+                Choose the LoRA in **Inspect LoRA**."""),
                 [
                     *BASE.nodes,
-                    Node("inspect", "FaceLoRAInspect", {}, height=200),
                     Node("negative", "CLIPTextEncode", {"text": "blurry, deformed"}, {"clip": "base.CLIP"}, "Negative"),
                     Node("empty", "EmptyLatentImage", {"width": 512, "height": 640, "batch_size": 2}),
-                    photos(title="Reference photos"),
+                    Node("inspect", "FaceLoRAInspect", {}, height=200),
                 ],
+            ),
+            Step(
+                "Reference",
+                note("""Photos of the person, to compare the pictures with. Use photos that were *not* trained on, if you have
+                some."""),
+                [photos(title="Reference photos")],
             ),
             *branches,
             Step(
@@ -408,19 +424,19 @@ WORKFLOWS = [
         "Choose an SD1.5 or SDXL checkpoint",
     ),
     photos_to_headshots(
-        "2 Face photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
+        "2 FLUX.1 face photos to headshots.app", FLUX1, "my-face-flux1",
         "FLUX.1 takes hours on a card with 12 GB",
     ),
     photos_to_headshots(
-        "3 Face photos to headshots FLUX.2 klein.app", KLEIN, "my-face-klein",
+        "3 FLUX.2 klein face photos to headshots.app", KLEIN, "my-face-klein",
         "FLUX.2 klein base. Its LoRAs also work with distilled klein",
     ),
     photos_to_headshots(
-        "4 Face photos to headshots Z-Image.app", ZIMAGE, "my-face-zimage",
+        "4 Z-Image face photos to headshots.app", ZIMAGE, "my-face-zimage",
         "Z-Image base. Its LoRAs also work with Z-Image-Turbo",
     ),
     photos_to_headshots(
-        "5 Face photos to headshots Krea 2.app", KREA2, "my-face-krea2",
+        "5 Krea 2 face photos to headshots.app", KREA2, "my-face-krea2",
         "Krea 2 Raw. Its LoRAs also work with Krea 2 Turbo",
     ),
     Workflow(

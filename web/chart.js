@@ -3,6 +3,7 @@
 import { say } from "./words.js"
 
 const WIDTH = 320, HEIGHT = 96, LEFT = 52, RIGHT = 52, TOP = 18, BOTTOM = 16
+const MARGIN = 4 // between the frame and the lowest and highest value
 const SVG = "http://www.w3.org/2000/svg"
 
 /** Ticks of at most four characters or so: 0.0812, 1e-4, 120. */
@@ -20,12 +21,10 @@ function element(name, attributes, text) {
   return made
 }
 
-/** Lowest and highest value with a margin. The range is never empty, and not below zero if no value is. */
+/** Lowest and highest value. */
 function range(points) {
   const values = points.map(([, value]) => value)
-  const low = Math.min(...values), high = Math.max(...values)
-  const room = 0.06 * (high - low || Math.abs(high) || 1)
-  return [low < 0 ? low - room : Math.max(low - room, 0), high + room]
+  return [Math.min(...values), Math.max(...values)]
 }
 
 /**
@@ -43,7 +42,7 @@ export function drawChart(svg, lines, lastStep) {
   shown.forEach((line, index) => {
     const [low, high] = range(line.points)
     const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / Math.max(lastStep, 1)
-    const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - TOP - BOTTOM) * (value - low)) / (high - low)
+    const y = (value) => HEIGHT - BOTTOM - MARGIN - ((HEIGHT - TOP - BOTTOM - 2 * MARGIN) * (value - low)) / (high - low || 1)
     const path = line.points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`)
     const right = index > 0
     const side = right ? { x: WIDTH - RIGHT + 4 } : { x: LEFT - 4, "text-anchor": "end" }
@@ -54,8 +53,7 @@ export function drawChart(svg, lines, lastStep) {
       parts.push(element("circle", { cx: x(step), cy: y(value), r: 2, fill: line.colour }))
     }
     parts.push(element("text", { ...title, y: TOP - 5, style: `fill: ${line.colour}` }, say(line.name)))
-    parts.push(element("text", { ...side, y: TOP + 6 }, short(high)))
-    parts.push(element("text", { ...side, y: HEIGHT - BOTTOM }, short(low)))
+    for (const value of new Set([high, low])) parts.push(element("text", { ...side, y: y(value) + 4 }, short(value)))
   })
   parts.push(element("text", { x: LEFT, y: HEIGHT - 3 }, "0"))
   parts.push(element("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, say("step {}", lastStep)))

@@ -43,6 +43,16 @@ export function fedBy(node, type) {
   return [...new Set(targets)].filter((target) => target?.comfyClass === type)
 }
 
+/** What a node's photos are for: an input of Train Face LoRA or of Likeness Score. They are the person's if nothing else is known. */
+export function useOf(node) {
+  const links = (node.outputs?.[0]?.links ?? []).map((id) => node.graph?.links.get(id)).filter(Boolean)
+  const inputs = links.flatMap(({ target_id, target_slot }) => {
+    const target = node.graph.getNodeById(target_id)
+    return ["FaceLoRATrain", "FaceLoRALikeness"].includes(target?.comfyClass) ? [target.inputs[target_slot]?.name] : []
+  })
+  return ["photos", "class_photos", "reference"].find((name) => inputs.includes(name)) ?? "photos"
+}
+
 /** The node connected to an input of the node; undefined if there is none. */
 function feeding(node, input) {
   const link = node.graph?.links.get(node.inputs?.find(({ name }) => name === input)?.link)
@@ -75,12 +85,26 @@ export function remember(node) {
   ;(tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker)
 }
 
-/** Shows an element in the middle of the page until the next click or key; a text, which can be copied, until a click outside it. */
+/** Shows an element in the middle of the page until the next click or key. */
 export function showLarge(element) {
   const dialog = make("dialog", "facelora-large", element)
-  const isText = element.tagName === "PRE"
-  dialog.addEventListener("click", ({ target }) => isText && target === element || dialog.close())
-  dialog.addEventListener("keydown", () => isText || dialog.close())
+  dialog.addEventListener("click", () => dialog.close())
+  dialog.addEventListener("keydown", () => dialog.close())
+  openDialog(dialog)
+}
+
+/** Shows a text with buttons to copy and to close it. A click outside closes it too. */
+export function showText(text) {
+  const shown = make("pre", "", text), copy = make("button", "", say("Copy")), close = make("button", "", say("Close"))
+  const buttons = make("div", "facelora-row facelora-end", copy, close)
+  const dialog = make("dialog", "facelora-dialog facelora-panel facelora-text", shown, buttons)
+  copy.addEventListener("click", () => {
+    getSelection().selectAllChildren(shown)
+    document.execCommand("copy") // navigator.clipboard is missing on pages of other machines without HTTPS
+    copy.textContent = say("Copied")
+  })
+  close.addEventListener("click", () => dialog.close())
+  dialog.addEventListener("click", ({ target }) => target === dialog && dialog.close())
   openDialog(dialog)
 }
 
@@ -143,12 +167,17 @@ export function whenChanged(node, widget, then) {
   after(node, "onConfigure", then)
 }
 
-/** Resets `checkpoint` of Train Face LoRA: the chosen step belongs to another training run. */
-export function forgetCheckpoint(train) {
+/** The event that the inputs of a Train Face LoRA have changed: another LoRA will be trained. */
+export const INPUTS_CHANGED = "facelora.inputs-changed"
+
+/** Tells so, and resets `checkpoint` of the node: the chosen step belongs to another training run. */
+export function inputsChanged(train) {
   const widget = widgetOf(train, "checkpoint")
-  if (!widget.value) return
-  widget.value = 0
-  widget.callback?.(0)
+  if (widget.value) {
+    widget.value = 0
+    widget.callback?.(0)
+  }
+  document.dispatchEvent(new CustomEvent(INPUTS_CHANGED, { detail: train }))
 }
 
 /**
@@ -167,10 +196,12 @@ export function choose(question, rows, button) {
       return made
     }
     for (const row of rows) {
-      const head = make("div", "facelora-row", make("b", "", row.title), ...(row.button ? [answering(row.button, row.answer)] : []))
+      const head = make("div", "facelora-row", make(row.images.length ? "b" : "span", "", row.title), ...(row.button ? [answering(row.button, row.answer)] : []))
       dialog.append(head, make("div", "facelora-row", ...row.images))
     }
-    dialog.append(make("div", "facelora-row facelora-end", answering(say("Cancel")), answering(button, null)))
+    const cancel = answering(say("Cancel"))
+    cancel.autofocus = true
+    dialog.append(make("div", "facelora-row facelora-end", cancel, answering(button, null)))
     dialog.addEventListener("close", () => done(undefined))
     openDialog(dialog)
   })

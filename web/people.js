@@ -3,10 +3,14 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { choose, make, openDialog } from "./dom.js"
+import { thumbnail } from "./thumbnails.js"
 import { say } from "./words.js"
 
+const UNTRAINED = "untrained" // the phase of dropped photos without a training run
 // say
 const PHASES = { running: "training", drawing: "drawing headshots", stopped: "stopped", failed: "failed", done: "done" }
+/** The event that tells the widgets the key and the new name of a training run. */
+export const RENAMED = "facelora.renamed"
 /** The event that tells the widgets the names of deleted files. */
 export const DELETED = "facelora.deleted"
 
@@ -16,6 +20,13 @@ const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else
 const nameOf = ({ file, name }) => file?.replace(/\.safetensors$/, "") ?? name
 
 const read = async (address, options) => (await api.fetchApi(address, options)).json()
+
+/** Deletes dropped photos by their names, except those that a training run uses. Pages forget the deleted ones. */
+export async function deletePhotos(names) {
+  const headers = { "Content-Type": "application/json" }
+  const { deleted } = await read("/facelora/photos", { method: "DELETE", headers, body: JSON.stringify({ names }) })
+  document.dispatchEvent(new CustomEvent(DELETED, { detail: deleted }))
+}
 
 /** Shows the list in an element. `leave` is called when a training run is opened. */
 export async function listPeople(root, leave = () => {}) {
@@ -43,6 +54,7 @@ function keepListed(root) {
 
 function row(person, root, leave) {
   const picture = Object.assign(make("img", ""), { alt: "" }) // the name is beside it
+  if (person.phase === UNTRAINED) return untrained(person, picture, root, leave)
   if (person.picture) picture.src = person.picture
   const date = new Date(1000 * person.begun).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })
   const likeness = make("div", `facelora-says-${VERDICTS[person.likeness_word] ?? "nothing"}`)
@@ -58,17 +70,50 @@ function row(person, root, leave) {
     leave()
     await app.loadGraphData(graph, true, true, person.name)
   })
+  const rename = make("button", "", say("Rename"))
+  rename.addEventListener("click", () => renamePerson(person, root, leave))
   const remove = make("button", "", say("Delete"))
-  remove.disabled = ["running", "drawing"].includes(person.phase)
+  remove.disabled = rename.disabled = ["running", "drawing"].includes(person.phase)
   remove.addEventListener("click", () => deletePerson(person, root, leave))
-  return make("div", "facelora-person", picture, facts, open, remove)
+  return make("div", "facelora-person", picture, facts, make("div", "facelora-row", open, rename, remove))
+}
+
+async function renamePerson(person, root, leave) {
+  const field = Object.assign(make("input", ""), { value: nameOf(person), autofocus: true })
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return
+    event.preventDefault() // it would also press the button that gets the focus back
+    field.closest("dialog").querySelector(".facelora-end button:last-child").click()
+  })
+  if ((await choose(say("Rename {}", nameOf(person)), [{ title: "", images: [field] }], say("Rename"))) === undefined) return
+  const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ name: field.value })
+  const { error, name } = await read(`/facelora/people/${person.key}`, { method: "PATCH", headers, body })
+  if (name) document.dispatchEvent(new CustomEvent(RENAMED, { detail: { key: person.key, name } }))
+  await listPeople(root, leave)
+  if (error) root.prepend(make("div", "facelora-refused", error))
+}
+
+/** A row of dropped photos that no training run uses. */
+function untrained({ name, files }, picture, root, leave) {
+  thumbnail(files[0]).then((address) => (picture.src = address))
+  const remove = make("button", "", say("Delete"))
+  remove.addEventListener("click", async () => {
+    const what = say("This deletes {} photos from ComfyUI's input folder.", files.length)
+    if ((await choose(say("Delete {}?", name), [{ title: what, images: [] }], say("Delete"))) === undefined) return
+    await deletePhotos(files)
+    await listPeople(root, leave)
+  })
+  const facts = make("div", "facelora-facts", make("b", "", name),
+    make("div", "facelora-quiet", say("{} photos without a LoRA", files.length)))
+  return make("div", "facelora-person", picture, facts, remove)
 }
 
 async function deletePerson(person, root, leave) {
-  const what = person.file ? say(
-    "This deletes the LoRA, {} headshots, cached files, and the photos you dropped for it. Files that another training run uses are kept.",
-    person.headshots)
-    : say("No LoRA was made. This deletes cached files and the photos you dropped for it. Files that another training run uses are kept.")
+  const { loras, headshots, photos } = await read(`/facelora/people/${person.key}/files`)
+  const what = loras.length
+    ? say("This deletes {}, {} headshots, {} dropped photos and cached files. Files that another training run uses are kept.",
+      loras.join(", "), headshots, photos)
+    : say("No LoRA was made. This deletes {} dropped photos and cached files. Files that another training run uses are kept.", photos)
   if ((await choose(say("Delete {}?", nameOf(person)), [{ title: what, images: [] }], say("Delete"))) === undefined) return
   const { error, deleted = [] } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
   document.dispatchEvent(new CustomEvent(DELETED, { detail: deleted }))

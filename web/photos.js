@@ -3,9 +3,10 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  BASE_CHOSEN, addElement, after, baseOf, choose, enlargeable, fedBy, forgetCheckpoint, isApp, make, makeRoom, outputOf, remember, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, addElement, after, baseOf, choose, enlargeable, fedBy, inputsChanged, isApp, make, makeRoom, outputOf, remember, useOf, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
-import { DELETED } from "./people.js"
+import { DELETED, deletePhotos } from "./people.js"
+import { forgetThumbnail, thumbnail } from "./thumbnails.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos", TRAIN = "FaceLoRATrain"
@@ -33,6 +34,7 @@ const isNoise = ({ name }) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini
 const WORDS = { good: "✓ good", doubtful: "! check", rejected: "✕ left out" }
 
 const NO_FOLDER = "(no folder)", ALL = "all photos"
+const DROPPED = "photos/" // begins the names of dropped photos
 
 /** The resolution set in Train Face LoRA for a node's photos; 0 for the base model's. */
 const resolutionOf = (node) => fedBy(node, TRAIN).map((train) => widgetOf(train, "resolution").value)[0] ?? 0
@@ -52,24 +54,6 @@ async function upload(file, person, folder) {
   return (await ask("/facelora/photos", { body })).name
 }
 
-const thumbnails = new Map() // by names in the input folder
-
-/** The address of a photo's thumbnail. The server sends it only to the photo's user, so an <img> can't load it directly. */
-function thumbnail(name) {
-  const read = async () => {
-    const answer = await api.fetchApi(`/facelora/photo?name=${encodeURIComponent(name)}`)
-    return answer.ok ? URL.createObjectURL(await answer.blob()) : ""
-  }
-  if (!thumbnails.has(name)) thumbnails.set(name, read())
-  return thumbnails.get(name)
-}
-
-/** Forgets a photo's thumbnail: another photo may get its name. */
-function forgetThumbnail(name) {
-  thumbnails.get(name)?.then((address) => URL.revokeObjectURL(address))
-  thumbnails.delete(name)
-}
-
 class Pictures {
   constructor(node) {
     this.node = node
@@ -78,11 +62,7 @@ class Pictures {
     this.button = make("button", "facelora-add", say("Add photos"))
     this.button.title = say("You can also drop or paste photos")
     this.clear = make("button", "facelora-remove-all", say("Remove all"))
-    this.clear.title = say("The files stay in ComfyUI's input folder. To use them again, choose their folder")
-    this.clear.addEventListener("click", () => {
-      this.refused.replaceChildren()
-      this.names = []
-    })
+    this.clear.addEventListener("click", () => this.removeAll())
     this.note = make("span", "facelora-quiet")
     this.headline = make("div", "facelora-headline")
     this.refused = make("div", "facelora-refused")
@@ -103,7 +83,7 @@ class Pictures {
     node.onDragDrop = (event) => this.take(event)
     node.pasteFiles = (files) => this.add([...files])
     for (const name of ["pictures", "folder", "check"]) whenChanged(node, widgetOf(node, name), () => this.changed())
-    for (const name of ["pictures", "folder"]) whenSet(widgetOf(node, name), () => fedBy(node, TRAIN).forEach(forgetCheckpoint))
+    for (const name of ["pictures", "folder"]) whenSet(widgetOf(node, name), () => fedBy(node, TRAIN).forEach(inputsChanged))
     after(node, "onConnectionsChange", () => this.changed())
     after(node, "onExecuted", ({ facelora_photos: [seen] = [] }) => seen && this.report(seen))
     this.show()
@@ -127,6 +107,19 @@ class Pictures {
     return 36 + text + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
   }
 
+  /** Removes all photos, and also deletes the dropped ones from the input folder if the user wants that. */
+  async removeAll() {
+    const { names } = this, dropped = names.filter((name) => name.startsWith(DROPPED))
+    const what = say("Their copies are in ComfyUI's input folder. Photos that a training run uses are kept. To use photos again, choose their folder.")
+    const answer = dropped.length
+      ? await choose(say("Delete the files too?"), [{ title: what, images: [], button: say("Delete the files"), answer: true }], say("Keep the files"))
+      : null
+    if (answer === undefined) return
+    this.refused.replaceChildren()
+    this.names = []
+    if (answer) await deletePhotos(dropped)
+  }
+
   /** Checks the node's photos once nothing has changed for a moment. */
   changed() {
     this.asked = undefined // an answer on its way is about other photos
@@ -137,9 +130,9 @@ class Pictures {
   }
 
   async check() {
-    const [folder, check] = ["folder", "check"].map((name) => widgetOf(this.node, name).value)
-    if (!check || (!this.names.length && folder === NO_FOLDER)) return
-    const asked = (this.asked = { folder, pictures: this.value.value, base: baseOf(this.node), resolution: resolutionOf(this.node) })
+    const [folder, check] = ["folder", "check"].map((name) => widgetOf(this.node, name).value), use = useOf(this.node)
+    if (!check || use === "class_photos" || (!this.names.length && folder === NO_FOLDER)) return
+    const asked = (this.asked = { folder, pictures: this.value.value, base: baseOf(this.node), resolution: resolutionOf(this.node), use })
     this.note.textContent = say("checking")
     const seen = await ask("/facelora/check", { body: JSON.stringify(asked) })
       .catch(({ message }) => ({ photos: [], headline: message, verdict: "rejected" }))
@@ -170,10 +163,12 @@ class Pictures {
     const [train] = fedBy(this.node, TRAIN)
     const person = train ? widgetOf(train, "name").value : ""
     this.refused.replaceChildren()
+    let folder = folderOf(this.names.at(-1) ?? "")
     for (const [index, file] of wanted.entries()) {
       this.note.textContent = say("uploading {} of {}", index + 1, wanted.length)
       try {
-        const name = await upload(file, person, folderOf(this.names.at(-1) ?? ""))
+        const name = await upload(file, person, folder)
+        folder = folderOf(name)
         if (!this.names.includes(name)) forgetThumbnail(name)
         this.ownNames[name] = file.name
         if (this.names.includes(name)) this.refused.append(make("div", "facelora-quiet", say("{} was already added", file.name)))
@@ -183,7 +178,7 @@ class Pictures {
       }
     }
     this.chooser.value = ""
-    const folder = folderOf(this.names.at(-1) ?? ""), folders = widgetOf(this.node, "folder").options.values
+    const folders = widgetOf(this.node, "folder").options.values
     if (folder && !folders.includes(folder)) folders.push(folder)
     this.show()
   }

@@ -1,7 +1,7 @@
 /** The text that a node shows once it has run, such as the name of a LoRA or a saved file. */
 
 import { app } from "../../scripts/app.js"
-import { addElement, after, make, makeRoom, outputOf, readReport, showLarge, widgetOf } from "./dom.js"
+import { addElement, after, make, makeRoom, outputOf, readReport, showText, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAGroup", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
@@ -26,7 +26,7 @@ class ResultText {
       const { value } = widgetOf(this.node, "lora_name")
       const connected = value === CONNECTED || this.node.inputs.find((input) => input.name === "lora")?.link != null
       const report = connected ? this.text.textContent : await readReport(`/facelora/lora?name=${encodeURIComponent(value)}`)
-      showLarge(make("pre", "", report || say("Run the node first to see the connected LoRA")))
+      showText(report || say("Run the node first to see the connected LoRA"))
     })
     return make("div", "facelora-row", this.about)
   }

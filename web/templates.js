@@ -19,6 +19,7 @@ const LOADER = "CheckpointLoaderSimple"
 const LABELS = {
   ckpt_name: "Base model", unet_name: "Base model", name: "Name", class_word: "Class word, e.g. woman", use: "Train on",
   folder: "Or photos in a folder", pack: "Style pack", count: "How many headshots",
+  recipe: "Recipe", strength_model: "Strength", extra: "Add to each prompt", first_seed: "Seed, for other pictures",
 }
 
 // The templates name no checkpoint, so that they open with the user's first. Without any, the frontend offers the download.

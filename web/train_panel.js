@@ -4,14 +4,15 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
 import {
-  BASE_CHOSEN, addElement, after, baseOf, enlargeable, forgetCheckpoint, isApp, make, makeRoom, readReport, showLarge, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, INPUTS_CHANGED, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
-import { DELETED, showPeople } from "./people.js"
+import { missingFiles } from "./missing.js"
+import { DELETED, RENAMED, showPeople } from "./people.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
-const IDLE_HEIGHT = 28
+const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in the style sheet
 const TRAINING = new Set(["training", "samples"])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 /** The widgets whose values, unless they are 0, are used instead of the recipe's. */
@@ -21,7 +22,22 @@ const ENDED = new Set(["done", "stopped", "failed", undefined])
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
 const states = new Map()
 const panels = new Set()
-document.addEventListener(BASE_CHOSEN, () => panels.forEach((panel) => panel.explain()))
+document.addEventListener(BASE_CHOSEN, () => panels.forEach((panel) => (baseOf(panel.node) === panel.base ? panel.explain() : panel.changed())))
+document.addEventListener(INPUTS_CHANGED, ({ detail }) => panels.forEach((panel) => panel.node === detail && panel.changed()))
+
+/** The prompts of ended training runs that are no longer shown, because the node's inputs have changed since. */
+const AWAY = "facelora.away"
+const away = new Set(JSON.parse(sessionStorage.getItem(AWAY) ?? "[]"))
+
+/** Puts a training run away, or shows it again, also after F5. */
+function putAway(prompt, isAway) {
+  if (away.has(prompt) === isAway) return
+  isAway ? away.add(prompt) : away.delete(prompt)
+  sessionStorage.setItem(AWAY, JSON.stringify([...away]))
+}
+
+/** The user's training runs that are queued and have not begun, as GET /facelora/waiting gives them. */
+let waiting = []
 
 const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 
@@ -40,6 +56,7 @@ function statusText(state) {
     return [say("done: {}", state.file), verdictText(state), more].filter(Boolean).join(" · ")
   }
   if (state.phase === "failed") return say("failed: {}", state.error)
+  if (state.phase === "waiting") return say("waiting, runs ahead in the queue: {}", state.ahead)
   if (state.phase === "stopped") return say("stopped. Run it again to continue")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
   if (!TRAINING.has(state.phase)) return state.total ? counted() : say(state.phase)
@@ -53,11 +70,11 @@ function statusText(state) {
   return parts.join(" · ")
 }
 
-/** The meaning of the kept step's likeness, and what would improve it. */
-function verdictText({ kept_step, kept_likeness, kept_word }) {
+/** The meaning of the kept step's likeness, and what would improve it, unless the user has chosen another step. */
+function verdictText({ kept_step, kept_likeness, kept_word, chosen }) {
   if (kept_likeness == null) return ""
   const found = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add more photos")}`
+  return chosen || VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add more photos")}`
 }
 
 /** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */
@@ -83,7 +100,7 @@ class Panel {
     this.status = make("div", "facelora-status facelora-quiet")
     this.machine = make("button", "facelora-machine", say("This machine"))
     this.machine.title = say("Show this machine's hardware and packages, as a report to paste into a question")
-    this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
+    this.machine.addEventListener("click", async () => showText(await readReport("/facelora/machine")))
     this.people = make("button", "facelora-all", say("Trained people"))
     this.people.title = say("List all your training runs, to open or delete them")
     this.people.addEventListener("click", showPeople)
@@ -106,40 +123,65 @@ class Panel {
     this.pictures = make("div", "facelora-pictures",
       make("div", "facelora-quiet", say("photos")), this.samplesTitle, this.photos, this.samples)
     this.headshots = make("div", "facelora-headshots")
+    this.download = make("button", "facelora-download", say("Download all headshots"))
+    this.download.addEventListener("click", () => download(this.state.person))
+    this.after = make("div", "facelora-row", this.download)
     this.warning = make("div", "facelora-warning")
+    this.missing = make("div", "facelora-warning")
+    this.ends = make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel))
     this.root = make("div", "facelora-panel",
-      make("div", "facelora-row", this.status, this.people, this.machine),
-      make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel)),
-      this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots)
+      make("div", "facelora-row", this.status, this.people, this.machine), this.ends,
+      this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
       this.show(this.state)
-      api.interrupt(this.cancelled) // only this prompt
+      if (this.state.phase === "waiting") api.deleteItem("queue", this.cancelled)
+      else api.interrupt(this.cancelled) // only this prompt
     })
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
-      whenSet(widget, () => forgetCheckpoint(node))
+      whenSet(widget, () => inputsChanged(node))
     whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
     for (const name of OWN) whenSet(widgetOf(node, name), () => this.explain())
     after(node, "onConnectionsChange", () => this.explain())
+    this.height = LEAST_HEIGHT
+    const sizes = new ResizeObserver(() => requestAnimationFrame(() => this.fit()))
+    for (const part of this.root.children) sizes.observe(part)
     this.rest()
   }
 
   /** Shows no training run. */
   rest() {
     this.state = undefined
-    for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
-      this.pictures, this.headshots]) part.hidden = true
+    for (const part of [this.ends, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots,
+      this.after]) part.hidden = true
     this.status.textContent = say("Loss, samples and likeness appear here during training.")
     this.status.className = "facelora-status facelora-quiet"
     this.time.textContent = this.status.title = ""
     this.machine.hidden = false
-    this.height = IDLE_HEIGHT
   }
 
-  /** Shows the recipe's numbers for the base model, until a training run is shown. */
+  /** Shows what the next training run does instead of one that has ended: the inputs have changed since. */
+  changed() {
+    const { phase, prompt, ended } = this.state ?? {}
+    if (prompt && ENDED.has(phase) && (phase !== "done" || ended)) {
+      putAway(prompt, true)
+      this.rest()
+    }
+    this.explain()
+  }
+
+  /** Shows the last training run again. */
+  bringBack() {
+    for (const state of states.values()) if (isOf(this, state)) putAway(state.prompt, false)
+    refresh(this)
+  }
+
+  /** Shows the recipe's numbers for the base model, and which files are missing, until a training run is shown. */
   async explain() {
+    this.base = baseOf(this.node)
+    if (!this.state) this.missing.hidden = !missingFiles(this.missing)
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const asked = (this.asked = `${recipe} ${base}`)
     const answer = await api.fetchApi(`/facelora/recipe?${new URLSearchParams({ name: recipe, base })}`)
@@ -147,8 +189,11 @@ class Panel {
     if (!recipes.steps || this.state || asked !== this.asked) return
     const own = OWN.map((name) => widgetOf(this.node, name).value || recipes[name])
     const [steps, rank, learning_rate, resolution] = own, { batch_size } = recipes
-    this.status.textContent = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size ?? 1, rank,
-      short(learning_rate), resolution)
+    const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size ?? 1, rank, short(learning_rate),
+      resolution)
+    // Lines break between numbers, not in them. Chinese has no spaces there.
+    const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))
+    this.status.replaceChildren(...parts.flatMap((part) => [part, plan.includes(", ") ? " " : make("wbr", "")]))
   }
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */
@@ -171,10 +216,12 @@ class Panel {
     this.status.textContent = this.status.title = statusText(state)
     this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
-    this.progress.hidden = false
+    this.ends.hidden = false
+    this.missing.hidden = true
     this.tick()
     this.bar.style.width = `${100 * doneShare(state)}%`
-    this.keep.hidden = this.cancel.hidden = !active
+    this.cancel.hidden = !active
+    this.keep.hidden = !active || state.phase === "waiting"
     this.cancel.disabled = this.cancelled === state.prompt
     this.cancel.textContent = this.cancel.disabled ? say("Cancelling") : say("Cancel")
     this.machine.hidden = state.phase !== "failed"
@@ -201,8 +248,9 @@ class Panel {
     this.samplesTitle.textContent = title
     fill(this.samples, state.samples, picture(title))
     this.headshots.hidden = !state.headshots?.length
+    this.after.hidden = this.headshots.hidden || !state.person
     fill(this.headshots, state.headshots, (shot) => headshot(shot, state.limits))
-    this.grow(active)
+    this.fit()
   }
 
   /** Shows the time. The clock runs on until the server sends its time again. */
@@ -235,15 +283,12 @@ class Panel {
       button.setAttribute("aria-pressed", button.dataset.checkpoint === chosen)
   }
 
-  /** Makes room in the node for the panel. */
-  grow(active) {
-    const part = Math.round(0.3 * (this.node.size[0] - 30))
-    this.root.style.setProperty("--facelora-strip", `${part}px`)
-    let height = active ? 62 : 44
-    const sizes = [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.checkpoints, 30],
-      [this.pictures, part + 28], [this.headshots, 110 * Math.ceil((this.state.headshots?.length ?? 0) / 3)]]
-    for (const [element, size] of sizes)
-      if (!element.hidden) height += size
+  /** Makes room in the node for all that the panel shows. */
+  fit() {
+    if (!this.root.offsetHeight) return // not on the page
+    this.root.style.setProperty("--facelora-strip", `${Math.round(0.3 * this.root.clientWidth)}px`)
+    const heights = [...this.root.children].map(({ offsetHeight }) => offsetHeight).filter(Boolean)
+    const height = heights.reduce((sum, one) => sum + one + GAP, PADDING - GAP)
     if (height === this.height) return
     this.height = height
     makeRoom(this.node)
@@ -260,6 +305,15 @@ function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson
     make("span", "facelora-word", score < 0 ? say("no face") : score.toFixed(2)))
   shown.title = score < 0 ? say("no face") : say("likeness {}: {}", score.toFixed(2), say(word))
   return shown
+}
+
+/** Saves all headshots of a person as one file. The server sends it only to their user, so a link can't load it directly. */
+async function download(person) {
+  const answer = await api.fetchApi(`/facelora/people/${person}/headshots`)
+  const name = decodeURIComponent(/''(.*)$/.exec(answer.headers.get("Content-Disposition"))[1])
+  const href = URL.createObjectURL(await answer.blob())
+  Object.assign(document.createElement("a"), { href, download: name }).click()
+  URL.revokeObjectURL(href)
 }
 
 /** Makes a picture of a data URL, named by the title and its number. */
@@ -286,11 +340,27 @@ function merge({ points, ...news }) {
   states.set(place(news), state)
 }
 
-/** Shows a panel the state of its node. A node with the same id in another workflow is ignored. */
+/** Whether a training run is of a panel's node. A node with the same id in another workflow is ignored. */
+const isOf = (panel, { workflow, node }) => workflow === rootGraph()?.id && panel.is(node)
+
+/** Shows a panel the state of its node. */
 function refresh(panel) {
-  const workflow = rootGraph()?.id
-  for (const state of states.values())
-    if (state.workflow === workflow && panel.is(state.node)) panel.show(state)
+  const own = (state) => isOf(panel, state)
+  const state = [...states.values()].findLast((state) => own(state) && !away.has(state.prompt)), next = waiting.find(own)
+  const isOver = !state || (ENDED.has(state.phase) && (state.phase !== "done" || state.ended))
+  if (next && isOver) panel.show(next)
+  else if (state) panel.show(state)
+  else if (panel.state?.phase === "waiting") {
+    panel.rest()
+    panel.explain()
+  }
+}
+
+async function readWaiting() {
+  if (!panels.size) return
+  const answer = await api.fetchApi("/facelora/waiting")
+  waiting = answer.ok ? await answer.json() : []
+  panels.forEach(refresh)
 }
 
 // Deleted training runs are no longer shown.
@@ -299,6 +369,14 @@ document.addEventListener(DELETED, async () => {
   await readStates()
   for (const panel of panels) if (panel.state && ![...states.values()].some(({ prompt }) => prompt === panel.state.prompt)) panel.rest()
   panels.forEach((panel) => panel.explain())
+})
+
+// A graph that shows a renamed training run doesn't make a copy under the old name.
+document.addEventListener(RENAMED, ({ detail: { key, name } }) => {
+  for (const { node } of [...panels].filter(({ state }) => state?.person === key)) {
+    widgetOf(node, "name").value = name
+    remember(node)
+  }
 })
 
 let known // the id of this page on the server, once the server has been told its user
@@ -315,13 +393,21 @@ app.registerExtension({
   name: "facelora.trainPanel",
   async setup() {
     api.addEventListener(EVENT, ({ detail }) => {
+      putAway(detail.prompt, false)
       merge(detail)
       panels.forEach(refresh)
     })
     setInterval(() => panels.forEach((panel) => panel.tick()), 1000)
     api.addEventListener("reconnected", readStates)
-    api.addEventListener("status", () => known === api.clientId || readStates())
+    api.addEventListener("status", () => {
+      if (known !== api.clientId) readStates()
+      readWaiting()
+    })
     await readStates()
+  },
+  /** After R, which reads the lists of files again. */
+  refreshComboInNodes() {
+    panels.forEach((panel) => panel.explain())
   },
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return
@@ -331,10 +417,16 @@ app.registerExtension({
     Object.defineProperty(node, "imgs", { get() {}, set() {} })
     panels.add(panel)
     after(node, "onRemoved", () => panels.delete(panel))
+    // Loaders list the new LoRA, also in workflows that are opened later.
+    after(node, "onExecuted", ({ lora_name: [name] = [] }) => {
+      if (name) app.reloadNodeDefs?.()
+      panel.bringBack() // ComfyUI may have reused the result of a run that was put away
+    })
   },
   // The nodes and the graph have no ids before this.
   afterConfigureGraph() {
     panels.forEach(refresh)
     panels.forEach((panel) => panel.explain())
+    readWaiting()
   },
 })

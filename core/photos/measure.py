@@ -95,7 +95,25 @@ class Thresholds:
             same_picture_likeness=same_picture,
         )
 
+    @classmethod
+    def for_reference(cls, network: str = "sface") -> Thresholds:
+        """Return the thresholds for photos that pictures are only compared with, by a face network.
 
+        A face must be as large and sharp as in the crop that the network sees. One photo is enough, and it needs no variety.
+        """
+        return replace(
+            cls.for_resolution(round(REFERENCE_FACE / 0.4), network),
+            photos_needed=1,
+            photos_wanted=1,
+            turned_wanted=0,
+            chest_up_wanted=0,
+            lights_wanted=0,
+            backgrounds_wanted=0,
+        )
+
+
+REFERENCE_FACE = 112
+"""The side, in pixels, of the crop of a face that SFace sees."""
 LEAST_SHARPNESS_SIDE = 48
 """The size of a face, in pixels, below which sharpness says little: detail and edges of the face are the same."""
 LIKENESS_LIMITS = {

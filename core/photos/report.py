@@ -112,7 +112,7 @@ class SetReport:
 
     @property
     def headline(self) -> str:
-        """The report in one line, as in "5 of 6 usable; add 1 with the head turned to a side".
+        """The report in one line, as in "5 of 6 usable; add 1 with the head turned to the left or right".
 
         If none is usable, it names what is wrong with them. Without a face network it mentions that faces were not looked for.
         """
@@ -392,7 +392,10 @@ def framing(face: Face, bottom: float) -> str:
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
     """Return what variety the usable photos lack, each with the number of photos to add."""
     missing = [
-        (limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable), "with the head turned to a side"),
+        (
+            limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable),
+            "with the head turned to the left or right",
+        ),
         (
             limits.chest_up_wanted - sum(report.framing != FRAMINGS[0] for report in usable),
             "from further away, down to the chest or the waist",

@@ -12,6 +12,7 @@ from .group import GroupPerson, GroupPortrait
 from .likeness import ContactSheet, LikenessScore
 from .lora_files import InspectLora, SaveLora
 from .photos import LoadFacePhotos
+from .sampler import SampleHeadshots
 from .save import SaveHeadshots
 from .style_pack import HeadshotStylePack
 from .train import TrainFaceLora
@@ -21,6 +22,7 @@ NODES = [
     TrainFaceLora,
     ApplyLora,
     HeadshotStylePack,
+    SampleHeadshots,
     GroupPerson,
     GroupPortrait,
     SaveLora,

@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,40 +79,57 @@ def _own_names(folder: Path) -> dict[str, str]:
     return {}
 
 
-def delete_folder(folder: str) -> list[str]:
-    """Delete the dropped photos and masks in a folder below the input folder, and return their names below it.
-
-    All other files stay, and so does the folder as long as it has any. A folder that is a link stays unchanged.
-    """
+def photos_in(folder: str) -> list[str]:
+    """Return the names of the dropped photos and masks in a folder below the input folder. A folder that is a link has none."""
     path = input_folder() / folder
-    names = [] if path.is_symlink() else [name for name in _own_names(path) if (path / name).is_file()]
-    for name in names:
+    return [] if path.is_symlink() else [name for name in _own_names(path) if (path / name).is_file()]
+
+
+def folders_of(user: str | None) -> list[str]:
+    """Return the folders below the input folder with photos that the user has dropped."""
+    root = own_root(user)
+    found = sorted(file.parent.name for file in (input_folder() / root).glob(f"*/{NAMES}"))
+    return [folder for name in found if photos_in(folder := f"{root}/{name}")]
+
+
+def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[str]:
+    """Delete dropped photos, by name, with their masks from a folder below the input folder. None deletes all of them.
+
+    Returns the names of deleted files below the input folder. All other files stay, and so does the folder while it has any.
+    """
+    path, own = input_folder() / folder, photos_in(folder)
+    stems = {_split(name)[0] for name in own if photos is None or name in photos}
+    gone = [name for name in own if _split(name)[0] in stems]
+    for name in gone:
         (path / name).unlink()
-    if names:
+    if len(gone) < len(own):
+        write_text(
+            path / NAMES, json.dumps({name: file for name, file in _own_names(path).items() if name not in gone})
+        )
+    elif gone:
         (path / NAMES).unlink()
         with suppress(OSError):  # It still has other files.
             path.rmdir()
-    return [f"{folder}/{name}" for name in names]
+    return [f"{folder}/{name}" for name in gone]
 
 
 def add(user: str | None, person: str, folder: str, file_name: str, content: bytes) -> str:
     """Write a dropped photo or mask, and return its name below the input folder.
 
     It is written into `folder` if that folder is for the user's dropped photos. Otherwise a new folder is named after the
-    person. A photo that is in the folder already is not written again. Raises BadPhoto, with the file's own name, for a file
-    that cannot be read.
+    person, unless a folder of that name has the photo. A photo that is in the folder already is not written again. Raises
+    BadPhoto, with the file's own name, for a file that cannot be read.
     """
     stem, ending = _split(file_name)
     if not ending:
         raise BadPhoto(f"{file_name}: not a photo. Use jpg, png, webp, heic or another image format")
     with _adding:
         if not _is_own(folder, user):
-            folder = _new_folder(user, person)
+            folder = _folder_for(user, person, content)
+        if same := _with_content(folder, content):
+            return f"{folder}/{same}"
         path = input_folder() / folder
         names = _own_names(path)
-        for name in names:
-            if (path / name).is_file() and (path / name).read_bytes() == content:
-                return f"{folder}/{name}"
         name = f"photo {_photo_number(stem, ending, names):02}{ending}"
         make_folder(path)
         write_file(path / name, lambda stream: stream.write(content))
@@ -150,9 +168,16 @@ def _is_own(folder: str, user: str | None) -> bool:
     return root == own_root(user) and is_name and ((path / NAMES).exists() or not path.exists())
 
 
-def _new_folder(user: str | None, person: str) -> str:
-    """Return the name of a new folder: the person's, with -2 and so on if it already exists."""
+def _folder_for(user: str | None, person: str, content: bytes) -> str:
+    """Return the name of a folder named after the person: one that has the photo, or a new one, with -2 and so on."""
     word = _NOT_IN_NAMES.sub("_", person)[:60].strip(" .") or "person"
     first = f"{own_root(user)}/{word}"
     names = (first if number == 1 else f"{first}-{number}" for number in range(1, 10_000))
-    return next(name for name in names if not (input_folder() / name).exists())
+    return next(name for name in names if not (input_folder() / name).exists() or _with_content(name, content))
+
+
+def _with_content(folder: str, content: bytes) -> str:
+    """Return the name of the dropped photo in the folder that has this content; "" if none has."""
+    path = input_folder() / folder
+    same_size = (name for name in photos_in(folder) if (path / name).stat().st_size == len(content))
+    return next((name for name in same_size if (path / name).read_bytes() == content), "")

@@ -8,27 +8,30 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import folder_paths
 from aiohttp import web
 from comfy.cli_args import args
 from comfy.model_management import get_torch_device
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
 from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 
 from ...core.doctor import examine, format_doctor
-from ...core.errors import BadConfig
+from ...core.errors import BadConfig, FaceLoraError
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.progress import READING
 from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import DRAWN, jpeg_url
 from . import people
-from .folders import without_server_paths
+from .folders import refusal, without_server_paths
 from .runs import QueuedRun, Runs
 
 EVENT = "facelora.training"
@@ -40,13 +43,13 @@ PHOTOS = 8
 """The number of photos that the panel shows beside the samples."""
 LIMITS = (SOMEONE_ELSE, SAME_PERSON)
 """The limits of likeness: below the first, a picture shows someone else; above the second, the same person."""
-LOAD_PHOTOS, TRAIN = "FaceLoRALoadPhotos", "FaceLoRATrain"
+LOAD_PHOTOS, TRAIN, LIKENESS = "FaceLoRALoadPhotos", "FaceLoRATrain", "FaceLoRALikeness"
 USER = "facelora_user"
 """The name of the user who queued a prompt, in its extra data."""
 
 _runs = Runs()
 _trained: dict[str, tuple[QueuedRun, str]] = {}
-"""The last training run of each `_training_of`: its run and the key of its job."""
+"""The last training run of each `_training_of`: its run and the key of its record."""
 _scores: dict[str, dict[str, list[float]]] = {}
 """The likeness of the pictures that a Likeness Score has put in order, by its id, for a prompt until it ends."""
 _judged: dict[str, float] = {}
@@ -88,6 +91,20 @@ def running_user() -> str | None:
     return _running("").user
 
 
+def running_use(names: Sequence[str]) -> str:
+    """Return the first of the names that is an input which the running node's first output goes to; the first if none is."""
+    running = list(PromptServer.instance.prompt_queue.currently_running.values())
+    node = get_executing_context()
+    graph = running[0][2] if running and node else {}
+    inputs = {
+        name
+        for one in graph.values()
+        for name, value in one["inputs"].items()
+        if one["class_type"] in (TRAIN, LIKENESS) and node and value == [node.node_id, 0]
+    }
+    return next((name for name in names if name in inputs), names[0])
+
+
 def asking_user() -> str | None:
     """Return the user whose request is being answered, or None outside a request."""
     return _asking.get()
@@ -102,18 +119,20 @@ def publish(run: QueuedRun, news: Mapping[str, Any]) -> None:
             PromptServer.instance.send_sync(EVENT, message, page)
 
 
-stop_is_wanted = _runs.stop_is_wanted
+stop_is_wanted, resumed = _runs.stop_is_wanted, _runs.resumed
 
 
-def remember(run: QueuedRun, key: str, **facts: Any) -> None:
-    """Begin the record of a training run, by the key of its job, with the graph that its page shows."""
+def remember(run: QueuedRun, job: str, name: str, **facts: Any) -> str:
+    """Begin the record of a training run under a name, by the key of its job, with the graph of its page. Return its key."""
     queued, *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
-    extra = queued[3]
+    extra, key = queued[3], people.key_of(run.user, job, name)
     workflow = extra["extra_pnginfo"]["workflow"] if run.workflow else None
     place = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node}
-    people.note(run.user, key, phase=people.RUNNING, begun=time.time(), graph=workflow, run=place, **facts)
+    facts |= {"job": job, "name": name, "graph": workflow, "run": place}
+    people.note(run.user, key, phase=people.RUNNING, begun=time.time(), **facts)
     if training := _training_of(queued):
         _trained[training] = (run, key)
+    return key
 
 
 def _training_of(prompt: Sequence[Any]) -> str:
@@ -157,10 +176,11 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
             continue
         names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
         digests = [people.digest_of(name) for name in names]
-        people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)))
         # The order is only known of pictures that come from a node's sorted ones.
         for judged in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
             _judged.update((one, score) for one, score in zip(digests, judged, strict=True) if one)
+        likeness = {name: _judged.get(one) for name, one in zip(names, digests, strict=True)}
+        people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)), likeness)
         headshots += [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]
     # Another training run, or none if this one was deleted, may be shown in its place.
     is_shown = any(state["prompt"] == run.prompt for state in _runs.of(run.user))
@@ -182,6 +202,17 @@ def _running_prompts() -> set[str]:
     running = list(PromptServer.instance.prompt_queue.currently_running.values())
     reused = [_trained[training][0].prompt for one in running if (training := _training_of(one)) in _trained]
     return {*reused, *(prompt for _, prompt, *_ in running)}
+
+
+def _waiting(user: str | None) -> list[dict[str, Any]]:
+    """Return what panels show of the user's training runs that are queued and have not begun: how many prompts are ahead."""
+    running, queued = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    shown = []
+    for ahead, (_, prompt, graph, extra, *_) in enumerate(sorted(queued, key=itemgetter(0)), len(running)):
+        place = {"prompt": prompt, "workflow": _workflow_of(extra), "phase": "waiting", "ahead": ahead}
+        nodes = [key for key, node in graph.items() if node["class_type"] == TRAIN]
+        shown += [place | {"node": node} for node in nodes if user is not None and _user_in(extra) == user]
+    return shown
 
 
 @contextmanager
@@ -283,12 +314,14 @@ def _links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
 def add_routes() -> None:
     """Add the routes of the panel.
 
-    - GET /facelora/training: the user's runs.
+    - GET /facelora/training: the user's runs. GET /facelora/waiting: queued ones that have not begun.
     - POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result.
-    - GET /facelora/people: a record of each of the user's training runs. With /KEY the graph of one; DELETE deletes it.
+    - GET /facelora/people: a record of each of the user's training runs. With /KEY the graph of one; DELETE deletes it, and
+      /KEY/files says what that deletes. PATCH {"name": NAME} renames it. /KEY/headshots is a ZIP file.
     - GET /facelora/machine: the text of `facelora doctor`.
     """
     server = PromptServer.instance
+    _add_people_routes()
     _hear_of_ends()
     server.app.middlewares.append(_note_user)
     server.add_on_prompt_handler(_sign)
@@ -304,6 +337,10 @@ def add_routes() -> None:
                 del _pages[gone]
             _pages[page] = user
         return web.json_response(_runs.of(user))
+
+    @server.routes.get("/facelora/waiting")
+    async def waiting(request: web.Request) -> web.Response:
+        return web.json_response(_waiting(user_of(request)))
 
     @server.routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
@@ -322,29 +359,58 @@ def add_routes() -> None:
         publish(run, {"stopping": True})
         return web.json_response({"stopping": node})
 
-    @server.routes.get("/facelora/people")
+    @server.routes.get("/facelora/machine")
+    async def machine(request: web.Request) -> web.Response:
+        report = await asyncio.to_thread(examine, get_torch_device())
+        return web.Response(text=format_doctor(report))
+
+
+def _add_people_routes() -> None:
+    """Add the routes of Trained people."""
+    routes = PromptServer.instance.routes
+
+    @routes.get("/facelora/people")
     async def trained(request: web.Request) -> web.Response:
         return web.json_response(await asyncio.to_thread(people.of, user_of(request), _running_prompts()))
 
-    @server.routes.get("/facelora/people/{key}")
+    @routes.get("/facelora/people/{key}")
     async def graph(request: web.Request) -> web.Response:
         return web.json_response(people.graph_of(user_of(request), request.match_info["key"]))
 
-    @server.routes.delete("/facelora/people/{key}")
+    @routes.patch("/facelora/people/{key}")
+    async def rename(request: web.Request) -> web.Response:
+        user, key = user_of(request), request.match_info["key"]
+        try:
+            name = str((await request.json())["name"])
+            return web.json_response(
+                {"name": await asyncio.to_thread(people.rename, user, key, name, _running_prompts())}
+            )
+        except (KeyError, TypeError, ValueError):
+            return web.json_response({"error": 'send {"name": NAME}'}, status=400)
+        except FaceLoraError as problem:
+            return refusal(problem, 200)  # browsers report other answers as faults of the page
+
+    @routes.get("/facelora/people/{key}/files")
+    async def files(request: web.Request) -> web.Response:
+        key = request.match_info["key"]
+        return web.json_response(await asyncio.to_thread(people.files_to_delete, user_of(request), key))
+
+    @routes.get("/facelora/people/{key}/headshots")
+    async def headshots(request: web.Request) -> web.Response:
+        name, content = await asyncio.to_thread(people.headshots_zip, user_of(request), request.match_info["key"])
+        header = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(f'{name}.zip', safe='')}"}
+        return web.Response(body=content, content_type="application/zip", headers=header)
+
+    @routes.delete("/facelora/people/{key}")
     async def delete(request: web.Request) -> web.Response:
         user, key = user_of(request), request.match_info["key"]
         try:
             place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
         except BadConfig as problem:
-            return web.json_response({"error": str(problem)}, status=409)
+            return refusal(problem, 409)
         except OSError as problem:  # on Windows, another program may read the file
             advice = "Close the program that uses it, then delete again"
             said = f"{problem.filename}: cannot be deleted ({problem.strerror}). {advice}"
             return web.json_response({"error": without_server_paths(said)}, status=409)
         _runs.forget(QueuedRun(user, **place))
         return web.json_response({"deleted": deleted})
-
-    @server.routes.get("/facelora/machine")
-    async def machine(request: web.Request) -> web.Response:
-        report = await asyncio.to_thread(examine, get_torch_device())
-        return web.Response(text=format_doctor(report))

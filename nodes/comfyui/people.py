@@ -1,43 +1,68 @@
-"""The people whom each user has trained: a record of every training run, until its user deletes it with its files."""
+"""The people whom each user has trained: a record of every training run and name, until its user deletes it with its files.
+
+A training run that is repeated under another name makes a copy of its LoRA, which has a record of its own.
+"""
 
 # pyright: reportMissingImports=false
 
 import hashlib
+import io
 import json
+import re
+import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+from PIL import Image
 
 from ...core.errors import BadConfig, BadFile, InUse
 from ...core.lora.embeddings import embedding_files
 from ...core.lora.file import LoraFile
 from ...core.lora.sidecars import SIDECARS
+from ...core.photos.reading import DAMAGED, MASK_ENDING
 from ...core.storage.cache_folder import cache_folder, content_key, made_folder
+from ...core.storage.drawn import DRAWN, jpeg_url
 from ...core.storage.files import read_json, write_text
 from ...core.storage.locks import locked
+from ...core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ...core.training.encode import forget_latents
+from ...core.training.store import lora_path
 from ...core.training.trained_file import files_of, forget_run
-from .dropped import delete_folder, own_root
-from .folders import embedding_name
+from .dropped import delete_dropped, folders_of, own_root, photos_in
+from .folders import embedding_name, write_embedding
 
 Record = dict[str, Any]
+PICTURE_SIDE = 256
+"""The longer side of a person's picture in the list, in pixels."""
 RUNNING = "running"
 DRAWING = "drawing"
 """The phase of a finished training run whose prompt still runs, for example to draw headshots."""
-PUBLIC = ("key", "name", "phase", "begun", "picture", "file", "likeness", "likeness_word")
+UNTRAINED = "untrained"
+"""The phase of dropped photos that no training run has."""
+PUBLIC = ("key", "name", "begun", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
+_STEP = re.compile(r"-step\d{6,}(-\d+)?$")
+"""The end of the name of a step's LoRA."""
 _live: set[str] = set()
-"""The keys of the training runs in this process."""
+"""The keys of the records whose training runs are in this process."""
 _lock = threading.RLock()
 
 
+def key_of(user: str | None, job: str, name: str) -> str:
+    """Return the key of the user's record of a training run, by its job's key, under a name."""
+    records = [record for record in _all() if record["user"] == user and _job(record) == job]
+    found = next((record["key"] for record in records if record["name"] == name), "")
+    return found or (secrets.token_hex(32) if records else job)
+
+
 def note(user: str | None, key: str, **facts: Any) -> None:
-    """Add facts to the user's record of a training run, by the key of its job. Without a user, nothing is recorded."""
+    """Add facts to the user's record with that key. Without a user, nothing is recorded."""
     if user is None:
         return
     with _lock:
@@ -53,17 +78,32 @@ def note(user: str | None, key: str, **facts: Any) -> None:
             write_text(_file(user, key), json.dumps(record))
 
 
-def add_headshots(user: str | None, key: str, digests: Mapping[str, str]) -> None:
-    """Add the digests of pictures, by name below the output folder, to the record of the run whose LoRA drew them."""
+def add_headshots(user: str | None, key: str, digests: Mapping[str, str], scores: Mapping[str, float | None]) -> None:
+    """Add pictures to the record of the run whose LoRA drew them: their digests and likeness, by name below the output folder.
+
+    The list shows the one with the highest likeness.
+    """
     record = _record_in(_file(user, key)) if user is not None else {}
-    if record:
-        note(user, key, headshots=record["headshots"] | dict(digests))
+    if not record:
+        return
+    facts: Record = {"headshots": record["headshots"] | dict(digests)}
+    # Any headshot is better than none if likeness is unknown, but not one without a face (-1).
+    found = {name: -0.99 if score is None else score for name, score in scores.items()}
+    best = max(found, key=lambda name: found[name])
+    if (likeness := found[best]) > record.get("shown_likeness", -1.0):
+        with suppress(*DAMAGED), Image.open(Path(folder_paths.get_output_directory()) / best) as image:
+            facts |= {"headshot": jpeg_url(image, PICTURE_SIDE, DRAWN), "shown_likeness": likeness}
+    note(user, key, **facts)
 
 
 def of(user: str | None, prompts: Collection[str]) -> list[Record]:
-    """Return what the list shows of the user's training runs, the latest first. `prompts` are the ids of those that run now."""
+    """Return what the list shows of the user's training runs, the latest first, and of dropped photos without one.
+
+    `prompts` are the ids of those that run now.
+    """
     live = set(_live)
-    records = [record for record in _all() if user is not None and record["user"] == user]
+    everyone = _all()
+    records = [record for record in everyone if user is not None and record["user"] == user]
     live |= _live  # a run may begin or end while the records are read
     shown = []
     for record in sorted(records, key=lambda record: -record["begun"]):
@@ -73,8 +113,21 @@ def of(user: str | None, prompts: Collection[str]) -> list[Record]:
         elif phase == "done" and record["run"]["prompt"] in prompts:
             phase = DRAWING
         counts = {"photos": len(record["photos"]), "headshots": len(record["headshots"])}
-        others = {"phase": phase, "can_open": record.get("graph") is not None}
+        picture = record.get("headshot", record.get("picture"))
+        others = {"phase": phase, "can_open": record.get("graph") is not None, "picture": picture}
         shown.append({name: record.get(name) for name in PUBLIC} | counts | others)
+    return shown + ([] if user is None else _untrained(user, everyone))
+
+
+def _untrained(user: str, records: Collection[Record]) -> list[Record]:
+    """Return what the list shows of the user's folders of dropped photos that no record has."""
+    used = {photo.rpartition("/")[0] for record in records for photo in record["photos"]}
+    shown = []
+    for folder in (folder for folder in folders_of(user) if folder not in used):
+        names = [f"{folder}/{name}" for name in photos_in(folder)]
+        names = [name for name in names if not name.endswith(MASK_ENDING)] or names
+        name = folder.rpartition("/")[2]
+        shown.append({"key": None, "name": name, "phase": UNTRAINED, "can_open": False, "files": names})
     return shown
 
 
@@ -83,38 +136,89 @@ def graph_of(user: str | None, key: str) -> Any:
     return None if user is None else _record_in(_file(user, key)).get("graph")
 
 
-def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """Delete a training run of the user: its LoRA, headshots, cached files, and the photos that were dropped for it.
+def headshots_zip(user: str | None, key: str) -> tuple[str, bytes]:
+    """Return the name of a training run of the user, and a ZIP file of its headshots."""
+    record, data = _record_in(_file(user, key)) if user is not None else {}, io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name in _headshots(record) if record else ():
+            archive.write(Path(folder_paths.get_output_directory()) / name, Path(name).name)
+    return _stem(record) if record else "headshots", data.getvalue()
 
-    Files that another training run uses are kept. `prompts` are the ids of those that run now. Returns the prompt, workflow
-    and node of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
-    """
+
+def files_to_delete(user: str | None, key: str) -> Record:
+    """Return what `delete` would delete: the names of LoRAs, and how many headshots and dropped photos."""
     with _lock:
         record = _record_in(_file(user, key)) if user is not None else {}
         if not record:
-            raise BadConfig("you have no such training run. Reload the list")
-        if key in _live:
-            raise BadConfig(f"{record['name']} is being trained. Cancel the training run first")
-        if record["run"]["prompt"] in prompts:
-            raise BadConfig(f"{record['name']}: headshots are being drawn. Cancel the run first, or wait until it ends")
-        others = [other for other in _all() if (other["user"], other["key"]) != (user, key)]
-        deleted = []
-        for name, digest in record["headshots"].items():
-            if digest and digest_of(name) == digest:  # ComfyUI gives the name of a deleted picture to another one.
-                (Path(folder_paths.get_output_directory()) / name).unlink()
-                deleted.append(f"output/{name}")
-        if all(other["key"] != key for other in others):
-            deleted += _delete_loras(key, record["name"])
-            forget_run(key)
+            return {"loras": [], "headshots": 0, "photos": 0}
+        others = _others(record)
+        return {
+            "loras": [path.name for path in _loras(record, others)],
+            "headshots": len(_headshots(record)),
+            "photos": sum(len(photos_in(folder)) for folder in _folders(record, others)),
+        }
+
+
+def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Delete a training run of the user: its LoRA, headshots, cached files, and the photos that were dropped for it.
+
+    Files that another record has are kept. `prompts` are the ids of those that run now. Returns the prompt, workflow and node
+    of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
+    """
+    with _lock:
+        record = _at_rest(user, key, prompts)
+        others, deleted = _others(record), list[str]()
+        for name in _headshots(record):
+            (Path(folder_paths.get_output_directory()) / name).unlink()
+            deleted.append(f"output/{name}")
+        deleted += _delete_loras(_loras(record, others), record["name"])
+        if all(_job(other) != _job(record) for other in others):
+            forget_run(_job(record))
         kept = {digest for other in others for digest in other["digests"]}
         forget_latents(set(record["digests"]) - kept)
-        # The photos that were dropped for it, except those in folders that other runs use.
-        photos, root = [photo for other in others for photo in other["photos"]], own_root(record["user"])
-        for folder in sorted({name.rpartition("/")[0] for name in record["photos"]}):
-            if folder.rpartition("/")[0] == root and not any(name.startswith(f"{folder}/") for name in photos):
-                deleted += [f"input/{name}" for name in delete_folder(folder)]
+        for folder in _folders(record, others):
+            deleted += [f"input/{name}" for name in delete_dropped(folder)]
         _file(user, key).unlink()
         return record["run"], deleted
+
+
+def rename(user: str | None, key: str, name: str, prompts: Collection[str]) -> str:
+    """Rename a training run of the user, its LoRAs and their sidecars, and return the new name.
+
+    Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
+    """
+    with _lock:
+        record = _at_rest(user, key, prompts)
+        new, old = Path(lora_path(name)).name, _stem(record)
+        named = [path for path in _loras(record, _others(record)) if _STEP.sub("", path.stem) == old]
+        targets = {path: path.with_name(new + path.name.removeprefix(old)) for path in named}
+        if taken := next((target.name for target in targets.values() if target.exists()), ""):
+            raise BadConfig(f"{taken}: another LoRA has this name. Choose another one")
+        for path, target in targets.items():
+            file = SafetensorsFile.open(path)
+            copy_with_metadata(file, target, {**file.metadata, "ss_output_name": target.stem})
+            del file  # Windows can't delete a file that is still open
+            for beside in filter(Path.is_file, map(path.with_suffix, SIDECARS)):
+                beside.rename(target.with_name(target.stem + beside.name.removeprefix(path.stem)))
+            write_embedding(target)
+            _delete_loras([path], old)
+        graph = record.get("graph")
+        for node in (graph or {}).get("nodes", ()):
+            if node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
+                node["widgets_values"][0] = new
+        note(user, key, name=new, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
+        return new
+
+
+def delete_photos(user: str | None, names: Collection[str]) -> list[str]:
+    """Delete dropped photos of the user that no training run has, by name below the input folder. Return what was deleted."""
+    with _lock:
+        used = {photo for record in _all() for photo in record["photos"]}
+        folders: dict[str, set[str]] = {}
+        for folder, _, name in (name.rpartition("/") for name in names if name not in used):
+            folders.setdefault(folder, set()).add(name)
+        own = folders.keys() & set(folders_of(user)) if user is not None else ()
+        return [f"input/{name}" for folder in sorted(own) for name in delete_dropped(folder, folders[folder])]
 
 
 def digest_of(name: str) -> str:
@@ -124,17 +228,64 @@ def digest_of(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
 
 
-def _delete_loras(key: str, name: str) -> list[str]:
-    """Delete the files of a training run from the folders of LoRAs, of embeddings, and of Save Face LoRA.
+def _at_rest(user: str | None, key: str, prompts: Collection[str]) -> Record:
+    """Return a record of the user. Raises BadConfig if there is none, or if its prompt, one of the running `prompts`, runs."""
+    record = _record_in(_file(user, key)) if user is not None else {}
+    if not record:
+        raise BadConfig("you have no such training run. Reload the list")
+    if key in _live:
+        raise BadConfig(f"{record['name']} is being trained. Cancel the training run first")
+    if record["run"]["prompt"] in prompts:
+        raise BadConfig(f"{record['name']}: headshots are being drawn. Cancel the run first, or wait until it ends")
+    return record
+
+
+def _others(record: Record) -> list[Record]:
+    return [other for other in _all() if (other["user"], other["key"]) != (record["user"], record["key"])]
+
+
+def _job(record: Record) -> str:
+    return record.get("job", record["key"])
+
+
+def _headshots(record: Record) -> list[str]:
+    """Return the record's headshots that still exist. ComfyUI gives the name of a deleted picture to another one."""
+    return [name for name, digest in record["headshots"].items() if digest and digest_of(name) == digest]
+
+
+def _folders(record: Record, others: Collection[Record]) -> list[str]:
+    """Return the folders of photos that were dropped for the record, except those that other records have."""
+    photos, root = [photo for other in others for photo in other["photos"]], own_root(record["user"])
+    folders = sorted({name.rpartition("/")[0] for name in record["photos"]})
+    own = [folder for folder in folders if folder.rpartition("/")[0] == root]
+    return [folder for folder in own if not any(name.startswith(f"{folder}/") for name in photos)]
+
+
+def _loras(record: Record, others: Collection[Record]) -> list[Path]:
+    """Return the LoRAs of the record in the folders of LoRAs and of Save Face LoRA, without those of other records."""
+    rivals = [other for other in others if _job(other) == _job(record)]
+    folders = [*folder_paths.get_folder_paths("loras"), Path(folder_paths.get_output_directory()) / "loras"]
+    found, own = files_of(_job(record), [Path(folder) for folder in folders]), _stem(record)
+    if any(_stem(other) == own for other in rivals):  # of another user
+        return []
+    return [path for path in found if not rivals or _STEP.sub("", path.stem) == own]
+
+
+def _stem(record: Record) -> str:
+    """Return the name of the record's LoRA, which has a number if another one has the name of the person."""
+    return _STEP.sub("", Path(record.get("file") or f"{record['name']}.safetensors").stem)
+
+
+def _delete_loras(paths: Sequence[Path], name: str) -> list[str]:
+    """Delete LoRAs, with their sidecars and embeddings.
 
     Files that are found through another one are deleted before it, so that a second attempt finds what is left of them.
     """
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
-    with suppress(InUse), locked(folders[0] / f"{name}.safetensors"):
+    with suppress(InUse), locked(Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"):
         pass  # this deletes the lock file that a killed server left
     words = Path(folder_paths.get_folder_paths("embeddings")[0])
     deleted = []
-    for path in reversed(files_of(key, [*folders, Path(folder_paths.get_output_directory()) / "loras"])):
+    for path in reversed(paths):
         lora = LoraFile.read(path)
         names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
         del lora  # Windows can't delete a file that is still open

@@ -23,7 +23,7 @@ from ...core.models.opening import load_base
 from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
 from ...core.photos.reading import MASK_ENDING
 from ...core.photos.report import CROP, REJECT, REVIEW, USE
-from . import panel
+from . import panel, people
 from .convert import FacePhotos, image_tensor, resolution_of
 from .dropped import NAMES, add, folders_for, input_folder, is_hidden, own_name
 from .folders import refusal, says_no_server_paths, without_server_paths
@@ -34,6 +34,13 @@ THUMBNAIL_SIDE = 160
 """Longest side of a thumbnail in the node, in pixels."""
 DEFAULT_RESOLUTION = 1024
 """The resolution that photos are judged for when the base model is unknown, in pixels."""
+PHOTOS, CLASS, REFERENCE = USES = "photos", "class_photos", "reference"
+"""What photos are for: the input of Train Face LoRA or Likeness Score that they are connected to."""
+_NOTHING = {
+    PHOTOS: "no photos: add 10 to 20 photos of one person, or choose a folder of them",
+    CLASS: "no class images: add pictures of other people, or choose a folder of them",
+    REFERENCE: "no reference photos: add photos of the person, or choose a folder of them",
+}
 HIDDEN = ".not-yours"
 """A name in the input folder that no file has."""
 NO_FOLDER = "(no folder)"
@@ -83,7 +90,7 @@ class LoadFacePhotos(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip="The base model to train on. Its resolution decides how large a face must be. Without it, "
-                    "the check uses 1024 pixels.",
+                    "the check uses 1024 pixels. Photos for Likeness Score don't need it.",
                 ),
             ],
             outputs=[
@@ -117,7 +124,7 @@ class LoadFacePhotos(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, pictures: str, **_: object) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(panel.running_use(USES).encode())
         for name, file in _files(folder, pictures, panel.running_user()):
             digest.update(name.encode("utf-8", "surrogateescape") + file.read_bytes())
         return digest.hexdigest()
@@ -125,8 +132,9 @@ class LoadFacePhotos(io.ComfyNode):
     @classmethod
     @says_no_server_paths
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str, model: Any = None) -> io.NodeOutput:
+        use = panel.running_use(USES)
         resolution = resolution_of(model) if model else DEFAULT_RESOLUTION
-        seen = look(folder, pictures, panel.running_user(), resolution if check else None, strict=strict)
+        seen = look(folder, pictures, panel.running_user(), resolution if check else None, use, strict=strict)
         if seen.report and seen.report.network and not any(item.faces for item in seen.report.photos):
             raise BadPhoto(
                 f"none of the {counted(len(seen.photos), 'photo')} shows a face. Add other photos. To use these anyway, "
@@ -175,20 +183,24 @@ class Seen:
         return {"photos": tiles, "headline": without_server_paths(headline), "verdict": verdict, "mixed": mixed}
 
 
-def look(folder: str, pictures: str, user: str | None, resolution: int | None, *, strict: bool = False) -> Seen:
-    """Read the photos of a folder and the added ones. Check them for training at the resolution, unless that is None.
+def look(
+    folder: str, pictures: str, user: str | None, resolution: int | None, use: str = PHOTOS, *, strict: bool = False
+) -> Seen:
+    """Read the photos of a folder and the added ones, and check them for their use: to be trained on at the resolution, or to
+    compare pictures with. Class images aren't checked, and nothing is if the resolution is None.
 
     Raises BadPhoto without any photos, and with `strict` for a photo that cannot be read.
     """
     if folder == NO_FOLDER and not _names(pictures):
-        raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a folder of them")
+        raise BadPhoto(_NOTHING[use])
     list(_files(folder, pictures, user))  # report a missing file before anything is read
     notes: list[str] = []
     photos, unread = _read_chosen(folder, pictures, user, strict=strict, on_warning=notes.append)
-    if resolution is None:
+    if resolution is None or use == CLASS:
         return Seen(photos, unread, notes, None)
     network = faces_if_installed(notes.append)
-    return Seen(photos, unread, notes, check_photos(photos, network, Thresholds.for_resolution(resolution)))
+    limits = Thresholds.for_reference() if use == REFERENCE else Thresholds.for_resolution(resolution)
+    return Seen(photos, unread, notes, check_photos(photos, network, limits))
 
 
 def _read_chosen(
@@ -292,8 +304,9 @@ def add_routes() -> None:
     """Add the routes of the node's page.
 
     - POST /facelora/photos, a form of person, folder and file: add a dropped photo.
+    - DELETE /facelora/photos {"names": [...]}: delete dropped photos, except those that a training run has.
     - GET /facelora/photo?name=NAME: its thumbnail, a JPEG.
-    - POST /facelora/check {"folder", "pictures", "base", "resolution"}: check the node's photos.
+    - POST /facelora/check {"folder", "pictures", "base", "resolution", "use"}: check the node's photos.
     """
     routes = PromptServer.instance.routes
 
@@ -320,19 +333,29 @@ def add_routes() -> None:
             return refusal(problem, 200)  # browsers report other answers as faults of the page
         return web.json_response({"name": name})
 
+    @routes.delete("/facelora/photos")
+    async def delete(request: web.Request) -> web.Response:
+        try:
+            names = [str(name) for name in (await request.json())["names"]]
+        except (KeyError, TypeError, ValueError):
+            return web.json_response({"error": 'send {"names": [...]}'}, status=400)
+        deleted = await asyncio.to_thread(people.delete_photos, panel.user_of(request), names)
+        return web.json_response({"deleted": deleted})
+
     @routes.post("/facelora/check")
     async def check(request: web.Request) -> web.Response:
         user = panel.user_of(request)
         try:
             asked = await request.json()
             folder, pictures, base = (str(asked.get(name, "")) for name in ("folder", "pictures", "base"))
-            given = int(asked.get("resolution", 0))
+            given, use = int(asked.get("resolution", 0)), str(asked.get("use", PHOTOS))
+            use = use if use in USES else PHOTOS
         except (AttributeError, OverflowError, TypeError, ValueError):
-            return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution"}'}, status=400)
+            return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution", "use"}'}, status=400)
         try:
             found = None if given else await asyncio.to_thread(opened, base)
             resolution = found.resolution if found else given or DEFAULT_RESOLUTION
-            seen = await asyncio.to_thread(look, folder, pictures, user, resolution)
+            seen = await asyncio.to_thread(look, folder, pictures, user, resolution, use)
         except FaceLoraError as problem:
             return refusal(problem, 200)  # browsers report other answers as faults of the page
         shown = seen.shown()

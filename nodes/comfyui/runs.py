@@ -50,6 +50,7 @@ class Runs:
 
     def __init__(self) -> None:
         self._states: dict[str | None, dict[tuple[str | None, str], State]] = {None: {}}
+        self._before: State = {}  # what the last `begin` has replaced
         self._wanted_stops: set[tuple[str, str]] = set()
         self._saved = 0.0  # on time.monotonic()
         self._lock = threading.RLock()  # the node and the routes run in two threads
@@ -65,11 +66,21 @@ class Runs:
         """Start a new state for the run, and drop a stop request that was too late for the last run."""
         with self._lock:
             states = self._of(run.user)
-            states.pop(run.place, None)
+            self._before = states.pop(run.place, {})
             states[run.place] = {name: value for name, value in asdict(run).items() if name != "user"}
             for place in list(states)[:-KEPT]:
                 del states[place]
             self._wanted_stops.clear()  # one run at a time
+
+    def resumed(self, job: str) -> State:
+        """Return what the run that was begun last continues: curves and seconds of the run before it in its place.
+
+        It is empty unless both are of the job with that key. A finished run has no seconds to continue.
+        """
+        if self._before.get("job") != job:
+            return {}
+        shown = [*SERIES, *(["seconds"] if self._before.get("phase") != "done" else [])]
+        return {name: self._before[name] for name in shown if name in self._before}
 
     def add(self, run: QueuedRun, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
         """Add the news to the state, and return the new points of its curves, by the curve's name."""

@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,9 +10,14 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
+from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import save_png
 from .convert import pictures
 from .folders import says_no_server_paths
+from .people import digest_of
+
+_saved: dict[str, tuple[ui.SavedResult, str]] = {}
+"""The files that the node has saved since the server was started, with their digests, by picture and start of the name."""
 
 
 class SaveHeadshots(io.ComfyNode):
@@ -21,8 +27,8 @@ class SaveHeadshots(io.ComfyNode):
             node_id="FaceLoRASaveHeadshots",
             display_name="Save Headshots",
             category="FaceLoRA",
-            description="Saves pictures like Save Image, and marks them as drawn by a program (IPTC's digital source type), "
-            "which photo galleries and search engines can show. Don't use it for photos.",
+            description="Saves pictures like Save Image, each once, and marks them as drawn by a program (IPTC's digital "
+            "source type), which photo galleries and search engines can show. Don't use it for photos.",
             search_aliases=["save image", "ai label", "iptc", "xmp", "metadata"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -32,7 +38,14 @@ class SaveHeadshots(io.ComfyNode):
                     "filename_prefix",
                     default="headshots/headshot",
                     tooltip="Start of the file names in the output folder. You can use the same placeholders as in Save "
-                    "Image, such as %date:yyyy-MM-dd% or %FaceLoRATrain.name%.",
+                    "Image, such as %date:yyyy-MM-dd%. %lora_name% becomes the name in lora_name.",
+                ),
+                io.String.Input(
+                    "lora_name",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The file name of the person's LoRA, from Train Face LoRA. It keeps the headshots of people "
+                    "with the same name apart.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The same pictures.")],
@@ -40,15 +53,28 @@ class SaveHeadshots(io.ComfyNode):
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, images, filename_prefix) -> io.NodeOutput:
+    def execute(cls, images, filename_prefix, lora_name="") -> io.NodeOutput:
         graph = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         texts = {} if args.disable_metadata else {name: json.dumps(value) for name, value in graph.items()}
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), images.shape[2], images.shape[1]
+            filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors")),
+            folder_paths.get_output_directory(),
+            images.shape[2],
+            images.shape[1],
         )
         saved = []
         for number, image in enumerate(pictures(images)):
-            name = f"{stem.replace('%batch_num%', str(number))}_{counter + number:05}_.png"
-            save_png(Path(folder) / name, image, texts)
-            saved.append(ui.SavedResult(name, subfolder, io.FolderType.output))
+            key = content_key(folder, stem, image.size, hashlib.sha256(image.tobytes()).hexdigest())
+            known, digest = _saved.get(key, (None, ""))
+            if known is None or digest_of(_below_output(known)) != digest:
+                name = f"{stem.replace('%batch_num%', str(number))}_{counter:05}_.png"
+                counter += 1
+                save_png(Path(folder) / name, image, texts)
+                known = ui.SavedResult(name, subfolder, io.FolderType.output)
+                _saved[key] = known, digest_of(_below_output(known))
+            saved.append(known)
         return io.NodeOutput(images, ui=ui.SavedImages(saved))
+
+
+def _below_output(saved: ui.SavedResult) -> str:
+    return f"{saved.subfolder}/{saved.filename}".lstrip("/")

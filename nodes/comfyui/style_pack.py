@@ -85,6 +85,10 @@ class HeadshotStylePack(io.ComfyNode):
                     tooltip="The model that draws the pictures. Needed only if family is 'that of the model'. A "
                     "model that was distilled to a few steps, by the name of its file, gets these steps and no guidance.",
                 ),
+                io.String.Input(
+                    "extra", default="", placeholder="e.g. smiling, with glasses", optional=True,
+                    tooltip="Words that are added to every prompt, such as 'smiling, with glasses'.",
+                ),
             ],
             outputs=_outputs(),
             has_intermediate_output=True,
@@ -109,7 +113,9 @@ class HeadshotStylePack(io.ComfyNode):
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, pack, styles, subject, count, first_seed, family, resolution, model=None) -> io.NodeOutput:
+    def execute(
+        cls, pack, styles, subject, count, first_seed, family, resolution, model=None, extra=""
+    ) -> io.NodeOutput:
         if family == FROM_MODEL:
             if model is None:
                 raise BadConfig("family: choose a family, or connect the model that draws the pictures to model")
@@ -121,7 +127,7 @@ class HeadshotStylePack(io.ComfyNode):
         )  # fmt: skip
         few = few_steps(model) if model is not None else None  # Such a model draws in its own steps, without guidance.
         return io.NodeOutput(
-            [item.prompt for item in prompts],
+            [f"{item.prompt.rstrip(' .')}, {extra.strip()}" if extra.strip() else item.prompt for item in prompts],
             [item.negative for item in prompts],
             [item.seed for item in prompts],
             [item.width for item in prompts],

@@ -328,9 +328,10 @@ def _make(
                 f"checkpoint = {checkpoint}: these photos and settings have not been trained yet. Set checkpoint to 0"
             )
         photos = panel.photo_urls(job.ready.photos)
+        watch.resume(job.key)
         watch.show(photos=photos)
-        key = job.key
-        panel.remember(run, key, name=place.name, picture=next(iter(photos), None), **_photos_of(job))
+        key = panel.remember(run, job.key, place.name, picture=next(iter(photos), None), **_photos_of(job))
+        watch.show(person=key)
         callbacks = Callbacks(
             on_step=watch.step,
             on_phase=watch.phase,
@@ -344,14 +345,15 @@ def _make(
                 job, place, device=device, on_history=watch.history, on_point=watch.point, callbacks=callbacks
             )
         watch.show(checkpoints=_choices(made))
+        likeness = dict(made.likenesses()).get(made.kept_step())
+        word = None if likeness is None else likeness_word(likeness)
+        kept = {"file": made.path.name, "likeness": likeness, "likeness_word": word}
         if checkpoint:
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name}: {'already trained' if made.found else 'trained'}")
-        looks = _looks(made)
-        watch.show(phase="done", file=made.path.name, **looks)
-        likeness = {"likeness": looks.get("kept_likeness"), "likeness_word": looks.get("kept_word")}
-        people.note(run.user, key, phase="done", file=made.path.name, **likeness)
+        watch.show(phase="done", file=made.path.name, chosen=bool(checkpoint), **_looks(made))
+        people.note(run.user, key, phase="done", **kept)
     except Exception as error:  # the panel shows the user any error
         watch.show(phase="failed", error=without_server_paths(str(error)))
         _ended(run, key, "failed")
@@ -414,6 +416,12 @@ class Watch:
     def show(self, **news: Any) -> None:
         """Publish the news with the number of seconds that have passed."""
         panel.publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
+
+    def resume(self, job: str) -> None:
+        """Continue the curves and the clock of an earlier run of the job with that key."""
+        shown = panel.resumed(job)
+        self._begun -= shown.pop("seconds", 0.0)
+        self.show(job=job, **shown)
 
     def _move_bar(self, phase: str, done: int, total: int) -> None:
         """Move the node's progress bar. Each phase gets a new one, because ComfyUI's can't move back."""

@@ -65,6 +65,7 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     page.open(page.saved(), "again")
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 2")
     page.page.click(".facelora-remove-all")
+    page.page.get_by_role("button", name="Keep the files").click()
     assert page.widgets(PHOTOS)["pictures"] == ""
     page.set_widgets({PHOTOS: {"folder": folder}})  # it can be chosen again
     assert folder in page.run("() => app.graph.nodes[0].widgets.find((one) => one.name === 'folder').options.values")
@@ -165,6 +166,9 @@ def test_photos_removed_during_the_check_get_no_headline(page, files):
     while not held:
         page.page.wait_for_timeout(50)
     page.page.click(".facelora-remove-all")
+    with page.page.expect_response(lambda answer: answer.request.method == "DELETE") as deleted:
+        page.page.get_by_role("button", name="Delete the files").click()
+    assert len(deleted.value.json()["deleted"]) == 3
     with page.page.expect_response("**/facelora/check"):
         held[0].continue_()
     page.page.wait_for_timeout(300)
@@ -328,7 +332,7 @@ def test_a_node_still_describes_its_lora_when_it_is_not_run_again(either_page, s
     assert is_shown()
 
     page.page.click(".facelora-about")
-    page.page.locator(".facelora-large[open]", has_text="arXiv:2106.09685").wait_for()
+    page.page.locator(".facelora-text[open]", has_text="arXiv:2106.09685").wait_for()
     assert page.complaints() == []
 
 

@@ -86,6 +86,15 @@ def test_a_training_is_followed_on_two_pages_through_a_reload_and_kept(page, bro
     other.clear()
     other.open(graph, "other")
     other.wait_for(f"() => document.querySelector('{STATUS}').textContent.includes('step')")
+    # Another run in that window waits, and can be taken out of the queue.
+    other.clear()
+    other.run(BUILD, train_node(seed=22))
+    other.queue()
+    other.wait_for(f"() => document.querySelector('{STATUS}').textContent === 'waiting, runs ahead in the queue: 1'")
+    other.page.click(".facelora-cancel")
+    other.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: ')")
+    other.open(graph, "other")
+    other.wait_for(f"() => document.querySelector('{STATUS}').textContent.includes('step')")
     before = points(page, "loss")
     page.reload()
     wait_for_step(page, 6)
@@ -111,8 +120,10 @@ def test_the_cancel_button_ends_a_training_that_goes_on_when_queued_again(page, 
     assert server.wait(prompt_id, 900).status == "interrupted"
     page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('stopped')")
     stopped = points(page, "loss")
+    assert points(page, "learning rate") == stopped
     prompt_id = page.queue()
-    wait_for_points(page, "loss", stopped + 2)  # the curve goes on
+    for line in ("loss", "learning rate"):
+        wait_for_points(page, line, stopped + 2)  # the curve goes on
     page.page.click(".facelora-keep")
     assert server.wait(prompt_id, 900).status == "success"
 
@@ -171,6 +182,12 @@ def test_the_likeness_that_a_training_measures_is_drawn_in_both_designs(page, se
         f"() => document.querySelector('{STATUS}').textContent.startsWith('done: measured-step00000{other + 1}.safetensors')"
     )
     assert (server.folder / "models" / "loras" / f"measured-step00000{other + 1}.safetensors").exists()
+    assert "Train longer" not in status(page), "the user has chosen it"
+    assert [one["file"] for one in server.get("/facelora/people") if one["name"] == "measured"] == [
+        "measured.safetensors"
+    ]
+    names = page.run("() => LiteGraph.registered_node_types.FaceLoRAInspect.nodeData.input.required.lora_name")
+    assert "measured.safetensors" in str(names), "loaders list it"
     offered.nth(1 - other).click()
     assert page.widgets("FaceLoRATrain")["checkpoint"] == 0
     assert page.complaints() == []
@@ -202,6 +219,9 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
     hear(page, prompt="ours", step=30, **news)
     hear(page, prompt="theirs", step=40, workflow="of somebody else", **news)
     hear(page, prompt="a script's", step=50, workflow=None, **news)
+    hear(page, prompt="ours", begin=False, history=[[1, 0.3], [30, 0.1]], learning_rates=[[1, 0.003], [30, 0.001]])
+    ends = page.page.locator(".facelora-loss text").all_text_contents()
+    assert {"0.3", "0.1", "0.003", "0.001"} <= set(ends), "not those of the frame"
     assert status(page) == "step 30 of 60 · loss 0.1 · learning rate 1e-4 · likeness 0.52: perhaps"
     assert re.fullmatch(r"1 h 1 min · 1 min 1\d s left", page.page.text_content(".facelora-time") or "")
 
@@ -215,7 +235,26 @@ def test_the_settings_of_a_recipe_are_shown_before_training(page):
         page.set_widgets({"FaceLoRATrain": {"recipe": recipe}})
         page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('{recipe}: {does}, ')")
     page.set_widgets({"FaceLoRATrain": {"steps": 7, "rank": 4}})
-    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 7 steps × 1, rank 4, ')")
+    plan = f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 7 steps × 1, rank 4, ')"
+    page.wait_for(plan)
+    # In the graph, the node has room for all of it.
+    page.wait_for("""() => {
+        const panel = document.querySelector(".facelora-panel:has(.facelora-status)")
+        return panel.scrollHeight <= panel.clientHeight && panel.clientHeight > 30
+    }""")
+    page.run("""() => { document.querySelector(".facelora-panel:has(.facelora-status)").style.width = "230px" }""")
+    assert page.run(
+        f"() => document.querySelector('{STATUS}').scrollWidth <= document.querySelector('{STATUS}').clientWidth"
+    )
+    # An ended run isn't shown once the inputs have changed, also after F5, until it is heard of again.
+    hear(page, prompt="ours", phase="stopped", seconds=3)
+    assert status(page).startswith("stopped")
+    page.set_widgets({"FaceLoRATrain": {"name": "renamed"}})
+    assert status(page).startswith("stopped"), "the same training run"
+    page.set_widgets({"FaceLoRATrain": {"steps": 7}})
+    page.wait_for(plan)
+    hear(page, prompt="ours", begin=False, seconds=4)
+    assert status(page).startswith("stopped")
 
 
 def test_the_clock_runs_between_reports_and_shows_no_time_left_after_a_stop(page):
@@ -295,15 +334,22 @@ def test_the_keyboard_stays_on_a_picture_and_on_a_button_while_news_arrives(page
 def test_a_button_shows_what_the_machine_has_for_training(page, server):
     page.run(BUILD, train_node(1))
     page.page.click(".facelora-machine")
-    page.page.locator(".facelora-large[open] pre", has_text="facelora doctor").wait_for()
-    report = page.page.text_content(".facelora-large pre") or ""
+    page.page.locator(".facelora-text[open] pre", has_text="facelora doctor").wait_for()
+    report = page.page.text_content(".facelora-text pre") or ""
     assert f"torch {torch.__version__}" in report and "cpu: " in report
-    page.page.click(".facelora-large pre", click_count=3)  # which selects a line
+    page.page.click(".facelora-text pre", click_count=3)  # which selects a line
     assert page.run("() => String(getSelection())").strip() in report.splitlines()
     page.page.mouse.click(
         800, 995
     )  # beside the dialog, and not on a tab, which says its name when the mouse rests on it
-    page.wait_for("() => !document.querySelector('.facelora-large')")
+    page.wait_for("() => !document.querySelector('.facelora-text')")
+    page.page.click(".facelora-machine")
+    page.page.get_by_role("button", name="Copy").click()
+    assert (
+        page.run("() => String(getSelection())").strip() == (page.page.text_content(".facelora-text pre") or "").strip()
+    )
+    page.page.get_by_role("button", name="Close", exact=True).last.click()
+    page.wait_for("() => !document.querySelector('.facelora-text')")
     assert str(server.folder) not in report and getpass.getuser() not in report.split()
     assert page.complaints() == []
 

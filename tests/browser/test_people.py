@@ -1,6 +1,9 @@
 """The list of trained people: in another browser of the same user, opened, and deleted with a question first."""
 
+import re
+
 import pytest
+from playwright.sync_api import Locator
 
 from tests.tooling import write_photos
 from tools.workflows import BUILD
@@ -10,6 +13,11 @@ from .test_nodes import PHOTOS
 from .test_panel import STATUS, is_idle, train_node, wait_for_step
 
 pytestmark = pytest.mark.browser
+
+
+def question(page: ComfyPage) -> Locator:
+    """The dialog that asks before something is deleted."""
+    return page.page.locator(".facelora-dialog[open]", has_text=re.compile(r"Delete .+\?"))
 
 
 def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, browser, server):
@@ -29,12 +37,17 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     other.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done: petra')")
     other.page.locator(".facelora-all").click()
     person = other.page.locator(".facelora-dialog .facelora-person", has_text="petra")
+    person.get_by_role("button", name="Rename").click()
+    other.page.locator(".facelora-dialog input").fill("petra-p")
+    other.page.keyboard.press("Enter")
+    person.filter(has_text="petra-p").wait_for()
+    assert other.widgets("FaceLoRATrain")["name"] == "petra-p", "the open graph makes no copy"
     person.get_by_role("button", name="Delete").click()
-    other.page.locator(".facelora-dialog[open]").last.get_by_role("button", name="Cancel").click()
-    file = server.folder / "models" / "loras" / "petra.safetensors"
+    question(other).get_by_role("button", name="Cancel").click()
+    file = server.folder / "models" / "loras" / "petra-p.safetensors"
     assert file.exists()
     person.get_by_role("button", name="Delete").click()
-    other.page.locator(".facelora-dialog[open]").last.get_by_role("button", name="Delete").click()
+    question(other).get_by_role("button", name="Delete").click()
     person.wait_for(state="detached")
     assert not file.exists()
     assert other.complaints() == [f"dialog: {text}" for text in other.dialogs()]
@@ -76,7 +89,7 @@ def test_people_of_one_name_are_told_apart_and_their_photos_leave_the_open_page_
     assert len(set(names)) == 2 and "sam" in names, names
     for left, tiles in ((1, 4), (0, 0)):  # the photos are of both runs
         people.first.get_by_role("button", name="Delete").click()
-        page.page.locator(".facelora-dialog[open]").last.get_by_role("button", name="Delete").click()
+        question(page).get_by_role("button", name="Delete").click()
         page.wait_for(f"""() => document.querySelectorAll('.facelora-tile').length === {tiles}
             && [...document.querySelectorAll('.facelora-dialog .facelora-person b')]
                 .filter((name) => name.textContent.startsWith('sam')).length === {left}""")

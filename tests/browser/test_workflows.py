@@ -52,6 +52,8 @@ FILLED = """(names) => {
         const photos = names.map((name) => ({ name, verdict: "good" }))
         node.onExecuted({ facelora_photos: [{ photos, headline: "20 usable", verdict: "good" }] })
     }
+    for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRAInspect"))
+        node.onExecuted({ text: Array(60).fill("a line of its report") })
 }"""
 OVERLAPS = """() => {
     const boxes = app.graph.nodes.map(({ title, pos: [x, y], size: [width, height] }) =>
@@ -63,7 +65,7 @@ OVERLAPS = """() => {
 
 
 def check_all(page: ComfyPage) -> None:
-    """Opens every workflow, and puts 20 photos and what a run says of them into it."""
+    """Opens every workflow, and puts 20 photos and what a run says of them and of a LoRA into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
@@ -96,6 +98,9 @@ def test_a_user_without_checkpoints_is_offered_the_one_of_the_template(page, cho
     }""", choices)  # fmt: skip
     page.open(workflow_file("9 Compare strengths and steps"), "9 Compare")
     assert page.run("() => app.graph.findNodesByType('CheckpointLoaderSimple')[0].widgets[0].value") == SD15["name"]
+    gone = json.dumps(workflow_file(NAMES[0])).replace(SD15["name"], "gone.safetensors")
+    page.open(json.loads(gone), NAMES[0])
+    page.page.get_by_role("link", name="checkpoints/gone.safetensors").wait_for()  # the app lists it too
 
 
 @pytest.mark.slow
@@ -204,7 +209,7 @@ class Hands:
         result = server.wait(prompt)
         assert result.status == "success", result.error
         saved = [image["filename"] for output in result.outputs.values() for image in output.get("images", ())
-                 if image["filename"].startswith("my-face_0000")]  # fmt: skip
+                 if re.match(r"my-face(-\d+)?_0000", image["filename"])]  # fmt: skip  # the LoRA's name
         assert len(saved) >= 2
         assert {read_mark(server.folder / "output" / "headshots" / name) for name in saved} == {DRAWN}
         shown = """(names) => {

@@ -33,7 +33,7 @@ def texts(result, name: str) -> list[str]:
 
 def test_a_style_pack_drives_a_batch_through_ksampler(server):
     graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], prompt=["styles", 0], seed=["styles", 2])
-    graph["styles"] = node("FaceLoRAStylePack", **STYLES)
+    graph["styles"] = node("FaceLoRAStylePack", **STYLES, extra=" smiling")
     graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
     graph["prompts"] = node("PreviewAny", source=["styles", 0])
     result = server.result(graph)
@@ -43,7 +43,7 @@ def test_a_style_pack_drives_a_batch_through_ksampler(server):
     # The demo's VAE has 4 pixels a latent where ComfyUI's empty latents count 8.
     assert [picture.size for picture in pictures] == [(styled.width // 2, styled.height // 2) for styled in expected]
     assert len({picture.tobytes() for picture in pictures}) == 3
-    assert texts(result, "prompts") == [styled.prompt for styled in expected]
+    assert texts(result, "prompts") == [f"{styled.prompt}, smiling" for styled in expected]
 
 
 def test_one_queue_draws_several_styles_each_as_its_style_says(server):
@@ -267,6 +267,26 @@ def test_missing_photos_are_one_error(server, choice, words):
     assert words in server.error({"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])})
 
 
+def test_reference_photos_and_class_images_are_judged_as_what_they_are(server):
+    write_photos(server.folder / "input" / "lara", count=3, scale=2, person=38)
+
+    def headline(photos: dict, **more: dict) -> str:
+        (shown,) = server.result({"photos": photos, **more}).outputs["photos"]["facelora_photos"]
+        return shown["headline"]
+
+    compared = {"score": node("FaceLoRALikeness", images=["photos", 1], reference=["photos", 0])}
+    photos = load_photos("lara", check=True)
+    assert headline(photos).startswith("0 of 3 usable"), "to train at 1,024 pixels"
+    assert headline(photos, **compared) == "3 of 3 usable"
+    for use, said in (("photos", "0 of 3 usable"), ("reference", "3 of 3 usable"), ("class_photos", "")):
+        asked = {"folder": "lara", "pictures": "", "use": use}
+        assert server.post("/facelora/check", asked)["headline"].startswith(said)
+    assert "no reference photos: add photos of the person" in server.error({"photos": load_photos(), **compared})
+    graph = training() | {"class": load_photos()}
+    graph["train"]["inputs"]["class_photos"] = ["class", 0]
+    assert "no class images: add pictures of other people" in server.error(graph)
+
+
 def test_photos_without_a_face_are_refused(server):
     folder = server.folder / "input" / "walls"
     folder.mkdir()
@@ -361,6 +381,27 @@ def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
     for name in ("../one", "", "a:b"):
         save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
         assert f"name {name!r}: give a file name" in server.run(graph | {"save": save}).error
+
+
+def test_more_headshots_draw_and_save_only_the_missing_ones(server):
+    graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], prompt=["styles", 0], seed=["styles", 2])
+    graph["styles"] = node("FaceLoRAStylePack", **STYLES | {"resolution": 64, "count": 2})
+    graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
+    del graph["sampler"]["inputs"]["denoise"], graph["picture"]
+    graph["sampler"]["class_type"] = "FaceLoRASampler"
+    graph["saved"] = node(
+        "FaceLoRASaveHeadshots",
+        images=["decoded", 0],
+        filename_prefix="more/%lora_name%",
+        lora_name="anna-2.safetensors",
+    )
+    first = server.result(graph).outputs["saved"]["images"]
+    graph["styles"]["inputs"]["count"] = 3
+    result = server.result(graph)
+    assert result.outputs["saved"]["images"][:2] == first
+    names = sorted(file.name for file in (server.folder / "output" / "more").iterdir())
+    assert names == [f"anna-2_0000{number}_.png" for number in (1, 2, 3)]
+    assert result.log.count("2/2 [") == 1, "one picture was drawn, in two steps"
 
 
 def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_it(server):

@@ -1,0 +1,187 @@
+"""What belongs to whom (nodes/comfyui/people.py, dropped.py): records, LoRAs and dropped photos. In a server: tests/comfyui."""
+
+import io
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from core.lora.file import KEY, LoraFile
+from tests.tooling import nodes_module
+
+MODULE = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+RUN = {"prompt": "p1", "workflow": None, "node": "5"}
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """The little of ComfyUI that the modules import, with its folders in a folder of their own."""
+    for name in ("input", "output", "user", "models/loras", "models/embeddings"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def module(name: str, **values: object) -> None:
+        monkeypatch.setitem(sys.modules, name, made := types.ModuleType(name))
+        vars(made).update(values)
+
+    module(
+        "folder_paths",
+        get_input_directory=lambda: str(tmp_path / "input"),
+        get_output_directory=lambda: str(tmp_path / "output"),
+        get_user_directory=lambda: str(tmp_path / "user"),
+        get_folder_paths=lambda kind: [str(tmp_path / "models" / kind)],
+    )
+    args = types.SimpleNamespace(multi_user=False)
+    for name in ("comfy", "comfy_api"):
+        module(name)
+    module("comfy.cli_args", args=args)
+    module("comfy_api.latest", io=types.SimpleNamespace(NodeOutput=object))
+    module("aiohttp", web=types.SimpleNamespace(Response=object))
+    for name in [name for name in sys.modules if name.startswith("pack.nodes.comfyui.")]:
+        monkeypatch.delitem(sys.modules, name)  # imported beside another test's folders
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def people(comfy):
+    return nodes_module.__wrapped__("people")
+
+
+@pytest.fixture
+def dropped(comfy):
+    return nodes_module.__wrapped__("dropped")
+
+
+def trained(
+    comfy: Path, people, name: str, job: str = "a" * 64, steps: tuple[int, ...] = (), photos: tuple[str, ...] = ()
+):
+    """The key of the record of a finished training run under a name, and of the LoRAs of steps that were chosen."""
+    tensors = {f"{MODULE}.lora_down.weight": torch.zeros(2, 64), f"{MODULE}.lora_up.weight": torch.zeros(64, 2)}
+    for stem, key in [(name, job), *((f"{name}-step{step:06d}", f"{job}-step{step:06d}") for step in steps)]:
+        lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1", KEY: key})
+        lora.save(comfy / "models" / "loras" / f"{stem}.safetensors")
+    key = people.key_of("default", job, name)
+    people.note(
+        "default",
+        key,
+        phase="done",
+        job=job,
+        name=name,
+        file=f"{name}.safetensors",
+        photos=list(photos),
+        digests=[],
+        run=RUN,
+    )
+    return key
+
+
+def listed(people) -> list[str]:
+    return sorted(one["name"] for one in people.of("default", ()))
+
+
+def loras(comfy: Path) -> list[str]:
+    return sorted(path.stem for path in (comfy / "models" / "loras").glob("*.safetensors"))
+
+
+def test_a_training_run_under_another_name_is_another_row_whose_delete_names_its_files_alone(comfy, people):
+    anna, other = (trained(comfy, people, name, steps=(80,)) for name in ("Anna", "Anna B"))
+    assert listed(people) == ["Anna", "Anna B"]
+    names = people.files_to_delete("default", other)["loras"]
+    assert sorted(names) == ["Anna B-step000080.safetensors", "Anna B.safetensors"]
+    _, deleted = people.delete("default", other, ())
+    assert sorted(deleted) == sorted(names)
+    assert loras(comfy) == ["Anna", "Anna-step000080"] and listed(people) == ["Anna"]
+    people.delete("default", anna, ())
+    assert loras(comfy) == []
+
+
+def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
+    anna, other = trained(comfy, people, "Anna", steps=(80,)), trained(comfy, people, "Ben")
+    people.note("default", anna, graph={"nodes": [{"type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]})
+    (comfy / "models" / "loras" / "Anna.preview.png").touch()
+    assert people.rename("default", anna, "Bea", ()) == "Bea"
+    assert loras(comfy) == ["Bea", "Bea-step000080", "Ben"] and listed(people) == ["Bea", "Ben"]
+    assert (comfy / "models" / "loras" / "Bea.preview.png").exists()
+    assert LoraFile.read(comfy / "models" / "loras" / "Bea.safetensors").metadata["ss_output_name"] == "Bea"
+    assert people.graph_of("default", anna)["nodes"][0]["widgets_values"] == ["Bea", "sks"]
+    assert people.key_of("default", "a" * 64, "Bea") == anna, "trained again, it has the same row"
+    for name, words in (("Ben", "another LoRA has this name"), ("../x", "give a file name")):
+        with pytest.raises(people.BadConfig, match=words):
+            people.rename("default", anna, name, ())
+    assert people.files_to_delete("default", other)["loras"] == ["Ben.safetensors"]
+
+
+def test_the_same_name_again_is_the_same_row(comfy, people):
+    for name in ("Anna", "Anna B", "Anna", "Anna B"):
+        trained(comfy, people, name)
+    assert listed(people) == ["Anna", "Anna B"]
+    people.delete("default", "a" * 64, ())
+    trained(comfy, people, "Anna B")
+    assert listed(people) == ["Anna B"]
+
+
+def photo(number: int, path: Path) -> bytes:
+    Image.new("RGB", (64, 80), (number, 90, 120)).save(path / "photo.png")
+    return (path / "photo.png").read_bytes()
+
+
+def test_dropped_photos_without_a_training_run_are_listed_and_deleted(comfy, people, dropped):
+    mine = [dropped.add("default", "only", "", "a.png", photo(1, comfy))]
+    mine += [dropped.add("default", "only", "photos/only", "b.png", photo(2, comfy))]
+    used = dropped.add("default", "Anna", "", "c.png", photo(3, comfy))
+    trained(comfy, people, "Anna", photos=(used,))
+    *_, left = people.of("default", ())
+    assert (left["name"], left["phase"], left["files"]) == ("only", "untrained", mine)
+    assert people.delete_photos("default", [mine[0], used, "../x.png"]) == [f"input/{mine[0]}"]
+    assert dropped.own_name(mine[1]) == "b.png", "the names of others stay"
+    assert people.delete_photos("default", mine[1:]) == [f"input/{mine[1]}"]
+    assert listed(people) == ["Anna"] and not (comfy / "input" / "photos" / "only").exists()
+
+
+def test_a_mask_is_deleted_with_its_photo(comfy, people, dropped):
+    name = dropped.add("default", "only", "", "a.png", photo(1, comfy))
+    dropped.add("default", "only", "photos/only", "a-masklabel.png", photo(2, comfy))
+    assert sorted(people.delete_photos("default", [name])) == [f"input/photos/only/{file}" for file in (
+        "photo 01-masklabel.png", "photo 01.png")]  # fmt: skip
+
+
+def test_the_same_photos_dropped_again_are_not_copied_again(comfy, dropped):
+    first = [dropped.add("default", "Anna", folder, f"{number}.png", photo(number, comfy))
+             for number, folder in ((1, ""), (2, "photos/Anna"))]  # fmt: skip
+    again = [dropped.add("default", "Anna", folder, f"{number}.png", photo(number, comfy))
+             for number, folder in ((1, ""), (2, "photos/Anna"))]  # fmt: skip
+    assert first == again == ["photos/Anna/photo 01.png", "photos/Anna/photo 02.png"]
+    assert dropped.add("default", "Anna", "", "x.png", photo(9, comfy)) == "photos/Anna-2/photo 01.png"
+
+
+def test_the_list_shows_the_headshot_with_the_highest_likeness(comfy, people):
+    key = trained(comfy, people, "Anna")
+    people.note("default", key, picture="a photo")
+    shown = []
+    for scores in ({"0.png": -1.0}, {"1.png": 0.4, "2.png": 0.6}, {"3.png": 0.5}, {"4.png": None}):
+        for name in scores:
+            Image.new("RGB", (8, 8), (60 * int(name[0]), 0, 0)).save(comfy / "output" / name)
+        people.add_headshots("default", key, dict.fromkeys(scores, "digest"), scores)
+        people.note("default", key, picture="a photo")  # as a run that begins again
+        shown += people.of("default", ())
+    pictures = [one["picture"] for one in shown]
+    assert pictures[0] == "a photo", "the headshot has no face"
+    assert pictures[1].startswith("data:image/jpeg") and len(set(pictures[1:])) == 1
+    assert shown[-1]["headshots"] == 5
+
+
+def test_all_headshots_of_a_person_are_one_file(comfy, people):
+    key = trained(comfy, people, "Anna")
+    (comfy / "output" / "headshots").mkdir()
+    names = ["headshots/Anna_00001_.png", "headshots/Anna_00002_.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(comfy / "output" / name)
+    digests = {name: people.digest_of(name) for name in names}
+    people.add_headshots("default", key, {**digests, "gone.png": "digest"}, dict.fromkeys(names))
+    name, content = people.headshots_zip("default", key)
+    assert (name, zipfile.ZipFile(io.BytesIO(content)).namelist()) == ("Anna", ["Anna_00001_.png", "Anna_00002_.png"])
+    assert zipfile.ZipFile(io.BytesIO(people.headshots_zip("somebody else", key)[1])).namelist() == []
