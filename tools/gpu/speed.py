@@ -21,8 +21,8 @@ from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.files import write_text
 from core.storage.stored import NarrowTensor, Widen
-from core.studio.ledger import EFFICIENCY, device_rate
 from core.studio.passes import Passes, count_passes
+from core.studio.speed import speed_of
 from core.training.drawing import Drawing
 from core.training.recipes import CHEAP_LOOKS
 from core.training.samples import SAMPLE_BATCH, build_draw_shots, sample_size
@@ -110,7 +110,7 @@ def parts(session: Session) -> Measurements:
     text = next(iter(session.inputs(base, config).cache.text.values()))
     passes, _ = count_passes(base, config, (side, side), text=text)
     of_drawn = 64 if session.small else base.resolution
-    rate = device_rate(base, session.device, config.precision) / EFFICIENCY
+    rate = speed_of(base, session.device, config.precision).rate
     unit = Unit(passes, (side, side), (of_drawn, of_drawn), rate)
     shares: dict[str, float] = {}
     known: dict[str, float] = {}
