@@ -15,8 +15,8 @@ const EVENT = "facelora.training"
 const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in the style sheet
 const TRAINING = new Set(["training", "samples"])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
-/** The widgets whose values, unless they are 0, are used instead of the recipe's. */
-const OWN = ["steps", "rank", "learning_rate", "resolution"]
+/** The widgets whose values, unless they are 0 or empty, are used instead of the recipe's. */
+const OWN = ["steps", "rank", "learning_rate", "resolution", "settings"]
 const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
@@ -183,13 +183,12 @@ class Panel {
     this.base = baseOf(this.node)
     if (!this.state) this.missing.hidden = !missingFiles(this.missing)
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
-    const asked = (this.asked = `${recipe} ${base}`)
-    const answer = await api.fetchApi(`/facelora/recipe?${new URLSearchParams({ name: recipe, base })}`)
-    const recipes = answer.ok ? await answer.json() : {}
-    if (!recipes.steps || this.state || asked !== this.asked) return
-    const own = OWN.map((name) => widgetOf(this.node, name).value || recipes[name])
-    const [steps, rank, learning_rate, resolution] = own, { batch_size } = recipes
-    const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size ?? 1, rank, short(learning_rate),
+    const own = Object.fromEntries(OWN.map((name) => [name, widgetOf(this.node, name).value]))
+    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, ...own })))
+    const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
+    const { steps, batch_size, rank, learning_rate, resolution } = answer.ok ? await answer.json() : {}
+    if (!steps || this.state || asked !== this.asked) return
+    const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size, rank, short(learning_rate),
       resolution)
     // Lines break between numbers, not in them. Chinese has no spaces there.
     const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))

@@ -127,8 +127,8 @@ class SetReport:
             return f"0 of {len(self.photos)} usable: {', '.join(each)}"
         few = "" if self.enough else f", and {needed} are needed"
         wish = next(iter(self.wishes), "")
-        if not self.enough and (not wish or int(wish.split()[0]) < needed - usable):
-            wish = f"{needed - usable} more" + (f", of them {wish}" if wish else "")
+        if not self.enough:
+            wish = f"{needed - usable} or more" + (f", such as {wish.split(maxsplit=1)[1]}" if wish else "")
         by = "" if self.network else " by size and brightness (no face was looked for)"
         return f"{usable} of {len(self.photos)} usable{by}{few}" + (f"; add {wish}" if wish else "")
 

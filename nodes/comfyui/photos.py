@@ -4,6 +4,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -360,5 +361,10 @@ def add_routes() -> None:
             return refusal(problem, 200)  # browsers report other answers as faults of the page
         shown = seen.shown()
         # The node's output doesn't contain file names, because everybody can read the history with --multi-user.
-        shown["own_names"] = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
+        names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
+        said = {Path(name).name: own for name, own in names.items()}
+        for tile in shown["photos"]:
+            if tile.get("reason"):
+                tile["reason"] = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], tile["reason"])
+        shown["own_names"] = names
         return web.json_response(shown)

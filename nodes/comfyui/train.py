@@ -475,17 +475,25 @@ class Watch:
             self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
 
 
+_WIDGETS = {"steps": int, "rank": int, "learning_rate": float, "resolution": int}
+"""The widgets that override the recipe unless they are 0."""
+
+
 def add_routes() -> None:
-    """Add GET /facelora/recipe?name=NAME&base=FILE: what a recipe sets for a base model, by its file's name in a loader."""
+    """Add GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the node's inputs set for a base model, by its file's name
+    in a loader."""
 
     @PromptServer.instance.routes.get("/facelora/recipe")
     async def recipe(request: web.Request) -> web.Response:
         base = await asyncio.to_thread(opened, request.query.get("base", ""))
         if base is None:
             return web.json_response({})
+        asked = request.query
         try:
-            chosen = recipe_settings(request.query.get("name", ""), base.family.recipes)
-        except BadConfig as problem:
+            given = {name: kind(asked.get(name) or 0) for name, kind in _WIDGETS.items()}
+            given = {name: value for name, value in given.items() if value} | typed_settings(asked.get("settings", ""))
+            chosen = recipe_settings(asked.get("name", ""), base.family.recipes, given)
+        except (BadConfig, ValueError) as problem:
             return web.json_response({"error": str(problem)}, status=400)
-        shown = {name: chosen.get(name) for name in ("steps", "batch_size", "rank", "learning_rate")}
-        return web.json_response(shown | {"resolution": chosen.get("resolution") or base.resolution})
+        shown = {"batch_size": 1} | {name: chosen[name] for name in ("batch_size", *_WIDGETS) if chosen.get(name)}
+        return web.json_response({"resolution": base.resolution} | shown)

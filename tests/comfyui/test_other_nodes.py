@@ -4,7 +4,7 @@ import json
 import re
 from io import BytesIO
 from urllib.error import HTTPError
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import pytest
 from PIL import Image
@@ -179,6 +179,18 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
     twice = server.post("/facelora/check", {"folder": "photos/Dora", "pictures": "\n".join(names[1:3])})
     assert sorted(tile["name"] for tile in twice["photos"]) == sorted(names[1:3]), "once each"
     assert "0.png" not in json.dumps(server.run({"photos": load_photos("photos/Dora", check=True)}).outputs)
+    Image.open(photos / "1.png").convert("RGB").save(photos / "copy.jpg", quality=95)
+    copy = server.drop(photos / "copy.jpg", "Dora", folder="photos/Dora")["name"]
+    seen = server.post("/facelora/check", {"folder": "(no folder)", "pictures": f"{names[1]}\n{copy}"})
+    assert "the same picture as 1.png" in seen["photos"][1]["reason"]
+
+
+def test_the_panels_plan_has_the_inputs_and_the_settings(server):
+    asked = {"name": "fast", "base": "sd15.safetensors", "rank": 7, "settings": "batch_size = 2"}
+    plain, own = (
+        server.get(f"/facelora/recipe?{urlencode(query)}") for query in ({**asked, "rank": 0, "settings": ""}, asked)
+    )
+    assert (own["batch_size"], own["rank"], plain["batch_size"]) == (2, 7, 1) and own["steps"] == plain["steps"] // 2
 
 
 @pytest.mark.parametrize(

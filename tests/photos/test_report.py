@@ -226,7 +226,7 @@ def test_without_a_face_network_small_dark_and_repeated_pictures_are_found():
     report = check_photos([photo(grey), photo(dark), photo(grey), photo(Image.new("RGB", (9, 9)))], None, SMALL)
     assert [item.verdict for item in report.photos] == ["use", "reject", "reject", "reject"]
     assert report.network is None and report.headline == (
-        "1 of 4 usable by size and brightness (no face was looked for), and 5 are needed; add 4 more"
+        "1 of 4 usable by size and brightness (no face was looked for), and 5 are needed; add 4 or more"
     )
     assert report.to_dict()["views"] == {} and "1 of 4 usable" in format_report(report)
 
@@ -452,9 +452,9 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
         (tmp_path / f"{number}.png").unlink()
     capsys.readouterr()
     assert main(["check", str(tmp_path), "--base", "demo"]) == 1
-    assert re.search(r"4 of 4 usable, and 5 are needed; add \d ", capsys.readouterr().out)
+    assert re.search(r"4 of 4 usable, and 5 are needed; add 1 or more", capsys.readouterr().out)
     (tmp_path / "4.png").unlink()
     (tmp_path / "5.png").unlink()
     assert main(["check", str(tmp_path), "--base", "demo"]) == 1
     said = capsys.readouterr().out
-    assert "2 of 2 usable, and 5 are needed; add 3 " in said and said.endswith("\nJudged for training at 72 px.\n")
+    assert "2 of 2 usable, and 5 are needed; add 3 or more" in said and said.endswith("\nJudged for training at 72 px.\n")
