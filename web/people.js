@@ -104,7 +104,7 @@ function untrained({ name, files }, picture, root, leave) {
     await listPeople(root, leave)
   })
   const facts = make("div", "facelora-facts", make("b", "", name),
-    make("div", "facelora-quiet", say("{} photos without a LoRA", files.length)))
+    make("div", "facelora-quiet", say("photos without a LoRA: {}", files.length)))
   return make("div", "facelora-person", picture, facts, remove)
 }
 

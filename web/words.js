@@ -26,7 +26,7 @@ const ZH = {
   "This deletes {}, {} headshots, {} dropped photos and cached files. Files that another training run uses are kept.": "这会删除 {}、{} 张形象照、{} 张拖入的照片，以及缓存文件。其他训练还在使用的文件会保留。",
   "No LoRA was made. This deletes {} dropped photos and cached files. Files that another training run uses are kept.": "这次训练没有生成 LoRA。这会删除 {} 张拖入的照片和缓存文件。其他训练还在使用的文件会保留。",
   "This deletes {} photos from ComfyUI's input folder.": "这会从 ComfyUI 的 input 文件夹中删除 {} 张照片。",
-  "{} photos without a LoRA": "{} 张照片，没有 LoRA",
+  "photos without a LoRA: {}": "没有 LoRA 的照片：{} 张",
   "no face": "没有人脸",
   "Stop and keep": "停止并保存",
   "End training now, draw and measure the last samples, and save the LoRA": "立即结束训练，生成最后的样图并测量相似度，然后保存 LoRA",
