@@ -8,6 +8,7 @@ from functools import partial
 from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from core.errors import BadConfig
 from core.models.memory_plan import PLANS
@@ -22,8 +23,10 @@ MODELS = ("sdxl", "flux")
 
 def steps(session: Session) -> Measurements:
     """Time the first step and later ones, each time in a new process: compiled anew, from torch's cache, and plain."""
-    with TemporaryDirectory() as cache:
-        os.environ.update(TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor", TRITON_CACHE_DIR=f"{cache}/triton")
+    with (
+        TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=f"{cache}/inductor", TRITON_CACHE_DIR=f"{cache}/triton"),
+    ):
         models = MODELS[1:] if session.small else MODELS
         for ways in (("compiled", "compiled again"), ("plain",)):
             for model, way in product(models, ways):
