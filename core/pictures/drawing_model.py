@@ -32,8 +32,8 @@ Texts = tuple[str, str]
 def with_speed_lora(base: Base, path: str | os.PathLike[str]) -> Base:
     """Return the base model to draw on with a LoRA that distils it to a few steps, such as SDXL-Lightning's.
 
-    The LoRA is applied to the denoiser at full strength, whatever the strength of other LoRAs. Pictures take the steps that the
-    name of its file gives (`..._4step_lora`), or else those that are usual for the family, without guidance. Raises BadConfig
+    The LoRA is applied to the denoiser at full strength, whatever the strength of other LoRAs. Pictures take as many steps
+    as its file name gives (`..._4step_lora`), or else the family's usual number, without guidance. Raises BadConfig
     for a family whose distilled models aren't known, and the errors of `LoraFile.read`. Raises LoraMisfit for a LoRA that
     doesn't fit the base model.
     """

@@ -457,4 +457,6 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     (tmp_path / "5.png").unlink()
     assert main(["check", str(tmp_path), "--base", "demo"]) == 1
     said = capsys.readouterr().out
-    assert "2 of 2 usable, and 5 are needed; add 3 or more" in said and said.endswith("\nJudged for training at 72 px.\n")
+    assert "2 of 2 usable, and 5 are needed; add 3 or more" in said and said.endswith(
+        "\nJudged for training at 72 px.\n"
+    )
