@@ -186,8 +186,10 @@ class Panel {
     const own = Object.fromEntries(OWN.map((name) => [name, widgetOf(this.node, name).value]))
     const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, ...own })))
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
-    const { steps, batch_size, rank, learning_rate, resolution } = answer.ok ? await answer.json() : {}
-    if (!steps || this.state || asked !== this.asked) return
+    const { error, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
+    if (this.state || asked !== this.asked) return
+    if (error) this.status.textContent = error
+    if (!steps) return
     const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size, rank, short(learning_rate),
       resolution)
     // Lines break between numbers, not in them. Chinese has no spaces there.

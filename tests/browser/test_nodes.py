@@ -168,7 +168,8 @@ def test_photos_removed_during_the_check_get_no_headline(page, files):
     page.page.click(".facelora-remove-all")
     with page.page.expect_response(lambda answer: answer.request.method == "DELETE") as deleted:
         page.page.get_by_role("button", name="Delete the files").click()
-    assert len(deleted.value.json()["deleted"]) == 3
+    # A mask that another test has dropped for one of the same photos is deleted with it.
+    assert len([name for name in deleted.value.json()["deleted"] if "masklabel" not in name]) == 3
     with page.page.expect_response("**/facelora/check"):
         held[0].continue_()
     page.page.wait_for_timeout(300)
