@@ -237,6 +237,11 @@ def test_the_settings_of_a_recipe_are_shown_before_training(page):
     page.set_widgets({"FaceLoRATrain": {"steps": 7, "rank": 4}})
     plan = f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 7 steps × 1, rank 4, ')"
     page.wait_for(plan)
+    for settings, shown in (("batch_size = four", "settings: "), ("batch_size = 4", "balanced: 7 steps × 4, ")):
+        page.set_widgets({"FaceLoRATrain": {"settings": settings}})
+        page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('{shown}')")
+    page.set_widgets({"FaceLoRATrain": {"settings": ""}})
+    page.wait_for(plan)
     # In the graph, the node has room for all of it.
     page.wait_for("""() => {
         const panel = document.querySelector(".facelora-panel:has(.facelora-status)")
