@@ -110,7 +110,10 @@ def run(options: HeadshotsOptions) -> int:
         if counted:
             ledger, speed = counted
             cost = watch.cost(device, base.name, len(ready.used))
-            done = ledger.done(cost.work.steps / order.config.steps, cost.work.pictures / order.count)
+            faces = sum(shot.face_pass is not None for shot in outcome.shots) / order.count
+            done = ledger.done(cost.work.steps / order.config.steps, faces)
+            if cost.work.pictures < order.count:  # The others are older, and it is unknown whose faces took the time.
+                del done[studio.DRAW]
             studio.remember_speed(base, order.config.precision, speed, done, cost)
     if asked.sidecars:
         lora.write_sidecars(outcome.trained.path)

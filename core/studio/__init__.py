@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .person import train_and_draw as train_and_draw
     from .result import Result as Result
     from .result import Terms as Terms
+    from .speed import DRAW as DRAW
     from .speed import Span as Span
     from .speed import Speed as Speed
     from .speed import remember_speed as remember_speed

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -35,8 +36,6 @@ PHASE_OF = {
 LOADING, LOOKING = "loading", "face networks"
 PARTS = (*PHASE_OF, LOADING, LOOKING)
 """The parts of a job, in the order of tables."""
-_DRAWN = ("headshots", "face pass")
-"""The parts after training."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Ledger:
     def seconds(self, speed: Speed) -> dict[str, Span]:
         """Return how long each of PARTS takes, from the least to the most.
 
-        Copies of blocks happen during computation, so only the longer of the two counts.
+        Blocks are copied during computation. The least is the longer of the two, and the most is their sum.
         """
         found: dict[str, Span] = {}
         for part, count in self.operations.items():
@@ -87,11 +86,14 @@ class Ledger:
         found[LOOKING] = self.looked_at * speed.looks[0], self.looked_at * speed.looks[1]
         return found
 
-    def done(self, steps: float, pictures: float) -> dict[str, float]:
-        """Return the operations of the phases TRAIN and DRAW in a job that has done these shares of its steps and pictures."""
-        drawn = sum(self.operations[part] for part in _DRAWN)
-        trained = self.total - drawn - self.operations["encoding"]
-        return {TRAIN: steps * trained, DRAW: pictures * drawn}
+    def done(self, steps: float, faces: float) -> dict[str, float]:
+        """Return the operations of the phases TRAIN and DRAW of a job that has drawn all of its pictures.
+
+        `steps` is the share of the steps that it has taken, and `faces` that of the faces that it has redrawn.
+        """
+        headshots, face_pass = self.operations["headshots"], self.operations["face pass"]
+        trained = self.total - headshots - face_pass - self.operations["encoding"]
+        return {TRAIN: steps * trained, DRAW: headshots + faces * face_pass}
 
 
 @dataclass(frozen=True)
@@ -148,27 +150,29 @@ class Basis:
 
     def _copied(self, config: TrainConfig, jobs: Sequence[Job]) -> dict[str, float]:
         """Return the bytes of blocks brought in. A pass with gradients brings them in twice."""
-        stored = self._bytes("denoiser")
+        whole = stored = self._weights["denoiser"]
         if self.plan.weights == "8 bits":
             stored //= self.dtype.itemsize
         batches = config.steps * config.accumulation
-        trained, drawn = self.plan.offload * stored, drawing_plan(self._bytes("denoiser"), self.free).offload
+        trained, drawn = self.plan.offload * stored, drawing_plan(whole, self.free).offload
         steps = sum(job.steps for job in jobs)
         again = sum(max(1, round(FacePass().denoise * job.steps)) for job in jobs)
         return {
             "training": 2 * batches * trained,
             "prior prediction": 3 * config.prior_prediction * batches * trained,
-            "headshots": steps * drawn * self._bytes("denoiser"),
-            "face pass": again * drawn * self._bytes("denoiser"),
+            "headshots": steps * drawn * whole,
+            "face pass": again * drawn * whole,
         }
 
     def _loaded(self, *, draws: bool) -> float:
         """Return the bytes loaded: all once for the hash, then each network for encoding, for training, and for drawing."""
-        all_parts = sum(map(self._bytes, self.base.components))
+        all_parts = sum(self._weights.values())
         return 2 * all_parts + (all_parts if draws else 0)
 
-    def _bytes(self, part: str) -> int:
-        return self.base.weight_bytes(part, self.dtype, as_stored=True)
+    @cached_property
+    def _weights(self) -> dict[str, int]:
+        """The bytes of each network's weights."""
+        return {part: self.base.weight_bytes(part, self.dtype, as_stored=True) for part in self.base.components}
 
 
 def basis(

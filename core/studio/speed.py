@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -88,11 +89,9 @@ def speed_of(base: Base, device: torch.device | None = None, precision: Precisio
     # From PCIe 3 with 8 lanes to PCIe 4 with 16.
     copies = (5e9, 26e9) if device.type == "cuda" else (math.inf, math.inf)
     speed = Speed.published(device.type, base, 2 * side**3 / best, copies)
-    with suppress(BadFile, AttributeError, TypeError, ValueError):
-        own = {phase: float(share) for phase, share in read_json(_file(base, device, dtype)).items()}
-        spans = {phase: (share * (1 - _OWN), share * (1 + _OWN)) for phase, share in own.items() if share > 0}
-        return replace(speed, shares={**speed.shares, **spans})
-    return speed
+    own = _reached(_file(base, device, dtype))
+    spans = {phase: (share * (1 - _OWN), share * (1 + _OWN)) for phase, share in own.items()}
+    return replace(speed, shares={**speed.shares, **spans})
 
 
 def remember_speed(base: Base, precision: Precision, speed: Speed, operations: Mapping[str, float], cost: Cost) -> None:
@@ -111,10 +110,18 @@ def remember_speed(base: Base, precision: Precision, speed: Speed, operations: M
         with suppress(BadFile):  # Predictions then use the published speed.
             path = _file(base, device, dtype)
             made_folder(path.parent.name)
-            write_text(path, json.dumps(reached))
+            write_text(path, json.dumps(_reached(path) | reached))
 
 
-def _file(base: Base, device: torch.device, dtype: torch.dtype):
+def _reached(path: Path) -> dict[str, float]:
+    """Return the shares in a file, by phase; none from a missing or damaged one."""
+    with suppress(BadFile, AttributeError, TypeError, ValueError):
+        found = {phase: float(share) for phase, share in read_json(path).items()}
+        return {phase: share for phase, share in found.items() if 0 < share < math.inf}
+    return {}
+
+
+def _file(base: Base, device: torch.device, dtype: torch.dtype) -> Path:
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     about = (processor(device), threads, precision_name(dtype), base.family.name, base.is_large)
     return cache_folder() / "speeds" / f"{content_key(*about)}.json"

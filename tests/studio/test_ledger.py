@@ -223,6 +223,11 @@ def test_after_a_job_its_own_speed_is_expected(base, tmp_path, monkeypatch):
         assert speed_of(base, CPU, "fp32").shares == before.shares
 
 
+def test_only_faces_that_were_redrawn_count_as_drawn(plain):
+    counted = replace(plain, operations=dict.fromkeys(PHASE_OF, 1.0))
+    assert counted.done(0.5, 0.25) == {"train": 0.5 * 6, "draw": 1.25}
+
+
 def test_a_fast_gpu_waits_for_the_host_on_a_unet():
     unet, transformer = (with_vae(name) for name in ("SDXL", "FLUX.1-dev"))
     shares = [Speed.published("cuda", unet, rate, FAST.copies).shares["train"][1] for rate in (25e12, 165e12, 989e12)]

@@ -24,6 +24,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import read_photos
 from core.pictures import find_style_packs, headshots
+from core.storage.cache_folder import cache_in
 from core.studio import Order, Outcome, person, ready_photos, train_and_draw
 from core.training import Callbacks, store
 from tests.tooling import random_lora, write_photos, write_quick_pack
@@ -232,6 +233,23 @@ def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, 
     lora = LoraFile.read(folder / "out" / "sks.safetensors")
     assert lora.metadata["modelspec.trigger_phrase"] == "sks woman"
     assert len(list((folder / "out").glob("0*.png"))) == 1
+
+
+def test_a_job_that_finds_everything_made_leaves_the_measured_speed(desk, monkeypatch, tmp_path):
+    folder, cache = desk("anna"), tmp_path / "cache"
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    command = ["headshots", str(folder / "photos"), "--base", "demo", *quickly(folder), "--output", str(folder / "out")]
+    command += ["--class-word", "person", "--style-pack", "quick", "--count", "1"]
+    with cache_in(cache):
+        main(command)
+        (file,) = (cache / "speeds").iterdir()
+        reached = json.loads(file.read_text())
+        assert reached.keys() == {"train", "draw"} and all(0 < share < 2 for share in reached.values())
+        main(command)
+        assert json.loads(file.read_text()) == reached
+        (folder / "out" / "001-1.png").unlink()
+        main(command)
+        assert json.loads(file.read_text())["train"] == reached["train"]
 
 
 def test_faces_are_looked_for_once_in_each_photo_of_a_whole_job(desk, monkeypatch):
