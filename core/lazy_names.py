@@ -52,7 +52,9 @@ class ModulesOfAnother:
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         package, *inner = name.split(".")
-        if package != self._package or name.startswith(self._other) or not find_spec(f"{self._other}.{inner[0]}"):
+        if package != self._package or not inner or name.startswith(self._other):
+            return None
+        if not find_spec(f"{self._other}.{inner[0]}"):
             return None
         state = ".".join((self._other, *inner))
         return ModuleSpec(name, self, loader_state=state)  # pyright: ignore[reportArgumentType] -- `importlib.abc` takes 6 ms

@@ -63,6 +63,8 @@ from facelora.errors import FaceLoraError
 spec = facelora.core.photos.__spec__.name
 same = facelora.photos is facelora.core.photos and facelora.photos.reading is facelora.core.photos.reading
 print(BASE_FILE.name, FaceLoraError.__module__, spec, same)
+import importlib
+importlib.reload(facelora)
 try:
     import facelora.phots
 except ModuleNotFoundError as error:
