@@ -81,7 +81,7 @@ def _answered(function: Callable[[], int | None]) -> int:
 
         end_bars()
         said = str(error) if isinstance(error, FaceLoraError) else "stopped"
-        print(f"facelora: {said.replace('check_photos = false', '--no-check-photos')}", file=sys.stderr)
+        print(f"facelora: {said.replace('anyway: check_photos = false', 'anyway: --no-check-photos')}", file=sys.stderr)
     except BrokenPipeError:
         pass
     return 1

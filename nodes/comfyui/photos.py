@@ -5,6 +5,7 @@
 import asyncio
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -362,8 +363,10 @@ def add_routes() -> None:
         shown = seen.shown()
         # The node's output doesn't contain file names, because everybody can read the history with --multi-user.
         names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
-        said = {Path(name).name: own for name, own in names.items()}
-        for tile in shown["photos"]:
+        plain = Counter(Path(name).name for name in names)
+        # Photos with the same name in two folders keep it: a reason doesn't tell which one it is about.
+        said = {Path(name).name: own for name, own in names.items() if plain[Path(name).name] == 1}
+        for tile in shown["photos"] if said else ():
             if tile.get("reason"):
                 tile["reason"] = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], tile["reason"])
         shown["own_names"] = names

@@ -35,7 +35,7 @@ class Applied:
     """Bytes copied from the card, but for numbers that the host waits for."""
     waits: int
     matrices: int
-    """Bytes of the LoRA's tensors that are no single numbers."""
+    """Bytes of the LoRA's matrices."""
     weights: int
     """Bytes of the weights that it changes."""
     products: int
