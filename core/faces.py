@@ -167,6 +167,31 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
     return mean / np.linalg.norm(mean)
 
 
+def copy_paste(pictures: np.ndarray, references: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """Return how much each picture copies a photo instead of showing the person: (N,), 1 for a copy, 0 for neither.
+
+    The measure of MultiID-Bench (arXiv:2510.14975): (angle to truth - angle to reference) / angle between truth and reference,
+    from -1 to 1. The reference is the nearest of the photos trained on, `references` (M, D). The truth is the nearest of the
+    photos that training has not seen, `truths` (K, D). All rows are identity vectors of faces that were found.
+    """
+    angles, between = (np.arccos(np.clip(likeness(rows, truths), -1, 1)) for rows in (pictures, references))
+    to_reference = np.arccos(np.clip(likeness(pictures, references), -1, 1))
+    reference, truth = to_reference.argmin(axis=1), angles.argmin(axis=1)
+    return (angles.min(axis=1) - to_reference.min(axis=1)) / np.maximum(between[reference, truth], 1e-6)
+
+
+def average_precision(pictures: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return how well each picture finds the person's photos among everybody's: (N,), 0 to 1.
+
+    All photos are ranked by their cosine to the picture. The average precision is the mean, over the person's own photos
+    `own` (M, D), of the share of own photos up to that rank. Its mean over pictures is the mAP of retrieval benchmarks.
+    """
+    is_own = np.arange(len(own) + len(others)) < len(own)
+    ranked = is_own[np.argsort(-likeness(pictures, np.concatenate([own, others])), axis=1, kind="stable")]
+    precision = ranked.cumsum(axis=1) / np.arange(1, len(is_own) + 1)
+    return (precision * ranked).sum(axis=1) / len(own)
+
+
 class Reference:
     """The mean face of a person on photos, which pictures are compared with."""
 
@@ -222,13 +247,25 @@ def check_open(name: str, image: Image.Image) -> None:
         raise BadPhoto(f"{name}: it is closed, so it has no pixels; copy it before you close it or its file") from None
 
 
-def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
-    """Return the identity vectors of the largest face in each picture, with only one picture in memory.
+def look_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> tuple[list[Face | None], np.ndarray]:
+    """Return the largest face in each picture, and the identity vectors, with only one picture in memory.
 
-    float32 (N, D) with a row of NaN for a picture without a face; (0, 0) without pictures.
+    A picture without a face has None and a row of NaN. The vectors are float32 (N, D).
     """
-    rows = [embed_images(network, [image]) for image in images]
-    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+    rows = [network.embed([], [])]
+    faces: list[Face | None] = []
+    for image in images:
+        found = network.detect(image)[:1]
+        faces += found or [None]
+        rows.append(
+            network.embed([image], found) if found else np.full_like(rows[0], np.nan, shape=(1, rows[0].shape[1]))
+        )
+    return faces, np.concatenate(rows)
+
+
+def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
+    """Return the identity vectors of `look_one_by_one`."""
+    return look_one_by_one(network, images)[1]
 
 
 class YuNet:

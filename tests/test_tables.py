@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import memory_tables, photo_tables, reader_tables, recipe_tables
+from tools import memory_tables, peer_tables, photo_tables, reader_tables, recipe_tables
 from tools.photo_tables import replace_table, table
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,9 @@ def test_a_table_with_records_or_from_the_source_is_up_to_date():
         assert replace_table(PAGES["likeness.md"], name, content) == PAGES["likeness.md"], (
             "python -m tools.recipe_tables"
         )
+    peers = table(peer_tables.HEADER, peer_tables.summary(peer_tables.read_records()))
+    assert replace_table(PAGES["other-trainers.md"], "likeness", peers) == PAGES["other-trainers.md"]
+    assert peer_tables.PLOT.read_text(encoding="utf-8") == peer_tables.plot(peer_tables.read_records())
     assert reader_tables.document() == PAGES["formats.md"], "python -m tools.reader_tables"
     thresholds = table(("threshold", "value", "where it comes from"), photo_tables.threshold_rows())
     assert replace_table(PAGES["photos.md"], "thresholds", thresholds) == PAGES["photos.md"], (

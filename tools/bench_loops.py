@@ -122,13 +122,17 @@ class PlainLoop:
         }
         self.shown_loss: float = 0.0
 
+    def batch(self) -> tuple[Tensor, Conditioning]:
+        return self.latents, self.conditioning
+
     def loss(self) -> Tensor:
-        noise = torch.randn_like(self.latents)
-        timesteps = torch.randint(0, 1000, (len(self.latents),), device=self.device)
-        noisy_latents = self.noise_scheduler.add_noise(self.latents, noise, timesteps).to(self.dtype)
+        latents, conditioning = self.batch()
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (len(latents),), device=self.device)
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps).to(self.dtype)
         autocast = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else None
         with autocast or contextlib.nullcontext():
-            prediction = self.family.predict(self.denoiser, noisy_latents, timesteps, self.conditioning)
+            prediction = self.family.predict(self.denoiser, noisy_latents, timesteps, conditioning)
         return F.mse_loss(prediction.float(), noise.float())
 
     def gradients(self) -> None:
@@ -154,21 +158,35 @@ class PlainLoop:
 class ComfyLoop:
     """ComfyUI's own trainer on the same weights and inputs, in a process that takes one step per request.
 
-    It adapts all weights of the denoiser, whatever the targets. `step` raises BadConfig if the process ends.
+    It adapts all weights of the denoiser, whatever the targets. `step` raises BadConfig if the process ends. The
+    weights of a base model that hasn't the published sizes have to be in the original names.
     """
 
     def __init__(
-        self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, comfyui: Path, python: Path
+        self,
+        cache: LatentCache,
+        base: Base,
+        config: TrainConfig,
+        device: torch.device,
+        comfyui: Path,
+        python: Path,
     ):
         _, dtype = device_and_dtype(config.precision, device)
         # Windows cannot delete a file while a process has it mapped.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
             folder = Path(name)
             save_file(dict(base.components["denoiser"].tensors), folder / "weights.safetensors")
-            text = cache.text[CAPTION]
+            text = cache.text[cache.images[0].caption]
             inputs = {"latents": torch.stack([image.mean for image in cache.images]), **text}
             save_file(inputs, folder / "inputs.safetensors")
-            task = {"device": device.type, "precision": precision_name(dtype), "rank": config.rank}
+            shape = base.components["denoiser"].config
+            task = {
+                "device": device.type, "precision": precision_name(dtype), "rank": config.rank,
+                "learning_rate": peak_rate(config), "batch_size": config.batch_size, "seed": config.seed,
+                "widths": {
+                    "model_channels": shape["block_out_channels"][0], "context_dim": shape["cross_attention_dim"]
+                } if "block_out_channels" in shape else {},
+            }  # fmt: skip
             (folder / "task.json").write_text(json.dumps(task))
             self._process = subprocess.Popen(
                 [python, TRAINER, comfyui.resolve(), folder],
@@ -177,7 +195,7 @@ class ComfyLoop:
             self._log: list[str] = []
             self._reader = threading.Thread(target=self._read_log, daemon=True)
             self._reader.start()
-            self.step()  # After a step it has read the files, so they can be deleted.
+            self.first: dict[str, Any] = self.step()  # After a step it has read the files, so they can be deleted.
 
     def _read_log(self) -> None:
         assert self._process.stderr
@@ -185,9 +203,16 @@ class ComfyLoop:
 
     def step(self) -> dict[str, Any]:
         """Take a whole optimizer step, and return its seconds, its processor seconds and the process's peak bytes."""
+        return self._ask("")
+
+    def save(self, path: Path) -> None:
+        """Save the LoRA of all steps so far in the file, as the node Save LoRA Weights would."""
+        self._ask(str(path.resolve()))
+
+    def _ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(OSError):  # The pipe is broken if the process has ended.
-            self._process.stdin.write("\n")
+            self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("STEP "):

@@ -1,8 +1,9 @@
 """ComfyUI's own LoRA trainer as a peer of tools/bench.py, in a process of its own.
 
 `python tools/comfyui_trainer.py COMFYUI FOLDER` trains, with the code of the `Train LoRA` node, on what is in the folder:
-`weights.safetensors` (a denoiser in diffusers' names), `inputs.safetensors` (latents and conditioning), `task.json`. For each
-line on its standard input it makes one step and answers with a line `STEP {...}`; it ends when there are no more.
+`weights.safetensors` (a denoiser), `inputs.safetensors` (latents and conditioning), `task.json`. For each empty line on its
+standard input it makes one step and answers with a line `STEP {...}`; another line is the path of a file to save the LoRA in.
+It ends when there are no more.
 """
 
 # pyright: reportMissingImports=false
@@ -11,12 +12,16 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping, ValuesView
 from pathlib import Path
 from typing import Any
 
 
 class Turns:
     """In the place of the node's progress bar: says after each step how long it took, and waits for the next turn."""
+
+    tensors: Mapping[str, Any]
+    """Of the LoRA that is trained, by name."""
 
     def __init__(self, *_: object):
         self._wait()
@@ -33,8 +38,13 @@ class Turns:
         self._wait()
 
     def _wait(self) -> None:
-        if not sys.stdin.readline():
-            sys.exit()
+        while (line := sys.stdin.readline()) != "\n":
+            if not line:
+                sys.exit()
+            from safetensors.torch import save_file
+
+            save_file({name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}, line.rstrip("\n"))
+            print("STEP {}", flush=True)
         self._start, self._used = time.perf_counter(), time.process_time()
 
 
@@ -55,20 +65,32 @@ def main(comfyui: str, folder: Path) -> None:
     import comfy_extras.nodes_train as trainer
     import torch
     from comfy.sd import load_diffusion_model
+    from comfy.supported_models import SD15, models
     from safetensors.torch import load_file
 
+    # ComfyUI recognises SD1.5 by its published widths alone.
+    models.append(type("Narrow", (SD15,), {"unet_config": SD15.unet_config | task["widths"]}))
     trainer.ProgressBar = Turns
+    create = trainer._create_optimizer
+
+    def create_watched(name: str, parameters: ValuesView[Any], rate: float) -> Any:
+        Turns.tensors = parameters.mapping  # pyright: ignore[reportAttributeAccessIssue]
+        return create(name, parameters, rate)
+
+    trainer._create_optimizer = create_watched
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.inference_mode():
-        weights = str(folder / "weights.safetensors")
-        model = load_diffusion_model(weights, model_options={"dtype": dtypes[task["precision"]]})
+        model = load_diffusion_model(
+            str(folder / "weights.safetensors"), model_options={"dtype": dtypes[task["precision"]]}
+        )
         inputs = load_file(folder / "inputs.safetensors")
         extra = {"pooled_output": inputs["pooled"]} if "pooled" in inputs else {}
         # All inputs of this node are lists.
         trainer.TrainLoraNode.execute(
             model=[model], latents=[{"samples": inputs["latents"]}], positive=[[[inputs["context"], extra]]],
-            batch_size=[len(inputs["latents"])], steps=[10**9], grad_accumulation_steps=[1], learning_rate=[1e-4],
-            rank=[task["rank"]], optimizer=["AdamW"], loss_function=["MSE"], seed=[0],
+            batch_size=[task["batch_size"]], steps=[10**9], grad_accumulation_steps=[1],
+            learning_rate=[task["learning_rate"]], rank=[task["rank"]], optimizer=["AdamW"], loss_function=["MSE"],
+            seed=[task["seed"]],
             training_dtype=["none" if task["precision"] == "fp16" else task["precision"]], lora_dtype=["fp32"],
             quantized_backward=[False], algorithm=["LoRA"], gradient_checkpointing=[False], checkpoint_depth=[1],
             offloading=[False], existing_lora=["[None]"], bucket_mode=[False], bypass_mode=[False],

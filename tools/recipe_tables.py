@@ -125,10 +125,10 @@ def by_base(prompt: str) -> list[Image.Image]:
     return draw(prompt, None)
 
 
-def draw(prompt: str, lora: LoraFile | None) -> list[Image.Image]:
-    jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in SEEDS]
+def draw(prompt: str, lora: LoraFile | None, seeds: Sequence[int] = SEEDS) -> list[Image.Image]:
+    jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in seeds]
     loras = [] if lora is None else [(lora, 1.0)]
-    return [p.image for p in generate(load_base(BASE_FILE), loras, jobs, GenerateConfig(batch_size=len(jobs)))]
+    return [p.image for p in generate(load_base(BASE_FILE), loras, jobs, GenerateConfig(batch_size=len(SEEDS)))]
 
 
 def read_records(path: Path) -> list[Row]:

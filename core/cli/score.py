@@ -2,21 +2,30 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import photos, pictures, training  # Their modules load only when a name is used.
+from ..errors import BadConfig
 from .common import print_warning
 from .options import Options, argument, option
 from .shared_options import FACE_NETWORK, JSON, JUDGE, OVERWRITE
 from .values import InputPath, PngOutput
 
+if TYPE_CHECKING:
+    from ..faces import Face, FaceNetwork
+
 
 @dataclass(frozen=True)
 class ScoreOptions(Options):
     images: InputPath = argument("Folder of pictures", "IMAGES")
-    reference: InputPath = option("Folder of photos of the person", "PHOTOS")
+    reference: InputPath = option("Folder of photos of the person that training has not seen", "PHOTOS")
+    trained_on: InputPath | None = option("Folder of the photos trained on: adds MultiID-Bench's copy-paste", "PHOTOS")
+    people: InputPath | None = option(
+        "Folder with a folder of photos for each other person: adds rank-1 and mAP", "PEOPLE"
+    )
     sheet: PngOutput | None = option("Also write a sheet of the sorted pictures")
     overwrite: bool = OVERWRITE
     face_network: str = FACE_NETWORK
@@ -25,7 +34,7 @@ class ScoreOptions(Options):
 
 
 def run(options: ScoreOptions) -> None:
-    from ..faces import Reference, check_judge, load_faces
+    from ..faces import check_judge, load_faces
 
     images = [
         photo
@@ -33,25 +42,67 @@ def run(options: ScoreOptions) -> None:
         if not _is_sheet(photo)
     ]
     reference = photos.read_photos(options.reference, on_warning=print_warning)
+    trained = photos.read_photos(options.trained_on, on_warning=print_warning) if options.trained_on else []
+    others = _other_people(options.people, {photo.digest for photo in (*reference, *trained)}) if options.people else []
     network = load_faces(options.face_network)
-    person = Reference.on((photo.image() for photo in reference), network)
-    found = person.compare(photo.image() for photo in images)
-    judged: Sequence[float | None] = [None] * len(images)
+    networks = [network]
     if options.judge:
-        judge = load_faces(options.judge)
-        check_judge(judge, network)
-        judged = Reference.on((photo.image() for photo in reference), judge).likeness(photo.image() for photo in images)
+        networks.append(load_faces(options.judge))
+        check_judge(networks[1], network)
+    looked = [_look(each, images, reference, trained, others) for each in networks]
+    judged = looked[1][0] if options.judge else [(None, None)] * len(images)
     scored = [
         (training.Score.of(photo.name, *seen, other), photo)
-        for photo, seen, other in zip(images, found, judged, strict=True)
+        for photo, seen, (other, _) in zip(images, looked[0][0], judged, strict=True)
     ]
     scored.sort(key=lambda one: -2.0 if one[0].likeness is None else one[0].likeness, reverse=True)
+    figures = {each.name: found for each, (_, found) in zip(networks, looked, strict=True)}
     if options.json:
-        print(json.dumps([dataclasses.asdict(score) for score, _ in scored], indent=1))
+        pictures_of = [dataclasses.asdict(score) for score, _ in scored]
+        named = {name: dataclasses.asdict(found) | {"share": found.share} for name, found in figures.items()}
+        print(json.dumps({"pictures": pictures_of, "figures": named}, indent=1))
     else:
         print("\n".join(f"{score}  {score.image}" for score, _ in scored))
+        print("\n".join(f"{name}: {found}" for name, found in figures.items()))
     if options.sheet:
         _save_sheet(scored, options.sheet)
+
+
+def _look(
+    network: "FaceNetwork",
+    images: Sequence["photos.Photo"],
+    reference: Sequence["photos.Photo"],
+    trained: Sequence["photos.Photo"],
+    others: Sequence["photos.Photo"],
+) -> tuple[list[tuple[float | None, "Face | None"]], "training.Figures"]:
+    """Return each picture's likeness and face, both None where no face was found, and the figures of all pictures."""
+    from ..faces import embed_one_by_one, likeness, look_one_by_one, mean_face
+
+    faces, vectors = look_one_by_one(network, (photo.image() for photo in images))
+    of_person, of_trained, of_others = (
+        embed_one_by_one(network, (photo.image() for photo in group)) for group in (reference, trained, others)
+    )
+    figures = training.Figures.of(vectors, of_person, of_trained, of_others)
+    person = mean_face(of_person)
+    assert person is not None, "the figures require a face"
+    cosines = likeness(vectors, person[None])[:, 0]
+    return [
+        (round(float(cosine), 4) if face else None, face) for cosine, face in zip(cosines, faces, strict=True)
+    ], figures
+
+
+def _other_people(folder: Path, own: Set[str]) -> list["photos.Photo"]:
+    """Return the photos of all people in the folder, without the person whose photos have the digests `own`."""
+    found = []
+    for place in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        person = photos.read_photos(place, on_warning=print_warning)
+        if not {photo.digest for photo in person} & own:
+            found += person
+    if not found:
+        raise BadConfig(
+            f"--people {folder}: no photos of other people found; give a folder with a folder for each person"
+        )
+    return found
 
 
 def _save_sheet(scored: Sequence[tuple["training.Score", "photos.Photo"]], place: Path) -> None:

@@ -1,6 +1,7 @@
 """The command `train`, which trains a LoRA."""
 
 import json
+import math
 import os
 import signal
 from contextlib import suppress
@@ -167,15 +168,20 @@ def format_likeness(measured: dict[str, Any]) -> str:
     judge = measured.get("judge")
     if judge:
         rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
-    rows.append("      step  likeness  copying  leakage  drift" + ("  judged  leakage" if judge else ""))
+    rows.append(
+        "      step  likeness  of photos  copying  copy-paste  leakage  drift" + ("  judged  leakage" if judge else "")
+    )
     for index, point in enumerate(measured["points"]):
         name = "+".join(map(str, point["merged"])) or str(point["step"])
         judged = point.get("judged")
+        share = f"{point['likeness'] / measured['photos']:.0%}" if measured["photos"] > 0 else "-"
         rows.append(
-            f"{name:>10}  {point['likeness']:8.2f}  {point['copying']:7.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
+            f"{name:>10}  {point['likeness']:8.2f}  {share:>9}  {point['copying']:7.2f}"
+            f"  {point.get('copy_paste', math.nan):10.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
             + (f"  {judged['likeness']:6.2f}  {judged['leakage']:7.2f}" if judged else "")
             + ("  <- kept" if index == measured["kept"] else "")
         )
+    rows.append("of photos: likeness as a share of the photos' own; copy-paste: MultiID-Bench's measure of copying")
     rows.append("copying: photos are memorised; leakage: everybody becomes the person; drift: other pictures change")
     return "\n".join(rows)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .job import TrainingJob as TrainingJob
     from .job import ready_for as ready_for
     from .likeness import LIKENESS_KEY as LIKENESS_KEY
+    from .likeness import Figures as Figures
     from .likeness import Score as Score
     from .likeness import picture_change as picture_change
     from .loop import train_lora as train_lora

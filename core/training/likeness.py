@@ -19,7 +19,17 @@ from torch import Tensor
 
 from ..config import LikenessSettings, TrainConfig
 from ..errors import BadPhoto, counted
-from ..faces import Face, FaceNetwork, check_judge, embed_images, embed_one_by_one, likeness, mean_face
+from ..faces import (
+    Face,
+    FaceNetwork,
+    average_precision,
+    check_judge,
+    copy_paste,
+    embed_images,
+    embed_one_by_one,
+    likeness,
+    mean_face,
+)
 from ..photos import Photo, Thresholds
 from ..photos.captions import class_caption, default_caption
 from ..photos.measure import pose
@@ -62,6 +72,8 @@ class LikenessPoint:
     """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
     """The steps of the intermediate LoRAs that were averaged. Empty for a single intermediate LoRA."""
+    copy_paste: float = 0.0
+    """MultiID-Bench's measure of copying (`faces.copy_paste`), averaged over pictures with a face; 1 is a copy."""
     judged: LikenessPoint | None = None
     """The same pictures measured by the watch's judge, or None without a judge."""
 
@@ -97,6 +109,80 @@ class Score:
         number = "  -  " if self.likeness is None else f"{self.likeness:5.2f}"
         second = "" if self.judged is None else f" {self.judged:5.2f}"
         return number + second + (f"  ({self.doubt})" if self.doubt else "")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What papers report of a set of pictures of one person, by one face network. None: what it takes was not given."""
+
+    likeness: float
+    """The mean cosine to the mean face of the reference photos; a picture without a face counts 0."""
+    photos: float | None
+    """The mean cosine of each reference photo to the mean face of the others: what real photos have."""
+    copy_paste: float | None
+    """MultiID-Bench's measure (`faces.copy_paste`), averaged over pictures with a face. Takes the photos trained on."""
+    rank1: float | None
+    """The share of all pictures whose nearest photo is the person's, among everybody's. Takes photos of other people."""
+    mean_average_precision: float | None
+    """mAP (`faces.average_precision`) over all pictures; 0 for one without a face. Takes photos of other people."""
+
+    @property
+    def share(self) -> float | None:
+        """The likeness as a share of the photos' own."""
+        return round(self.likeness / self.photos, 4) if self.photos and self.photos > 0 else None
+
+    def __str__(self) -> str:
+        parts = [f"likeness {self.likeness:.2f}"]
+        if self.share is not None:
+            parts[0] += f", {self.share:.0%} of the photos' own {self.photos:.2f}"
+        parts += [
+            f"{name} {value:{form}}"
+            for name, value, form in (
+                ("copy-paste", self.copy_paste, ".2f"), ("rank-1", self.rank1, ".0%"),
+                ("mAP", self.mean_average_precision, ".2f"),
+            )
+            if value is not None
+        ]  # fmt: skip
+        return "; ".join(parts)
+
+    @classmethod
+    def of(
+        cls,
+        pictures: np.ndarray,
+        reference: np.ndarray,
+        trained: np.ndarray | None = None,
+        others: np.ndarray | None = None,
+    ) -> Figures:
+        """Compute the figures from identity vectors (N, D) of pictures and photos, with rows of NaN where no face was found.
+
+        `reference` are photos of the person that training has not seen, `trained` those that it has, `others` other people's.
+        Raises BadPhoto when no reference photo shows a face.
+        """
+        count, photos = len(pictures), len(reference)
+        pictures, reference = _seen(pictures), _seen(reference)
+        person = mean_face(reference)
+        if person is None:
+            raise BadPhoto(f"no face was found in the {counted(photos, 'photo')} to compare with")
+
+        def mean_of_all(values: np.ndarray) -> float:
+            return round(float(values.sum()) / max(count, 1), 4)
+
+        rest = [mean_face(np.delete(reference, i, axis=0)) for i in range(len(reference))]
+        own = [float(row @ other) for row, other in zip(reference, rest, strict=True) if other is not None]
+        near, ranked, copied = None, None, None
+        if trained is not None and len(trained := _seen(trained)) and len(pictures):
+            copied = round(float(copy_paste(pictures, trained, reference).mean()), 4)
+        if others is not None and len(others := _seen(others)):
+            nearest = likeness(pictures, reference).max(axis=1), likeness(pictures, others).max(axis=1)
+            near = mean_of_all(nearest[0] > nearest[1])
+            ranked = mean_of_all(average_precision(pictures, reference, others))
+        return cls(
+            likeness=mean_of_all(likeness(pictures, person[None])[:, 0]),
+            photos=round(float(np.mean(own)), 4) if own else None,
+            copy_paste=copied,
+            rank1=near,
+            mean_average_precision=ranked,
+        )
 
 
 def pictures_at_a_look(config: LikenessSettings) -> tuple[int, int, int]:
@@ -180,8 +266,9 @@ class LikenessWatch:
         embedded = embed_images(self.network, of_person)
         scores = self._alike(embedded)
         seen = _seen(embedded)
-        gap = np.zeros(1)
+        gap = copied = np.zeros(1)
         if len(seen):
+            copied = copy_paste(seen, self._training, self._held_out)
             gap = likeness(seen, self._training).max(axis=1) - likeness(seen, self._held_out).max(axis=1)
         leaked = float(np.mean(self._alike(embed_images(self.network, of_class))))
         return LikenessPoint(
@@ -192,6 +279,7 @@ class LikenessWatch:
             leakage=leaked - self._base_class,
             drift=float(np.mean([picture_change(a, b) for a, b in zip(self._base, neutral, strict=True)])),
             merged=merged,
+            copy_paste=float(np.mean(copied)),
             judged=self.judge.measure(step, images, merged) if self.judge else None,
         )
 
@@ -331,9 +419,12 @@ def _unpacked(values: Mapping[str, Any]) -> LikenessPoint:
     return LikenessPoint(**{**values, **tuples, **judged})
 
 
+_DESCRIBED = ("step", "likeness", "copying", "copy_paste", "leakage", "drift", "merged")
+
+
 def _described(point: LikenessPoint) -> dict[str, Any]:
     """Return the point's numbers, rounded, without those of single pictures."""
-    values = {name: getattr(point, name) for name in ("step", "likeness", "copying", "leakage", "drift", "merged")}
+    values = {name: getattr(point, name) for name in _DESCRIBED}
     described = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
     return described | ({"judged": _described(point.judged)} if point.judged else {})
 

@@ -35,7 +35,7 @@ ARGUMENTS = {
 INPUTS = {
     "people", "photos", "images", "reference", "pictures", "class_photos", "style_folder", "tokenizer", "comfyui", "vae",
     "file", "files", "original", "tuned", "base", "into", "continue_from", "training_adapter", "config", "thumbnail",
-    "comfyui_python", "speed_lora",
+    "comfyui_python", "speed_lora", "trained_on",
 }  # fmt: skip
 """The options with a path from which is read."""
 

@@ -7,10 +7,12 @@ import torch
 
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
+from core.lora.file import LoraFile
 from core.models import load_base
-from tests.tooling import RandomTensors, original_shapes
+from tests.tooling import RandomTensors, original_shapes, write_photos
 from tools.bench import bench
 from tools.bench_loops import ComfyLoop
+from tools.peer_trainers import ComfyUI
 from tools.random_models import random_cache
 
 from .real_widths import COMFY_SD15
@@ -38,13 +40,24 @@ def base():
     return replace(base, components={"denoiser": replace(base.components["denoiser"], tensors=original)})
 
 
-def test_it_makes_one_step_for_each_turn(base):
+def test_it_makes_one_step_for_each_turn_and_saves(base, tmp_path):
     loop = ComfyLoop(random_cache(base, CONFIG), base, CONFIG, CPU, COMFYUI, PYTHON)
     steps = [loop.step() for _ in range(2)]
+    loop.save(tmp_path / "lora.safetensors")
     loop.close()
+    assert LoraFile.read(tmp_path / "lora.safetensors").family == "sd15"
     weights = sum(tensor.nbytes for tensor in base.components["denoiser"].tensors.values())
     for step in steps:
         assert step["processor"] > 0 and 0 < step["seconds"] < 60 and step["peak"] > weights
+
+
+def test_it_trains_on_photos_and_the_demos_base_model(tmp_path):
+    photos = write_photos(tmp_path / "photos", count=2)
+    seconds = ComfyUI(COMFYUI, PYTHON).train(photos, 1, [1, 3], tmp_path)
+    assert 0 < seconds[0] < seconds[1]
+    early, late = (LoraFile.read(tmp_path / f"{steps}.safetensors") for steps in (1, 3))
+    assert early.tensors.keys() == late.tensors.keys()
+    assert any(not torch.equal(early.tensors[name], late.tensors[name]) for name in late.tensors)
 
 
 def test_what_is_no_comfyui_is_named_before_anything_is_timed(tmp_path):

@@ -18,7 +18,16 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
-from core.faces import Face, FaceNetwork, embed_images, likeness, load_faces, mean_face
+from core.faces import (
+    Face,
+    FaceNetwork,
+    average_precision,
+    copy_paste,
+    embed_images,
+    likeness,
+    load_faces,
+    mean_face,
+)
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo, Thresholds, make_ready
@@ -28,6 +37,7 @@ from core.training.likeness import (
     LIKENESS_KEY,
     NEUTRAL_PROMPTS,
     PATIENCE,
+    Figures,
     LikenessPoint,
     LikenessWatch,
     Selection,
@@ -418,13 +428,75 @@ def test_pictures_are_scored_sorted_and_doubted(tmp_path, capsys):
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[3].split() == ["-", "(no", "face)", "wall.png"]
     assert main([*command, "--json"]) == 0  # among whose pictures the first one's sheet is none
-    scores = json.loads(capsys.readouterr().out)
+    scores = json.loads(capsys.readouterr().out)["pictures"]
     assert [score["image"] for score in scores] == ["own.png", "tiny.png", "other.png", "wall.png"]
     assert scores[0]["likeness"] > 0.55 > 0.4 > scores[2]["likeness"]
     assert [score["doubt"] is None for score in scores] == [True, False, True, False]
     assert "px" in scores[1]["doubt"] and scores[3]["doubt"] == "no face" and scores[3]["likeness"] is None
     with Image.open(images / "sheet.png") as sheet:
         assert sheet.width > 4 * 180 and sheet.height > 224
+
+
+def direction(*degrees: float) -> np.ndarray:
+    """Vectors of length 1 at these angles to the first axis, (N, 2)."""
+    return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1).astype(np.float32)
+
+
+def test_copy_paste_is_the_measure_of_the_paper():
+    """(to truth - to reference) / between them, arXiv:2510.14975; worked out by hand."""
+    copied = copy_paste(direction(10, 45, 0, 90), direction(0, 200), direction(90))
+    assert copied == pytest.approx([(80 - 10) / 90, 0, 1, -1], abs=1e-3)
+    nearer = copy_paste(direction(10), direction(0), direction(90, 40))
+    assert nearer == pytest.approx([(30 - 10) / 40], abs=1e-3)
+
+
+def test_average_precision_is_that_of_retrieval():
+    """Own photos at ranks 1 and 3 of 4, and at ranks 2 and 4: (1/1 + 2/3) / 2 and (1/2 + 2/4) / 2."""
+    own, others = direction(5, 25), direction(15, 60)
+    assert average_precision(direction(0, 50), own, others) == pytest.approx([5 / 6, 1 / 2], abs=1e-6)
+
+
+def test_figures_of_pictures_count_those_without_a_face_as_nothing():
+    nobody = np.full((1, 2), np.nan, np.float32)
+    pictures = np.concatenate([direction(0), nobody])
+    figures = Figures.of(pictures, direction(10, -10), direction(0), direction(90))
+    assert (figures.likeness, figures.rank1, figures.mean_average_precision) == (0.5, 0.5, 0.5)
+    assert figures.photos == pytest.approx(math.cos(math.radians(20)), abs=1e-4) and figures.copy_paste == 1
+    alone = Figures.of(nobody, direction(10), direction(0), None)
+    assert (alone.likeness, alone.photos, alone.share, alone.copy_paste, alone.rank1) == (0, None, None, None, None)
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photo to compare with"):
+        Figures.of(pictures, nobody)
+
+
+def test_the_score_of_pictures_has_the_figures_of_papers(tmp_path, capsys):
+    own = person_photos(36)
+    for folder, photos in {"trained": own[:6], "reference": own[6:8], "copies": own[:2], "fresh": own[8:]}.items():
+        (tmp_path / folder).mkdir()
+        for number, photo in enumerate(photos):
+            photo.save(tmp_path / folder / f"{number}.png")
+    people = tmp_path / "people"
+    for other in (1, 2, 36):  # The person is left out, by the photos.
+        write_photos(people / str(other), count=8, person=other)
+    papers = [
+        "--reference",
+        str(tmp_path / "reference"),
+        "--trained-on",
+        str(tmp_path / "trained"),
+        "--people",
+        str(people),
+    ]
+    found = {}
+    for folder in ("copies", "fresh"):
+        assert main(["score", str(tmp_path / folder), *papers, "--json"]) == 0
+        found[folder] = json.loads(capsys.readouterr().out)["figures"]["sface"]
+    assert found["copies"]["copy_paste"] == pytest.approx(1, abs=1e-3) and found["fresh"]["copy_paste"] < 0.8
+    assert (found["fresh"]["rank1"], found["fresh"]["mean_average_precision"]) == (1, 1)
+    assert found["fresh"]["share"] == pytest.approx(found["fresh"]["likeness"] / found["fresh"]["photos"], abs=1e-3)
+    assert main(["score", str(tmp_path / "fresh"), *papers]) == 0
+    assert "of the photos' own" in (line := capsys.readouterr().out.splitlines()[-1]) and "mAP 1.00" in line
+    (tmp_path / "nobody").mkdir()
+    assert main(["score", str(tmp_path / "fresh"), *papers[:-1], str(tmp_path / "nobody")]) == 1
+    assert "no photos of other people found" in capsys.readouterr().err
 
 
 def test_photos_to_compare_with_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
@@ -463,12 +535,14 @@ def test_one_network_selects_and_another_judges_from_the_command_line(tmp_path, 
     assert "judged by sface" in capsys.readouterr().out
     score = ["score", str(photos), "--reference", str(photos), "--json"]
     assert main(score) == 0 and main([*score, *network]) == 0
-    judged, selected = capsys.readouterr().out.split("]\n[")
+    judged, selected = (json.loads(text) for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
     # The mean colour of grey pictures is grey: all of one likeness.
-    assert len({entry["likeness"] for entry in json.loads(judged + "]")}) == 6
-    assert {entry["likeness"] for entry in json.loads("[" + selected)} == {1.0}
+    assert len({entry["likeness"] for entry in judged["pictures"]}) == 6
+    assert {entry["likeness"] for entry in selected["pictures"]} == {1.0}
     assert main([*score, *network, "--judge", "sface"]) == 0
-    both = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    both = found["pictures"]
+    assert found["figures"].keys() == {"mean", "sface"}
     assert {entry["likeness"] for entry in both} == {1.0} and len({entry["judged"] for entry in both}) == 6
     assert main([*score[:-1], *network, "--judge", "sface"]) == 0
     assert f" 1.00 {both[0]['judged']:5.2f} " in capsys.readouterr().out.splitlines()[0]
