@@ -150,5 +150,5 @@ FLUX1 = FamilySpec(
     embeds_guidance=lambda config: config["guidance_embeds"],
     is_distilled=lambda config: not config["guidance_embeds"],  # schnell, distilled to four steps, takes no guidance
     training_adapter="ostris/FLUX.1-schnell-training-adapter",
-    few_steps=FewSteps(4, shift=1.0),
+    few_steps=FewSteps(4, shift=1.0, model="black-forest-labs/FLUX.1-schnell"),
 )

@@ -108,5 +108,5 @@ ZIMAGE = FamilySpec(
     # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
     training_adapter="ostris/zimage_turbo_training_adapter",
-    few_steps=FewSteps(8),
+    few_steps=FewSteps(8, model="Tongyi-MAI/Z-Image-Turbo"),
 )
