@@ -2,16 +2,17 @@
 
 A job is what `facelora headshots` does: a LoRA of a recipe on 15 photos, and 20 headshots, each with a face pass. Nothing is
 computed: passes are counted on the published models' shapes, at the published shares of a card's rate (core/studio/speed.py).
-It takes about 40 seconds a model and core, most of them to predict the memory of plans.
+It takes about 20 seconds a model and core, most of them to predict the memory of plans.
 `--model NAME`, once or more, writes tables of these models alone; `--json` prints the seconds of each part instead, as
 {model: {recipe: {card: {part: [least, most]}}}}.
 """
 
 import argparse
 import functools
+import gc
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.models.base import Base
-from core.models.memory_plan import first_that_fits
+from core.models.memory_plan import MemoryPlan, first_that_fits
 from core.models.recipe import RECIPES
 from core.models.spec import Component
 from core.photos import Photo
@@ -58,6 +59,22 @@ VAES: dict[str, dict[str, Any] | None] = {"Qwen-Image": _QWEN, "Krea 2": _QWEN, 
 """The configurations of VAEs that differ from Stable Diffusion's, which the other models have but for the latents."""
 
 
+TEXT_WEIGHTS = {
+    "clip_l": 123, "clip_g": 695, "t5xxl": 4762, "qwen3_4b": 4022, "qwen3_8b": 7568, "qwen25_7b": 7071, "qwen3vl_4b": 4022,
+    "qwen3vl_8b": 7568, "mistral3_24b": 17530, "ministral3_3b": 3429,
+}  # fmt: skip
+"""Millions of weights that are loaded of each kind of text encoder (core/models/text.py): no vision, and no output layer."""
+
+
+def text_encoders(base: Base) -> dict[str, Component]:
+    """The text encoders by part, as one tensor of their size, since only their loading is counted."""
+    kinds = base.family.text_encoders
+    return {
+        part: Component({}, {"weights": torch.empty(TEXT_WEIGHTS[kind] * 10**6, device="meta")})
+        for part, kind in kinds.items()
+    }
+
+
 def with_vae(name: str) -> Base:
     """The model with a VAE of the published size, at its own resolution."""
     model, base = MODELS[name], base_of(MODELS[name])
@@ -69,26 +86,35 @@ def with_vae(name: str) -> Base:
 
 def ledgers(name: str) -> Found:
     """The work of jobs that draw on the model, and on its distilled version; without cards that no memory plan fits."""
+    gc.disable()  # traversing torch's objects takes a fifth of the time
     base = with_vae(name)
+    loaded = replace(base, components={**base.components, **text_encoders(base)})
     drawn_on = {name: base} | ({DISTILLED[name]: base.as_distilled()} if name in DISTILLED else {})
     whole = cache_of(MODELS[name], base)
     text = next(iter(whole.text.values()))
     count = functools.cache(lambda rank, side: count_passes(base, TrainConfig(rank=rank), (side, side), None, text))
     found: Found = {title: {recipe: {} for recipe in RECIPES} for title in drawn_on}
+
+    @functools.cache
+    def prediction(rank: int, side: int, batch: int) -> Callable[[MemoryPlan], int]:
+        """The memory of plans. Only the largest picture, the rank and the batch decide on it."""
+        config = TrainConfig(rank=rank, batch_size=batch, precision="bf16", prior_prediction=1.0)
+        inputs = TrainingInputs(count(rank, side)[1], base, config, torch.device("cpu"), torch.bfloat16)
+        return functools.cache(StepPrediction(inputs).bytes)
+
     for recipe in RECIPES:
         config = replace(recipe_config(recipe, base, PHOTOS), precision="bf16")
         side = config.resolution or base.resolution
         photos = [Photo.from_image(Image.new("RGB", (side, side)), f"{number}.png") for number in range(PHOTOS)]
-        passes, cache = count(config.rank, side)
+        passes, _ = count(config.rank, side)
         order = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS)
-        prediction = StepPrediction(TrainingInputs(cache, base, config, torch.device("cpu"), torch.bfloat16))
-        needs = functools.cache(prediction.bytes)
+        needs = prediction(config.rank, side, config.batch_size)
         for card in CARDS:
             plan = first_that_fits(
                 memory_plans(config, base), lambda plan, room=card.room, needs=needs: needs(plan) <= room
             )
             if needs(plan) <= card.room:
-                shared = Basis(base, passes, plan, needs(plan), torch.bfloat16, (card.memory - TAKEN) * GIB)
+                shared = Basis(loaded, passes, plan, needs(plan), torch.bfloat16, (card.memory - TAKEN) * GIB)
                 speed = Speed.published("cuda", base, card.rate, (card.copies / 1.2, card.copies * 1.1))
                 for title, drawing in drawn_on.items():
                     jobs = replace(order, drawn_on=drawing).jobs(base)

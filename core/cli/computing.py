@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..models.base import Base
     from ..studio import Ledger, Span
 
 
@@ -52,6 +53,27 @@ def show_work(ledger: "Ledger", seconds: "Mapping[str, Span]", as_json: bool) ->
 def work_in_short(ledger: "Ledger", seconds: "Mapping[str, Span]") -> str:
     """Return the total in one line."""
     return f"about {rough_span(total_span(seconds))} and {ledger.memory / 2**30:.1f} GiB of memory"
+
+
+def speed_hint(base: "Base", seconds: "Mapping[str, Span]") -> list[str]:
+    """Return a line on how much less time drawing on a base model would take with a well-known file. Empty if none is known.
+
+    `seconds` is how long the parts of the job take; empty if they haven't been counted.
+    """
+    from ..pictures.sampling import predictions_per_step
+
+    few = base.family.few_steps
+    if base.few_steps or few is None or not few.known or not base.is_large:
+        return []
+    share = few.steps / (base.steps * predictions_per_step(base, base.guidance))
+    least, most = total_span({part: seconds.get(part, (0.0, 0.0)) for part in ("headshots", "face pass")})
+    how = f"download it and give it with {'--speed-lora' if few.lora else '--draw-on'}"
+    if not most:
+        return [f"drawing would take {share:.0%} of the time with {few.known}: {how}"]
+    return [
+        f"drawing takes {rough_span((least, most))} of this, "
+        f"and would take {rough_span((share * least, share * most))} with {few.known}: {how}"
+    ]
 
 
 def total_span(seconds: "Mapping[str, Span]") -> "Span":

@@ -11,7 +11,7 @@ from .. import lora, models, photos, pictures, studio, training  # Their modules
 from ..config import RecipeName, TrainConfig
 from ..errors import BadConfig
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
-from .computing import device_from, show_work, work_in_short
+from .computing import device_from, show_work, speed_hint, work_in_short
 from .generate import few_steps_hint, unread_syntax
 from .options import Options, argument, below, option, settings
 from .settings import SCHEDULE, schedule_from, settings_from
@@ -77,12 +77,10 @@ def run(options: HeadshotsOptions) -> int:
     callbacks = shown(progress, stop, within_steps=True)
     with progress:
         found = packs_for(options.base, asked.style_folder)
-        for problem in found.problems:
-            progress.warning(problem)
+        for line in (*found.problems, *few_steps_hint(drawn_on or base, remedy="rename the file")):
+            progress.warning(line)
         if asked.style_pack:
             found.pick(asked.style_pack)  # Raises now, not after the photos have been checked.
-        for line in few_steps_hint(drawn_on or base, remedy="rename the file"):
-            progress.warning(line)
         read = photos.read_photos(options.photos, on_warning=progress.warning)
         config = training.recipe_config(asked.recipe, base, len(read), given, progress.warning)
         ready = studio.ready_photos(read, base, config, callbacks)
@@ -91,30 +89,26 @@ def run(options: HeadshotsOptions) -> int:
             print(f"photos: {ready.report.headline}")
         order = _order(options, config, found, asks)
         order = dataclasses.replace(order, training_adapter=adapter, drawn_on=drawn_on)
-        for line in unread_in_pack(order.pack, base):
-            progress.warning(line)
-        watch, counted = studio.Stopwatch(), None
+        watch, counted, seconds = studio.Stopwatch(), None, {}
         if asks or options.dry_run:
             ledger = studio.ledger_of(ready, base, order, device)
             speed = studio.speed_of(base, device, order.config.precision)
-            if options.dry_run:
-                show_work(ledger, ledger.seconds(speed), options.json)
-                return 0
-            print(work_in_short(ledger, ledger.seconds(speed)))
-            counted = ledger, speed
+            counted, seconds = (ledger, speed), ledger.seconds(speed)
+            if asks:
+                print(work_in_short(ledger, seconds))
+        for line in (*unread_in_pack(order.pack, base), *speed_hint(drawn_on or order.on(base), seconds)):
+            progress.warning(line)
+        if options.dry_run and counted:
+            show_work(counted[0], seconds, options.json)
+            return 0
         watch.enter("encode")
         with stop:
             outcome = studio.train_and_draw(
                 ready, base, order, folder, device=device, callbacks=watch.listening(callbacks)
             )
         if counted:
-            ledger, speed = counted
             cost = watch.cost(device, base.name, len(ready.used))
-            faces = sum(shot.face_pass is not None for shot in outcome.shots) / order.count
-            done = ledger.done(cost.work.steps / order.config.steps, faces)
-            if cost.work.pictures < order.count:  # The others are older, and it is unknown whose faces took the time.
-                del done[studio.DRAW]
-            studio.remember_speed(base, order.config.precision, speed, done, cost)
+            _remember_speed(base, order, *counted, cost, sum(shot.face_pass is not None for shot in outcome.shots))
     if asked.sidecars:
         lora.write_sidecars(outcome.trained.path)
     made, gallery = outcome.trained.path, folder / "gallery.html"
@@ -126,6 +120,21 @@ def run(options: HeadshotsOptions) -> int:
     else:
         print(summary, *outcome.advice, f"LoRA: {made}", f"gallery: {gallery}", sep="\n")
     return 1 if outcome.advice else 0
+
+
+def _remember_speed(
+    base: "models.Base",
+    order: "studio.Order",
+    ledger: "studio.Ledger",
+    speed: "studio.Speed",
+    cost: "studio.Cost",
+    faces: int,
+) -> None:
+    """Keep the speed that a job has reached for later predictions. `faces` is the number of pictures with a face pass."""
+    done = ledger.done(cost.work.steps / order.config.steps, faces / pictures.redrawn_of(order.count))
+    if cost.work.pictures < order.count:  # The others are older, and it is unknown whose faces took the time.
+        del done[studio.DRAW]
+    studio.remember_speed(base, order.config.precision, speed, done, cost)
 
 
 def bases_from(

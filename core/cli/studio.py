@@ -11,7 +11,7 @@ from .. import lora, models, studio  # Their modules load only when a name is us
 from ..errors import BadConfig
 from ..progress import READING
 from .common import JsonProgress, packs_for, progress_bar
-from .computing import device_from, show_work
+from .computing import device_from, show_work, speed_hint
 from .generate import few_steps_hint
 from .headshots import (
     COUNT,
@@ -94,6 +94,7 @@ def _make_all(options: StudioOptions) -> int:
         *_unread(people, terms, base),
         *(refused if options.dry_run else ()),
         *few_steps_hint(drawn_on or base, remedy="rename the file"),
+        *speed_hint(drawn_on or (base.as_distilled() if terms.training_adapter else base), {}),
     ):
         callbacks.on_warning(line)
     if isinstance(progress, JsonProgress):

@@ -114,6 +114,18 @@ class FewSteps:
     steps: int
     shift: float | None = None
     """The shift of the times for pictures of all sizes. None means the family's."""
+    model: str = ""
+    """A well-known model that draws so, by its name on Hugging Face. Empty if none is known, or its speed LoRA is enough."""
+    lora: str = ""
+    """A well-known speed LoRA: a repository on Hugging Face and the name of a file in it. Empty if none is known."""
+
+    @property
+    def known(self) -> str:
+        """The well-known file in words; empty if there is none."""
+        if self.lora:
+            repository, _, file = self.lora.rpartition("/")
+            return f"the speed LoRA {file} (Hugging Face: {repository})"
+        return self.model and f"the distilled model {self.model.rpartition('/')[2]} (Hugging Face: {self.model})"
 
 
 @dataclass(frozen=True, kw_only=True)

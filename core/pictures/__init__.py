@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .group_batch import redraw_faces as redraw_faces
     from .headshot import FacePass as FacePass
     from .headshot import Headshot as Headshot
+    from .headshot import redrawn_of as redrawn_of
     from .headshots import CONTACT_SHEET as CONTACT_SHEET
     from .headshots import OVERVIEW as OVERVIEW
     from .headshots import batch_summary as batch_summary

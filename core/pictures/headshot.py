@@ -96,6 +96,11 @@ class CutOut:
     """The face in pixels of the picture."""
 
 
+def redrawn_of(pictures: int) -> int:
+    """Return in how many of a person's pictures small faces are redrawn: in the more alike half. A quarter is kept."""
+    return -(-pictures // 2)
+
+
 def face_share(person: Reference) -> float:
     """Return the share of its cut-out that a face should fill: the share in the person's photos, limited to FACE_SHARES."""
     return min(max(person.share, FACE_SHARES[0]), FACE_SHARES[1])

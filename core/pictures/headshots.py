@@ -36,7 +36,17 @@ from ..storage.locks import locked
 from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
-from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
+from .headshot import (
+    CutOut,
+    FaceOutcome,
+    FacePass,
+    Headshot,
+    blend,
+    cut_out,
+    drawn_again,
+    face_share,
+    redrawn_of,
+)
 from .sheet import contact_sheet
 from .sizes import checked_size
 
@@ -70,7 +80,8 @@ def make_headshots(
     """Draw the pictures of all jobs into `folder` as PNG files, and return them; most alike first with a `reference`.
 
     `reference` is photos of the person (of a Photo, its `image()`), or a Reference made from them. With it, faces that
-    `face_pass` considers small are redrawn, and a new face is used if likeness doesn't fall. Then the `keep` most alike
+    `face_pass` considers small are redrawn in the more alike half of the pictures (or the best `keep`, if these are more).
+    A new face is used if likeness doesn't fall. Then the `keep` most alike
     pictures (None: a quarter) are copied into `folder`/kept, but none with a likeness below SAME_PERSON.
 
     A picture that already exists and was made from the same job, models and settings is not drawn again, so an interrupted
@@ -142,6 +153,10 @@ class Batch:
                 self.draw_missing(paths, face_pass, model)
                 if person and face_pass.below:
                     found = {job: _face_outcome(path) for job, path in paths.items()}
+                    chosen = list(paths)
+                    if isinstance(person, Reference):
+                        chosen = most_alike(paths, found, person)[: max(redrawn_of(len(paths)), keep or 0)]
+                    found = {job: found[job] for job in chosen}
                     left = {job: paths[job] for job, one in found.items() if one is None or one.settings != face_pass}
                     self.improve_faces(left, face_pass, person, model)
             shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
@@ -286,6 +301,17 @@ def read_picture(path: Path) -> Image.Image:
     """Read a picture from a file, in RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+def most_alike(paths: Mapping[Job, Path], redrawn: Mapping[Job, FaceOutcome | None], person: Reference) -> list[Job]:
+    """Return the jobs in the order of their pictures' likeness before the face pass, those without a face last."""
+
+    def before(job: Job) -> float:
+        outcome = redrawn[job]
+        score = outcome.before if outcome else person.likeness([read_picture(paths[job])])[0]
+        return -2 if score is None else score
+
+    return sorted(paths, key=before, reverse=True)
 
 
 def ranked(shots: Sequence[Headshot], person: Compared, keep: int) -> list[Headshot]:

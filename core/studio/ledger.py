@@ -14,7 +14,7 @@ from ..models.memory_plan import MemoryPlan, drawing_plan
 from ..photos import Dataset, Photo, bucket_sizes
 from ..photos.captions import class_caption
 from ..pictures.generate import Job, texts_of
-from ..pictures.headshot import FacePass
+from ..pictures.headshot import FacePass, redrawn_of
 from ..pictures.sizes import checked_size, size_near
 from ..progress import silent
 from ..training.encode import without_trigger
@@ -156,7 +156,7 @@ class Basis:
         batches = config.steps * config.accumulation
         trained, drawn = self.plan.offload * stored, drawing_plan(whole, self.free).offload
         steps = sum(job.steps for job in jobs)
-        again = sum(max(1, round(FacePass().denoise * job.steps)) for job in jobs)
+        again = _share_redrawn(jobs) * sum(max(1, round(FacePass().denoise * job.steps)) for job in jobs)
         return {
             "training": 2 * batches * trained,
             "prior prediction": 3 * config.prior_prediction * batches * trained,
@@ -238,7 +238,7 @@ def _while_training(
 
 
 def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, float]:
-    """Return the operations of the jobs, and of a face pass on each of their pictures."""
+    """Return the operations of the jobs, and of a face pass on the half of their pictures that can have one."""
     headshots = faces = 0.0
     for job in jobs:
         size = checked_size(base, job.size)
@@ -246,4 +246,9 @@ def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, floa
         part = size_near(f"{size[0]}:{size[1]}", base.resolution, base.size_multiple)
         again = max(1, round(FacePass().denoise * job.steps))
         faces += passes.encode(part) + passes.draw(base, part, again, job.guidance)
-    return headshots, faces
+    return headshots, faces * _share_redrawn(jobs)
+
+
+def _share_redrawn(jobs: Sequence[Job]) -> float:
+    """Return the largest share of the pictures whose faces are redrawn."""
+    return redrawn_of(len(jobs)) / max(1, len(jobs))

@@ -13,7 +13,7 @@ from server import PromptServer
 from ...core.errors import BadConfig, BadStylePack
 from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
 from ...core.pictures.style_picture import style_picture
-from .convert import few_steps, style_family
+from .convert import few_steps, speed_hint, style_family
 from .folders import refusal, says_no_server_paths, without_server_paths
 
 FROM_MODEL = "that of the model"
@@ -126,6 +126,7 @@ class HeadshotStylePack(io.ComfyNode):
             styles=_names(styles) or None, resolution=resolution or None,
         )  # fmt: skip
         few = few_steps(model) if model is not None else None  # Such a model draws in its own steps, without guidance.
+        hint = speed_hint(model) if model is not None else ""
         return io.NodeOutput(
             [f"{item.prompt.rstrip(' .')}, {extra.strip()}" if extra.strip() else item.prompt for item in prompts],
             [item.negative for item in prompts],
@@ -136,7 +137,7 @@ class HeadshotStylePack(io.ComfyNode):
             [few.steps if few else item.steps for item in prompts],
             [item.style for item in prompts],
             [item.strength for item in prompts],
-            ui=ui.PreviewText("\n".join(found.problems)),
+            ui=ui.PreviewText("\n".join([*found.problems, *([hint] if hint else [])])),
         )
 
 

@@ -115,6 +115,10 @@ def test_a_distilled_model_gets_its_steps_and_no_guidance(server):
     }
     result = server.result(graph)
     assert (texts(result, "guidance"), texts(result, "steps")) == (["1.0"] * 3, ["4"] * 3)
+    assert texts(result, "styles") == [""]
+    graph["base"] = node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    (hint,) = texts(server.result(graph), "styles")
+    assert "in 8 steps without guidance, with the speed LoRA Hyper-SD15-8steps-lora.safetensors" in hint
 
 
 @pytest.mark.parametrize(

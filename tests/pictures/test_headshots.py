@@ -693,13 +693,14 @@ def test_face_pass_settings_that_cannot_work_are_refused(wrong) -> None:
         FacePass(**wrong)
 
 
-def small_face(base, job: Job, folder: Path, photo: Image.Image) -> Path:
+def small_face(base, job: Job, folder: Path, photo: Image.Image, number: int = 1) -> Path:
     """The job's picture as if it had been drawn: the photo small on grey."""
     picture = Image.new("RGB", job.size or (0, 0), (120, 120, 120))
     picture.paste(photo.convert("RGB").resize((40, 50), Image.Resampling.LANCZOS), (60, 50))
     folder.mkdir(exist_ok=True)
-    Picture(picture, job, parameters_text(base, [], job, GenerateConfig())).save(folder / f"001-{job.seed}.png")
-    return folder / f"001-{job.seed}.png"
+    path = folder / f"{number:03d}-{job.seed}.png"
+    Picture(picture, job, parameters_text(base, [], job, GenerateConfig())).save(path)
+    return path
 
 
 def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: Path) -> None:
@@ -725,6 +726,23 @@ def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: P
     # Without the pass, the picture as it was drawn first is wanted: it has to be made.
     (plain,) = make_headshots(base, [], [job], tmp_path, reference=[person], face_pass=FacePass(below=0))
     assert plain.face_pass is None and times(tmp_path) != first
+
+
+def test_only_faces_of_the_more_alike_half_are_drawn_again_however_often_it_is_asked(base, tmp_path: Path) -> None:
+    jobs = [Job("a photo of person", seed, size=(160, 200), steps=1, guidance=1.0) for seed in range(5)]
+    shown = [person_photos(2)[0], person_photos(36)[0], person_photos(3)[0], person_photos(36)[1], person_photos(4)[0]]
+    for number, (job, photo) in enumerate(zip(jobs, shown, strict=True), start=1):
+        small_face(base, job, tmp_path, photo, number)
+    settings, photos = FacePass(below=0.6, denoise=1.0), person_photos(36)[2:4]
+
+    def redrawn(keep: int | None = None) -> set[int]:
+        shots = make_headshots(base, [], jobs, tmp_path, reference=photos, face_pass=settings, keep=keep)
+        return {shot.job.seed for shot in shots if shot.face_pass}
+
+    first = redrawn()
+    assert len(first) == 3 and {1, 3} < first  # of five
+    assert redrawn() == first
+    assert redrawn(keep=4) > first  # All that may be kept are worth it.
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from PIL import Image
 
 from core import demo
 from core.cli import main
+from core.cli.computing import speed_hint
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.device import processor
@@ -132,7 +133,9 @@ def test_a_face_pass_is_counted_as_it_is_drawn(photos, base):
     part = replace(job, size=(size, size))
     start = {part: Image.new("RGB", (size, size))}
     again = count_flops(lambda: list(generate(base, [], [part], starts=start, denoise=FacePass().denoise, device=CPU)))
-    assert expected(photos, base, PLAIN, [job]).operations["face pass"] == pytest.approx(again, rel=0.06)
+    both = [job, replace(job, seed=2)]  # The less alike half of the pictures has none.
+    for jobs in ([job], both):
+        assert expected(photos, base, PLAIN, jobs).operations["face pass"] == pytest.approx(again, rel=0.06)
 
 
 def test_captions_and_photos_are_counted_as_they_are_encoded(photos, base, plain, tmp_path):
@@ -336,6 +339,35 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
         print(*(f"\n{part}: {real:.1f} s, counted {counted:.1f} s" for part, (real, counted) in rows.items()))
     for part, (real, counted) in rows.items():
         assert 0.5 < real / counted < 2, part
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "option"),
+    [
+        (
+            "Krea 2",
+            "the speed LoRA krea2_turbo_lora_rank_64_bf16.safetensors (Hugging Face: Comfy-Org/Krea-2)",
+            "--speed-lora",
+        ),
+        ("Z-Image", "the distilled model Z-Image-Turbo (Hugging Face: Tongyi-MAI/Z-Image-Turbo)", "--draw-on"),
+    ],
+)
+def test_before_a_job_the_file_that_would_let_it_draw_faster_is_named_with_what_it_saves(name, known, option):
+    base = with_vae(name)
+    (short,) = speed_hint(base, {})
+    (timed,) = speed_hint(base, {"headshots": (3000.0, 6000.0), "face pass": (600.0, 1200.0), "training": (9.0, 9.0)})
+    assert known in short and known in timed and timed.endswith(f"download it and give it with {option}")
+    assert base.family.few_steps
+    share = base.family.few_steps.steps / base.steps / 2  # Guidance takes two predictions per step.
+    assert f"would take {share:.0%} of the time" in short and timed.startswith(
+        "drawing takes 1.0 to 2.0 h of this, and would"
+    )
+    assert f"{share * 60:.0f} to {share * 120:.0f} min with" in timed
+    assert speed_hint(base.as_distilled(), {}) == []  # It has been done.
+
+
+def test_a_small_model_or_one_without_a_known_file_is_told_of_none(base):
+    assert speed_hint(base, {}) == speed_hint(with_vae("FLUX.2 dev"), {}) == []
 
 
 def test_whole_jobs_of_published_models_are_counted_at_their_own_resolution():

@@ -39,6 +39,14 @@ def test_every_family_has_every_recipe_and_a_run_takes_it(family):
     assert photos == sorted(photos)
 
 
+@pytest.mark.parametrize("family", ["flux1", "flux2", "zimage", "krea2", "qwen-image"])
+def test_a_large_model_sees_as_many_photos_as_people_show_it_at_home(family):
+    """512 px as in OneTrainer's presets, and no more photos than Replicate's trainer for FLUX.1 takes, half of them here."""
+    for name in ("fast", "balanced"):
+        settings = recipe_settings(name, FAMILIES[family].recipes)
+        assert settings["resolution"] == 512 and settings["steps"] * settings["batch_size"] <= 500
+
+
 def test_a_larger_batch_means_fewer_steps_at_a_higher_rate():
     one = recipe_settings("balanced", SD15, {"batch_size": 1})
     four = recipe_settings("balanced", SD15, {"batch_size": 4})

@@ -119,9 +119,10 @@ FLUX1 = FamilySpec(
     guidance=3.5,  # diffusers' default, as are the steps
     steps=28,
     recipes={
-        # Replicate's trainer: 1,000 steps of one photo at 4e-4, 512 to 1024 px; ai-toolkit: 2,000 at 1e-4. For Chroma too.
-        "fast": Recipe(500, 4e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 2e-4, 16, settings={"resolution": 768}),
+        # Replicate's trainer: 1,000 steps of one photo at 4e-4, 512 to 1024 px. Likeness often peaks at about 250 steps
+        # (kohya_ss issue 2701). ai-toolkit, for `best`: 2,000 at 1e-4. For Chroma too.
+        "fast": Recipe(300, 4e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(500, 4e-4, 16, settings={"resolution": 512}),
         "best": Recipe(1600, 2e-4, 32),
     },
     pipeline_class="FluxPipeline",
@@ -149,5 +150,5 @@ FLUX1 = FamilySpec(
     embeds_guidance=lambda config: config["guidance_embeds"],
     is_distilled=lambda config: not config["guidance_embeds"],  # schnell, distilled to four steps, takes no guidance
     training_adapter="ostris/FLUX.1-schnell-training-adapter",
-    few_steps=FewSteps(4, shift=1.0),
+    few_steps=FewSteps(4, shift=1.0, model="black-forest-labs/FLUX.1-schnell"),
 )

@@ -18,7 +18,7 @@ from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import kl_pixels, shapes_in, vae_component
-from ..recipe import Recipe
+from ..recipe import STARTING_POINTS, Recipe
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 from . import flux1
 
@@ -184,12 +184,8 @@ FLUX2 = FamilySpec(
     title="FLUX.2",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=STEPS,
-    recipes={
-        # Based on the settings in ai-toolkit and diffusers.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 32, settings={"resolution": 768}),
-        "best": Recipe(2400, 5e-5, 64),
-    },
+    # OneTrainer trains klein at 512 px too, Fizgig on 225 to 300 of 15 photos at 2e-4 to 4e-4. `best` is as in ai-toolkit.
+    recipes={**STARTING_POINTS, "best": Recipe(2400, 5e-5, 64)},
     pipeline_class="Flux2KleinPipeline",
     other_pipelines=("Flux2Pipeline",),
     other_folders=("Flux2Pipeline",),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ...tensor_names.flux import FLUX3 as NAMES
 from .. import text, transformer
 from ..ldm import count_children
-from ..recipe import STARTING_POINTS
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
@@ -117,7 +116,6 @@ FLUX3 = FamilySpec(
     title="FLUX.3 Klein",
     guidance=4.0,  # the authors', as are the steps; diffusers has 3.5
     steps=50,
-    recipes=STARTING_POINTS,  # with the rate of fal's trainer, which takes 1000 steps
     pipeline_class="Flux3ModularPipeline",
     other_pipelines=("Flux3DistilledModularPipeline",),
     other_folders=("Flux3DistilledModularPipeline",),

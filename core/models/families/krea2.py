@@ -181,7 +181,12 @@ KREA2 = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 6400, 1.15),  # from the authors' scheduler
-    few_steps=FewSteps(8, shift=math.exp(1.15)),
+    few_steps=FewSteps(
+        8,
+        shift=math.exp(1.15),
+        model="krea/Krea-2-Turbo",
+        lora="Comfy-Org/Krea-2/krea2_turbo_lora_rank_64_bf16.safetensors",
+    ),
     encode_image=qwen_image.encode_image,
     decode_latents=qwen_image.decode_latents,
 )

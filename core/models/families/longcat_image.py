@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ...tensor_names.flux import LONGCAT_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..objective import linear_shift
-from ..recipe import STARTING_POINTS
 from ..spec import Component, Conditioning, FamilySpec, Networks
 from . import flux1
 
@@ -100,7 +99,6 @@ LONGCAT_IMAGE = FamilySpec(
     title="LongCat-Image",
     guidance=4.5,  # diffusers' default, as are the steps
     steps=50,
-    recipes=STARTING_POINTS,  # with the rate of the authors' LoRA example, which has a rank of 32
     pipeline_class="LongCatImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=flux1.FLUX1.denoiser_targets,

@@ -200,7 +200,7 @@ QWEN_IMAGE = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
-    few_steps=FewSteps(8, shift=3.0),  # Qwen-Image-Lightning
+    few_steps=FewSteps(8, shift=3.0, lora="lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V2.0.safetensors"),
     encode_image=encode_image,
     decode_latents=decode_latents,
 )

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x (arXiv:2112.10752): a UNet with cross-attention on text from CLIP ViT-L/14; 512 px."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ SD15 = FamilySpec(
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
     distilled_names=ldm.DISTILLED_NAMES,
-    few_steps=ldm.FEW_STEPS,
+    few_steps=replace(ldm.FEW_STEPS, lora="ByteDance/Hyper-SD/Hyper-SD15-8steps-lora.safetensors"),
     denoiser_has=(ldm.FIRST_WEIGHT,),
     denoiser_lacks=(ldm.POOLED_WEIGHT,),
     lookalikes={"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": "Stable Diffusion 2.x"},

@@ -1,6 +1,7 @@
 """Stable Diffusion XL (arXiv:2307.01952): a larger UNet with two text encoders, conditioned on size and crop; 1024 px."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -81,7 +82,7 @@ SDXL = FamilySpec(
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
     distilled_names=ldm.DISTILLED_NAMES,
-    few_steps=ldm.FEW_STEPS,
+    few_steps=replace(ldm.FEW_STEPS, lora="ByteDance/SDXL-Lightning/sdxl_lightning_8step_lora.safetensors"),
     denoiser_has=(ldm.FIRST_WEIGHT, ldm.POOLED_WEIGHT),
     lookalikes={
         "conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight": "the SDXL refiner",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..recipe import Recipe
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT = {"text_encoder": "qwen3_4b"}
@@ -91,12 +90,6 @@ ZIMAGE = FamilySpec(
     overflows_in_fp16=True,
     guidance=5.0,  # diffusers' default, as are the steps
     steps=50,
-    recipes={
-        # Based on the settings in ai-toolkit and diffusers.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1000, 1e-4, 32, settings={"resolution": 768}),
-        "best": Recipe(2400, 1e-4, 32),
-    },
     pipeline_class="ZImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
@@ -115,5 +108,5 @@ ZIMAGE = FamilySpec(
     # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
     training_adapter="ostris/zimage_turbo_training_adapter",
-    few_steps=FewSteps(8),
+    few_steps=FewSteps(8, model="Tongyi-MAI/Z-Image-Turbo"),
 )
