@@ -167,10 +167,21 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
     return mean / np.linalg.norm(mean)
 
 
+LIKENESS, TO_TRAINED_ON = "likeness", "similarity to the photos it was trained on"
+"""What a cosine to photos is called: the second if a LoRA has seen all of them, so that it says little about the person."""
+
+
 class Reference:
     """The mean face of a person on photos, which pictures are compared with."""
 
-    def __init__(self, network: FaceNetwork, vectors: Sequence[np.ndarray], shares: Sequence[float], photos: int):
+    def __init__(
+        self,
+        network: FaceNetwork,
+        vectors: Sequence[np.ndarray],
+        shares: Sequence[float],
+        photos: int,
+        measure: str = LIKENESS,
+    ):
         """Take the identity vectors (D,) that the network found on `photos` photos; for `shares` see `share`.
 
         Raises BadPhoto without any vector, when no photo shows a face.
@@ -178,6 +189,8 @@ class Reference:
         if not len(vectors):
             raise BadPhoto(f"no face was found in the {counted(photos, 'photo')} to compare with")
         self.network: FaceNetwork = network
+        self.measure: str = measure
+        """What its cosines are called: LIKENESS or TO_TRAINED_ON."""
         self._face: np.ndarray = np.mean(vectors, axis=0)
         self._face /= np.linalg.norm(self._face)
         self.share: float = median(shares)

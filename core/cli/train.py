@@ -123,6 +123,8 @@ def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
         print(f"{options.output}  ({size / 1e6:.1f} MB, {kind}); use it in a prompt: a photo of {trigger}")
         if training.LIKENESS_KEY in metadata:
             print(format_likeness(json.loads(metadata[training.LIKENESS_KEY])))
+        else:
+            print("likeness was not measured, since no photo was held out")
 
 
 def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:

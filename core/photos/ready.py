@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import BadPhoto, counted
-from ..faces import FaceNetwork, Reference, likeness, mean_face
+from ..faces import LIKENESS, TO_TRAINED_ON, FaceNetwork, Reference, likeness, mean_face
 from ..progress import OnWarning, silent
 from .measure import Thresholds, hash_distance
 from .reading import Photo
@@ -61,7 +61,8 @@ class Ready:
             for item in self.used
             if item.vector is not None and item.face
         ]
-        return Reference(self.network, [vector for vector, _ in seen], [share for _, share in seen], len(self.used))
+        measure = LIKENESS if self.held_out else TO_TRAINED_ON
+        return Reference(self.network, [one for one, _ in seen], [share for _, share in seen], len(self.used), measure)
 
 
 def make_ready(
@@ -79,7 +80,7 @@ def make_ready(
     With `check`, photos that the report rejects are left out, and `on_warning` is told of each. `hold_out` photos are held
     out: those nearest to the person's mean face. Near-copies of other photos are never held out, since the copy would be
     trained on. With `at_least`, none is held out if fewer than that many photos are usable or suitable, and `on_warning` is
-    told why. Raises BadPhoto if too few photos are usable, or too few can be held out.
+    told why, and which photo to add. Raises BadPhoto if too few photos are usable, or too few can be held out.
     """
     report = check_photos(photos, network, thresholds) if check or network else unseen(photos, thresholds)
     used = report.usable if check else report.photos
@@ -92,9 +93,13 @@ def make_ready(
         if rejected:
             on_warning(f"photos: {report.headline}")
     held_out: tuple[PhotoReport, ...] = ()
-    if hold_out and check and len(used) < at_least:
-        left = counted(len(used), "photo is", "photos are")
-        on_warning(f"only {left} usable, too few to hold any out: likeness is not measured")
+    if len(used) < at_least:
+        few = counted(len(used), "photo is", "photos are")
+        most = f" What would help most: {report.wishes[0]}." if report.wishes else ""
+        on_warning(
+            f"{few} too few to hold any out: likeness is not measured, and pictures can only be compared with the photos that "
+            f"were trained on.{most}"
+        )
     elif hold_out:
         try:
             held_out = _typical(used, hold_out, thresholds)

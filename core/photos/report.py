@@ -112,9 +112,10 @@ class SetReport:
 
     @property
     def headline(self) -> str:
-        """The report in one line, as in "5 of 6 usable; add 1 with the head turned to the left or right".
+        """The report in one line, as in "9 of 10 usable; add 1 with the head turned to the left or right".
 
-        If none is usable, it names what is wrong with them. Without a face network it mentions that faces were not looked for.
+        If none is usable, it names what is wrong with them. It mentions when there are too few to measure likeness. Without a
+        face network it mentions that faces were not looked for.
         """
         if self.people:
             found = Counter(number for number in self.people if number)
@@ -125,10 +126,12 @@ class SetReport:
         if not usable and causes:
             each = [f"{count if len(causes) > 1 else 'all'} {cause}" for cause, count in causes.most_common()]
             return f"0 of {len(self.photos)} usable: {', '.join(each)}"
-        few = "" if self.enough else f", and {needed} are needed"
-        wish = next(iter(self.wishes), "")
+        few, wish = "", next(iter(self.wishes), "")
         if not self.enough:
+            few = f", and {needed} {'is' if needed == 1 else 'are'} needed"
             wish = f"{needed - usable} or more" + (f", such as {wish.split(maxsplit=1)[1]}" if wish else "")
+        elif self.network and usable < self.thresholds.photos_measured:
+            few = ", too few to measure likeness"
         by = "" if self.network else " by size and brightness (no face was looked for)"
         return f"{usable} of {len(self.photos)} usable{by}{few}" + (f"; add {wish}" if wish else "")
 
@@ -177,7 +180,7 @@ def check_photos(
     chosen = _recognise(looks)
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # Without a majority for one person, nobody can tell who doesn't belong.
-    majority = len(matches) > 2 and 2 * sum(matches) > len(matches)
+    majority = 2 * sum(matches) > len(matches)
     told = _most_of_another(looks, chosen, thresholds) < sum(matches)
     reports = [
         _judge(look, index, alike, majority, told, thresholds)
@@ -192,7 +195,7 @@ def check_photos(
     lights = measure.kinds([look.lights[index] for look, index in usable])
     backgrounds = measure.kinds([look.backgrounds[index] for look, index in usable])
     wishes = _wishes([report for report in reports if report.verdict != REJECT], lights, backgrounds, thresholds)
-    people = _people(looks, [index for index, _ in chosen], thresholds) if len(matches) > 2 and not majority else ()
+    people = _people(looks, [index for index, _ in chosen], thresholds) if matches and not majority else ()
     advice = _advise(len(usable), wishes, several_people=bool(people), limits=thresholds)
     return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes, people)
 
@@ -335,6 +338,8 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         add(REJECT, "the face is blurred", "blurred")
     elif sharp < limits.sharpness_review:
         add(REVIEW, "the face is not quite sharp")
+    if measure.flatness(luma) >= limits.flatness_reject:
+        add(REJECT, "this seems to be a drawing: areas of the face have one colour", "drawn")
     if bright < limits.highlights_reject:
         add(REJECT, "the face is too dark", "too dark")
     elif bright < limits.highlights_review:
@@ -351,7 +356,7 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
     elif alike is not None and alike < limits.likeness_review:
         add(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
     if others and (alike is None or not told):
-        add(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant")
+        add(REJECT, f"{len(look.faces)} people, and no other photo to tell who is meant: crop it", "of several people")
     elif others:
         people = "another person" if len(others) == 1 else f"{len(others)} other people"
         add(CROP, f"{people} in the picture: crop it, or set face_crops or face_masks")
@@ -390,8 +395,9 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
-    """Return what variety the usable photos lack, each with the number of photos to add."""
+    """Return what variety the usable photos lack, each with the number of photos to add; what helps most comes first."""
     missing = [
+        (int(bool(usable) and all(report.view != VIEWS[0] for report in usable)), "facing the camera"),
         (
             limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable),
             "with the head turned to the left or right",
@@ -411,8 +417,14 @@ def _advise(usable: int, wishes: Sequence[str], several_people: bool, limits: Th
     if several_people:
         advice.append("The photos show different people, and no one is in most of them: sort them first.")
     if usable < limits.photos_needed:
-        advice.append(f"At least {limits.photos_needed} are needed; {limits.photos_wanted} to 20 work best.")
-    elif usable < limits.photos_wanted:
+        needed = f"{limits.photos_needed} {'is' if limits.photos_needed == 1 else 'are'}"
+        advice.append(f"At least {needed} needed; {limits.photos_wanted} to 20 work best.")
+    elif usable < limits.photos_measured:
+        advice.append(
+            f"With fewer than {limits.photos_measured}, likeness is not measured: no photo can be held out. Results can only "
+            "be compared with the photos they were trained on."
+        )
+    if limits.photos_needed <= usable < limits.photos_wanted:
         advice.append(f"{limits.photos_wanted - usable} more would help.")
     if wishes:
         advice.append(f"More variety helps: add {', '.join(wishes)}. One photo can be several of these.")

@@ -160,8 +160,9 @@ def ready_for(
         faces = load_faces()
     elif faces is None and (config.check_photos or to_rank):
         faces = faces_if_installed(on_warning)
-    # As a recipe does from this number of photos.
-    by_itself = config.hold_out == MEASURED["hold_out"] and len(photos) >= ENOUGH
+    # A recipe holds some out from this number of photos on.
+    enough = len(photos) >= ENOUGH
+    by_itself = not held_out and config.hold_out == (MEASURED["hold_out"] if enough else 0)
     return make_ready(
         photos,
         faces,

@@ -13,6 +13,7 @@ from ..errors import BadConfig
 from ..faces import why_no_faces
 from ..models.base import Base
 from ..models.recipe import RECIPES, Recipe, read_recipes
+from ..photos import Thresholds
 from ..progress import OnWarning, silent
 from .methods import METHODS
 
@@ -25,7 +26,7 @@ The best intermediate LoRA is kept, and training stops early when more steps don
 """
 CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
 """The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""
-ENOUGH = 8
+ENOUGH = Thresholds.photos_measured
 """With this many usable photos or more, some are held out."""
 MEASUREMENTS = 4
 """The number of likeness measurements when photos are held out and `sample_every` is not given."""

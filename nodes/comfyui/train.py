@@ -68,7 +68,8 @@ class TrainFaceLora(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.MultiType.Input(
                     "photos", [FacePhotos, io.Image],
-                    tooltip="10 to 20 photos of one person, from Load Face Photos. Images from other nodes work too.",
+                    tooltip="10 to 20 photos of one person, from Load Face Photos. One photo is enough to start, but below 8 "
+                    "likeness is not measured. Images from other nodes work too.",
                 ),
                 io.String.Input(
                     "name", default="my-face",
@@ -111,7 +112,7 @@ class TrainFaceLora(io.ComfyNode):
                 io.Combo.Input(
                     "use", options=[GOOD, ALL], default=GOOD, optional=True,
                     tooltip="'good photos' (default) leaves out photos that the photo check rejects, such as blurred "
-                    "faces, other people and duplicates, and requires at least 5. 'all photos' trains on every photo.",
+                    "faces, other people, drawings and duplicates. 'all photos' trains on every photo.",
                 ),
                 io.Int.Input(
                     "checkpoint", default=0, min=0, max=100_000, optional=True, advanced=True,

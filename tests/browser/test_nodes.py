@@ -210,8 +210,7 @@ def test_run_asks_which_person_where_the_photos_show_two(page, server, tmp_path)
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
         dialog.get_by_role("button", name="Keep only these").nth(1).click()
     assert page.widgets(PHOTOS)["pictures"].count("photo") == 2 * 3
-    result = server.wait(answered.value.json()["prompt_id"])
-    assert "3 of 3 usable, and 5 are needed" in result.error
+    assert server.wait(answered.value.json()["prompt_id"]).status == "success"
 
 
 def test_run_asks_nothing_about_mixed_photos_where_training_is_muted(page, server, tmp_path):
