@@ -138,6 +138,14 @@ def faces_if_installed(on_warning: OnWarning, network: str = "sface") -> FaceNet
         return None
 
 
+def second_network(network: FaceNetwork) -> FaceNetwork | None:
+    """Return dlib's network for a second opinion, or None if it isn't installed or is the first one."""
+    try:
+        return None if network.name == "dlib" else load_faces("dlib")
+    except MissingPackage:
+        return None
+
+
 def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:
     """Return the identity vectors of the largest face in each picture, float32 (N, D); a row of NaN without a face."""
     found = [(i, image, faces[0]) for i, image in enumerate(images) if (faces := network.detect(image))]

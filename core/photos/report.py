@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import counted
-from ..faces import Face, FaceNetwork, likeness
+from ..faces import Face, FaceNetwork, likeness, mean_face
 from . import measure
 from .measure import TURNS, Look, Thresholds, look_at
 from .reading import Photo
@@ -61,6 +61,10 @@ class PhotoReport:
     """The identity vector of the person's face, float32 (D,)."""
     hash: np.ndarray | None = None
     """The picture's perceptual hash; None if no network was used."""
+    light: np.ndarray | None = None
+    """The light on the person's face, `measure.light`."""
+    background: np.ndarray | None = None
+    """The background beside it, `measure.background`."""
 
     @property
     def verdict(self) -> str:
@@ -165,23 +169,27 @@ class SetReport:
 
 
 def check_photos(
-    photos: Sequence[Photo], network: FaceNetwork | None, thresholds: Thresholds | None = None
+    photos: Sequence[Photo],
+    network: FaceNetwork | None,
+    thresholds: Thresholds | None = None,
+    like: np.ndarray | None = None,
 ) -> SetReport:
     """Check a set of photos, and return a report with a PhotoReport for each, in order. Photos are not changed or deleted.
 
     The photos themselves determine who "the person" is. The face most like a face in every other photo is the most typical
-    one, and the face most like it in each photo is the person's. Without a network (None), only copies and pictures that are
-    too small or too dark are found.
+    one, and the face most like it in each photo is the person's. With `like`, identity vectors (N, D) of the person on other
+    photos, their mean face takes its place. Without a network (None), only copies and pictures that are too small or too dark
+    are found.
     """
     thresholds = thresholds or Thresholds()
     if network is None:
         return _without_faces(photos, thresholds)
     looks = [look_at(photo, network, thresholds) for photo in photos]
-    chosen = _recognise(looks)
+    chosen = _recognise(looks, None if like is None else mean_face(like))
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # Without a majority for one person, nobody can tell who doesn't belong.
-    majority = 2 * sum(matches) > len(matches)
-    told = _most_of_another(looks, chosen, thresholds) < sum(matches)
+    majority = like is not None or 2 * sum(matches) > len(matches)
+    told = like is not None or _most_of_another(looks, chosen, thresholds) < sum(matches)
     reports = [
         _judge(look, index, alike, majority, told, thresholds)
         for look, (index, alike) in zip(looks, chosen, strict=True)
@@ -227,18 +235,19 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
     return SetReport(tuple(reports), limits, None, 0, 0, advice)
 
 
-def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
-    """Return the index of the person's face in each photo, and its likeness to the most typical face.
+def _recognise(looks: Sequence[Look], typical: np.ndarray | None) -> list[tuple[int, float | None]]:
+    """Return the index of the person's face in each photo, and its likeness to the `typical` face: None for the set's own.
 
-    The likeness is None in a photo without a face, and in all photos when fewer than two have a face.
+    The likeness is None in a photo without a face, and in all photos when fewer than two have a face and none is typical.
     """
     with_faces = [look for look in looks if look.faces]
-    if len(with_faces) < 2:
-        return [(0, None) for _ in looks]
-    candidates = np.concatenate([look.vectors for look in with_faces])
-    # (candidates, photos): how alike a candidate is to the most similar face of each photo.
-    best = np.stack([likeness(candidates, look.vectors).max(1) for look in with_faces], 1)
-    typical = candidates[best.sum(1).argmax()]
+    if typical is None:
+        if len(with_faces) < 2:
+            return [(0, None) for _ in looks]
+        candidates = np.concatenate([look.vectors for look in with_faces])
+        # (candidates, photos): how alike a candidate is to the most similar face of each photo.
+        best = np.stack([likeness(candidates, look.vectors).max(1) for look in with_faces], 1)
+        typical = candidates[best.sum(1).argmax()]
     chosen: list[tuple[int, float | None]] = []
     for look in looks:
         if look.faces:
@@ -380,6 +389,8 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         framing=framing(face, look.photo.size[1]),
         vector=look.vectors[index],
         hash=look.hash,
+        light=look.lights[index],
+        background=look.backgrounds[index],
     )
 
 

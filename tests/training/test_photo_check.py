@@ -18,6 +18,7 @@ from core.faces import LIKENESS, TO_TRAINED_ON, load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import Photo, Thresholds, make_ready, read_photos
+from core.storage.drawn import save_png
 from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train, train
 from core.training.job import ready_for
 from core.training.likeness import LIKENESS_KEY
@@ -90,6 +91,41 @@ def test_pictures_are_not_said_to_be_alike_if_only_photos_that_were_trained_on_t
     config = replace(CONFIG, hold_out=hold_out, sample_every=1)
     reference = ready_for(read_photos(photos), load_base(BASE_FILE), config, to_rank=True).reference()
     assert reference and reference.measure == measure
+
+
+def test_drawn_pictures_are_trained_on_half_of_the_time_and_never_held_out(photos):
+    """Those of another person are left out, also when they are more than the photos."""
+    drawn = [Photo.from_image(person_photos(35)[number], f"drawn-{number}.png") for number in (5, 6, 7, 8)]
+    edits = [Photo.from_image(person_photos(2)[number], f"edit-{number}.png") for number in range(1, 9)]
+    given = [photo for photo in read_photos(photos) if photo.name != "friend.png"][:3]
+    warnings: list[str] = []
+    job = TrainingJob.of(given, load_base(BASE_FILE), CONFIG, drawn_photos=[*drawn, *edits], on_warning=warnings.append)
+    ready = job.ready
+    assert sum("is left out: this seems to be someone else" in text for text in warnings) == 8
+    assert [item.photo for item in ready.drawn] == drawn and ready.photos == [*given, *drawn] and not ready.held_out
+    repeats = [photo.repeats for photo in ready.to_train_on]
+    assert repeats == [2, 2, 2, 1, 1, 1, 1]
+    assert job.key != TrainingJob.of([*given, *drawn], load_base(BASE_FILE), CONFIG).key
+    assert {item.photo.name for item in ready.training} == {photo.name for photo in given}
+
+
+def test_the_command_line_trains_on_drawn_pictures_too(photos, tmp_path):
+    (photos / "friend.png").unlink()
+    (tmp_path / "drawn").mkdir()
+    save_png(tmp_path / "drawn" / "ours.png", person_photos(35)[8])
+    output = tmp_path / "me.safetensors"
+    command = [
+        "train",
+        str(photos),
+        "--drawn-photos",
+        str(tmp_path / "drawn"),
+        "--base",
+        "demo",
+        "--output",
+        str(output),
+    ]
+    assert main([*command, "--steps", "1", "--rank", "2"]) == 0
+    assert trained_on(LoraFile.read(output)) == 6
 
 
 def test_photos_without_one_person_stop_before_the_training(photos, tmp_path, capsys):
