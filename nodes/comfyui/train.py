@@ -125,6 +125,11 @@ class TrainFaceLora(io.ComfyNode):
                     tooltip="For base models distilled to a few steps (Z-Image-Turbo, FLUX.1-schnell): a LoRA that "
                     "undoes the distillation during training. Samples and the trained LoRA don't contain it.",
                 ),
+                io.MultiType.Input(
+                    "drawn_photos", [FacePhotos, io.Image], optional=True,
+                    tooltip="Pictures of the person that a model has drawn, from Choose Alike. They are trained on too, but "
+                    "count at most as much as the photos, and are never held out. Pictures of other people are left out.",
+                ),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -160,6 +165,7 @@ class TrainFaceLora(io.ComfyNode):
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps=(0,), rank=(0,),
         learning_rate=(0.0,), resolution=(0,), training_seed=(1,), sample_prompts=("",), settings=("",), captions=None,
         class_photos=None, masks=None, continue_from=None, use=(GOOD,), checkpoint=(0,), training_adapter=None,
+        drawn_photos=None,
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
@@ -177,6 +183,7 @@ class TrainFaceLora(io.ComfyNode):
             base = base_from(model[0], clip[0], vae[0], config)
             checked = partial(
                 TrainingJob.of, person, base, config, class_photos=photos_of(class_photos),
+                drawn_photos=photos_of(drawn_photos),
                 start=lora_file(continue_from[0]) if continue_from else None,
                 adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base) if training_adapter else None,
             )  # fmt: skip
