@@ -44,15 +44,16 @@ def choose_alike(
     *,
     count: int = 0,
     thresholds: Thresholds | None = None,
+    required: bool = True,
 ) -> list[Candidate]:
     """Compare pictures with real photos of a person, and choose those of the person. Returns a Candidate for each, in order.
 
-    A picture is left out if the photo check rejects it, if it shows other people too, if its likeness is below
-    `likeness_review`, if the second network takes it for someone else, or if it is nearly the same as a photo or as a picture
-    that is more alike. With `count`, only so many are chosen: the next is always the one that differs most from the photos and
+    A picture is left out if the photo check rejects it, or if it shows other people too. It is also left out if its likeness is
+    below `likeness_review`, or if the second network takes it for someone else. The last reason is that it nearly repeats a
+    photo, or a picture that is more alike. With `count`, only so many are chosen: the next is always the one that differs most from the photos and
     from those chosen before, in view, framing, light and background.
 
-    Raises BadPhoto if the photos don't tell who is meant, or if no picture can be chosen.
+    Raises BadPhoto if the photos don't tell who is meant, or, if it is `required`, that no picture can be chosen.
     """
     thresholds = thresholds or Thresholds.for_reference(network.name)
     real = check_photos(photos, network, Thresholds.for_reference(network.name))
@@ -70,7 +71,7 @@ def choose_alike(
         for item, score in zip(report.photos, judged, strict=True)
     ]
     found = _without_repeats(found, real.usable, thresholds)
-    if not any(not one.reason for one in found):
+    if required and all(one.reason for one in found):
         causes = ", ".join(f"{number} {cause}" for cause, number in Counter(one.cause for one in found).most_common())
         alike = max((one.report.likeness for one in found if one.report.likeness is not None), default=None)
         best = (
@@ -83,7 +84,7 @@ def choose_alike(
 
 
 def _against(item: PhotoReport, judged: float | None, limits: Thresholds, lowest: float) -> tuple[str, str]:
-    """Return why a picture by itself is left out, in a sentence and in a word or two; ("", "") if nothing is wrong."""
+    """Return why a picture is left out, in a sentence and in a word or two; ("", "") if nothing is wrong with it."""
     if item.verdict == REJECT:
         return "; ".join(finding.sentence for finding in item.findings if finding.verdict == REJECT), item.cause
     if item.faces > 1:

@@ -66,7 +66,7 @@ class Thresholds:
     photos_needed: int = 1
     """The fewest usable photos to train on. docs/likeness.md shows what one to five photos reach."""
     photos_measured: int = 8
-    """The lowest number of usable photos of which some are held out, so that likeness can be measured."""
+    """With this many usable photos or more, some are held out, so that likeness can be measured."""
     photos_wanted: int = 10
     """The number of usable photos that is enough: headshot services ask for 6 to 20, and 8 to 15 work best."""
     turned_wanted: int = 3

@@ -23,7 +23,7 @@ class ChooseAlike(io.ComfyNode):
             display_name="Choose Alike",
             category="FaceLoRA",
             description="Compares drawn pictures with real photos of a person, and passes on the ones that show this person. "
-            "They differ in view and light, and none nearly repeats another. It says why each other picture is left out.",
+            "They differ in view and light, and none nearly repeats another. The report has the reason for each picture left out.",
             search_aliases=["filter faces", "select pictures", "one photo dataset", "same person"],
             is_input_list=True,
             is_output_node=True,
@@ -37,6 +37,11 @@ class ChooseAlike(io.ComfyNode):
                     "count", default=12, min=0, max=1000,
                     tooltip="How many pictures to pass on. The ones that differ most from the photos and from each other are "
                     "chosen. 0 passes on all that show the person.",
+                ),
+                io.Boolean.Input(
+                    "required", default=True, optional=True, advanced=True,
+                    tooltip="On (default): the node stops with an error if no picture shows the person. Off: it then passes on "
+                    "none, and training uses only the photos.",
                 ),
             ],
             outputs=[
@@ -55,12 +60,12 @@ class ChooseAlike(io.ComfyNode):
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, images, photos, count=(12,)) -> io.NodeOutput:
+    def execute(cls, images, photos, count=(12,), required=(True,)) -> io.NodeOutput:
         given = [image for batch in images for image in pictures(batch)]
         drawn = [Photo.from_image(image, f"picture {number}") for number, image in enumerate(given, start=1)]
         network = load_faces()
         second = second_network(network)
-        found = choose_alike(drawn, photos_of(photos), network, second, count=count[0])
+        found = choose_alike(drawn, photos_of(photos), network, second, count=count[0], required=required[0])
         chosen, others = ([one for one in found if bool(one.reason) == left] for left in (False, True))
         by = f"{network.name} and {second.name}" if second else network.name
         title = f"{counted(len(chosen), 'picture')} of {len(found)} chosen by {by}"
