@@ -50,8 +50,10 @@ def choose_alike(
 
     A picture is left out if the photo check rejects it, or if it shows other people too. It is also left out if its likeness is
     below `likeness_review`, or if the second network takes it for someone else. The last reason is that it nearly repeats a
-    photo, or a picture that is more alike. With `count`, only so many are chosen: the next is always the one that differs most from the photos and
-    from those chosen before, in view, framing, light and background.
+    photo, or a picture that is more alike.
+
+    With `count`, only so many are chosen: the next is always the one that differs most from the photos and from those chosen
+    before, in view, framing, light and background.
 
     Raises BadPhoto if the photos don't tell who is meant, or, if it is `required`, that no picture can be chosen.
     """

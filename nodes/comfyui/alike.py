@@ -23,7 +23,7 @@ class ChooseAlike(io.ComfyNode):
             display_name="Choose Alike",
             category="FaceLoRA",
             description="Compares drawn pictures with real photos of a person, and passes on the ones that show this person. "
-            "They differ in view and light, and none nearly repeats another. The report has the reason for each picture left out.",
+            "They differ in view and light, and none nearly repeats another. The report has a reason for each one left out.",
             search_aliases=["filter faces", "select pictures", "one photo dataset", "same person"],
             is_input_list=True,
             is_output_node=True,

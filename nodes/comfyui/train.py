@@ -68,8 +68,7 @@ class TrainFaceLora(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.MultiType.Input(
                     "photos", [FacePhotos, io.Image],
-                    tooltip="10 to 20 photos of one person, from Load Face Photos. One photo is enough to start, but below 8 "
-                    "likeness is not measured. Images from other nodes work too.",
+                    tooltip="10 to 20 photos of one person; 8 or more to measure likeness, 1 to start. Images work too.",
                 ),
                 io.String.Input(
                     "name", default="my-face",
@@ -127,8 +126,7 @@ class TrainFaceLora(io.ComfyNode):
                 ),
                 io.MultiType.Input(
                     "drawn_photos", [FacePhotos, io.Image], optional=True,
-                    tooltip="Pictures of the person that a model has drawn, from Choose Alike. They are trained on too, but "
-                    "count at most as much as the photos, and are never held out. Pictures of other people are left out.",
+                    tooltip="Drawn pictures of the person, from Choose Alike. They count at most as much as the photos.",
                 ),
             ],
             outputs=_outputs(),
