@@ -357,13 +357,7 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         add(REJECT, "the face is overexposed", "overexposed")
     elif middle > limits.midtone_review:
         add(REVIEW, "the face is rather bright")
-    if alike is not None and alike < limits.likeness_reject:
-        if majority:
-            add(REJECT, f"this seems to be someone else (likeness {alike:.2f} to the other photos)", "of someone else")
-        else:
-            add(REVIEW, "the photos show different people, and no one is in most of them")
-    elif alike is not None and alike < limits.likeness_review:
-        add(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
+    findings += _doubts(alike, majority, limits)
     if others and (alike is None or not told):
         add(REJECT, f"{len(look.faces)} people, and no other photo to tell who is meant: crop it", "of several people")
     elif others:
@@ -392,6 +386,18 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         light=look.lights[index],
         background=look.backgrounds[index],
     )
+
+
+def _doubts(alike: float | None, majority: bool, limits: Thresholds) -> list[Finding]:
+    """Return a finding if the person's face is not like those on the other photos."""
+    if alike is None or alike >= limits.likeness_review:
+        return []
+    told = f"(likeness {alike:.2f} to the other photos)"
+    if alike >= limits.likeness_reject:
+        return [Finding(REVIEW, f"this may be someone else, or an unusual view {told}")]
+    if majority:
+        return [Finding(REJECT, f"this seems to be someone else {told}", "of someone else")]
+    return [Finding(REVIEW, "the photos show different people, and no one is in most of them")]
 
 
 def framing(face: Face, bottom: float) -> str:

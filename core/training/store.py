@@ -134,7 +134,7 @@ def train(
     `photos` is a folder, a list of paths, Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or a Ready from
     `ready_for`. `class_photos`, for prior preservation, `held_out` and `drawn_photos` are a folder or a list too. Drawn photos
     are pictures of the person from a program. Without a `config`, the recipe `balanced` is used: see
-    `core.training.recipe_config`. Other keywords are settings that replace those of the recipe or `config`, such as `steps=300`.
+    `core.training.recipe_config`. Other keywords are settings that replace those of it or `config`, such as `steps=300`.
 
     With `output`, the result is read from that file. If the file was trained from the same photos, settings and base model,
     nothing is trained, except with `restart=True`. Any other file is replaced. The state is kept beside the output until the
