@@ -68,7 +68,7 @@ class TrainFaceLora(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.MultiType.Input(
                     "photos", [FacePhotos, io.Image],
-                    tooltip="10 to 20 photos of one person. One is enough to start, and 8 to measure likeness. Images work too.",
+                    tooltip="10 to 20 photos of one person. One is enough to start, 8 to measure likeness. Images work too.",
                 ),
                 io.String.Input(
                     "name", default="my-face",
