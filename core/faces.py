@@ -138,6 +138,14 @@ def faces_if_installed(on_warning: OnWarning, network: str = "sface") -> FaceNet
         return None
 
 
+def second_network(network: FaceNetwork) -> FaceNetwork | None:
+    """Return dlib's network for a second opinion, or None if it isn't installed or is the first one."""
+    try:
+        return None if network.name == "dlib" else load_faces("dlib")
+    except MissingPackage:
+        return None
+
+
 def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:
     """Return the identity vectors of the largest face in each picture, float32 (N, D); a row of NaN without a face."""
     found = [(i, image, faces[0]) for i, image in enumerate(images) if (faces := network.detect(image))]
@@ -192,10 +200,21 @@ def average_precision(pictures: np.ndarray, own: np.ndarray, others: np.ndarray)
     return (precision * ranked).sum(axis=1) / len(own)
 
 
+LIKENESS, TO_TRAINED_ON = "likeness", "similarity to the photos it was trained on"
+"""What a cosine to photos is called: the second if a LoRA has seen all of them, so that it says little about the person."""
+
+
 class Reference:
     """The mean face of a person on photos, which pictures are compared with."""
 
-    def __init__(self, network: FaceNetwork, vectors: Sequence[np.ndarray], shares: Sequence[float], photos: int):
+    def __init__(
+        self,
+        network: FaceNetwork,
+        vectors: Sequence[np.ndarray],
+        shares: Sequence[float],
+        photos: int,
+        measure: str = LIKENESS,
+    ):
         """Take the identity vectors (D,) that the network found on `photos` photos; for `shares` see `share`.
 
         Raises BadPhoto without any vector, when no photo shows a face.
@@ -203,6 +222,8 @@ class Reference:
         if not len(vectors):
             raise BadPhoto(f"no face was found in the {counted(photos, 'photo')} to compare with")
         self.network: FaceNetwork = network
+        self.measure: str = measure
+        """What its cosines are called: LIKENESS or TO_TRAINED_ON."""
         self._face: np.ndarray = np.mean(vectors, axis=0)
         self._face /= np.linalg.norm(self._face)
         self.share: float = median(shares)

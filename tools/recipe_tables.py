@@ -1,10 +1,11 @@
 """The tables of recipes in docs/likeness.md: `python -m tools.recipe_tables` writes them there.
 
-Each row is the command `facelora train PHOTOS --base demo` with some options, run on eight photos of people whom the demo's
-base model has never seen. What comes out is judged by two further photos and by pictures of other seeds, by SFace, which
-the training may select by, and by dlib's network, which nothing selects by. A run takes three to four
+Each row is the command `facelora train PHOTOS --base demo` with some options, run on eight photos (or `--photos`) of people
+whom the demo's base model has never seen. What comes out is judged by two further photos and by pictures of other seeds, by
+SFace, which the training may select by, and by dlib's network, which nothing selects by. A run takes three to four
 minutes of one core. Finished runs are lines of the records' file: what is there is not measured again, and `--options`,
-`--person` and `--seed` add others. It needs dlib: pip install dlib-bin && pip install --no-deps face_recognition_models
+`--photos`, `--person` and `--seed` add others. It needs dlib: pip install dlib-bin && pip install --no-deps
+face_recognition_models
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from PIL import Image
 from core.cli import main as facelora
 from core.demo import BASE_FILE, GUIDANCE, PICTURE_SIZE, Judge
 from core.demo.people import UNSEEN_PEOPLE, person_photos
-from core.faces import FaceNetwork, load_faces
+from core.errors import counted
+from core.faces import FaceNetwork, embed_images, likeness, load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos.captions import class_caption, default_caption
@@ -45,6 +47,8 @@ EVERY = 100
 """Photos seen between the intermediate LoRAs of a run's curve."""
 TEST = 2
 """Photos of each person to judge by; the others are what the command is given."""
+ALL = 8
+"""The number of these others."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Verdict:
     """Rise of `stranger` by the LoRA."""
     rank1: float
     """Share of the pictures that are more like the test photos than like any other person of the set."""
+    copying: float | None = None
+    """Mean cosine of the pictures to the nearest photo that the command was given, minus that to the nearest test photo."""
+
+    @property
+    def gain(self) -> float:
+        """How far likeness is above that of the base model's pictures of the class."""
+        return self.likeness - self.stranger
 
 
 @dataclass(frozen=True)
@@ -79,15 +90,18 @@ class Row:
     """By the network's name."""
     curve: dict[str, float] = field(default_factory=dict)
     """Likeness by the first network after each EVERY photos, by the photos seen."""
+    photos: int = ALL
+    """The number of photos that the command was given."""
 
 
-def run(options: str, person: int, seed: int, judges: Sequence[FaceNetwork]) -> Row:
-    """The Row of one run of the command."""
+def run(options: str, person: int, seed: int, count: int, judges: Sequence[FaceNetwork]) -> Row:
+    """The Row of one run of the command on the first `count` photos."""
     photos = person_photos(person)
+    used, test = photos[:count], photos[-TEST:]
     with tempfile.TemporaryDirectory() as folder:
         output, given = Path(folder) / "lora.safetensors", Path(folder) / "photos"
         given.mkdir()
-        for number, photo in enumerate(photos[:-TEST], start=1):
+        for number, photo in enumerate(used, start=1):
             photo.save(given / f"{number}.png")
         words = shlex.split(options)
         batch = int(dict(itertools.pairwise(words)).get("--batch-size", "4"))
@@ -97,23 +111,32 @@ def run(options: str, person: int, seed: int, judges: Sequence[FaceNetwork]) -> 
         lora = LoraFile.read(output)
         subject, of_class = default_caption("sks", "person"), class_caption("person")
         of_person, before, after = draw(subject, lora), by_base(of_class), draw(of_class, lora)
-        first, curve = Judge(judges[0], person, photos[-TEST:]), {}
+        first, curve = Judge(judges[0], person, test), {}
         for saved in sorted(output.parent.glob("lora-step*.safetensors")):
             step = int(saved.stem.rpartition("step")[2])
             curve[str(step * batch)] = mean(first.likeness(draw(subject, LoraFile.read(saved))))
     verdicts = {}
     for network in judges:
-        judge = Judge(network, person, photos[-TEST:])
+        judge = Judge(network, person, test)
         stranger = mean(judge.likeness(before))
         verdicts[network.name] = Verdict(
             likeness=mean(judge.likeness(of_person)),
-            own=mean(judge.likeness(photos[:-TEST])),
+            own=mean(judge.likeness(used)),
             stranger=stranger,
             leakage=round(mean(judge.likeness(after)) - stranger, 4),
             rank1=judge.recognised(of_person) / len(of_person),
+            copying=copying(network, of_person, used, test),
         )
     drift = mean([picture_change(a, b) for a, b in zip(before, after, strict=True)])
-    return Row(options, person, seed, int(lora.metadata["ss_steps"]), drift, verdicts, curve)
+    return Row(options, person, seed, int(lora.metadata["ss_steps"]), drift, verdicts, curve, count)
+
+
+def copying(
+    network: FaceNetwork, images: Sequence[Image.Image], used: Sequence[Image.Image], test: Sequence[Image.Image]
+) -> float:
+    """As `Verdict.copying`."""
+    near, far = (likeness(embed_images(network, images), embed_images(network, photos)) for photos in (used, test))
+    return mean(np.nan_to_num(np.nanmax(near, 1) - np.nanmax(far, 1)).tolist())
 
 
 def mean(values: Sequence[float]) -> float:
@@ -147,7 +170,7 @@ def people_and_seeds(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Of the command without options, what each network says: means over all runs, standard errors over the people."""
-    plain, cells = [row for row in rows if not row.options], []
+    plain, cells = [row for row in rows if not row.options and row.photos == ALL], []
     for name in plain[0].verdicts if plain else ():
         each = [row.verdicts[name] for row in plain]
         by_person: dict[int, list[float]] = {}
@@ -164,12 +187,43 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return cells
 
 
+def plain_runs(rows: Sequence[Row]) -> dict[tuple[int, int], Row]:
+    """The runs of the command without options on all photos, by person and seed."""
+    return {(row.person, row.seed): row for row in rows if not row.options and row.photos == ALL}
+
+
+def few(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Of each number of photos and choice of options: means, and the share of what all photos reach on the same people."""
+    plain, groups = plain_runs(rows), {}
+    for row in rows:
+        if row.photos != ALL and (row.person, row.seed) in plain:
+            groups.setdefault((row.photos, row.options), []).append(row)
+    cells = []
+    for (count, options), group in sorted(groups.items()):
+        pairs = [(row, plain[row.person, row.seed]) for row in group]
+        shares = {
+            name: np.mean([a.verdicts[name].gain for a, _ in pairs])
+            / np.mean([b.verdicts[name].gain for _, b in pairs])
+            for name in ("sface", "dlib")
+        }
+        each = [row.verdicts["sface"] for row in group]
+        cells.append(
+            (
+                str(count), f"`{options}`" if options else "the recipe", people_and_seeds(group),
+                with_error([one.likeness for one in each], sign=""), f"{shares['sface']:.2f}", f"{shares['dlib']:.2f}",
+                with_error([one.leakage for one in each]), f"{np.mean([one.copying for one in each]):.2f}",
+                f"{np.mean([row.drift for row in group]):.1f}",
+            )
+        )  # fmt: skip
+    return cells
+
+
 def differences(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Of each choice of options, what it changes on the same people and seeds: means and standard errors of the pairs."""
-    plain = {(row.person, row.seed): row for row in rows if not row.options}
+    plain = plain_runs(rows)
     choices: dict[str, list[Row]] = {}
     for row in rows:
-        if row.options and (row.person, row.seed) in plain:
+        if row.options and row.photos == ALL and (row.person, row.seed) in plain:
             choices.setdefault(row.options, []).append(row)
     cells = []
     for options, group in choices.items():
@@ -191,19 +245,21 @@ def differences(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def curves(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The mean likeness of runs after so many photos seen, and what the intermediate LoRAs that they keep have."""
-    choices: dict[str, list[Row]] = {}
+    choices: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         if row.curve:
-            choices.setdefault(row.options, []).append(row)
+            choices.setdefault((-row.photos, row.options), []).append(row)
     cells = []
-    for options, group in choices.items():
+    for (count, options), group in sorted(choices.items(), key=lambda item: item[0][0]):
         at = [
             np.mean([row.curve[seen] for row in group]) if all(seen in r.curve for r in group) else None
             for seen in SEEN
         ]
         kept = np.mean([next(iter(row.verdicts.values())).likeness for row in group])
         figures = ("" if value is None else f"{value:.2f}" for value in at)
-        cells.append((f"`{options}`" if options else "the recipe", people_and_seeds(group), *figures, f"{kept:.3f}"))
+        name = f"`{options}`" if options else "the recipe"
+        name = name if count == -ALL else f"{counted(-count, 'photo')}, {name}"
+        cells.append((name, people_and_seeds(group), *figures, f"{kept:.3f}"))
     return cells
 
 
@@ -217,8 +273,10 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     measured = ("judge", "people; seeds", "likeness", "photos", "base", "rank-1", "leakage", "drift")
     tried = ("options", "people; seeds", "likeness", "change", "leakage", "dlib's likeness", "drift")
     soon = ("options", "people; seeds", *SEEN, "kept")
+    fewer = ("photos", "options", "people; seeds", "likeness", "of eight's", "by dlib", "leakage", "copying", "drift")
     filled = {
         "defaults": (measured, summary(rows)), "tried": (tried, differences(rows)), "how soon": (soon, curves(rows)),
+        "few photos": (fewer, few(rows)),
     }  # fmt: skip
     return {name: table(header, cells) for name, (header, cells) in filled.items() if cells}
 
@@ -229,14 +287,15 @@ def main() -> None:
     parser.add_argument("--options", action="append", metavar="TEXT", help="measure the command with these; repeatable")
     parser.add_argument("--person", action="append", type=int, choices=UNSEEN_PEOPLE, help="default: all; repeatable")
     parser.add_argument("--seed", action="append", type=int, help="default: 1; repeatable")
+    parser.add_argument("--photos", type=int, default=ALL, choices=range(1, ALL + 1), help="default: %(default)s")
     options = parser.parse_args()
-    finished = {(row.options, row.person, row.seed) for row in read_records(options.records)}
+    finished = {(row.options, row.person, row.seed, row.photos) for row in read_records(options.records)}
     judges = [load_faces(), load_faces("dlib")] if options.options else []
     for text in options.options or ():
         for seed in options.seed or [1]:
             for person in options.person or UNSEEN_PEOPLE:
-                if (text, person, seed) not in finished:
-                    line = json.dumps(asdict(run(text, person, seed, judges)))
+                if (text, person, seed, options.photos) not in finished:
+                    line = json.dumps(asdict(run(text, person, seed, options.photos, judges)))
                     with options.records.open("a", encoding="utf-8") as records:
                         records.write(line + "\n")
     text = DOCUMENT.read_text(encoding="utf-8")

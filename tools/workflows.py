@@ -415,6 +415,77 @@ KREA2 = transformer(
     file("vae", "Comfy-Org/Krea-2/resolve/main/vae/qwen_image_vae.safetensors"),
     latent="EmptySD3LatentImage",
 )
+
+
+def one_photo(base: Base) -> Workflow:
+    """A LoRA of one photo and of what an editing model makes of it."""
+    return Workflow(
+        "10 One photo to a LoRA",
+        [
+            Step(
+                "Base and photo",
+                note("""**One photo of one person**, who has agreed to it. More photos are better: several are fine too.
+
+                FLUX.2 klein edits it, and is trained. Any other editing model can make the pictures."""),
+                [*base.nodes, photos(model=base.model)],
+            ),
+            Step(
+                "Shots",
+                note("""The pack `one-photo` lists views, distances, light and clothes. Your own packs go into
+                `models/style_packs`."""),
+                [
+                    Node("shots", "FaceLoRAStylePack",
+                         {"pack": "one-photo", "subject": "the person in the picture", "count": 20}, {"model": base.model},
+                         "Shots", height=620),
+                ],
+            ),
+            Step(
+                "Edits",
+                note("""The photo is the reference of each picture."""),
+                [
+                    Node("scaled", "ImageScaleToTotalPixels", {"upscale_method": "lanczos", "megapixels": 1.0},
+                         {"image": "photos.images"}),
+                    Node("encoded", "VAEEncode", {}, {"pixels": "scaled.IMAGE", "vae": base.vae}),
+                    Node("asked", "CLIPTextEncode", {}, {"clip": base.clip, "text": "shots.prompts"}, "Prompts"),
+                    Node("edit", "ReferenceLatent", {}, {"conditioning": "asked.CONDITIONING", "latent": "encoded.LATENT"}),
+                    Node("avoid", "CLIPTextEncode", {}, {"clip": base.clip, "text": "shots.negatives"}, "Negatives"),
+                    Node("avoided", "ReferenceLatent", {},
+                         {"conditioning": "avoid.CONDITIONING", "latent": "encoded.LATENT"}),
+                    Node("blank", base.latent, {}, {"width": "shots.widths", "height": "shots.heights"}),
+                    Node("sampled", "FaceLoRASampler", base.sampler,
+                         {"model": base.model, "positive": "edit.CONDITIONING", "negative": "avoided.CONDITIONING",
+                          "latent_image": "blank.LATENT", "seed": "shots.seeds", "steps": "shots.steps",
+                          "cfg": "shots.guidance"}),
+                    Node("edited", "VAEDecode", {}, {"samples": "sampled.latents", "vae": base.vae}),
+                ],
+            ),
+            Step(
+                "Choose and train",
+                note("""**Choose Alike** keeps the pictures that show this person, and says why others are left out. Look at
+                them before you train. They count at most as much as the photo."""),
+                [
+                    Node("alike", "FaceLoRAChooseAlike", {}, {"images": "edited.IMAGE", "photos": "photos.photos"}, height=420),
+                    train(base, "my-face-one-photo", drawn_photos="alike.images"),
+                ],
+                width=440,
+            ),
+            Step(
+                "Apply and styles",
+                note("""Choose styles and the number of headshots."""),
+                [apply(base, lora="train.lora"), styles("corporate")],
+            ),
+            Step(
+                "Headshots",
+                note("""Sorted by how much they look like the photo. The LoRA has seen it, so the numbers are too high."""),
+                [
+                    draw(base, reference="photos.photos"),
+                    headshots("headshots/%lora_name%", "ranked.images", lora_name="train.lora_name"),
+                ],
+            ),
+        ],
+    )  # fmt: skip
+
+
 FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE, "krea2": KREA2}
 """Family -> the base that its workflow trains."""
 
@@ -535,6 +606,7 @@ WORKFLOWS = [
         ],
     ),
     comparison(),
+    one_photo(KLEIN),
     Workflow(
         "Inspect and convert a LoRA",
         [

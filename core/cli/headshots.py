@@ -112,7 +112,8 @@ def run(options: HeadshotsOptions) -> int:
     if asked.sidecars:
         lora.write_sidecars(outcome.trained.path)
     made, gallery = outcome.trained.path, folder / "gallery.html"
-    summary = pictures.batch_summary(outcome.shots, people=1 if outcome.report.network else 0)
+    people = 1 if outcome.report.network else 0
+    summary = pictures.batch_summary(outcome.shots, people, outcome.measure)
     if options.json:
         kept = [str(shot.path) for shot in outcome.shots if shot.kept]
         told = {"photos": outcome.report.headline, "lora": str(made), "summary": summary, "kept": kept}

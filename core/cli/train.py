@@ -37,6 +37,10 @@ class TrainOptions(Options):
     parts: BaseParts = below()
     output: LoraOutput = option("LoRA to write")
     class_photos: InputPath | None = option("Photos of the class, for prior preservation", "DIR")
+    drawn_photos: InputPath | None = option(
+        "Pictures of the person that a program has drawn, to train on too. They count at most as much as the photos",
+        "DIR",
+    )
     continue_from: InputPath | None = option("LoRA to continue from", "FILE")
     training_adapter: InputPath | None = TRAINING_ADAPTER
     config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
@@ -60,7 +64,7 @@ class TrainOptions(Options):
 def run(options: TrainOptions) -> None:
     from ..faces import load_faces
 
-    photos.check_agreed(options.photos, *filter(None, [options.class_photos]))
+    photos.check_agreed(options.photos, *filter(None, [options.class_photos, options.drawn_photos]))
     given = settings_from(options.config, options.given)
     base = base_from(options.base, options.parts, schedule_from(given))
     stop = StopOnSignal("continue with --resume")
@@ -83,14 +87,13 @@ def run(options: TrainOptions) -> None:
         raise BadConfig(f"--sidecars: method {config.method!r} doesn't make a LoRA (but: {makes}). Leave it out")
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
-    class_photos = ()
-    if options.class_photos:
-        class_photos = photos.read_photos(
-            options.class_photos, strict=options.strict, drawn=True, on_warning=progress.warning
-        )
+    class_photos, drawn_photos = (
+        photos.read_photos(folder, strict=options.strict, drawn=True, on_warning=progress.warning) if folder else ()
+        for folder in (options.class_photos, options.drawn_photos)
+    )
     start = lora.LoraFile.read(options.continue_from) if options.continue_from else None
     job = training.TrainingJob.of(
-        read, base, config, class_photos=class_photos, start=start, faces=faces, judge=judge,
+        read, base, config, class_photos=class_photos, drawn_photos=drawn_photos, start=start, faces=faces, judge=judge,
         adapter=training_adapter_from(options.training_adapter, base), on_warning=progress.warning,
     )  # fmt: skip
     if options.dry_run:
@@ -124,6 +127,8 @@ def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
         print(f"{options.output}  ({size / 1e6:.1f} MB, {kind}); use it in a prompt: a photo of {trigger}")
         if training.LIKENESS_KEY in metadata:
             print(format_likeness(json.loads(metadata[training.LIKENESS_KEY])))
+        else:
+            print("likeness was not measured, since no photo was held out")
 
 
 def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:

@@ -6,6 +6,8 @@ from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .agreement import check_agreed as check_agreed
+    from .alike import Candidate as Candidate
+    from .alike import choose_alike as choose_alike
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption
     from .captions import trigger_hint as trigger_hint

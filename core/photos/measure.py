@@ -42,6 +42,9 @@ class Thresholds:
     """The `measure.midtone` above which a face is reviewed as bright: ordinary faces have 50 to 175."""
     midtone_reject: float = 245
     """The midtone above which a face is rejected: portraits brightened 2.5 times have 234 to 255."""
+    flatness_reject: float = 0.3
+    """The lowest `measure.flatness` of a drawing. Photos have 0.01 to 0.04, at a JPEG quality of 10 up to 0.25.
+    Photos turned into flat colours have 0.17 to 0.58, and a cartoon 0.75."""
     likeness_reject: float = 0.40
     """The cosine to the set's most typical photo below which a face is someone else's: SFace's equal-error threshold."""
     likeness_review: float = 0.55
@@ -60,8 +63,10 @@ class Thresholds:
     """The yaw (`measure.pose`) at which a face counts as half-turned: about 15 degrees. Nine in ten ORL photos are below."""
     side: float = 0.35
     """The yaw at which a face counts as a side view: about 38 degrees."""
-    photos_needed: int = 5
-    """The fewest usable photos to train on: one less than headshot services accept."""
+    photos_needed: int = 1
+    """The fewest usable photos to train on. docs/likeness.md shows what one to five photos reach."""
+    photos_measured: int = 8
+    """With this many usable photos or more, some are held out, so that likeness can be measured."""
     photos_wanted: int = 10
     """The number of usable photos that is enough: headshot services ask for 6 to 20, and 8 to 15 work best."""
     turned_wanted: int = 3
@@ -103,7 +108,7 @@ class Thresholds:
         """
         return replace(
             cls.for_resolution(round(REFERENCE_FACE / 0.4), network),
-            photos_needed=1,
+            photos_measured=1,
             photos_wanted=1,
             turned_wanted=0,
             chest_up_wanted=0,
@@ -166,6 +171,20 @@ def sharpness(luma: np.ndarray) -> float:
     middle = luma[1:-1, 1:-1]
     laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * middle
     return float(laplacian.var() / luma.var())
+
+
+def flatness(luma: np.ndarray) -> float:
+    """Return the share of the face without any texture, 0 to 1: where the Laplacian of `luma` (h, w) is below one grey level.
+
+    A camera's noise and the skin leave little of it, while drawings have areas of one colour. Overexposed and very dark parts
+    don't count, since they are flat in photos too. It is 0 without other parts, or with a side below 3 pixels.
+    """
+    if min(luma.shape) < 3:
+        return 0.0
+    middle = luma[1:-1, 1:-1]
+    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * middle
+    lit = (middle > 15) & (middle < 250)
+    return float((np.abs(laplacian[lit]) < 1).mean()) if lit.any() else 0.0
 
 
 def highlights(luma: np.ndarray) -> float:

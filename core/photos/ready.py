@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..errors import BadPhoto, counted
-from ..faces import FaceNetwork, Reference, likeness, mean_face
+from ..faces import LIKENESS, TO_TRAINED_ON, FaceNetwork, Reference, likeness, mean_face
 from ..progress import OnWarning, silent
 from .measure import Thresholds, hash_distance
 from .reading import Photo
@@ -32,11 +33,24 @@ class Ready:
     """The photos of the job: without rejected photos, including those held out."""
     held_out: tuple[PhotoReport, ...] = ()
     """The reference photos: likeness is measured to them while training on the others."""
+    drawn: tuple[PhotoReport, ...] = ()
+    """Pictures of the person that a program has drawn, to train on too. They are never held out or compared with."""
 
     @property
     def photos(self) -> list[Photo]:
-        """The photos of the job, in the order given."""
-        return [item.photo for item in self.used]
+        """The photos of the job in the order given, and the drawn pictures after them."""
+        return [item.photo for item in (*self.used, *self.drawn)]
+
+    @property
+    def to_train_on(self) -> list[Photo]:
+        """The photos that are not held out, and the drawn pictures.
+
+        Photos are repeated so often that each epoch has at least as many of them as drawn pictures.
+        """
+        photos, drawn = [item.photo for item in self.training], [item.photo for item in self.drawn]
+        real, made = (sum(photo.repeats for photo in group) for group in (photos, drawn))
+        times = max(1, math.ceil(made / max(1, real)))
+        return [*(replace(photo, repeats=photo.repeats * times) for photo in photos), *drawn]
 
     def vectors(self, items: Sequence[PhotoReport]) -> np.ndarray:
         """Return the identity vectors of some of the photos, float32 (N, D); a row of NaN where no face was found."""
@@ -61,7 +75,8 @@ class Ready:
             for item in self.used
             if item.vector is not None and item.face
         ]
-        return Reference(self.network, [vector for vector, _ in seen], [share for _, share in seen], len(self.used))
+        measure = LIKENESS if self.held_out else TO_TRAINED_ON
+        return Reference(self.network, [one for one, _ in seen], [share for _, share in seen], len(self.used), measure)
 
 
 def make_ready(
@@ -72,6 +87,7 @@ def make_ready(
     check: bool,
     hold_out: int = 0,
     at_least: int = 0,
+    drawn: Sequence[Photo] = (),
     on_warning: OnWarning = silent,
 ) -> Ready:
     """Check the photos once with the network; without one, `check` only looks at their size and light.
@@ -79,7 +95,8 @@ def make_ready(
     With `check`, photos that the report rejects are left out, and `on_warning` is told of each. `hold_out` photos are held
     out: those nearest to the person's mean face. Near-copies of other photos are never held out, since the copy would be
     trained on. With `at_least`, none is held out if fewer than that many photos are usable or suitable, and `on_warning` is
-    told why. Raises BadPhoto if too few photos are usable, or too few can be held out.
+    told why, and which photo to add. `drawn` pictures are compared with the photos, and only checked with a network. Raises
+    BadPhoto if too few photos are usable, or too few can be held out.
     """
     report = check_photos(photos, network, thresholds) if check or network else unseen(photos, thresholds)
     used = report.usable if check else report.photos
@@ -92,9 +109,13 @@ def make_ready(
         if rejected:
             on_warning(f"photos: {report.headline}")
     held_out: tuple[PhotoReport, ...] = ()
-    if hold_out and check and len(used) < at_least:
-        left = counted(len(used), "photo is", "photos are")
-        on_warning(f"only {left} usable, too few to hold any out: likeness is not measured")
+    if len(used) < at_least:
+        few = counted(len(used), "photo is", "photos are")
+        most = f" What would help most: {report.wishes[0]}." if report.wishes else ""
+        on_warning(
+            f"{few} too few to hold any out: likeness is not measured, and pictures can only be compared with the photos that "
+            f"were trained on.{most}"
+        )
     elif hold_out:
         try:
             held_out = _typical(used, hold_out, thresholds)
@@ -102,7 +123,27 @@ def make_ready(
             if not at_least:
                 raise
             on_warning(f"no photo is held out, and likeness is not measured: {problem}")
-    return Ready(report, network, used, held_out)
+    return Ready(
+        report, network, used, held_out, _alike(drawn, used, network if check else None, thresholds, on_warning)
+    )
+
+
+def _alike(
+    drawn: Sequence[Photo],
+    used: Sequence[PhotoReport],
+    network: FaceNetwork | None,
+    limits: Thresholds,
+    on_warning: OnWarning,
+) -> tuple[PhotoReport, ...]:
+    """Return the reports on the drawn pictures that show the person on the photos; `on_warning` is told of the others."""
+    vectors = [item.vector for item in used if item.vector is not None]
+    if network is None or not vectors:
+        return unseen(drawn, limits).photos
+    report = check_photos(drawn, network, limits, like=np.stack(vectors))
+    for item in report.photos:
+        if item.verdict == REJECT:
+            on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
+    return report.usable
 
 
 def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tuple[PhotoReport, ...]:

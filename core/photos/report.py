@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import counted
-from ..faces import Face, FaceNetwork, likeness
+from ..faces import Face, FaceNetwork, likeness, mean_face
 from . import measure
 from .measure import TURNS, Look, Thresholds, look_at
 from .reading import Photo
@@ -61,6 +61,10 @@ class PhotoReport:
     """The identity vector of the person's face, float32 (D,)."""
     hash: np.ndarray | None = None
     """The picture's perceptual hash; None if no network was used."""
+    light: np.ndarray | None = None
+    """The light on the person's face, `measure.light`."""
+    background: np.ndarray | None = None
+    """The background beside it, `measure.background`."""
 
     @property
     def verdict(self) -> str:
@@ -112,9 +116,10 @@ class SetReport:
 
     @property
     def headline(self) -> str:
-        """The report in one line, as in "5 of 6 usable; add 1 with the head turned to the left or right".
+        """The report in one line, as in "9 of 10 usable; add 1 with the head turned to the left or right".
 
-        If none is usable, it names what is wrong with them. Without a face network it mentions that faces were not looked for.
+        If none is usable, it names what is wrong with them. It mentions when there are too few to measure likeness. Without a
+        face network it mentions that faces were not looked for.
         """
         if self.people:
             found = Counter(number for number in self.people if number)
@@ -125,10 +130,12 @@ class SetReport:
         if not usable and causes:
             each = [f"{count if len(causes) > 1 else 'all'} {cause}" for cause, count in causes.most_common()]
             return f"0 of {len(self.photos)} usable: {', '.join(each)}"
-        few = "" if self.enough else f", and {needed} are needed"
-        wish = next(iter(self.wishes), "")
+        few, wish = "", next(iter(self.wishes), "")
         if not self.enough:
+            few = f", and {needed} {'is' if needed == 1 else 'are'} needed"
             wish = f"{needed - usable} or more" + (f", such as {wish.split(maxsplit=1)[1]}" if wish else "")
+        elif self.network and usable < self.thresholds.photos_measured:
+            few = ", too few to measure likeness"
         by = "" if self.network else " by size and brightness (no face was looked for)"
         return f"{usable} of {len(self.photos)} usable{by}{few}" + (f"; add {wish}" if wish else "")
 
@@ -162,23 +169,27 @@ class SetReport:
 
 
 def check_photos(
-    photos: Sequence[Photo], network: FaceNetwork | None, thresholds: Thresholds | None = None
+    photos: Sequence[Photo],
+    network: FaceNetwork | None,
+    thresholds: Thresholds | None = None,
+    like: np.ndarray | None = None,
 ) -> SetReport:
     """Check a set of photos, and return a report with a PhotoReport for each, in order. Photos are not changed or deleted.
 
     The photos themselves determine who "the person" is. The face most like a face in every other photo is the most typical
-    one, and the face most like it in each photo is the person's. Without a network (None), only copies and pictures that are
-    too small or too dark are found.
+    one, and the face most like it in each photo is the person's. With `like`, identity vectors (N, D) of the person on other
+    photos, their mean face takes its place. Without a network (None), only copies and pictures that are too small or too dark
+    are found.
     """
     thresholds = thresholds or Thresholds()
     if network is None:
         return _without_faces(photos, thresholds)
     looks = [look_at(photo, network, thresholds) for photo in photos]
-    chosen = _recognise(looks)
+    chosen = _recognise(looks, None if like is None else mean_face(like))
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # Without a majority for one person, nobody can tell who doesn't belong.
-    majority = len(matches) > 2 and 2 * sum(matches) > len(matches)
-    told = _most_of_another(looks, chosen, thresholds) < sum(matches)
+    majority = like is not None or 2 * sum(matches) > len(matches)
+    told = like is not None or _most_of_another(looks, chosen, thresholds) < sum(matches)
     reports = [
         _judge(look, index, alike, majority, told, thresholds)
         for look, (index, alike) in zip(looks, chosen, strict=True)
@@ -192,7 +203,7 @@ def check_photos(
     lights = measure.kinds([look.lights[index] for look, index in usable])
     backgrounds = measure.kinds([look.backgrounds[index] for look, index in usable])
     wishes = _wishes([report for report in reports if report.verdict != REJECT], lights, backgrounds, thresholds)
-    people = _people(looks, [index for index, _ in chosen], thresholds) if len(matches) > 2 and not majority else ()
+    people = _people(looks, [index for index, _ in chosen], thresholds) if matches and not majority else ()
     advice = _advise(len(usable), wishes, several_people=bool(people), limits=thresholds)
     return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes, people)
 
@@ -224,18 +235,19 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
     return SetReport(tuple(reports), limits, None, 0, 0, advice)
 
 
-def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
-    """Return the index of the person's face in each photo, and its likeness to the most typical face.
+def _recognise(looks: Sequence[Look], typical: np.ndarray | None) -> list[tuple[int, float | None]]:
+    """Return the index of the person's face in each photo, and its likeness to the `typical` face: None for the set's own.
 
-    The likeness is None in a photo without a face, and in all photos when fewer than two have a face.
+    The likeness is None in a photo without a face, and in all photos when fewer than two have a face and none is typical.
     """
     with_faces = [look for look in looks if look.faces]
-    if len(with_faces) < 2:
-        return [(0, None) for _ in looks]
-    candidates = np.concatenate([look.vectors for look in with_faces])
-    # (candidates, photos): how alike a candidate is to the most similar face of each photo.
-    best = np.stack([likeness(candidates, look.vectors).max(1) for look in with_faces], 1)
-    typical = candidates[best.sum(1).argmax()]
+    if typical is None:
+        if len(with_faces) < 2:
+            return [(0, None) for _ in looks]
+        candidates = np.concatenate([look.vectors for look in with_faces])
+        # (candidates, photos): how alike a candidate is to the most similar face of each photo.
+        best = np.stack([likeness(candidates, look.vectors).max(1) for look in with_faces], 1)
+        typical = candidates[best.sum(1).argmax()]
     chosen: list[tuple[int, float | None]] = []
     for look in looks:
         if look.faces:
@@ -335,6 +347,8 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         add(REJECT, "the face is blurred", "blurred")
     elif sharp < limits.sharpness_review:
         add(REVIEW, "the face is not quite sharp")
+    if measure.flatness(luma) >= limits.flatness_reject:
+        add(REJECT, "this seems to be a drawing: areas of the face have one colour", "drawn")
     if bright < limits.highlights_reject:
         add(REJECT, "the face is too dark", "too dark")
     elif bright < limits.highlights_review:
@@ -343,15 +357,9 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         add(REJECT, "the face is overexposed", "overexposed")
     elif middle > limits.midtone_review:
         add(REVIEW, "the face is rather bright")
-    if alike is not None and alike < limits.likeness_reject:
-        if majority:
-            add(REJECT, f"this seems to be someone else (likeness {alike:.2f} to the other photos)", "of someone else")
-        else:
-            add(REVIEW, "the photos show different people, and no one is in most of them")
-    elif alike is not None and alike < limits.likeness_review:
-        add(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
+    findings += _doubts(alike, majority, limits)
     if others and (alike is None or not told):
-        add(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant")
+        add(REJECT, f"{len(look.faces)} people, and no other photo to tell who is meant: crop it", "of several people")
     elif others:
         people = "another person" if len(others) == 1 else f"{len(others)} other people"
         add(CROP, f"{people} in the picture: crop it, or set face_crops or face_masks")
@@ -375,7 +383,21 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         framing=framing(face, look.photo.size[1]),
         vector=look.vectors[index],
         hash=look.hash,
+        light=look.lights[index],
+        background=look.backgrounds[index],
     )
+
+
+def _doubts(alike: float | None, majority: bool, limits: Thresholds) -> list[Finding]:
+    """Return a finding if the person's face is not like those on the other photos."""
+    if alike is None or alike >= limits.likeness_review:
+        return []
+    told = f"(likeness {alike:.2f} to the other photos)"
+    if alike >= limits.likeness_reject:
+        return [Finding(REVIEW, f"this may be someone else, or an unusual view {told}")]
+    if majority:
+        return [Finding(REJECT, f"this seems to be someone else {told}", "of someone else")]
+    return [Finding(REVIEW, "the photos show different people, and no one is in most of them")]
 
 
 def framing(face: Face, bottom: float) -> str:
@@ -390,8 +412,9 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
-    """Return what variety the usable photos lack, each with the number of photos to add."""
+    """Return what variety the usable photos lack, each with the number of photos to add; what helps most comes first."""
     missing = [
+        (int(bool(usable) and all(report.view != VIEWS[0] for report in usable)), "facing the camera"),
         (
             limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable),
             "with the head turned to the left or right",
@@ -411,8 +434,14 @@ def _advise(usable: int, wishes: Sequence[str], several_people: bool, limits: Th
     if several_people:
         advice.append("The photos show different people, and no one is in most of them: sort them first.")
     if usable < limits.photos_needed:
-        advice.append(f"At least {limits.photos_needed} are needed; {limits.photos_wanted} to 20 work best.")
-    elif usable < limits.photos_wanted:
+        needed = f"{limits.photos_needed} {'is' if limits.photos_needed == 1 else 'are'}"
+        advice.append(f"At least {needed} needed; {limits.photos_wanted} to 20 work best.")
+    elif usable < limits.photos_measured:
+        advice.append(
+            f"With fewer than {limits.photos_measured}, likeness is not measured: no photo can be held out. Results can only "
+            "be compared with the photos they were trained on."
+        )
+    if limits.photos_needed <= usable < limits.photos_wanted:
         advice.append(f"{limits.photos_wanted - usable} more would help.")
     if wishes:
         advice.append(f"More variety helps: add {', '.join(wishes)}. One photo can be several of these.")

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..faces import LIKENESS
 from ..photos import Thresholds
 from ..storage.files import fill_page
 from .generate import Job
@@ -23,45 +24,47 @@ Models = Callable[[Job], Sequence[str]]
 """Returns the `facelora generate` options for a job's base model and LoRAs, or none."""
 
 
-def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool, models: Models = lambda job: ()) -> str:
+def gallery_page(
+    shots: Sequence[Headshot], summary: str, compared: bool, models: Models = lambda job: (), measure: str = LIKENESS
+) -> str:
     """Return the page's HTML, with the pictures in the order given, kept ones first.
 
-    `summary` is shown below the title. Likeness is shown only if it was measured (`compared`). Pictures with `models` get a
-    command that draws more like them.
+    `summary` is shown below the title. Likeness, or what `measure` calls it, is shown only if it was measured (`compared`).
+    Pictures with `models` get a command that draws more like them.
     """
     styles = list(dict.fromkeys(shot.job.style for shot in shots if shot.job.style))
     kept, others = [shot for shot in shots if shot.kept], [shot for shot in shots if not shot.kept]
     sections = [("Kept", kept), ("The others" if kept else "All pictures", others)]
     main = "\n".join(
         f'<section><h2>{title} <small>{len(group)}</small></h2><div class="grid">\n'
-        + "\n".join(_card(shot, compared, models) for shot in group)
+        + "\n".join(_card(shot, compared, models, measure) for shot in group)
         + "\n</div></section>"
         for title, group in sections
         if group
     )
     parts = {
         "SUMMARY": html.escape(summary),
-        "STRIP": _strip(shots) if compared else "",
+        "STRIP": _strip(shots, measure) if compared else "",
         "STYLES": _style_buttons(["", *styles] if len(styles) > 1 else []),
         "MAIN": main,
     }
     return fill_page(Path(__file__).with_name("gallery.html"), parts)
 
 
-def _card(shot: Headshot, compared: bool, models: Models) -> str:
+def _card(shot: Headshot, compared: bool, models: Models, measure: str) -> str:
     job, name = shot.job, html.escape(shot.path.name)
     badge = ""
     if compared:
         score = 0.0 if shot.likeness is None else shot.likeness
         kind = "high" if score >= SAME_PERSON else "middle" if score >= SOMEONE_ELSE else "low"
         text = "no face" if shot.likeness is None else f"{shot.likeness:.2f}"
-        badge = f'<b class="{kind}" title="likeness: cosine to the photos">{text}</b>'
+        badge = f'<b class="{kind}" title="{measure} (cosine)">{text}</b>'
     facts = [("prompt", job.prompt), ("negative prompt", job.negative), ("seed", str(job.seed))]
     facts += [("LoRA strength", f"× {job.strength:g}"), ("file", shot.path.name)]
     if shot.face_pass:
         before, after = shot.face_pass.before, shot.face_pass.after
         change = f"{before:.2f} → {'no face' if after is None else f'{after:.2f}'}"
-        facts.append(("face redrawn", f"likeness {change}, {'used' if shot.face_pass.kept else 'not used'}"))
+        facts.append(("face redrawn", f"{measure} {change}, {'used' if shot.face_pass.kept else 'not used'}"))
     rows = "".join(f"<dt>{what}</dt><dd>{html.escape(value)}</dd>" for what, value in facts if value)
     title = html.escape(job.style or job.prompt)
     buttons = f'<button data-copy="{html.escape(job.prompt)}">Copy prompt</button>'
@@ -108,7 +111,7 @@ def _style_buttons(names: Sequence[str]) -> str:
     )
 
 
-def _strip(shots: Sequence[Headshot]) -> str:
+def _strip(shots: Sequence[Headshot], measure: str) -> str:
     """Return an SVG chart of the pictures between "someone else" and "the same person"."""
     scores = [(shot.likeness, shot.kept) for shot in shots if shot.likeness is not None]
     low = min([0.0, *(score for score, _ in scores)])
@@ -128,4 +131,4 @@ def _strip(shots: Sequence[Headshot]) -> str:
         f'<circle cx="{x(score)}" cy="19" r="6" class="{"kept" if kept else ""}"><title>{score:.2f}</title></circle>'
         for score, kept in reversed(scores)
     )
-    return f'<svg viewBox="0 0 600 52" role="img" aria-label="likeness of each picture">{marks}{dots}</svg>'
+    return f'<svg viewBox="0 0 600 52" role="img" aria-label="{measure}, of each picture">{marks}{dots}</svg>'

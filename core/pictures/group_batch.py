@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..errors import BadConfig
-from ..faces import Face, FaceNetwork, Reference
+from ..faces import LIKENESS, Face, FaceNetwork, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..progress import OnPhase, OnProgress, silent
@@ -37,6 +37,8 @@ class FoundFace:
 
 class GroupReference:
     """The photos of everyone in a group, which pictures of the group are compared with."""
+
+    measure: str = LIKENESS
 
     def __init__(self, group: Group, photos: Mapping[str, Iterable[Image.Image]], network: FaceNetwork | None = None):
         """Take the photos by the people's names.

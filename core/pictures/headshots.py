@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..errors import BadConfig, BadFile, counted
-from ..faces import Reference
+from ..faces import LIKENESS, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
@@ -115,6 +115,9 @@ def check_keep(keep: int | None, compared: bool) -> None:
 class Compared(Protocol):
     """What pictures are compared with: a `Reference`, or everyone in a group."""
 
+    measure: str
+    """What the cosines are called."""
+
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """Return the likeness of each picture; None if a face is missing."""
         ...
@@ -164,7 +167,8 @@ class Batch:
                 shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
             if person or (folder / KEPT).is_dir():
                 _fill_kept(shots, folder / KEPT, ranked=person is not None)
-            _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder))
+            measure = self.person.measure if self.person else LIKENESS
+            _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder), measure)
             return shots
 
     def model(self, jobs: Sequence[Job]) -> DrawingModel:
@@ -384,8 +388,8 @@ def _named(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
-def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models: Models) -> None:
-    compared, summary = people > 0, batch_summary(shots, people)
+def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models: Models, measure: str) -> None:
+    compared, summary = people > 0, batch_summary(shots, people, measure)
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) | {"models": models(shot.job)} for shot in shots]
@@ -393,7 +397,7 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
         for name in (OVERVIEW, GALLERY, CONTACT_SHEET):
             set_aside(folder / name)
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
-    write_text(folder / GALLERY, gallery_page(shots, summary, compared, models))
+    write_text(folder / GALLERY, gallery_page(shots, summary, compared, models, measure))
 
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:
@@ -413,23 +417,24 @@ def _is_overview(path: Path) -> bool:
         return False
 
 
-def batch_summary(shots: Sequence[Headshot], people: int = 0) -> str:
+def batch_summary(shots: Sequence[Headshot], people: int = 0, measure: str = LIKENESS) -> str:
     """Return a line about a batch: how many pictures there are, how many were kept, and how alike they are.
 
     `people` is the number of people they were compared with; above 0, the line mentions if no likeness could be measured.
+    `measure` is what the cosines are called.
     """
     kept = [shot for shot in shots if shot.kept]
     best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
     if not kept:
         none = ""
         if best is not None:
-            none = f", none alike enough: the best likeness is {best:.2f}, and the same person needs {SAME_PERSON}"
+            none = f", none alike enough: the best {measure} is {best:.2f}, and the same person needs {SAME_PERSON}"
         elif people:
             none = f", none with {'a face' if people == 1 else 'a face of everyone'}"
         return f"{counted(len(shots), 'picture')}{none}"
     return (
         f"{counted(len(shots), 'picture')}, the {len(kept)} most alike kept: "
-        f"mean likeness {mean_likeness(kept):.2f}, or {mean_likeness(shots):.2f} for all"
+        f"mean {measure} {mean_likeness(kept):.2f}, or {mean_likeness(shots):.2f} for all"
     )
 
 

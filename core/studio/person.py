@@ -13,6 +13,7 @@ import torch
 
 from ..config import TrainConfig
 from ..errors import BadConfig
+from ..faces import LIKENESS
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos import Photo, Ready, SetReport
@@ -89,6 +90,8 @@ class Outcome:
     """The pictures, most alike first where likeness could be measured."""
     advice: tuple[str, ...]
     """Sentences on how to improve if no picture is like the person; else empty."""
+    measure: str = LIKENESS
+    """What the pictures' likeness is called: TO_TRAINED_ON if no photo was held out."""
 
 
 def check_drawn_on(other: Base, base: Base) -> None:
@@ -138,19 +141,21 @@ def train_and_draw(
     place = LoraFolders(order.name, [folder], own_name=True, agreed=order.agreed)
     trained = find_or_train(job, place, device=device, callbacks=callbacks)
     callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
+    reference = ready.reference()
     shots = make_headshots(
         drawn_on,
         [(LoraFile.read(trained.path), 1.0)],
         jobs,
         folder,
         GenerateConfig(clip_skip=order.config.clip_skip, precision=order.config.precision),
-        reference=ready.reference(),
+        reference=reference,
         device=device,
         on_progress=callbacks.on_phase,
         check_cancelled=callbacks.check_cancelled or silent,
     )
     set_others_aside(shots, folder, trained.path.stem)
-    return Outcome(ready.report, trained, shots, _advice(ready.report, order, shots))
+    measure = reference.measure if reference else LIKENESS
+    return Outcome(ready.report, trained, shots, _advice(ready.report, order, shots, measure), measure)
 
 
 def ledger_of(ready: Ready, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
@@ -160,12 +165,12 @@ def ledger_of(ready: Ready, base: Base, order: Order, device: torch.device | Non
     return shared.ledger(ready.photos, job.config, order.jobs(base), redraws_faces=ready.network is not None)
 
 
-def _advice(report: SetReport, order: Order, shots: Sequence[Headshot]) -> tuple[str, ...]:
+def _advice(report: SetReport, order: Order, shots: Sequence[Headshot], measure: str) -> tuple[str, ...]:
     """Return how to improve, if likeness was measured and no picture was like the person."""
     if report.network is None or any(shot.kept for shot in shots):
         return ()
     best = shots[0].likeness  # The pictures are ranked.
-    seen = "none shows a face" if best is None else f"the best likeness is {best:.2f}"
+    seen = "none shows a face" if best is None else f"the best {measure} is {best:.2f}"
     steps = order.config.steps
     return (
         f"No picture is like the person: {seen}, and the same person needs {SAME_PERSON:.2f} or more.",

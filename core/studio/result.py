@@ -18,6 +18,7 @@ import torch
 from ..config import RecipeName
 from ..device import usable_device
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse, one_line
+from ..faces import LIKENESS
 from ..models.base import Base
 from ..photos import Photo, check_agreed, count_photos, read_photos
 from ..pictures.style_pack import StylePack
@@ -181,7 +182,7 @@ def find_or_make(
         outcome.trained.path.relative_to(output).as_posix(),
         tuple(shot.path.relative_to(output).as_posix() for shot in outcome.shots),
         len(kept),
-        sum(scores) / len(scores) if scores else None,
+        sum(scores) / len(scores) if scores and outcome.measure == LIKENESS else None,
         outcome.trained.leakage(),
         watch.cost(usable_device(device), terms.identity(base), len(photos)),
     )

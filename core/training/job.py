@@ -69,6 +69,7 @@ class TrainingJob:
         start: LoraFile | None = None,
         adapter: TrainingAdapter | None = None,
         held_out: Sequence[Photo] = (),
+        drawn_photos: Sequence[Photo] = (),
         faces: FaceNetwork | None = None,
         judge: FaceNetwork | None = None,
         on_warning: OnWarning = silent,
@@ -90,7 +91,7 @@ class TrainingJob:
             raise BadConfig("held_out photos are only used to measure the likeness of samples. Set sample_every")
         if start is not None:
             fitting(start, base)
-        ready = ready_for(photos, base, config, held_out, faces, on_warning)
+        ready = ready_for(photos, base, config, held_out, faces, on_warning, drawn=drawn_photos)
         if config.hold_out and not (held_out or ready.held_out):
             config = replace(config, hold_out=0, stop_early=False, merge_best=0)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
@@ -104,6 +105,8 @@ class TrainingJob:
         others: list[object] = [self.adapter.digest] if self.adapter else []
         if (network := self.ready.network or self.faces) and network_key(network) != DEFAULT_NETWORK:
             others.append(f"faces: {network_key(network)}")
+        if self.ready.drawn:
+            others.append(f"drawn: {len(self.ready.drawn)}")
         if self.held_out or self.judge:
             judge = self.judge and network_key(self.judge)
             others += [[photo.fingerprint for photo in self.held_out], judge]
@@ -145,12 +148,13 @@ def ready_for(
     on_warning: OnWarning = silent,
     *,
     to_rank: bool = False,
+    drawn: Sequence[Photo] = (),
 ) -> Ready:
     """Check the photos and hold some out, as the settings ask, before training on the base model.
 
     A Ready is returned unchanged. If `held_out` photos are given, no others are held out. `faces` (default: YuNet and SFace)
-    finds faces if a setting needs them, or with `to_rank` for ranking pictures. Raises BadPhoto without photos, or with
-    too few to use or hold out.
+    finds faces if a setting needs them, or with `to_rank` for ranking pictures. `drawn` pictures of the person are trained on
+    too, but never held out. Raises BadPhoto without photos, or with too few to use or hold out.
     """
     if isinstance(photos, Ready):
         return photos
@@ -160,8 +164,9 @@ def ready_for(
         faces = load_faces()
     elif faces is None and (config.check_photos or to_rank):
         faces = faces_if_installed(on_warning)
-    # As a recipe does from this number of photos.
-    by_itself = config.hold_out == MEASURED["hold_out"] and len(photos) >= ENOUGH
+    # A recipe holds some out from this number of photos on.
+    enough = len(photos) >= ENOUGH
+    by_itself = not held_out and config.hold_out == (MEASURED["hold_out"] if enough else 0)
     return make_ready(
         photos,
         faces,
@@ -169,6 +174,7 @@ def ready_for(
         check=config.check_photos,
         hold_out=0 if held_out else config.hold_out,
         at_least=ENOUGH if by_itself else 0,
+        drawn=drawn,
         on_warning=on_warning,
     )
 

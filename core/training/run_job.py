@@ -79,7 +79,7 @@ def _prepared(
 ) -> tuple[LatentCache, Samples | None]:
     """Encode the photos and captions, and prepare the samples to draw during training (None if not wanted)."""
     ready, base, config, watch = job.ready, job.base, job.config, job.likeness_watch()
-    photos, regions, report = [item.photo for item in ready.training], None, ready.report
+    photos, regions, report = ready.to_train_on, None, ready.report
     if config.face_crops:
         regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
     if config.face_masks:

@@ -118,6 +118,7 @@ def train(
     continue_from: LoraFile | str | os.PathLike[str] | None = None,
     training_adapter: TrainingAdapter | LoraFile | str | os.PathLike[str] | None = None,
     held_out: str | os.PathLike[str] | Sequence[PhotoLike] = (),
+    drawn_photos: str | os.PathLike[str] | Sequence[PhotoLike] | None = None,
     faces: FaceNetwork | None = None,
     judge: FaceNetwork | None = None,
     resume: bool = False,
@@ -131,9 +132,9 @@ def train(
     """Train a LoRA, write it to `output` (a `.safetensors` path) if that is given, and return it.
 
     `photos` is a folder, a list of paths, Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or a Ready from
-    `ready_for`. `class_photos`, for prior preservation, and `held_out` are a folder or a list too. Without a `config`, the
-    recipe `balanced` is used: see `core.training.recipe_config`. Other keywords are settings that replace those of the recipe
-    or `config`, such as `steps=300`.
+    `ready_for`. `class_photos`, for prior preservation, `held_out` and `drawn_photos` are a folder or a list too. Drawn photos
+    are pictures of the person from a program. Without a `config`, the recipe `balanced` is used: see
+    `core.training.recipe_config`. Other keywords are settings that replace those of it or `config`, such as `steps=300`.
 
     With `output`, the result is read from that file. If the file was trained from the same photos, settings and base model,
     nothing is trained, except with `restart=True`. Any other file is replaced. The state is kept beside the output until the
@@ -178,6 +179,7 @@ def train(
         start=continue_from,
         adapter=None if training_adapter is None else TrainingAdapter.open(training_adapter, base),
         held_out=out,
+        drawn_photos=() if drawn_photos is None else _read(drawn_photos, strict, warn, "drawn_photos"),
         faces=faces,
         judge=judge,
         on_warning=warn,
@@ -209,7 +211,9 @@ def _read(
     """Return the photos as a list. If `photos` is a folder, they are read from it. `name` is the argument's, for messages."""
     if isinstance(photos, str | os.PathLike):
         check_agreed(photos)
-        return read_photos(Path(photos), strict=strict, drawn=name == "class_photos", on_warning=on_warning)
+        return read_photos(
+            Path(photos), strict=strict, drawn=name in ("class_photos", "drawn_photos"), on_warning=on_warning
+        )
     check_agreed(*{Path(photo).parent for photo in photos if isinstance(photo, str | os.PathLike)})
     return [as_photo(photo, f"{name}[{number}]") for number, photo in enumerate(photos)]
 

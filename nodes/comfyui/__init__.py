@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension
 
 from ...core import errors
 from . import lora_files, panel, photos, style_pack, train
+from .alike import ChooseAlike
 from .apply import ApplyLora
 from .group import GroupPerson, GroupPortrait
 from .likeness import ContactSheet, LikenessScore
@@ -28,6 +29,7 @@ NODES = [
     SaveLora,
     InspectLora,
     LikenessScore,
+    ChooseAlike,
     ContactSheet,
     SaveHeadshots,
 ]

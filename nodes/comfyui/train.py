@@ -68,7 +68,7 @@ class TrainFaceLora(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the base model."),
                 io.MultiType.Input(
                     "photos", [FacePhotos, io.Image],
-                    tooltip="10 to 20 photos of one person, from Load Face Photos. Images from other nodes work too.",
+                    tooltip="10 to 20 photos of one person. One is enough to start, 8 to measure likeness. Images work too.",
                 ),
                 io.String.Input(
                     "name", default="my-face",
@@ -111,7 +111,7 @@ class TrainFaceLora(io.ComfyNode):
                 io.Combo.Input(
                     "use", options=[GOOD, ALL], default=GOOD, optional=True,
                     tooltip="'good photos' (default) leaves out photos that the photo check rejects, such as blurred "
-                    "faces, other people and duplicates, and requires at least 5. 'all photos' trains on every photo.",
+                    "faces, other people, drawings and duplicates. 'all photos' trains on every photo.",
                 ),
                 io.Int.Input(
                     "checkpoint", default=0, min=0, max=100_000, optional=True, advanced=True,
@@ -123,6 +123,10 @@ class TrainFaceLora(io.ComfyNode):
                     "training_adapter", optional=True,
                     tooltip="For base models distilled to a few steps (Z-Image-Turbo, FLUX.1-schnell): a LoRA that "
                     "undoes the distillation during training. Samples and the trained LoRA don't contain it.",
+                ),
+                io.MultiType.Input(
+                    "drawn_photos", [FacePhotos, io.Image], optional=True,
+                    tooltip="Drawn pictures of the person, from Choose Alike. They count at most as much as the photos.",
                 ),
             ],
             outputs=_outputs(),
@@ -159,6 +163,7 @@ class TrainFaceLora(io.ComfyNode):
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps=(0,), rank=(0,),
         learning_rate=(0.0,), resolution=(0,), training_seed=(1,), sample_prompts=("",), settings=("",), captions=None,
         class_photos=None, masks=None, continue_from=None, use=(GOOD,), checkpoint=(0,), training_adapter=None,
+        drawn_photos=None,
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
@@ -176,6 +181,7 @@ class TrainFaceLora(io.ComfyNode):
             base = base_from(model[0], clip[0], vae[0], config)
             checked = partial(
                 TrainingJob.of, person, base, config, class_photos=photos_of(class_photos),
+                drawn_photos=photos_of(drawn_photos),
                 start=lora_file(continue_from[0]) if continue_from else None,
                 adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base) if training_adapter else None,
             )  # fmt: skip

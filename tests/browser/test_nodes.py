@@ -90,7 +90,7 @@ def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_
     assert page.page.locator(".facelora-rejected .facelora-word").inner_text() == "✕ left out"
     name, _, reasons = (page.page.get_attribute(".facelora-rejected", "title") or "").partition("\n")
     assert name == "4.png" and "the face is blurred" in reasons
-    assert page.page.locator(".facelora-headline").inner_text().startswith("7 of 8 usable; add ")
+    assert page.page.locator(".facelora-headline").inner_text().startswith("7 of 8 usable, too few to measure")
     assert page.complaints() == []
 
 
@@ -210,8 +210,20 @@ def test_run_asks_which_person_where_the_photos_show_two(page, server, tmp_path)
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
         dialog.get_by_role("button", name="Keep only these").nth(1).click()
     assert page.widgets(PHOTOS)["pictures"].count("photo") == 2 * 3
-    result = server.wait(answered.value.json()["prompt_id"])
-    assert "3 of 3 usable, and 5 are needed" in result.error
+    assert server.wait(answered.value.json()["prompt_id"]).status == "success"
+
+
+def test_one_photo_is_trained_on_and_the_page_says_what_cannot_be_known(page, server, tmp_path):
+    photos_and_training(page, name="Ilse", resolution=64, steps=1, samples=0)
+    page.drop(PHOTOS, sorted(write_photos(tmp_path / "one", count=1, scale=2, person=36).glob("*.png")))
+    page.wait_for("() => /^1 of 1 usable, too few to measure likeness; add /.test("
+                  "document.querySelector('.facelora-headline').textContent)")  # fmt: skip
+    assert server.wait(page.queue()).status == "success"
+    page.wait_for(
+        "() => [...document.querySelectorAll('.facelora-warning')].some("
+        "(one) => one.textContent.startsWith('1 photo is too few to hold any out: likeness is not measured'))"
+    )
+    assert page.complaints() == []
 
 
 def test_run_asks_nothing_about_mixed_photos_where_training_is_muted(page, server, tmp_path):

@@ -21,7 +21,7 @@ ARGUMENTS = {
     "studio": ("photos", "--base", "model.safetensors"),
     "train": ("photos", "--base", "model.safetensors", "--continue-from", "lora.safetensors", "--restart"),
     "generate": ("--base", "model.safetensors", "--reference", "me=photos", "--person", "me=lora.safetensors:0.5"),
-    "check": ("photos", "--overwrite"),
+    "check": ("photos", "--overwrite", "--like", "photos"),
     "score": ("photos", "--reference", "photos", "--overwrite"),
     "convert": ("lora.safetensors", "--to", "kohya", "--overwrite"),
     "merge": ("lora.safetensors:0.5", "--into", "model.safetensors", "--overwrite"),
@@ -35,7 +35,7 @@ ARGUMENTS = {
 INPUTS = {
     "people", "photos", "images", "reference", "pictures", "class_photos", "style_folder", "tokenizer", "comfyui", "vae",
     "file", "files", "original", "tuned", "base", "into", "continue_from", "training_adapter", "config", "thumbnail",
-    "comfyui_python", "speed_lora", "trained_on",
+    "comfyui_python", "speed_lora", "trained_on", "like", "drawn_photos",
 }  # fmt: skip
 """The options with a path from which is read."""
 

@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 import pytest
 from PIL import Image
 
+from core.demo.people import person_photos
 from core.lora.file import LoraFile
 from core.pictures.style_pack import Subject, find_style_packs
 from core.storage.drawn import DRAWN, MARK_KEYS, mark_of
@@ -433,3 +434,32 @@ def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_i
         with Image.open(marked) as ours, Image.open(usual) as theirs:
             assert ours.size == theirs.size
             assert {name: ours.info[name] for name in ("prompt", "workflow")} == theirs.info
+
+
+def test_only_drawn_pictures_of_the_person_are_passed_on_and_trained_on(server):
+    folder = server.folder / "input"
+    write_photos(folder / "ida", count=1, person=38, scale=2)
+    write_photos(folder / "edits", count=4, person=38, scale=2)
+    person_photos(39)[0].resize((184, 224)).save(folder / "edits" / "else.png")
+    (folder / "edits" / "0.txt").unlink()
+    graph = training(folder="ida", name="ida") | {
+        "edits": load_photos("edits"),
+        "alike": node("FaceLoRAChooseAlike", images=["edits", 1], photos=["photos", 0], count=2),
+        "report": node("PreviewAny", source=["alike", 1]),
+        "chosen": node("PreviewImage", images=["alike", 0]),
+    }
+    graph["train"]["inputs"]["drawn_photos"] = ["alike", 0]
+    result = server.result(graph)
+    said = texts(result, "report")[0].splitlines()
+    assert said[0].startswith("2 pictures of 5 chosen by sface") and len(result.outputs["chosen"]["images"]) == 2
+    assert (
+        "picture 1: almost the same picture as 0.png" in said[1]
+        and "picture 5: this seems to be someone else" in said[5]
+    )
+    assert server.drawn(result, "alike").height > 2 * 256
+    (name,) = result.outputs["train"]["lora_name"]
+    lora = LoraFile.read(server.folder / "models" / "loras" / name)
+    assert lora.metadata["ss_num_train_images"] == "4", "two drawn ones, and the photo twice"
+    graph["alike"]["inputs"] |= {"images": ["photos", 1], "photos": ["edits", 0]}
+    write_photos(folder / "ida", count=1, person=39, scale=2)
+    assert "none of the 1 picture can be used: 1 of someone else" in server.error(graph)

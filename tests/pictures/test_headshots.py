@@ -29,7 +29,7 @@ from core.cli.generate import pack_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto, InUse
-from core.faces import Face, Reference
+from core.faces import TO_TRAINED_ON, Face, Reference
 from core.lora.apply import apply
 from core.lora.hashes import file_hashes
 from core.models import Base
@@ -528,6 +528,7 @@ def test_pictures_of_somebody_else_are_not_kept_though_they_are_the_best_of_all(
     assert not any(shot.kept for shot in shots) and list((tmp_path / "kept").iterdir()) == []
     best = f"none alike enough: the best likeness is {shots[0].likeness:.2f}, and the same person needs {SAME_PERSON}"
     assert batch_summary(shots) == f"5 pictures, {best}"
+    assert f"the best {TO_TRAINED_ON} is" in batch_summary(shots, measure=TO_TRAINED_ON)
     assert best in (tmp_path / "gallery.html").read_text("utf-8")
 
 

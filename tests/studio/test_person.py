@@ -208,10 +208,11 @@ def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and
     assert sorted(path.name for path in (folder / "out" / "earlier").iterdir()) == ["001-5.png", "anna (2).safetensors"]
 
 
-def test_too_few_photos_stop_the_job_before_anything_is_made(desk):
+def test_photos_that_show_no_one_person_stop_the_job_before_anything_is_made(desk):
     folder = desk("anna")
-    (folder / "photos" / "4.png").unlink()
-    with pytest.raises(BadPhoto, match="4 of 4 usable, and 5 are needed"):
+    for file in (folder / "photos").glob("*.png"):
+        Image.new("RGB", (80, 80)).save(file)
+    with pytest.raises(BadPhoto, match="0 of 5 usable: all without a face"):
         do(folder, "", lambda: None)
     assert not (folder / "out").exists() and not (folder / "done.txt").exists()
 

@@ -14,10 +14,11 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadPhoto
-from core.faces import load_faces
+from core.faces import LIKENESS, TO_TRAINED_ON, load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import Photo, Thresholds, make_ready, read_photos
+from core.storage.drawn import save_png
 from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train, train
 from core.training.job import ready_for
 from core.training.likeness import LIKENESS_KEY
@@ -46,7 +47,7 @@ def test_another_persons_photo_is_not_trained_on_by_a_script_which_is_told_each_
     (line,) = [warning for warning in warnings if warning.startswith("friend.png ")]
     assert line.startswith("friend.png is left out: this seems to be someone else")
     assert line.endswith("to the other photos); the same picture as friend-too.png")
-    assert warnings[-1].startswith("photos: 5 of 7 usable; add ")
+    assert "photos: 5 of 7 usable, too few to measure likeness; add " in " ".join(warnings)
     everyone = train(photos, BASE_FILE, replace(CONFIG, check_photos=False))
     assert isinstance(everyone, LoraFile) and trained_on(everyone) == 7
 
@@ -72,15 +73,71 @@ def test_a_lora_of_the_good_photos_is_found_again_whatever_else_is_in_the_folder
     assert found.found and found.path == made.path
 
 
-def test_fewer_than_five_usable_photos_stop_before_the_training_with_what_to_add(photos, tmp_path, capsys):
-    (photos / "4.png").unlink()
-    few = r"4 of 5 usable, and 5 are needed; add 1 or more.*\. To train on all photos anyway: "
-    with pytest.raises(BadPhoto, match=f"{few}check_photos = false$"):
+def test_one_photo_is_trained_on_and_what_cannot_be_known_is_told_before_and_after(photos, tmp_path, capsys):
+    for number in (0, 1, 2, 3):
+        (photos / f"{number}.png").unlink()
+    (photos / "friend.png").unlink()
+    output = tmp_path / "me.safetensors"
+    assert main(["train", str(photos), "--base", "demo", "--output", str(output), "--steps", "1"]) == 0
+    said = capsys.readouterr()
+    assert "1 photo is too few to hold any out: likeness is not measured" in said.err
+    assert "What would help most: 1 facing the camera" in said.err
+    assert said.out.rstrip().endswith("likeness was not measured, since no photo was held out")
+    assert LIKENESS_KEY not in LoraFile.read(output).metadata
+
+
+@pytest.mark.parametrize(("hold_out", "measure"), [(0, TO_TRAINED_ON), (1, LIKENESS)])
+def test_pictures_are_not_said_to_be_alike_if_only_photos_that_were_trained_on_tell(photos, hold_out, measure):
+    config = replace(CONFIG, hold_out=hold_out, sample_every=1)
+    reference = ready_for(read_photos(photos), load_base(BASE_FILE), config, to_rank=True).reference()
+    assert reference and reference.measure == measure
+
+
+def test_drawn_pictures_are_trained_on_half_of_the_time_and_never_held_out(photos):
+    """Those of another person are left out, also when they are more than the photos."""
+    drawn = [Photo.from_image(person_photos(35)[number], f"drawn-{number}.png") for number in (5, 6, 7, 8)]
+    edits = [Photo.from_image(person_photos(2)[number], f"edit-{number}.png") for number in range(1, 9)]
+    given = [photo for photo in read_photos(photos) if photo.name != "friend.png"][:3]
+    warnings: list[str] = []
+    job = TrainingJob.of(given, load_base(BASE_FILE), CONFIG, drawn_photos=[*drawn, *edits], on_warning=warnings.append)
+    ready = job.ready
+    assert sum("is left out: this seems to be someone else" in text for text in warnings) == 8
+    assert [item.photo for item in ready.drawn] == drawn and ready.photos == [*given, *drawn] and not ready.held_out
+    repeats = [photo.repeats for photo in ready.to_train_on]
+    assert repeats == [2, 2, 2, 1, 1, 1, 1]
+    assert job.key != TrainingJob.of([*given, *drawn], load_base(BASE_FILE), CONFIG).key
+    assert {item.photo.name for item in ready.training} == {photo.name for photo in given}
+
+
+def test_the_command_line_trains_on_drawn_pictures_too(photos, tmp_path):
+    (photos / "friend.png").unlink()
+    (tmp_path / "drawn").mkdir()
+    save_png(tmp_path / "drawn" / "ours.png", person_photos(35)[8])
+    output = tmp_path / "me.safetensors"
+    command = [
+        "train",
+        str(photos),
+        "--drawn-photos",
+        str(tmp_path / "drawn"),
+        "--base",
+        "demo",
+        "--output",
+        str(output),
+    ]
+    assert main([*command, "--steps", "1", "--rank", "2"]) == 0
+    assert trained_on(LoraFile.read(output)) == 6
+
+
+def test_photos_without_one_person_stop_before_the_training(photos, tmp_path, capsys):
+    for number in (0, 1, 2, 3):
+        (photos / f"{number}.png").unlink()
+    mixed = r"different people: person 1 on 1 photo, person 2 on 1 photo. Keep .*\. To train on all photos anyway: "
+    with pytest.raises(BadPhoto, match=f"{mixed}check_photos = false$"):
         train(photos, BASE_FILE, CONFIG)
     assert main(["train", str(photos), "--base", "demo", "--output", str(tmp_path / "me.safetensors")]) == 1
-    assert re.search(f"{few}--no-check-photos$", capsys.readouterr().err.strip())
+    assert re.search(f"{mixed}--no-check-photos$", capsys.readouterr().err.strip())
     lora = train(photos, BASE_FILE, replace(CONFIG, check_photos=False))
-    assert isinstance(lora, LoraFile) and trained_on(lora) == 5
+    assert isinstance(lora, LoraFile) and trained_on(lora) == 2
 
 
 @pytest.mark.parametrize(
@@ -129,10 +186,11 @@ def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatc
     lora = train(photos, BASE_FILE, CONFIG, callbacks=Callbacks(on_warning=warnings.append))
     assert isinstance(lora, LoraFile) and trained_on(lora) == 6
     assert "only checked for size, light and exact copies" in warnings[0] and "pip install" in warnings[0]
-    assert warnings[1:] == [
+    assert warnings[1:3] == [
         "copy.png is left out: the same picture as 1.png",
         "photos: 6 of 7 usable by size and brightness (no face was looked for)",
     ]
+    assert "too few to hold any out: likeness is not measured" in warnings[3]
     assert main(["check", str(photos), "--base", str(BASE_FILE), "--json"]) == 0
     checked = capsys.readouterr()
     assert "only checked for size" in checked.err and json.loads(checked.out)["network"] is None
