@@ -61,7 +61,7 @@ def test_the_python_of_the_readme_runs(tmp_path, small_sd15, monkeypatch):
     recipe = {"photos": 2, "rate": 1e-3, "rank": 4, "settings": {"resolution": 64}}
     metadata = {RECIPES_KEY: json.dumps({"balanced": recipe})}
     copy_with_metadata(SafetensorsFile.open(small_sd15), tmp_path / "sd15.safetensors", metadata)
-    write_photos(tmp_path / "photos", count=5)
+    write_photos(tmp_path / "photos", count=6)
     run(short, tmp_path, monkeypatch)
     assert LoraFile.read(tmp_path / "me.safetensors").metadata["ss_steps"] == "2"
     for seed in range(4):

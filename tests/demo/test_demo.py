@@ -29,7 +29,7 @@ def test_the_embedded_base_is_small_enough_and_reads_as_stable_diffusion_1(base)
 
 def test_the_embedded_base_has_the_recipes_that_its_program_gives_it(base) -> None:
     assert json.loads(base.own_recipes) == RECIPES
-    config = recipe_config("balanced", base, 4)
+    config = recipe_config("balanced", base, 6)
     assert (config.steps, config.learning_rate, config.rank) == (CONFIG.steps, CONFIG.learning_rate, CONFIG.rank)
 
 
