@@ -126,8 +126,13 @@ export function enlargeable(image, large = (copy) => copy) {
 
 /** Opens a dialog until it is closed, or Escape is pressed: ComfyUI keeps that key from the browser. */
 export function openDialog(dialog) {
-  dialog.addEventListener("keydown", ({ key }) => key === "Escape" && dialog.close())
-  dialog.addEventListener("close", () => dialog.remove())
+  // On the page, because the focused element may be gone. The dialogs below the last one hear the key first, and stay.
+  const escape = ({ key }) => key === "Escape" && [...document.querySelectorAll("dialog[open]")].at(-1) === dialog && dialog.close()
+  document.addEventListener("keydown", escape)
+  dialog.addEventListener("close", () => {
+    document.removeEventListener("keydown", escape)
+    dialog.remove()
+  })
   document.body.append(dialog)
   dialog.showModal()
 }

@@ -237,7 +237,10 @@ class Pictures {
     if (!removable) return tile
     const remove = make("button", "", "×")
     remove.title = say("Remove {}", own)
-    remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
+    remove.addEventListener("click", () => {
+      this.names = this.names.filter((other) => other !== name)
+      if (name.startsWith(DROPPED)) deletePhotos([name])
+    })
     tile.append(remove)
     return tile
   }

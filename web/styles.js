@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js"
 import { addElement, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
 
 const NODE = "FaceLoRAStylePack"
-const HEIGHT = 266
+const HEIGHT = 271 // in pixels: three whole rows
 
 class StylePicker {
   constructor(node) {

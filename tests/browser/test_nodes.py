@@ -60,8 +60,11 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     assert basenames(page) == [*kept, "photo 04.webp"]
 
     for tile in (3, 1):
-        page.page.locator(".facelora-tile button").nth(tile).click(force=True)
+        with page.page.expect_response(lambda answer: answer.request.method == "DELETE"):
+            page.page.locator(".facelora-tile button").nth(tile).click(force=True)
     assert page.widgets(PHOTOS)["pictures"].split("\n") == [names[0], names[2]]
+    left = sorted(file.name for file in (server.folder / "input" / folder).glob("photo *.*"))
+    assert left == ["photo 01.png", "photo 03.png"], "no training run has the removed ones"
     page.open(page.saved(), "again")
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 2")
     page.page.click(".facelora-remove-all")
@@ -70,6 +73,7 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     page.set_widgets({PHOTOS: {"folder": folder}})  # it can be chosen again
     assert folder in page.run("() => app.graph.nodes[0].widgets.find((one) => one.name === 'folder').options.values")
     assert page.complaints() == []
+    shutil.rmtree(server.folder / "input" / folder)  # for the other design
 
 
 def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_page, server):
@@ -290,6 +294,11 @@ def test_styles_are_chosen_by_their_pictures(either_page):
     page.page.click(f'[data-name="{names[2]}"]')
     assert page.widgets(STYLES)["styles"] == names[0]
     assert page.page.locator(".facelora-style[aria-pressed=true]").get_attribute("data-name") == names[0]
+    assert page.run("""() => {
+        const grid = document.querySelector(".facelora-styles"), end = grid.getBoundingClientRect().bottom
+        return [...grid.children].map((card) => card.getBoundingClientRect())
+            .filter(({ top, bottom }) => top < end - 1 && bottom > end + 1).length
+    }""") == 0, "no row is cut"
 
     page.set_widgets({STYLES: {"pack": "outdoor", "styles": ""}})
     page.wait_for("() => document.querySelector('[data-name=Seaside]')")
