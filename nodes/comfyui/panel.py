@@ -33,6 +33,7 @@ from ...core.storage.drawn import DRAWN, jpeg_url
 from . import people
 from .folders import refusal, without_server_paths
 from .runs import QueuedRun, Runs
+from .save import digest_of
 
 EVENT = "facelora.training"
 SAMPLE_SIDE = 512
@@ -175,7 +176,7 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         if not images or run.node not in {source for source, _ in links}:
             continue
         names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
-        digests = [people.digest_of(name) for name in names]
+        digests = [digest_of(name) for name in names]
         # The order is only known of pictures that come from a node's sorted ones.
         for judged in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
             _judged.update((one, score) for one, score in zip(digests, judged, strict=True) if one)

@@ -5,7 +5,6 @@ A training run that is repeated under another name makes a copy of its LoRA, whi
 
 # pyright: reportMissingImports=false
 
-import hashlib
 import io
 import json
 import re
@@ -36,6 +35,7 @@ from ...core.training.store import lora_path
 from ...core.training.trained_file import files_of, forget_run
 from .dropped import delete_dropped, folders_of, own_root, photos_in
 from .folders import embedding_name, write_embedding
+from .save import digest_of, renamed
 
 Record = dict[str, Any]
 PICTURE_SIDE = 256
@@ -206,6 +206,7 @@ def rename(user: str | None, key: str, name: str, prompts: Collection[str]) -> s
         for node in (graph or {}).get("nodes", ()):
             if node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
                 node["widgets_values"][0] = new
+        renamed(old, new, record["headshots"])
         note(user, key, name=new, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
         return new
 
@@ -219,13 +220,6 @@ def delete_photos(user: str | None, names: Collection[str]) -> list[str]:
             folders.setdefault(folder, set()).add(name)
         own = folders.keys() & set(folders_of(user)) if user is not None else ()
         return [f"input/{name}" for folder in sorted(own) for name in delete_dropped(folder, folders[folder])]
-
-
-def digest_of(name: str) -> str:
-    """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
-    root = Path(folder_paths.get_output_directory()).resolve()
-    path = (root / name).resolve()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
 
 
 def _at_rest(user: str | None, key: str, prompts: Collection[str]) -> Record:
