@@ -102,6 +102,10 @@ class ApplyLora(io.ComfyNode):
                     display_name="prompt",
                     tooltip="The start of a prompt: 'a photo of' and the trigger phrase.",
                 ),
+                io.String.Output(
+                    display_name="label",
+                    tooltip="The LoRA's name and its strength, for the labels of Likeness Score and Contact Sheet.",
+                ),
             ],
             has_intermediate_output=True,  # the text stays when ComfyUI reuses the result
         )  # fmt: skip
@@ -126,7 +130,10 @@ class ApplyLora(io.ComfyNode):
             )
         phrase, missing = prompt_phrase(found, next(iter(trigger_words(found.metadata)), ""))
         text = lora_summary(found, phrase) + (f"\n{missing}" if missing else "")
-        return io.NodeOutput(model, clip, phrase, f"a photo of {phrase}" if phrase else "", ui=ui.PreviewText(text))
+        label = f"{Path(found.name).stem} at {0 if mode == 'off' else strength_model:g}"
+        return io.NodeOutput(
+            model, clip, phrase, f"a photo of {phrase}" if phrase else "", label, ui=ui.PreviewText(text)
+        )
 
 
 def _apply(

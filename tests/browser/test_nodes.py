@@ -294,11 +294,14 @@ def test_styles_are_chosen_by_their_pictures(either_page):
     page.page.click(f'[data-name="{names[2]}"]')
     assert page.widgets(STYLES)["styles"] == names[0]
     assert page.page.locator(".facelora-style[aria-pressed=true]").get_attribute("data-name") == names[0]
-    assert page.run("""() => {
+    assert (
+        page.run("""() => {
         const grid = document.querySelector(".facelora-styles"), end = grid.getBoundingClientRect().bottom
         return [...grid.children].map((card) => card.getBoundingClientRect())
             .filter(({ top, bottom }) => top < end - 1 && bottom > end + 1).length
-    }""") == 0, "no row is cut"
+    }""")
+        == 0
+    ), "no row is cut"
 
     page.set_widgets({STYLES: {"pack": "outdoor", "styles": ""}})
     page.wait_for("() => document.querySelector('[data-name=Seaside]')")

@@ -54,6 +54,11 @@ FILLED = """(names) => {
     }
     for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRAInspect"))
         node.onExecuted({ text: Array(60).fill("a line of its report") })
+    for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRALikeness")) {
+        const [subfolder, filename] = names[0].split("/")
+        const told = { node: node.id, output: { images: [{ filename, subfolder, type: "input" }] } }
+        window.comfyAPI.api.api.dispatchCustomEvent("executed", told)
+    }
 }"""
 OVERLAPS = """() => {
     const boxes = app.graph.nodes.map(({ title, pos: [x, y], size: [width, height] }) =>
@@ -65,11 +70,11 @@ OVERLAPS = """() => {
 
 
 def check_all(page: ComfyPage) -> None:
-    """Opens every workflow, and puts 20 photos and what a run says of them and of a LoRA into it."""
+    """Opens every workflow, and puts 20 photos and what a run says of them, of a LoRA and of likeness into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
-        page.wait_for("() => [...document.querySelectorAll('.facelora-tile img')].every((one) => one.complete)")
+        page.wait_for("() => [...document.images].every((one) => one.complete)")
         assert page.run(OVERLAPS) == [], name
         assert page.complaints() == [], name
 

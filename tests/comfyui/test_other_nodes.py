@@ -321,10 +321,11 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     graph = {
         name: load_photos(name) for name in ("dora", "emil")
     } | {
-        "score": node("FaceLoRALikeness", images=["emil", 1], reference=["dora", 0]),
+        "score": node("FaceLoRALikeness", images=["emil", 1], reference=["dora", 0], labels="emil at 0.6"),
         "own": node("FaceLoRALikeness", images=["dora", 1], reference=["dora", 1]),
         "other_scores": node("PreviewAny", source=["score", 1]),
         "own_scores": node("PreviewAny", source=["own", 1]),
+        "other_labels": node("PreviewAny", source=["score", 4]),
         "labelled": node(
             "FaceLoRAContactSheet", images=["own", 0], columns=2, height=100, title="scores", labels=["dora", 2]
         ),
@@ -335,6 +336,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     own, others = ([float(score) for score in texts(result, name)] for name in ("own_scores", "other_scores"))
     assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
     assert own == sorted(own, reverse=True)
+    assert texts(result, "other_labels") == [f"{score:.2f} emil at 0.6" for score in others]
     assert server.drawn(result, "sheet").height > 200
     assert server.drawn(result, "plot").size == (640, 400)
 
