@@ -17,7 +17,7 @@ from .convert import pictures
 from .folders import says_no_server_paths
 
 _saved: dict[tuple[str, str, str], tuple[ui.SavedResult, str]] = {}
-"""The files that the node has saved since the server was started, with their digests: by start of the name, LoRA and picture."""
+"""Files that were saved since the server started, with their digests: by start of the name, LoRA and picture."""
 
 
 class SaveHeadshots(io.ComfyNode):

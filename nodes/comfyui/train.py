@@ -7,10 +7,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
@@ -27,7 +28,8 @@ from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import SWITCH
-from ...core.progress import READING
+from ...core.progress import READING, silent
+from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
@@ -43,11 +45,16 @@ from .photos import opened
 from .plot import loss_plot
 from .runs import QueuedRun
 
+if TYPE_CHECKING:
+    from ...core.studio import Forecast, Span
+
 GOOD, ALL = "good photos", "all photos"
 LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
+_forecasts: "dict[str, Forecast]" = {}
+"""The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -479,11 +486,53 @@ _WIDGETS = {"steps": int, "rank": int, "learning_rate": float, "resolution": int
 """The widgets that override the recipe unless they are 0."""
 
 
-def add_routes() -> None:
-    """Add GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the node's inputs set for a base model, by its file's name
-    in a loader."""
+def _spans(asked: Mapping[str, str]) -> "dict[str, Span]":
+    """Return the least and the most seconds that each recipe takes with the node's inputs; {} for an unknown base model.
 
-    @PromptServer.instance.routes.get("/facelora/recipe")
+    Raises BadConfig or ValueError for an invalid input.
+    """
+    from ...core.studio import Forecast  # More than ComfyUI's start should wait for.
+
+    base = opened(asked.get("base", ""))
+    if base is None:
+        return {}
+    samples, steps, rank, resolution = (
+        int(asked.get(name) or 0) for name in ("samples", "steps", "rank", "resolution")
+    )
+    photos, pictures = (min(max(int(asked.get(name) or 0), 1), 1000) for name in ("photos", "pictures"))
+    configs = {
+        recipe: _config(
+            base.family.name, {}, "sks", "person", recipe, samples, steps, rank, float(asked.get("learning_rate") or 0),
+            resolution, 1, "", asked.get("settings", ""), GOOD, photos, silent,
+        )
+        for recipe in RECIPES
+    }  # fmt: skip
+    # What only decides how long a run is changes no pass.
+    passes, path = replace(configs["balanced"], steps=1, sample_every=1), Path(base.files[0].path)
+    key = content_key(path, path.stat().st_mtime_ns, passes)
+    if key not in _forecasts:
+        _forecasts.clear()
+        _forecasts[key] = Forecast.on(base, passes, comfy.model_management.get_torch_device())
+    return {recipe: _forecasts[key].span(config, photos, pictures) for recipe, config in configs.items()}
+
+
+def add_routes() -> None:
+    """Add two routes, whose answers depend on the node's inputs and a base model, by its file's name in a loader.
+
+    GET /facelora/recipe?name=NAME&base=FILE&steps=... returns what the inputs set, and GET
+    /facelora/forecast?base=FILE&photos=N&pictures=N&steps=... the least and the most seconds that each recipe takes: {} if
+    that is unknown, or while a prompt runs.
+    """
+    server = PromptServer.instance
+
+    @server.routes.get("/facelora/forecast")
+    async def forecast(request: web.Request) -> web.Response:
+        with suppress(FaceLoraError, ValueError):
+            if not server.prompt_queue.currently_running:
+                return web.json_response(await asyncio.to_thread(_spans, request.query))
+        return web.json_response({})
+
+    @server.routes.get("/facelora/recipe")
     async def recipe(request: web.Request) -> web.Response:
         base = await asyncio.to_thread(opened, request.query.get("base", ""))
         if base is None:

@@ -191,6 +191,10 @@ def test_the_panels_plan_has_the_inputs_and_the_settings(server):
         server.get(f"/facelora/recipe?{urlencode(query)}") for query in ({**asked, "rank": 0, "settings": ""}, asked)
     )
     assert (own["batch_size"], own["rank"], plain["batch_size"]) == (2, 7, 1) and own["steps"] == plain["steps"] // 2
+    spans = server.get(f"/facelora/forecast?{urlencode({**asked, 'resolution': 64, 'photos': 4, 'pictures': 2})}")
+    assert all(0 < least < most for least, most in spans.values())
+    assert spans["fast"][1] < spans["balanced"][1] < spans["best"][1]
+    assert server.get("/facelora/forecast?base=nowhere&photos=many") == {}
 
 
 @pytest.mark.parametrize(
