@@ -243,8 +243,7 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
         ],
         app=[
             ("train", "training"), ("train", "name"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
-            ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
-            ("train", "recipe"), ("apply", "strength_model"), ("styles", "extra"), ("styles", "first_seed"),
+            ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("train", "more"),
         ],
     )  # fmt: skip
 
@@ -303,7 +302,8 @@ def comparison() -> Workflow:
                     Node("all", "BatchImagesNode", {},
                          {f"images.image{index}": f"decoded{index}.IMAGE" for index in range(len(STRENGTHS))}, height=140),
                     Node("labels", "CreateList", {},
-                         {f"inputs.input{index}": f"apply{index}.label" for index in range(len(STRENGTHS))}, "Labels", height=140),
+                         {f"inputs.input{index}": f"apply{index}.label" for index in range(len(STRENGTHS))}, "Labels",
+                         height=140),
                     Node("sheet", "FaceLoRAContactSheet", {"columns": 2},
                          {"images": "all.IMAGE", "labels": "labels.list"}, height=210),
                     Node("shown", "PreviewImage", {}, {"images": "sheet.sheet"}, "In the order of the columns", height=420),

@@ -18,7 +18,7 @@ export function make(name, className, ...children) {
 const MARGIN = 4
 /** The label above an element in ComfyUI's app mode. */
 // say
-const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles" }
+const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles", more: "More" }
 
 /** Adds an element to a node. It is not saved or queued. `height` returns the pixels that it needs now. */
 export function addElement(node, name, element, height) {
@@ -54,7 +54,7 @@ export function useOf(node) {
 }
 
 /** The node connected to an input of the node; undefined if there is none. */
-function feeding(node, input) {
+export function feeding(node, input) {
   const link = node.graph?.links.get(node.inputs?.find(({ name }) => name === input)?.link)
   return link && node.graph.getNodeById(link.origin_id)
 }

@@ -5,6 +5,7 @@
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
-from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
+from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
@@ -55,6 +56,7 @@ _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
 _forecasts: "dict[str, Forecast]" = {}
 """The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
+_counting = threading.Lock()
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -328,7 +330,7 @@ def _make(
         try:
             job = checked(on_warning=watch.warning)
         except BadPhoto as error:
-            raise BadPhoto(str(error).replace(SWITCH, f"choose '{ALL}' instead of '{GOOD}'")) from None
+            raise BadPhoto(str(error).replace(SWITCH, f"choose '{ALL}' instead of '{GOOD}' in Train on")) from None
         job.base.compute_hashes(partial(watch.phase, READING))
         if checkpoint and not is_trained(job, place):
             raise BadConfig(
@@ -499,29 +501,31 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, Span]":
     samples, steps, rank, resolution = (
         int(asked.get(name) or 0) for name in ("samples", "steps", "rank", "resolution")
     )
-    photos, pictures = (min(max(int(asked.get(name) or 0), 1), 1000) for name in ("photos", "pictures"))
+    photos, pictures = (min(int(asked.get(name) or 0), 1000) for name in ("photos", "pictures"))
     configs = {
         recipe: _config(
             base.family.name, {}, "sks", "person", recipe, samples, steps, rank, float(asked.get("learning_rate") or 0),
-            resolution, 1, "", asked.get("settings", ""), GOOD, photos, silent,
+            resolution, 1, "", asked.get("settings", ""), GOOD, photos or ENOUGH, silent,
         )
         for recipe in RECIPES
     }  # fmt: skip
     # What only decides how long a run is changes no pass.
     passes, path = replace(configs["balanced"], steps=1, sample_every=1), Path(base.files[0].path)
     key = content_key(path, path.stat().st_mtime_ns, passes)
-    if key not in _forecasts:
-        _forecasts.clear()
-        _forecasts[key] = Forecast.on(base, passes, comfy.model_management.get_torch_device())
-    return {recipe: _forecasts[key].span(config, photos, pictures) for recipe, config in configs.items()}
+    with _counting:
+        if key not in _forecasts:
+            _forecasts.clear()
+            _forecasts[key] = Forecast.on(base, passes, comfy.model_management.get_torch_device())
+        forecast = _forecasts[key]
+    return {recipe: forecast.span(config, photos or ENOUGH, pictures) for recipe, config in configs.items()}
 
 
 def add_routes() -> None:
-    """Add two routes, whose answers depend on the node's inputs and a base model, by its file's name in a loader.
+    """Add two routes for the node's inputs and a base model, by its file's name in a loader.
 
-    GET /facelora/recipe?name=NAME&base=FILE&steps=... returns what the inputs set, and GET
-    /facelora/forecast?base=FILE&photos=N&pictures=N&steps=... the least and the most seconds that each recipe takes: {} if
-    that is unknown, or while a prompt runs.
+    - GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the inputs set.
+    - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
+      It returns {} if that is unknown, and while a prompt runs.
     """
     server = PromptServer.instance
 

@@ -233,7 +233,7 @@ def test_mixed_photos_are_an_error_on_the_server_unless_it_is_overruled(page, se
     graph = page.prompt()
     result = server.run(graph)
     assert "different people: person 1 on 3 photos, person 2 on 3 photos" in result.error
-    assert "To train on all photos anyway: choose 'all photos' instead of 'good photos'" in result.error
+    assert "To train on all photos anyway: choose 'all photos' instead of 'good photos' in Train on" in result.error
     page.run("() => { window.app.queuePrompt(0) }")
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
         page.page.locator(".facelora-dialog[open]").get_by_role("button", name="Train on all").click()
