@@ -106,6 +106,10 @@ const ZH = {
   "{} was already added": "{} 已经添加过",
   "or drop them here": "或把照片拖到这里",
   "Remove {}": "移除 {}",
+  "Captions": "描述文字",
+  "Caption": "描述文字",
+  "{} is learnt as this person. Whatever else a caption names, such as clothes, is not.": "{} 会被学成这个人。描述中提到的其他内容（例如衣服）不会被学进去。",
+  "The trigger word {} is missing": "缺少触发词 {}",
   // Apply LoRA
   "About this LoRA": "查看此 LoRA",
   "Show its model family, trigger words and training settings": "显示模型系列、触发词和训练设置",

@@ -501,7 +501,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, Span]":
     samples, steps, rank, resolution = (
         int(asked.get(name) or 0) for name in ("samples", "steps", "rank", "resolution")
     )
-    photos, pictures = (min(int(asked.get(name) or 0), 1000) for name in ("photos", "pictures"))
+    photos, pictures = (min(max(int(asked.get(name) or 0), 0), 1000) for name in ("photos", "pictures"))
     configs = {
         recipe: _config(
             base.family.name, {}, "sks", "person", recipe, samples, steps, rank, float(asked.get("learning_rate") or 0),

@@ -161,6 +161,28 @@ def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page,
     assert page.complaints() == []
 
 
+def test_the_captions_of_photos_are_read_and_edited_below_them(either_page, server, tmp_path):
+    page = either_page
+    name = f"Frieda{page.run('() => Number(LiteGraph.vueNodesMode)')}"
+    photos_and_training(page, name=name, resolution=64)
+    page.drop(PHOTOS, sorted(write_photos(tmp_path, count=2, scale=2, person=37).glob("*.png")))
+    page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('2 of 2 usable')")
+    page.set_widgets({TRAIN: {"checkpoint": 250}})
+    page.page.get_by_text("Captions", exact=True).click()
+    caption = page.page.get_by_label("Caption").first
+    assert (caption.get_attribute("placeholder"), caption.input_value()) == ("a photo of sks person", "")
+    caption.fill("a photo with a red hat")
+    caption.press("Tab")
+    page.page.get_by_text("The trigger word sks is missing").wait_for()
+    assert (server.folder / "input" / "photos" / name / "photo 01.txt").read_text() == "a photo with a red hat"
+    assert page.widgets(TRAIN)["checkpoint"] == 0, "another LoRA will be trained"
+    page.open(page.saved(), "again")
+    page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('2 of 2 usable')")
+    page.page.get_by_text("Captions", exact=True).click()
+    assert caption.input_value() == "a photo with a red hat"
+    assert page.complaints() == []
+
+
 def test_photos_removed_during_the_check_get_no_headline(page, files):
     held = []
     page.page.route("**/facelora/check", lambda route: held.append(route))

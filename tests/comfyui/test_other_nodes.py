@@ -185,6 +185,25 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
     assert "the same picture as 1.png" in seen["photos"][1]["reason"]
 
 
+def test_a_caption_is_kept_beside_its_photo_and_deleted_with_it(server, tmp_path):
+    (file,) = write_photos(tmp_path, count=1).glob("*.png")
+    name = server.drop(file, "Rita")["name"]
+    asked = {"folder": "(no folder)", "pictures": name}
+    for given, kept in (
+        ("a  photo of\nsks woman, red hat", "a photo of sks woman, red hat"),
+        ("", ""),
+        ("a hat", "a hat"),
+    ):
+        assert server.send("PUT", "/facelora/caption", {"name": name, "caption": given}) == {"caption": kept}
+        assert server.post("/facelora/check", asked)["captions"] == ({name: kept} if kept else {})
+    graph = {"photos": load_photos(pictures=name), "shown": node("PreviewAny", source=["photos", 2])}
+    assert texts(server.result(graph), "shown") == ["a hat"]
+    for other in ("../up.png", "photos/Rita/no.png", "photos/Rita/.names.json"):
+        assert "error" in server.send("PUT", "/facelora/caption", {"name": other, "caption": "x"})
+    server.send("DELETE", "/facelora/photos", {"names": [name]})
+    assert not (server.folder / "input" / name).parent.exists()
+
+
 def test_the_panels_plan_has_the_inputs_and_the_settings(server):
     asked = {"name": "fast", "base": "sd15.safetensors", "rank": 7, "settings": "batch_size = 2"}
     plain, own = (
