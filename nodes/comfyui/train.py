@@ -502,22 +502,23 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, Span]":
         int(asked.get(name) or 0) for name in ("samples", "steps", "rank", "resolution")
     )
     photos, pictures = (min(max(int(asked.get(name) or 0), 0), 1000) for name in ("photos", "pictures"))
-    configs = {
-        recipe: _config(
+
+    def config(recipe: str, photos: int) -> TrainConfig:
+        return _config(
             base.family.name, {}, "sks", "person", recipe, samples, steps, rank, float(asked.get("learning_rate") or 0),
-            resolution, 1, "", asked.get("settings", ""), GOOD, photos or ENOUGH, silent,
-        )
-        for recipe in RECIPES
-    }  # fmt: skip
+            resolution, 1, "", asked.get("settings", ""), GOOD, photos, silent,
+        )  # fmt: skip
+
     # What only decides how long a run is changes no pass.
-    passes, path = replace(configs["balanced"], steps=1, sample_every=1), Path(base.files[0].path)
+    passes, path = replace(config("balanced", ENOUGH), steps=1, sample_every=1), Path(base.files[0].path)
     key = content_key(path, path.stat().st_mtime_ns, passes)
     with _counting:
         if key not in _forecasts:
             _forecasts.clear()
             _forecasts[key] = Forecast.on(base, passes, comfy.model_management.get_torch_device())
         forecast = _forecasts[key]
-    return {recipe: forecast.span(config, photos or ENOUGH, pictures) for recipe, config in configs.items()}
+    photos = photos or ENOUGH
+    return {recipe: forecast.span(config(recipe, photos), photos, pictures) for recipe in RECIPES}
 
 
 def add_routes() -> None:
