@@ -59,6 +59,17 @@ export function feeding(node, input) {
   return link && node.graph.getNodeById(link.origin_id)
 }
 
+/** Whether another node is one of those that the node's inputs come from, directly or not. */
+export function comesFrom(node, other, seen = new Set()) {
+  if (node === other) return true
+  if (!node || seen.has(node)) return false
+  seen.add(node)
+  return (node.inputs ?? []).some(({ name }) => comesFrom(feeding(node, name), other, seen))
+}
+
+/** The event that a Train Face LoRA shows another person, or more of their headshots: {train, person}, by the key of a record. */
+export const PERSON_SHOWN = "facelora.person-shown"
+
 /** The widgets of loaders in which a base model's file is chosen, and the event after a choice. */
 const BASES = ["ckpt_name", "unet_name"]
 export const BASE_CHOSEN = "facelora.base-chosen"

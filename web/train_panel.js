@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
 import {
-  BASE_CHOSEN, INPUTS_CHANGED, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, INPUTS_CHANGED, PERSON_SHOWN, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
 import { lacking, missingFiles, photosOf } from "./missing.js"
 import { More, recipeText, spanText } from "./more.js"
@@ -155,9 +155,18 @@ class Panel {
     this.rest()
   }
 
+  /** Lets the styles show this person's headshots, or nobody's. */
+  tellPerson() {
+    const { person, headshots } = this.state ?? {}, told = `${person} ${headshots?.length}`
+    if (told === this.told) return
+    this.told = told
+    document.dispatchEvent(new CustomEvent(PERSON_SHOWN, { detail: { train: this.node, person: headshots?.length ? person : undefined } }))
+  }
+
   /** Shows no training run. */
   rest() {
     this.state = undefined
+    this.tellPerson()
     for (const part of [this.ends, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots,
       this.after]) part.hidden = true
     this.status.textContent = say("Loss, samples and likeness appear here during training.")
@@ -278,6 +287,7 @@ class Panel {
     this.headshots.hidden = !state.headshots?.length
     this.after.hidden = this.headshots.hidden || !state.person
     fill(this.headshots, state.headshots, (shot) => headshot(shot, state.limits))
+    this.tellPerson()
     this.fit()
   }
 

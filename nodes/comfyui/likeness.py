@@ -82,7 +82,7 @@ class LikenessScore(io.ComfyNode):
             found, title = [None] * len(judged), f"not compared: {problem}"
         scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
-        panel.scored(cls.hidden.unique_id, [scores[index] for index in order])
+        panel.scored(cls.hidden.unique_id, [(index, scores[index]) for index in order])
         words, given = [f"{score:.2f}" if score > -1 else "no face" for score in scores], _labels(labels, len(judged))
         texts = [f"{words[index]} {given[index]}".strip() for index in order]
         sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[texts])

@@ -252,9 +252,15 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
         "(all) => all.map((one) => one.title)"
     )
     assert [title.split("\n")[0] for title in rejected] == ["friend.png"]
+    style = asked["FaceLoRAStylePack"]["styles"]
+    drawn = """(style) => [...document.querySelectorAll(".facelora-style")].filter((card) =>
+        card.querySelector("img").src.includes("my-face") === (card.dataset.name === style)).length === 10"""
+    page.page.wait_for_function(drawn, arg=style)  # the card of that style shows the person, and no other does
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
     assert lora.metadata["ss_num_train_images"] == "6"
+    page.set_widgets({"FaceLoRATrain": {"class_word": "man"}})  # which may be someone else
+    page.page.wait_for_function(drawn, arg="")
 
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):
