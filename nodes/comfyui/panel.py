@@ -33,7 +33,7 @@ from ...core.storage.drawn import DRAWN, jpeg_url
 from . import people
 from .folders import refusal, without_server_paths
 from .runs import QueuedRun, Runs
-from .save import digest_of
+from .save import renamed
 from .style_pack import style_names
 
 EVENT = "facelora.training"
@@ -180,7 +180,7 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         if not images or run.node not in {source for source, _ in links}:
             continue
         names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
-        digests = [digest_of(name) for name in names]
+        digests = [people.digest_of(name) for name in names]
         # The order is only known of pictures that come from a node's sorted ones.
         for ranked in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
             _judged.update((one, score) for one, (_, score) in zip(digests, ranked, strict=True) if one)
@@ -402,9 +402,8 @@ def _add_people_routes() -> None:
         user, key = user_of(request), request.match_info["key"]
         try:
             name = str((await request.json())["name"])
-            return web.json_response(
-                {"name": await asyncio.to_thread(people.rename, user, key, name, _running_prompts())}
-            )
+            named = await asyncio.to_thread(people.rename, user, key, name, _running_prompts(), renamed)
+            return web.json_response({"name": named})
         except (KeyError, TypeError, ValueError):
             return web.json_response({"error": 'send {"name": NAME}'}, status=400)
         except FaceLoraError as problem:

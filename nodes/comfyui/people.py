@@ -5,6 +5,7 @@ A training run that is repeated under another name makes a copy of its LoRA, whi
 
 # pyright: reportMissingImports=false
 
+import hashlib
 import io
 import json
 import re
@@ -12,7 +13,7 @@ import secrets
 import threading
 import time
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from ...core.training.store import lora_path
 from ...core.training.trained_file import files_of, forget_run
 from .dropped import delete_dropped, folders_of, own_root, photos_in
 from .folders import embedding_name, write_embedding
-from .save import digest_of, renamed
 
 Record = dict[str, Any]
 PICTURE_SIDE = 256
@@ -202,9 +202,16 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
         return record["run"], deleted
 
 
-def rename(user: str | None, key: str, name: str, prompts: Collection[str]) -> str:
+def rename(
+    user: str | None,
+    key: str,
+    name: str,
+    prompts: Collection[str],
+    renamed: Callable[[str, str, Collection[str]], None],
+) -> str:
     """Rename a training run of the user, its LoRAs and their sidecars, and return the new name.
 
+    `renamed` is called with the old and the new name, and the headshots by name below the output folder.
     Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
     """
     with _lock:
@@ -240,6 +247,13 @@ def delete_photos(user: str | None, names: Collection[str]) -> list[str]:
             folders.setdefault(folder, set()).add(name)
         own = folders.keys() & set(folders_of(user)) if user is not None else ()
         return [f"input/{name}" for folder in sorted(own) for name in delete_dropped(folder, folders[folder])]
+
+
+def digest_of(name: str) -> str:
+    """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    path = (root / name).resolve()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
 
 
 def _at_rest(user: str | None, key: str, prompts: Collection[str]) -> Record:

@@ -387,15 +387,22 @@ def add_routes() -> None:
             seen = await asyncio.to_thread(look, folder, pictures, user, resolution, use)
         except FaceLoraError as problem:
             return refusal(problem, 200)  # browsers report other answers as faults of the page
-        shown = seen.shown()
-        # The node's output doesn't contain file names, because everybody can read the history with --multi-user.
-        names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
-        plain = Counter(Path(name).name for name in names)
-        # Photos with the same name in two folders keep it: a reason doesn't tell which one it is about.
-        said = {Path(name).name: own for name, own in names.items() if plain[Path(name).name] == 1}
-        for tile in shown["photos"] if said else ():
-            if tile.get("reason"):
-                tile["reason"] = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], tile["reason"])
-        shown["own_names"] = names
-        shown["captions"] = {_name_below_input(photo): photo.caption for photo in seen.photos if photo.caption}
-        return web.json_response(shown)
+        return web.json_response(_with_own_names(seen))
+
+
+def _with_own_names(seen: Seen) -> dict[str, Any]:
+    """Return what the node shows, with the original names of photos, and their captions.
+
+    The node's output doesn't contain them, because everybody can read the history with --multi-user.
+    """
+    shown = seen.shown()
+    names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
+    plain = Counter(Path(name).name for name in names)
+    # Photos with the same name in two folders keep it: a reason doesn't tell which one it is about.
+    said = {Path(name).name: own for name, own in names.items() if plain[Path(name).name] == 1}
+    for tile in shown["photos"] if said else ():
+        if tile.get("reason"):
+            tile["reason"] = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], tile["reason"])
+    shown["own_names"] = names
+    shown["captions"] = {_name_below_input(photo): photo.caption for photo in seen.photos if photo.caption}
+    return shown

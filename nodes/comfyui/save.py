@@ -15,6 +15,7 @@ from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import save_png
 from .convert import pictures
 from .folders import says_no_server_paths
+from .people import digest_of
 
 _saved: dict[tuple[str, str, str], tuple[ui.SavedResult, str]] = {}
 """Files that were saved since the server started, with their digests: by start of the name, LoRA and picture."""
@@ -81,13 +82,6 @@ def renamed(old: str, new: str, headshots: Collection[str]) -> None:
     for (prefix, lora_name, picture), (saved, digest) in list(_saved.items()):
         if Path(lora_name).stem == old and _below_output(saved) in headshots:
             _saved[prefix, str(Path(lora_name).with_name(f"{new}.safetensors")), picture] = saved, digest
-
-
-def digest_of(name: str) -> str:
-    """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
-    root = Path(folder_paths.get_output_directory()).resolve()
-    path = (root / name).resolve()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
 
 
 def _below_output(saved: ui.SavedResult) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -23,6 +23,7 @@ from comfy_api.latest import io
 from PIL import Image
 from server import PromptServer
 
+from ...core import studio  # Its modules are loaded when they are used.
 from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
@@ -46,15 +47,12 @@ from .photos import opened
 from .plot import loss_plot
 from .runs import QueuedRun
 
-if TYPE_CHECKING:
-    from ...core.studio import Forecast, Span
-
 GOOD, ALL = "good photos", "all photos"
 LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
-_forecasts: "dict[str, Forecast]" = {}
+_forecasts: "dict[str, studio.Forecast]" = {}
 """The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
 _counting = threading.Lock()
 
@@ -488,13 +486,11 @@ _WIDGETS = {"steps": int, "rank": int, "learning_rate": float, "resolution": int
 """The widgets that override the recipe unless they are 0."""
 
 
-def _spans(asked: Mapping[str, str]) -> "dict[str, Span]":
+def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     """Return the least and the most seconds that each recipe takes with the node's inputs; {} for an unknown base model.
 
     Raises BadConfig or ValueError for an invalid input.
     """
-    from ...core.studio import Forecast  # More than ComfyUI's start should wait for.
-
     base = opened(asked.get("base", ""))
     if base is None:
         return {}
@@ -515,7 +511,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, Span]":
     with _counting:
         if key not in _forecasts:
             _forecasts.clear()
-            _forecasts[key] = Forecast.on(base, passes, comfy.model_management.get_torch_device())
+            _forecasts[key] = studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
         forecast = _forecasts[key]
     photos = photos or ENOUGH
     return {recipe: forecast.span(config(recipe, photos), photos, pictures) for recipe in RECIPES}
