@@ -216,6 +216,7 @@ class Panel {
 
   /** Shows how long the next training run and its headshots take on this machine. */
   async foresee(base, own) {
+    if (!this.node.graph) return // removed meanwhile
     const pictures = this.node.graph.nodes.filter(({ comfyClass }) => comfyClass === STYLES)
       .reduce((sum, node) => sum + widgetOf(node, "count").value, 0)
     const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, samples: widgetOf(this.node, "samples").value,
