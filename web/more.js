@@ -1,6 +1,6 @@
 /** The settings of an app that most people leave alone, folded under "More". They are widgets of the graph's nodes. */
 
-import { BASE_CHOSEN, addElement, isApp, make, remember, widgetOf } from "./dom.js"
+import { BASE_CHOSEN, addElement, make, remember, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
 const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack"
@@ -27,8 +27,9 @@ export class More {
     this.rows = make("div", "facelora-settings")
     this.root = make("details", "facelora-more facelora-panel", make("summary", "", say("Recipe, strength, own words, seed")), this.rows)
     this.root.addEventListener("toggle", () => this.show())
-    // The graph shows the widgets themselves, so that the node needs no room for this.
-    addElement(node, "more", this.root, () => (isApp() ? this.root.offsetHeight : -8))
+    const widget = addElement(node, "more", this.root, () => 0)
+    // The graph shows the widgets themselves, so the node gives this no room, nor a share of what is left.
+    Object.assign(widget, { computeLayoutSize: undefined, computeSize: () => [0, -4] })
     document.addEventListener(BASE_CHOSEN, () => this.show())
   }
 
