@@ -103,7 +103,9 @@ def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     anna, other = trained(comfy, people, "Anna", steps=(80,)), trained(comfy, people, "Ben")
     people.note("default", anna, graph={"nodes": [{"type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]})
     (comfy / "models" / "loras" / "Anna.preview.png").touch()
-    assert people.rename("default", anna, "Bea", ()) == "Bea"
+    told = []
+    assert people.rename("default", anna, "Bea", (), lambda *names: told.append(names)) == "Bea"
+    assert told == [("Anna", "Bea", {})], "the third are the headshots"
     assert loras(comfy) == ["Bea", "Bea-step000080", "Ben"] and listed(people) == ["Bea", "Ben"]
     assert (comfy / "models" / "loras" / "Bea.preview.png").exists()
     assert LoraFile.read(comfy / "models" / "loras" / "Bea.safetensors").metadata["ss_output_name"] == "Bea"
@@ -111,7 +113,7 @@ def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     assert people.key_of("default", "a" * 64, "Bea") == anna, "trained again, it has the same row"
     for name, words in (("Ben", "another LoRA has this name"), ("../x", "give a file name")):
         with pytest.raises(people.BadConfig, match=words):
-            people.rename("default", anna, name, ())
+            people.rename("default", anna, name, (), print)
     assert people.files_to_delete("default", other)["loras"] == ["Ben.safetensors"]
 
 
@@ -165,7 +167,7 @@ def test_the_list_shows_the_headshot_with_the_highest_likeness(comfy, people):
     for scores in ({"0.png": -1.0}, {"1.png": 0.4, "2.png": 0.6}, {"3.png": 0.5}, {"4.png": None}):
         for name in scores:
             Image.new("RGB", (8, 8), (60 * int(name[0]), 0, 0)).save(comfy / "output" / name)
-        people.add_headshots("default", key, dict.fromkeys(scores, "digest"), scores)
+        people.add_headshots("default", key, dict.fromkeys(scores, "digest"), scores, {})
         people.note("default", key, picture="a photo")  # as a run that begins again
         shown += people.of("default", ())
     pictures = [one["picture"] for one in shown]
@@ -181,7 +183,12 @@ def test_all_headshots_of_a_person_are_one_file(comfy, people):
     for name in names:
         Image.new("RGB", (8, 8)).save(comfy / "output" / name)
     digests = {name: people.digest_of(name) for name in names}
-    people.add_headshots("default", key, {**digests, "gone.png": "digest"}, dict.fromkeys(names))
+    styles = {name: ("corporate", "Bright open office") for name in (*names, "gone.png")}
+    likeness = {names[0]: 0.3, names[1]: None, "gone.png": 0.9}
+    people.add_headshots("default", key, {**digests, "gone.png": "digest"}, likeness, styles)
     name, content = people.headshots_zip("default", key)
     assert (name, zipfile.ZipFile(io.BytesIO(content)).namelist()) == ("Anna", ["Anna_00001_.png", "Anna_00002_.png"])
     assert zipfile.ZipFile(io.BytesIO(people.headshots_zip("somebody else", key)[1])).namelist() == []
+    best = {"pack": "corporate", "style": "Bright open office", "name": names[0]}
+    assert people.styles_of("default", key) == [best], "the one with the highest likeness that is still there"
+    assert people.styles_of("somebody else", key) == []

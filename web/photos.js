@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js"
 import {
   BASE_CHOSEN, addElement, after, baseOf, choose, enlargeable, fedBy, inputsChanged, isApp, make, makeRoom, outputOf, remember, useOf, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
+import { Captions } from "./captions.js"
 import { DELETED, deletePhotos } from "./people.js"
 import { forgetThumbnail, thumbnail } from "./thumbnails.js"
 import { say } from "./words.js"
@@ -73,8 +74,10 @@ class Pictures {
     this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
     this.button.addEventListener("click", () => this.chooser.click())
     this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
+    this.captions = new Captions(() => this.captioned())
+    this.captions.root.addEventListener("toggle", () => makeRoom(node))
     const row = make("div", "facelora-row", this.button, this.clear, this.note)
-    const root = make("div", "facelora-panel", row, this.headline, this.refused, this.tiles)
+    const root = make("div", "facelora-panel", row, this.headline, this.refused, this.tiles, this.captions.root)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
     // ComfyUI asks the node only about files over the canvas, and opens files dropped elsewhere as workflows.
     root.addEventListener("dragover", (event) => event.preventDefault())
@@ -104,7 +107,14 @@ class Pictures {
     const columns = Math.max(1, Math.floor(width / (TILE + GAP)))
     const lines = [this.headline, ...this.refused.children].map(({ textContent }) => Math.ceil((textContent.length * LETTER) / width))
     const text = lines.reduce((sum, count) => sum + (count && GAP + LINE * count), 0)
-    return 36 + text + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
+    const captions = this.captions.root.offsetHeight
+    return 36 + text + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns) + (captions && captions + 6)
+  }
+
+  /** Another LoRA will be trained, because a caption has changed. */
+  captioned() {
+    fedBy(this.node, TRAIN).forEach(inputsChanged)
+    this.show()
   }
 
   /** Removes all photos, and also deletes the dropped ones from the input folder if the user wants that. */
@@ -144,6 +154,7 @@ class Pictures {
     this.asked = undefined
     this.seen = seen
     Object.assign(this.ownNames, seen.own_names)
+    Object.assign(this.captions.all, seen.captions)
     this.show()
   }
 
@@ -221,6 +232,7 @@ class Pictures {
     const others = [...reports.keys()].filter((name) => !names.includes(name) && name.startsWith(`${folder}/`))
     const tiles = (some, removable) => some.map((name) => this.tile(name, reports.get(name), removable))
     this.tiles.replaceChildren(...tiles(names, true), ...tiles(others, false))
+    this.captions.show([...names, ...others], useOf(this.node) === "photos" ? fedBy(this.node, TRAIN)[0] : undefined)
     makeRoom(this.node)
   }
 
@@ -232,12 +244,15 @@ class Pictures {
     const word = photo?.person ? say("person {}", photo.person) : say(WORDS[photo?.verdict] ?? "")
     const verdict = photo?.person ? "rejected" : photo?.verdict ?? "unknown"
     const tile = make("div", `facelora-tile facelora-${verdict} ${photo?.person ? "facelora-person-of" : ""}`, image, make("span", "facelora-word", word))
-    tile.title = [own, photo?.reason].filter(Boolean).join("\n")
+    tile.title = [own, photo?.reason, this.captions.all[name]].filter(Boolean).join("\n")
     enlargeable(image, (copy) => make("figure", "", copy, make("figcaption", "", `${word} ${tile.title}`)))
     if (!removable) return tile
     const remove = make("button", "", "×")
     remove.title = say("Remove {}", own)
-    remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
+    remove.addEventListener("click", () => {
+      this.names = this.names.filter((other) => other !== name)
+      if (name.startsWith(DROPPED)) deletePhotos([name])
+    })
     tile.append(remove)
     return tile
   }

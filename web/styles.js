@@ -1,11 +1,11 @@
-/** The styles of Headshot Style Pack as pictures to choose from. */
+/** The styles of Headshot Style Pack as pictures to choose from: the person's own headshots, where there are some. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { addElement, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import { PERSON_SHOWN, addElement, after, comesFrom, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
 
 const NODE = "FaceLoRAStylePack"
-const HEIGHT = 266
+const HEIGHT = 271 // in pixels: three whole rows
 
 class StylePicker {
   constructor(node) {
@@ -14,6 +14,10 @@ class StylePicker {
     this.styles = widgetOf(node, "styles")
     this.grid = make("div", "facelora-styles")
     addElement(node, "picker", make("div", "facelora-panel", this.grid), () => HEIGHT)
+    this.own = {} // the address of the person's headshot, by style
+    const shown = ({ detail: { train, person } }) => comesFrom(node, train) && this.showPerson(person)
+    document.addEventListener(PERSON_SHOWN, shown)
+    after(node, "onRemoved", () => document.removeEventListener(PERSON_SHOWN, shown))
     whenChanged(node, this.pack, () => this.load())
     whenChanged(node, this.styles, () => this.mark())
     this.load()
@@ -32,8 +36,27 @@ class StylePicker {
     const names = answer.ok ? await answer.json() : []
     if (pack !== this.shown) return
     if (answer.ok) this.keep(names)
-    this.grid.replaceChildren(...names.map((name) => this.card(pack, name)))
+    this.grid.replaceChildren(...names.map((name) => this.card(name)))
     this.mark()
+  }
+
+  /** Shows the headshots of a person, by the key of their record; the pack's own pictures of nobody. */
+  async showPerson(person) {
+    this.person = person
+    const answer = person && await api.fetchApi(`/facelora/people/${person}/styles`)
+    const listed = answer?.ok ? await answer.json() : []
+    if (person !== this.person) return
+    this.own = Object.fromEntries(listed.map(({ pack, style, name }) => {
+      const [filename, ...folders] = name.split("/").reverse(), subfolder = folders.reverse().join("/")
+      return [`${pack}/${style}`, api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type: "output", preview: "webp;80" })}`)]
+    }))
+    for (const card of this.grid.children) card.querySelector("img").src = this.address(card.dataset.name)
+  }
+
+  /** The address of a style's picture. */
+  address(name) {
+    const pack = this.shown
+    return this.own[`${pack}/${name}`] ?? api.apiURL(`/facelora/style?pack=${encodeURIComponent(pack)}&style=${encodeURIComponent(name)}`)
   }
 
   /** Removes styles that were chosen in another pack. */
@@ -43,9 +66,8 @@ class StylePicker {
     if (kept.length < chosen.length) this.styles.value = kept.join(", ")
   }
 
-  card(pack, name) {
-    const address = `/facelora/style?pack=${encodeURIComponent(pack)}&style=${encodeURIComponent(name)}`
-    const picture = Object.assign(make("img", ""), { src: api.apiURL(address), alt: "" })
+  card(name) {
+    const picture = Object.assign(make("img", ""), { src: this.address(name), alt: "" })
     const card = make("button", "facelora-style", picture, make("span", "", name))
     card.title = card.dataset.name = name
     card.addEventListener("click", () => this.toggle(name))

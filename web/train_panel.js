@@ -4,9 +4,10 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
 import {
-  BASE_CHOSEN, INPUTS_CHANGED, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, INPUTS_CHANGED, PERSON_SHOWN, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
-import { missingFiles } from "./missing.js"
+import { lacking, missingFiles, photosOf } from "./missing.js"
+import { More, recipeText, spanText } from "./more.js"
 import { DELETED, RENAMED, showPeople } from "./people.js"
 import { say } from "./words.js"
 
@@ -15,6 +16,7 @@ const EVENT = "facelora.training"
 const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in the style sheet
 const TRAINING = new Set(["training", "samples"])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+const STYLES = "FaceLoRAStylePack"
 /** The widgets whose values, unless they are 0 or empty, are used instead of the recipe's. */
 const OWN = ["steps", "rank", "learning_rate", "resolution", "settings"]
 const ENDED = new Set(["done", "stopped", "failed", undefined])
@@ -100,7 +102,7 @@ class Panel {
     this.status = make("div", "facelora-status facelora-quiet")
     this.machine = make("button", "facelora-machine", say("This machine"))
     this.machine.title = say("Show this machine's hardware and packages, as a report to paste into a question")
-    this.machine.addEventListener("click", async () => showText(await readReport("/facelora/machine")))
+    this.machine.addEventListener("click", async () => showText([await readReport("/facelora/machine"), this.forecast()].join("\n").trim()))
     this.people = make("button", "facelora-all", say("Trained people"))
     this.people.title = say("List all your training runs, to open or delete them")
     this.people.addEventListener("click", showPeople)
@@ -126,12 +128,14 @@ class Panel {
     this.download = make("button", "facelora-download", say("Download all headshots"))
     this.download.addEventListener("click", () => download(this.state.person))
     this.after = make("div", "facelora-row", this.download)
+    this.takes = make("div", "facelora-line facelora-quiet")
+    this.lacks = make("div", "facelora-line facelora-warning")
     this.warning = make("div", "facelora-warning")
     this.missing = make("div", "facelora-warning")
     this.ends = make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel))
     this.root = make("div", "facelora-panel",
       make("div", "facelora-row", this.status, this.people, this.machine), this.ends,
-      this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
+      this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
@@ -143,7 +147,7 @@ class Panel {
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
       whenSet(widget, () => inputsChanged(node))
     whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
-    for (const name of OWN) whenSet(widgetOf(node, name), () => this.explain())
+    for (const name of ["name", "samples", ...OWN]) whenSet(widgetOf(node, name), () => this.explain())
     after(node, "onConnectionsChange", () => this.explain())
     this.height = LEAST_HEIGHT
     const sizes = new ResizeObserver(() => requestAnimationFrame(() => this.fit()))
@@ -151,15 +155,24 @@ class Panel {
     this.rest()
   }
 
+  /** Lets the styles show this person's headshots, or nobody's. */
+  tellPerson() {
+    const { person, headshots } = this.state ?? {}, told = `${person} ${headshots?.length}`
+    if (told === this.told) return
+    this.told = told
+    document.dispatchEvent(new CustomEvent(PERSON_SHOWN, { detail: { train: this.node, person: headshots?.length ? person : undefined } }))
+  }
+
   /** Shows no training run. */
   rest() {
     this.state = undefined
+    this.tellPerson()
     for (const part of [this.ends, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots,
       this.after]) part.hidden = true
     this.status.textContent = say("Loss, samples and likeness appear here during training.")
     this.status.className = "facelora-status facelora-quiet"
     this.time.textContent = this.status.title = ""
-    this.machine.hidden = false
+    this.machine.hidden = this.takes.hidden = this.lacks.hidden = false
   }
 
   /** Shows what the next training run does instead of one that has ended: the inputs have changed since. */
@@ -182,6 +195,8 @@ class Panel {
   async explain() {
     this.base = baseOf(this.node)
     if (!this.state) this.missing.hidden = !missingFiles(this.missing)
+    const lacks = lacking(this.node)
+    this.lacks.textContent = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const own = Object.fromEntries(OWN.map((name) => [name, widgetOf(this.node, name).value]))
     const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, ...own })))
@@ -195,6 +210,28 @@ class Panel {
     // Lines break between numbers, not in them. Chinese has no spaces there.
     const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))
     this.status.replaceChildren(...parts.flatMap((part) => [part, plan.includes(", ") ? " " : make("wbr", "")]))
+    clearTimeout(this.soon)
+    this.soon = setTimeout(() => this.foresee(base, own), 300) // once nothing has changed for a moment
+  }
+
+  /** Shows how long the next training run and its headshots take on this machine. */
+  async foresee(base, own) {
+    if (!this.node.graph) return // removed meanwhile
+    const pictures = this.node.graph.nodes.filter(({ comfyClass }) => comfyClass === STYLES)
+      .reduce((sum, node) => sum + widgetOf(node, "count").value, 0)
+    const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, samples: widgetOf(this.node, "samples").value,
+      photos: photosOf(this.node), pictures })))
+    const answer = await api.fetchApi(`/facelora/forecast?${asked}`)
+    const spans = answer.ok ? await answer.json() : {}
+    if (asked !== this.foreseen) return
+    this.more.foresee(spans)
+    const span = spans[widgetOf(this.node, "recipe").value]
+    this.takes.textContent = span ? say("Takes {} on this machine", spanText(span)) : ""
+  }
+
+  /** The same for each recipe, as lines of text. */
+  forecast() {
+    return Object.entries(this.more.spans).map(([recipe, span]) => `${recipeText(recipe)} (${recipe}): ${spanText(span)}`).join("\n")
   }
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */
@@ -218,7 +255,7 @@ class Panel {
     this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
     this.ends.hidden = false
-    this.missing.hidden = true
+    this.missing.hidden = this.takes.hidden = this.lacks.hidden = true
     this.tick()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.cancel.hidden = !active
@@ -251,6 +288,7 @@ class Panel {
     this.headshots.hidden = !state.headshots?.length
     this.after.hidden = this.headshots.hidden || !state.person
     fill(this.headshots, state.headshots, (shot) => headshot(shot, state.limits))
+    this.tellPerson()
     this.fit()
   }
 
@@ -411,8 +449,10 @@ app.registerExtension({
     panels.forEach((panel) => panel.explain())
   },
   nodeCreated(node) {
+    if (node.comfyClass === STYLES) whenSet(widgetOf(node, "count"), () => panels.forEach((panel) => panel.explain()))
     if (node.comfyClass !== NODE) return
     const panel = new Panel(node)
+    panel.more = new More(node)
     addElement(node, "training", panel.root, () => panel.height)
     // ComfyUI's app mode gets the samples as previews. Without this, they would also appear below the panel.
     Object.defineProperty(node, "imgs", { get() {}, set() {} })

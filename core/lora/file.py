@@ -367,7 +367,10 @@ class Fit:
         """Raise LoraMisfit, with the families and some keys, unless everything in the file fits."""
         if self.fits:
             return
-        examples = "; ".join(f"{shortened(key)}: {why}" for key, why in list(self.left_over.items())[:3])
+        first: dict[str, str] = {}  # Many keys may have the same reason.
+        for key, why in self.left_over.items():
+            first.setdefault(why, key)
+        examples = "; ".join(f"{shortened(key)}: {why}" for why, key in list(first.items())[:3])
         differ = self.family != self.base_family
         families = f"it is for {self.family}, but the base model is {self.base_family}; " if differ else ""
         count = len(self.left_over)

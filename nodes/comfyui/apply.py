@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.lora
 import folder_paths
@@ -16,12 +17,15 @@ from ...core.lora.blocks import BLOCK_LISTS, block_strengths
 from ...core.lora.file import LoraFile
 from ...core.lora.names import Entry, trigger_words
 from ...core.models.families import FAMILIES
+from ...core.storage.cache_folder import content_key
 from .convert import LoraModel, loadable, lora_file
 from .folders import prompt_phrase, says_no_server_paths
 from .weight_patches import BypassAdapters, load_patches
 
 CONNECTED = "(the connected LoRA)"
 MODES = ("into the weights", "bypass", "off")
+_made: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+"""What each MODEL of this node that is still in use was made from: another MODEL, and a hash of what was applied to it."""
 
 
 class ApplyLora(io.ComfyNode):
@@ -98,6 +102,10 @@ class ApplyLora(io.ComfyNode):
                     display_name="prompt",
                     tooltip="The start of a prompt: 'a photo of' and the trigger phrase.",
                 ),
+                io.String.Output(
+                    display_name="label",
+                    tooltip="The LoRA's name and its strength, for the labels of Likeness Score and Contact Sheet.",
+                ),
             ],
             has_intermediate_output=True,  # the text stays when ComfyUI reuses the result
         )  # fmt: skip
@@ -122,7 +130,10 @@ class ApplyLora(io.ComfyNode):
             )
         phrase, missing = prompt_phrase(found, next(iter(trigger_words(found.metadata)), ""))
         text = lora_summary(found, phrase) + (f"\n{missing}" if missing else "")
-        return io.NodeOutput(model, clip, phrase, f"a photo of {phrase}" if phrase else "", ui=ui.PreviewText(text))
+        label = f"{Path(found.name).stem} at {0 if mode == 'off' else strength_model:g}"
+        return io.NodeOutput(
+            model, clip, phrase, f"a photo of {phrase}" if phrase else "", label, ui=ui.PreviewText(text)
+        )
 
 
 def _apply(
@@ -132,7 +143,8 @@ def _apply(
     """Return copies of MODEL and CLIP (or None) with the LoRA applied for the given range of the sampling, from 0 to 1."""
     lora, entries = loadable(lora, model, clip)
     factors = block_strengths(lora, block_weights)
-    model, key_map = model.clone(), comfy.lora.model_lora_keys_unet(model.model, {})
+    below, model = model, model.clone()
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     whole = steps == (0.0, 1.0)
     sampling = model.get_model_object("model_sampling")
     sigmas = None if whole else (sampling.percent_to_sigma(steps[0]), sampling.percent_to_sigma(steps[1]))
@@ -152,11 +164,25 @@ def _apply(
         )
     if bypass or not whole:
         bypassed.attach(model)
+    scales = [lora.scale_in_config(entry) for entry in entries]
+    _made[model] = below, content_key(lora.model_hash, scales, strength_model, block_weights, bypass, steps)
     if clip is not None:
         clip = clip.clone()
         for factor, group in _by_factor([entry for entry in entries if entry.part != "denoiser"], factors):
             patch_clip(clip, lora, group, strength_clip * factor)
     return model, clip
+
+
+def origin(model: Any) -> tuple[Any, list[str]]:
+    """Return the MODEL that Apply LoRA has made this one from, and a hash of each thing applied; none for any other MODEL.
+
+    They are the same for a LoRA that only has another name.
+    """
+    applied = []
+    while model in _made:
+        model, key = _made[model]
+        applied.append(key)
+    return model, applied
 
 
 def patch_clip(clip: Any, lora: LoraFile, entries: list[Entry], strength: float) -> None:

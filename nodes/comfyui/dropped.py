@@ -93,7 +93,7 @@ def folders_of(user: str | None) -> list[str]:
 
 
 def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[str]:
-    """Delete dropped photos, by name, with their masks from a folder below the input folder. None deletes all of them.
+    """Delete dropped photos, by name, with masks and captions from a folder below the input folder. None deletes all of them.
 
     Returns the names of deleted files below the input folder. All other files stay, and so does the folder while it has any.
     """
@@ -102,6 +102,7 @@ def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[s
     gone = [name for name in own if _split(name)[0] in stems]
     for name in gone:
         (path / name).unlink()
+        (path / name).with_suffix(".txt").unlink(missing_ok=True)
     if len(gone) < len(own):
         write_text(
             path / NAMES, json.dumps({name: file for name, file in _own_names(path).items() if name not in gone})

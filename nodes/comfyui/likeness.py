@@ -2,6 +2,8 @@
 
 # pyright: reportMissingImports=false
 
+from collections.abc import Sequence
+
 from comfy_api.latest import io, ui
 
 from ...core.errors import BadPhoto, MissingPackage
@@ -39,6 +41,11 @@ class LikenessScore(io.ComfyNode):
                     tooltip="On (default): the node stops with an error if the face networks are missing or the "
                     "reference shows no face. Off: it passes the pictures on unsorted instead.",
                 ),
+                io.String.Input(
+                    "labels", optional=True, force_input=True,
+                    tooltip="One label for each picture, in the same order, to show beside its likeness. With fewer "
+                    "labels, each is for an equal share of the pictures.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, highest likeness first."),
@@ -56,12 +63,16 @@ class LikenessScore(io.ComfyNode):
                     display_name="plot",
                     tooltip="A chart of the likeness of each picture, with lines at 0.55 and 0.40.",
                 ),
+                io.String.Output(
+                    display_name="labels", is_output_list=True,
+                    tooltip="The likeness and the label of each picture, in the same order.",
+                ),
             ],
         )  # fmt: skip
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, images, reference, required=(True,)) -> io.NodeOutput:
+    def execute(cls, images, reference, required=(True,), labels=()) -> io.NodeOutput:
         judged, title = [image for batch in images for image in pictures(batch)], "likeness"
         try:
             found = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
@@ -71,14 +82,16 @@ class LikenessScore(io.ComfyNode):
             found, title = [None] * len(judged), f"not compared: {problem}"
         scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
-        panel.scored(cls.hidden.unique_id, [scores[index] for index in order])
-        labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
-        sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[labels])
+        panel.scored(cls.hidden.unique_id, [(index, scores[index]) for index in order])
+        words, given = [f"{score:.2f}" if score > -1 else "no face" for score in scores], _labels(labels, len(judged))
+        texts = [f"{words[index]} {given[index]}".strip() for index in order]
+        sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[texts])
         return io.NodeOutput(
             [image_tensor(judged[index]) for index in order],
             [scores[index] for index in order],
             image_tensor(sheet),
             image_tensor(score_plot([scores[index] for index in order], limits=(SAME_PERSON, SOMEONE_ELSE))),
+            texts,
             ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
         )
 
@@ -101,18 +114,25 @@ class ContactSheet(io.ComfyNode):
                 ),
                 io.String.Input("title", default="", tooltip="Optional title above the sheet."),
                 io.String.Input(
-                    "labels", optional=True, force_input=True, tooltip="One label for each picture, in the same order."
+                    "labels", optional=True, force_input=True,
+                    tooltip="One label for each picture, in the same order. With fewer labels, each is for an equal "
+                    "share of the pictures.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="sheet", tooltip="The sheet as one image.")],
-        )
+        )  # fmt: skip
 
     @classmethod
     @says_no_server_paths
     def execute(cls, images, columns, height, title, labels=None) -> io.NodeOutput:
         shown = [image for batch in images for image in pictures(batch)]
-        texts = [str(label) for label in labels or ()]
+        texts = _labels(labels or (), len(shown))
         rows = [("", shown[start : start + columns[0]]) for start in range(0, len(shown), columns[0])]
         split = [texts[start : start + columns[0]] for start in range(0, len(shown), columns[0])]
-        sheet = contact_sheet(rows, tile=height[0], labels=split if texts else None, title=title[0])
+        sheet = contact_sheet(rows, tile=height[0], labels=split if labels else None, title=title[0])
         return io.NodeOutput(image_tensor(sheet))
+
+
+def _labels(given: Sequence[object], count: int) -> list[str]:
+    """Return a label for each of `count` pictures, "" without any. Fewer labels are for an equal share of the pictures each."""
+    return [str(given[index * min(len(given), count) // count]) if given else "" for index in range(count)]

@@ -5,8 +5,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from operator import itemgetter
 from pathlib import Path
@@ -33,6 +33,8 @@ from ...core.storage.drawn import DRAWN, jpeg_url
 from . import people
 from .folders import refusal, without_server_paths
 from .runs import QueuedRun, Runs
+from .save import renamed
+from .style_pack import style_names
 
 EVENT = "facelora.training"
 SAMPLE_SIDE = 512
@@ -44,16 +46,19 @@ PHOTOS = 8
 LIMITS = (SOMEONE_ELSE, SAME_PERSON)
 """The limits of likeness: below the first, a picture shows someone else; above the second, the same person."""
 LOAD_PHOTOS, TRAIN, LIKENESS = "FaceLoRALoadPhotos", "FaceLoRATrain", "FaceLoRALikeness"
+STYLES = "FaceLoRAStylePack"
 USER = "facelora_user"
 """The name of the user who queued a prompt, in its extra data."""
 
 _runs = Runs()
 _trained: dict[str, tuple[QueuedRun, str]] = {}
 """The last training run of each `_training_of`: its run and the key of its record."""
-_scores: dict[str, dict[str, list[float]]] = {}
-"""The likeness of the pictures that a Likeness Score has put in order, by its id, for a prompt until it ends."""
+_scores: dict[str, dict[str, list[tuple[int, float]]]] = {}
+"""The pictures that a Likeness Score has put in order, by its id, for a prompt until it ends: (number before, likeness)."""
 _judged: dict[str, float] = {}
 """The likeness of the headshots so far, by digest. ComfyUI shows them again for a prompt that it doesn't need to run."""
+_styled: dict[str, tuple[str, str]] = {}
+"""The style pack and the style of the headshots so far, by digest."""
 _pages: dict[str, str] = {}
 """The user of each open page, by the client id that the page sent when it asked for the states."""
 _asking: ContextVar[str | None] = ContextVar("asking", default=None)
@@ -156,9 +161,9 @@ def _training_of(prompt: Sequence[Any]) -> str:
     return content_key(_user_in(extra), trains[0], nodes)
 
 
-def scored(node_id: str, scores: Sequence[float]) -> None:
-    """Note the likeness of the pictures that a node of the running prompt has put in order."""
-    _scores.setdefault(_running("").prompt, {})[node_id] = list(scores)
+def scored(node_id: str, ranked: Sequence[tuple[int, float]]) -> None:
+    """Note the pictures that a node of the running prompt has put in order: each one's number before, and its likeness."""
+    _scores.setdefault(_running("").prompt, {})[node_id] = list(ranked)
 
 
 def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
@@ -177,15 +182,29 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
         digests = [people.digest_of(name) for name in names]
         # The order is only known of pictures that come from a node's sorted ones.
-        for judged in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
-            _judged.update((one, score) for one, score in zip(digests, judged, strict=True) if one)
-        likeness = {name: _judged.get(one) for name, one in zip(names, digests, strict=True)}
-        people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)), likeness)
+        for ranked in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
+            _judged.update((one, score) for one, (_, score) in zip(digests, ranked, strict=True) if one)
+            styles = _styles_of(graph, {source for source, _ in links})
+            if len(styles) == len(images):
+                _styled.update((one, styles[number]) for one, (number, _) in zip(digests, ranked, strict=True) if one)
+        found = dict(zip(names, digests, strict=True))
+        likeness = {name: _judged.get(one) for name, one in found.items()}
+        styled = {name: _styled[one] for name, one in found.items() if one in _styled}
+        people.add_headshots(run.user, key, found, likeness, styled)
         headshots += [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]
     # Another training run, or none if this one was deleted, may be shown in its place.
     is_shown = any(state["prompt"] == run.prompt for state in _runs.of(run.user))
     if headshots and is_shown and run.workflow == _workflow_of(extra):
         publish(run, {"headshots": headshots})
+
+
+def _styles_of(graph: Mapping[str, Any], nodes: Collection[str]) -> list[tuple[str, str]]:
+    """Return the pack and the name of each style that the one Headshot Style Pack among the nodes lists; [] if unknown."""
+    match [graph[key]["inputs"] for key in nodes if graph.get(key, {}).get("class_type") == STYLES]:
+        case [{"pack": str(pack), "styles": str(names), "count": int(count), "first_seed": int(seed)}]:
+            with suppress(FaceLoraError):
+                return [(pack, name) for name in style_names(pack, names, count, seed)]
+    return []
 
 
 def _note_end(prompt: Sequence[Any]) -> None:
@@ -317,7 +336,8 @@ def add_routes() -> None:
     - GET /facelora/training: the user's runs. GET /facelora/waiting: queued ones that have not begun.
     - POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result.
     - GET /facelora/people: a record of each of the user's training runs. With /KEY the graph of one; DELETE deletes it, and
-      /KEY/files says what that deletes. PATCH {"name": NAME} renames it. /KEY/headshots is a ZIP file.
+      /KEY/files says what that deletes. PATCH {"name": NAME} renames it. /KEY/headshots is a ZIP file, and /KEY/styles lists
+      the best headshot of each style.
     - GET /facelora/machine: the text of `facelora doctor`.
     """
     server = PromptServer.instance
@@ -382,9 +402,8 @@ def _add_people_routes() -> None:
         user, key = user_of(request), request.match_info["key"]
         try:
             name = str((await request.json())["name"])
-            return web.json_response(
-                {"name": await asyncio.to_thread(people.rename, user, key, name, _running_prompts())}
-            )
+            named = await asyncio.to_thread(people.rename, user, key, name, _running_prompts(), renamed)
+            return web.json_response({"name": named})
         except (KeyError, TypeError, ValueError):
             return web.json_response({"error": 'send {"name": NAME}'}, status=400)
         except FaceLoraError as problem:
@@ -400,6 +419,11 @@ def _add_people_routes() -> None:
         name, content = await asyncio.to_thread(people.headshots_zip, user_of(request), request.match_info["key"])
         header = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(f'{name}.zip', safe='')}"}
         return web.Response(body=content, content_type="application/zip", headers=header)
+
+    @routes.get("/facelora/people/{key}/styles")
+    async def styles(request: web.Request) -> web.Response:
+        key = request.match_info["key"]
+        return web.json_response(await asyncio.to_thread(people.styles_of, user_of(request), key))
 
     @routes.delete("/facelora/people/{key}")
     async def delete(request: web.Request) -> web.Response:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,27 @@ def note(user: str | None, key: str, **facts: Any) -> None:
             write_text(_file(user, key), json.dumps(record))
 
 
-def add_headshots(user: str | None, key: str, digests: Mapping[str, str], scores: Mapping[str, float | None]) -> None:
-    """Add pictures to the record of the run whose LoRA drew them: their digests and likeness, by name below the output folder.
+def add_headshots(
+    user: str | None,
+    key: str,
+    digests: Mapping[str, str],
+    scores: Mapping[str, float | None],
+    styles: Mapping[str, tuple[str, str]],
+) -> None:
+    """Add pictures to the record of the run whose LoRA drew them, by name below the output folder.
 
-    The list shows the one with the highest likeness.
+    `styles` are packs and styles. The list shows the picture with the highest likeness.
     """
     record = _record_in(_file(user, key)) if user is not None else {}
     if not record:
         return
-    facts: Record = {"headshots": record["headshots"] | dict(digests)}
     # Any headshot is better than none if likeness is unknown, but not one without a face (-1).
     found = {name: -0.99 if score is None else score for name, score in scores.items()}
+    styled = {name: [*style, found[name]] for name, style in styles.items()}
+    facts: Record = {
+        "headshots": record["headshots"] | dict(digests),
+        "styles": record.get("styles", {}) | styled,
+    }
     best = max(found, key=lambda name: found[name])
     if (likeness := found[best]) > record.get("shown_likeness", -1.0):
         with suppress(*DAMAGED), Image.open(Path(folder_paths.get_output_directory()) / best) as image:
@@ -134,6 +144,16 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
 def graph_of(user: str | None, key: str) -> Any:
     """Return the page's graph that a training run of the user was queued with; None if there is none."""
     return None if user is None else _record_in(_file(user, key)).get("graph")
+
+
+def styles_of(user: str | None, key: str) -> list[dict[str, str]]:
+    """Return the headshot of each style with the highest likeness: its pack, style, and name below the output folder."""
+    record, best = _record_in(_file(user, key)) if user is not None else {}, dict[tuple[str, str], tuple[float, str]]()
+    for name in _headshots(record) if record.get("styles") else ():
+        if name in record["styles"]:
+            pack, style, likeness = record["styles"][name]
+            best[pack, style] = max(best.get((pack, style), (-1.0, "")), (likeness, name))
+    return [{"pack": pack, "style": style, "name": name} for (pack, style), (_, name) in best.items() if name]
 
 
 def headshots_zip(user: str | None, key: str) -> tuple[str, bytes]:
@@ -182,9 +202,16 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
         return record["run"], deleted
 
 
-def rename(user: str | None, key: str, name: str, prompts: Collection[str]) -> str:
+def rename(
+    user: str | None,
+    key: str,
+    name: str,
+    prompts: Collection[str],
+    renamed: Callable[[str, str, Collection[str]], None],
+) -> str:
     """Rename a training run of the user, its LoRAs and their sidecars, and return the new name.
 
+    `renamed` is called with the old and the new name, and the headshots by name below the output folder.
     Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
     """
     with _lock:
@@ -206,6 +233,7 @@ def rename(user: str | None, key: str, name: str, prompts: Collection[str]) -> s
         for node in (graph or {}).get("nodes", ()):
             if node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
                 node["widgets_values"][0] = new
+        renamed(old, new, record["headshots"])
         note(user, key, name=new, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
         return new
 

@@ -18,13 +18,14 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ...core.errors import BadFile, BadPhoto, FaceLoraError, counted
+from ...core.errors import BadFile, BadPhoto, FaceLoraError, check_length, counted
 from ...core.faces import faces_if_installed
 from ...core.models.base import Base
 from ...core.models.opening import load_base
 from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
-from ...core.photos.reading import MASK_ENDING
+from ...core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
 from ...core.photos.report import CROP, REJECT, REVIEW, USE
+from ...core.storage.files import write_text
 from . import panel, people
 from .convert import FacePhotos, image_tensor, resolution_of
 from .dropped import NAMES, add, folders_for, input_folder, is_hidden, own_name
@@ -293,6 +294,18 @@ def _thumbnail(name: str, user: str | None) -> bytes:
     return buffer.getvalue()
 
 
+def _write_caption(name: str, text: str, user: str | None) -> None:
+    """Write a photo's caption beside it; "" deletes it. Raises BadPhoto if the photo is missing or the text too long."""
+    path = _path(name, user)
+    if not path.is_file() or path.suffix.lower() not in PHOTO_SUFFIXES:
+        raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder")
+    check_length(f"{path.name}: its caption", text, BadPhoto)
+    if text:
+        write_text(path.with_suffix(".txt"), text)
+    else:
+        path.with_suffix(".txt").unlink(missing_ok=True)
+
+
 def opened(base: str) -> Base | None:
     """Open a base model by its file's name in a loader; None if the file is missing or its family is unknown."""
     for kind in ("checkpoints", "diffusion_models"):
@@ -308,6 +321,7 @@ def add_routes() -> None:
     - POST /facelora/photos, a form of person, folder and file: add a dropped photo.
     - DELETE /facelora/photos {"names": [...]}: delete dropped photos, except those that a training run has.
     - GET /facelora/photo?name=NAME: its thumbnail, a JPEG.
+    - PUT /facelora/caption {"name", "caption"}: write a photo's caption into the .txt beside it, or delete it.
     - POST /facelora/check {"folder", "pictures", "base", "resolution", "use"}: check the node's photos.
     """
     routes = PromptServer.instance.routes
@@ -344,6 +358,19 @@ def add_routes() -> None:
         deleted = await asyncio.to_thread(people.delete_photos, panel.user_of(request), names)
         return web.json_response({"deleted": deleted})
 
+    @routes.put("/facelora/caption")
+    async def caption(request: web.Request) -> web.Response:
+        try:
+            asked = await request.json()
+            name, text = str(asked["name"]), " ".join(str(asked["caption"]).replace("\0", " ").split())
+        except (KeyError, TypeError, ValueError):
+            return web.json_response({"error": 'send {"name": NAME, "caption": TEXT}'}, status=400)
+        try:
+            await asyncio.to_thread(_write_caption, name, text, panel.user_of(request))
+        except (BadFile, BadPhoto) as problem:
+            return refusal(problem, 200)  # browsers report other answers as faults of the page
+        return web.json_response({"caption": text})
+
     @routes.post("/facelora/check")
     async def check(request: web.Request) -> web.Response:
         user = panel.user_of(request)
@@ -360,14 +387,22 @@ def add_routes() -> None:
             seen = await asyncio.to_thread(look, folder, pictures, user, resolution, use)
         except FaceLoraError as problem:
             return refusal(problem, 200)  # browsers report other answers as faults of the page
-        shown = seen.shown()
-        # The node's output doesn't contain file names, because everybody can read the history with --multi-user.
-        names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
-        plain = Counter(Path(name).name for name in names)
-        # Photos with the same name in two folders keep it: a reason doesn't tell which one it is about.
-        said = {Path(name).name: own for name, own in names.items() if plain[Path(name).name] == 1}
-        for tile in shown["photos"] if said else ():
-            if tile.get("reason"):
-                tile["reason"] = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], tile["reason"])
-        shown["own_names"] = names
-        return web.json_response(shown)
+        return web.json_response(_with_own_names(seen))
+
+
+def _with_own_names(seen: Seen) -> dict[str, Any]:
+    """Return what the node shows, with the original names of photos, and their captions.
+
+    The node's output doesn't contain them, because everybody can read the history with --multi-user.
+    """
+    shown = seen.shown()
+    names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
+    plain = Counter(Path(name).name for name in names)
+    # Photos with the same name in two folders keep it: a reason doesn't tell which one it is about.
+    said = {Path(name).name: own for name, own in names.items() if plain[Path(name).name] == 1}
+    for tile in shown["photos"] if said else ():
+        if tile.get("reason"):
+            tile["reason"] = re.sub("|".join(map(re.escape, said)), lambda found: said[found[0]], tile["reason"])
+    shown["own_names"] = names
+    shown["captions"] = {_name_below_input(photo): photo.caption for photo in seen.photos if photo.caption}
+    return shown

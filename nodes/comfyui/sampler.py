@@ -15,12 +15,13 @@ from torch import Tensor
 from nodes import common_ksampler  # pyright: ignore  # that of ComfyUI
 
 from ...core.storage.safetensors_file import tensor_bytes
+from .apply import origin
 from .folders import says_no_server_paths
 
 KEPT = 100
-"""The number of latents that are kept for each model, those drawn last."""
+"""The number of latents that are kept for each base model, those drawn last."""
 _drawn: WeakKeyDictionary[Any, dict[str, dict[str, Any]]] = WeakKeyDictionary()
-"""Latents by what they were drawn from, for each MODEL that is still in use."""
+"""Latents by what they were drawn from, for each MODEL without a LoRA that is still in use."""
 
 
 class SampleHeadshots(io.ComfyNode):
@@ -74,9 +75,10 @@ class SampleHeadshots(io.ComfyNode):
 
 def _sampled(model: Any, *given: Any) -> dict[str, Any]:
     """Return the latents that `common_ksampler` draws with the model, or has drawn from the same values."""
-    kept = _drawn.setdefault(model, {})
+    base, applied = origin(model)
+    kept = _drawn.setdefault(base, {})
     digest = hashlib.sha256()
-    for part in _content(given):
+    for part in _content((applied, *given)):
         digest.update(part)
     key = digest.hexdigest()
     kept[key] = kept.pop(key, None) or common_ksampler(model, *given)[0]

@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
@@ -16,8 +17,8 @@ from .convert import pictures
 from .folders import says_no_server_paths
 from .people import digest_of
 
-_saved: dict[str, tuple[ui.SavedResult, str]] = {}
-"""The files that the node has saved since the server was started, with their digests, by picture and start of the name."""
+_saved: dict[tuple[str, str, str], tuple[ui.SavedResult, str]] = {}
+"""Files that were saved since the server started, with their digests: by start of the name, LoRA and picture."""
 
 
 class SaveHeadshots(io.ComfyNode):
@@ -64,7 +65,7 @@ class SaveHeadshots(io.ComfyNode):
         )
         saved = []
         for number, image in enumerate(pictures(images)):
-            key = content_key(folder, stem, image.size, hashlib.sha256(image.tobytes()).hexdigest())
+            key = filename_prefix, lora_name, content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
             known, digest = _saved.get(key, (None, ""))
             if known is None or digest_of(_below_output(known)) != digest:
                 name = f"{stem.replace('%batch_num%', str(number))}_{counter:05}_.png"
@@ -74,6 +75,13 @@ class SaveHeadshots(io.ComfyNode):
                 _saved[key] = known, digest_of(_below_output(known))
             saved.append(known)
         return io.NodeOutput(images, ui=ui.SavedImages(saved))
+
+
+def renamed(old: str, new: str, headshots: Collection[str]) -> None:
+    """Note that a LoRA has another name, so that its headshots, by name below the output folder, aren't saved again."""
+    for (prefix, lora_name, picture), (saved, digest) in list(_saved.items()):
+        if Path(lora_name).stem == old and _below_output(saved) in headshots:
+            _saved[prefix, str(Path(lora_name).with_name(f"{new}.safetensors")), picture] = saved, digest
 
 
 def _below_output(saved: ui.SavedResult) -> str:

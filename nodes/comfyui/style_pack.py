@@ -158,6 +158,13 @@ def _outputs() -> list[Any]:
     return [kind.Output(display_name=name, is_output_list=True, tooltip=text) for kind, name, text in outputs]
 
 
+def style_names(pack: str, styles: str, count: int, first_seed: int) -> list[str]:
+    """Return the style of each picture that the node lists. Raises BadStylePack for an unknown pack or style."""
+    family = next(iter(FAMILY_DEFAULTS))  # The styles are the same for each.
+    listed = find_packs().pick(pack).prompts(Subject(""), family, count, first_seed, styles=_names(styles) or None)
+    return [item.style for item in listed]
+
+
 def _names(styles: str) -> list[str]:
     return [name.strip() for name in styles.split(",") if name.strip()]
 

@@ -5,8 +5,10 @@
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,17 +23,19 @@ from comfy_api.latest import io
 from PIL import Image
 from server import PromptServer
 
+from ...core import studio  # Its modules are loaded when they are used.
 from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import SWITCH
-from ...core.progress import READING
+from ...core.progress import READING, silent
+from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
-from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
+from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
@@ -48,6 +52,9 @@ LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
+_forecasts: "dict[str, studio.Forecast]" = {}
+"""The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
+_counting = threading.Lock()
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -327,7 +334,7 @@ def _make(
         try:
             job = checked(on_warning=watch.warning)
         except BadPhoto as error:
-            raise BadPhoto(str(error).replace(SWITCH, f"choose '{ALL}' instead of '{GOOD}'")) from None
+            raise BadPhoto(str(error).replace(SWITCH, f"choose '{ALL}' instead of '{GOOD}' in Train on")) from None
         job.base.compute_hashes(partial(watch.phase, READING))
         if checkpoint and not is_trained(job, place):
             raise BadConfig(
@@ -485,11 +492,54 @@ _WIDGETS = {"steps": int, "rank": int, "learning_rate": float, "resolution": int
 """The widgets that override the recipe unless they are 0."""
 
 
-def add_routes() -> None:
-    """Add GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the node's inputs set for a base model, by its file's name
-    in a loader."""
+def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
+    """Return the least and the most seconds that each recipe takes with the node's inputs; {} for an unknown base model.
 
-    @PromptServer.instance.routes.get("/facelora/recipe")
+    Raises BadConfig or ValueError for an invalid input.
+    """
+    base = opened(asked.get("base", ""))
+    if base is None:
+        return {}
+    samples, steps, rank, resolution = (
+        int(asked.get(name) or 0) for name in ("samples", "steps", "rank", "resolution")
+    )
+    photos, pictures = (min(max(int(asked.get(name) or 0), 0), 1000) for name in ("photos", "pictures"))
+
+    def config(recipe: str, photos: int) -> TrainConfig:
+        return _config(
+            base.family.name, {}, "sks", "person", recipe, samples, steps, rank, float(asked.get("learning_rate") or 0),
+            resolution, 1, "", asked.get("settings", ""), GOOD, photos, silent,
+        )  # fmt: skip
+
+    # What only decides how long a run is changes no pass.
+    passes, path = replace(config("balanced", ENOUGH), steps=1, sample_every=1), Path(base.files[0].path)
+    key = content_key(path, path.stat().st_mtime_ns, passes)
+    with _counting:
+        if key not in _forecasts:
+            _forecasts.clear()
+            _forecasts[key] = studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
+        forecast = _forecasts[key]
+    photos = photos or ENOUGH
+    return {recipe: forecast.span(config(recipe, photos), photos, pictures) for recipe in RECIPES}
+
+
+def add_routes() -> None:
+    """Add two routes for the node's inputs and a base model, by its file's name in a loader.
+
+    - GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the inputs set.
+    - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
+      It returns {} if that is unknown, and while a prompt runs.
+    """
+    server = PromptServer.instance
+
+    @server.routes.get("/facelora/forecast")
+    async def forecast(request: web.Request) -> web.Response:
+        with suppress(FaceLoraError, ValueError):
+            if not server.prompt_queue.currently_running:
+                return web.json_response(await asyncio.to_thread(_spans, request.query))
+        return web.json_response({})
+
+    @server.routes.get("/facelora/recipe")
     async def recipe(request: web.Request) -> web.Response:
         base = await asyncio.to_thread(opened, request.query.get("base", ""))
         if base is None:

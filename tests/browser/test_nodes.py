@@ -60,8 +60,11 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     assert basenames(page) == [*kept, "photo 04.webp"]
 
     for tile in (3, 1):
-        page.page.locator(".facelora-tile button").nth(tile).click(force=True)
+        with page.page.expect_response(lambda answer: answer.request.method == "DELETE"):
+            page.page.locator(".facelora-tile button").nth(tile).click(force=True)
     assert page.widgets(PHOTOS)["pictures"].split("\n") == [names[0], names[2]]
+    left = sorted(file.name for file in (server.folder / "input" / folder).glob("photo *.*"))
+    assert left == ["photo 01.png", "photo 03.png"], "no training run has the removed ones"
     page.open(page.saved(), "again")
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 2")
     page.page.click(".facelora-remove-all")
@@ -70,6 +73,7 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     page.set_widgets({PHOTOS: {"folder": folder}})  # it can be chosen again
     assert folder in page.run("() => app.graph.nodes[0].widgets.find((one) => one.name === 'folder').options.values")
     assert page.complaints() == []
+    shutil.rmtree(server.folder / "input" / folder)  # for the other design
 
 
 def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_page, server):
@@ -157,6 +161,28 @@ def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page,
     assert page.complaints() == []
 
 
+def test_the_captions_of_photos_are_read_and_edited_below_them(either_page, server, tmp_path):
+    page = either_page
+    name = f"Frieda{page.run('() => Number(LiteGraph.vueNodesMode)')}"
+    photos_and_training(page, name=name, resolution=64)
+    page.drop(PHOTOS, sorted(write_photos(tmp_path, count=2, scale=2, person=37).glob("*.png")))
+    page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('2 of 2 usable')")
+    page.set_widgets({TRAIN: {"checkpoint": 250}})
+    page.page.get_by_text("Captions", exact=True).click()
+    caption = page.page.get_by_label("Caption").first
+    assert (caption.get_attribute("placeholder"), caption.input_value()) == ("a photo of sks person", "")
+    caption.fill("a photo with a red hat")
+    caption.press("Tab")
+    page.page.get_by_text("The trigger word sks is missing").wait_for()
+    assert (server.folder / "input" / "photos" / name / "photo 01.txt").read_text() == "a photo with a red hat"
+    assert page.widgets(TRAIN)["checkpoint"] == 0, "another LoRA will be trained"
+    page.open(page.saved(), "again")
+    page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('2 of 2 usable')")
+    page.page.get_by_text("Captions", exact=True).click()
+    assert caption.input_value() == "a photo with a red hat"
+    assert page.complaints() == []
+
+
 def test_photos_removed_during_the_check_get_no_headline(page, files):
     held = []
     page.page.route("**/facelora/check", lambda route: held.append(route))
@@ -241,7 +267,7 @@ def test_mixed_photos_are_an_error_on_the_server_unless_it_is_overruled(page, se
     graph = page.prompt()
     result = server.run(graph)
     assert "different people: person 1 on 3 photos, person 2 on 3 photos" in result.error
-    assert "To train on all photos anyway: choose 'all photos' instead of 'good photos'" in result.error
+    assert "To train on all photos anyway: choose 'all photos' instead of 'good photos' in Train on" in result.error
     page.run("() => { window.app.queuePrompt(0) }")
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answered:
         page.page.locator(".facelora-dialog[open]").get_by_role("button", name="Train on all").click()
@@ -302,6 +328,14 @@ def test_styles_are_chosen_by_their_pictures(either_page):
     page.page.click(f'[data-name="{names[2]}"]')
     assert page.widgets(STYLES)["styles"] == names[0]
     assert page.page.locator(".facelora-style[aria-pressed=true]").get_attribute("data-name") == names[0]
+    assert (
+        page.run("""() => {
+        const grid = document.querySelector(".facelora-styles"), end = grid.getBoundingClientRect().bottom
+        return [...grid.children].map((card) => card.getBoundingClientRect())
+            .filter(({ top, bottom }) => top < end - 1 && bottom > end + 1).length
+    }""")
+        == 0
+    ), "no row is cut"
 
     page.set_widgets({STYLES: {"pack": "outdoor", "styles": ""}})
     page.wait_for("() => document.querySelector('[data-name=Seaside]')")

@@ -69,6 +69,8 @@ def test_the_question_before_deleting_an_unfinished_run_states_that_no_lora_was_
     person.get_by_role("button", name="Delete").click()
     question.get_by_role("button", name="Delete").click()
     person.wait_for(state="detached")
+    page.page.keyboard.press("Escape")  # the focus was on a button that is gone
+    page.wait_for("() => !document.querySelector('.facelora-dialog')")
     page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 20000 steps')")
 
 

@@ -56,6 +56,11 @@ FILLED = """(names) => {
     }
     for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRAInspect"))
         node.onExecuted({ text: Array(60).fill("a line of its report") })
+    for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRALikeness")) {
+        const [subfolder, filename] = names[0].split("/")
+        const told = { node: node.id, output: { images: [{ filename, subfolder, type: "input" }] } }
+        window.comfyAPI.api.api.dispatchCustomEvent("executed", told)
+    }
 }"""
 OVERLAPS = """() => {
     const boxes = app.graph.nodes.map(({ title, pos: [x, y], size: [width, height] }) =>
@@ -67,11 +72,11 @@ OVERLAPS = """() => {
 
 
 def check_all(page: ComfyPage) -> None:
-    """Opens every workflow, and puts 20 photos and what a run says of them and of a LoRA into it."""
+    """Opens every workflow, and puts 20 photos and what a run says of them, of a LoRA and of likeness into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
-        page.wait_for("() => [...document.querySelectorAll('.facelora-tile img')].every((one) => one.complete)")
+        page.wait_for("() => [...document.images].every((one) => one.complete)")
         assert page.run(OVERLAPS) == [], name
         assert page.complaints() == [], name
 
@@ -242,16 +247,22 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     hands.choose_style()
     assert hands.actions - opened <= 3, "answers"
     asked = hands.press_run(page.page.get_by_role("button", name="Run").last, server)
-    assert hands.actions <= 7
+    assert hands.actions == 7, "five, and two choices: the class word and the style"
     assert asked["FaceLoRATrain"]["class_word"] == "woman"
     assert asked["FaceLoRAStylePack"]["styles"] == find_style_packs().pick("corporate").names[1]
     rejected = page.page.locator(".facelora-tile.facelora-rejected").evaluate_all(
         "(all) => all.map((one) => one.title)"
     )
     assert [title.split("\n")[0] for title in rejected] == ["friend.png"]
+    style = asked["FaceLoRAStylePack"]["styles"]
+    drawn = """(style) => [...document.querySelectorAll(".facelora-style")].filter((card) =>
+        card.querySelector("img").src.includes("my-face") === (card.dataset.name === style)).length === 10"""
+    page.page.wait_for_function(drawn, arg=style)  # the card of that style shows the person, and no other does
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
     assert lora.metadata["ss_num_train_images"] == "6"
+    page.set_widgets({"FaceLoRATrain": {"class_word": "man"}})  # which may be someone else
+    page.page.wait_for_function(drawn, arg="")
 
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):
@@ -260,6 +271,30 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
     page.page.wait_for_timeout(1000)
     last = page.run("() => app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').widgets.at(-1).name")
     assert last == "training", "nothing repeats the panel below it"
+
+
+def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_few_people_change(page):
+    page.open(workflow_file(NAMES[0]), NAMES[0])
+    page.page.get_by_text("Still needed: 10 to 20 photos").wait_for()
+    assert page.page.get_by_text("Strength", exact=True).count() == 0
+    page.page.locator(".facelora-more summary").click()
+    page.page.get_by_text(re.compile(r"^Takes [\d.]+( to [\d.]+)? (s|min|h) on this machine$")).wait_for()
+    recipe = page.page.get_by_label("Recipe")
+    assert re.fullmatch(r"thorough · [\d.]+( to [\d.]+)? (s|min|h)", recipe.locator("option").last.inner_text())
+    recipe.select_option("best")
+    page.page.get_by_label("Strength").fill("1.1")
+    page.page.get_by_label("Add to each prompt").fill("smiling")
+    page.page.get_by_role("button", name="Other pictures").click()
+    page.page.get_by_role("textbox").nth(1).fill("")
+    page.page.get_by_text("Still needed: 10 to 20 photos, a class word").wait_for()
+    assert page.widgets("FaceLoRATrain")["recipe"] == "best"
+    assert page.widgets("FaceLoRAApply")["strength_model"] == 1.1
+    styles = page.widgets("FaceLoRAStylePack")
+    assert (styles["extra"], styles["first_seed"]) == ("smiling", 1 + styles["count"])
+    page.page.locator(".facelora-machine").click()
+    page.page.locator(".facelora-text pre", has_text="thorough (best): ").wait_for()
+    page.page.keyboard.press("Escape")
+    assert page.complaints() == []
 
 
 def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
@@ -273,6 +308,7 @@ def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
         page.clear()
         page.open(app, NAMES[0])
         page.page.get_by_text("形象照数量").wait_for()
+        page.page.locator(".facelora-more summary").click()
         assert [label for label in filter(None, labels) if page.page.get_by_text(label, exact=True).count()] == []
     finally:
         site.post("/settings/Comfy.Locale", "en")

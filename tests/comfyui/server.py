@@ -76,8 +76,12 @@ class ComfyServer:
         return json.loads(answer) if answer else None
 
     def delete(self, path: str) -> Any:
+        return self.send("DELETE", path)
+
+    def send(self, method: str, path: str, body: Any = None) -> Any:
         """The answer's JSON, also of a refusal."""
-        request = urllib.request.Request(self.url + path, headers=self._user, method="DELETE")
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, self._user, method=method)
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 return json.loads(response.read())

@@ -59,11 +59,13 @@ def whole(server, lora) -> Image.Image:
 
 def test_the_node_shows_what_the_lora_is(server, lora):
     graph = BASE | {"apply": apply(lora, model=["base", 0]), "show": node("PreviewAny", source=["apply", 3])}
+    graph["label"] = node("PreviewAny", source=["apply", 4])
     result = server.run(graph)
     (text,) = result.outputs["apply"]["text"]
     for words in (lora, "sd15", "rank 4", "base model: sd15.safetensors", "trigger phrase: sks person"):
         assert words in text
     assert result.outputs["show"]["text"] == ["a photo of sks person"]
+    assert result.outputs["label"]["text"] == ["apply at 1"]
 
 
 def test_off_passes_the_model_through_and_still_outputs_the_trigger(server, lora, plain, whole):

@@ -190,12 +190,35 @@ def test_dropped_photos_have_a_folder_of_the_persons_name_numbers_and_their_own_
     assert "the same picture as 1.png" in seen["photos"][1]["reason"]
 
 
+def test_a_caption_is_kept_beside_its_photo_and_deleted_with_it(server, tmp_path):
+    (file,) = write_photos(tmp_path, count=1).glob("*.png")
+    name = server.drop(file, "Rita")["name"]
+    asked = {"folder": "(no folder)", "pictures": name}
+    for given, kept in (
+        ("a  photo of\nsks woman, red hat", "a photo of sks woman, red hat"),
+        ("", ""),
+        ("a hat", "a hat"),
+    ):
+        assert server.send("PUT", "/facelora/caption", {"name": name, "caption": given}) == {"caption": kept}
+        assert server.post("/facelora/check", asked)["captions"] == ({name: kept} if kept else {})
+    graph = {"photos": load_photos(pictures=name), "shown": node("PreviewAny", source=["photos", 2])}
+    assert texts(server.result(graph), "shown") == ["a hat"]
+    for other in ("../up.png", "photos/Rita/no.png", "photos/Rita/.names.json"):
+        assert "error" in server.send("PUT", "/facelora/caption", {"name": other, "caption": "x"})
+    server.send("DELETE", "/facelora/photos", {"names": [name]})
+    assert not (server.folder / "input" / name).parent.exists()
+
+
 def test_the_panels_plan_has_the_inputs_and_the_settings(server):
     asked = {"name": "fast", "base": "sd15.safetensors", "rank": 7, "settings": "batch_size = 2"}
     plain, own = (
         server.get(f"/facelora/recipe?{urlencode(query)}") for query in ({**asked, "rank": 0, "settings": ""}, asked)
     )
     assert (own["batch_size"], own["rank"], plain["batch_size"]) == (2, 7, 1) and own["steps"] == plain["steps"] // 2
+    spans = server.get(f"/facelora/forecast?{urlencode({**asked, 'resolution': 64, 'photos': 4, 'pictures': 2})}")
+    assert all(0 < least < most for least, most in spans.values())
+    assert spans["fast"][1] < spans["balanced"][1] < spans["best"][1]
+    assert server.get("/facelora/forecast?base=nowhere&photos=many") == {}
 
 
 @pytest.mark.parametrize(
@@ -326,10 +349,11 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     graph = {
         name: load_photos(name) for name in ("dora", "emil")
     } | {
-        "score": node("FaceLoRALikeness", images=["emil", 1], reference=["dora", 0]),
+        "score": node("FaceLoRALikeness", images=["emil", 1], reference=["dora", 0], labels="emil at 0.6"),
         "own": node("FaceLoRALikeness", images=["dora", 1], reference=["dora", 1]),
         "other_scores": node("PreviewAny", source=["score", 1]),
         "own_scores": node("PreviewAny", source=["own", 1]),
+        "other_labels": node("PreviewAny", source=["score", 4]),
         "labelled": node(
             "FaceLoRAContactSheet", images=["own", 0], columns=2, height=100, title="scores", labels=["dora", 2]
         ),
@@ -340,6 +364,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     own, others = ([float(score) for score in texts(result, name)] for name in ("own_scores", "other_scores"))
     assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
     assert own == sorted(own, reverse=True)
+    assert texts(result, "other_labels") == [f"{score:.2f} emil at 0.6" for score in others]
     assert server.drawn(result, "sheet").height > 200
     assert server.drawn(result, "plot").size == (640, 400)
 

@@ -112,6 +112,25 @@ def test_a_person_is_deleted_with_all_that_is_theirs_and_nothing_else(server, tm
     assert "you have no such training" in server.delete(f"/facelora/people/{record['key']}")["error"]
 
 
+def test_the_headshots_of_a_renamed_person_are_neither_drawn_nor_saved_again(server, tmp_path):
+    (file,) = write_photos(tmp_path / "uta", count=1, scale=2, person=18).glob("*.png")
+    graph = headshots_of(server, "uta", [server.drop(file, "uta")["name"]], training_seed=65)
+    graph["sampler"]["class_type"] = "FaceLoRASampler"
+    del graph["sampler"]["inputs"]["denoise"]
+    prefix = {"filename_prefix": "headshots/%lora_name%", "lora_name": ["train", 1]}
+    graph["saved"] = node("FaceLoRASaveHeadshots", images=["ranked", 0], **prefix)
+    first = server.result(graph).outputs["saved"]["images"]
+    record, *_ = server.get("/facelora/people")
+    assert server.send("PATCH", f"/facelora/people/{record['key']}", {"name": "uta-b"}) == {"name": "uta-b"}
+    graph["train"]["inputs"]["name"] = "uta-b"
+    again = server.result(graph)
+    assert again.outputs["saved"]["images"] == first and "2/2 [" not in again.log
+    record, *_ = server.get("/facelora/people")
+    assert (record["name"], record["headshots"]) == ("uta-b", 1)
+    server.delete(f"/facelora/people/{record['key']}")
+    assert not [*(server.folder / "output" / "headshots").glob("uta*")]
+
+
 def test_photos_of_two_trainings_are_deleted_with_the_last_of_them(server, tmp_path):
     first = trained(server, tmp_path, "olga", 7, training_seed=54)
     photos = sorted((server.folder / "input" / "photos" / "olga").glob("*.png"))

@@ -337,6 +337,9 @@ def test_a_misfit_of_the_same_family_does_not_set_it_against_itself():
     lora = LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=1), {})
     with pytest.raises(LoraMisfit, match=r"^x.safetensors: does not fit the base model: \d+ keys are left over, e.g. "):
         fit(lora, "sd15", {}).check("x.safetensors")
+    with pytest.raises(LoraMisfit) as of_another:
+        fit(lora, "sdxl", {}).check("x.safetensors")
+    assert str(of_another.value).count("changes a sd15 model") == 1, "the reason of all keys"
 
 
 def test_a_wrong_width_is_a_misfit():

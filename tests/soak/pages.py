@@ -13,6 +13,7 @@ ROUTES = {
     "/facelora/training": (), "/facelora/stop": (), "/facelora/styles": ("pack",), "/facelora/style": ("pack", "style"),
     "/facelora/photo": ("name",), "/facelora/photos": (), "/facelora/check": (), "/facelora/people": (),
     "/facelora/lora": ("name",), "/facelora/recipe": ("name", "base"),
+    "/facelora/forecast": ("base", "photos", "pictures"),
 }  # fmt: skip
 """Route -> the names in its query."""
 _WORDS = (

@@ -29,7 +29,7 @@ from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
-from core.studio import PARTS, Cost, Ledger, Result, Speed, Work, basis, remember_speed, speed_of
+from core.studio import PARTS, Cost, Forecast, Ledger, Result, Speed, Work, basis, remember_speed, speed_of
 from core.studio.cost import PHASES
 from core.studio.ledger import LOADING, LOOKING, PHASE_OF
 from core.studio.passes import count_passes
@@ -211,6 +211,16 @@ def test_weights_brought_in_and_loaded_and_pictures_looked_at_take_time(photos, 
     assert ledger.seconds(fast)["training"][0] == ledger.operations["training"] / 0.5e12
     taken = ledger.seconds(replace(FAST, loads=(1e6, 2e6), looks=(1.0, 2.0)))
     assert taken[LOADING] == (ledger.loaded / 2e6, ledger.loaded / 1e6) and taken[LOOKING] == (12, 24)
+
+
+def test_a_forecast_without_photos_is_the_time_of_a_job_on_square_ones(base):
+    config = replace(PLAIN, **LIKENESS)
+    square = [Photo.from_image(Image.new("RGB", (64, 64)), "square")] * 8
+    jobs = [Job("a photo of sks person", 1)] * 3
+    forecast = Forecast.on(base, replace(config, steps=1), CPU)
+    spans = basis(square, base, config, CPU).ledger(square, config, jobs, redraws_faces=False).seconds(forecast.speed)
+    assert forecast.span(config, 8, 3) == pytest.approx(tuple(map(sum, zip(*spans.values(), strict=True))))
+    assert forecast.span(replace(config, steps=8), 8, 3)[0] > forecast.span(config, 8, 3)[0]
 
 
 def test_after_a_job_its_own_speed_is_expected(base, tmp_path, monkeypatch):

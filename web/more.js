@@ -1,0 +1,87 @@
+/** The settings of an app that most people leave alone, folded under "More". They are widgets of the graph's nodes. */
+
+import { BASE_CHOSEN, addElement, make, remember, widgetOf } from "./dom.js"
+import { say } from "./words.js"
+
+const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack"
+/** The widgets, each with the type of its node. */
+const SETTINGS = [[TRAIN, "recipe"], ["FaceLoRAApply", "strength_model"], [STYLES, "extra"], [STYLES, "first_seed"],
+  ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
+// say
+const RECIPES = { fast: "quick", balanced: "normal", best: "thorough" }
+
+/** [120, 250] -> "2 to 4 min" */
+export function spanText([least, most]) {
+  const unit = most < 90 ? 1 : most < 5400 ? 60 : 3600
+  const [low, high] = [least, most].map((seconds) => Number((seconds / unit).toFixed(unit === 3600 ? 1 : 0)))
+  const number = low === high ? `${high}` : say("{} to {}", low, high)
+  return { 1: say("{} s", number), 60: say("{} min", number), 3600: say("{} h", number) }[unit]
+}
+
+export const recipeText = (recipe) => say(RECIPES[recipe] ?? recipe)
+
+export class More {
+  constructor(node) {
+    this.node = node
+    this.spans = {} // the least and the most seconds of each recipe
+    this.rows = make("div", "facelora-settings")
+    this.root = make("details", "facelora-more facelora-panel", make("summary", "", say("Recipe, strength, own words, seed")), this.rows)
+    this.root.addEventListener("toggle", () => this.show())
+    const widget = addElement(node, "more", this.root, () => 0)
+    // The graph shows the widgets themselves, so the node gives this no room, nor a share of what is left.
+    Object.assign(widget, { computeLayoutSize: undefined, computeSize: () => [0, -4] })
+    document.addEventListener(BASE_CHOSEN, () => this.show())
+  }
+
+  /** Shows how long each recipe takes. */
+  foresee(spans) {
+    this.spans = spans
+    this.show()
+  }
+
+  show() {
+    if (!this.root.open || this.root.contains(document.activeElement?.closest("input"))) return
+    const { nodes = [] } = this.node.graph ?? {}
+    this.rows.replaceChildren(...SETTINGS.flatMap(([type, name]) => {
+      const node = nodes.find(({ comfyClass }) => comfyClass === type)
+      return node ? [this.row(node, widgetOf(node, name))] : []
+    }))
+  }
+
+  row(node, widget) {
+    const label = node.inputs?.find((input) => input.widget?.name === widget.name)?.label ?? widget.name
+    const row = make("label", "", make("span", "", label), this.field(node, widget))
+    if (widget.name !== "first_seed") return row
+    const button = make("button", "", say("Other pictures"))
+    button.addEventListener("click", () => {
+      set(node, widget, widget.value + widgetOf(node, "count").value)
+      this.show()
+    })
+    return make("div", "facelora-row", row, button)
+  }
+
+  /** An element that shows and sets a widget's value. */
+  field(node, widget) {
+    const { value, options } = widget, isNumber = typeof value === "number"
+    const choice = (one) => Object.assign(make("option", "", this.text(widget.name, one)), { value: one })
+    const field = Array.isArray(options.values)
+      ? make("select", "", ...options.values.map(choice))
+      : Object.assign(make("input", ""), {
+        type: isNumber ? "number" : "text", step: options.step2 ?? 1, min: options.min, max: options.max, placeholder: options.placeholder ?? "",
+      })
+    field.value = value
+    field.addEventListener("change", () => field.checkValidity() && set(node, widget, isNumber ? Number(field.value) : field.value))
+    return field
+  }
+
+  text(name, value) {
+    if (name !== "recipe") return value
+    return [recipeText(value), ...(this.spans[value] ? [spanText(this.spans[value])] : [])].join(" · ")
+  }
+}
+
+function set(node, widget, value) {
+  widget.value = value
+  widget.callback?.(value)
+  remember(node)
+}
