@@ -247,20 +247,21 @@ def plot(rows: Sequence[Row]) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for (name, minutes), group in by_trainer(rows).items():
         value = float(np.mean([list(row.verdicts.values())[-1].likeness for row in group]))
-        lines.setdefault(name, []).append((80 + 360 * minutes / max(MINUTES), 300 - 360 * value))
+        lines.setdefault(name, []).append((80 + 360 * minutes / max(MINUTES), 310 - 360 * value))
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 340" font-family="sans-serif" font-size="13">',
-        '<rect width="760" height="340" fill="#fff"/>',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 352" font-family="sans-serif" font-size="13">',
+        '<rect width="760" height="352" fill="#fff"/>',
     ]
     for tenth in range(0, 9, 2):
-        y = 300 - 36 * tenth
+        y = 310 - 36 * tenth
         parts.append(
             f'<path d="M80 {y}H440" stroke="#ddd"/><text x="72" y="{y + 4}" text-anchor="end">0.{tenth}</text>'
         )
     for minutes in MINUTES:
         x = 80 + 360 * minutes / max(MINUTES)
-        parts.append(f'<text x="{x}" y="318" text-anchor="middle">{minutes:g}</text>')
-    parts.append('<text x="260" y="336" text-anchor="middle">minutes of one core</text>')
+        parts.append(f'<text x="{x}" y="326" text-anchor="middle">{minutes:g}</text>')
+    parts.append('<text x="260" y="344" text-anchor="middle">minutes of one core</text>')
+    parts.append('<text x="80" y="14" text-anchor="middle">likeness</text>')
     ends = sorted((points[-1][1], name) for name, points in lines.items())
     below = 0.0
     for number, (end, name) in enumerate(ends):
