@@ -22,8 +22,8 @@ CARDS = {
     "6": ["person 1", "person 2", "person 5", "person 3"],
     "8": ["person 7", "person 4", "class 1", "class 4"],
     "9": ["base 3", "person 3", "person 5", "person 7"],
-    "10": ["person 0", "person 3", "person 6", "person 4"],
     "Inspect": ["person 7"],
+    "One": ["person 0", "person 3", "person 6", "person 4"],
 }
 """First word of a workflow's name -> the faces of its card, by row and place."""
 GROUPS = {"7": [(8, 371), (434, 371)]}

@@ -430,7 +430,7 @@ KREA2 = transformer(
 def one_photo(base: Base) -> Workflow:
     """A LoRA of one photo and of what an editing model makes of it."""
     return Workflow(
-        "10 One photo to a LoRA",
+        "One photo to a LoRA",
         [
             Step(
                 "Base and photo",
@@ -616,7 +616,6 @@ WORKFLOWS = [
         ],
     ),
     comparison(),
-    one_photo(KLEIN),
     Workflow(
         "Inspect and convert a LoRA",
         [
@@ -642,6 +641,7 @@ WORKFLOWS = [
             ),
         ],
     ),
+    one_photo(KLEIN),
 ]  # fmt: skip
 
 # Builds a Workflow in the open page: a column for each step, below a note. A node that grows when it is used stands last.
