@@ -75,7 +75,13 @@ def run(options: CheckOptions) -> int:
     drawn = options.like is not None
     given = photos.read_photos(options.photos, repeats=not drawn, drawn=drawn, on_warning=print_warning)
     network = load_faces(options.face_network) if drawn else faces_if_installed(print_warning, options.face_network)
-    thresholds = photos.Thresholds.for_resolution(resolution, network.name if network else "sface")
+    name = network.name if network else "sface"
+    # Without a base model, nothing is known about the size that drawn pictures need.
+    thresholds = (
+        photos.Thresholds.for_reference(name)
+        if drawn and not (options.resolution or options.base)
+        else photos.Thresholds.for_resolution(resolution, name)
+    )
     thresholds = dataclasses.replace(thresholds, **dict(options.threshold))
     if options.like and network:
         return _choose(options, given, network, thresholds)
@@ -103,7 +109,9 @@ def _choose(
     if options.count is not None and options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
     real, second = photos.read_photos(options.like, on_warning=print_warning), second_network(network)
-    found = photos.choose_alike(given, real, network, second, count=options.count or 0, thresholds=thresholds)
+    found = photos.choose_alike(
+        given, real, network, second, count=options.count or 0, thresholds=thresholds, required=False
+    )
     chosen = [one.report.photo for one in found if not one.reason]
     if options.output:
         _copy(chosen, make_folder(options.output), options.overwrite)
@@ -122,6 +130,7 @@ def _choose(
             else f"{network.name} alone; install dlib for a second opinion"
         )
         print(f"{len(chosen)} of {len(found)} chosen by {by}")
+    photos.check_chosen(found, thresholds)
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import photos, pictures, training  # Their modules load only when a name is used.
-from ..errors import BadConfig
+from ..errors import BadConfig, counted
 from .common import print_warning
 from .options import Options, argument, option
 from .shared_options import FACE_NETWORK, JSON, JUDGE, OVERWRITE
@@ -43,6 +43,8 @@ def run(options: ScoreOptions) -> None:
     ]
     reference = photos.read_photos(options.reference, on_warning=print_warning)
     trained = photos.read_photos(options.trained_on, on_warning=print_warning) if options.trained_on else []
+    if both := {photo.digest for photo in trained} & {photo.digest for photo in reference}:
+        raise BadConfig(f"--trained-on: {counted(len(both), 'photo')} of {options.trained_on} are in --reference too")
     others = _other_people(options.people, {photo.digest for photo in (*reference, *trained)}) if options.people else []
     network = load_faces(options.face_network)
     networks = [network]

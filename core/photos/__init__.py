@@ -7,6 +7,7 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .agreement import check_agreed as check_agreed
     from .alike import Candidate as Candidate
+    from .alike import check_chosen as check_chosen
     from .alike import choose_alike as choose_alike
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption

@@ -73,16 +73,20 @@ def choose_alike(
         for item, score in zip(report.photos, judged, strict=True)
     ]
     found = _without_repeats(found, real.usable, thresholds)
-    if required and all(one.reason for one in found):
-        causes = ", ".join(f"{number} {cause}" for cause, number in Counter(one.cause for one in found).most_common())
-        alike = max((one.report.likeness for one in found if one.report.likeness is not None), default=None)
-        best = (
-            ""
-            if alike is None
-            else f". The best likeness is {alike:.2f}, and {thresholds.likeness_review:.2f} is needed"
-        )
-        raise BadPhoto(f"none of the {counted(len(found), 'picture')} can be used: {causes}{best}")
+    if required:
+        check_chosen(found, thresholds)
     return _most_varied(found, real.usable, count) if count else found
+
+
+def check_chosen(found: Sequence[Candidate], thresholds: Thresholds) -> None:
+    """Raise BadPhoto with the causes, and with the best likeness if it is too low, when no picture was chosen."""
+    if not all(one.reason for one in found):
+        return
+    causes = ", ".join(f"{number} {cause}" for cause, number in Counter(one.cause for one in found).most_common())
+    alike = max((one.report.likeness for one in found if one.report.likeness is not None), default=1.0)
+    needed = thresholds.likeness_review
+    best = f". The best likeness is {alike:.2f}, and {needed:.2f} is needed" if alike < needed else ""
+    raise BadPhoto(f"none of the {counted(len(found), 'picture')} can be used: {causes}{best}")
 
 
 def _against(item: PhotoReport, judged: float | None, limits: Thresholds, lowest: float) -> tuple[str, str]:

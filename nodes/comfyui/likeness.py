@@ -84,7 +84,7 @@ class LikenessScore(io.ComfyNode):
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         panel.scored(cls.hidden.unique_id, [(index, scores[index]) for index in order])
         words, given = [f"{score:.2f}" if score > -1 else "no face" for score in scores], _labels(labels, len(judged))
-        texts = [f"{words[index]} {given[index]}".strip() for index in order]
+        texts = [", ".join(filter(None, (words[index], given[index]))) for index in order]
         sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[texts])
         return io.NodeOutput(
             [image_tensor(judged[index]) for index in order],

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
 
 from core.cli import main
 from core.errors import BadPhoto
@@ -63,6 +63,12 @@ def test_edits_of_another_person_are_an_error_however_many_they_are(network):
         choose_alike(edits, REAL, network, thresholds=SMALL)
 
 
+def test_pictures_that_fail_for_another_reason_are_not_said_to_be_too_little_alike(network):
+    blurred = photo(orl(5, 1).filter(ImageFilter.GaussianBlur(1.7)), "blurred.png")
+    with pytest.raises(BadPhoto, match=r"none of the 1 picture can be used: 1 blurred$"):
+        choose_alike([blurred], REAL, network, thresholds=SMALL)
+
+
 def test_photos_that_leave_open_who_is_meant_are_an_error(network):
     couple = [photo(side_by_side(orl(5, 9), orl(6, 1)))]
     with pytest.raises(BadPhoto, match="the photos to compare with: 0 of 1 usable: all of several people"):
@@ -117,6 +123,9 @@ def test_the_command_copies_the_chosen_pictures_and_says_why_others_are_left_out
     assert [path.name for path in (tmp_path / "chosen").iterdir()] == ["good.png"]
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["chosen"] == 1
+    assert main([*command[:4], "--base", "demo", "--threshold", "likeness_review=1"]) == 1
+    told = capsys.readouterr()
+    assert "good.png: not alike enough" in told.out and "none of the 2 pictures can be used" in told.err
     orl(1, 1).save(tmp_path / "chosen" / "good.png")
     assert main(command) == 1 and "--overwrite" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "drawn"), "--count", "2"]) == 1

@@ -494,6 +494,9 @@ def test_the_score_of_pictures_has_the_figures_of_papers(tmp_path, capsys):
     assert found["fresh"]["share"] == pytest.approx(found["fresh"]["likeness"] / found["fresh"]["photos"], abs=1e-3)
     assert main(["score", str(tmp_path / "fresh"), *papers]) == 0
     assert "of the photos' own" in (line := capsys.readouterr().out.splitlines()[-1]) and "mAP 1.00" in line
+    twice = [*papers[:3], papers[1], *papers[4:]]
+    assert main(["score", str(tmp_path / "fresh"), *twice]) == 1
+    assert "are in --reference too" in capsys.readouterr().err
     (tmp_path / "nobody").mkdir()
     assert main(["score", str(tmp_path / "fresh"), *papers[:-1], str(tmp_path / "nobody")]) == 1
     assert "no photos of other people found" in capsys.readouterr().err
