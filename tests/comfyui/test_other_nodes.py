@@ -116,7 +116,7 @@ def test_a_distilled_model_gets_its_steps_and_no_guidance(server):
     }
     result = server.result(graph)
     assert (texts(result, "guidance"), texts(result, "steps")) == (["1.0"] * 3, ["4"] * 3)
-    assert texts(result, "styles") == [""]
+    assert "speed LoRA" not in texts(result, "styles")[0]  # which may name broken packs of other tests
     graph["base"] = node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
     (hint,) = texts(server.result(graph), "styles")
     assert "in 8 steps without guidance, with the speed LoRA Hyper-SD15-8steps-lora.safetensors" in hint
@@ -364,7 +364,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     own, others = ([float(score) for score in texts(result, name)] for name in ("own_scores", "other_scores"))
     assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
     assert own == sorted(own, reverse=True)
-    assert texts(result, "other_labels") == [f"{score:.2f} emil at 0.6" for score in others]
+    assert texts(result, "other_labels") == [f"{score:.2f}, emil at 0.6" for score in others]
     assert server.drawn(result, "sheet").height > 200
     assert server.drawn(result, "plot").size == (640, 400)
 
