@@ -95,8 +95,8 @@ def _look(
 
 def _other_people(folder: Path, own: Set[str]) -> list["photos.Photo"]:
     """Return the photos of all people in the folder, without the person whose photos have the digests `own`."""
-    found = []
-    for place in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    found, places = [], folder.iterdir() if folder.is_dir() else ()
+    for place in sorted(path for path in places if path.is_dir() and not path.name.startswith(".")):
         person = photos.read_photos(place, on_warning=print_warning)
         if not {photo.digest for photo in person} & own:
             found += person
