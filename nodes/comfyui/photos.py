@@ -176,8 +176,9 @@ class Seen:
         verdict = "doubtful" if self.unread else "good"
         if self.report:
             headline = "; ".join(filter(None, (self.report.headline, headline)))
-            all_used = len(self.report.usable) == len(self.photos) and not self.unread
-            verdict = "rejected" if not self.report.enough else "good" if all_used else "doubtful"
+            usable = len(self.report.usable)
+            good = usable == len(self.photos) and not self.unread and usable >= self.report.thresholds.photos_measured
+            verdict = "rejected" if not self.report.enough else "good" if good else "doubtful"
             people = self.report.people or [0] * len(self.photos)
             for tile, item, person in zip(tiles, self.report.photos, people, strict=False):
                 reasons = "; ".join(finding.sentence for finding in item.findings)

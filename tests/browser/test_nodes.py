@@ -243,7 +243,7 @@ def test_one_photo_is_trained_on_and_the_page_says_what_cannot_be_known(page, se
     photos_and_training(page, name="Ilse", resolution=64, steps=1, samples=0)
     page.drop(PHOTOS, sorted(write_photos(tmp_path / "one", count=1, scale=2, person=36).glob("*.png")))
     page.wait_for("() => /^1 of 1 usable, too few to measure likeness; add /.test("
-                  "document.querySelector('.facelora-headline').textContent)")  # fmt: skip
+                  "document.querySelector('.facelora-says-doubtful.facelora-headline')?.textContent)")  # fmt: skip
     assert server.wait(page.queue()).status == "success"
     page.wait_for(
         "() => [...document.querySelectorAll('.facelora-warning')].some("
