@@ -3,7 +3,7 @@
 `python tools/comfyui_trainer.py COMFYUI FOLDER` trains, with the code of the `Train LoRA` node, on what is in the folder:
 `weights.safetensors` (a denoiser), `inputs.safetensors` (latents and conditioning), `task.json`. For each empty line on its
 standard input it makes one step and answers with a line `STEP {...}`; another line is the path of a file to save the LoRA in.
-It ends when there are no more.
+It stops at the end of its input.
 """
 
 # pyright: reportMissingImports=false

@@ -37,7 +37,7 @@ PLOT = DOCUMENT.parent / "images" / "other-trainers.svg"
 RECORDS, COSTS = (Path(__file__).with_name(name) for name in ("peer_runs.jsonl", "peer_costs.json"))
 COLOURS = ("#1d4ed8", "#b45309", "#047857", "#be123c", "#6d28d9", "#475569")
 MINUTES = (0.5, 1.0, 2.0)
-"""The budgets of processor time. FaceLoRA's own length takes 1.5 to 1.8 minutes."""
+"""The budgets of processor time. FaceLoRA's own length takes 1.7 minutes by COSTS."""
 RATE = ", rate "
 PROBES = (24, 72)
 """The steps of the two runs that a trainer's cost is computed from."""
@@ -287,8 +287,6 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="measure the costs of the trainers instead")
     options = parser.parse_args()
     class_images = options.work / "class-images"
-    if not class_images.exists():
-        save_all(draw(class_caption("person"), None, range(1, CLASS_IMAGES + 1)), class_images)
     every = {
         name: trainer
         for rate in options.rate or [None]
@@ -296,6 +294,10 @@ def main() -> None:
     }
     chosen = {name: trainer for name, trainer in every.items() if name.split(RATE)[0] in (options.trainer or [name])}
     budgets = options.minutes or MINUTES
+    if not options.costs and (lacking := {name.split(RATE)[0] for name in chosen} - read_costs().keys()):
+        parser.error(f"measure these with --costs first, or choose others with --trainer: {'; '.join(sorted(lacking))}")
+    if not class_images.exists():
+        save_all(draw(class_caption("person"), None, range(1, CLASS_IMAGES + 1)), class_images)
     if options.costs:
         costs = read_costs() | measure_costs(chosen, SEEN_PEOPLE[-1])
         write_text(COSTS, json.dumps({name: asdict(cost) for name, cost in costs.items()}, indent=1) + "\n")

@@ -29,7 +29,7 @@ CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
 ENOUGH = Thresholds.photos_measured
 """With this many usable photos or more, some are held out."""
 FEW = 5
-"""With this many photos or fewer, a recipe trains half as long: longer training only copies them (docs/likeness.md)."""
+"""With this many photos or fewer, a recipe trains half as long: longer training copies them more (docs/likeness.md)."""
 MEASUREMENTS = 4
 """The number of likeness measurements when photos are held out and `sample_every` is not given."""
 
