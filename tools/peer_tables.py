@@ -30,7 +30,7 @@ from core.storage.files import write_text
 from core.training.likeness import picture_change
 from tools.peer_trainers import ComfyUI, Diffusers, FaceLora, Trainer
 from tools.photo_tables import replace_table, table
-from tools.recipe_tables import TEST, by_base, draw, mean, with_error
+from tools.recipe_tables import TEST, by_base, copying, draw, mean, with_error
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "other-trainers.md"
 PLOT = DOCUMENT.parent / "images" / "other-trainers.svg"
@@ -72,7 +72,7 @@ class Verdict:
     rank1: float
     """Share of the pictures that are more like the test photos than like any other person of the set."""
     copying: float
-    """Mean cosine to the nearest training photo minus that to the nearest test photo."""
+    """As `recipe_tables.copying`: mean cosine to the nearest training photo minus that to the nearest test photo."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +145,14 @@ def judged(file: Path, person: int, judges: Sequence[FaceNetwork]) -> tuple[floa
     for network in judges:
         known = vectors(network)
         test, others = centre(known[person][-TEST:]), [centre(rows) for other, rows in known.items() if other != person]
-        seen, leaked = (np.nan_to_num(embed_images(network, images)) for images in (of_person, after))
+        drawn = embed_images(network, of_person)
+        seen, leaked = (np.nan_to_num(rows) for rows in (drawn, embed_images(network, after)))
         scores = seen @ test
-        gap = (likeness(seen, known[person][:-TEST]).max(axis=1) - likeness(seen, known[person][-TEST:]).max(axis=1))[
-            seen.any(axis=1)
-        ]
         verdicts[network.name] = Verdict(
             likeness=round(float(scores.mean()), 4),
             leakage=round(float((leaked @ test).mean() - (of_base(network) @ test).mean()), 4),
             rank1=float(np.mean(scores > likeness(seen, np.stack(others)).max(axis=1))),
-            copying=round(float(gap.mean()), 4) if len(gap) else 0.0,
+            copying=copying(drawn, known[person][:-TEST], known[person][-TEST:]),
         )
     return mean([picture_change(a, b) for a, b in zip(before, after, strict=True)]), verdicts
 

@@ -66,7 +66,8 @@ class Verdict:
     rank1: float
     """Share of the pictures that are more like the test photos than like any other person of the set."""
     copying: float | None = None
-    """Mean cosine of the pictures to the nearest photo that the command was given, minus that to the nearest test photo."""
+    """Mean cosine of the pictures with a face to the nearest photo that the command was given, minus that to the nearest test
+    photo."""
 
     @property
     def gain(self) -> float:
@@ -125,21 +126,23 @@ def run(options: str, person: int, seed: int, count: int, judges: Sequence[FaceN
             stranger=stranger,
             leakage=round(mean(judge.likeness(after)) - stranger, 4),
             rank1=judge.recognised(of_person) / len(of_person),
-            copying=copying(network, of_person, used, test),
+            copying=copying(*(embed_images(network, images) for images in (of_person, used, test))),
         )
     drift = mean([picture_change(a, b) for a, b in zip(before, after, strict=True)])
     return Row(options, person, seed, int(lora.metadata["ss_steps"]), drift, verdicts, curve, count)
 
 
-def copying(
-    network: FaceNetwork, images: Sequence[Image.Image], used: Sequence[Image.Image], test: Sequence[Image.Image]
-) -> float:
-    """As `Verdict.copying`."""
-    near, far = (likeness(embed_images(network, images), embed_images(network, photos)) for photos in (used, test))
-    return mean(np.nan_to_num(np.nanmax(near, 1) - np.nanmax(far, 1)).tolist())
+def copying(pictures: np.ndarray, used: np.ndarray, test: np.ndarray) -> float:
+    """As `Verdict.copying`, of identity vectors (N, D); 0 if no picture has a face.
+
+    Pictures and photos without a face, which are rows of NaN, are left out.
+    """
+    seen = pictures[~np.isnan(pictures).any(axis=1)]
+    near, far = (np.nanmax(likeness(seen, photos), axis=1) for photos in (used, test))
+    return mean(near - far) if len(seen) else 0.0
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float] | np.ndarray) -> float:
     return round(float(np.mean(values)), 4)
 
 

@@ -1,5 +1,6 @@
 """tools/peer_tables.py and its trainers: what is compared with other programs, and how."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from tests.tooling import write_photos
 from tools import peer_tables
 from tools.peer_tables import Cost, Row, Verdict, summary
 from tools.peer_trainers import Diffusers, FaceLora
+from tools.recipe_tables import copying
 
 
 def test_the_steps_of_a_budget_leave_time_for_what_every_run_takes():
@@ -41,6 +43,12 @@ def test_a_row_of_the_table_is_the_mean_over_people_and_seeds():
     ((name, minutes, steps, sface, *_),) = summary([row(35, 1, 0.2), row(35, 2, 0.4), row(36, 1, 0.5), row(36, 2, 0.7)])
     assert (name, minutes, steps) == ("ours", "1", "100")
     assert sface == "0.450 ± 0.150"  # of the people's 0.3 and 0.6
+
+
+def test_copying_leaves_out_pictures_and_photos_without_a_face():
+    used, test, missing = np.eye(3, dtype=np.float32)[:1], np.eye(3, dtype=np.float32)[1:2], np.full((1, 3), np.nan)
+    assert copying(np.concatenate([used, missing]), np.concatenate([used, missing]), test) == 1
+    assert copying(missing, used, test) == 0
 
 
 def test_the_lines_of_the_plot_end_with_their_trainers_names():
