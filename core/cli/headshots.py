@@ -15,8 +15,19 @@ from .computing import device_from, show_work, speed_hint, work_in_short
 from .generate import few_steps_hint, unread_syntax
 from .options import Options, argument, below, option, settings
 from .settings import SCHEDULE, schedule_from, settings_from
-from .shared_options import BASE, DEVICE, DRY_RUN, SEED, SIDECARS, SPEED_LORA, STYLE_FOLDER, TRAINING_ADAPTER, BaseParts
-from .train import StopOnSignal, shown, training_adapter_from
+from .shared_options import (
+    BASE,
+    DEVICE,
+    DRAWN_PHOTOS,
+    DRY_RUN,
+    SEED,
+    SIDECARS,
+    SPEED_LORA,
+    STYLE_FOLDER,
+    TRAINING_ADAPTER,
+    BaseParts,
+)
+from .train import StopOnSignal, drawn_from, shown, training_adapter_from
 from .values import Folder, InputName, InputPath
 
 STYLE_PACK, COUNT = "corporate", 20
@@ -54,6 +65,7 @@ class HeadshotsOptions(Options):
     output: Folder | None = option(
         "Folder for the LoRA, the pictures and their page. Existing ones are not made again (default: PHOTOS-headshots)"
     )
+    drawn_photos: InputPath | None = DRAWN_PHOTOS
     order: OrderOptions = below()
     yes: bool = option("Ask no questions")
     dry_run: bool = DRY_RUN
@@ -64,7 +76,7 @@ class HeadshotsOptions(Options):
 def run(options: HeadshotsOptions) -> int:
     """Run the command. Returns 1 if no picture is like the person, else 0."""
     asked = options.order
-    photos.check_agreed(options.photos)
+    photos.check_agreed(options.photos, *filter(None, [options.drawn_photos]))
     place = options.photos.resolve()
     if not (options.output or place.name):
         raise BadConfig(f"{place}: pictures can't be saved beside this folder: choose one with --output")
@@ -82,8 +94,9 @@ def run(options: HeadshotsOptions) -> int:
         if asked.style_pack:
             found.pick(asked.style_pack)  # Raises now, not after the photos have been checked.
         read = photos.read_photos(options.photos, on_warning=progress.warning)
+        drawn = drawn_from(options.drawn_photos, progress)
         config = training.recipe_config(asked.recipe, base, len(read), given, progress.warning)
-        ready = studio.ready_photos(read, base, config, callbacks)
+        ready = studio.ready_photos(read, base, config, callbacks, drawn)
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # Otherwise the check has reported it.
             print(f"photos: {ready.report.headline}")

@@ -26,6 +26,9 @@ SPEED_LORA = option(
 )
 BASE = option("Base model: checkpoint file, diffusers folder, hub id, or demo, the small one of the package")
 DEVICE = option("Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
+DRAWN_PHOTOS = option(
+    "Pictures of the person that a program has drawn, to train on too. They count at most as much as the photos", "DIR"
+)
 DRY_RUN = option("Print the work of each part, the time and the memory, then exit")
 FACE_NETWORK_HELP = "Face network that tells people apart: sface, dlib, or a file in ArcFace's format (default: sface)"
 FACE_NETWORK = option(FACE_NETWORK_HELP, "NAME|FILE.onnx", default="sface")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,17 @@ from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
 from .options import OneOf, Options, argument, below, option, settings
 from .settings import schedule_from, settings_from
-from .shared_options import BASE, DEVICE, DRY_RUN, FACE_NETWORK_HELP, JUDGE, SIDECARS, TRAINING_ADAPTER, BaseParts
+from .shared_options import (
+    BASE,
+    DEVICE,
+    DRAWN_PHOTOS,
+    DRY_RUN,
+    FACE_NETWORK_HELP,
+    JUDGE,
+    SIDECARS,
+    TRAINING_ADAPTER,
+    BaseParts,
+)
 from .values import InputName, InputPath, LoraOutput
 
 UNFINISHED = OneOf()
@@ -37,10 +48,7 @@ class TrainOptions(Options):
     parts: BaseParts = below()
     output: LoraOutput = option("LoRA to write")
     class_photos: InputPath | None = option("Photos of the class, for prior preservation", "DIR")
-    drawn_photos: InputPath | None = option(
-        "Pictures of the person that a program has drawn, to train on too. They count at most as much as the photos",
-        "DIR",
-    )
+    drawn_photos: InputPath | None = DRAWN_PHOTOS
     continue_from: InputPath | None = option("LoRA to continue from", "FILE")
     training_adapter: InputPath | None = TRAINING_ADAPTER
     config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
@@ -88,8 +96,7 @@ def run(options: TrainOptions) -> None:
     faces = load_faces(options.face_network) if options.face_network else None
     judge = load_faces(options.judge) if options.judge else None
     class_photos, drawn_photos = (
-        photos.read_photos(folder, strict=options.strict, drawn=True, on_warning=progress.warning) if folder else ()
-        for folder in (options.class_photos, options.drawn_photos)
+        drawn_from(folder, progress, options.strict) for folder in (options.class_photos, options.drawn_photos)
     )
     start = lora.LoraFile.read(options.continue_from) if options.continue_from else None
     job = training.TrainingJob.of(
@@ -137,6 +144,11 @@ def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
     shared = studio.basis(used, job.base, job.config, device, job.adapter)
     ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))
     show_work(ledger, ledger.seconds(studio.speed_of(job.base, device, job.config.precision)), options.json)
+
+
+def drawn_from(folder: Path | None, progress: Progress, strict: bool = False) -> "Sequence[photos.Photo]":
+    """Return the pictures of a folder, which a program may have drawn; none without a folder."""
+    return photos.read_photos(folder, strict=strict, drawn=True, on_warning=progress.warning) if folder else ()
 
 
 def training_adapter_from(path: Path | None, base: "models.Base") -> "training.TrainingAdapter | None":

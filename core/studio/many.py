@@ -16,7 +16,6 @@ import torch
 from ..device import processor, usable_device
 from ..errors import BadFile
 from ..models.base import Base
-from ..photos import count_photos, read_photos
 from ..progress import silent
 from ..storage.files import make_folder
 from ..storage.locks import at_work, locked
@@ -24,7 +23,7 @@ from ..training.callbacks import NO_CALLBACKS, Callbacks
 from .cluster import make_on_cluster
 from .cost import Cost, Work, seconds_for
 from .ledger import Basis, Ledger, basis
-from .people import REPORT, Person
+from .people import REPORT, Person, read_person
 from .report import delete_leftovers, read_report, write_report
 from .result import Result, Terms, check_person, failed, find_or_make, is_made
 
@@ -137,12 +136,13 @@ def plan_people(
         try:
             check_person(person, output)
             # Without any, reading them raises the reason.
-            photos = count_photos(person.photos) or len(read_photos(person.photos, on_warning=silent))
+            photos, drawn = person.count_files()
+            photos = photos or len(read_person(person, silent)[0])
             order = terms.order(person, photos, base)
-            if is_made(order, photos, base, output):
+            if is_made(order, photos, drawn, base, output):
                 made_before.append(person.name)
             else:
-                to_make[person.name] = Work(1, photos, order.config.steps, order.count)
+                to_make[person.name] = Work(1, photos + drawn, order.config.steps, order.count)
         except Exception as error:
             refused[person.name] = failed(person, error).reason
     used = processor(usable_device(device))
@@ -168,8 +168,9 @@ def plan_ledger(
         if person.name not in before.to_make:
             continue
         try:
-            photos = read_photos(person.photos, on_warning=callbacks.on_warning)
+            photos, drawn = read_person(person, callbacks.on_warning)
             order = terms.order(person, len(photos), base, callbacks)
+            photos = [*photos, *drawn]
             alike = repr(replace(order.config, trigger_word="sks", class_word="person"))
             if alike not in shared:
                 shared[alike] = basis(photos, base, order.config, device, order.training_adapter)

@@ -6,19 +6,23 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..config import parse_toml
 from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..photos import Photo, count_photos, read_photos
 from ..photos.agreement import MAX_BYTES, PERSON_FILE, YES
 from ..pictures.style_pack import check_count
+from ..progress import OnWarning
 from ..storage.files import RESERVED, is_text, read_bytes
 
 REPORT, PAGE = "report.json", "report.html"
 """The studio's files in its output, beside the people's folders."""
+DRAWN_FOLDER = "drawn"
+"""The folder of drawn pictures of a person, in the folder of the person's photos."""
 _MOST_NAME_BYTES = 200
 """The longest name in bytes: file systems allow 255, and file names add more to the person's name."""
 _NO = ("false", "no", "0", "")
@@ -42,6 +46,10 @@ class Person:
     """The number of pictures."""
     problem: str = ""
     """What is wrong with the person's entry; empty if it is valid."""
+
+    def count_files(self) -> tuple[int, int]:
+        """Count the photos and the drawn pictures without opening them."""
+        return count_photos(self.photos), count_photos(self.photos / DRAWN_FOLDER)
 
 
 _OWN_SETTINGS = [field.name for field in fields(Person) if field.name not in ("name", "photos", "problem")]
@@ -86,6 +94,13 @@ def read_people(place: str | os.PathLike[str]) -> list[Person]:
     if twice := [name for name in valid if names[name.casefold()] > 1]:
         raise BadConfig(f"{place}: two people are called {twice[-1]!r}; choose another name for one")
     return people
+
+
+def read_person(person: Person, on_warning: OnWarning) -> tuple[Sequence[Photo], Sequence[Photo]]:
+    """Read a person's photos, and the pictures to train on too in the folder `drawn` beside them. Raises BadPhoto."""
+    photos = read_photos(person.photos, apart=DRAWN_FOLDER, on_warning=on_warning)
+    _, drawn = person.count_files()
+    return photos, read_photos(person.photos / DRAWN_FOLDER, drawn=True, on_warning=on_warning) if drawn else ()
 
 
 def _read_settings(folder: Path) -> Mapping[str, Any] | str:
@@ -164,6 +179,8 @@ def _problem_of(name: str) -> str:
         return f"the name is longer than {_MOST_NAME_BYTES} bytes; choose a shorter one for this person"
     if name.casefold() in (REPORT, PAGE):
         return f"{name!r} is the name of a studio file; choose another name for this person"
+    if name.casefold() == DRAWN_FOLDER:
+        return f"{name!r} is for a person's drawn pictures; move it into that person's folder, or choose another name"
     bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|') or not is_text(name)
     if bad or RESERVED.fullmatch(name) or not name.isprintable():
         return f"{name!r} is not a valid folder name; choose another one for this person"

@@ -61,13 +61,14 @@ class Order:
         """Return the base model as used for training, and for drawing unless there is another one for that."""
         return base.as_distilled() if self.training_adapter else base
 
-    def key(self, photos: Sequence[str] | int, base: Base) -> str:
+    def key(self, photos: Sequence[str] | int, base: Base, drawn: Sequence[str] | int = ()) -> str:
         """Return a hash that is equal when the same LoRA would be trained and the same pictures drawn.
 
-        `photos` are the photos' fingerprints, or only their number.
+        `photos` are the photos' fingerprints, or only their number, and `drawn` those of drawn pictures to train on.
         """
         others = [self.training_adapter.digest] if self.training_adapter else []
         others += [self.drawn_on.identity] if self.drawn_on else []
+        others += [f"drawn: {drawn}"] if drawn else []
         return content_key("studio", repr(self.config), self.jobs(base), photos, base.identity, *others)
 
     def jobs(self, base: Base) -> list[Job]:
@@ -108,13 +109,18 @@ def check_drawn_on(other: Base, base: Base) -> None:
 
 
 def ready_photos(
-    photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS
+    photos: Sequence[Photo],
+    base: Base,
+    config: TrainConfig,
+    callbacks: Callbacks = NO_CALLBACKS,
+    drawn: Sequence[Photo] = (),
 ) -> Ready:
     """Check the photos once for the whole job. Raises BadPhoto if too few can be used, unless `check_photos` is off.
 
+    `drawn` pictures of the person are trained on too, but pictures aren't compared with them.
     `callbacks.on_warning` is told which photos will be left out, and if face networks aren't installed.
     """
-    return ready_for(photos, base, config, on_warning=callbacks.on_warning, to_rank=True)
+    return ready_for(photos, base, config, on_warning=callbacks.on_warning, to_rank=True, drawn=drawn)
 
 
 def train_and_draw(

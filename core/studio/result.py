@@ -20,7 +20,7 @@ from ..device import usable_device
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse, one_line
 from ..faces import LIKENESS
 from ..models.base import Base
-from ..photos import Photo, check_agreed, count_photos, read_photos
+from ..photos import Photo, check_agreed
 from ..pictures.style_pack import StylePack
 from ..progress import READING, OnProgress
 from ..storage.cache_folder import cache_in, content_key
@@ -30,7 +30,7 @@ from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
 from ..training.training_adapter import TrainingAdapter
 from .cost import Cost, Stopwatch, cost_of
-from .people import Person
+from .people import Person, read_person
 from .person import Order, ready_photos, train_and_draw
 
 RECORD = "studio.json"
@@ -143,7 +143,7 @@ def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | Non
     check_person(person, output)
     if not (output / person.name / RECORD).exists():
         return None
-    _, order, key = _asked(person, base, output, terms, NO_CALLBACKS)
+    _, _, order, key = _asked(person, base, output, terms, NO_CALLBACKS)
     return _recorded(order, key, output)
 
 
@@ -161,13 +161,13 @@ def find_or_make(
     Raises InUse if another run is making the person, for longer than `wait` seconds.
     """
     watch = Stopwatch()
-    photos, order, key = _asked(person, base, output, terms, callbacks)
+    photos, drawn, order, key = _asked(person, base, output, terms, callbacks)
     if (found := _recorded(order, key, output)) is not None:
         return found
-    number = count_photos(person.photos)
-    planned = terms.order(person, number, base).key(number, base)
+    number, of_drawn = person.count_files()
+    planned = terms.order(person, number, base).key(number, base, of_drawn)
     callbacks = watch.listening(callbacks)
-    ready = ready_photos(photos, base, order.config, callbacks)
+    ready = ready_photos(photos, base, order.config, callbacks, drawn)
     watch.enter("encode")
     folder = output / person.name
     make_folder(folder)
@@ -184,7 +184,7 @@ def find_or_make(
         len(kept),
         sum(scores) / len(scores) if scores and outcome.measure == LIKENESS else None,
         outcome.trained.leakage(),
-        watch.cost(usable_device(device), terms.identity(base), len(photos)),
+        watch.cost(usable_device(device), terms.identity(base), len(photos) + len(drawn)),
     )
     record = {"result": asdict(result), "digest": _hash_with_files(key, result, output), "planned": planned}
     write_text(folder / RECORD, json.dumps(record, indent=1))
@@ -192,12 +192,12 @@ def find_or_make(
     return result
 
 
-def is_made(order: Order, photos: int, base: Base, output: Path) -> bool:
-    """Return whether the person's record matches this order on the same base model and number of photos, without opening
-    them."""
+def is_made(order: Order, photos: int, drawn: int, base: Base, output: Path) -> bool:
+    """Return whether the person's record matches this order on the same base model and numbers of photos and drawn pictures,
+    without opening them."""
     record = output / order.name / RECORD
     try:
-        return record.exists() and read_json(record)["planned"] == order.key(photos, base)
+        return record.exists() and read_json(record)["planned"] == order.key(photos, base, drawn)
     except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced.
         return False
 
@@ -239,13 +239,14 @@ def is_foreign(folder: Path) -> bool:
 
 def _asked(
     person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks
-) -> tuple[Sequence[Photo], Order, str]:
-    """Return the photos, the order, and a key of the order."""
+) -> tuple[Sequence[Photo], Sequence[Photo], Order, str]:
+    """Return the photos, the drawn pictures to train on too, the order, and a key of the order."""
     check_person(person, output)
     terms.compute_hashes(base, callbacks.progress(READING))
-    photos = read_photos(person.photos, on_warning=callbacks.on_warning)
+    photos, drawn = read_person(person, callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
-    return photos, order, order.key([photo.fingerprint for photo in photos], base)
+    prints, of_drawn = ([photo.fingerprint for photo in group] for group in (photos, drawn))
+    return photos, drawn, order, order.key(prints, base, of_drawn)
 
 
 def _hash_with_files(key: str, result: Result, output: Path) -> str:

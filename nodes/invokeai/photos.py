@@ -2,6 +2,8 @@
 
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
+from collections.abc import Iterable
+
 from invokeai.invocation_api import (
     BaseInvocation,
     BaseInvocationOutput,
@@ -32,6 +34,11 @@ TILE = 256
 """The height of a photo on a sheet, in pixels."""
 
 
+def read_named(context: InvocationContext, names: Iterable[str], progress: NodeProgress) -> list[Photo]:
+    """Read the pictures that InvokeAI has under these names, without those that can't be read."""
+    return read_photo_files([services.photo_path(context, name) for name in names], on_warning=progress.warning)
+
+
 class PhotosInvocation(BaseInvocation):
     """A node that takes photos of a person."""
 
@@ -58,8 +65,7 @@ class PhotosInvocation(BaseInvocation):
         names = self.image_names(context)
         if not names:
             raise BadPhoto("no photos: add 10 to 20 photos of one person, or choose a board that has them")
-        paths = [services.photo_path(context, name) for name in names]
-        photos = read_photo_files(paths, on_warning=progress.warning)
+        photos = read_named(context, names, progress)
         if not photos:
             raise BadPhoto(f"none of the {counted(len(names), 'photo')} can be read. Add others as jpg or png files")
         return photos

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from invokeai.invocation_api import (
     BaseInvocationOutput,
+    ImageField,
     InputField,
     InvocationContext,
     ModelIdentifierField,
@@ -30,7 +31,7 @@ from ...core.training.store import LoraFolders, check_makes_lora, find_or_train,
 from ...core.training.trained_file import TrainedFile
 from . import services
 from .models import MAIN_MODEL, base_of
-from .photos import PhotosInvocation
+from .photos import PhotosInvocation, read_named
 from .progress import NodeProgress
 
 FOLDER = "facelora"
@@ -51,7 +52,7 @@ class TrainFaceLoraOutput(BaseInvocationOutput):
     title="Train Face LoRA",
     tags=["facelora", "lora", "train", "dreambooth", "face"],
     category="FaceLoRA",
-    version="1.0.0",
+    version="1.1.0",
     use_cache=False,
 )
 class TrainFaceLoraInvocation(PhotosInvocation):
@@ -90,17 +91,22 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         description="Any other training setting as lines of TOML, such as rank = 32. Settings here override the recipe.",
         ui_component=UIComponent.Textarea,
     )
+    drawn_photos: list[ImageField] | None = InputField(
+        default=None,
+        description="Pictures of the person that a model has drawn, to train on too. They count at most as much as the photos.",
+    )
 
     def invoke(self, context: InvocationContext) -> TrainFaceLoraOutput:
         progress = NodeProgress(context)
         photos = self.read_photos(context, progress)
+        drawn = read_named(context, [picture.image_name for picture in self.drawn_photos or ()], progress)
         base = base_of(context, self.model)
         place = LoraFolders(lora_path(self.name), [context.config.get().models_path / FOLDER])
         config = self._config(base, len(photos), progress)
         check_makes_lora(config)
         progress.show("checking the photos")
         try:
-            job = TrainingJob.of(photos, base, config, on_warning=progress.warning)
+            job = TrainingJob.of(photos, base, config, drawn_photos=drawn, on_warning=progress.warning)
         except BadPhoto as error:
             raise BadPhoto(str(error).replace(SWITCH, "turn off Check Photos")) from None
         services.make_room(context)

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from core.demo import BASE_FILE
+from core.demo.people import person_photos
 from core.errors import FaceLoraError
+from core.lora.file import LoraFile
 from core.storage.cache_folder import cache_folder, clear_cache
 from core.storage.drawn import DRAWN
 from core.version import __version__
@@ -111,6 +113,17 @@ def test_a_trained_lora_is_registered_with_its_words_and_a_cover_and_then_found(
     assert desk.context.shown[-1][2] is not None, "no sample was shown"
     again = train(desk, class_word="man")
     assert again.lora == made.lora and again.report.startswith("anna: already trained")
+
+
+def test_drawn_pictures_are_trained_on_too_and_are_not_compared_with(desk):
+    names = ("drawn.png", "other.png")
+    for name, picture in zip(names, (person_photos(35)[8], person_photos(36)[0]), strict=True):
+        picture.resize((276, 336)).save(desk.context.folder / name)
+    made = train(desk, check_photos=True, drawn_photos=[ImageField(name) for name in names])
+    file = desk.context.folder / desk.context.configs[made.lora.key].path
+    assert LoraFile.read(file).metadata["ss_num_train_images"] == "6"
+    assert "other.png is left out: this seems to be someone else" in made.report
+    assert made.photo_names == [photo.image_name for photo in desk.photos]
 
 
 def test_a_lora_trained_after_one_was_deleted_by_hand_has_its_own_words(desk):

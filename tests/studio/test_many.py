@@ -18,7 +18,8 @@ from core.lora.names import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Result, Terms, forget, make_people, many, plan_people, read_people
+from core.storage.drawn import save_png
+from core.studio import Person, Result, Terms, forget, make_people, many, plan_ledger, plan_people, read_people
 from core.studio.report import read_report
 from core.studio.result import find
 from core.training import Callbacks
@@ -104,6 +105,28 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
     write_photos(people[1].photos, count=6, person=36)
     assert [*plan_people(people, base, output, terms).to_make] == ["ben"]
     assert [result.status for result in make_people(people, base, output, terms)] == ["found", "made"]
+
+
+def test_drawn_pictures_in_a_persons_folder_are_trained_on_and_are_nobodys_photos(tmp_path, base, terms, people):
+    anna, warnings = people[0], []
+    callbacks = Callbacks(on_warning=warnings.append)
+    assert [result.status for result in make_people([anna], base, tmp_path / "out", terms)] == ["made"]
+    (anna.photos / "drawn").mkdir()
+    assert plan_people([anna], base, tmp_path / "out", terms).made_before == ("anna",)
+    save_png(anna.photos / "drawn" / "view.png", person_photos(35)[8])
+    person_photos(36)[0].save(anna.photos / "drawn" / "ben.png")
+    plan = plan_people([anna], base, tmp_path / "out", terms)
+    assert plan.to_make["anna"].photos == 7
+    counted = plan_ledger(plan, [anna], base, terms)
+    (made,) = make_people([anna], base, tmp_path / "out", terms, callbacks=callbacks)
+    assert made.status == "made" and made.cost and made.cost.work.photos == 7 and counted
+    assert LoraFile.read(tmp_path / "out" / (made.lora or "")).metadata["ss_num_train_images"] == "6"
+    assert sum("left out" in text for text in warnings) == 1 and warnings[-1].startswith("ben.png is left out: ")
+    assert [result.status for result in make_people([anna], base, tmp_path / "out", terms)] == ["found"]
+    (anna.photos / "drawn").rename(tmp_path / "people" / "drawn")
+    agree(anna.photos)
+    with_problem = {person.name: person.problem for person in read_people(tmp_path / "people")}
+    assert "move it into that person's folder" in with_problem["drawn"] and not with_problem["anna"]
 
 
 @pytest.mark.slow
@@ -382,7 +405,7 @@ def test_who_is_given_to_a_worker_has_no_photo_read_twice(tmp_path, base, terms,
     def not_now(*_: object, **__: object) -> None:
         raise AssertionError("photos were read")
 
-    monkeypatch.setattr("core.studio.result.read_photos", not_now)
+    monkeypatch.setattr("core.studio.result.read_person", not_now)
     assert find(people[0], base, tmp_path / "out", terms) is None
     with pytest.raises(BadConfig, match="has not agreed"):
         find(replace(people[0], agreed=False), base, tmp_path / "out", terms)

@@ -109,23 +109,17 @@ def test_drawn_pictures_are_trained_on_half_of_the_time_and_never_held_out(photo
     assert {item.photo.name for item in ready.training} == {photo.name for photo in given}
 
 
-def test_the_command_line_trains_on_drawn_pictures_too(photos, tmp_path):
+@pytest.mark.parametrize("command", ["train", "headshots"])
+def test_a_command_trains_on_drawn_pictures_too(photos, tmp_path, command):
     (photos / "friend.png").unlink()
     (tmp_path / "drawn").mkdir()
     save_png(tmp_path / "drawn" / "ours.png", person_photos(35)[8])
-    output = tmp_path / "me.safetensors"
-    command = [
-        "train",
-        str(photos),
-        "--drawn-photos",
-        str(tmp_path / "drawn"),
-        "--base",
-        "demo",
-        "--output",
-        str(output),
-    ]
-    assert main([*command, "--steps", "1", "--rank", "2"]) == 0
-    assert trained_on(LoraFile.read(output)) == 6
+    given = {"train": ("me.safetensors", ["--rank", "2"]), "headshots": ("out", ["--count", "1"])}
+    output, options = given[command]
+    words = [command, str(photos), "--drawn-photos", str(tmp_path / "drawn"), "--base", "demo", "--steps", "1"]
+    assert main([*words, "--output", str(tmp_path / output), *options]) == (command == "headshots")
+    made = tmp_path / output if command == "train" else tmp_path / output / "sks.safetensors"
+    assert trained_on(LoraFile.read(made)) == 6
 
 
 def test_photos_without_one_person_stop_before_the_training(photos, tmp_path, capsys):
