@@ -92,7 +92,7 @@ def check_chosen(found: Sequence[Candidate], thresholds: Thresholds) -> None:
 def _against(item: PhotoReport, judged: float | None, limits: Thresholds, lowest: float) -> tuple[str, str]:
     """Return why a picture is left out, in a sentence and in a word or two; ("", "") if nothing is wrong with it."""
     if item.verdict == REJECT:
-        return "; ".join(finding.sentence for finding in item.findings if finding.verdict == REJECT), item.cause
+        return item.reason, item.cause
     if item.faces > 1:
         return f"{item.faces} people in the picture", "of several people"
     if item.likeness is not None and item.likeness < limits.likeness_review:

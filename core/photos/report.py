@@ -72,6 +72,11 @@ class PhotoReport:
         return max((finding.verdict for finding in self.findings), key=VERDICTS.index, default=USE)
 
     @property
+    def reason(self) -> str:
+        """Why the photo is rejected, in sentences; "" for one that is not."""
+        return "; ".join(finding.sentence for finding in self.findings if finding.verdict == REJECT)
+
+    @property
     def cause(self) -> str:
         """Why the photo is rejected, in a word or two; "" for one that is not."""
         return next((finding.cause for finding in self.findings if finding.verdict == REJECT), "")
@@ -118,8 +123,8 @@ class SetReport:
     def headline(self) -> str:
         """The report in one line, as in "9 of 10 usable; add 1 with the head turned to the left or right".
 
-        If none is usable, it names what is wrong with them. It mentions when there are too few to measure likeness. Without a
-        face network it mentions that faces were not looked for.
+        If none is usable, it names what is wrong with them; of a single photo also what to do. It mentions when there are too
+        few to measure likeness. Without a face network it mentions that faces were not looked for.
         """
         if self.people:
             found = Counter(number for number in self.people if number)
@@ -129,7 +134,8 @@ class SetReport:
         causes = Counter(report.cause for report in self.photos if report.cause)
         if not usable and causes:
             each = [f"{count if len(causes) > 1 else 'all'} {cause}" for cause, count in causes.most_common()]
-            return f"0 of {len(self.photos)} usable: {', '.join(each)}"
+            wrong = ", ".join(each) if len(self.photos) > 1 else self.photos[0].reason
+            return f"0 of {len(self.photos)} usable: {wrong}"
         few, wish = "", next(iter(self.wishes), "")
         if not self.enough:
             few = f", and {needed} {'is' if needed == 1 else 'are'} needed"

@@ -19,6 +19,7 @@ from core.storage.cache_folder import cache_folder, clear_cache
 from core.storage.drawn import DRAWN
 from core.version import __version__
 from tests.marks import mark_in
+from tests.photos.test_report import ONLY_PHOTO
 from tests.tooling import write_photos
 
 from . import standin
@@ -226,6 +227,14 @@ def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
     [
         ({"photos": None}, "no photos: add 10 to 20 photos of one person, or choose a board that has them"),
         ({"photos": [ImageField("grey.png")] * 2, "check_photos": True}, "0 of 1 usable"),
+        (
+            {"photos": [ImageField("two.png")], "check_photos": True},
+            "0 of 1 usable: 2 people, and no other photo to tell who is meant: crop it.*turn off Check Photos",
+        ),
+        (
+            {"photos": [ImageField("drawing.png")], "check_photos": True, "settings": "resolution = 512"},
+            "0 of 1 usable: this seems to be a drawing",
+        ),
         ({"photos": [ImageField("gone.png")]}, r"gone\.png: this photo is not in your gallery any more"),
         ({"settings": "rnk = 3"}, "rank"),
         ({"settings": "rank 3"}, "each line is NAME = VALUE"),
@@ -234,6 +243,8 @@ def test_a_board_gives_the_photos_too_and_a_picture_on_both_counts_once(desk):
 )
 def test_an_error_is_one_sentence(desk, fields, message):
     Image.new("RGB", (200, 200), "grey").save(desk.context.folder / "grey.png")
+    ONLY_PHOTO["two people"][0]().save(desk.context.folder / "two.png")
+    ONLY_PHOTO["a drawing"][0]().save(desk.context.folder / "drawing.png")
     with pytest.raises(desk.errors.FaceLoraError, match=message):
         train(desk, **fields)
 

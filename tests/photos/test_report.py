@@ -219,7 +219,7 @@ def test_one_photo_is_enough_if_it_shows_who_is_meant(network, name):
     make, reason = ONLY_PHOTO[name]
     report = check_photos([photo(make())], network, SMALL)
     assert report.enough == (not reason)
-    assert reason in " ".join(finding.sentence for finding in report.photos[0].findings)
+    assert reason in " ".join(finding.sentence for finding in report.photos[0].findings) and reason in report.headline
 
 
 def test_of_two_photos_of_different_people_neither_is_the_person(network):

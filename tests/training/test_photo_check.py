@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from core.cli import main
 from core.config import TrainConfig
@@ -22,6 +22,7 @@ from core.storage.drawn import save_png
 from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train, train
 from core.training.job import ready_for
 from core.training.likeness import LIKENESS_KEY
+from tests.photos.test_report import ONLY_PHOTO
 from tests.tooling import write_photos
 
 CONFIG = TrainConfig(steps=1, rank=2)
@@ -110,16 +111,40 @@ def test_drawn_pictures_are_trained_on_half_of_the_time_and_never_held_out(photo
 
 
 @pytest.mark.parametrize("command", ["train", "headshots"])
-def test_a_command_trains_on_drawn_pictures_too(photos, tmp_path, command):
+def test_a_command_trains_on_drawn_pictures_too_but_not_on_another_person(photos, tmp_path, command, capsys):
     (photos / "friend.png").unlink()
     (tmp_path / "drawn").mkdir()
     save_png(tmp_path / "drawn" / "ours.png", person_photos(35)[8])
+    person_photos(2)[0].save(tmp_path / "drawn" / "edit.png")
     given = {"train": ("me.safetensors", ["--rank", "2"]), "headshots": ("out", ["--count", "1"])}
     output, options = given[command]
     words = [command, str(photos), "--drawn-photos", str(tmp_path / "drawn"), "--base", "demo", "--steps", "1"]
     assert main([*words, "--output", str(tmp_path / output), *options]) == (command == "headshots")
     made = tmp_path / output if command == "train" else tmp_path / output / "sks.safetensors"
     assert trained_on(LoraFile.read(made)) == 6
+    assert "edit.png is left out: this seems to be someone else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("only", ["two people", "a group", "a drawing"])
+def test_a_single_photo_that_cannot_be_trained_on_is_refused_with_the_reason_before_training(tmp_path, only, capsys):
+    make, reason = ONLY_PHOTO[only]
+    photos, output = tmp_path / "people" / "anna", tmp_path / "out"
+    photos.mkdir(parents=True)
+    (photos / "person.toml").write_text("agreed = true")
+    (config := tmp_path / "settings.toml").write_text("resolution = 512")
+    ImageOps.scale(make(), 2).save(photos / "only.png")
+    with pytest.raises(BadPhoto, match=f"0 of 1 usable: .*{reason}"):
+        train(photos, BASE_FILE, replace(CONFIG, resolution=512))
+    for words in (
+        ["train", str(photos), "--config", str(config), "--output", str(output / "me.safetensors")],
+        ["headshots", str(photos), "--config", str(config), "--output", str(output / "headshots")],
+        ["studio", str(photos.parent), "--config", str(config), "--output", str(output / "studio")],
+        ["check", str(photos), "--resolution", "512"],
+    ):
+        assert main([*words, "--base", "demo"]) == 1
+        said = capsys.readouterr()
+        assert re.search(f"0 of 1 usable: .*{reason}", said.out + said.err), words[0]
+    assert not list(output.rglob("*.safetensors"))
 
 
 def test_photos_without_one_person_stop_before_the_training(photos, tmp_path, capsys):
