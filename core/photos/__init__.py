@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .agreement import check_agreed as check_agreed
     from .alike import Candidate as Candidate
     from .alike import check_chosen as check_chosen
+    from .alike import check_real as check_real
     from .alike import choose_alike as choose_alike
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption

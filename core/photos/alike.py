@@ -12,7 +12,7 @@ from ..errors import BadPhoto, counted
 from ..faces import FaceNetwork, Reference, likeness
 from .measure import LIKENESS_LIMITS, Thresholds, hash_distance
 from .reading import Photo
-from .report import REJECT, PhotoReport, check_photos
+from .report import REJECT, PhotoReport, SetReport, check_photos
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,7 @@ def choose_alike(
     Raises BadPhoto if the photos don't tell who is meant, or, if it is `required`, that no picture can be chosen.
     """
     thresholds = thresholds or Thresholds.for_reference(network.name)
-    real = check_photos(photos, network, Thresholds.for_reference(network.name))
-    if not real.enough:
-        raise BadPhoto(f"the photos to compare with: {real.headline}")
+    real = check_real(photos, network)
     vectors = np.stack([item.vector for item in real.usable if item.vector is not None])
     report = check_photos(pictures, network, thresholds, like=vectors)
     judged: list[float | None] = [None] * len(pictures)
@@ -76,6 +74,14 @@ def choose_alike(
     if required:
         check_chosen(found, thresholds)
     return _most_varied(found, real.usable, count) if count else found
+
+
+def check_real(photos: Sequence[Photo], network: FaceNetwork) -> SetReport:
+    """Return the report on real photos to compare pictures with. Raises BadPhoto if they don't tell who is meant."""
+    report = check_photos(photos, network, Thresholds.for_reference(network.name))
+    if not report.enough:
+        raise BadPhoto(f"the photos to compare with: {report.headline}")
+    return report
 
 
 def check_chosen(found: Sequence[Candidate], thresholds: Thresholds) -> None:

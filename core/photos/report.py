@@ -134,7 +134,7 @@ class SetReport:
         causes = Counter(report.cause for report in self.photos if report.cause)
         if not usable and causes:
             each = [f"{count if len(causes) > 1 else 'all'} {cause}" for cause, count in causes.most_common()]
-            wrong = ", ".join(each) if len(self.photos) > 1 else self.photos[0].reason
+            wrong = self.photos[0].reason if len(self.photos) == 1 else ", ".join(each)
             return f"0 of {len(self.photos)} usable: {wrong}"
         few, wish = "", next(iter(self.wishes), "")
         if not self.enough:

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ...core.errors import counted
 from ...core.faces import load_faces, second_network
-from ...core.photos import Candidate, Photo, choose_alike
+from ...core.photos import Candidate, Photo, check_real, choose_alike
 from ...core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, image_tensor, photos_of, pictures
 from .folders import says_no_server_paths
@@ -28,7 +28,9 @@ class ChooseAlike(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="Pictures that a model has drawn of the person, such as edits of a photo."),
+                io.Image.Input(
+                    "images", lazy=True, tooltip="Pictures that a model has drawn of the person, such as edits of a photo."
+                ),
                 io.MultiType.Input(
                     "photos", [FacePhotos, io.Image],
                     tooltip="Real photos of the person, at least one. Nobody else may be as prominent on them.",
@@ -57,6 +59,14 @@ class ChooseAlike(io.ComfyNode):
                 ),
             ],
         )  # fmt: skip
+
+    @classmethod
+    @says_no_server_paths
+    def check_lazy_status(cls, images=None, photos=(), **_) -> list[str]:
+        """Check the photos before the pictures are drawn, which takes minutes."""
+        if images is None or images[0] is None:
+            check_real(photos_of(photos), load_faces())
+        return ["images"]
 
     @classmethod
     @says_no_server_paths

@@ -11,17 +11,18 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import folder_paths
 from aiohttp import web
-from comfy_api.latest import io
 
 from ...core.errors import FaceLoraError
 from ...core.lora.embeddings import embedding_files, file_word
 from ...core.lora.file import LoraFile
 from ...core.storage.cache_folder import cache_folder
 from ...core.storage.files import make_folder
+
+Answer = TypeVar("Answer")
 
 
 def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:
@@ -78,11 +79,11 @@ def refusal(problem: Exception, status: int) -> web.Response:
     return web.json_response({"error": without_server_paths(str(problem))}, status=status)
 
 
-def says_no_server_paths(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """Wrap a node's `execute` so that its errors hide server paths."""
+def says_no_server_paths(execute: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Wrap a node's `execute`, or another of its methods, so that its errors hide server paths."""
 
     @wraps(execute)
-    def wrapped(*arguments: Any, **named: Any) -> io.NodeOutput:
+    def wrapped(*arguments: Any, **named: Any) -> Answer:
         try:
             return execute(*arguments, **named)
         except FaceLoraError as problem:

@@ -15,6 +15,7 @@ from core.pictures.style_pack import Subject, find_style_packs
 from core.storage.drawn import DRAWN, MARK_KEYS, mark_of
 from core.version import __version__
 from tests.marks import mark_in
+from tests.photos.test_report import ONLY_PHOTO
 from tests.tooling import write_photos
 
 from .graphs import BASE, drawing, load_photos, node, training
@@ -459,6 +460,24 @@ def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_i
         with Image.open(marked) as ours, Image.open(usual) as theirs:
             assert ours.size == theirs.size
             assert {name: ours.info[name] for name in ("prompt", "workflow")} == theirs.info
+
+
+def test_a_single_photo_of_several_people_is_refused_before_training_and_before_pictures_of_them_are_drawn(server):
+    (server.folder / "input" / "pair").mkdir()
+    ONLY_PHOTO["two people"][0]().save(server.folder / "input" / "pair" / "two.png")
+    reason = "0 of 1 usable: 2 people, and no other photo to tell who is meant: crop it"
+    seen = server.post("/facelora/check", {"folder": "pair", "pictures": "", "resolution": 64})
+    assert (seen["headline"], seen["verdict"]) == (reason, "rejected")
+    graph = training(folder="pair")
+    graph["train"]["inputs"]["settings"] = "batch_size = 1"
+    assert f"{reason}. To train on all photos anyway: choose 'all photos'" in server.error(graph)
+    edits = {
+        "latents": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),  # The VAE can't decode these.
+        "edits": node("VAEDecode", samples=["latents", 0], vae=["base", 2]),
+        "alike": node("FaceLoRAChooseAlike", images=["edits", 0], photos=["photos", 0], count=2),
+    }
+    assert f"the photos to compare with: {reason}" in server.error({**graph, **edits, "train": graph["train"] | {
+        "inputs": graph["train"]["inputs"] | {"drawn_photos": ["alike", 0]}}})  # fmt: skip
 
 
 def test_only_drawn_pictures_of_the_person_are_passed_on_and_trained_on(server):
