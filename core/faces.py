@@ -175,6 +175,13 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
     return mean / np.linalg.norm(mean)
 
 
+def likeness_to_rest(vectors: np.ndarray) -> list[float]:
+    """Return each face's cosine to the mean face of the other rows (N, D), without rows of NaN. Empty for a single face."""
+    seen = vectors[~np.isnan(vectors).any(axis=1)]
+    rest = (mean_face(np.delete(seen, i, axis=0)) for i in range(len(seen)))
+    return [float(row @ other) for row, other in zip(seen, rest, strict=True) if other is not None]
+
+
 def copy_paste(pictures: np.ndarray, references: np.ndarray, truths: np.ndarray) -> np.ndarray:
     """Return how much each picture copies a photo instead of showing the person: (N,), 1 for a copy, 0 for neither.
 

@@ -28,6 +28,7 @@ from ..faces import (
     embed_images,
     embed_one_by_one,
     likeness,
+    likeness_to_rest,
     mean_face,
 )
 from ..photos import Photo, Thresholds
@@ -167,8 +168,7 @@ class Figures:
         def mean_of_all(values: np.ndarray) -> float:
             return round(float(values.sum()) / max(count, 1), 4)
 
-        rest = [mean_face(np.delete(reference, i, axis=0)) for i in range(len(reference))]
-        own = [float(row @ other) for row, other in zip(reference, rest, strict=True) if other is not None]
+        own = likeness_to_rest(reference)
         near, ranked, copied = None, None, None
         if trained is not None and len(trained := _seen(trained)) and len(pictures):
             copied = round(float(copy_paste(pictures, trained, reference).mean()), 4)

@@ -493,7 +493,14 @@ def test_the_score_of_pictures_has_the_figures_of_papers(tmp_path, capsys):
     assert (found["fresh"]["rank1"], found["fresh"]["mean_average_precision"]) == (1, 1)
     assert found["fresh"]["share"] == pytest.approx(found["fresh"]["likeness"] / found["fresh"]["photos"], abs=1e-3)
     assert main(["score", str(tmp_path / "fresh"), *papers]) == 0
-    assert "of the photos' own" in (line := capsys.readouterr().out.splitlines()[-1]) and "mAP 1.00" in line
+    said = capsys.readouterr()
+    assert "of the photos' own" in (line := said.out.splitlines()[-1]) and "mAP 1.00" in line and not said.err
+    (people / "anna").mkdir()
+    own[9].save(people / "anna" / "a.bmp")
+    assert main(["score", str(tmp_path / "fresh"), *papers]) == 0
+    said = capsys.readouterr()
+    assert "rank-1 0%" in said.out and said.err.count("seems to show the person of --reference too") == 1
+    assert f"{people / 'anna'} seems" in said.err
     twice = [*papers[:3], papers[1], *papers[4:]]
     assert main(["score", str(tmp_path / "fresh"), *twice]) == 1
     assert "are in --reference too" in capsys.readouterr().err
