@@ -44,7 +44,8 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
 class ModulesOfAnother:
     """For `sys.meta_path`: the modules of another package under a package's own name, so that each is loaded once.
 
-    `import facelora.photos` then imports `facelora.core.photos`, and both names have the same module.
+    `import facelora.photos` then imports `facelora.core.photos`, and both names have the same module. Each package has
+    its own `__main__`, whose code `python -m` reads.
     """
 
     def __init__(self, package: str, other: str) -> None:
@@ -52,7 +53,7 @@ class ModulesOfAnother:
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         package, *inner = name.split(".")
-        if package != self._package or not inner or name.startswith(self._other):
+        if package != self._package or inner in ([], ["__main__"]) or name.startswith(self._other):
             return None
         if not find_spec(f"{self._other}.{inner[0]}"):
             return None

@@ -152,6 +152,11 @@ def test_the_version_is_the_one_of_the_project_file(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"facelora {core.__version__}\n"
 
 
+def test_the_installed_package_is_run_as_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "facelora", "--version"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"facelora {core.__version__}\n", "")
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_hands_out_each_name_that_editors_know_of_it(package):
     module = import_module(package)
