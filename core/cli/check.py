@@ -108,7 +108,8 @@ def _choose(
     assert options.like
     if options.count is not None and options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
-    real, second = photos.read_photos(options.like, on_warning=print_warning), second_network(network)
+    real = photos.read_photos(options.like, apart=options.output, on_warning=print_warning)
+    second = second_network(network)
     found = photos.choose_alike(
         given, real, network, second, count=options.count or 0, thresholds=thresholds, required=False
     )

@@ -93,7 +93,7 @@ def run(options: HeadshotsOptions) -> int:
             progress.warning(line)
         if asked.style_pack:
             found.pick(asked.style_pack)  # Raises now, not after the photos have been checked.
-        read = photos.read_photos(options.photos, on_warning=progress.warning)
+        read = photos.read_photos(options.photos, apart=options.drawn_photos, on_warning=progress.warning)
         drawn = drawn_from(options.drawn_photos, progress)
         config = training.recipe_config(asked.recipe, base, len(read), given, progress.warning)
         ready = studio.ready_photos(read, base, config, callbacks, drawn)

@@ -77,7 +77,9 @@ def run(options: TrainOptions) -> None:
     base = base_from(options.base, options.parts, schedule_from(given))
     stop = StopOnSignal("continue with --resume")
     progress = JsonProgress() if options.json else BarProgress()
-    read = photos.read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
+    read = photos.read_photos(
+        options.photos, strict=options.strict, apart=options.drawn_photos, on_warning=progress.warning
+    )
     config = (
         config_from(given)
         if options.recipe == "none"

@@ -196,14 +196,14 @@ def read_photos(
     repeats: bool = True,
     strict: bool = False,
     drawn: bool = False,
-    apart: str = "",
+    apart: Path | None = None,
     on_warning: OnWarning = warnings.warn,
 ) -> list[Photo]:
     """Read the photos of a folder in the order of their names, then those of its Kohya-style `N_name` folders.
 
     The latter are read only with `repeats`. A photo that cannot be read is skipped with a warning to `on_warning`; with
     `strict` it raises instead. Pictures that this program has drawn are skipped too, unless they are asked for with `drawn`.
-    Other sub-folders with photos are skipped with a warning, except one called `apart`, which the caller reads separately.
+    Other sub-folders with photos are skipped with a warning, except `apart`, which the caller reads separately.
     Captions come from `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
 
     Raises BadPhoto if the folder is missing, is a file, cannot be accessed, or has no readable photo.
@@ -261,7 +261,9 @@ def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, with_drawn: bool
     return photos
 
 
-def _photo_paths(folder: Path, repeats: bool, on_warning: OnWarning, apart: str = "") -> Iterator[tuple[Path, int]]:
+def _photo_paths(
+    folder: Path, repeats: bool, on_warning: OnWarning, apart: Path | None = None
+) -> Iterator[tuple[Path, int]]:
     """Yield the path and the repeats of every file that looks like a photo."""
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in entries:
@@ -281,7 +283,7 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: OnWarning, apart: str 
         if match and 0 < int(match[1]) <= MAX_REPEATS:
             yield from ((path, int(match[1])) for path in inside)
             _mention_captions(files, on_warning)
-        elif inside and subfolder.name != apart:
+        elif inside and not (apart and subfolder.resolve() == apart.resolve()):
             on_warning(
                 f"folder {subfolder.name!r} with {counted(len(inside), 'photo')} left out: "
                 f"only sub-folders with a name like '10_name' (10 repeats, at most {MAX_REPEATS:,}) are read"

@@ -98,9 +98,9 @@ def read_people(place: str | os.PathLike[str]) -> list[Person]:
 
 def read_person(person: Person, on_warning: OnWarning) -> tuple[Sequence[Photo], Sequence[Photo]]:
     """Read a person's photos, and the pictures to train on too in the folder `drawn` beside them. Raises BadPhoto."""
-    photos = read_photos(person.photos, apart=DRAWN_FOLDER, on_warning=on_warning)
-    _, drawn = person.count_files()
-    return photos, read_photos(person.photos / DRAWN_FOLDER, drawn=True, on_warning=on_warning) if drawn else ()
+    folder = person.photos / DRAWN_FOLDER
+    photos = read_photos(person.photos, apart=folder, on_warning=on_warning)
+    return photos, read_photos(folder, drawn=True, on_warning=on_warning) if count_photos(folder) else ()
 
 
 def _read_settings(folder: Path) -> Mapping[str, Any] | str:
