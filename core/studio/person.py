@@ -182,6 +182,6 @@ def _advice(report: SetReport, order: Order, shots: Sequence[Headshot], measure:
         f"No picture is like the person: {seen}, and the same person needs {SAME_PERSON:.2f} or more.",
         *([f"Add photos: {', '.join(report.wishes)}."] if report.wishes else []),
         f"Train for more than {steps} steps."
-        if order.config.hold_out
+        if order.config.hold_out or len(report.usable) < report.thresholds.photos_measured
         else f"Train for more than {steps} steps, or use the recipe best, which keeps the step with the best likeness.",
     )

@@ -168,7 +168,7 @@ def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
     assert main(command) == 1
     said = capsys.readouterr().out
     assert "2 pictures, none alike enough" in said or "2 pictures\n" in said
-    assert "No picture is like the person" in said and "Add photos: " in said and "Train for more than 2 steps" in said
+    assert "No picture is like the person" in said and "Add photos: " in said and "Train for more than 2 steps." in said
     assert list((folder / "out" / "kept").iterdir()) == []
     assert main([*command, "--json"]) == 1
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
