@@ -120,7 +120,7 @@ def run(options: HeadshotsOptions) -> int:
                 ready, base, order, folder, device=device, callbacks=watch.listening(callbacks)
             )
         if counted:
-            cost = watch.cost(device, base.name, len(ready.used))
+            cost = watch.cost(device, base.name, len(ready.photos))
             _remember_speed(base, order, *counted, cost, sum(shot.face_pass is not None for shot in outcome.shots))
     if asked.sidecars:
         lora.write_sidecars(outcome.trained.path)
