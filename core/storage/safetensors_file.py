@@ -99,6 +99,10 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(shape)
 
+    def close(self) -> None:
+        """Let go of the file until a tensor is read again. Tensors that have been read stay valid."""
+        self._memory = None
+
     def sha256(self, *, with_header: bool = True, on_chunk: Callable[[], None] = silent) -> str:
         """Compute the SHA-256 of the whole file, or of everything after its header, as 64 hex digits.
 

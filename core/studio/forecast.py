@@ -10,6 +10,7 @@ from ..models.base import Base
 from ..photos import Photo
 from ..photos.captions import default_caption
 from ..pictures.generate import Job
+from ..storage.safetensors_file import SafetensorsFile
 from .ledger import Basis, basis
 from .speed import Span, Speed, speed_of
 
@@ -25,10 +26,18 @@ class Forecast:
 
     @classmethod
     def on(cls, base: Base, config: TrainConfig, device: torch.device | None = None) -> "Forecast":
-        """Count the passes, which takes seconds. The settings decide about resolution, method and memory."""
+        """Count the passes, which takes seconds. The settings decide about resolution, method and memory.
+
+        A safetensors file of the base model is closed after this.
+        """
         side = config.resolution or base.resolution
         photo = Photo.from_image(Image.new("RGB", (side, side)), "photo")
-        return cls(base, basis([photo], base, config, device), speed_of(base, device, config.precision), photo)
+        made = cls(base, basis([photo], base, config, device), speed_of(base, device, config.precision), photo)
+        made.span(config, 1, 0)  # Reads all that later spans ask for.
+        for file in base.files:
+            if isinstance(file, SafetensorsFile):
+                file.close()
+        return made
 
     def span(self, config: TrainConfig, photos: int, pictures: int) -> Span:
         """Return the least and the most seconds of training on a number of photos and drawing pictures of the person."""

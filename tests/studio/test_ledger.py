@@ -218,6 +218,7 @@ def test_a_forecast_without_photos_is_the_time_of_a_job_on_square_ones(base):
     square = [Photo.from_image(Image.new("RGB", (64, 64)), "square")] * 8
     jobs = [Job("a photo of sks person", 1)] * 3
     forecast = Forecast.on(base, replace(config, steps=1), CPU)
+    assert forecast.span(config, 8, 3)[0] and base.file and base.file._memory is None, "the file is closed"
     spans = basis(square, base, config, CPU).ledger(square, config, jobs, redraws_faces=False).seconds(forecast.speed)
     assert forecast.span(config, 8, 3) == pytest.approx(tuple(map(sum, zip(*spans.values(), strict=True))))
     assert forecast.span(replace(config, steps=8), 8, 3)[0] > forecast.span(config, 8, 3)[0]
