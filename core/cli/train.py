@@ -112,7 +112,7 @@ def run(options: TrainOptions) -> None:
     with stop, progress:
         base.compute_hashes(callbacks.progress(READING))
         mark = None if training.is_trained(job, place) else _check_nothing_is_replaced(options, job.key)
-        made = training.find_or_train(job, place, device=device_from(options.device), callbacks=callbacks)
+        made = studio.timed_training(job, place, device=device_from(options.device), callbacks=callbacks)
         if mark and os.path.exists(mark):
             mark.unlink()
     _end(options, config, made.found)

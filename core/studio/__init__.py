@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .cost import Work as Work
     from .cost import seconds_for as seconds_for
     from .forecast import Forecast as Forecast
+    from .forecast import timed_training as timed_training
     from .forgetting import forget as forget
     from .ledger import PARTS as PARTS
     from .ledger import Ledger as Ledger

@@ -1,18 +1,29 @@
-"""Forecast how long training runs on a base model take, before there are any photos."""
+"""Forecast how long training runs on a base model take, before there are any photos, and learn from each run."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ..config import TrainConfig
+from ..errors import FaceLoraError
 from ..models.base import Base
 from ..photos import Photo
 from ..photos.captions import default_caption
 from ..pictures.generate import Job
 from ..storage.safetensors_file import SafetensorsFile
+from ..training.callbacks import NO_CALLBACKS, Callbacks
+from ..training.job import TrainingJob
+from ..training.store import Place, find_or_train
+from ..training.trained_file import TrainedFile
+from .cost import Stopwatch
 from .ledger import Basis, basis
-from .speed import Span, Speed, speed_of
+from .speed import TRAIN, Span, Speed, remember_speed, speed_of
+
+LEAST_SECONDS = 10.0
+"""The shortest time of training that tells how fast the machine is. To count what was done takes seconds itself."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +56,25 @@ class Forecast:
         ledger = self.shared.ledger([self.photo] * photos, config, [job] * pictures, redraws_faces=False)
         spans = ledger.seconds(self.speed).values()
         return sum(least for least, _ in spans), sum(most for _, most in spans)
+
+
+def timed_training(
+    job: TrainingJob, place: Place, *, device: torch.device, callbacks: Callbacks = NO_CALLBACKS, **others: Any
+) -> TrainedFile:
+    """Find or train what the job makes, and keep the speed of training for later forecasts.
+
+    The arguments are those of `find_or_train`. Nothing is kept of a run that was cancelled or took less than LEAST_SECONDS, or
+    whose captions another program encodes.
+    """
+    watch = Stopwatch()
+    watch.enter("encode")
+    made = find_or_train(job, place, device=device, callbacks=watch.listening(callbacks), **others)
+    cost = watch.cost(device, job.base.name, len(job.ready.photos))
+    if cost.seconds["train"] < LEAST_SECONDS or job.base.caption_encoder:
+        return made
+    base, config, photos = job.base, job.config, job.ready.photos
+    with suppress(FaceLoraError):  # Forecasts then use the speed of before.
+        shared = basis(photos, base, config, device, job.adapter)
+        done = shared.ledger(photos, config, class_photos=len(job.class_photos)).done(cost.work.steps / config.steps, 0)
+        remember_speed(base, config.precision, speed_of(base, device, config.precision), {TRAIN: done[TRAIN]}, cost)
+    return made

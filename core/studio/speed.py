@@ -19,6 +19,7 @@ from ..models.base import Base
 from ..models.cpu_matmul import faster_products, linear
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import read_json, write_text
+from ..threads import usable_threads
 from .cost import Cost
 
 Span = tuple[float, float]
@@ -122,6 +123,6 @@ def _reached(path: Path) -> dict[str, float]:
 
 
 def _file(base: Base, device: torch.device, dtype: torch.dtype) -> Path:
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    threads = min(torch.get_num_threads(), usable_threads().count) if device.type == "cpu" else 0
     about = (processor(device), threads, precision_name(dtype), base.family.name, base.is_large)
     return cache_folder() / "speeds" / f"{content_key(*about)}.json"

@@ -36,7 +36,7 @@ from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
 from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings
-from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, is_trained, lora_path
+from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
 from . import panel, people
@@ -354,9 +354,10 @@ def _make(
         )
         device = comfy.model_management.get_torch_device()
         with within_quota(), within_free_memory(device):
-            made = find_or_train(
+            made = studio.timed_training(
                 job, place, device=device, on_history=watch.history, on_point=watch.point, callbacks=callbacks
             )
+        _forecasts.clear()  # The run has told how fast this machine is.
         watch.show(checkpoints=_choices(made))
         likeness = dict(made.likenesses()).get(made.kept_step())
         word = None if likeness is None else likeness_word(likeness)

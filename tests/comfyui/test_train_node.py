@@ -222,6 +222,18 @@ def wait_for(condition, what: str, seconds: float = 600) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
+def test_a_run_tells_later_forecasts_how_fast_this_machine_trains(server):
+    asked = "/facelora/forecast?base=sd15.safetensors&resolution=64"
+    before = server.get(asked)
+    prompt = server.queue(training(name="timed", steps=ENDLESS, training_seed=91))
+    wait_for(lambda: training_state(server).get("seconds", 0) > 15, "ten seconds of training")
+    stop(server)
+    assert server.wait(prompt).status == "success"
+    ((least, most), (low, high)) = before["best"], server.get(asked)["best"]
+    assert high / low < 0.8 * most / least, "a narrower range, of this machine"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

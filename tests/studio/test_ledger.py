@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,19 @@ from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
-from core.studio import PARTS, Cost, Forecast, Ledger, Result, Speed, Work, basis, remember_speed, speed_of
+from core.studio import (
+    PARTS,
+    Cost,
+    Forecast,
+    Ledger,
+    Result,
+    Speed,
+    Work,
+    basis,
+    remember_speed,
+    speed_of,
+    timed_training,
+)  # fmt: skip
 from core.studio.cost import PHASES
 from core.studio.ledger import LOADING, LOOKING, PHASE_OF
 from core.studio.passes import count_passes
@@ -38,10 +51,12 @@ from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
 from core.training.inputs import TrainingInputs
+from core.training.job import TrainingJob
 from core.training.methods import METHODS
 from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
 from core.training.step import Run
+from core.training.store import LoraFolders
 from tests.tooling import encoded_cache, encoded_image, mostly_slow, small_flow_base, write_photos
 from tools.job_tables import with_vae
 
@@ -235,6 +250,21 @@ def test_after_a_job_its_own_speed_is_expected(base, tmp_path, monkeypatch):
         (file,) = tmp_path.rglob("*.json")
         file.write_text("[]")
         assert speed_of(base, CPU, "fp32").shares == before.shares
+
+
+def test_after_a_training_run_its_own_speed_is_expected(photos, base, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("core.studio.forecast.basis", lambda *_: SimpleNamespace(ledger=lambda *_, **__: plain))
+    job, place = TrainingJob.of(photos, base, PLAIN), LoraFolders("anna", [tmp_path / "loras"])
+    place.folders[0].mkdir()
+    with cache_in(tmp_path / "cache"):
+        before = speed_of(base, CPU).shares
+        timed_training(job, place, device=CPU)
+        assert speed_of(base, CPU).shares == before, "too short to tell"
+        (tmp_path / "loras" / "anna.safetensors").unlink()
+        monkeypatch.setattr("core.studio.forecast.LEAST_SECONDS", 0)
+        timed_training(job, place, device=CPU)
+        after = speed_of(base, CPU).shares
+    assert after["train"] != before["train"] and after["draw"] == before["draw"]
 
 
 def test_only_faces_that_were_redrawn_count_as_drawn(plain):
