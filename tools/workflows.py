@@ -47,6 +47,8 @@ class Node:
     """Widget -> the words that stand beside it."""
     inside: "list[list[Node]]" = field(default_factory=list)
     """Of a subgraph, which has no type: its nodes, in columns. Links from and to outside name them as if they lay outside."""
+    mode: int = 0
+    """4: switched off, so that it passes its input on."""
 
     @property
     def flat(self) -> "list[Node]":
@@ -163,7 +165,7 @@ def draw(base: Base, reference: str = "") -> Node:
     negatives = [
         Node("negative", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.negatives"}, "Negatives")
     ]
-    sampler, cfg = {"positive": "positive.CONDITIONING"}, {"cfg": "styles.guidance"}
+    prompt, cfg = "positive.CONDITIONING", {"cfg": "styles.guidance"}
     if base.embeds_guidance:
         negatives = [
             Node(
@@ -171,10 +173,15 @@ def draw(base: Base, reference: str = "") -> Node:
             ),
             Node("negative", "ConditioningZeroOut", {}, {"conditioning": "positive.CONDITIONING"}),
         ]
-        sampler, cfg = {"positive": "guided.CONDITIONING"}, {}
+        prompt, cfg = "guided.CONDITIONING", {}
+    widgets = {**base.sampler, **({"cfg": 1.0} if base.embeds_guidance else {})}
+    links = {"model": "apply.model", "positive": prompt, "negative": "negative.CONDITIONING"}
+    numbers = {"seed": "styles.seeds", "steps": "styles.steps", **cfg}
     ranking = [
-        Node("ranked", "FaceLoRALikeness", {"required": False}, {"images": "decoded.IMAGE", "reference": reference})
-    ]
+        Node("redrawn", "FaceLoRARedraw", widgets,
+             {"images": "decoded.IMAGE", "reference": reference, "vae": base.vae, **links, **numbers}, mode=4),
+        Node("ranked", "FaceLoRALikeness", {"required": False}, {"images": "redrawn.images", "reference": reference}),
+    ]  # fmt: skip
     inside = [
         [
             Node("positive", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.prompts"}, "Prompts"),
@@ -182,10 +189,7 @@ def draw(base: Base, reference: str = "") -> Node:
             Node("empty", base.latent, {}, {"width": "styles.widths", "height": "styles.heights"}),
         ],
         [
-            Node("sampler", "FaceLoRASampler",
-                 {**base.sampler, **({"cfg": 1.0} if base.embeds_guidance else {})},
-                 {"model": "apply.model", **sampler, "negative": "negative.CONDITIONING",
-                  "latent_image": "empty.LATENT", "seed": "styles.seeds", "steps": "styles.steps", **cfg}),
+            Node("sampler", "FaceLoRASampler", widgets, {**links, "latent_image": "empty.LATENT", **numbers}),
             Node("decoded", "VAEDecode", {}, {"samples": "sampler.latents", "vae": base.vae}),
             *(ranking if reference else []),
         ],
@@ -668,6 +672,7 @@ BUILD = """(steps) => {
         for (const [name, label] of Object.entries(spec.labels ?? {}))
             node.inputs.find((input) => input.widget?.name === name).label = label
         if (spec.models.length) node.properties.models = spec.models
+        if (spec.mode) node.mode = spec.mode
         if (spec.type.startsWith("FaceLoRA")) node.properties.cnr_id = "comfyui-facelora"
         return node
     }
@@ -752,14 +757,24 @@ def save_all() -> None:
 
 
 def write(saved: dict[str, Any], path: Path) -> None:
-    """Writes a workflow. The frontend makes up other ids of subgraphs each time; those of the file that is there are kept."""
+    """Writes a workflow. The frontend makes up other ids each time; those of the file that is there are kept."""
     text = json.dumps(saved, indent=1)
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        ids = {part["name"]: part["id"] for part in subgraphs(old)}
-        for part in subgraphs(saved):
-            text = text.replace(part["id"], ids.get(part["name"], part["id"]))
+        old = made_up_ids(json.loads(path.read_text(encoding="utf-8")))
+        for name, new in made_up_ids(saved).items():
+            text = text.replace(new, old.get(name, new))
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def made_up_ids(graph: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The ids of subgraphs, and of their inputs and outputs, by name."""
+    found: dict[tuple[str, ...], str] = {}
+    for part in subgraphs(graph):
+        found[part["name"],] = part["id"]
+        found |= {
+            (part["name"], kind, slot["name"]): slot["id"] for kind in ("inputs", "outputs") for slot in part[kind]
+        }
+    return found
 
 
 def blueprint(graph: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:

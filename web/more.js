@@ -4,9 +4,10 @@ import { BASE_CHOSEN, addElement, make, remember, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
 const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack"
-/** The widgets, each with the type of its node. */
+/** The widgets, each with the type of its node. Without a widget's name, the node is switched on and off. */
 const SETTINGS = [[TRAIN, "recipe"], ["FaceLoRAApply", "strength_model"], [STYLES, "extra"], [STYLES, "first_seed"],
-  ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
+  ["FaceLoRARedraw"], ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
+const BYPASS = 4 // a node's mode in ComfyUI
 // say
 const RECIPES = { fast: "quick", balanced: "normal", best: "thorough" }
 
@@ -41,11 +42,21 @@ export class More {
 
   show() {
     if (!this.root.open || this.root.contains(document.activeElement?.closest("input"))) return
-    const { nodes = [] } = this.node.graph ?? {}
+    const nodes = (this.node.graph?.nodes ?? []).flatMap((node) => [node, ...(node.subgraph?.nodes ?? [])])
     this.rows.replaceChildren(...SETTINGS.flatMap(([type, name]) => {
       const node = nodes.find(({ comfyClass }) => comfyClass === type)
-      return node ? [this.row(node, widgetOf(node, name))] : []
+      return !node ? [] : [name ? this.row(node, widgetOf(node, name)) : this.toggle(node)]
     }))
+  }
+
+  /** A box to tick, which switches a node on that passes its input on else. */
+  toggle(node) {
+    const box = Object.assign(make("input", ""), { type: "checkbox", checked: node.mode === LiteGraph.ALWAYS })
+    box.addEventListener("change", () => {
+      node.mode = box.checked ? LiteGraph.ALWAYS : BYPASS
+      remember(node)
+    })
+    return make("label", "facelora-switch", box, make("span", "", say("Redraw small faces")))
   }
 
   row(node, widget) {

@@ -129,6 +129,7 @@ const ZH = {
   "Seed, for other pictures": "种子（更改后会生成其他图片）",
   "More": "更多",
   "Recipe, strength, own words, seed": "预设、强度、自己的词、种子",
+  "Redraw small faces": "重新生成小的脸",
   "quick": "快速",
   "normal": "标准",
   "thorough": "精细",

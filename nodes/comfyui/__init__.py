@@ -13,6 +13,7 @@ from .group import GroupPerson, GroupPortrait
 from .likeness import ContactSheet, LikenessScore
 from .lora_files import InspectLora, SaveLora
 from .photos import LoadFacePhotos
+from .redraw import RedrawFaces
 from .sampler import SampleHeadshots
 from .save import SaveHeadshots
 from .style_pack import HeadshotStylePack
@@ -24,6 +25,7 @@ NODES = [
     ApplyLora,
     HeadshotStylePack,
     SampleHeadshots,
+    RedrawFaces,
     GroupPerson,
     GroupPortrait,
     SaveLora,

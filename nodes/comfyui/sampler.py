@@ -70,18 +70,21 @@ class SampleHeadshots(io.ComfyNode):
         lists = (model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
         # As where ComfyUI itself runs a node for lists: the last item of a shorter list is repeated.
         items = [[one[min(index, len(one) - 1)] for one in lists] for index in range(max(map(len, lists)))]
-        return io.NodeOutput([_sampled(*item) for item in items])
+        return io.NodeOutput([sampled(*item) for item in items])
 
 
-def _sampled(model: Any, *given: Any) -> dict[str, Any]:
-    """Return the latents that `common_ksampler` draws with the model, or has drawn from the same values."""
+def sampled(model: Any, *given: Any, first: int = 0) -> dict[str, Any]:
+    """Return the latents that `common_ksampler` draws with the model, or has drawn from the same values.
+
+    The latents given to it are drawn again from the step `first` on.
+    """
     base, applied = origin(model)
     kept = _drawn.setdefault(base, {})
     digest = hashlib.sha256()
-    for part in _content((applied, *given)):
+    for part in _content((applied, *given, first)):
         digest.update(part)
     key = digest.hexdigest()
-    kept[key] = kept.pop(key, None) or common_ksampler(model, *given)[0]
+    kept[key] = kept.pop(key, None) or common_ksampler(model, *given, start_step=first)[0]
     for old in list(kept)[:-KEPT]:
         del kept[old]
     return kept[key]

@@ -277,6 +277,8 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
     page.open(workflow_file(NAMES[0]), NAMES[0])
     page.page.get_by_text("Still needed: 10 to 20 photos").wait_for()
     assert page.page.get_by_text("Strength", exact=True).count() == 0
+    hidden = page.page.locator(".facelora-styles").evaluate("(cards) => cards.scrollHeight - cards.clientHeight")
+    assert hidden == 0, "all ten styles are visible"
     page.page.locator(".facelora-more summary").click()
     page.page.get_by_text(re.compile(r"^Takes [\d.]+( to [\d.]+)? (s|min|h) on this machine$")).wait_for()
     recipe = page.page.get_by_label("Recipe")
@@ -285,6 +287,10 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
     page.page.get_by_label("Strength").fill("1.1")
     page.page.get_by_label("Add to each prompt").fill("smiling")
     page.page.get_by_role("button", name="Other pictures").click()
+    drawn = [node["class_type"] for node in page.prompt().values()]
+    page.page.get_by_label("Redraw small faces").check()
+    added = [node["class_type"] for node in page.prompt().values()]
+    assert sorted(added) == sorted([*drawn, "FaceLoRARedraw"])
     page.page.get_by_role("textbox").nth(1).fill("")
     page.page.get_by_text("Still needed: 10 to 20 photos, a class word").wait_for()
     assert page.widgets("FaceLoRATrain")["recipe"] == "best"

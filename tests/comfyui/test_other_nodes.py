@@ -7,7 +7,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from core.demo.people import person_photos
 from core.lora.file import LoraFile
@@ -478,6 +478,32 @@ def test_a_single_photo_of_several_people_is_refused_before_training_and_before_
     }
     assert f"the photos to compare with: {reason}" in server.error({**graph, **edits, "train": graph["train"] | {
         "inputs": graph["train"]["inputs"] | {"drawn_photos": ["alike", 0]}}})  # fmt: skip
+
+
+def test_only_small_faces_are_redrawn_and_only_where_likeness_does_not_fall(server):
+    folder = server.folder / "input" / "sizes"
+    folder.mkdir()
+    for name, width in (("large", 60), ("small 1", 26), ("small 2", 28)):
+        canvas = Image.new("RGB", (96, 120), (90, 90, 90))
+        canvas.paste(person_photos(4)[0].resize((width, width * 112 // 92)), (16, 16))
+        canvas.save(folder / f"{name}.png")
+    graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], seed=["styles", 2])
+    graph["styles"] = node("FaceLoRAStylePack", **STYLES)
+    graph["empty"]["inputs"] |= {"width": 128, "height": 160}
+    graph["sampler"]["inputs"] |= {"steps": 10, "cfg": 2.5}
+    same = {
+        name: graph["sampler"]["inputs"][name]
+        for name in ("model", "positive", "negative", "seed", "steps", "cfg", "sampler_name", "scheduler")
+    }
+    graph["sizes"], graph["shown"] = load_photos("sizes"), node("PreviewImage", images=["redrawn", 0])
+    given = {"images": ["sizes", 1], "vae": ["base", 2], "denoise": 0.8}
+    for reference, changed in (["decoded", 0], [1, 2]), (["sizes", 0], []):  # what the model draws, and who is there
+        graph["redrawn"] = node("FaceLoRARedraw", reference=reference, **given, **same)
+        images = [server.picture(image) for image in server.result(graph).outputs["shown"]["images"]]
+        before = [Image.open(file) for file in sorted(folder.glob("*.png"))]
+        boxes = [ImageChops.difference(*pair).getbbox() for pair in zip(images, before, strict=True)]
+        assert [index for index, box in enumerate(boxes) if box] == changed
+        assert all(box is None or (box[2] < 60 and box[3] < 70) for box in boxes), "all else is as it was"
 
 
 def test_only_drawn_pictures_of_the_person_are_passed_on_and_trained_on(server):
