@@ -16,7 +16,7 @@ const EVENT = "facelora.training"
 const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in the style sheet
 const TRAINING = new Set(["training", "samples"])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
-const STYLES = "FaceLoRAStylePack"
+const STYLES = "FaceLoRAStylePack", SAMPLER = "FaceLoRASampler"
 /** The widgets whose values, unless they are 0 or empty, are used instead of the recipe's. */
 const OWN = ["steps", "rank", "learning_rate", "resolution", "settings"]
 const ENDED = new Set(["done", "stopped", "failed", undefined])
@@ -334,8 +334,8 @@ class Panel {
   }
 }
 
-/** A headshot with its likeness to the person. The title has it in words. */
-function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson] = []) {
+/** A headshot with its likeness to the person, and a button for more pictures like it. The title has the likeness in words. */
+function headshot({ filename, subfolder, type, score, seed }, [someoneElse, samePerson] = []) {
   const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
   const image = enlargeable(Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" }))
   if (score == null) return make("div", "facelora-headshot", image)
@@ -343,7 +343,25 @@ function headshot({ filename, subfolder, type, score }, [someoneElse, samePerson
   const shown = make("div", `facelora-headshot facelora-${VERDICTS[word]}`, image,
     make("span", "facelora-word", score < 0 ? say("no face") : score.toFixed(2)))
   shown.title = score < 0 ? say("no face") : say("likeness {}: {}", score.toFixed(2), say(word))
+  if (seed != null) {
+    const button = make("button", "", "≈")
+    button.title = say("More like this one")
+    button.setAttribute("aria-label", button.title)
+    button.addEventListener("click", () => drawMoreLike(src, seed))
+    shown.append(button)
+  }
   return shown
+}
+
+/** Runs the prompt that a picture contains once more, for variations of the picture with that seed. */
+async function drawMoreLike(src, vary) {
+  const { getPngMetadata } = window.comfyAPI.pnginfo
+  const [{ prompt }, { workflow }] = await Promise.all([getPngMetadata(await (await fetch(src)).blob()), app.graphToPrompt()])
+  const output = JSON.parse(prompt), nodes = Object.values(output)
+  for (const { inputs } of nodes.filter(({ class_type }) => [STYLES, SAMPLER].includes(class_type))) inputs.vary = vary
+  for (const { inputs } of nodes.filter(({ class_type }) => class_type === STYLES))
+    inputs.variation_seed = Math.floor(Math.random() * 2 ** 32)
+  await api.queuePrompt(0, { output, workflow })
 }
 
 /** Saves all headshots of a person as one file. The server sends it only to their user, so a link can't load it directly. */

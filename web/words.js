@@ -42,6 +42,7 @@ const ZH = {
   "waiting, runs ahead in the queue: {}": "正在排队，前面的任务数：{}",
   "Missing files. Download them into ComfyUI's models folder, then press R:": "缺少以下文件。请下载到 ComfyUI 的 models 文件夹，然后按 R：",
   "Download all headshots": "下载全部形象照",
+  "More like this one": "更多类似这张的图片",
   "Copy": "复制",
   "Copied": "已复制",
   "{}: {} of {}": "{}：{} / {}",

@@ -27,6 +27,7 @@ from ...core.doctor import examine, format_doctor
 from ...core.errors import BadConfig, FaceLoraError
 from ...core.photos import Photo
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ...core.pictures.style_pack import StyledPrompt
 from ...core.progress import READING
 from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import DRAWN, jpeg_url
@@ -34,7 +35,7 @@ from . import people
 from .folders import refusal, without_server_paths
 from .runs import QueuedRun, Runs
 from .save import renamed
-from .style_pack import style_names
+from .style_pack import NOT_VARIED, listed
 
 EVENT = "facelora.training"
 SAMPLE_SIDE = 512
@@ -59,6 +60,8 @@ _judged: dict[str, float] = {}
 """The likeness of the headshots so far, by digest. ComfyUI shows them again for a prompt that it doesn't need to run."""
 _styled: dict[str, tuple[str, str]] = {}
 """The style pack and the style of the headshots so far, by digest."""
+_seeds: dict[str, int] = {}
+"""The seed of the headshots so far that are items of a style pack's list, by digest. Variations of these are not."""
 _pages: dict[str, str] = {}
 """The user of each open page, by the client id that the page sent when it asked for the states."""
 _asking: ContextVar[str | None] = ContextVar("asking", default=None)
@@ -184,27 +187,33 @@ def _note_headshots(prompt: Sequence[Any], outputs: Mapping[str, Any]) -> None:
         # The order is only known of pictures that come from a node's sorted ones.
         for ranked in (found for judge, found in scores.items() if (judge, 0) in links and len(found) == len(images)):
             _judged.update((one, score) for one, (_, score) in zip(digests, ranked, strict=True) if one)
-            styles = _styles_of(graph, {source for source, _ in links})
-            if len(styles) == len(images):
-                _styled.update((one, styles[number]) for one, (number, _) in zip(digests, ranked, strict=True) if one)
+            pack, vary, items = _list_of(graph, {source for source, _ in links})
+            if len(items) == len(images):
+                drawn = [(one, items[number]) for one, (number, _) in zip(digests, ranked, strict=True) if one]
+                _styled.update((one, (pack, item.style)) for one, item in drawn)
+                _seeds.update((one, item.seed) for one, item in drawn if vary in (NOT_VARIED, item.seed))
         found = dict(zip(names, digests, strict=True))
         likeness = {name: _judged.get(one) for name, one in found.items()}
         styled = {name: _styled[one] for name, one in found.items() if one in _styled}
         people.add_headshots(run.user, key, found, likeness, styled)
-        headshots += [image | {"score": _judged.get(one)} for image, one in zip(images, digests, strict=True)]
+        headshots += [
+            image | {"score": _judged.get(one), "seed": _seeds.get(one)}
+            for image, one in zip(images, digests, strict=True)
+        ]
     # Another training run, or none if this one was deleted, may be shown in its place.
     is_shown = any(state["prompt"] == run.prompt for state in _runs.of(run.user))
     if headshots and is_shown and run.workflow == _workflow_of(extra):
         publish(run, {"headshots": headshots})
 
 
-def _styles_of(graph: Mapping[str, Any], nodes: Collection[str]) -> list[tuple[str, str]]:
-    """Return the pack and the name of each style that the one Headshot Style Pack among the nodes lists; [] if unknown."""
+def _list_of(graph: Mapping[str, Any], nodes: Collection[str]) -> tuple[str, int, Sequence[StyledPrompt]]:
+    """Return the pack, `vary` and the items of the one Headshot Style Pack among the nodes; no items if unknown."""
     match [graph[key]["inputs"] for key in nodes if graph.get(key, {}).get("class_type") == STYLES]:
-        case [{"pack": str(pack), "styles": str(names), "count": int(count), "first_seed": int(seed)}]:
+        case [{"pack": str(pack), "styles": str(names), "count": int(count), "first_seed": int(seed)} as inputs]:
+            vary = inputs.get("vary", NOT_VARIED)
             with suppress(FaceLoraError):
-                return [(pack, name) for name in style_names(pack, names, count, seed)]
-    return []
+                return pack, vary, listed(pack, names, count, seed, vary, inputs.get("variation_seed", 0))
+    return "", NOT_VARIED, ()
 
 
 def _note_end(prompt: Sequence[Any]) -> None:

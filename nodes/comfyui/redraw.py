@@ -12,7 +12,7 @@ from ...core.faces import Reference
 from ...core.pictures.headshot import FacePass, blend, cut_out, face_share
 from .convert import FacePhotos, image_tensor, photos_of, pictures
 from .folders import says_no_server_paths
-from .sampler import sampled
+from .sampler import first_step, sampled
 
 
 class RedrawFaces(io.ComfyNode):
@@ -22,7 +22,7 @@ class RedrawFaces(io.ComfyNode):
             node_id="FaceLoRARedraw",
             display_name="Redraw Faces",
             category="FaceLoRA",
-            description="Draws small faces again at a larger size. A new face is used if its likeness to the person is not lower.",
+            description="Draws small faces again at a larger size. A new face is used if it is not less like the person.",
             search_aliases=["face detailer", "face pass", "adetailer", "restore faces", "inpaint face"],
             is_input_list=True,
             inputs=[
@@ -94,8 +94,8 @@ def _redrawn(
     if part is None:
         return picture
     (latent,) = VAEEncode().encode(vae, image_tensor(part.image))
-    first = steps - max(1, round(face_pass.denoise * steps))
-    (decoded,) = VAEDecode().decode(vae, sampled(model, seed, steps, *given, latent, first=first))
+    drawn = sampled(model, seed, steps, *given, latent, first=first_step(steps, face_pass.denoise))
+    (decoded,) = VAEDecode().decode(vae, drawn)
     changed = blend(picture, part, next(pictures(decoded)))
     after, *_ = person.likeness([changed])
     return changed if after is not None and after >= before else picture

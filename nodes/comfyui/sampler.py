@@ -14,10 +14,14 @@ from torch import Tensor
 
 from nodes import common_ksampler  # pyright: ignore  # that of ComfyUI
 
+from ...core.errors import BadConfig
 from ...core.storage.safetensors_file import tensor_bytes
 from .apply import origin
 from .folders import says_no_server_paths
+from .style_pack import NOT_VARIED
 
+VARIATION = 0.6
+"""The share of the steps in which pictures differ that are drawn to be alike."""
 KEPT = 100
 """The number of latents that are kept for each base model, those drawn last."""
 _drawn: WeakKeyDictionary[Any, dict[str, dict[str, Any]]] = WeakKeyDictionary()
@@ -54,6 +58,15 @@ class SampleHeadshots(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt of each picture, from CLIP Text Encode."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt of each picture, from CLIP Text Encode."),
                 io.Latent.Input("latent_image", tooltip="An empty latent of each picture's size."),
+                io.Int.Input(
+                    "vary", default=NOT_VARIED, min=NOT_VARIED, max=2**64 - 1, optional=True, advanced=True,
+                    tooltip="Seed of the picture to draw more like, the same as in Headshot Style Pack. All others then begin "
+                    "with it. -1 (default): none.",
+                ),
+                io.Float.Input(
+                    "variation", default=VARIATION, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="The share of the steps in which they differ. A larger share changes more.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -65,12 +78,27 @@ class SampleHeadshots(io.ComfyNode):
     @classmethod
     @says_no_server_paths
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image
-    ) -> io.NodeOutput:
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, vary=(NOT_VARIED,),
+        variation=(VARIATION,),
+    ) -> io.NodeOutput:  # fmt: skip
         lists = (model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
         # As where ComfyUI itself runs a node for lists: the last item of a shorter list is repeated.
         items = [[one[min(index, len(one) - 1)] for one in lists] for index in range(max(map(len, lists)))]
-        return io.NodeOutput([sampled(*item) for item in items])
+        if vary[0] == NOT_VARIED:
+            return io.NodeOutput([sampled(*item) for item in items])
+        chosen = next((sampled(*item) for item in items if item[1] == vary[0]), None)
+        if chosen is None:
+            raise BadConfig(f"vary = {vary[0]}: set the same seed in Headshot Style Pack, or -1")
+        varied = [
+            chosen if item[1] == vary[0] else sampled(*item[:-1], chosen, first=first_step(item[2], variation[0]))
+            for item in items
+        ]
+        return io.NodeOutput(varied)
+
+
+def first_step(steps: int, share: float) -> int:
+    """Return the step from which the last `share` of the steps is taken, at least one."""
+    return steps - max(1, round(share * steps))
 
 
 def sampled(model: Any, *given: Any, first: int = 0) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 # pyright: reportMissingImports=false
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ...core.errors import BadConfig, BadStylePack
-from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
+from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, StyledPrompt, Subject, find_style_packs
 from ...core.pictures.style_picture import style_picture
 from .convert import few_steps, speed_hint, style_family
 from .folders import refusal, says_no_server_paths, without_server_paths
 
 FROM_MODEL = "that of the model"
+NOT_VARIED = -1
+FEWEST_ALIKE = 4
+"""The fewest pictures in a list of pictures that are like one."""
 
 
 def find_packs() -> FoundPacks:
@@ -89,6 +94,15 @@ class HeadshotStylePack(io.ComfyNode):
                     "extra", default="", placeholder="e.g. smiling, with glasses", optional=True,
                     tooltip="Words that are added to every prompt, such as 'smiling, with glasses'.",
                 ),
+                io.Int.Input(
+                    "vary", default=NOT_VARIED, min=NOT_VARIED, max=2**64 - 1, optional=True, advanced=True,
+                    tooltip="Seed of the picture to draw more like. All pictures then have its prompt and size. Give Sample "
+                    "Headshots the same seed. -1 (default): the whole list. The panel has a button for it.",
+                ),
+                io.Int.Input(
+                    "variation_seed", default=0, min=0, max=2**64 - 1, control_after_generate=False, optional=True,
+                    advanced=True, tooltip="Seed of the first picture that is like the one in vary.",
+                ),
             ],
             outputs=_outputs(),
             has_intermediate_output=True,
@@ -114,8 +128,9 @@ class HeadshotStylePack(io.ComfyNode):
     @classmethod
     @says_no_server_paths
     def execute(
-        cls, pack, styles, subject, count, first_seed, family, resolution, model=None, extra=""
-    ) -> io.NodeOutput:
+        cls, pack, styles, subject, count, first_seed, family, resolution, model=None, extra="", vary=NOT_VARIED,
+        variation_seed=0,
+    ) -> io.NodeOutput:  # fmt: skip
         if family == FROM_MODEL:
             if model is None:
                 raise BadConfig("family: choose a family, or connect the model that draws the pictures to model")
@@ -125,6 +140,7 @@ class HeadshotStylePack(io.ComfyNode):
             Subject(subject.strip(), class_word=""), family, count, first_seed,
             styles=_names(styles) or None, resolution=resolution or None,
         )  # fmt: skip
+        prompts = _alike(prompts, vary, variation_seed)
         few = few_steps(model) if model is not None else None  # Such a model draws in its own steps, without guidance.
         hint = speed_hint(model) if model is not None else ""
         return io.NodeOutput(
@@ -139,6 +155,20 @@ class HeadshotStylePack(io.ComfyNode):
             [item.strength for item in prompts],
             ui=ui.PreviewText("\n".join([*found.problems, *([hint] if hint else [])])),
         )
+
+
+def _alike(prompts: Sequence[StyledPrompt], seed: int, variation_seed: int) -> list[StyledPrompt]:
+    """Return the item with the seed, and then as often as there are items with other seeds; all items for NOT_VARIED.
+
+    Raises BadConfig without such an item.
+    """
+    if seed == NOT_VARIED:
+        return [*prompts]
+    chosen = next((one for one in prompts if one.seed == seed), None)
+    if chosen is None:
+        raise BadConfig(f"vary = {seed}: no picture of the list has this seed; choose one, or -1 for the whole list")
+    others = range(variation_seed, variation_seed + max(len(prompts), FEWEST_ALIKE) - 1)
+    return [chosen, *(replace(chosen, seed=other % 2**64) for other in others)]
 
 
 def _outputs() -> list[Any]:
@@ -158,11 +188,13 @@ def _outputs() -> list[Any]:
     return [kind.Output(display_name=name, is_output_list=True, tooltip=text) for kind, name, text in outputs]
 
 
-def style_names(pack: str, styles: str, count: int, first_seed: int) -> list[str]:
-    """Return the style of each picture that the node lists. Raises BadStylePack for an unknown pack or style."""
-    family = next(iter(FAMILY_DEFAULTS))  # The styles are the same for each.
-    listed = find_packs().pick(pack).prompts(Subject(""), family, count, first_seed, styles=_names(styles) or None)
-    return [item.style for item in listed]
+def listed(
+    pack: str, styles: str, count: int, first_seed: int, vary: int = NOT_VARIED, variation_seed: int = 0
+) -> list[StyledPrompt]:
+    """Return the list of the node for another subject and family. Raises BadStylePack for an unknown pack or style."""
+    family = next(iter(FAMILY_DEFAULTS))
+    prompts = find_packs().pick(pack).prompts(Subject(""), family, count, first_seed, styles=_names(styles) or None)
+    return _alike(prompts, vary, variation_seed)
 
 
 def _names(styles: str) -> list[str]:

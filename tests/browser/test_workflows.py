@@ -261,8 +261,23 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
     assert lora.metadata["ss_num_train_images"] == "6"
+    draw_more_like_one(page, server)
     page.set_widgets({"FaceLoRATrain": {"class_word": "man"}})  # which may be someone else
     page.page.wait_for_function(drawn, arg="")
+
+
+def draw_more_like_one(page: ComfyPage, server: ComfyServer) -> None:
+    """Presses a headshot's button for more like it, which draws three beside it, though the graph has changed since."""
+    buttons = page.page.get_by_role("button", name="More like this one")
+    assert buttons.count() == 2
+    shown = page.page.locator(".facelora-headshot img").last.get_attribute("alt")
+    page.set_widgets({"FaceLoRAStylePack": {"first_seed": 77}})
+    with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
+        buttons.last.click()
+    assert server.wait(queued.value.json()["prompt_id"]).status == "success"
+    page.wait_for("() => document.querySelectorAll('.facelora-headshot').length === 4")
+    assert buttons.count() == 1, "not of variations"
+    assert shown in page.page.locator(".facelora-headshot img").evaluate_all("(all) => all.map((one) => one.alt)")
 
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):

@@ -7,7 +7,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageStat
 
 from core.demo.people import person_photos
 from core.lora.file import LoraFile
@@ -445,6 +445,35 @@ def test_more_headshots_draw_and_save_only_the_missing_ones(server):
     names = sorted(file.name for file in (server.folder / "output" / "more").iterdir())
     assert names == [f"anna-2_0000{number}_.png" for number in (1, 2, 3)]
     assert result.log.count("2/2 [") == 1, "one picture was drawn, in two steps"
+
+
+def test_pictures_like_one_of_the_list_are_nearer_to_it_than_others(server):
+    graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], prompt=["styles", 0], seed=["styles", 2])
+    graph["styles"] = node("FaceLoRAStylePack", **STYLES | {"resolution": 128})
+    graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
+    del graph["sampler"]["inputs"]["denoise"]
+    graph["sampler"] = node("FaceLoRASampler", **graph["sampler"]["inputs"] | {"steps": 10, "cfg": 2.5})
+
+    def drawn() -> list[Image.Image]:
+        result = server.result(graph)
+        return [server.picture(image).convert("L") for image in result.outputs["picture"]["images"]]
+
+    def apart(*pair: Image.Image) -> float:
+        return ImageStat.Stat(ImageChops.difference(*pair)).mean[0]
+
+    usual = drawn()
+    graph["sampler"]["inputs"]["vary"] = 99
+    assert "vary = 99: set the same seed in Headshot Style Pack, or -1" in server.error(graph)
+    graph["sampler"]["inputs"]["vary"] = 6
+    graph["styles"]["inputs"] |= {"vary": 6, "variation_seed": 100}
+    same, *like = drawn()
+    assert same.tobytes() == usual[1].tobytes() and len(like) == 3
+    assert max(apart(one, same) for one in like) < min(
+        apart(one.resize(same.size), same) for one in (usual[0], usual[2])
+    )
+    assert len({one.tobytes() for one in like}) == 3
+    graph["styles"]["inputs"]["vary"] = 99
+    assert "vary = 99: no picture of the list has this seed" in server.error(graph)
 
 
 def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_it(server):
