@@ -97,7 +97,7 @@ class SampleHeadshots(io.ComfyNode):
 
 
 def first_step(steps: int, share: float) -> int:
-    """Return the step from which the last `share` of the steps is taken, at least one."""
+    """Return the first of the last steps, which are that share of all, at least one."""
     return steps - max(1, round(share * steps))
 
 
