@@ -138,7 +138,11 @@ export function enlargeable(image, large = (copy) => copy) {
 /** Opens a dialog until it is closed, or Escape is pressed: ComfyUI keeps that key from the browser. */
 export function openDialog(dialog) {
   // On the page, because the focused element may be gone. The dialogs below the last one hear the key first, and stay.
-  const escape = ({ key }) => key === "Escape" && [...document.querySelectorAll("dialog[open]")].at(-1) === dialog && dialog.close()
+  const escape = (event) => {
+    if (event.key !== "Escape" || [...document.querySelectorAll("dialog[open]")].at(-1) !== dialog) return
+    event.preventDefault() // in a field the browser hears the key too, and would close the dialog below
+    dialog.close()
+  }
   document.addEventListener("keydown", escape)
   dialog.addEventListener("close", () => {
     document.removeEventListener("keydown", escape)
