@@ -1,7 +1,7 @@
 """Run a whole job, and print each part's predicted and measured time: `python -m tools.job_measured PHOTOS OUTPUT --base FILE`.
 
-The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: SD1.5 in its published size,
-with random weights. Times are processor seconds per thread, which other programs lengthen least.
+The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: the family in its published
+size, with random weights. Times are processor seconds per thread, which other programs lengthen least.
 """
 
 import argparse
@@ -14,16 +14,18 @@ import torch
 from core.device import best_device, precision_name, processor
 from core.models import load_base
 from core.photos import read_photos
+from core.pictures import with_speed_lora
 from core.pictures.style_pack import find_style_packs
 from core.studio.ledger import Ledger
 from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.speed import Speed, speed_of
 from core.training import recipe_config
 from core.training.callbacks import Callbacks
-from tests.tooling import FULL_SD15, write_checkpoint
+from tests.tooling import FULL_SD15, FULL_SDXL, write_checkpoint
 from tools.photo_tables import table
 from tools.timing import peak_memory
 
+SHAPES = {shape.family: shape for shape in (FULL_SD15, FULL_SDXL)}
 PARTS = {
     "encoding": ("encoding",),
     # The last sample of a step is decoded after its report, so these can't be told apart.
@@ -78,16 +80,19 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--random", action="store_true", help="write the base model first, with random weights")
+    parser.add_argument("--random", choices=SHAPES, help="write the base model of this family first, with random weights")
+    parser.add_argument("--speed-lora", type=Path, help="to draw with")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--settings", type=json.loads, default={}, help="other settings, as JSON")
     parser.add_argument("--count", type=int, default=20, help="pictures to draw")
     options = parser.parse_args()
     if options.random:
-        write_checkpoint(options.base, FULL_SD15)
+        write_checkpoint(options.base, SHAPES[options.random])
     base, photos, times = load_base(options.base), read_photos(options.photos), PartTimes()
     config = recipe_config(options.recipe, base, len(photos), options.settings, print)
-    order, callbacks = Order("me", config, find_style_packs().pick("corporate"), options.count), times.callbacks()
+    drawn_on = with_speed_lora(base, options.speed_lora) if options.speed_lora else None
+    order = Order("me", config, find_style_packs().pick("corporate"), options.count, drawn_on=drawn_on)
+    callbacks = times.callbacks()
     ready = ready_photos(photos, base, config, callbacks)
     times.reported("check")
     device, dtype = base.device_and_dtype(config.precision)

@@ -200,7 +200,10 @@ def test_one_person_who_fills_the_picture_is_drawn_as_without_a_group(base) -> N
     job = Job("a photo of {anna}", 3, size=(64, 80), steps=2, guidance=2.5)
     (alone,) = generate(base, [(ANNA.lora, 0.8)], [replace(job, prompt="a photo of sks woman")])
     (grouped,) = generate_group(base, Group((replace(ANNA, strength=0.8),)), [job])
-    assert np.array_equal(np.asarray(alone.image), np.asarray(grouped.image))
+    # With SSE4.1 or AVX2, one or two of 15,360 values round to the other grey level.
+    difference = np.subtract(alone.image, grouped.image, dtype=int)
+    assert np.abs(difference).max() <= 1
+    assert np.count_nonzero(difference) <= 10
 
 
 @pytest.mark.slow
