@@ -1,5 +1,6 @@
 """Choose the device and precision of a computation, and handle a lack of memory."""
 
+import ctypes
 import gc
 import os
 import platform
@@ -23,6 +24,7 @@ TILE = 512
 """The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
 NOT_TORCHS = 2**29
 """The bytes of a GPU that a limit leaves to what torch doesn't count: kernels and libraries that are loaded later."""
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS, in errors of several classes.
     "DefaultCPUAllocator: can't allocate",
@@ -360,11 +362,12 @@ def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items
 
 
 def release_memory() -> None:
-    """Return unused memory to the system: the GPU's, and the computer's page-locked memory.
+    """Return unused memory to the system: the GPU's, the computer's page-locked memory, and what `release_heap` returns.
 
     Garbage is collected first, since networks of other libraries contain reference cycles.
     """
     gc.collect()
+    release_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         if empty_host_cache := getattr(torch._C, "_host_emptyCache", None):  # Only in builds for a GPU.
@@ -373,6 +376,12 @@ def release_memory() -> None:
         torch.xpu.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def release_heap() -> None:
+    """Return the freed memory that the C library keeps, if it can. After a training run, this is as much as the model's."""
+    if trim := getattr(_C_LIBRARY, "malloc_trim", None):
+        trim(0)
 
 
 def clear_variables(error: BaseException) -> None:

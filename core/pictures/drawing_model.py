@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ..config import Precision
-from ..device import clear_variables, free_memory, release_memory, until_it_fits
+from ..device import clear_variables, free_memory, release_heap, release_memory, until_it_fits
 from ..errors import BadConfig
 from ..lora.apply import AppliedLora, apply
 from ..lora.embeddings import new_words
@@ -198,7 +198,9 @@ class DrawingModel:
             return
         self._loaded = self._vae = self._worn = None
         self._applied, self.beside, self._originals, self._as_stored = [], [], {}, False
-        if self.place[0].type != "cpu":
+        if self.place[0].type == "cpu":
+            release_heap()
+        else:
             release_memory()
 
 

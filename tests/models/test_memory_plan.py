@@ -4,6 +4,7 @@ import ctypes
 import gc
 import multiprocessing
 import re
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,7 @@ from torch import nn
 import core.pictures.drawing_model as drawing_model
 import core.pictures.generate as generate_module
 from core.config import TrainConfig
-from core.device import free_memory, in_parts_that_fit, is_out_of_memory, synchronize, until_it_fits
+from core.device import free_memory, in_parts_that_fit, is_out_of_memory, release_memory, synchronize, until_it_fits
 from core.errors import BadConfig, OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -82,6 +83,18 @@ def resident_set(field: str) -> int:
     found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's C library can give memory back")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    torch.ones(2**22)  # Freed at once. From now on, the C library keeps pieces of up to so many numbers.
+    tensors = [torch.ones(2**20) for _ in range(64)]
+    last = torch.ones(2**14)  # Above the others in memory, which are kept as long as it is.
+    before = resident_set("VmRSS")
+    tensors.clear()
+    release_memory()
+    assert before - resident_set("VmRSS") > 60 * 4 * 2**20
+    assert last.sum() == len(last)
 
 
 @pytest.fixture
