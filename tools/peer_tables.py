@@ -100,7 +100,6 @@ def trainers(
             "FaceLoRA": "",
             "FaceLoRA without prior prediction": "--prior-prediction 0",
             "FaceLoRA without selection": "--hold-out 0",
-            "FaceLoRA without checks": "--no-check-photos",
         }.items()
     }
     others: dict[str, Diffusers | ComfyUI] = {
@@ -241,7 +240,7 @@ def over_people(group: Sequence[Row], values: Sequence[float], digits: int) -> s
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """An SVG of likeness by the last network over the minutes, a line for each trainer."""
+    """An SVG of likeness by the last network over the minutes, a line for each trainer with more than one budget."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for (name, minutes), group in by_trainer(rows).items():
         value = float(np.mean([list(row.verdicts.values())[-1].likeness for row in group]))
@@ -260,7 +259,7 @@ def plot(rows: Sequence[Row]) -> str:
         parts.append(f'<text x="{x}" y="326" text-anchor="middle">{minutes:g}</text>')
     parts.append('<text x="260" y="344" text-anchor="middle">minutes of one core</text>')
     parts.append('<text x="80" y="14" text-anchor="middle">likeness</text>')
-    ends = sorted((points[-1][1], name) for name, points in lines.items())
+    ends = sorted((points[-1][1], name) for name, points in lines.items() if len(points) > 1)
     below = 0.0
     for number, (end, name) in enumerate(ends):
         points, colour = lines[name], COLOURS[number % len(COLOURS)]
