@@ -149,8 +149,18 @@ class BarProgress(AbstractContextManager["BarProgress"]):
         return self._bar
 
     def phase(self, name: str, done: int, total: int) -> None:
+        if name == "samples" and self._bar is not None and self._name == "training":
+            self._show_samples(self._bar, done, total)
+            return
         bar = self._bar_for(name, total)
         bar.update(done - bar.n)
+
+    def _show_samples(self, bar, done: int, total: int) -> None:
+        """Show samples on the bar of training, which they are part of."""
+        now = time.monotonic()
+        if now - self._shown > 0.5 or done == total:
+            self._shown = now
+            bar.set_description_str("training" if done == total else f"training (samples {done / total:.0%})")
 
     def step(self, report: "StepReport") -> None:
         bar = self._bar_for("training", report.steps)

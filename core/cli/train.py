@@ -242,8 +242,7 @@ def shown(progress: Progress, stop: StopOnSignal, within_steps: bool = False) ->
         stop.check(f" after step {report.step} of {report.steps}")
 
     def on_phase(phase: str, done: int, total: int) -> None:
-        if phase != "samples":  # They are part of training, whose bar stays.
-            progress.phase(phase, done, total)
+        progress.phase(phase, done, total)
         stop.check()
 
     return training.Callbacks(

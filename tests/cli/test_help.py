@@ -1,11 +1,15 @@
 """What the command line says of itself: all commands, the options that matter first, and the word that was meant."""
 
+import itertools
 import sys
 
 import pytest
+import torch
 
 from core.cli import COMMANDS, main
 from core.cli.common import BarProgress, end_bars
+from core.cli.train import StopOnSignal, shown
+from core.training import StepReport
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:
@@ -94,6 +98,17 @@ def test_a_phase_without_parts_to_count_shows_its_name_and_time(capsys):
     with BarProgress() as progress:
         progress.phase("loading the model", 0, 0)
     assert capsys.readouterr().err.split("\r")[-1].strip() == "loading the model: 00:00"
+
+
+def test_the_bar_of_training_shows_how_far_its_samples_are(capsys, monkeypatch):
+    monkeypatch.setattr("core.cli.common.time.monotonic", itertools.count().__next__)
+    with BarProgress() as progress:
+        on_phase = shown(progress, StopOnSignal("")).on_phase
+        progress.step(StepReport(1, 9, 1e-4, 1.0, 8.0, 0, None, torch.tensor(0.1)))
+        for done in (6, 12):
+            on_phase("samples", done, 12)
+        names = [line.partition(":")[0] for line in capsys.readouterr().err.split("\r")]
+    assert names[-2:] == ["training (samples 50%)", "training"]
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
