@@ -1,6 +1,6 @@
 """Run a whole job, and print each part's predicted and measured time: `python -m tools.job_measured PHOTOS OUTPUT --base FILE`.
 
-The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: the family in its published
+The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: SD1.5 or SDXL in its published
 size, with random weights. Times are processor seconds per thread, which other programs lengthen least.
 """
 
@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--random", choices=SHAPES, help="write the base model of this family first, with random weights")
+    parser.add_argument(
+        "--random", choices=SHAPES, help="write the base model of this family first, with random weights"
+    )
     parser.add_argument("--speed-lora", type=Path, help="to draw with")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--settings", type=json.loads, default={}, help="other settings, as JSON")
