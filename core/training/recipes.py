@@ -28,8 +28,6 @@ CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
 """The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""
 ENOUGH = Thresholds.photos_measured
 """With this many usable photos or more, some are held out."""
-FEW = 5
-"""With this many photos or fewer, a recipe trains half as long: longer training copies them more (docs/likeness.md)."""
 MEASUREMENTS = 4
 """The number of likeness measurements when photos are held out and `sample_every` is not given."""
 
@@ -68,9 +66,8 @@ def recipe_settings(
 ) -> dict[str, Any]:
     """Return the settings of one of `recipes` for a number of photos, overridden by those `given`.
 
-    Steps and learning rate are adapted to the batch size, the learning rate to the method, and alpha to the rank. With FEW
-    photos or fewer, training is half as long, unless likeness is measured. Raises BadConfig for an unknown recipe or setting.
-    Of the values, only those used here are checked.
+    Steps and learning rate are adapted to the batch size, the learning rate to the method, and alpha to the rank. Raises
+    BadConfig for an unknown recipe or setting. Of the values, only those used here are checked.
     """
     if name not in RECIPES:
         raise BadConfig(f"recipe {name!r}: unknown. Choose one of {', '.join(RECIPES)}")
@@ -79,13 +76,11 @@ def recipe_settings(
     checked = TrainConfig(**{name: given.get(name, value) for name, value in defaults.items()})
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
     measured = MEASURED if name == "best" else MEASURED | CHEAP_LOOKS
-    is_measured = given.get("hold_out", _can_hold_out(photos, given, on_warning))
-    length = recipe.photos / 2 if photos <= FEW and not is_measured else recipe.photos
     settings = {
         # Textual inversion changes no network, so no other prompt can turn into the person.
         **(COMMON if method.makes != "embedding" else {}),
-        **(measured if is_measured else {}),
-        "steps": math.ceil(length / seen),
+        **(measured if given.get("hold_out", _can_hold_out(photos, given, on_warning)) else {}),
+        "steps": math.ceil(recipe.photos / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
         # Rounded to two digits. Prodigy finds the rate itself.

@@ -84,13 +84,6 @@ def test_from_eight_photos_on_two_are_held_out_and_measured_a_few_times():
     assert settings["hold_out"] == 2 and settings["steps"] // settings["sample_every"] == MEASUREMENTS
 
 
-def test_of_a_few_photos_a_recipe_takes_half_of_the_steps_unless_likeness_is_measured():
-    steps = {photos: recipe_settings("balanced", SD15, photos=photos)["steps"] for photos in (1, 5, 6, 8)}
-    assert steps == {1: 400, 5: 400, 6: 800, 8: 800}
-    assert recipe_settings("balanced", SD15, {"hold_out": 1}, photos=5)["steps"] == 800
-    assert recipe_settings("balanced", SD15, {"steps": 7}, photos=1)["steps"] == 7
-
-
 def test_what_is_asked_of_the_held_out_photos_wins():
     assert recipe_settings("best", SD15, {"hold_out": 1}, photos=4)["stop_early"]
     config_from(recipe_settings("best", SD15, {"hold_out": 0}))  # which without likeness cannot stop early
