@@ -3,10 +3,10 @@
 import { BASE_CHOSEN, addElement, make, remember, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
-const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack"
+const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack", REDRAW = "FaceLoRARedraw"
 /** The widgets, each with the type of its node. Without a widget's name, the node is switched on and off. */
 const SETTINGS = [[TRAIN, "recipe"], ["FaceLoRAApply", "strength_model"], [STYLES, "extra"], [STYLES, "first_seed"],
-  ["FaceLoRARedraw"], ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
+  [REDRAW], ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
 const BYPASS = 4 // a node's mode in ComfyUI
 // say
 const RECIPES = { fast: "quick", balanced: "normal", best: "thorough" }
@@ -22,8 +22,10 @@ export function spanText([least, most]) {
 export const recipeText = (recipe) => say(RECIPES[recipe] ?? recipe)
 
 export class More {
-  constructor(node) {
+  /** `switched` is called when a node was switched on or off. */
+  constructor(node, switched) {
     this.node = node
+    this.switched = switched
     this.spans = {} // the least and the most seconds of each recipe
     this.rows = make("div", "facelora-settings")
     this.root = make("details", "facelora-more facelora-panel", make("summary", "", say("Recipe, strength, own words, seed")), this.rows)
@@ -40,9 +42,19 @@ export class More {
     this.show()
   }
 
+  /** The nodes of the node's graph and of subgraphs in it. */
+  nodes() {
+    return (this.node.graph?.nodes ?? []).flatMap((node) => [node, ...(node.subgraph?.nodes ?? [])])
+  }
+
+  /** Whether small faces are redrawn. */
+  redraws() {
+    return this.nodes().some(({ comfyClass, mode }) => comfyClass === REDRAW && mode === LiteGraph.ALWAYS)
+  }
+
   show() {
     if (!this.root.open || this.root.contains(document.activeElement?.closest("input"))) return
-    const nodes = (this.node.graph?.nodes ?? []).flatMap((node) => [node, ...(node.subgraph?.nodes ?? [])])
+    const nodes = this.nodes()
     this.rows.replaceChildren(...SETTINGS.flatMap(([type, name]) => {
       const node = nodes.find(({ comfyClass }) => comfyClass === type)
       return !node ? [] : [name ? this.row(node, widgetOf(node, name)) : this.toggle(node)]
@@ -55,6 +67,7 @@ export class More {
     box.addEventListener("change", () => {
       node.mode = box.checked ? LiteGraph.ALWAYS : BYPASS
       remember(node)
+      this.switched()
     })
     return make("label", "facelora-switch", box, make("span", "", say("Redraw small faces")))
   }

@@ -19,6 +19,11 @@ const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else
 const STYLES = "FaceLoRAStylePack", SAMPLER = "FaceLoRASampler"
 /** The widgets whose values, unless they are 0 or empty, are used instead of the recipe's. */
 const OWN = ["steps", "rank", "learning_rate", "resolution", "settings"]
+/** How long a run takes, by what is known of it. */
+// say
+const TAKES = { trains: "Takes {} on this machine", redraws: "Takes {} on this machine, and longer to redraw small faces",
+  unknown: "How long it takes on this machine is not known" }
+
 const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
@@ -204,13 +209,17 @@ class Panel {
     const { error, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
     if (this.state || asked !== this.asked) return
     if (error) this.status.textContent = error
-    if (!steps) return
+    clearTimeout(this.soon)
+    this.foreseen = undefined // an answer on its way is for other inputs
+    if (!steps) {
+      this.takes.textContent = base && !error && this.missing.hidden ? say(TAKES.unknown) : ""
+      return
+    }
     const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size, rank, short(learning_rate),
       resolution)
     // Lines break between numbers, not in them. Chinese has no spaces there.
     const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))
     this.status.replaceChildren(...parts.flatMap((part) => [part, plan.includes(", ") ? " " : make("wbr", "")]))
-    clearTimeout(this.soon)
     this.soon = setTimeout(() => this.foresee(base, own), 300) // once nothing has changed for a moment
   }
 
@@ -222,11 +231,12 @@ class Panel {
     const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, samples: widgetOf(this.node, "samples").value,
       photos: photosOf(this.node), pictures })))
     const answer = await api.fetchApi(`/facelora/forecast?${asked}`)
-    const spans = answer.ok ? await answer.json() : {}
+    const spans = answer.ok ? await answer.json() : {} // null while a prompt runs
     if (asked !== this.foreseen) return
-    this.more.foresee(spans)
-    const span = spans[widgetOf(this.node, "recipe").value]
-    this.takes.textContent = span ? say("Takes {} on this machine", spanText(span)) : ""
+    this.more.foresee(spans ?? {})
+    const span = spans?.[widgetOf(this.node, "recipe").value]
+    if (span) this.takes.textContent = say(this.more.redraws() ? TAKES.redraws : TAKES.trains, spanText(span))
+    else this.takes.textContent = spans ? say(TAKES.unknown) : ""
   }
 
   /** The same for each recipe, as lines of text. */
@@ -470,7 +480,7 @@ app.registerExtension({
     if (node.comfyClass === STYLES) whenSet(widgetOf(node, "count"), () => panels.forEach((panel) => panel.explain()))
     if (node.comfyClass !== NODE) return
     const panel = new Panel(node)
-    panel.more = new More(node)
+    panel.more = new More(node, () => panel.explain())
     addElement(node, "training", panel.root, () => panel.height)
     // ComfyUI's app mode gets the samples as previews. Without this, they would also appear below the panel.
     Object.defineProperty(node, "imgs", { get() {}, set() {} })

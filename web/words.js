@@ -77,6 +77,8 @@ const ZH = {
   "{} min": "{} 分钟",
   "{} h": "{} 小时",
   "Takes {} on this machine": "在本机上需要 {}",
+  "Takes {} on this machine, and longer to redraw small faces": "在本机上需要 {}，重新生成小的脸还需要更多时间",
+  "How long it takes on this machine is not known": "无法估计在本机上需要多长时间",
   "Still needed: {}": "还缺少：{}",
   ", ": "、",
   "10 to 20 photos": "10 到 20 张照片",

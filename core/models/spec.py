@@ -160,6 +160,9 @@ class FamilySpec:
     pooled_from: Mapping[str, int] = field(default_factory=dict)
     """The text encoders whose pooled states the denoiser takes, with 1 for each."""
 
+    usual_tokens: int = 77
+    """The usual number of tokens of a caption's states with their padding in ComfyUI, to forecast without text encoders."""
+
     denoiser_targets: Mapping[str, str]
     """A regular expression for each value of TrainConfig.targets. It matches the full paths of adapted denoiser modules."""
     text_encoder_targets: str | None = None

@@ -529,15 +529,16 @@ def add_routes() -> None:
 
     - GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the inputs set.
     - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
-      It returns {} if that is unknown, and while a prompt runs.
+      It returns {} if that is unknown, and null while a prompt runs.
     """
     server = PromptServer.instance
 
     @server.routes.get("/facelora/forecast")
     async def forecast(request: web.Request) -> web.Response:
+        if server.prompt_queue.currently_running:
+            return web.json_response(None)
         with suppress(FaceLoraError, ValueError):
-            if not server.prompt_queue.currently_running:
-                return web.json_response(await asyncio.to_thread(_spans, request.query))
+            return web.json_response(await asyncio.to_thread(_spans, request.query))
         return web.json_response({})
 
     @server.routes.get("/facelora/recipe")

@@ -222,6 +222,11 @@ def test_the_panels_plan_has_the_inputs_and_the_settings(server):
     assert server.get("/facelora/forecast?base=nowhere&photos=many") == {}
 
 
+def test_a_run_on_a_denoiser_alone_is_forecast(server, flow_models):
+    spans = server.get("/facelora/forecast?base=zimage.safetensors&resolution=64&photos=9")
+    assert 0 < spans["fast"][1] < spans["best"][1]
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

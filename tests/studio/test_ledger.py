@@ -25,6 +25,7 @@ from core.lora.modules import LoraModule
 from core.models import load_base
 from core.models.base import Base
 from core.models.memory_plan import PLANS, MemoryPlan, count_flops
+from core.models.spec import Component
 from core.photos import Photo, prepare, read_photos
 from core.pictures import find_style_packs
 from core.pictures.generate import Job, generate
@@ -57,7 +58,7 @@ from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
 from core.training.step import Run
 from core.training.store import LoraFolders
-from tests.tooling import encoded_cache, encoded_image, mostly_slow, small_flow_base, write_photos
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, write_photos
 from tools.job_tables import with_vae
 
 CPU = torch.device("cpu")
@@ -239,6 +240,25 @@ def test_a_forecast_without_photos_is_the_time_of_a_job_on_square_ones(base):
     assert forecast.span(replace(config, steps=8), 8, 3)[0] > forecast.span(config, 8, 3)[0]
 
 
+def without_text_encoders(name: str, **parts: Component) -> Base:
+    """A small rectified flow that can't encode captions."""
+    base = small_flow_base(name)
+    return replace(base, components={"denoiser": base.components["denoiser"], **parts}, caption_encoder=None)
+
+
+@pytest.mark.parametrize("name", mostly_slow(SMALL_FLOWS, "flux1", "krea2"))
+def test_a_denoiser_alone_is_enough_for_a_forecast(name):
+    config = replace(PLAIN, **MEASURED)
+    least, most = Forecast.on(without_text_encoders(name), config, CPU).span(config, 8, 2)
+    assert 0 < least < most
+
+
+def test_no_tokenizer_is_needed_for_a_forecast():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    base = without_text_encoders("chroma", text_encoder=Component(sizes, {}))
+    assert Forecast.on(base, PLAIN, CPU).span(PLAIN, 8, 0)[0] > 0
+
+
 def test_after_a_job_its_own_speed_is_expected(base, tmp_path, monkeypatch):
     cost = Cost("cpu", processor(CPU), "", Work(1, 8, 100, 10), dict.fromkeys(PHASES, 10.0), {})
     with cache_in(tmp_path):
@@ -265,6 +285,16 @@ def test_after_a_training_run_its_own_speed_is_expected(photos, base, plain, tmp
         timed_training(job, place, device=CPU)
         after = speed_of(base, CPU).shares
     assert after["train"] != before["train"] and after["draw"] == before["draw"]
+
+
+def test_a_training_run_whose_captions_another_program_encodes_tells_its_speed_too(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("core.studio.forecast.LEAST_SECONDS", 0)
+    base = small_flow_base("zimage")
+    with cache_in(tmp_path / "cache"):
+        before = speed_of(base, CPU).shares["train"]
+        job = TrainingJob.of(photos, base, replace(PLAIN, steps=1, min_snr_gamma=TrainConfig.min_snr_gamma))
+        timed_training(job, LoraFolders("anna", [tmp_path]), device=CPU)
+        assert speed_of(base, CPU).shares["train"] != before
 
 
 def test_only_faces_that_were_redrawn_count_as_drawn(plain):

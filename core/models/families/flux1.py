@@ -135,6 +135,7 @@ FLUX1 = FamilySpec(
     text_encoders=TEXT,
     context_from={"text_encoder_2": 1},
     pooled_from={"text_encoder": 1},
+    usual_tokens=256,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
     # The modulation in its blocks distinguishes it from FLUX.2 and Chroma, the pooled text from models derived from it.

@@ -192,6 +192,7 @@ FLUX2 = FamilySpec(
     text_encoders=TEXT,
     other_text_kinds=(LARGER_TEXT, DEV_TEXT),
     context_from={"text_encoder": len(TEXT_LAYERS)},
+    usual_tokens=TEXT_TOKENS,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
     denoiser_has=("double_stream_modulation_img.lin.weight", "single_blocks.0.linear1.weight"),

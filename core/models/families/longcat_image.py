@@ -101,6 +101,7 @@ LONGCAT_IMAGE = FamilySpec(
     steps=50,
     pipeline_class="LongCatImagePipeline",
     text_encoders=TEXT,
+    usual_tokens=TEXT_TOKENS,
     denoiser_targets=flux1.FLUX1.denoiser_targets,
     in_channels=64,
     denoiser_has=flux1.BLOCK_WEIGHTS,

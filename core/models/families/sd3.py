@@ -110,6 +110,7 @@ SD3 = FamilySpec(
     context_from={"text_encoder_3": 1},
     pooled_from={"text_encoder": 1, "text_encoder_2": 1},
     optional_encoders=("text_encoder_3",),
+    usual_tokens=2 * 77,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=16,
     denoiser_has=("joint_blocks.0.x_block.attn.qkv.weight",),
