@@ -208,6 +208,9 @@ def read_photos(
 
     Raises BadPhoto if the folder is missing, is a file, cannot be accessed, or has no readable photo.
     """
+    if not isinstance(folder, str | os.PathLike):
+        given = type(folder).__name__
+        raise BadPhoto(f"the photo folder is a {given}: expected a path. read_photo_files reads a list of files")
     folder = Path(folder)
     try:
         if not folder.exists():

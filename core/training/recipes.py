@@ -43,8 +43,10 @@ def recipe_config(
 
     The base model's own recipe, if its file has one, replaces its family's. `on_warning` is called when that recipe cannot be
     used, and when the face networks are not installed. Raises BadConfig for an unknown recipe, or a given setting that is
-    unknown or out of range.
+    unknown or out of range, and for a base model that is not loaded.
     """
+    if not isinstance(base, Base):
+        raise BadConfig(f"base = {base!r}: expected a Base, as returned by load_base(path)")
     return config_from(recipe_settings(name, recipes_of(base, on_warning), given, photos, on_warning))
 
 
