@@ -240,7 +240,9 @@ def test_a_folder_without_photos_is_refused_in_one_line(tmp_path):
     picture().save(file)
     with pytest.raises(BadPhoto, match="this is a file"):
         read_photos(file)
-    with pytest.raises(BadPhoto, match="the photo folder is a list: expected a path. read_photo_files reads a list of files"):
+    with pytest.raises(
+        BadPhoto, match=r"the photo folder is a list: expected a path\. read_photo_files reads a list of files"
+    ):
         read_photos([file])  # pyright: ignore
 
 

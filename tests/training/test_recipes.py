@@ -48,7 +48,9 @@ def test_a_large_model_sees_as_many_photos_as_people_show_it_at_home(family):
 
 
 def test_a_base_model_that_is_not_loaded_is_refused():
-    with pytest.raises(BadConfig, match=r"base = 'sd15.safetensors': expected a Base, as returned by load_base\(path\)"):
+    with pytest.raises(
+        BadConfig, match=r"base = 'sd15.safetensors': expected a Base, as returned by load_base\(path\)"
+    ):
         recipe_config("fast", "sd15.safetensors", 9)  # pyright: ignore
 
 
