@@ -117,6 +117,14 @@ def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     assert people.files_to_delete("default", other)["loras"] == ["Ben.safetensors"]
 
 
+def test_the_saved_steps_of_a_renamed_run_are_deleted_with_it(comfy, people):
+    anna, folder = trained(comfy, people, "Anna"), comfy / "models" / "loras"
+    lora = LoraFile.read(folder / "Anna.safetensors")
+    LoraFile.from_tensors(dict(lora.tensors), {"ss_output_name": "Anna"}).save(folder / "Anna-step000001.safetensors")
+    people.rename("default", anna, "Bea", (), lambda *names: None)
+    assert sorted(people.files_to_delete("default", anna)["loras"]) == ["Bea-step000001.safetensors", "Bea.safetensors"]
+
+
 def test_the_same_name_again_is_the_same_row(comfy, people):
     for name in ("Anna", "Anna B", "Anna", "Anna B"):
         trained(comfy, people, name)

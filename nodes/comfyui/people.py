@@ -223,7 +223,7 @@ def rename(
             raise BadConfig(f"{taken}: another LoRA has this name. Choose another one")
         for path, target in targets.items():
             file = SafetensorsFile.open(path)
-            copy_with_metadata(file, target, {**file.metadata, "ss_output_name": target.stem})
+            copy_with_metadata(file, target, {**file.metadata, "ss_output_name": new})
             del file  # Windows can't delete a file that is still open
             for beside in filter(Path.is_file, map(path.with_suffix, SIDECARS)):
                 beside.rename(target.with_name(target.stem + beside.name.removeprefix(path.stem)))
