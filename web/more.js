@@ -70,7 +70,7 @@ export class More {
       this.switched()
     })
     const label = make("label", "facelora-switch", box, make("span", "", say("Redraw small faces")))
-    return Object.assign(label, { title: say("Draws small faces again at a larger size. Drawing takes up to a third longer.") })
+    return Object.assign(label, { title: say("Draws small faces again at a larger size. A picture with one takes about a third longer.") })
   }
 
   row(node, widget) {

@@ -133,7 +133,7 @@ const ZH = {
   "More": "更多",
   "Recipe, strength, own words, seed": "预设、强度、自己的词、种子",
   "Redraw small faces": "重新生成小的脸",
-  "Draws small faces again at a larger size. Drawing takes up to a third longer.": "以更大的尺寸重新生成小的脸，生成时间最多增加三分之一。",
+  "Draws small faces again at a larger size. A picture with one takes about a third longer.": "以更大的尺寸重新生成小的脸，有小脸的图片生成时间约增加三分之一。",
   "quick": "快速",
   "normal": "标准",
   "thorough": "精细",

@@ -2,7 +2,6 @@
 
 # pyright: reportMissingImports=false
 
-import comfy.samplers
 from comfy_api.latest import io
 from PIL import Image
 
@@ -12,7 +11,7 @@ from ...core.faces import Reference
 from ...core.pictures.headshot import FacePass, blend, cut_out, face_share
 from .convert import FacePhotos, image_tensor, photos_of, pictures
 from .folders import says_no_server_paths
-from .sampler import first_step, sampled
+from .sampler import first_step, sampled, settings_of_each
 
 
 class RedrawFaces(io.ComfyNode):
@@ -35,20 +34,7 @@ class RedrawFaces(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the model."),
                 io.Conditioning.Input("positive", tooltip="The prompt of each picture, from CLIP Text Encode."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt of each picture, from CLIP Text Encode."),
-                io.Int.Input(
-                    "seed", default=1, min=0, max=2**64 - 1, control_after_generate=False,
-                    tooltip="Random seed of each picture.",
-                ),
-                io.Int.Input("steps", default=25, min=1, max=10_000, tooltip="Sampling steps of each picture."),
-                io.Float.Input(
-                    "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance (CFG) of each picture."
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling method.",
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed step by step.",
-                ),
+                *settings_of_each(),
                 io.Float.Input(
                     "below", default=FacePass.below, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                     tooltip="Faces smaller than this share of the picture's side are drawn again.",

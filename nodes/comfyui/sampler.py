@@ -41,20 +41,7 @@ class SampleHeadshots(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that draws, with the LoRA."),
-                io.Int.Input(
-                    "seed", default=1, min=0, max=2**64 - 1, control_after_generate=False,
-                    tooltip="Random seed of each picture.",
-                ),
-                io.Int.Input("steps", default=25, min=1, max=10_000, tooltip="Sampling steps of each picture."),
-                io.Float.Input(
-                    "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance (CFG) of each picture."
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling method.",
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed step by step.",
-                ),
+                *settings_of_each(),
                 io.Conditioning.Input("positive", tooltip="The prompt of each picture, from CLIP Text Encode."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt of each picture, from CLIP Text Encode."),
                 io.Latent.Input("latent_image", tooltip="An empty latent of each picture's size."),
@@ -94,6 +81,26 @@ class SampleHeadshots(io.ComfyNode):
             for item in items
         ]
         return io.NodeOutput(varied)
+
+
+def settings_of_each() -> list[Any]:
+    """Return the inputs that say how to draw, with one item for each picture."""
+    return [
+        io.Int.Input(
+            "seed", default=1, min=0, max=2**64 - 1, control_after_generate=False,
+            tooltip="Random seed of each picture.",
+        ),
+        io.Int.Input("steps", default=25, min=1, max=10_000, tooltip="Sampling steps of each picture."),
+        io.Float.Input(
+            "cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance (CFG) of each picture."
+        ),
+        io.Combo.Input(
+            "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling method.",
+        ),
+        io.Combo.Input(
+            "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed step by step.",
+        ),
+    ]  # fmt: skip
 
 
 def first_step(steps: int, share: float) -> int:

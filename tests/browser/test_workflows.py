@@ -303,7 +303,7 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
     page.page.get_by_label("Add to each prompt").fill("smiling")
     page.page.get_by_role("button", name="Other pictures").click()
     drawn = [node["class_type"] for node in page.prompt().values()]
-    page.page.get_by_title(re.compile("Drawing takes up to a third longer")).get_by_role("checkbox").check()
+    page.page.get_by_title(re.compile("A picture with one takes about a third longer")).get_by_role("checkbox").check()
     added = [node["class_type"] for node in page.prompt().values()]
     assert sorted(added) == sorted([*drawn, "FaceLoRARedraw"])
     page.page.get_by_role("textbox").nth(1).fill("")
