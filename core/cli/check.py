@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 from .. import photos  # Its modules load only when a name is used.
-from ..errors import BadConfig, BadFile
+from ..errors import BadConfig, BadFile, counted
 from ..storage.files import make_folder, write_file
 from .common import base_from, print_warning, terminal_width
 from .options import Options, argument, below, option
@@ -142,3 +142,8 @@ def _copy(chosen: "Sequence[photos.Photo]", folder: Path, overwrite: bool) -> No
         if path.exists() and not overwrite and path.read_bytes() != content:
             raise BadFile(f"{path}: this file already exists; choose another output, or replace it with --overwrite")
         write_file(path, lambda file, content=content: file.write(content))
+    if earlier := photos.count_photos(folder) - len(chosen):
+        print_warning(
+            f"{folder}: {counted(earlier, 'other picture')} in this folder would be trained on too. "
+            "Delete what isn't of the person"
+        )

@@ -126,6 +126,8 @@ def test_the_command_copies_the_chosen_pictures_and_says_why_others_are_left_out
     assert main([*command[:4], "--base", "demo", "--threshold", "likeness_review=1"]) == 1
     told = capsys.readouterr()
     assert "good.png: not alike enough" in told.out and "none of the 2 pictures can be used" in told.err
+    (tmp_path / "chosen" / "good.png").rename(tmp_path / "chosen" / "earlier.png")
+    assert main(command) == 0 and "1 other picture in this folder" in capsys.readouterr().err
     orl(1, 1).save(tmp_path / "chosen" / "good.png")
     assert main(command) == 1 and "--overwrite" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "drawn"), "--count", "2"]) == 1
