@@ -269,6 +269,6 @@ def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
         return target["family"], networks
     class_name = type(target).__name__
     if class_name not in _PIPELINE_FAMILIES:
-        raise LoraMisfit(f"the pipeline {class_name} is not supported; known: {', '.join(_PIPELINE_FAMILIES)}")
+        raise LoraMisfit(f"LoRAs can't be applied to a {class_name}. Known pipelines: {', '.join(_PIPELINE_FAMILIES)}")
     found = [(part, getattr(target, name, None)) for name, part in _PIPELINE_PARTS.items()]
     return _PIPELINE_FAMILIES[class_name], {part: network for part, network in found if network is not None}
