@@ -154,9 +154,12 @@ def ready_for(
 
     A Ready is returned unchanged. If `held_out` photos are given, no others are held out. `faces` (default: YuNet and SFace)
     finds faces if a setting needs them, or with `to_rank` for ranking pictures. `drawn` pictures of the person are trained on
-    too, but never held out. Raises BadPhoto without photos, or with too few to use or hold out.
+    too, but never held out. Raises BadPhoto without photos, or with too few to use or hold out, and BadConfig for `drawn`
+    pictures beside a Ready.
     """
     if isinstance(photos, Ready):
+        if drawn:
+            raise BadConfig("drawn photos were given beside photos that are already checked. Give them to make_ready")
         return photos
     if not photos:
         raise BadPhoto("no photos were given")

@@ -13,7 +13,7 @@ from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
-from core.errors import BadPhoto
+from core.errors import BadConfig, BadPhoto
 from core.faces import LIKENESS, TO_TRAINED_ON, load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
@@ -194,6 +194,8 @@ def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos
     assert "hold_out = 2: 0 of 8 photos show a face" in warnings[0] and "likeness is not measured" in warnings[0]
     with pytest.raises(BadPhoto, match="hold_out = 3: 0 of 8 photos show a face"):
         ready_for(twins, base, replace(config, hold_out=3), faces=network, on_warning=warnings.append)
+    with pytest.raises(BadConfig, match="beside photos that are already checked"):
+        TrainingJob.of(found, base, config, drawn_photos=twins)
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
