@@ -412,6 +412,10 @@ def _add_people_routes() -> None:
         try:
             name = str((await request.json())["name"])
             named = await asyncio.to_thread(people.rename, user, key, name, _running_prompts(), renamed)
+            for state in _runs.of(user):
+                if state.get("person") == key and "file" in state:
+                    run = QueuedRun(user, state["prompt"], state["workflow"], state["node"])
+                    publish(run, {"file": f"{named}.safetensors"})
             return web.json_response({"name": named})
         except (KeyError, TypeError, ValueError):
             return web.json_response({"error": 'send {"name": NAME}'}, status=400)

@@ -44,6 +44,7 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     other.page.keyboard.press("Enter")
     person.filter(has_text="petra-p").wait_for()
     assert other.widgets("FaceLoRATrain")["name"] == "petra-p", "the open graph makes no copy"
+    other.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('done: petra-p.')")
     person.get_by_role("button", name="Delete").click()
     question(other).get_by_role("button", name="Cancel").click()
     file = server.folder / "models" / "loras" / "petra-p.safetensors"
