@@ -101,7 +101,9 @@ def test_a_training_run_under_another_name_is_another_row_whose_delete_names_its
 
 def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     anna, other = trained(comfy, people, "Anna", steps=(80,)), trained(comfy, people, "Ben")
-    people.note("default", anna, graph={"nodes": [{"type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]})
+    people.note(
+        "default", anna, graph={"nodes": [{"type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]}
+    )
     (comfy / "models" / "loras" / "Anna.preview.png").touch()
     told = []
     assert people.rename("default", anna, "Bea", (), lambda *names: told.append(names)) == "Bea"
@@ -200,3 +202,20 @@ def test_all_headshots_of_a_person_are_one_file(comfy, people):
     best = {"pack": "corporate", "style": "Bright open office", "name": names[0]}
     assert people.styles_of("default", key) == [best], "the one with the highest likeness that is still there"
     assert people.styles_of("somebody else", key) == []
+
+
+def headshots(comfy: Path, people, key: str, *names: str) -> None:
+    """Pictures in the output folder that the record has."""
+    for name in names:
+        (comfy / "output" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(comfy / "output" / name)
+    people.add_headshots(
+        "default", key, {name: people.digest_of(name) for name in names}, dict.fromkeys(names, 0.6), {}
+    )
+
+
+def test_headshots_of_the_same_name_in_two_folders_keep_their_folders_in_the_file_of_all(comfy, people):
+    key, names = trained(comfy, people, "Anna"), ["2026-11-30/Anna_00001_.png", "2026-12-01/Anna_00001_.png"]
+    headshots(comfy, people, key, *names)
+    _, content = people.headshots_zip("default", key)
+    assert zipfile.ZipFile(io.BytesIO(content)).namelist() == names

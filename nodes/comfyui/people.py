@@ -159,9 +159,13 @@ def styles_of(user: str | None, key: str) -> list[dict[str, str]]:
 def headshots_zip(user: str | None, key: str) -> tuple[str, bytes]:
     """Return the name of a training run of the user, and a ZIP file of its headshots."""
     record, data = _record_in(_file(user, key)) if user is not None else {}, io.BytesIO()
+    names = _headshots(record) if record else []
+    folders = {name.rpartition("/")[0] for name in names}
     with zipfile.ZipFile(data, "w") as archive:
-        for name in _headshots(record) if record else ():
-            archive.write(Path(folder_paths.get_output_directory()) / name, Path(name).name)
+        for name in names:  # ComfyUI numbers the pictures of each folder from 1
+            archive.write(
+                Path(folder_paths.get_output_directory()) / name, Path(name).name if len(folders) == 1 else name
+            )
     return _stem(record) if record else "headshots", data.getvalue()
 
 
