@@ -214,6 +214,18 @@ def headshots(comfy: Path, people, key: str, *names: str) -> None:
     )
 
 
+def test_a_headshot_that_two_training_runs_have_is_deleted_with_the_last_of_them(comfy, people):
+    keys = [trained(comfy, people, name) for name in ("Anna", "Anna B")]
+    for key in keys:  # Save Headshots saves the same picture once
+        headshots(comfy, people, key, "shared.png")
+    headshots(comfy, people, keys[1], "own.png")
+    assert people.files_to_delete("default", keys[1])["headshots"] == 1
+    people.delete("default", keys[1], ())
+    assert [path.name for path in (comfy / "output").iterdir()] == ["shared.png"]
+    people.delete("default", keys[0], ())
+    assert [*(comfy / "output").iterdir()] == []
+
+
 def test_headshots_of_the_same_name_in_two_folders_keep_their_folders_in_the_file_of_all(comfy, people):
     key, names = trained(comfy, people, "Anna"), ["2026-11-30/Anna_00001_.png", "2026-12-01/Anna_00001_.png"]
     headshots(comfy, people, key, *names)

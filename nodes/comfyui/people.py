@@ -178,7 +178,7 @@ def files_to_delete(user: str | None, key: str) -> Record:
         others = _others(record)
         return {
             "loras": [path.name for path in _loras(record, others)],
-            "headshots": len(_headshots(record)),
+            "headshots": len(_own_headshots(record, others)),
             "photos": sum(len(photos_in(folder)) for folder in _folders(record, others)),
         }
 
@@ -192,7 +192,7 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
     with _lock:
         record = _at_rest(user, key, prompts)
         others, deleted = _others(record), list[str]()
-        for name in _headshots(record):
+        for name in _own_headshots(record, others):
             (Path(folder_paths.get_output_directory()) / name).unlink()
             deleted.append(f"output/{name}")
         deleted += _delete_loras(_loras(record, others), record["name"])
@@ -283,6 +283,12 @@ def _job(record: Record) -> str:
 def _headshots(record: Record) -> list[str]:
     """Return the record's headshots that still exist. ComfyUI gives the name of a deleted picture to another one."""
     return [name for name, digest in record["headshots"].items() if digest and digest_of(name) == digest]
+
+
+def _own_headshots(record: Record, others: Collection[Record]) -> list[str]:
+    """Return those that no other record has: Save Headshots saves the same picture of two training runs once."""
+    digests = record["headshots"]
+    return [name for name in _headshots(record) if all(one["headshots"].get(name) != digests[name] for one in others)]
 
 
 def _folders(record: Record, others: Collection[Record]) -> list[str]:
