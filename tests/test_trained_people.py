@@ -102,7 +102,7 @@ def test_a_training_run_under_another_name_is_another_row_whose_delete_names_its
 def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     anna, other = trained(comfy, people, "Anna", steps=(80,)), trained(comfy, people, "Ben")
     people.note(
-        "default", anna, graph={"nodes": [{"type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]}
+        "default", anna, graph={"nodes": [{"id": 5, "type": "FaceLoRATrain", "widgets_values": ["Anna", "sks"]}]}
     )
     (comfy / "models" / "loras" / "Anna.preview.png").touch()
     told = []
@@ -231,3 +231,17 @@ def test_headshots_of_the_same_name_in_two_folders_keep_their_folders_in_the_fil
     headshots(comfy, people, key, *names)
     _, content = people.headshots_zip("default", key)
     assert zipfile.ZipFile(io.BytesIO(content)).namelist() == names
+
+
+def test_only_the_node_of_a_renamed_run_has_the_new_name_in_a_graph_with_two_also_in_a_subgraph(comfy, people):
+    anna = trained(comfy, people, "Anna")
+    nodes = [
+        {"id": number, "type": "FaceLoRATrain", "widgets_values": [name]} for number, name in ((5, "Anna"), (6, "Ben"))
+    ]
+    inside = {"definitions": {"subgraphs": [{"nodes": nodes}]}, "nodes": []}
+    for graph, place in (({"nodes": nodes}, "5"), (inside, "12:5")):
+        people.note("default", anna, graph=graph, run=RUN | {"node": place})
+        people.rename("default", anna, f"Bea {len(place)}", (), lambda *names: None)
+        graph = people.graph_of("default", anna)
+        found = graph["nodes"] or graph["definitions"]["subgraphs"][0]["nodes"]
+        assert [node["widgets_values"] for node in found] == [[f"Bea {len(place)}"], ["Ben"]]

@@ -234,8 +234,9 @@ def rename(
             write_embedding(target)
             _delete_loras([path], old)
         graph = record.get("graph")
-        for node in (graph or {}).get("nodes", ()):
-            if node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
+        for node in _nodes(graph or {}):
+            is_own = str(node.get("id")) == record["run"]["node"].rpartition(":")[2]
+            if is_own and node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
                 node["widgets_values"][0] = new
         renamed(old, new, record["headshots"])
         note(user, key, name=new, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
@@ -258,6 +259,12 @@ def digest_of(name: str) -> str:
     root = Path(folder_paths.get_output_directory()).resolve()
     path = (root / name).resolve()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
+
+
+def _nodes(graph: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the nodes of a page's graph and of its subgraphs."""
+    subgraphs = graph.get("definitions", {}).get("subgraphs", ())
+    return [node for one in (graph, *subgraphs) for node in one.get("nodes", ())]
 
 
 def _at_rest(user: str | None, key: str, prompts: Collection[str]) -> Record:
