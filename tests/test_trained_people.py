@@ -245,3 +245,11 @@ def test_only_the_node_of_a_renamed_run_has_the_new_name_in_a_graph_with_two_als
         graph = people.graph_of("default", anna)
         found = graph["nodes"] or graph["definitions"]["subgraphs"][0]["nodes"]
         assert [node["widgets_values"] for node in found] == [[f"Bea {len(place)}"], ["Ben"]]
+
+
+def test_a_renamed_run_stays_in_its_folder_of_loras(comfy, people):
+    (comfy / "models" / "loras" / "family").mkdir()
+    anna = trained(comfy, people, "family/Anna")
+    assert people.rename("default", anna, "Bea", (), lambda *names: None) == "family/Bea"
+    assert (comfy / "models" / "loras" / "family" / "Bea.safetensors").exists()
+    assert listed(people) == ["family/Bea"], "Run would make a copy under another name"

@@ -415,7 +415,7 @@ def _add_people_routes() -> None:
             for state in _runs.of(user):
                 if state.get("person") == key and "file" in state:
                     run = QueuedRun(user, state["prompt"], state["workflow"], state["node"])
-                    publish(run, {"file": f"{named}.safetensors"})
+                    publish(run, {"file": f"{Path(named).name}.safetensors"})
             return web.json_response({"name": named})
         except (KeyError, TypeError, ValueError):
             return web.json_response({"error": 'send {"name": NAME}'}, status=400)

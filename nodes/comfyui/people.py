@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import folder_paths
@@ -213,7 +213,7 @@ def rename(
     prompts: Collection[str],
     renamed: Callable[[str, str, Collection[str]], None],
 ) -> str:
-    """Rename a training run of the user, its LoRAs and their sidecars, and return the new name.
+    """Rename a training run of the user, its LoRAs and their sidecars, and return the new name, with their folder.
 
     `renamed` is called with the old and the new name, and the headshots by name below the output folder.
     Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
@@ -221,6 +221,7 @@ def rename(
     with _lock:
         record = _at_rest(user, key, prompts)
         new, old = Path(lora_path(name)).name, _stem(record)
+        full = str(PurePosixPath(record["name"]).with_name(new))  # in the same folder below that of LoRAs
         named = [path for path in _loras(record, _others(record)) if _STEP.sub("", path.stem) == old]
         targets = {path: path.with_name(new + path.name.removeprefix(old)) for path in named}
         if taken := next((target.name for target in targets.values() if target.exists()), ""):
@@ -237,10 +238,10 @@ def rename(
         for node in _nodes(graph or {}):
             is_own = str(node.get("id")) == record["run"]["node"].rpartition(":")[2]
             if is_own and node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
-                node["widgets_values"][0] = new
+                node["widgets_values"][0] = full
         renamed(old, new, record["headshots"])
-        note(user, key, name=new, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
-        return new
+        note(user, key, name=full, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {}))
+        return full
 
 
 def delete_photos(user: str | None, names: Collection[str]) -> list[str]:
