@@ -90,12 +90,12 @@ def loras(comfy: Path) -> list[str]:
 def test_a_training_run_under_another_name_is_another_row_whose_delete_names_its_files_alone(comfy, people):
     anna, other = (trained(comfy, people, name, steps=(80,)) for name in ("Anna", "Anna B"))
     assert listed(people) == ["Anna", "Anna B"]
-    names = people.files_to_delete("default", other)["loras"]
+    names = people.files_to_delete("default", other, ())["loras"]
     assert sorted(names) == ["Anna B-step000080.safetensors", "Anna B.safetensors"]
-    _, deleted = people.delete("default", other, ())
+    _, deleted = people.delete("default", other, (), ())
     assert sorted(deleted) == sorted(names)
     assert loras(comfy) == ["Anna", "Anna-step000080"] and listed(people) == ["Anna"]
-    people.delete("default", anna, ())
+    people.delete("default", anna, (), ())
     assert loras(comfy) == []
 
 
@@ -116,7 +116,7 @@ def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     for name, words in (("Ben", "another LoRA has this name"), ("../x", "give a file name")):
         with pytest.raises(people.BadConfig, match=words):
             people.rename("default", anna, name, (), print)
-    assert people.files_to_delete("default", other)["loras"] == ["Ben.safetensors"]
+    assert people.files_to_delete("default", other, ())["loras"] == ["Ben.safetensors"]
 
 
 def test_the_saved_steps_of_a_renamed_run_are_deleted_with_it(comfy, people):
@@ -124,14 +124,17 @@ def test_the_saved_steps_of_a_renamed_run_are_deleted_with_it(comfy, people):
     lora = LoraFile.read(folder / "Anna.safetensors")
     LoraFile.from_tensors(dict(lora.tensors), {"ss_output_name": "Anna"}).save(folder / "Anna-step000001.safetensors")
     people.rename("default", anna, "Bea", (), lambda *names: None)
-    assert sorted(people.files_to_delete("default", anna)["loras"]) == ["Bea-step000001.safetensors", "Bea.safetensors"]
+    assert sorted(people.files_to_delete("default", anna, ())["loras"]) == [
+        "Bea-step000001.safetensors",
+        "Bea.safetensors",
+    ]
 
 
 def test_the_same_name_again_is_the_same_row(comfy, people):
     for name in ("Anna", "Anna B", "Anna", "Anna B"):
         trained(comfy, people, name)
     assert listed(people) == ["Anna", "Anna B"]
-    people.delete("default", "a" * 64, ())
+    people.delete("default", "a" * 64, (), ())
     trained(comfy, people, "Anna B")
     assert listed(people) == ["Anna B"]
 
@@ -148,16 +151,17 @@ def test_dropped_photos_without_a_training_run_are_listed_and_deleted(comfy, peo
     trained(comfy, people, "Anna", photos=(used,))
     *_, left = people.of("default", ())
     assert (left["name"], left["phase"], left["files"]) == ("only", "untrained", mine)
-    assert people.delete_photos("default", [mine[0], used, "../x.png"]) == [f"input/{mine[0]}"]
+    assert people.delete_photos("default", mine, ("photos/only",)) == [], "a waiting run loads the folder"
+    assert people.delete_photos("default", [mine[0], used, "../x.png"], ()) == [f"input/{mine[0]}"]
     assert dropped.own_name(mine[1]) == "b.png", "the names of others stay"
-    assert people.delete_photos("default", mine[1:]) == [f"input/{mine[1]}"]
+    assert people.delete_photos("default", mine[1:], ()) == [f"input/{mine[1]}"]
     assert listed(people) == ["Anna"] and not (comfy / "input" / "photos" / "only").exists()
 
 
 def test_a_mask_is_deleted_with_its_photo(comfy, people, dropped):
     name = dropped.add("default", "only", "", "a.png", photo(1, comfy))
     dropped.add("default", "only", "photos/only", "a-masklabel.png", photo(2, comfy))
-    assert sorted(people.delete_photos("default", [name])) == [f"input/photos/only/{file}" for file in (
+    assert sorted(people.delete_photos("default", [name], ())) == [f"input/photos/only/{file}" for file in (
         "photo 01-masklabel.png", "photo 01.png")]  # fmt: skip
 
 
@@ -219,10 +223,10 @@ def test_a_headshot_that_two_training_runs_have_is_deleted_with_the_last_of_them
     for key in keys:  # Save Headshots saves the same picture once
         headshots(comfy, people, key, "shared.png")
     headshots(comfy, people, keys[1], "own.png")
-    assert people.files_to_delete("default", keys[1])["headshots"] == 1
-    people.delete("default", keys[1], ())
+    assert people.files_to_delete("default", keys[1], ())["headshots"] == 1
+    people.delete("default", keys[1], (), ())
     assert [path.name for path in (comfy / "output").iterdir()] == ["shared.png"]
-    people.delete("default", keys[0], ())
+    people.delete("default", keys[0], (), ())
     assert [*(comfy / "output").iterdir()] == []
 
 

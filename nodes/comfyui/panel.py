@@ -232,6 +232,16 @@ def _running_prompts() -> set[str]:
     return {*reused, *(prompt for _, prompt, *_ in running)}
 
 
+def queued_photos() -> set[str]:
+    """Return the photos and folders that running and waiting prompts load, by name below the input folder."""
+    running, waiting = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    nodes = [node for _, _, graph, *_ in (*running, *waiting) for node in graph.values()]
+    loads = [node["inputs"] for node in nodes if node["class_type"] == LOAD_PHOTOS]
+    return {
+        name.strip() for one in loads for text in ("folder", "pictures") for name in str(one.get(text)).splitlines()
+    }
+
+
 def _waiting(user: str | None) -> list[dict[str, Any]]:
     """Return what panels show of the user's training runs that are queued and have not begun: how many prompts are ahead."""
     running, queued = PromptServer.instance.prompt_queue.get_current_queue_volatile()
@@ -425,7 +435,9 @@ def _add_people_routes() -> None:
     @routes.get("/facelora/people/{key}/files")
     async def files(request: web.Request) -> web.Response:
         key = request.match_info["key"]
-        return web.json_response(await asyncio.to_thread(people.files_to_delete, user_of(request), key))
+        return web.json_response(
+            await asyncio.to_thread(people.files_to_delete, user_of(request), key, queued_photos())
+        )
 
     @routes.get("/facelora/people/{key}/headshots")
     async def headshots(request: web.Request) -> web.Response:
@@ -442,7 +454,7 @@ def _add_people_routes() -> None:
     async def delete(request: web.Request) -> web.Response:
         user, key = user_of(request), request.match_info["key"]
         try:
-            place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts())
+            place, deleted = await asyncio.to_thread(people.delete, user, key, _running_prompts(), queued_photos())
         except BadConfig as problem:
             return refusal(problem, 409)
         except OSError as problem:  # on Windows, another program may read the file

@@ -169,7 +169,7 @@ def headshots_zip(user: str | None, key: str) -> tuple[str, bytes]:
     return _stem(record) if record else "headshots", data.getvalue()
 
 
-def files_to_delete(user: str | None, key: str) -> Record:
+def files_to_delete(user: str | None, key: str, queued: Collection[str]) -> Record:
     """Return what `delete` would delete: the names of LoRAs, and how many headshots and dropped photos."""
     with _lock:
         record = _record_in(_file(user, key)) if user is not None else {}
@@ -179,14 +179,16 @@ def files_to_delete(user: str | None, key: str) -> Record:
         return {
             "loras": [path.name for path in _loras(record, others)],
             "headshots": len(_own_headshots(record, others)),
-            "photos": sum(len(photos_in(folder)) for folder in _folders(record, others)),
+            "photos": sum(len(photos_in(folder)) for folder in _folders(record, others, queued)),
         }
 
 
-def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+def delete(
+    user: str | None, key: str, prompts: Collection[str], queued: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Delete a training run of the user: its LoRA, headshots, cached files, and the photos that were dropped for it.
 
-    Files that another record has are kept. `prompts` are the ids of those that run now. Returns the prompt, workflow and node
+    Files that another record has are kept, and `queued` photos and folders. `prompts` are the ids of those that run now. Returns the prompt, workflow and node
     of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
     """
     with _lock:
@@ -200,7 +202,7 @@ def delete(user: str | None, key: str, prompts: Collection[str]) -> tuple[dict[s
             forget_run(_job(record))
         kept = {digest for other in others for digest in other["digests"]}
         forget_latents(set(record["digests"]) - kept)
-        for folder in _folders(record, others):
+        for folder in _folders(record, others, queued):
             deleted += [f"input/{name}" for name in delete_dropped(folder)]
         _file(user, key).unlink()
         return record["run"], deleted
@@ -244,13 +246,17 @@ def rename(
         return full
 
 
-def delete_photos(user: str | None, names: Collection[str]) -> list[str]:
-    """Delete dropped photos of the user that no training run has, by name below the input folder. Return what was deleted."""
+def delete_photos(user: str | None, names: Collection[str], queued: Collection[str]) -> list[str]:
+    """Delete dropped photos of the user, by name below the input folder. Return what was deleted.
+
+    Photos of a training run are kept, and `queued` photos and folders.
+    """
     with _lock:
-        used = {photo for record in _all() for photo in record["photos"]}
+        used = {photo for record in _all() for photo in record["photos"]} | {*queued}
         folders: dict[str, set[str]] = {}
         for folder, _, name in (name.rpartition("/") for name in names if name not in used):
-            folders.setdefault(folder, set()).add(name)
+            if folder not in queued:
+                folders.setdefault(folder, set()).add(name)
         own = folders.keys() & set(folders_of(user)) if user is not None else ()
         return [f"input/{name}" for folder in sorted(own) for name in delete_dropped(folder, folders[folder])]
 
@@ -299,12 +305,12 @@ def _own_headshots(record: Record, others: Collection[Record]) -> list[str]:
     return [name for name in _headshots(record) if all(one["headshots"].get(name) != digests[name] for one in others)]
 
 
-def _folders(record: Record, others: Collection[Record]) -> list[str]:
-    """Return the folders of photos that were dropped for the record, except those that other records have."""
-    photos, root = [photo for other in others for photo in other["photos"]], own_root(record["user"])
+def _folders(record: Record, others: Collection[Record], queued: Collection[str]) -> list[str]:
+    """Return the folders of photos that were dropped for the record, except those that others have or that are queued."""
+    used, root = [*queued, *(photo for other in others for photo in other["photos"])], own_root(record["user"])
     folders = sorted({name.rpartition("/")[0] for name in record["photos"]})
     own = [folder for folder in folders if folder.rpartition("/")[0] == root]
-    return [folder for folder in own if not any(name.startswith(f"{folder}/") for name in photos)]
+    return [folder for folder in own if not any(f"{name}/".startswith(f"{folder}/") for name in used)]
 
 
 def _loras(record: Record, others: Collection[Record]) -> list[Path]:

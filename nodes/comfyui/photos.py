@@ -320,7 +320,7 @@ def add_routes() -> None:
     """Add the routes of the node's page.
 
     - POST /facelora/photos, a form of person, folder and file: add a dropped photo.
-    - DELETE /facelora/photos {"names": [...]}: delete dropped photos, except those that a training run has.
+    - DELETE /facelora/photos {"names": [...]}: delete dropped photos, except those that a training run has or needs.
     - GET /facelora/photo?name=NAME: its thumbnail, a JPEG.
     - PUT /facelora/caption {"name", "caption"}: write a photo's caption into the .txt beside it, or delete it.
     - POST /facelora/check {"folder", "pictures", "base", "resolution", "use"}: check the node's photos.
@@ -356,7 +356,8 @@ def add_routes() -> None:
             names = [str(name) for name in (await request.json())["names"]]
         except (KeyError, TypeError, ValueError):
             return web.json_response({"error": 'send {"names": [...]}'}, status=400)
-        deleted = await asyncio.to_thread(people.delete_photos, panel.user_of(request), names)
+        user, queued = panel.user_of(request), panel.queued_photos()
+        deleted = await asyncio.to_thread(people.delete_photos, user, names, queued)
         return web.json_response({"deleted": deleted})
 
     @routes.put("/facelora/caption")

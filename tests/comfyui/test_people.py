@@ -131,6 +131,26 @@ def test_the_headshots_of_a_renamed_person_are_neither_drawn_nor_saved_again(ser
     assert not [*(server.folder / "output" / "headshots").glob("uta*")]
 
 
+def test_photos_that_a_waiting_run_needs_are_not_deleted(server, tmp_path):
+    record = trained(server, tmp_path, "wilma", 19, training_seed=66)
+    photos = [f"photos/wilma/photo {number:02}.png" for number in (1, 2, 3)]
+    (file,) = write_photos(tmp_path / "zora", count=1, scale=2, person=20).glob("*.png")
+    dropped = server.drop(file, "zora")["name"]
+    long = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")} | drawing(
+        ["base", 0], ["base", 1], ["base", 2]
+    )
+    long["sampler"]["inputs"]["steps"] = 10_000
+    server.queue(long)
+    server.queue(headshots_of(server, "wilma-again", [*photos, dropped], training_seed=67))
+    assert server.get(f"/facelora/people/{record['key']}/files")["photos"] == 0
+    said = server.delete(f"/facelora/people/{record['key']}")["deleted"]
+    assert "wilma.safetensors" in said and not any(name.startswith("input/") for name in said)
+    asked = {"names": [*photos, dropped]}
+    assert server.send("DELETE", "/facelora/photos", asked) == {"deleted": []}
+    server.rest()
+    assert len(server.send("DELETE", "/facelora/photos", asked)["deleted"]) == 4
+
+
 def test_photos_of_two_trainings_are_deleted_with_the_last_of_them(server, tmp_path):
     first = trained(server, tmp_path, "olga", 7, training_seed=54)
     photos = sorted((server.folder / "input" / "photos" / "olga").glob("*.png"))
