@@ -74,6 +74,8 @@ class DrawingModel:
         self._worn: tuple[Worn, Worn] | None = None
         """The LoRAs that are applied, and those in `beside`. None before the first."""
         self._applied: list[AppliedLora] = []
+        self._is_changed = False
+        """Whether the denoiser was changed for good."""
         self._originals: dict[Any, Any] = {}
         """What the applied LoRAs have replaced."""
 
@@ -135,7 +137,7 @@ class DrawingModel:
         if self.wears(worn, beside):
             return
         self.beside.clear()
-        if any(one.for_good for one in self._applied):
+        if self._is_changed:
             self._free()
         self._load([lora for lora, _ in (*worn, *self._speed, *beside)], copies=1 + len(beside))
         for one in self._applied[:1]:
@@ -143,6 +145,7 @@ class DrawingModel:
         if last:
             self._originals.clear()
         self._worn, self._applied = None, []
+        self._is_changed = last and bool(worn or self._speed)  # even if one of them can't be applied
         target, device = {"family": self.base.family.name, "denoiser": self.denoiser}, self.place[0]
         for lora, strength in (*worn, *self._speed):
             one = apply(
@@ -197,7 +200,7 @@ class DrawingModel:
         if self._loaded is None:
             return
         self._loaded = self._vae = self._worn = None
-        self._applied, self.beside, self._originals, self._as_stored = [], [], {}, False
+        self._applied, self.beside, self._originals, self._as_stored, self._is_changed = [], [], {}, False, False
         if self.place[0].type == "cpu":
             release_heap()
         else:

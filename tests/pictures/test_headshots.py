@@ -28,7 +28,7 @@ from core.cli import main
 from core.cli.generate import pack_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
-from core.errors import BadConfig, BadPhoto, InUse
+from core.errors import BadConfig, BadPhoto, InUse, UnmatchedKeys
 from core.faces import TO_TRAINED_ON, Face, Reference
 from core.lora.apply import apply
 from core.lora.hashes import file_hashes
@@ -383,6 +383,18 @@ def test_a_model_that_was_changed_for_good_is_loaded_again_for_another_strength(
         drawn = [next(generate(base, loras, [job], model=model)).image.tobytes() for job in given]
     assert loads.count("denoiser") == 2
     assert drawn == [next(generate(base, loras, [job])).image.tobytes() for job in given]
+
+
+def test_nothing_is_left_of_a_lora_that_could_not_be_applied_for_good(base) -> None:
+    job, lora = Job("a photo", 1, size=(64, 80), steps=1, guidance=1.0), random_lora(base)
+    last = [name for name in lora.tensors if name.endswith("lora_B.weight")][-1]
+    broken = {name: lora.tensors[name] * (math.nan if name == last else 1) for name in lora.tensors}
+    with DrawingModel(base) as model:
+        before = next(generate(base, [], [job], model=model))
+        with pytest.raises(UnmatchedKeys, match="NaN"):
+            next(generate(base, [(LoraFile.from_tensors(broken, lora.metadata), 1.0)], [job], model=model))
+        after = next(generate(base, [], [job], model=model))
+    assert after.image.tobytes() == before.image.tobytes()
 
 
 def test_a_batch_and_its_face_pass_load_one_model(base, tmp_path: Path, loads: list[str]) -> None:
