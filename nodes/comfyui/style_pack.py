@@ -167,8 +167,9 @@ def _alike(prompts: Sequence[StyledPrompt], seed: int, variation_seed: int) -> l
     chosen = next((one for one in prompts if one.seed == seed), None)
     if chosen is None:
         raise BadConfig(f"vary = {seed}: no picture of the list has this seed; choose one, or -1 for the whole list")
-    others = range(variation_seed, variation_seed + max(len(prompts), FEWEST_ALIKE) - 1)
-    return [chosen, *(replace(chosen, seed=other % 2**64) for other in others)]
+    count = max(len(prompts), FEWEST_ALIKE) - 1
+    others = [other % 2**64 for other in range(variation_seed, variation_seed + count + 1)]
+    return [chosen, *(replace(chosen, seed=other) for other in [one for one in others if one != seed][:count])]
 
 
 def _outputs() -> list[Any]:
