@@ -1,7 +1,9 @@
 """What belongs to whom (nodes/comfyui/people.py, dropped.py): records, LoRAs and dropped photos. In a server: tests/comfyui."""
 
 import io
+import json
 import sys
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -163,6 +165,23 @@ def test_a_mask_is_deleted_with_its_photo(comfy, people, dropped):
     dropped.add("default", "only", "photos/only", "a-masklabel.png", photo(2, comfy))
     assert sorted(people.delete_photos("default", [name], ())) == [f"input/photos/only/{file}" for file in (
         "photo 01-masklabel.png", "photo 01.png")]  # fmt: skip
+
+
+def test_a_photo_that_is_added_while_others_are_deleted_is_listed(comfy, dropped, monkeypatch):
+    mine = [dropped.add("default", "Anna", folder, f"{number}.png", photo(number, comfy))
+            for number, folder in ((1, ""), (2, "photos/Anna"))]  # fmt: skip
+    deleting = threading.Thread(target=dropped.delete_dropped, args=("photos/Anna", {"photo 01.png"}))
+    check = dropped.read_photo_files
+    monkeypatch.setattr(
+        dropped,
+        "read_photo_files",
+        lambda *given, **named: (deleting.start(), deleting.join(0.2), check(*given, **named)),
+    )
+    third = dropped.add("default", "Anna", "photos/Anna", "3.png", photo(3, comfy))
+    deleting.join()
+    assert dropped.photos_in("photos/Anna") == [Path(mine[1]).name, Path(third).name]
+    names = json.loads((comfy / "input" / "photos" / "Anna" / ".names.json").read_text())
+    assert names == {Path(mine[1]).name: "2.png", Path(third).name: "3.png"}
 
 
 def test_the_same_photos_dropped_again_are_not_copied_again(comfy, dropped):

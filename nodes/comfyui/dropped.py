@@ -27,8 +27,8 @@ ROOT = "photos"
 """The folder of all dropped photos, below ComfyUI's input folder."""
 NAMES = ".names.json"
 """The file in a person's folder with the original names of the photos, by their numbered names."""
-_adding = threading.Lock()
-"""Held while a photo is added, so that two pages don't give two photos the same number."""
+_changing = threading.Lock()
+"""Held while a photo is added or photos are deleted, so that two pages don't write the same number or list of names."""
 _NOT_IN_NAMES = re.compile(r'[<>:"|?*\\/\x00-\x1f]')
 _NUMBER = re.compile(r"photo (\d+)")
 
@@ -97,20 +97,21 @@ def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[s
 
     Returns the names of deleted files below the input folder. All other files stay, and so does the folder while it has any.
     """
-    path, own = input_folder() / folder, photos_in(folder)
-    stems = {_split(name)[0] for name in own if photos is None or name in photos}
-    gone = [name for name in own if _split(name)[0] in stems]
-    for name in gone:
-        (path / name).unlink()
-        (path / name).with_suffix(".txt").unlink(missing_ok=True)
-    if len(gone) < len(own):
-        write_text(
-            path / NAMES, json.dumps({name: file for name, file in _own_names(path).items() if name not in gone})
-        )
-    elif gone:
-        (path / NAMES).unlink()
-        with suppress(OSError):  # It still has other files.
-            path.rmdir()
+    with _changing:
+        path, own = input_folder() / folder, photos_in(folder)
+        stems = {_split(name)[0] for name in own if photos is None or name in photos}
+        gone = [name for name in own if _split(name)[0] in stems]
+        for name in gone:
+            (path / name).unlink()
+            (path / name).with_suffix(".txt").unlink(missing_ok=True)
+        if len(gone) < len(own):
+            write_text(
+                path / NAMES, json.dumps({name: file for name, file in _own_names(path).items() if name not in gone})
+            )
+        elif gone:
+            (path / NAMES).unlink()
+            with suppress(OSError):  # It still has other files.
+                path.rmdir()
     return [f"{folder}/{name}" for name in gone]
 
 
@@ -124,7 +125,7 @@ def add(user: str | None, person: str, folder: str, file_name: str, content: byt
     stem, ending = _split(file_name)
     if not ending:
         raise BadPhoto(f"{file_name}: not a photo. Use jpg, png, webp, heic or another image format")
-    with _adding:
+    with _changing:
         if not _is_own(folder, user):
             folder = _folder_for(user, person, content)
         if same := _with_content(folder, content):
