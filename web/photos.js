@@ -283,8 +283,10 @@ app.registerExtension({
 document.addEventListener(DELETED, ({ detail }) => {
   const gone = new Set(detail.map((file) => file.replace(/^input\//, "")))
   gone.forEach(forgetThumbnail)
-  for (const shown of panels)
+  for (const shown of panels) {
+    for (const name of gone) delete shown.captions.all[name] // another photo may get its name
     if (shown.names.some((name) => gone.has(name))) shown.names = shown.names.filter((name) => !gone.has(name))
+  }
 })
 
 // Files dropped anywhere on an app's page are added to its photos, except workflows.

@@ -180,6 +180,12 @@ def test_the_captions_of_photos_are_read_and_edited_below_them(either_page, serv
     page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('2 of 2 usable')")
     page.page.get_by_text("Captions", exact=True).click()
     assert caption.input_value() == "a photo with a red hat"
+    for _ in range(2):
+        with page.page.expect_response(lambda answer: answer.request.method == "DELETE"):
+            page.page.locator(".facelora-tile button").first.click()
+    page.drop(PHOTOS, sorted(write_photos(tmp_path, count=1, scale=2, person=36).glob("0.png")))
+    page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('1 of 1 usable')")
+    assert caption.input_value() == "", "another photo has the number of the deleted one"
     assert page.complaints() == []
 
 
