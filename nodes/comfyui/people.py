@@ -188,8 +188,9 @@ def delete(
 ) -> tuple[dict[str, Any], list[str]]:
     """Delete a training run of the user: its LoRA, headshots, cached files, and the photos that were dropped for it.
 
-    Files that another record has are kept, and `queued` photos and folders. `prompts` are the ids of those that run now. Returns the prompt, workflow and node
-    of the run, and what was deleted. Raises BadConfig if the user has no such training run, or if its prompt runs.
+    Files that another record has are kept, and `queued` photos and folders. `prompts` are the ids of those that run now.
+    Returns the prompt, workflow and node of the run, and what was deleted. Raises BadConfig if the user has no such training
+    run, or if its prompt runs.
     """
     with _lock:
         record = _at_rest(user, key, prompts)

@@ -224,7 +224,9 @@ def test_a_pipeline_that_is_not_known_is_refused_with_those_that_are(loras):
     class WanPipeline:
         pass
 
-    with pytest.raises(LoraMisfit, match=r"can't be applied to a WanPipeline\. Known pipelines: StableDiffusionPipeline"):
+    with pytest.raises(
+        LoraMisfit, match=r"can't be applied to a WanPipeline\. Known pipelines: StableDiffusionPipeline"
+    ):
         apply(loras["sd15"], WanPipeline())
 
 
