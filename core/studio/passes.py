@@ -60,7 +60,7 @@ def count_passes(
     All values in the cache are 0, except for a text's mask. `text` is the conditioning of a caption, for a base model without
     text encoders.
 
-    A prediction is counted at three sizes. The operations at all others follow from a polynomial of the second degree in the
+    A prediction is counted at three squares. The operations at all sizes follow from a polynomial of the second degree in the
     number of pixels: layers grow linearly with it, attention with its square.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -83,7 +83,7 @@ def count_passes(
         predictions = {
             math.prod(one): step.operations(partial(_predict, step.model, faked, made, one)) for one in sizes
         }
-    whole = predictions[math.prod(size)]
+        whole = step.operations(partial(_predict, step.model, faked, made, size))
 
     @functools.cache
     def recompute(plan: MemoryPlan) -> float:
@@ -96,12 +96,13 @@ def count_passes(
 
 
 def _three_sizes(size: Size, multiple: int) -> list[Size]:
-    """Return two other squares, and the size."""
-    side = math.isqrt(math.prod(size)) // multiple
-    sides = (side // 2, 3 * side // 4) if side >= 4 else (side + 1, side + 2)
-    if side >= 24:  # Some families pad rows of positions to a multiple.
-        sides = tuple(one // 8 * 8 for one in sides)
-    return [*((multiple * one, multiple * one) for one in sides), size]
+    """Return three squares, the largest of about that size.
+
+    Their sides are eight multiples or more, since Z-Image fills up rows of positions to 32.
+    """
+    eights = max(3, math.isqrt(math.prod(size)) // (8 * multiple))
+    sides = (8 * multiple * one for one in (eights // 2, 3 * eights // 4, eights))
+    return [(side, side) for side in sides]
 
 
 def _polynomial(points: Mapping[int, float]) -> Callable[[Size], float]:

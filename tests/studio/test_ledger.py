@@ -143,6 +143,12 @@ def test_pictures_of_any_size_are_counted_as_they_are_drawn(name):
     assert expected([photo], base, config, jobs).operations["headshots"] == pytest.approx(drawn, rel=0.06)
 
 
+def test_large_pictures_are_counted_from_small_photos_that_some_families_fill_up():
+    base, large = small_flow_base("zimage"), (184, 176)
+    small, exact = (count_passes(base, PLAIN, size)[0].predict(large) for size in ((36, 44), large))
+    assert small == pytest.approx(exact, rel=0.02)
+
+
 def test_a_face_pass_is_counted_as_it_is_drawn(photos, base):
     job = Job("a photo of sks person", 1, size=(64, 64), steps=10, guidance=4.0)
     size = base.resolution // base.size_multiple * base.size_multiple
