@@ -1,7 +1,8 @@
 """Run a whole job, and print each part's predicted and measured time: `python -m tools.job_measured PHOTOS OUTPUT --base FILE`.
 
-The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first: SD1.5 or SDXL in its published
-size, with random weights. Times are processor seconds per thread, which other programs lengthen least.
+The prediction is that of `facelora headshots --dry-run`. With `--random`, FILE is written first, with random weights: SD1.5 or
+SDXL in its published size, or a rectified flow in its published width, with a few blocks and a tokenizer. So is a speed LoRA
+that isn't there. Times are processor seconds per thread, which other programs lengthen least.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.speed import Speed, speed_of
 from core.training import recipe_config
 from core.training.callbacks import Callbacks
-from tests.tooling import FULL_SD15, FULL_SDXL, write_checkpoint
+from tests.tooling import FULL_SD15, FULL_SDXL, random_lora, write_checkpoint
+from tests.whole_flows import WHOLE_FLOWS, write_flow
 from tools.photo_tables import table
 from tools.timing import peak_memory
 
@@ -80,17 +82,25 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="its folder, for models that come without one")
     parser.add_argument(
-        "--random", choices=SHAPES, help="write the base model of this family first, with random weights"
+        "--random",
+        choices=(*SHAPES, *WHOLE_FLOWS),
+        help="write the base model of this family first, with random weights",
     )
     parser.add_argument("--speed-lora", type=Path, help="to draw with")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--settings", type=json.loads, default={}, help="other settings, as JSON")
     parser.add_argument("--count", type=int, default=20, help="pictures to draw")
     options = parser.parse_args()
-    if options.random:
+    if options.random in SHAPES:
         write_checkpoint(options.base, SHAPES[options.random])
-    base, photos, times = load_base(options.base), read_photos(options.photos), PartTimes()
+    elif options.random:
+        options.tokenizer = write_flow(options.base, options.random)
+    base = load_base(options.base, tokenizer=options.tokenizer)
+    if options.random and options.speed_lora and not options.speed_lora.exists():
+        random_lora(base, base.family.denoiser_targets["attention"]).save(options.speed_lora)
+    photos, times = read_photos(options.photos), PartTimes()
     config = recipe_config(options.recipe, base, len(photos), options.settings, print)
     drawn_on = with_speed_lora(base, options.speed_lora) if options.speed_lora else None
     order = Order("me", config, find_style_packs().pick("corporate"), options.count, drawn_on=drawn_on)

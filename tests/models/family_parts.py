@@ -44,15 +44,28 @@ def rough_weights(network: Any, scale: float = 0.1) -> Any:
     return network.eval()
 
 
+_LONE_TENSORS = (
+    (r"transformer_blocks\.(\d+)\.scale_shift_table", r"blocks.\1.mod.lin"),
+    (r"final_layer\.scale_shift_table", "last.modulation.lin"),
+    (r"(x|cap)_pad_token", r"\1_pad_token"),
+)
+"""The tensors outside layers of Krea 2 and Z-Image, under diffusers' names and the authors'."""
+
+
 def in_original_names(weights: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     """A denoiser's weights as in the authors' file, from those of diffusers: q, k and v may be in one."""
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in weights.items():
+        if lone := next((re.sub(old, new, name) for old, new in _LONE_TENSORS if re.fullmatch(old, name)), None):
+            parts[lone] = {0: tensor.flatten() if lone.endswith(".mod.lin") else tensor}
+            continue
         path, _, kind = name.rpartition(".")
         fusion = NAME_TABLES[family].of_diffusers(path)
         if fusion.halves_swapped:
             tensor = tensor.roll(len(tensor) // 2, 0)
-        whole = f"{fusion.original}.{'scale' if fusion.original.endswith('_norm') else kind}"
+        if fusion.original.endswith(("query_norm", "key_norm")):
+            kind = "scale"
+        whole = fusion.original if fusion.original.endswith(".scale") else f"{fusion.original}.{kind}"
         parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
     return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
 

@@ -47,6 +47,7 @@ from tests.tooling import (
     small_flow_base,
     write_gguf,
 )
+from tests.whole_flows import WHOLE_FLOWS, whole_shapes, write_t5_tokenizer
 
 CPU = torch.device("cpu")
 WIDTH = 128
@@ -117,17 +118,7 @@ def files(parts, tmp_path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    """A folder with a small T5-like tokenizer: words of this test, pieces of one letter, and the end."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    letters = [f"▁{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + list("abcdefghijklmnopqrstuvwxyz,.")
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *((piece, -5.0) for piece in letters), ("▁photo", -2.0)]
-    made = Tokenizer(models.Unigram(words, unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    made.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_t5_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenizer, tmp_path):
@@ -138,6 +129,19 @@ def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenize
     one = load_base(tmp_path / "whole.safetensors", tokenizer=tokenizer)
     apart = load_base(files["flux"], **others(files), tokenizer=tokenizer)
     assert_same_weights(apart, one)
+
+
+@pytest.mark.parametrize("family", WHOLE_FLOWS)
+def test_all_sizes_of_a_model_of_published_width_are_read_from_its_file(family):
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in whole_shapes(family).items()}
+    base = load_base(tensors)
+    assert base.family.name == family and base.components.keys() == WHOLE_FLOWS[family].keys()
+    assert WHOLE_FLOWS[family]["denoiser"].items() <= base.components["denoiser"].config.items()
+    for part, config in WHOLE_FLOWS[family].items():
+        read = base.family.build_empty(part, base.components[part].config).state_dict()
+        written = base.family.build_empty(part, config).state_dict()
+        assert {name: one.shape for name, one in read.items()} == {name: one.shape for name, one in written.items()}
+        assert base.components[part].tensors.keys() == written.keys()
 
 
 def pipelines_clip(encoder: nn.Module, config: dict[str, Any], cls: type = CLIPTextModelWithProjection) -> Any:

@@ -10,7 +10,14 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 
 from core.models import load_base, text
 from core.models.families import FAMILIES
-from tests.models.family_parts import error_of, numbers_of, pipeline_with, small_qwen3vl, write_folder
+from tests.models.family_parts import (
+    error_of,
+    in_original_names,
+    numbers_of,
+    pipeline_with,
+    small_qwen3vl,
+    write_folder,
+)
 from tests.tooling import SMALL_FLOWS, small_flow_base
 
 CPU = torch.device("cpu")
@@ -21,22 +28,7 @@ LAYERS, WIDTH = 36, 64
 def original_weights(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights under the names of the published file, as diffusers' own converter reads them."""
     state = denoiser.state_dict()
-    words = {
-        "transformer_blocks.": "blocks.", "text_fusion.": "txtfusion.", "img_in.": "first.", "time_mod_proj.": "tproj.1.",
-        "time_embed.linear_1.": "tmlp.0.", "time_embed.linear_2.": "tmlp.2.", "txt_in.norm.weight": "txtmlp.0.scale",
-        "txt_in.linear_1.": "txtmlp.1.", "txt_in.linear_2.": "txtmlp.3.", "final_layer.norm.weight": "last.norm.scale",
-        "final_layer.linear.": "last.linear.", "final_layer.scale_shift_table": "last.modulation.lin",
-        ".attn.to_q.": ".attn.wq.", ".attn.to_k.": ".attn.wk.", ".attn.to_v.": ".attn.wv.", ".attn.to_out.0.": ".attn.wo.",
-        ".attn.to_gate.": ".attn.gate.", ".attn.norm_q.weight": ".attn.qknorm.qnorm.scale",
-        ".attn.norm_k.weight": ".attn.qknorm.knorm.scale", ".ff.": ".mlp.", ".norm1.weight": ".prenorm.scale",
-        ".norm2.weight": ".postnorm.scale", ".scale_shift_table": ".mod.lin",
-    }  # fmt: skip
-    renamed = {}
-    for name, tensor in state.items():
-        new = name
-        for theirs, original in words.items():
-            new = new.replace(theirs, original)
-        renamed[new] = tensor.flatten() if new.endswith(".mod.lin") else tensor
+    renamed = in_original_names(state, FAMILY.name)
     converted = convert_krea2_transformer_checkpoint_to_diffusers(dict(renamed))
     assert {name: tensor.shape for name, tensor in converted.items()} == {n: t.shape for n, t in state.items()}
     return renamed
