@@ -5,6 +5,7 @@
 import asyncio
 import logging
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -162,7 +163,8 @@ class TrainFaceLora(io.ComfyNode):
     def fingerprint_inputs(cls, name: Any = None, **_: object) -> list[str]:
         """Changes when a file that the node returned has been deleted or moved, so that ComfyUI runs the node again."""
         given = name[0] if isinstance(name, list) else name
-        return sorted(str(path) for path in _given_out.get(given, ()) if not path.exists())
+        is_whole = all(path.exists() for path in _given_out.get(given, ()))
+        return [] if is_whole else [secrets.token_hex()]  # each time another, since the file may be deleted again
 
     @classmethod
     @says_no_server_paths

@@ -224,3 +224,12 @@ def test_what_belongs_to_the_lora_is_deleted_with_it_and_what_does_not_stays(ser
     assert [*photos.iterdir()] == [note] and elsewhere.exists()
     assert shot.read_bytes() == b"another picture of this name"
     shot.unlink()
+
+
+def test_a_lora_that_is_deleted_twice_is_made_again_twice(server):
+    graph, made = training(name="twice-gone", training_seed=68), loras(server) / "twice-gone.safetensors"
+    server.result(graph)
+    for _ in range(2):
+        made.unlink()
+        server.result(graph)
+        assert made.exists()
