@@ -100,10 +100,11 @@ def main() -> None:
     base = load_base(options.base, tokenizer=options.tokenizer)
     if options.random and options.speed_lora and not options.speed_lora.exists():
         random_lora(base, base.family.denoiser_targets["attention"]).save(options.speed_lora)
+    if options.speed_lora:
+        base = with_speed_lora(base, options.speed_lora)
     photos, times = read_photos(options.photos), PartTimes()
     config = recipe_config(options.recipe, base, len(photos), options.settings, print)
-    drawn_on = with_speed_lora(base, options.speed_lora) if options.speed_lora else None
-    order = Order("me", config, find_style_packs().pick("corporate"), options.count, drawn_on=drawn_on)
+    order = Order("me", config, find_style_packs().pick("corporate"), options.count)
     callbacks = times.callbacks()
     ready = ready_photos(photos, base, config, callbacks)
     times.reported("check")

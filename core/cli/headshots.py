@@ -160,8 +160,10 @@ def bases_from(
     if asked.draw_on:
         drawn_on = base_from(asked.draw_on, parts, schedule, other=name)
         studio.check_drawn_on(drawn_on, base)
-    if asked.speed_lora:
-        drawn_on = pictures.with_speed_lora(drawn_on or base, asked.speed_lora)
+    if asked.speed_lora and drawn_on:
+        drawn_on = pictures.with_speed_lora(drawn_on, asked.speed_lora)
+    elif asked.speed_lora:
+        base = pictures.with_speed_lora(base, asked.speed_lora)
     return base, drawn_on
 
 

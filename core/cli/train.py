@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import lora, models, photos, studio, training  # Their modules load only when a name is used.
+from .. import lora, models, photos, pictures, studio, training  # Their modules load only when a name is used.
 from ..config import RecipeName, TrainConfig, config_from
 from ..errors import BadConfig, BadFile, FaceLoraError
 from ..progress import READING
@@ -28,6 +28,7 @@ from .shared_options import (
     FACE_NETWORK_HELP,
     JUDGE,
     SIDECARS,
+    SPEED_LORA,
     TRAINING_ADAPTER,
     BaseParts,
 )
@@ -51,6 +52,7 @@ class TrainOptions(Options):
     drawn_photos: InputPath | None = DRAWN_PHOTOS
     continue_from: InputPath | None = option("LoRA to continue from", "FILE")
     training_adapter: InputPath | None = TRAINING_ADAPTER
+    speed_lora: InputPath | None = SPEED_LORA
     config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
     recipe: Literal["none", RecipeName] = option(
         "Preset for a quick, normal or thorough training run. Options and the config file override it. none uses the "
@@ -75,6 +77,8 @@ def run(options: TrainOptions) -> None:
     photos.check_agreed(options.photos, *filter(None, [options.class_photos, options.drawn_photos]))
     given = settings_from(options.config, options.given)
     base = base_from(options.base, options.parts, schedule_from(given))
+    if options.speed_lora:
+        base = pictures.with_speed_lora(base, options.speed_lora)
     stop = StopOnSignal("continue with --resume")
     progress = JsonProgress() if options.json else BarProgress()
     read = photos.read_photos(

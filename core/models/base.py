@@ -116,10 +116,10 @@ class Base:
         base._digests.update(self._digests)
         return base
 
-    def sped_up(self, lora: WeightsFile) -> "Base":
-        """Return the base model with that speed LoRA."""
+    def sped_up(self, lora: WeightsFile | None) -> "Base":
+        """Return the base model with that speed LoRA, or without any."""
         base = replace(self, speed_lora=lora)
-        base._digests.update(self._digests)
+        base._digests.update((name, digest) for name, digest in self._digests.items() if name != "speed_lora")
         return base
 
     @property

@@ -49,8 +49,7 @@ class Worker:
 
     def __init__(
         self,
-        opened_with: Sequence[Mapping[str, Any] | None],
-        speed_lora: Path | None,
+        opened_with: Sequence[tuple[Mapping[str, Any], Path | None] | None],
         identity: str,
         output: Path,
         terms: Terms,
@@ -58,7 +57,6 @@ class Worker:
         import ray
 
         self._opened_with, self._identity, self._output, self._terms = opened_with, identity, output, terms
-        self._speed_lora = speed_lora
         self._base: Base | None = None
         self._restarted: bool = bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
@@ -66,10 +64,8 @@ class Worker:
         """Open the base models, once. Raises BadFile if they aren't the driver's."""
         if self._base:
             return
-        base, drawn_on = (load_base(**one) if one else None for one in self._opened_with)
+        base, drawn_on = (_opened(*one) if one else None for one in self._opened_with)
         assert base
-        if drawn_on and self._speed_lora:
-            drawn_on = with_speed_lora(drawn_on, self._speed_lora)
         self._terms = replace(self._terms, drawn_on=drawn_on)
         if self._terms.identity(base) != self._identity:
             raise BadFile("its base model is a different one")
@@ -90,6 +86,11 @@ class Worker:
         except Exception as error:
             result = failed(person, error)
         return result, warnings, self._restarted
+
+
+def _opened(arguments: Mapping[str, Any], speed_lora: Path | None) -> Base:
+    base = load_base(**arguments)
+    return with_speed_lora(base, speed_lora) if speed_lora else base
 
 
 def _check_cancelled(*_: object) -> None:
@@ -135,9 +136,11 @@ def make_on_cluster(
             yield result
     if not waiting:
         return
-    opened_with = (base.opened_with, terms.drawn_on.opened_with if terms.drawn_on else None)
-    speed_lora = terms.drawn_on and terms.drawn_on.speed_lora and Path(os.path.abspath(terms.drawn_on.speed_lora.path))
-    arguments = (opened_with, speed_lora, terms.identity(base), output, replace(terms, drawn_on=None))
+    opened_with = [
+        one and (one.opened_with, one.speed_lora and Path(os.path.abspath(one.speed_lora.path)))
+        for one in (base, terms.drawn_on)
+    ]
+    arguments = (opened_with, terms.identity(base), output, replace(terms, drawn_on=None))
     done, at_work = len(people) - len(waiting), 0
     with _connected(address) as ray, _Workers(ray, arguments, waiting, callbacks) as workers:
         while waiting or at_work:

@@ -128,9 +128,10 @@ class Basis:
         encoded = sum(passes.encode(image.bucket) for image in dataset.images) + classes * passes.encode(square)
         headshots, faces = _drawn(passes, base, jobs)
         likeness, samples, measured = _while_training(passes, counts, base, config)
+        plain = base.sped_up(None)
         operations = {
             "encoding": encoded + passes.caption * len(_texts(dataset, base, config, jobs)),
-            "class images": config.class_images * passes.draw(base, square, base.steps, base.guidance),
+            "class images": config.class_images * passes.draw(plain, square, plain.steps, plain.guidance),
             "training": own * passes.train,
             "prior prediction": prior * (1 + passes.train),  # The frozen model predicts the target.
             "recomputation": (own + prior) * passes.recompute(self.plan),

@@ -80,10 +80,9 @@ def count_passes(
         step = StepPrediction(TrainingInputs(cache, faked, config, _CPU, torch.float32, adapter=training_adapter))
         step.model.fast_layers = None  # Count without a CPU's faster convolutions, which are part of its speed.
         train = step.operations(step.run.accumulate)
-        predictions = {
-            math.prod(one): step.operations(partial(_predict, step.model, faked, made, one)) for one in sizes
-        }
-        whole = step.operations(partial(_predict, step.model, faked, made, size))
+        counted = {one: step.operations(partial(_predict, step.model, faked, made, one)) for one in {*sizes, size}}
+    predictions = {math.prod(one): counted[one] for one in sizes}
+    whole = counted[size]
 
     @functools.cache
     def recompute(plan: MemoryPlan) -> float:

@@ -81,7 +81,7 @@ class AdaptedModel:
         self.adapter: Adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, inputs.start)
         self.training_adapter: AttachedAdapter | None = None
         if inputs.adapter:
-            self.training_adapter = AttachedAdapter(inputs.adapter, self.denoiser, self.device, self.dtype)
+            self.training_adapter = AttachedAdapter(inputs.adapter.changes, self.denoiser, self.device, self.dtype)
         self.set_training(True)
         if check_cancelled:
             _check_often(blocks_of(self.denoiser), check_cancelled)

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from ..device import until_it_fits
 from ..errors import OutOfMemory
+from ..lora.file import LoraFile
+from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..progress import OnWarning
 from .methods import METHODS
 from .step import Run
+from .training_adapter import AttachedAdapter, layer_changes
 
 Shot = tuple[str, int]
 """The prompt and the seed of a picture."""
@@ -24,8 +27,8 @@ DrawShots = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[
 class Drawing:
     """Draws pictures with a run's networks. What they need in memory does not change how the run trains."""
 
-    def __init__(self, run: Run):
-        self._run = run
+    def __init__(self, run: Run, base: Base):
+        self._run, self._base = run, base
         self._offload: float = 0.0
         """The share of the blocks that were brought in for the last picture, the least that is tried for the next one."""
 
@@ -38,8 +41,9 @@ class Drawing:
     ) -> list[Image.Image]:
         """Draw an image of each shot with the adapter as it would be saved now, or with other `values` in it.
 
-        The training adapter is off, because the LoRA will be used without it. If memory runs out, more blocks are brought in
-        until the images are drawn, which changes neither them nor the training, and `on_warning` is called.
+        The training adapter is off, because the LoRA will be used without it, and the base model's speed LoRA is on. If memory
+        runs out, more blocks are brought in until the images are drawn, which changes neither them nor the training, and
+        `on_warning` is called.
         """
         run, model = self._run, self._run.model
         run.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
@@ -49,12 +53,22 @@ class Drawing:
             try:
                 if self._offload > plan.offload:
                     model.adopt(replace(plan, offload=self._offload))
-                return until_it_fits(
-                    partial(draw_shots, model.denoiser, model.encoders, shots), self._bringing_in(plan, on_warning)
-                )
+                return until_it_fits(partial(self._drawn, draw_shots, shots), self._bringing_in(plan, on_warning))
             finally:
                 if model.memory.plan != plan:
                     model.adopt(plan)
+
+    def _drawn(self, draw_shots: DrawShots, shots: Sequence[Shot]) -> list[Image.Image]:
+        model, file = self._run.model, self._base.speed_lora
+        if file is None:
+            return draw_shots(model.denoiser, model.encoders, shots)
+        # Read again each time, so that it takes no memory in the steps.
+        changes = layer_changes(LoraFile.read(file.path).of_parts({"denoiser"}), self._base)
+        speed = AttachedAdapter(changes, model.denoiser, model.device, model.dtype, "speed LoRA")
+        try:
+            return draw_shots(model.denoiser, model.encoders, shots)
+        finally:
+            speed.detach()
 
     def _bringing_in(self, plan: MemoryPlan, on_warning: OnWarning) -> Iterator[Callable[[], None]]:
         """Yield the adoption of each plan that brings in more blocks. Then raise OutOfMemory."""

@@ -59,6 +59,8 @@ def run_identity(inputs: TrainingInputs, face_networks: Sequence[str] = ()) -> d
     settings = settings_of_the_steps(config, measured=bool(face_networks))
     if face_networks:
         settings["face_network"] = ", ".join(face_networks)
+        if base.speed_lora:
+            settings["speed_lora"] = base.speed_lora_sha256
     settings["precision"] = str(inputs.dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # a constant rate doesn't depend on the number of steps, so a resumed run may have more

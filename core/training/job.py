@@ -110,7 +110,8 @@ class TrainingJob:
         if self.held_out or self.judge:
             judge = self.judge and network_key(self.judge)
             others += [[photo.fingerprint for photo in self.held_out], judge]
-        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.identity, *others)
+        # A speed LoRA changes the pictures that measure likeness. A LoRA that was chosen by others is as good.
+        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.sped_up(None).identity, *others)
 
     @property
     def makes(self) -> str:

@@ -126,7 +126,7 @@ def make_class_images(
     They are cached, so later calls draw only the missing ones. `resolution` is the side, in pixels, of a square with their
     area. `on_progress(done, total)` may raise to cancel.
     """
-    prompt = class_caption(class_word)
+    base, prompt = base.sped_up(None), class_caption(class_word)
     side = resolution or base.resolution
     size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))
     steps, guidance = base.steps, base.guidance

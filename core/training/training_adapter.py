@@ -1,8 +1,9 @@
-"""Training adapters: LoRAs that undo a base model's distillation while it is trained on.
+"""LoRAs beside the layers of a denoiser in training: training adapters, and speed LoRAs.
 
-Training on a model that was distilled to a few steps undoes the distillation, and the trained file learns that too. With such
-a LoRA beside its layers, the distillation is already undone, so only the person is learned. The adapter is off while pictures
-are drawn, and is not part of the trained file.
+A training adapter undoes a base model's distillation. Training on a model that was distilled to a few steps undoes the
+distillation, and the trained file learns that too. With such a LoRA beside its layers, the distillation is already undone, so
+only the person is learned. The adapter is off while pictures are drawn. A speed LoRA is the opposite: it is attached only
+while pictures are drawn. Neither is part of the trained file.
 """
 
 import os
@@ -71,18 +72,27 @@ class TrainingAdapter:
         expected = f"expected a LoRA for {base.family.title} in safetensors" + (f", such as {usual}" if usual else "")
         try:
             lora = source if isinstance(source, LoraFile) else LoraFile.read(source)
-            shapes = {module: shape for module, shape in base.module_shapes().items() if module[0] == "denoiser"}
-            names = base.components["denoiser"].tensors
-            biased = {("denoiser", name.removesuffix(".bias")) for name in names if name.endswith(".bias")}
-            used = lora.of_loaded(shapes, base.family.unused)
-            fit(used, base.family.name, shapes, biased).check(lora.name)
-            used.check()
-            changes: dict[str, LayerChange] = {}
-            for entry in used.entries:
-                changes |= _changes(used, entry, base, shapes)
+            changes = layer_changes(lora, base)
         except FaceLoraError as error:
             raise type(error)(f"training adapter: {error} ({expected})") from None
         return cls(model_hash(lora.tensors), changes)
+
+
+def layer_changes(lora: LoraFile, base: Base) -> dict[str, LayerChange]:
+    """Return what a LoRA adds to each layer of the base model's denoiser, by the layer's path.
+
+    Raises a FaceLoraError that names the file when it is not a usable LoRA, or LoraMisfit when it does not fit.
+    """
+    shapes = {module: shape for module, shape in base.module_shapes().items() if module[0] == "denoiser"}
+    names = base.components["denoiser"].tensors
+    biased = {("denoiser", name.removesuffix(".bias")) for name in names if name.endswith(".bias")}
+    used = lora.of_loaded(shapes, base.family.unused)
+    fit(used, base.family.name, shapes, biased).check(lora.name)
+    used.check()
+    changes: dict[str, LayerChange] = {}
+    for entry in used.entries:
+        changes |= _changes(used, entry, base, shapes)
+    return changes
 
 
 def _changes(
@@ -116,30 +126,42 @@ def _changes(
 
 
 class AttachedAdapter:
-    """A training adapter beside the layers of a denoiser. It adds to their outputs and leaves the layers unchanged."""
+    """A LoRA beside the layers of a denoiser. It adds to their outputs and leaves the layers unchanged."""
 
-    def __init__(self, adapter: TrainingAdapter, denoiser: nn.Module, device: torch.device, dtype: torch.dtype):
-        """Attach it to the current layers, including those that a method has added.
+    def __init__(
+        self,
+        changes: Mapping[str, LayerChange],
+        denoiser: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str = "training adapter",
+    ):
+        """Attach the changes to the current layers, including those that a method has added.
 
-        Raises LoraMisfit for an embedding.
+        Raises LoraMisfit with its `name` for an embedding.
         """
         self._on = True
-        self._changes = {path: change.map(lambda t: t.to(device, dtype)) for path, change in adapter.changes.items()}
-        for path, change in self._changes.items():
-            layer = denoiser.get_submodule(path)
-            if isinstance(layer, nn.Embedding):
-                raise LoraMisfit(
-                    f"the training adapter changes {path}, which is an embedding. Merge it into the base model instead"
-                )
-            layer.register_forward_hook(partial(self._add, change, _places(layer)))
+        self._changes = {path: change.map(lambda t: t.to(device, dtype)) for path, change in changes.items()}
+        layers = {path: denoiser.get_submodule(path) for path in changes}
+        if path := next((path for path, layer in layers.items() if isinstance(layer, nn.Embedding)), None):
+            raise LoraMisfit(f"the {name} changes {path}, which is an embedding. Merge it into the base model instead")
+        self._hooks = [
+            layer.register_forward_hook(partial(self._add, self._changes[path], _places(layer)))
+            for path, layer in layers.items()
+        ]
 
     def tensors(self) -> list[Tensor]:
         """Return its tensors, which stay on the device."""
         return [tensor for change in self._changes.values() for tensor in change.tensors()]
 
+    def detach(self) -> None:
+        """Remove it from the layers."""
+        for hook in self._hooks:
+            hook.remove()
+
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Turn the training adapter off within this context."""
+        """Turn it off within this context."""
         self._on = False
         try:
             yield

@@ -27,7 +27,7 @@ from core.models.base import Base
 from core.models.memory_plan import PLANS, MemoryPlan, count_flops
 from core.models.spec import Component
 from core.photos import Photo, prepare, read_photos
-from core.pictures import find_style_packs
+from core.pictures import find_style_packs, with_speed_lora
 from core.pictures.generate import Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
@@ -58,7 +58,15 @@ from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
 from core.training.step import Run
 from core.training.store import LoraFolders
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, write_photos
+from tests.tooling import (
+    SMALL_FLOWS,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    random_lora,
+    small_flow_base,
+    write_photos,
+)
 from tools.job_tables import with_vae
 
 CPU = torch.device("cpu")
@@ -123,6 +131,17 @@ def test_each_part_of_a_training_run_is_counted_as_it_is_done(photos, base, plai
     if part == "class images":  # which are trained on too
         added = count_flops(lambda: make_class_images(base, "person", 2, resolution=PLAIN.resolution, device=CPU))
     assert more.operations[part] - plain.operations[part] == pytest.approx(added, rel=0.03)
+
+
+def test_likeness_pictures_take_the_steps_of_the_speed_lora(photos, base, plain, counted, tmp_path):
+    random_lora(base, r"mid_block.*attn1\.to_q").save(tmp_path / "speed_1step.safetensors")
+    faster, config = with_speed_lora(base, tmp_path / "speed_1step.safetensors"), replace(PLAIN, **LIKENESS)
+    with cache_in(tmp_path / "cache"):
+        done = count_flops(lambda: train(photos, faster, config, device=CPU))
+    few, usual = (expected(photos, one, config) for one in (faster, base))
+    assert few.total - plain.total == pytest.approx(done - counted(), rel=0.03)
+    assert few.operations["likeness"] < 0.4 * usual.operations["likeness"]
+    assert few.operations["training"] == usual.operations["training"]
 
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "pivotal"))

@@ -1,4 +1,4 @@
-"""Training adapters: what is trained with one, where it is off, what becomes of the result, and what is refused."""
+"""LoRAs beside the layers: where training adapters and speed LoRAs are on, what becomes of the result, what is refused."""
 
 import json
 import re
@@ -21,15 +21,16 @@ from core.lora.modules import name_kinds
 from core.models import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan
 from core.photos import Thresholds, make_ready
-from core.pictures import find_style_packs
+from core.pictures import find_style_packs, with_speed_lora
 from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Order
 from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
+from core.training.identity import run_identity
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
-from core.training.samples import build_draw_shots
+from core.training.samples import build_draw_shots, make_class_images
 from core.training.step import Run
 from core.training.store import train
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
@@ -71,8 +72,8 @@ def run_with(base: Base, lora: LoraFile | None, config: TrainConfig = CONFIG, pl
     return Run(TrainingInputs.on(CPU, cache_of(base, 2, side=8), base, config, adapter=adapter), plan=plan)
 
 
-def predicted(run: Run) -> Tensor:
-    """What the networks of a run predict now, as a sampler sees them."""
+def predicted(run: Run, base: Base) -> Tensor:
+    """What the networks of a run on the base model predict now, as a sampler sees them."""
 
     def sampler(*_: object) -> list:
         pictures = run.examples.images[:1]
@@ -82,7 +83,7 @@ def predicted(run: Run) -> Tensor:
         return []
 
     drawn: list[Tensor] = []
-    Drawing(run).draw(sampler, [], lambda warning: None)
+    Drawing(run, base).draw(sampler, [], lambda warning: None)
     return drawn[0]
 
 
@@ -162,10 +163,60 @@ def test_every_naming_means_the_same_adapter(scheme):
 def test_samples_are_drawn_without_it():
     base = small_flow_base("zimage")
     adapted, plain = run_with(base, random_lora(base)), run_with(base, None)
-    assert torch.equal(predicted(adapted), predicted(plain))
+    assert torch.equal(predicted(adapted, base), predicted(plain, base))
     adapted.train_step()
     plain.model.put(adapted.parameters)
-    assert torch.equal(predicted(adapted), predicted(plain))
+    assert torch.equal(predicted(adapted, base), predicted(plain, base))
+
+
+@pytest.mark.parametrize("family", mostly_slow(("sd15", *SMALL_FLOWS), "zimage"))
+def test_samples_are_drawn_with_the_speed_lora_which_steps_know_nothing_of(family, small_sd15, tmp_path):
+    base = base_of(family, small_sd15)
+    lora = random_lora(base, r"(?!embed_).*")
+    lora.save(tmp_path / "speed_4step_lora.safetensors", torch.float32)
+    faster = base.sped_up(SafetensorsFile.open(tmp_path / "speed_4step_lora.safetensors"))
+    fast, plain, whole = run_with(faster, None), run_with(base, None), run_with(merged(base, lora), None)
+    for _ in range(2):
+        drawn, expected = predicted(fast, faster), predicted(whole, base)
+        assert (drawn - expected).norm() < BOUND * expected.norm()
+        assert not torch.allclose(drawn, predicted(plain, base), rtol=0.01)
+        for run in (fast, plain):
+            run.train_step()
+        assert all(torch.equal(value, plain.parameters[name]) for name, value in fast.parameters.items())
+        whole.model.put(fast.parameters)
+
+
+def speedy_job(base: Base, folder: Path, name: str) -> TrainingJob:
+    """A run that measures likeness on pictures drawn with another speed LoRA for each name."""
+    random_lora(base, seed=len(name)).save(folder / f"{name}_2step.safetensors", torch.float32)
+    ready = make_ready([], None, Thresholds(face_pixels_reject=9), check=False)
+    return TrainingJob(
+        ready, with_speed_lora(base, folder / f"{name}_2step.safetensors"), replace(CONFIG, hold_out=2, sample_every=1)
+    )
+
+
+def test_what_was_trained_is_found_whatever_speed_lora_drew_the_likeness_pictures(base, tmp_path):
+    one, other = (speedy_job(base, tmp_path, name) for name in ("one", "other"))
+    assert one.key == other.key == replace(one, base=base).key and one.base.identity != other.base.identity
+
+
+def test_a_run_that_measures_goes_on_with_the_speed_lora_that_it_began_with(base, tmp_path):
+    """Otherwise pictures that were drawn in two ways would be compared."""
+    bases = [base, *(speedy_job(base, tmp_path, name).base for name in ("one", "other"))]
+    inputs = [TrainingInputs.on(CPU, cache_of(base, 2, side=8), one, CONFIG) for one in bases]
+    assert len({run_identity(one, ["SFace"])["settings"] for one in inputs}) == 3
+    assert len({run_identity(one)["settings"] for one in inputs}) == 1
+
+
+def test_class_images_are_drawn_without_the_speed_lora(base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "core.training.samples.generate", lambda base, _, jobs, **__: seen.append((base, jobs)) or iter(())
+    )
+    faster = speedy_job(base, tmp_path, "one").base
+    with pytest.raises(FileNotFoundError):  # there is no picture
+        make_class_images(faster, "person", 1, resolution=64, device=CPU)
+    assert seen[0][0].speed_lora is None and (seen[0][1][0].steps, faster.steps) == (base.steps, 2)
 
 
 def test_layers_in_8_bits_keep_it(monkeypatch):
@@ -306,6 +357,37 @@ def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15
         assert main([*arguments, *given]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["found"] is found
         assert (METADATA_KEY in SafetensorsFile.open(output).metadata) is (given == adapted)
+
+
+def test_the_command_line_draws_samples_with_a_speed_lora(small_sd15, tmp_path, monkeypatch):
+    speed, seen = tmp_path / "speed_2step.safetensors", []
+    random_lora(load_base(small_sd15), r".*attn1\.to_q").save(speed)
+
+    def stop_before_training(base: Base, *_: object) -> None:
+        seen.append((base.speed_lora.path, base.steps, base.guidance))
+        raise BadConfig("enough was seen")
+
+    monkeypatch.setattr("core.training.run_job.build_draw_shots", stop_before_training)
+    arguments = [
+        "train",
+        str(write_photos(tmp_path / "photos", 2)),
+        "--base",
+        str(small_sd15),
+        "--speed-lora",
+        str(speed),
+    ]
+    arguments += [
+        "--output",
+        str(tmp_path / "me.safetensors"),
+        "--recipe",
+        "none",
+        "--steps",
+        "1",
+        "--resolution",
+        "32",
+    ]
+    assert main([*arguments, "--sample-every", "1", "--no-check-photos"]) == 1
+    assert seen == [(speed, 2, 1.0)]
 
 
 def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatch):
