@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .. import lora, models, photos, pictures, studio, training  # Their modules load only when a name is used.
 from ..config import RecipeName, TrainConfig
@@ -58,7 +58,7 @@ class OrderOptions:
 
 @dataclass(frozen=True)
 class HeadshotsOptions(Options):
-    usage = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
+    usage: ClassVar[str | None] = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
     photos: InputPath = argument("Folder of 10 to 20 photos of one person", "PHOTOS")
     base: InputName = BASE
     parts: BaseParts = below()

@@ -1,6 +1,7 @@
 """The command `publish`, which makes a folder to upload, without personal data."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .. import pictures  # Its modules load only when a name is used.
 from .common import print_warning, progress_bar
@@ -10,7 +11,7 @@ from .values import Folder, InputPath, Text
 
 @dataclass(frozen=True)
 class PublishOptions(Options):
-    epilog = (
+    epilog: ClassVar[str | None] = (
         "Since May 2025, Civitai does not accept models of real people, even if they agree. "
         "Read the rules of the site first."
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def _alike(
 
 def _other_people(folder: Path, own: Set[str]) -> dict[Path, list["photos.Photo"]]:
     """Return the photos of all people in the folder, by folder, without the person whose photos have the digests `own`."""
-    found, places = {}, folder.iterdir() if folder.is_dir() else ()
+    found, places = {}, folder.iterdir() if os.path.isdir(folder) else ()
     for place in sorted(path for path in places if path.is_dir() and not path.name.startswith(".")):
         person = photos.read_photos(place, on_warning=print_warning)
         if not {photo.digest for photo in person} & own:

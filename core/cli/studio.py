@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .. import lora, models, studio  # Their modules load only when a name is used.
 from ..errors import BadConfig
@@ -30,7 +31,7 @@ from .values import Folder, InputName, InputPath
 
 @dataclass(frozen=True)
 class StudioOptions(Options):
-    usage = "%(prog)s PEOPLE --base BASE --output DIR [OPTIONS] (--help lists them)"
+    usage: ClassVar[str | None] = "%(prog)s PEOPLE --base BASE --output DIR [OPTIONS] (--help lists them)"
     people: InputPath = argument(
         "Folder with a folder for each person: photos, and a person.toml with agreed = true. Or a manifest "
         "(.csv, .jsonl) with name, photos and agreed",

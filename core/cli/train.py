@@ -4,11 +4,11 @@ import json
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .. import lora, models, photos, pictures, studio, training  # Their modules load only when a name is used.
 from ..config import RecipeName, TrainConfig, config_from
@@ -39,8 +39,10 @@ UNFINISHED = OneOf()
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
-    first = (
+    usage: ClassVar[str | None] = (
+        "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
+    )
+    first: ClassVar[Collection[str]] = (
         "--base", "--output", "--recipe", "--trigger", "--class-word", "--steps", "--rank", "--learning-rate", "--method",
         "--resolution", "--memory-limit", "--dry-run", "--resume", "--restart",
     )  # fmt: skip

@@ -504,7 +504,7 @@ def test_the_score_of_pictures_has_the_figures_of_papers(tmp_path, capsys):
     twice = [*papers[:3], papers[1], *papers[4:]]
     assert main(["score", str(tmp_path / "fresh"), *twice]) == 1
     assert "are in --reference too" in capsys.readouterr().err
-    for empty in (tmp_path / "fresh", tmp_path / "fresh" / "0.png"):
+    for empty in (tmp_path / "fresh", tmp_path / "fresh" / "0.png", tmp_path / ("1" * 5000)):
         assert main(["score", str(tmp_path / "fresh"), *papers[:-1], str(empty)]) == 1
         assert "no photos of other people found" in capsys.readouterr().err
 
