@@ -97,6 +97,9 @@ def test_the_tutorials_on_the_small_base_can_be_followed(tmp_path, monkeypatch, 
     page = PAGES["tutorials.md"]
     monkeypatch.setattr("core.models.opening.DEMO_FILE", write_quick_base(tmp_path / "base.safetensors"))
     write_photos(tmp_path / "photos", count=6)
+    for name in ("other-photos", "edits"):  # of the same person
+        for photo in sorted(write_photos(tmp_path / name, count=9).iterdir())[:6]:
+            photo.unlink()
     agreement = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     for name, person in (("anna", 36), ("ben", 37)):
         (write_photos(tmp_path / "people" / name, count=5, person=person) / "person.toml").write_text(*agreement)
@@ -110,7 +113,7 @@ def test_the_tutorials_on_the_small_base_can_be_followed(tmp_path, monkeypatch, 
         assert main(words) == 0, (words, capsys.readouterr().err)
         followed.add(words[0])
     assert followed == {
-        "demo", "check", "train", "generate", "inspect", "verify", "convert", "publish", "studio", "forget",
+        "demo", "doctor", "check", "train", "generate", "score", "inspect", "verify", "convert", "publish", "studio", "forget",
     }  # fmt: skip
     made = (
         "report.html",
