@@ -65,6 +65,7 @@ class AdaptedModel:
     ):
         base, config = inputs.base, inputs.config
         self._inputs = inputs
+        self.base: Base = base
         self.config: TrainConfig = config
         self.family: FamilySpec = base.family
         self.device: torch.device = inputs.device

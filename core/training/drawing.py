@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..device import until_it_fits
 from ..errors import OutOfMemory
 from ..lora.file import LoraFile
-from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..progress import OnWarning
 from .methods import METHODS
@@ -27,8 +26,8 @@ DrawShots = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[
 class Drawing:
     """Draws pictures with a run's networks. What they need in memory does not change how the run trains."""
 
-    def __init__(self, run: Run, base: Base):
-        self._run, self._base = run, base
+    def __init__(self, run: Run):
+        self._run = run
         self._offload: float = 0.0
         """The share of the blocks that were brought in for the last picture, the least that is tried for the next one."""
 
@@ -59,11 +58,11 @@ class Drawing:
                     model.adopt(plan)
 
     def _drawn(self, draw_shots: DrawShots, shots: Sequence[Shot]) -> list[Image.Image]:
-        model, file = self._run.model, self._base.speed_lora
+        model, file = self._run.model, self._run.model.base.speed_lora
         if file is None:
             return draw_shots(model.denoiser, model.encoders, shots)
         # Read again each time, so that it takes no memory in the steps.
-        changes = layer_changes(LoraFile.read(file.path).of_parts({"denoiser"}), self._base)
+        changes = layer_changes(LoraFile.read(file.path).of_parts({"denoiser"}), model.base)
         speed = AttachedAdapter(changes, model.denoiser, model.device, model.dtype, "speed LoRA")
         try:
             return draw_shots(model.denoiser, model.encoders, shots)

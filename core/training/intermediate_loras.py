@@ -46,7 +46,7 @@ class IntermediateLoras:
         self._extra_metadata |= extra_metadata
         self._samples, self._callbacks = samples, callbacks
         self._selection = Selection(samples.watch) if samples and samples.watch else None
-        self._drawing = Drawing(run, inputs.base)
+        self._drawing = Drawing(run)
         self._thumbnail: Image.Image | None = None
         self._started_at = time.time()
 

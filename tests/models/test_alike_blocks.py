@@ -86,7 +86,7 @@ def small(request, monkeypatch) -> Base:
 )
 def test_one_block_of_each_kind_tells_the_memory_and_the_work_of_all(small, plans):
     one, each = assert_predicted_alike(small, TrainConfig(rank=4, batch_size=2), plans)
-    over = set()
+    over, counted = set(), 0
     for plan in PLANS[:4] if plans == TRIED else FEW_TRIED[:2]:
         for prediction in (one, each):
             prediction.run.model.memory.adopt(plan)

@@ -72,8 +72,8 @@ def run_with(base: Base, lora: LoraFile | None, config: TrainConfig = CONFIG, pl
     return Run(TrainingInputs.on(CPU, cache_of(base, 2, side=8), base, config, adapter=adapter), plan=plan)
 
 
-def predicted(run: Run, base: Base) -> Tensor:
-    """What the networks of a run on the base model predict now, as a sampler sees them."""
+def predicted(run: Run) -> Tensor:
+    """What the networks of a run predict now, as a sampler sees them."""
 
     def sampler(*_: object) -> list:
         pictures = run.examples.images[:1]
@@ -83,7 +83,7 @@ def predicted(run: Run, base: Base) -> Tensor:
         return []
 
     drawn: list[Tensor] = []
-    Drawing(run, base).draw(sampler, [], lambda warning: None)
+    Drawing(run).draw(sampler, [], lambda warning: None)
     return drawn[0]
 
 
@@ -163,10 +163,10 @@ def test_every_naming_means_the_same_adapter(scheme):
 def test_samples_are_drawn_without_it():
     base = small_flow_base("zimage")
     adapted, plain = run_with(base, random_lora(base)), run_with(base, None)
-    assert torch.equal(predicted(adapted, base), predicted(plain, base))
+    assert torch.equal(predicted(adapted), predicted(plain))
     adapted.train_step()
     plain.model.put(adapted.parameters)
-    assert torch.equal(predicted(adapted, base), predicted(plain, base))
+    assert torch.equal(predicted(adapted), predicted(plain))
 
 
 @pytest.mark.parametrize("family", mostly_slow(("sd15", *SMALL_FLOWS), "zimage"))
@@ -177,9 +177,9 @@ def test_samples_are_drawn_with_the_speed_lora_which_steps_know_nothing_of(famil
     faster = base.sped_up(SafetensorsFile.open(tmp_path / "speed_4step_lora.safetensors"))
     fast, plain, whole = run_with(faster, None), run_with(base, None), run_with(merged(base, lora), None)
     for _ in range(2):
-        drawn, expected = predicted(fast, faster), predicted(whole, base)
+        drawn, expected = predicted(fast), predicted(whole)
         assert (drawn - expected).norm() < BOUND * expected.norm()
-        assert not torch.allclose(drawn, predicted(plain, base), rtol=0.01)
+        assert not torch.allclose(drawn, predicted(plain), rtol=0.01)
         for run in (fast, plain):
             run.train_step()
         assert all(torch.equal(value, plain.parameters[name]) for name, value in fast.parameters.items())
@@ -364,6 +364,7 @@ def test_the_command_line_draws_samples_with_a_speed_lora(small_sd15, tmp_path, 
     random_lora(load_base(small_sd15), r".*attn1\.to_q").save(speed)
 
     def stop_before_training(base: Base, *_: object) -> None:
+        assert base.speed_lora
         seen.append((base.speed_lora.path, base.steps, base.guidance))
         raise BadConfig("enough was seen")
 
