@@ -74,6 +74,8 @@ def has_faster_products() -> bool:
 
 def _product_of(*factors: Tensor) -> _Product | None:
     """Return oneDNN's product if it is in use and can compute that of these tensors, or None for torch's own."""
+    if torch.compiler.is_compiling():  # The compiler can't see through the rest, and chooses products itself.
+        return None
     for factor in factors:
         # torch's private operation takes no other types of tensors.
         is_plain = type(factor) is Tensor or type(factor) is nn.Parameter
