@@ -1,14 +1,12 @@
 """ComfyUI's real frontend in headless chromium: workflows opened, prompts made and queued as a user's page does it."""
 
-import atexit
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, TimeoutError, sync_playwright
 
 from core.errors import MissingPackage
 from tests.comfyui.server import ComfyServer
@@ -45,19 +43,12 @@ def running_browser() -> Iterator[Browser]:
     program = find_chromium()
     if program is None:
         raise MissingPackage(f"the browser tests need a chromium: {BY_HAND}")
-    browser = _playwright().chromium.launch(executable_path=program, args=SWITCHES)
-    try:
-        yield browser
-    finally:
-        browser.close()
-
-
-@cache
-def _playwright() -> Playwright:
-    """Playwright, which a process can start only once."""
-    started = sync_playwright().start()
-    atexit.register(started.stop)
-    return started
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=SWITCHES)
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 def drop_files(page: Page, x: float, y: float, files: list[Path]) -> None:
