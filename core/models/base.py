@@ -321,11 +321,15 @@ class Base:
         return self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.text_encoders)
 
     @property
-    def identity(self) -> str:
-        """A text that is equal for base models with the same weights and the same way to predict."""
+    def trained_identity(self) -> str:
+        """A text that is equal for base models with the same weights and the same way to predict, with any speed LoRA."""
         prediction = f"{self.prediction_type} {self.zero_terminal_snr}"
-        found = f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
-        return f"{found} {self.speed_lora_sha256}" if self.speed_lora else found
+        return f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
+
+    @property
+    def identity(self) -> str:
+        """A text that is equal for base models that also draw with the same speed LoRA, or without one."""
+        return f"{self.trained_identity} {self.speed_lora_sha256}" if self.speed_lora else self.trained_identity
 
     @property
     def sha256(self) -> str | None:

@@ -111,7 +111,7 @@ class TrainingJob:
             judge = self.judge and network_key(self.judge)
             others += [[photo.fingerprint for photo in self.held_out], judge]
         # A speed LoRA changes the pictures that measure likeness. A LoRA that was chosen by others is as good.
-        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.sped_up(None).identity, *others)
+        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.trained_identity, *others)
 
     @property
     def makes(self) -> str:
