@@ -190,6 +190,8 @@ def format_likeness(measured: dict[str, Any]) -> str:
     rows = [
         f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
     ]
+    if measured.get("speed_lora"):
+        rows.append("drawn with a speed LoRA: compare it with likeness that was measured so")
     judge = measured.get("judge")
     if judge:
         rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")

@@ -168,7 +168,8 @@ class IntermediateLoras:
         """Build the file of a measured intermediate LoRA, with the likeness curve and its own point of it in its metadata."""
         assert self._selection
         file = self._file(values, point.step)
-        return file.with_metadata({**file.metadata, **self._selection.metadata(point)})
+        measured = self._selection.metadata(point, by_speed_lora=self._inputs.base.speed_lora is not None)
+        return file.with_metadata({**file.metadata, **measured})
 
     def _file(self, values: Mapping[str, Tensor], step: int) -> Trained:
         """Build the file of an adapter with these parameter values after that step."""

@@ -367,8 +367,11 @@ class Selection:
         candidates = ((self.points[index], values) for index, values in self._values.items())
         return [(point, values) for point, values in candidates if point is not kept and not point.merged]
 
-    def metadata(self, kept: LikenessPoint) -> dict[str, str]:
-        """Describe the curve for the file's metadata in plain numbers, which don't reveal what the person looks like."""
+    def metadata(self, kept: LikenessPoint, by_speed_lora: bool = False) -> dict[str, str]:
+        """Describe the curve for the file's metadata in plain numbers, which don't reveal what the person looks like.
+
+        `by_speed_lora` says that a speed LoRA helped to draw the pictures. Likeness without one is not comparable.
+        """
         described = {
             "network": self.watch.network.name,
             "photos": round(self.watch.own, 4),
@@ -378,6 +381,8 @@ class Selection:
         }
         if judge := self.watch.judge:
             described["judge"] = {"network": judge.network.name, "photos": round(judge.own, 4)}
+        if by_speed_lora:
+            described["speed_lora"] = True
         return {LIKENESS_KEY: json.dumps(described)}
 
     def _ranked(self) -> list[int]:

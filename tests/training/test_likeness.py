@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from core.cli import main
+from core.cli.train import format_likeness
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
@@ -46,7 +47,7 @@ from core.training.likeness import (
 )
 from core.training.samples import build_draw_shots, sample_size
 from core.training.store import train
-from tests.tooling import save_mean_colour, write_photos
+from tests.tooling import random_lora, save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
     rank=4, steps=4, batch_size=2, learning_rate=3e-3, sample_every=2, sample_guidance=1.0, sample_steps=1,
@@ -410,9 +411,14 @@ def test_the_command_line_shows_the_curve(tmp_path, capsys):
     assert main([*command, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("<- kept" in line for line in lines) == 1 and any("held-out" in line for line in lines)
-    assert main([*command, *options, "--seed", "2", "--restart", "--json"]) == 0
+    assert not any("speed LoRA" in line for line in lines)
+    speed = tmp_path / "speed_2step.safetensors"
+    random_lora(load_base(BASE_FILE), r".*attn1\.to_q").save(speed)
+    assert main([*command, *options, "--seed", "2", "--restart", "--json", "--speed-lora", str(speed)]) == 0
     steps = [entry for line in capsys.readouterr().out.splitlines() if (entry := json.loads(line)).get("step")]
     assert steps[-1]["likeness"]["step"] == 1
+    measured = json.loads(LoraFile.read(tmp_path / "a.safetensors").metadata[LIKENESS_KEY])
+    assert "drawn with a speed LoRA" in format_likeness(measured)
 
 
 def test_pictures_are_scored_sorted_and_doubted(tmp_path, capsys):
