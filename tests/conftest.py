@@ -1,7 +1,6 @@
 """What the tests share: a cache folder of their own, small random base models, photos, and one ComfyUI server."""
 
 import copy
-import gc
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,14 @@ from core.demo import BASE_FILE
 from core.faces import OnnxFaces, YuNet
 from tests.comfyui.flow_files import write_flow_models
 from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
-from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_in_16_bits, write_photos
+from tests.tooling import (
+    SMALL_SD15,
+    SMALL_SDXL,
+    collect_garbage_seldom,
+    write_checkpoint,
+    write_in_16_bits,
+    write_photos,
+)
 
 # How long an example takes says more of what else the machine does than of the code.
 settings.register_profile("random", deadline=None)
@@ -59,10 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Python looks for what can be freed less often, and not among imported modules: a fifth of the time of the tests."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    collect_garbage_seldom()
 
 
 @cache

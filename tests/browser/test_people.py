@@ -78,7 +78,7 @@ def test_the_question_before_deleting_an_unfinished_run_states_that_no_lora_was_
 
 
 def test_people_of_one_name_are_told_apart_and_their_photos_leave_the_open_page_with_the_last(page, server, tmp_path):
-    page.run(BUILD, train_node(seed=63, name="sam", folder="(no folder)", steps=1, samples=0, settings=""))
+    page.run(BUILD, train_node(seed=63, name="jules", folder="(no folder)", steps=1, samples=0, settings=""))
     page.drop(PHOTOS, sorted(write_photos(tmp_path).glob("*.png")))
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 4")
     assert server.wait(page.queue()).status == "success"
@@ -88,14 +88,14 @@ def test_people_of_one_name_are_told_apart_and_their_photos_leave_the_open_page_
     }""")
     assert server.wait(page.queue()).status == "success"
     page.page.locator(".facelora-all").click()
-    people = page.page.locator(".facelora-dialog .facelora-person", has_text="sam")
+    people = page.page.locator(".facelora-dialog .facelora-person", has_text="jules")
     people.nth(1).wait_for()
     names = people.locator("b").all_inner_texts()
-    assert len(set(names)) == 2 and "sam" in names, names
+    assert len(set(names)) == 2 and "jules" in names, names
     for left, tiles in ((1, 4), (0, 0)):  # the photos are of both runs
         people.first.get_by_role("button", name="Delete").click()
         question(page).get_by_role("button", name="Delete").click()
         page.wait_for(f"""() => document.querySelectorAll('.facelora-tile').length === {tiles}
             && [...document.querySelectorAll('.facelora-dialog .facelora-person b')]
-                .filter((name) => name.textContent.startsWith('sam')).length === {left}""")
+                .filter((name) => name.textContent.startsWith('jules')).length === {left}""")
     assert is_idle(page)

@@ -37,7 +37,7 @@ from core.training.step import Run
 from core.training.store import train
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
-from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
+from tests.tooling import collect_garbage_seldom, encoded_cache, encoded_image, random_lora, small_flow_base
 from tools.bench import count_operations
 from tools.gpu.running import measure
 from tools.gpu.session import Session
@@ -50,6 +50,7 @@ SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "resolution": 64}
 def begin() -> None:
     """What the process does first."""
     narrow_layers.SMALLEST = 1  # so that the small networks have weights in 8 bits
+    collect_garbage_seldom()
 
 
 @dataclass(frozen=True)
