@@ -229,21 +229,9 @@ def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
     assert set(readers) == set(READERS) and readers["InvokeAI"]["verdict"] == "loads"
 
 
-READ_HEADERS = """
-import json, pathlib, sys
-for file in pathlib.Path(sys.argv[1]).iterdir():
-    data = file.open("rb")
-    json.loads(data.read(int.from_bytes(data.read(8), "little")))
-"""
-
-
 @pytest.mark.clock
-def test_a_lora_is_inspected_nearly_as_soon_as_numpy_is_loaded_and_a_thousand_are_at_a_steady_pace(tmp_path):
-    """Of usual kinds: the lists of sd-scripts' networks, whose files in the folder are links.
-
-    The seconds of a processor vary by a factor of three, with its kind and what else it does. So each command is compared with
-    another one: it took 0.8 to 1.3 and 11 to 15 times as long, and the bounds are twice that.
-    """
+def test_one_lora_is_inspected_in_a_fifth_of_a_second_and_a_thousand_in_ten(tmp_path):
+    """Of usual kinds: the lists of sd-scripts' networks, whose files in the folder are links."""
     folder = tmp_path / "loras"
     folder.mkdir()
     kinds = {"sd15": False, "sdxl": True, "flux1": True, "sd2": False}
@@ -256,18 +244,14 @@ def test_a_lora_is_inspected_nearly_as_soon_as_numpy_is_loaded_and_a_thousand_ar
 
     def seconds(*arguments: object) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, *map(str, arguments)]
-        subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, check=True)
+        command = [sys.executable, "-m", "core", "inspect", *map(str, arguments), "--fast", "--json"]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, check=True)
+        assert done.returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    def inspecting(path: Path) -> float:
-        return seconds("-m", "core", "inspect", path, "--fast", "--json")
-
-    turns = [(inspecting(tmp_path / "sd15.safetensors"), seconds("-c", "import numpy")) for _ in range(5)]
-    one, numpy = map(min, zip(*turns, strict=True))
-    assert one < 2.5 * numpy
-    assert inspecting(folder) < 30 * seconds("-c", READ_HEADERS, folder)
+    assert min(seconds(tmp_path / "sd15.safetensors") for _ in range(5)) < 0.2
+    assert seconds(folder) < 10
 
 
 # Of each family a norm's name in the original model and in diffusers, and the namings in which ComfyUI knows it.
