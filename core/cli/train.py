@@ -191,7 +191,7 @@ def format_likeness(measured: dict[str, Any]) -> str:
         f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
     ]
     if measured.get("speed_lora"):
-        rows.append("drawn with a speed LoRA: compare it with likeness that was measured so")
+        rows.append("drawn with a speed LoRA: compare only with likeness measured the same way")
     judge = measured.get("judge")
     if judge:
         rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")

@@ -69,7 +69,7 @@ class Choice:
     """Bytes on the card."""
 
 
-def two_people(case: Case, photos: Path, folder: Path, pictures: int = 4) -> tuple[list[Choice], list[float]]:
+def two_people(case: Case, photos: Path, folder: Path, pictures: int = 20) -> tuple[list[Choice], list[float]]:
     """A person is trained and drawn, with small faces drawn again, and then another: on a card that has just the room for the
     fastest plan of one. The state of the card at each choice, and the share of blocks that was brought in for each drawing.
     """
