@@ -184,7 +184,7 @@ def fill_page(path: Path, parts: Mapping[str, str]) -> str:
 
 def is_text(text: str) -> bool:
     """Check that the text can be written as UTF-8. JSON and file names can contain unpaired surrogates, which cannot."""
-    return not re.search("[\ud800-\udfff]", text)
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import BadFile
 from .files import is_text
@@ -46,7 +46,6 @@ TYPES: dict[str, tuple[str, int]] = {
     "BOOL": ("bool", 1),
 }
 """torch's name and the size in bytes of each type, by its code in headers."""
-_FIELDS = {"dtype", "shape", "data_offsets"}
 _FORMATS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
     "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
@@ -99,8 +98,9 @@ class Header:
         found = {}
         with self._reopened() as file:
             for name in names:
+                code = self.codes[name]
                 file.seek(self._offsets[name])
-                found[name] = _real_number(self.codes[name], file.read(TYPES[self.codes[name]][1]))
+                found[name] = _real_number(code, file.read(TYPES[code][1]))
         return found
 
     @contextmanager
@@ -167,7 +167,8 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
     )
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Make a dictionary of a JSON object's pairs. Raises ValueError if a name appears twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -175,24 +176,24 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
+def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the entries of the tensors by name, each as a tuple of pairs, and the metadata. Raises BadFile for other JSON."""
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    values = sum(header.count(mark) for mark in b",[{")  # An upper limit for the number of JSON values.
-    if values > MAX_HEADER_VALUES:
+    # The values in JSON are at most as many as its bytes, and as its commas and brackets.
+    if len(header) > MAX_HEADER_VALUES and (values := sum(map(header.count, b",[{"))) > MAX_HEADER_VALUES:
         raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+        entries = _unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple))
+        found = entries.pop("__metadata__", None)
+        metadata = _unique(found or ()) if found is None or isinstance(found, tuple) else None
     except UnicodeDecodeError:
         raise BadFile(f"{path}: damaged header: not UTF-8") from None
     except RecursionError:
         raise BadFile(f"{path}: damaged header: nested too deeply") from None
     except ValueError as error:
         raise BadFile(f"{path}: damaged header: {error}") from None
-    metadata = entries.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if metadata is None or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
     texts = (*entries, *metadata, *metadata.values())
     if not is_text("".join(texts)):
@@ -205,32 +206,39 @@ def _where(path: Path, name: str) -> str:
     return f"{path}: damaged header: tensor {name[:80]!r}"
 
 
-def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Return the dtype and shape in a tensor's entry, and where its data begin and end. Raises BadFile for a malformed one."""
-    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
-    code, shape, span = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-    is_shape = type(shape) is list and all(type(side) is int and side >= 0 for side in shape)
-    if not is_shape or len(shape) > MAX_DIMENSIONS:
+    pairs: Any = entry if type(entry) is tuple and len(entry) == 3 else ((None, None),) * 3
+    (first, code), (second, shape), (third, span) = pairs
+    if first != "dtype" or second != "shape" or third != "data_offsets":  # Common tools use this order.
+        fields = dict(pairs)
+        if fields.keys() != {"dtype", "shape", "data_offsets"}:
+            raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
+        code, shape, span = fields["dtype"], fields["shape"], fields["data_offsets"]
+    is_shape = type(shape) is list and len(shape) <= MAX_DIMENSIONS
+    for side in shape if is_shape else ():
+        if type(side) is not int or side < 0:
+            is_shape = False
+    if not is_shape:
         raise BadFile(f"{_where(path, name)} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
     begin, end = span if type(span) is list and len(span) == 2 else (None, None)
     if type(begin) is not int or type(end) is not int or begin < 0:
         raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
     if len(name) > MAX_NAME:
         raise BadFile(f"{_where(path, name)} has a name of {len(name):,} characters (limit {MAX_NAME:,})")
-    if code not in TYPES:
-        raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {code[:20]!r}; known: {', '.join(TYPES)}")
+    if type(code) is not str or code not in TYPES:
+        raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(code)[:20]!r}; known: {', '.join(TYPES)}")
     return code, tuple(shape), begin, end
 
 
 def _checked(
-    path: Path, entries: dict[str, object], first_byte: int, file_size: int
+    path: Path, entries: dict[str, Any], first_byte: int, file_size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, int]]:
     """Return the shapes, types and byte offsets that a header states.
 
     Raises BadFile unless the tensors fill the file without gaps or overlaps.
     """
-    shapes, codes, offsets, spans = {}, {}, {}, []
+    shapes, codes, begins, ends = {}, {}, {}, {}
     for name, entry in entries.items():
         code, shape, begin, end = _entry(path, name, entry)
         if begin > end or first_byte + end > file_size:
@@ -238,18 +246,19 @@ def _checked(
                 f"{path}: truncated or damaged: tensor {name[:80]!r} is at bytes {begin} to {end}, "
                 f"but the file has only {file_size - first_byte} bytes of tensors; download it again"
             )
-        # Absurd sizes are never multiplied.
-        if max(shape, default=0) > file_size or math.prod(shape) * TYPES[code][1] != end - begin:
+        taken = math.prod(shape) * TYPES[code][1]
+        if taken != end - begin or (not taken and max(shape) > file_size):  # torch can't count sides of absurd sizes.
             where = _where(path, name)
             raise BadFile(f"{where} of shape {list(shape)} and dtype {code} does not take {end - begin} bytes")
-        shapes[name], codes[name], offsets[name] = shape, code, first_byte + begin
-        spans.append((begin, end, name))
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            fault = "overlaps another" if begin < position else "leaves a gap before it"
-            raise BadFile(f"{_where(path, name)} {fault}")
-        position = end
-    if first_byte + position != file_size:
-        raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
-    return shapes, codes, offsets
+        shapes[name], codes[name], begins[name], ends[name] = shape, code, begin, end
+    # Common tools write the entries in the order of the data, so that each tensor begins where the last one ended.
+    if [*begins.values(), file_size - first_byte] != [0, *ends.values()]:
+        position = 0
+        for begin, end, name in sorted((begin, ends[name], name) for name, begin in begins.items()):
+            if begin != position:
+                fault = "overlaps another" if begin < position else "leaves a gap before it"
+                raise BadFile(f"{_where(path, name)} {fault}")
+            position = end
+        if first_byte + position != file_size:
+            raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
+    return shapes, codes, {name: first_byte + begin for name, begin in begins.items()}

@@ -320,7 +320,7 @@ def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], meta
         with file.path.open("rb") as source:
             size = struct.unpack("<Q", source.read(8))[0]
             entries, _ = parse_header(file.path, source.read(size))
-            output.write(_pack_header(entries, metadata))
+            output.write(_pack_header({name: dict(entry) for name, entry in entries.items()}, metadata))
             shutil.copyfileobj(source, output, CHUNK_BYTES)
 
     write_file(path, write)
