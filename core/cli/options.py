@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .settings import add_settings, given_settings
 from .values import Output
 
 T = TypeVar("T")
@@ -101,6 +100,8 @@ def add_options(parser: argparse.ArgumentParser, of: type) -> None:
         if declared is None:
             add_options(parser, hint)
         elif isinstance(declared, _Settings):
+            from .settings import add_settings  # Most commands have no settings of a run, and do without their module.
+
             add_settings(parser, declared.only)
         elif declared.is_positional:
             parser.add_argument(name, **_keywords(hint, declared))
@@ -158,8 +159,12 @@ def filled(of: type[T], parsed: argparse.Namespace) -> T:
     for name, hint, declared in _fields(of):
         if declared is None:
             values[name] = filled(hint, parsed)
+        elif isinstance(declared, _Settings):
+            from .settings import given_settings
+
+            values[name] = given_settings(parsed)
         else:
-            values[name] = given_settings(parsed) if isinstance(declared, _Settings) else getattr(parsed, name)
+            values[name] = getattr(parsed, name)
     return of(**values)
 
 

@@ -91,9 +91,9 @@ def identify(
     fitting: Counter[int] = Counter()
     having: list[tuple[tuple[str, str], frozenset[int]]] = []
     for part, path, shape in modules:
-        found = _having(part, path, shape, (part, path) in biased)
-        fitting.update(found)
-        having.append(((part, path), found))
+        having.append(((part, path), _having(part, path, shape, (part, path) in biased)))
+    for found, count in Counter(found for _, found in having).items():
+        fitting.update(dict.fromkeys(found, count))
     whole = [variant for variant, count in fitting.items() if count == len(having)]
     if whole:
         fits = [variants[number] for number in sorted(whole)]
@@ -191,6 +191,7 @@ def same_weight(shape: Shape, other: Shape) -> bool:
     return shape[0] == other[0] and (inputs == others or 0 in (inputs, others))
 
 
+@lru_cache(1 << 16)  # Many tables have the same paths.
 def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Replace the numbers and ranges in a path by "#", and return both: `b.0-3.q.1` gives b.#.q.# and ((0, 3), (1, 1)).
 

@@ -214,21 +214,23 @@ def text_encoder_path(path: str) -> str:
     return f"text_model.{path}" if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else path
 
 
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+
+
 def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:
     """Make the functions `of_original` and `of_diffusers` of a family from rules. "{}" in a rule matches a number.
 
     A path without a rule has the same name in both namings.
     """
 
-    def compile_path(path: str) -> re.Pattern[str]:
-        return re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
+    originals = [(rule.original, rule) for rule in rules]
+    diffusers = [(part, rule) for rule in rules for part in rule.parts]
 
-    originals = [(compile_path(rule.original), rule) for rule in rules]
-    diffusers = [(compile_path(part), rule) for rule in rules for part in rule.parts]
-
-    def find(path: str, patterns: list[tuple[re.Pattern[str], Fusion]]) -> Fusion | None:
-        for pattern, rule in patterns:
-            if match := pattern.fullmatch(path):
+    def find(path: str, named: list[tuple[str, Fusion]]) -> Fusion | None:
+        for name, rule in named:
+            if match := _pattern(name).fullmatch(path):
                 numbers = match.groups()
                 parts = tuple(part.format(*numbers) for part in rule.parts)
                 return Fusion(rule.original.format(*numbers), parts, rule.sizes, rule.halves_swapped)
