@@ -1,5 +1,6 @@
 """The command `inspect`. With --fast it reads LoRAs without torch, for programs that inspect thousands of files."""
 
+import gc
 import json
 import os
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ class InspectOptions(Options):
 
 def run(options: InspectOptions) -> None:
     """Print what is in the files. Raises BadFile for refused files, after all others have been printed."""
+    gc.set_threshold(50_000)  # Looking for cycles among the millions of objects in headers takes a fifth of the time.
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)
     if is_one and not options.fast:

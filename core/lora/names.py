@@ -121,22 +121,31 @@ class Content:
         return identify((place for place in self.places if place[2] is not None), self.claims, biased)
 
 
+_EMBEDDING = "<"
+"""The owner of a textual inversion's tensors. No module has this name, since all names with this start are embeddings'."""
+
+
+@lru_cache(maxsize=1 << 17)
+def _owner(key: str) -> str | None:
+    """Return the name of the module that a tensor belongs to, or else _EMBEDDING or None."""
+    if vectors_in(key):
+        return _EMBEDDING
+    parsed = parse_key(key)
+    return parsed.module_name if parsed else None
+
+
 def content_of(types: Types, claims: tuple[str, ...]) -> Content:
     """Group the tensors of a file by the meaning of their names. `claims` are those of `Content`."""
-    if any(map(NUMBERED.fullmatch, types)):
+    found: dict[str | None, list[tuple[str, tuple[str, tuple[int, ...]]]]] = {}
+    for item in types.items():
+        found.setdefault(_owner(item[0]), []).append(item)
+    strange = [key for key, _ in found.pop(None, ())]
+    embeddings = [key for key, _ in found.pop(_EMBEDDING, ())]
+    if any(map(NUMBERED.fullmatch, strange)):
         return _content_of_numbers(types, claims)
-    found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
-    embeddings, strange = [], []
-    for key in types:
-        if vectors_in(key):
-            embeddings.append(key)
-        elif (parsed := parse_key(key)) is None:
-            strange.append(key)
-        else:
-            found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
-    if all(role == "set_weight" for tensors in found.values() for _, role, *_ in tensors):
-        strange, found = [*strange, *(key for tensors in found.values() for key, *_ in tensors)], {}  # Of a checkpoint.
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
+    if all(module.shapes.keys() == {"set_weight"} for module in modules):  # Of a checkpoint.
+        strange, modules = [*strange, *(key for tensors in found.values() for key, _ in tensors)], ()
     return Content(claims, modules, tuple(embeddings), tuple(strange))
 
 
@@ -164,12 +173,13 @@ def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
 
 # Most files in a folder have modules with the same names and sizes.
 @lru_cache(maxsize=1 << 16)
-def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) -> NamedModule:
-    """Make the module of these tensors, each given by its name, role, type and shape."""
-    keys = {role: key for key, role, _, _ in tensors}
-    shapes = {role: shape for _, role, _, shape in tensors}
-    is_complex = any(type_name.startswith("complex") for _, _, type_name, _ in tensors)
-    named = parse_key(tensors[0][0])
+def _named_module(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> NamedModule:
+    """Make the module of these tensors, each given by its name, type and shape."""
+    parsed = [(parse_key(key), key, shape) for key, (_, shape) in tensors]
+    keys = {named.role: key for named, key, _ in parsed if named}
+    shapes = {named.role: shape for named, _, shape in parsed if named}
+    is_complex = any(type_name.startswith("complex") for _, (type_name, _) in tensors)
+    named = parsed[0][0]
     assert named is not None
     kind, part = None if is_complex else kind_of(shapes), named.part
     if (

@@ -360,15 +360,21 @@ def _refusal_by_diffusers(lora: LoraNames) -> str | None:
             missing = {f"{stack}.{number}.{name}" for number in range(len(numbers)) for name in expected} - paths
             if missing:
                 return f"a file in {scheme} names without {min(missing)}"
-    refuses = loaded.diffusers_refuses
-    for entry in lora.entries:
-        named = parse_key(f"{entry.name}.alpha")
-        if named and named.part == "denoiser" and re.search(refuses.get(named.scheme, "$^"), named.path):
-            return f"a file in {named.scheme} names with layers such as {named.path}"
-        if named and (reason := _paths_not_in_diffusers(NAME_TABLES[lora.family], named)):
-            return f"a file with {reason}"
-        if named and named.path.endswith(loaded.diffusers_linear) and len(entry.shapes.get("down", ())) > 2:
-            return f"a file with convolutions where {lora.family} has Linear layers"
+    return next(filter(None, (_refused_by_diffusers(lora.family, entry) for entry in lora.entries)), None)
+
+
+@lru_cache(maxsize=1 << 16)
+def _refused_by_diffusers(family: str, entry: Entry) -> str | None:
+    """Return the reason why diffusers refuses any file with this module; None if it doesn't."""
+    loaded, named = NAME_TABLES[family].loaded, parse_key(f"{entry.name}.alpha")
+    if named is None:
+        return None
+    if named.part == "denoiser" and re.search(loaded.diffusers_refuses.get(named.scheme, "$^"), named.path):
+        return f"a file in {named.scheme} names with layers such as {named.path}"
+    if reason := _paths_not_in_diffusers(NAME_TABLES[family], named):
+        return f"a file with {reason}"
+    if named.path.endswith(loaded.diffusers_linear) and len(entry.shapes.get("down", ())) > 2:
+        return f"a file with convolutions where {family} has Linear layers"
     return None
 
 

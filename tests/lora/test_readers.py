@@ -251,7 +251,7 @@ def test_one_lora_is_inspected_in_a_fifth_of_a_second_and_a_thousand_in_ten(tmp_
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds(tmp_path / "sd15.safetensors") for _ in range(5)) < 0.2
-    assert seconds(folder) < 10
+    assert min(seconds(folder) for _ in range(3)) < 10
 
 
 # Of each family a norm's name in the original model and in diffusers, and the namings in which ComfyUI knows it.
