@@ -57,11 +57,28 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, site) -> Iterator[ComfyPage]:
+def new_page(browser, site) -> Iterator[ComfyPage]:
     page = ComfyPage(browser, site)
     page.clear()
     yield page
     page.close()
+
+
+@pytest.fixture(scope="session")
+def used_pages() -> list[ComfyPage]:
+    """Pages that tests have left as they were when they opened. A new one takes 3 seconds of both processors."""
+    return []
+
+
+@pytest.fixture
+def page(request, browser, site, used_pages) -> Iterator[ComfyPage]:
+    page, failed = used_pages.pop() if used_pages else ComfyPage(browser, site), request.session.testsfailed
+    page.start_over()
+    yield page
+    if page.is_as_opened() and request.session.testsfailed == failed:
+        used_pages.append(page)
+    else:
+        page.close()
 
 
 @pytest.fixture(params=["classic", "nodes-2"])

@@ -67,6 +67,7 @@ class ComfyPage:
         """`user` is the id of one who has logged in, with --multi-user."""
         self.server = server
         self.problems: list[str] = []
+        self._loads = 0
         self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
         if user:
             self._page.add_init_script(f"localStorage['Comfy.userId'] = localStorage['Comfy.userName'] = '{user}'")
@@ -88,6 +89,7 @@ class ComfyPage:
         self.go("/")
 
     def go(self, address: str) -> None:
+        self._loads += 1
         self._page.goto(self.server.url + address)
         self.wait_until_ready()
         self.problems.clear()
@@ -106,6 +108,10 @@ class ComfyPage:
         self._page.wait_for_selector("#graph-canvas, canvas", timeout=300_000)
         self._page.wait_for_timeout(500)
 
+    def is_as_opened(self) -> bool:
+        """Whether `start_over` is all that it needs for another test: it was not loaded again, and shows no message."""
+        return self._loads == 1 and not self.complaints()
+
     def run(self, script: str, argument: Any = None) -> Any:
         """What a function in the page returns."""
         return self._page.evaluate(script, argument)
@@ -114,6 +120,14 @@ class ComfyPage:
         """An empty graph, and nothing wrong so far."""
         self._load(EMPTY, "")
         self.problems.clear()
+
+    def start_over(self) -> None:
+        """An empty graph in the only tab."""
+        self.clear()
+        self.run("""async () => {
+            const tabs = window.app.extensionManager.workflow
+            for (const tab of [...tabs.openWorkflows]) if (tab !== tabs.activeWorkflow) await tabs.closeWorkflow(tab)
+        }""")
 
     def open(self, workflow: dict[str, Any], name: str) -> None:
         self._load(workflow, name)

@@ -39,6 +39,12 @@ NAMES = [workflow.name for workflow in WORKFLOWS]
 PACK_NAME = "ComfyUI-FaceLoRA"
 
 
+@pytest.fixture
+def page(new_page) -> ComfyPage:
+    """A new page: templates are found, and apps begin, on one that nobody has used."""
+    return new_page
+
+
 def types(graph: dict[str, Any]) -> list[str]:
     """The types of its nodes and of those in its subgraphs."""
     inner = {part["id"]: part["nodes"] for part in subgraphs(graph)}
