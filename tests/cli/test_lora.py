@@ -1,5 +1,6 @@
 """The commands for LoRA files, run as a user runs them."""
 
+import gc
 import json
 import os
 import shutil
@@ -435,6 +436,12 @@ def test_a_folder_is_inspected_with_its_links_and_whatever_the_case_of_names(tmp
     assert [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()] == [
         "a.SAFETENSORS", "linked/b.safetensors",
     ]  # fmt: skip
+
+
+def test_python_collects_garbage_after_an_inspection_as_before(tmp_path, capsys):
+    before = gc.get_threshold()
+    assert main(["inspect", str(tmp_path), "--fast"]) == 1
+    assert "this folder has no .safetensors file" in capsys.readouterr().err and gc.get_threshold() == before
 
 
 def test_a_folder_that_cannot_be_read_is_named_among_the_inspected(tmp_path, capsys, monkeypatch):
