@@ -28,7 +28,7 @@ class InspectOptions(Options):
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """Look seldom for cycles of objects. Among the millions of objects in headers, that takes a fifth of the time."""
+    """Search less often for cycles of objects. Among the millions in headers, the search takes a fifth of the time."""
     usual = gc.get_threshold()
     gc.set_threshold(50_000)
     try:

@@ -122,7 +122,7 @@ class Content:
 
 
 _EMBEDDING = "<"
-"""The owner of a textual inversion's tensors. No module has this name, since all names with this start are embeddings'."""
+"""The owner of a textual inversion's tensors. No module can have this name: every name that starts so is an embedding's."""
 
 
 @lru_cache(maxsize=1 << 17)

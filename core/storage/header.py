@@ -180,7 +180,7 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     """Return the entries of the tensors by name, each as a tuple of pairs, and the metadata. Raises BadFile for other JSON."""
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    # The values in JSON are at most as many as its bytes, and as its commas and brackets.
+    # Commas and brackets limit the number of JSON values. Only a long header can have so many.
     if len(header) > MAX_HEADER_VALUES and (values := sum(map(header.count, b",[{"))) > MAX_HEADER_VALUES:
         raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
     try:

@@ -66,7 +66,7 @@ def new_page(browser, site) -> Iterator[ComfyPage]:
 
 @pytest.fixture(scope="session")
 def used_pages() -> list[ComfyPage]:
-    """Pages that tests have left as they were when they opened. A new one takes 3 seconds of both processors."""
+    """Open pages that another test can use. To load a new one takes 3 seconds of both processors."""
     return []
 
 
