@@ -1,18 +1,24 @@
 """Processes that are killed at any change of the disk, or have no more rights than another user."""
 
 import functools
+import importlib
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import core
+from core.storage.files import fill_page
 
 NOBODY = 65534
 """The number of the user and the group that own nothing."""
@@ -74,8 +80,19 @@ def die_at_change(number: int) -> None:
     sys.addaudithook(count)
 
 
+@functools.cache
+def load_core() -> None:
+    """Import every module of the library and read its pages, which a user who may not enter the checkout can't do later."""
+    for module in pkgutil.walk_packages(core.__path__, "core."):
+        if not module.name.endswith("__main__"):  # which runs the command line
+            importlib.import_module(module.name)
+    for page in Path(core.__file__).parent.rglob("*.html"):
+        fill_page(page, defaultdict(str))
+
+
 def become_nobody() -> None:
     """This process, which root has started, has no more rights than a user who owns nothing."""
+    load_core()
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
@@ -86,6 +103,7 @@ def open_folder() -> Iterator[Path]:
     """A temporary folder that every user may enter, and whose files are nobody's where this process is root's."""
     if os.name == "nt" or os.geteuid():
         pytest.skip("only root can become another user")
+    load_core()  # here, so that the processes of a test need not
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         os.chown(folder, NOBODY, NOBODY)
         yield Path(folder)
