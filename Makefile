@@ -83,7 +83,7 @@ test-all: lint setup-test
 
 # Random damage, kills and closed disks, and odd requests to a real server; what failed is in soak.json.
 soak: setup-test
-	$(RUN) -m tests.soak --minutes $(MINUTES) --requests 1000
+	$(RUN) -m lab.soak --minutes $(MINUTES) --requests 1000
 
 setup-test: $(STAMP)
 	$(RUN) tests/comfyui/setup_comfyui.py
@@ -101,7 +101,7 @@ gpu:
 	$(MAKE) --keep-going -j1 $(GPU)
 
 $(GPU):
-	$(PYTHON) -m tools.gpu $(@:gpu-%=%) --output gpu-results
+	$(PYTHON) -m lab.gpu $(@:gpu-%=%) --output gpu-results
 
 # What these commands need beside torch, for a Linux machine without a network and the Python GPU_PYTHON, such as 3.12.
 gpu-wheels:
@@ -114,7 +114,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --config-file tools/mkdocs.yml --site-dir $(CURDIR)/site
 
 bench: $(STAMP)
-	$(RUN) -m tools.bench
+	$(RUN) -m lab.bench
 
 # The wheel and the source distribution, in dist/. TAG, where it is given, must be of this version.
 dist: $(STAMP)

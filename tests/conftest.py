@@ -49,7 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if needs_server(config.rootpath / file):
                 return "server"
-            return "gpu" if file.startswith("tests/gpu/") else file
+            return "gpu" if file.startswith("lab/emulated_gpu/") else file
 
     config.option.loadscopereorder = False
     return FileByFile(config, log)
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with the most tests.
     """
     tests = Counter(item.path for item in items)
-    long = {"browser", "comfyui", "gpu", "test_soak.py"}
+    long = {"browser", "comfyui", "emulated_gpu", "test_soak.py"}
     items.sort(key=lambda item: (long.isdisjoint(item.path.parts), -tests[item.path], item.path))
 
 

@@ -1,4 +1,4 @@
-"""The sizes of the small models that tests use with ComfyUI. Those without it are in tools/small_flows.py.
+"""The sizes of the small models that tests use with ComfyUI. Those without it are in tests/small_flows.py.
 
 Programs that run with ComfyUI's Python read it, so it imports nothing of this project. A family has up to two entries:
 

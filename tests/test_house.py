@@ -100,7 +100,7 @@ def test_every_module_has_a_room(sources):
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/add-a-family.md", "CONTRIBUTING.md"])
 def test_what_a_page_about_the_source_names_is_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:core|nodes|tests|tools|web|docs|locales|workflows)/[\w./-]*)`", text))
+    named = set(re.findall(r"`((?:core|nodes|tests|tools|lab|web|docs|locales|workflows)/[\w./-]*)`", text))
     assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
     for name, path in re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", text):
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{path} has no {name}"
@@ -172,7 +172,7 @@ def test_a_family_that_is_named_elsewhere_is_seen_but_not_in_a_docstring():
 AT_THE_TOP = {
     ".ci", ".comfyignore", ".editorconfig", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md",
     "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "SECURITY.md",
-    "__init__.py", "__main__.py", "core", "docs", "install.py", "locales", "nodes", "py.typed", "pyproject.toml",
+    "__init__.py", "__main__.py", "core", "docs", "install.py", "lab", "locales", "nodes", "py.typed", "pyproject.toml",
     "requirements.txt", "subgraphs", "tests", "tools", "web", "workflows",
 }  # fmt: skip
 

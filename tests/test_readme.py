@@ -23,7 +23,6 @@ from core.models.families import FAMILIES
 from core.models.recipe import RECIPES_KEY
 from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
-from tests.soak.worker import MOST_MEMORY, MOST_SECONDS
 from tests.tooling import write_photos
 
 ROOT = Path(__file__).parent.parent
@@ -193,8 +192,3 @@ def test_the_form_for_faults_lists_every_family():
 def test_style_packs_named_on_the_studio_page_exist():
     wanted = re.findall(r'^style_pack = "(.+)"$', PAGES["studio.md"], re.MULTILINE)
     assert wanted and {*wanted} <= find_style_packs().packs.keys()
-
-
-def test_the_limits_that_are_promised_are_those_of_the_soak():
-    page = PAGES["security.md"]
-    assert f"no hang over {MOST_SECONDS:.0f} s" in page and f"the file's size + {MOST_MEMORY >> 20} MB" in page

@@ -42,7 +42,7 @@ from core.training.encode import EncodedImage, LatentCache
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.step import Run
-from tools.small_flows import SMALL_FLOWS, flow_base
+from tests.small_flows import SMALL_FLOWS, flow_base
 
 
 def collect_garbage_seldom() -> None:

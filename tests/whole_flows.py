@@ -10,8 +10,8 @@ from core.models.spec import DENOISER_PREFIX
 from core.models.text import PREFIX
 from core.storage.safetensors_file import write_safetensors
 from tests.models.family_parts import in_original_names
+from tests.small_flows import SMALL_FLOWS, WIDE_FLOW
 from tests.tooling import FULL_SD15, RandomTensors
-from tools.small_flows import SMALL_FLOWS, WIDE_FLOW
 
 _VAE = {
     **SMALL_FLOWS["flux1"].vae, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,

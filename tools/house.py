@@ -15,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TOPS = ("core", "nodes", "tools", "lab")
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "lazy_names", "threads", "progress", "version", "config", "device", "doctor", "storage"),
     ("tensor_names",),
@@ -25,6 +26,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("studio", "demo"),
     ("cli", "nodes", "tools"),
+    ("lab",),
 )
 """The rooms from the lowest storey to the highest. A module may import from its own storey and from those below."""
 FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.")
@@ -78,9 +80,9 @@ class Function:
 
 
 def read_sources(root: Path = ROOT) -> dict[str, ast.Module]:
-    """Dotted name of every module of the library, the nodes and the tools -> its syntax tree."""
+    """Dotted name of every module in TOPS -> its syntax tree."""
     found = {}
-    for top in ("core", "nodes", "tools"):
+    for top in TOPS:
         for path in sorted((root / top).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             found[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"))
@@ -217,7 +219,7 @@ def family_mentions(modules: Mapping[str, ast.Module]) -> list[Mention]:
             elif isinstance(node, ast.ImportFrom) and "tensor_names" in (module + (node.module or "")):
                 constants = {alias.name for alias in node.names} & set(tables)
                 found |= {Mention(module, node.lineno, tables[constant]) for constant in constants}
-    return sorted(one for one in found if not one.module.startswith("tools."))
+    return sorted(one for one in found if not one.module.startswith(("tools.", "lab.")))
 
 
 def misplaced_mentions(modules: Mapping[str, ast.Module]) -> list[Mention]:
@@ -236,8 +238,8 @@ def touched_by_family(modules: Mapping[str, ast.Module]) -> dict[str, list[str]]
 
 def read_lines(root: Path = ROOT) -> dict[str, list[tuple[int, str]]]:
     """Path of every source file, the tests among them -> number and text of its lines of code."""
-    tops, patterns = ("core", "nodes", "tools", "tests"), ("*.py", "[!.]*/**/*.py")  # not what the tests download
-    files = sorted(path for top in tops for pattern in patterns for path in (root / top).glob(pattern))
+    patterns = ("*.py", "[!.]*/**/*.py")  # not what the tests download
+    files = sorted(path for top in (*TOPS, "tests") for pattern in patterns for path in (root / top).glob(pattern))
     return {path.relative_to(root).as_posix(): code_lines(path.read_text(encoding="utf-8")) for path in files}
 
 

@@ -286,11 +286,8 @@ def train_unet(faces, people, views, vae, unet, text_encoder, arguments, generat
     table = {"text.embeddings.token_embedding.weight": text_encoder.get_input_embeddings().weight.detach()}
     running = None
     for step in range(arguments.unet_steps):
-        elapsed = time.monotonic() - started
-        progress = max(step / arguments.unet_steps, elapsed / arguments.seconds)
-        if progress >= 1:
-            break
-        rate = arguments.rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
+        angle = step / arguments.unet_steps * math.pi / 2
+        rate = arguments.rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * math.cos(angle) ** 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
         index = torch.randint(len(moments), (arguments.batch_size,), generator=generator)
@@ -317,7 +314,7 @@ def train_unet(faces, people, views, vae, unet, text_encoder, arguments, generat
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         if step % 100 == 0:
-            print(f"unet {step} loss {running:.4f} rate {rate:.2e} {elapsed:.0f} s", flush=True)
+            print(f"unet {step} loss {running:.4f} rate {rate:.2e} {time.monotonic() - started:.0f} s", flush=True)
         if step and step % arguments.save_every == 0:
             on_save(average | table)
     on_save(average | table)
@@ -360,7 +357,6 @@ def main() -> None:
     parser.add_argument("--continue-from", type=Path, help="an earlier output to go on from")
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--unet-steps", type=int, default=12000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="most time for the UNet")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the UNet")

@@ -6,7 +6,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.soak.pages import ask_often
+from lab.soak.pages import ask_often
 
 pytestmark = pytest.mark.comfyui
 

@@ -19,7 +19,7 @@ from core.lora.modules import LoraModule
 from core.lora.readers import OTHERS, READERS, not_loaded_by, read_by
 from core.tensor_names import NAME_TABLES
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
-from tools import reader_tables
+from tools import source_tables
 from tools.model_tables import whole
 
 from .test_file import kohya_tensors
@@ -329,19 +329,19 @@ MAPPED = {
 
 @pytest.mark.parametrize(("family", "contents", "program"), MAPPED)
 def test_a_cell_is_what_the_program_has_in_its_map_of_names(family, contents, program):
-    assert reader_tables.cell(program, reader_tables.loras_of(family)[contents]) == MAPPED[family, contents, program]
+    assert source_tables.cell(program, source_tables.loras_of(family)[contents]) == MAPPED[family, contents, program]
 
 
 def test_each_cell_has_the_version_and_the_file_that_it_was_read_from():
-    assert tuple(reader_tables.PROGRAMS) == READERS
+    assert tuple(source_tables.PROGRAMS) == READERS
     for family, table in NAME_TABLES.items():
-        files = {reader: reader_tables.file_of(reader, family) for reader in READERS}
+        files = {reader: source_tables.file_of(reader, family) for reader in READERS}
         known = {reader for reader, file in files.items() if file and re.fullmatch(r"[\w/.-]+\.(py|cpp)", file)}
         assert known == {*READERS} - OTHERS.keys() | table.loaded.others.keys()
-    programs = reader_tables.PROGRAMS
+    programs = source_tables.PROGRAMS
     assert all(re.fullmatch(r"[\d.]+|\d{4}-\d\d-\d\d \([0-9a-f]{7}\)", one.version) for one in programs.values())
     named = {word for one in programs.values() for families in one.files.values() for word in families.split()}
-    assert named <= {reader_tables.ALL, *NAME_TABLES}
+    assert named <= {source_tables.ALL, *NAME_TABLES}
 
 
 IN_BLOCKS = {
@@ -360,7 +360,7 @@ def test_eight_more_programs_are_said_to_load_what_they_have_loaded(family, prog
     pattern = IN_BLOCKS.get(family, r"^(single_)?transformer_blocks\.")
     shapes = {p: s for p, s in whole(model["denoiser"]["diffusers"]).items() if len(s) > 1 and re.search(pattern, p)}
     for scheme, loaded in zip(("kohya", "diffusers", "comfy"), TRIED[family, program], strict=True):
-        modules = {("denoiser", path): reader_tables.module(shape) for path, shape in shapes.items()}
+        modules = {("denoiser", path): source_tables.module(shape) for path, shape in shapes.items()}
         lora = LoraFile.from_modules(family, modules, {}, scheme)
         refused = not_loaded_by(program, lora)
         counted = sum(len(entry.modules) for entry in lora.entries if entry.name not in refused)
@@ -411,5 +411,5 @@ def test_one_module_outside_the_blocks_spoils_a_file_of_flux1_for_sd_next():
     ],
 )
 def test_the_programs_that_cannot_load_a_lora_are_named_and_whether_a_conversion_helps(family, limits):
-    loras = reader_tables.loras_of(family)
+    loras = source_tables.loras_of(family)
     assert reading_limits(next(lora for lora in loras.values() if lora.scheme == lora.table.scheme)) == limits

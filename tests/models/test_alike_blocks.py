@@ -19,10 +19,10 @@ from core.training.memory_prediction import StepPrediction, choose_plan
 from core.training.methods import METHODS
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
+from tests.published_models import MODELS, base_of, config_of
+from tests.published_models import cache_of as published_cache
+from tests.small_flows import SMALL_FLOWS
 from tests.tooling import UNETS, cache_of, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
-from tools.memory_tables import MODELS, base_of, config_of
-from tools.memory_tables import cache_of as published_cache
-from tools.small_flows import SMALL_FLOWS
 
 CPU = torch.device("cpu")
 TRIED = (*PLANS[:5], PLANS[6], *PLANS[-3:])

@@ -52,6 +52,7 @@ from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import METHODS
 from core.training.samples import build_draw_shots
 from core.training.step import Run
+from tests.random_models import random_base, random_cache
 from tests.tooling import (
     SMALL_FLOWS,
     assert_trained_alike,
@@ -61,7 +62,6 @@ from tests.tooling import (
     predict_by,
     small_flow_base,
 )
-from tools.random_models import random_base, random_cache
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)

@@ -11,9 +11,9 @@ from core.errors import BadPhoto
 from core.faces import load_faces
 from core.photos import choose_alike
 from core.photos.report import PhotoReport
+from tests.face_figures import Remembering
 from tests.face_samples import orl
 from tests.photos.test_report import SMALL, cartoon, photo, side_by_side
-from tools.photo_tables import Remembering
 
 REAL = [photo(orl(5, 9), "real.png")]
 

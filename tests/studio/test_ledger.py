@@ -58,6 +58,7 @@ from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
 from core.training.step import Run
 from core.training.store import LoraFolders
+from tests.published_models import with_vae
 from tests.tooling import (
     SMALL_FLOWS,
     encoded_cache,
@@ -67,7 +68,6 @@ from tests.tooling import (
     small_flow_base,
     write_photos,
 )
-from tools.job_tables import with_vae
 
 CPU = torch.device("cpu")
 FAST = Speed(1e12, dict.fromkeys(("encode", "train", "draw"), (0.25, 0.5)), copies=(1e12, 1e12))

@@ -16,6 +16,7 @@ from core.training.methods.lora import LoraAdapter
 from core.training.methods.lora_layer import LoraLayer, SharedInput
 from core.training.methods.method import Adapter
 from core.training.step import Run
+from tests.operation_count import count_operations
 from tests.tooling import (
     SMALL_FLOWS,
     UNETS,
@@ -24,7 +25,6 @@ from tests.tooling import (
     mostly_slow,
     small_flow_base,
 )
-from tools.bench import count_operations
 
 CPU = torch.device("cpu")
 STEPS = 10

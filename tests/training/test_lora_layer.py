@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.training.methods.lora_layer import LoraLayer, SharedInput
-from tools.bench import OperationCount
+from tests.operation_count import OperationCount
 
 
 def layer_of(base_layer: nn.Module, **options) -> LoraLayer:

@@ -1,0 +1,54 @@
+"""The tables of photos in docs/photos.md: `python -m lab.photo_tables` measures them and writes them there.
+
+With `--face-network` another network is measured on the same photos, and nothing is written: its limits can be read off.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from core.faces import embed_images, load_faces
+from tests.face_figures import Remembering, find_intruders, try_real_photos, verification
+from tests.face_samples import NUMBERS, PEOPLE, orl
+from tools.tables import table, write_tables
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "photos.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--face-network", default="sface", help="as for facelora check (default: %(default)s)")
+    network = Remembering(load_faces(parser.parse_args().face_network))
+    vectors = embed_images(network, [orl(person, number) for person in PEOPLE for number in NUMBERS])
+    figures = verification(vectors, np.repeat(PEOPLE, len(NUMBERS)))
+    found, wrongly = find_intruders(network)
+    tables = {
+        "verification": table(
+            ("AUC", "equal-error rate", "at cosine", "same person, mean", "lowest 5 %", "other, mean", "highest 0.1 %"),
+            [
+                (
+                    f"{figures.auc:.6f}",
+                    f"{figures.equal_error_rate:.2%}",
+                    f"{figures.threshold:.3f}",
+                    f"{figures.same.mean():.2f}",
+                    f"{np.quantile(figures.same, 0.05):.2f}",
+                    f"{figures.other.mean():.2f}",
+                    f"{np.quantile(figures.other, 0.999):.2f}",
+                )
+            ],
+        ),
+        "intruders": table(
+            ("sets of 10", "intruders found", "right photos taken for someone else"),
+            [(str(len(PEOPLE) * len(NUMBERS)), f"{found:.2%}", f"{wrongly:.2%}")],
+        ),
+    }
+    if network.name == "sface":
+        tables["tried"] = table(("photo", "verdict", "reasons"), try_real_photos(network))
+        write_tables(DOCUMENT, tables)
+    for title, content in tables.items():
+        print(f"\n{title}\n{content}")
+
+
+if __name__ == "__main__":
+    main()
