@@ -8,9 +8,23 @@ STAMP := $(VENV)/.installed
 # What Python compiles is kept, whatever the environment says: tests start many processes, and measure how long that takes.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Two processes, each computing with one thread. The tests of one server, and those of one file, stay together.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
-FAST := not slow and not clock and not comfyui and not browser
+# The processes that run tests, each computing with one thread. The tests of one server, and those of one file, stay together.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+FAST := not slow and not clock and not ci
+
+# The slow tests, in parts of an hour and a half at most on two cores. `rest` is what is in no other part.
+SLOW := models training comfyui invokeai lab rest clock
+SLOW_models := tests/models
+SLOW_training := tests/training tests/studio
+SLOW_comfyui := tests/comfyui tests/browser
+SLOW_invokeai := tests/invokeai
+SLOW_lab := lab
+SLOW_rest := $(addprefix --ignore=,$(SLOW_models) $(SLOW_training) $(SLOW_comfyui) $(SLOW_invokeai) $(SLOW_lab))
+
+# The files that a change touches: since the branch left main, and what isn't committed yet.
+CHANGED = $(shell git diff --name-only --diff-filter=d "$$(git merge-base HEAD origin/main 2>/dev/null || echo HEAD)" -- '*.py'; \
+	git ls-files --others --exclude-standard -- '*.py')
 
 # The tests of what differs from system to system: paths, locks, files, the console.
 PORTABLE := tests/test_other_systems.py tests/storage tests/photos tests/lora tests/cli tests/test_config.py tests/demo
@@ -25,22 +39,36 @@ MINUTES ?= 5
 # The commands that measure a GPU.
 GPU := gpu-correctness gpu-memory gpu-speed gpu-compiled
 
-.PHONY: demo test test-suite test-fast test-portable test-deprecations test-newest-frontend test-processors test-all
-.PHONY: coverage soak
-.PHONY: setup-test lint bench docs constraints dist try-wheel gpu gpu-wheels $(GPU)
+.PHONY: demo test test-fast test-ci test-slow test-all test-portable test-deprecations test-newest-frontend test-processors
+.PHONY: coverage soak $(addprefix test-slow-,$(SLOW))
+.PHONY: setup-test lint types bench docs constraints dist try-wheel gpu gpu-wheels $(GPU)
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
 
-# What a change must pass: minutes, with a real ComfyUI server and a real browser.
-test: lint test-suite
+# What to run while working: minutes, without a server or a browser.
+test: lint test-fast
 
-test-suite: setup-test
-	$(PYTEST) -m "not slow and not clock"
-
-# The same without ComfyUI and the browser.
 test-fast: $(STAMP)
 	$(PYTEST) -m "$(FAST)"
+
+# The rest of what a change must pass: types, a real ComfyUI server and browser, InvokeAI's nodes, Ray, the lab.
+test-ci: types setup-test
+	$(PYTEST) -m "ci and not slow and not clock"
+
+# Full-size models, many killed runs, all files in all programs; then what measures time and memory, with nothing beside it.
+test-slow: $(addprefix test-slow-,$(SLOW))
+
+test-slow-invokeai test-slow-rest: setup-slow
+$(addprefix test-slow-,$(SLOW)): setup-test
+	$(if $(SLOW_$(@:test-slow-%=%)),$(PYTEST) -m "slow and not clock" --hypothesis-profile random $(SLOW_$(@:test-slow-%=%)),\
+		$(RUN) -m pytest -m clock)
+
+setup-slow: $(STAMP)
+	$(RUN) tests/invokeai/setup_invokeai.py
+	$(RUN) tests/setup_comfy_cli.py
+
+test-all: test test-ci test-slow test-processors
 
 # What Windows and macOS run, which have no server and no browser for it.
 test-portable: $(STAMP)
@@ -73,14 +101,6 @@ coverage: $(STAMP)
 	$(PYTEST) -m "$(FAST)" --cov=core --cov-report=
 	@for room in core/*/; do printf '%-22s' $$room; $(RUN) -m coverage report --include="$$room*" --format=total; done
 
-# Everything: full-size models, many killed runs, all files in all programs; then what measures time and memory, by itself.
-test-all: lint setup-test
-	$(RUN) tests/invokeai/setup_invokeai.py
-	$(RUN) tests/setup_comfy_cli.py
-	$(PYTEST) -m "not clock" --hypothesis-profile random
-	$(RUN) -m tests.processors
-	$(RUN) -m pytest -m clock
-
 # Random damage, kills and closed disks, and odd requests to a real server; what failed is in soak.json.
 soak: setup-test
 	$(RUN) -m lab.soak --minutes $(MINUTES) --requests 1000
@@ -89,11 +109,15 @@ setup-test: $(STAMP)
 	$(RUN) tests/comfyui/setup_comfyui.py
 	$(RUN) tests/browser/setup_chromium.py
 
+# Format, style, spelling and wording of everything, and the types in the files that a change touches.
 lint: $(STAMP)
 	$(VENV)/$(BIN)/ruff format --check .
 	$(VENV)/$(BIN)/ruff check .
 	$(VENV)/$(BIN)/typos
 	$(RUN) -m tools.wording
+	$(if $(CHANGED),$(VENV)/$(BIN)/pyright $(CHANGED))
+
+types: $(STAMP)
 	$(VENV)/$(BIN)/pyright
 
 # Measure a GPU, with a PYTHON whose torch is built for it: one command of 5.5 minutes at most, or all of them in turn.

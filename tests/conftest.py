@@ -55,13 +55,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return FileByFile(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, so that processes end together: the server, the fake GPU and the soak, then the files
-    with the most tests.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that need a program of others or simulate one, and start what takes longest first, so that processes end
+    together: the server, the emulated GPU and the soak, then the files with the most tests.
     """
     tests = Counter(item.path for item in items)
-    long = {"browser", "comfyui", "emulated_gpu", "test_soak.py"}
-    items.sort(key=lambda item: (long.isdisjoint(item.path.parts), -tests[item.path], item.path))
+
+    def is_below(item: pytest.Item, *names: str) -> bool:
+        return not set(names).isdisjoint(item.path.relative_to(config.rootpath).parts)
+
+    for item in items:
+        if is_below(item, "browser", "comfyui", "invokeai", "lab"):
+            item.add_marker("ci")
+    long = ("browser", "comfyui", "emulated_gpu", "test_soak.py")
+    items.sort(key=lambda item: (not is_below(item, *long), -tests[item.path], item.path))
 
 
 def pytest_collection_finish() -> None:
