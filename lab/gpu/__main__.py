@@ -30,7 +30,8 @@ def why_not_ready() -> str:
     if "torch" in missing:
         return "torch is missing. Install the build for this GPU that pytorch.org lists"
     if not missing:
-        return ""
+        hidden = find_spec("tests.random_models") is None
+        return "an installed package named `tests` hides that of this clone: uninstall it" if hidden else ""
     return (
         f"missing: {', '.join(missing)}. Run `make gpu-wheels` in a clone with a network, copy its folder gpu-wheels here, "
         f"and run: python3 -m pip install --no-index --find-links gpu-wheels {WHEELS}"

@@ -59,13 +59,9 @@ def test_missing_packages_are_named_first_with_the_command_that_installs_them(mo
     assert reason.startswith("missing: diffusers. ") and "--no-index --find-links gpu-wheels diffusers" in reason
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", gpu.COMMANDS)
-def test_a_rehearsal_on_the_cpu_measures_everything(command, tmp_path):
-    run = [sys.executable, "-m", "lab.gpu", command, "--output", tmp_path, "--rehearse", "--minutes", "15"]
-    assert subprocess.run(run, cwd=ROOT).returncode == 0
-    rows = [row for rows in json.loads((tmp_path / f"{command}.json").read_text())["stages"].values() for row in rows]
-    assert rows
+def test_an_installed_package_that_hides_the_clones_tests_is_named(monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "tests.random_models" else name)
+    assert gpu.why_not_ready() == "an installed package named `tests` hides that of this clone: uninstall it"
 
 
 @pytest.mark.slow
