@@ -92,7 +92,7 @@ def run(options: TrainOptions) -> None:
         else training.recipe_config(options.recipe, base, len(read), given, progress.warning)
     )
     makes = training.METHODS[config.method].makes
-    if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
+    if "learning_rate" in given and makes == "embedding" and not config.finds_rate:
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:

@@ -32,9 +32,6 @@ LEFT_FREE = 4 * 2**30
 CUDA_GRAIN = 512
 """CUDA's allocator rounds each tensor up to a multiple of this many bytes."""
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
-"""The bytes of state that each optimizer keeps per trained number. Adafactor keeps only a row and a column per matrix."""
-
 
 @dataclass(frozen=True)
 class MemoryPlan:

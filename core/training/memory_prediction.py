@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..config import name_matches
+from ..config import OPTIMIZERS, name_matches
 from ..device import free_memory, precision_name
 from ..lora.modules import stands_alone
 from ..models.alike_blocks import AlikeBlocks, put_stand_ins
 from ..models.base import Base
 from ..models.frozen_layers import FrozenLayers
 from ..models.memory_plan import (
-    OPTIMIZER_BYTES,
     RESERVE,
     MemoryCount,
     MemoryPlan,
@@ -158,7 +157,7 @@ class StepPrediction:
                 run.accumulate()  # prefetching starts only in the second step, in the order of the first
             run.accumulate()
         trained = sum(parameter.numel() for group in run.optimizer.param_groups for parameter in group["params"])
-        per_number = OPTIMIZER_BYTES[run.config.optimizer] + (4 if run.average else 0)
+        per_number = OPTIMIZERS[run.config.optimizer].state_bytes + (4 if run.average else 0)
         if self._blocks and not METHODS[run.config.method].keeps_dtype and model.dtype != torch.float32:
             per_number += model.dtype.itemsize  # autocast's copies of weights, which stay until a forward pass ends
         return unique_bytes(there) + trained * per_number + count.peak

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import OptimizerSettings, TrainConfig
+from ..config import OPTIMIZERS, OptimizerSettings, TrainConfig
 from ..lora.metadata import THUMBNAIL_SIDE, cover
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
@@ -20,12 +20,6 @@ from .encode import LatentCache
 from .inputs import TrainingInputs
 from .methods import peak_rate
 
-_OPTIMIZER_NAMES = {
-    "adamw": "torch.optim.adamw.AdamW",
-    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
-    "adafactor": "transformers.optimization.Adafactor",
-    "prodigy": "prodigyopt.prodigy.Prodigy",
-}
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
@@ -234,7 +228,7 @@ def _of_settings(base: Base, config: TrainConfig) -> dict[str, Any]:
         "ss_network_dropout": config.dropout or None,
         "ss_network_module": "networks.lora",
         "ss_noise_offset": config.noise_offset or None,
-        "ss_optimizer": _OPTIMIZER_NAMES[config.optimizer],
+        "ss_optimizer": OPTIMIZERS[config.optimizer].made_by,
         "ss_prior_loss_weight": config.prior_loss_weight,
         "ss_seed": config.seed,
         "ss_text_encoder_lr": config.text_encoder_lr or None,

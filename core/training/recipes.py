@@ -74,8 +74,9 @@ def recipe_settings(
     if name not in RECIPES:
         raise BadConfig(f"recipe {name!r}: unknown. Choose one of {', '.join(RECIPES)}")
     recipe, given = recipes[name], known_settings(given or {})
-    defaults = {"batch_size": recipe.batch_size, "accumulation": 1, "steps": 1, "method": "lora", "rank": recipe.rank}
-    checked = TrainConfig(**{name: given.get(name, value) for name, value in defaults.items()})
+    used = {"batch_size": recipe.batch_size, "rank": recipe.rank, "steps": 1}
+    used |= {name: given[name] for name in (*used, "accumulation", "method", "optimizer") if name in given}
+    checked = TrainConfig(**used)
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
     measured = MEASURED if name == "best" else MEASURED | CHEAP_LOOKS
     settings = {
@@ -85,12 +86,7 @@ def recipe_settings(
         "steps": math.ceil(recipe.photos / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
-        # Rounded to two digits. Prodigy finds the rate itself.
-        "learning_rate": (
-            None
-            if given.get("optimizer") == "prodigy"
-            else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")
-        ),
+        "learning_rate": (None if checked.finds_rate else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")),
         **(recipe.settings or {}),
         **given,
     }

@@ -134,8 +134,8 @@ class Method:
 
         For textual inversion it is the rate of the vectors.
         """
-        if config.optimizer == "prodigy":
-            return config.prodigy_rate
+        if config.finds_rate:
+            return config.found_rate_factor
         if self.makes == "embedding":
             return config.embedding_lr
         return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate
