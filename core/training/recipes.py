@@ -93,8 +93,13 @@ def recipe_settings(
     if settings.get("alpha") and "alpha" not in given:
         settings["alpha"] *= checked.rank / recipe.rank
     if settings.get("hold_out"):
-        settings.setdefault("sample_every", max(1, math.ceil(settings["steps"] / MEASUREMENTS)))
+        settings.setdefault("sample_every", steps_between(settings["steps"]))
     return settings
+
+
+def steps_between(steps: int, samples: int = MEASUREMENTS) -> int:
+    """Return the `sample_every` with which samples are drawn so many times in a training run."""
+    return max(1, math.ceil(steps / samples))
 
 
 def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: OnWarning) -> bool:
