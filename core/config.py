@@ -7,13 +7,13 @@ pages, and the checks of values are all made from it.
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from .errors import BadConfig, check_length
+from .storage.plain_values import Range, parse_toml, read_value
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -422,37 +422,13 @@ def _check_values(settings: Mapping[str, Any]) -> None:
     hints = get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
         if item.name in settings:
-            low, high = item.metadata["low"], item.metadata["high"]
-            _check_value(item.name, settings[item.name], hints[item.name], low, high)
-
-
-def _check_value(name: str, value: Any, hint: Any, low: float | None, high: float) -> None:
-    """Raise BadConfig if the value is not of that type, or if it or a number in it is out of range."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise BadConfig(f"{name} = {value!r}: choose one of {', '.join(map(str, get_args(hint)))}")
-        return
-    if get_origin(hint) is dict:
-        expected = (dict,)
-        for key, number in value.items() if isinstance(value, dict) else ():
-            _check_value(f"{name}: {key}", number, get_args(hint)[1], low, high)
-    elif get_origin(hint) is tuple:
-        expected = (tuple,)
-        for part in value if isinstance(value, tuple) else ():
-            _check_value(name, part, get_args(hint)[0], low, high)
-    else:
-        expected = get_args(hint) or (hint,)
-    accepted = (*expected, int) if float in expected else expected
-    if (isinstance(value, bool) and bool not in expected) or not isinstance(value, accepted):
-        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in expected if kind is not type(None))
-        raise BadConfig(f"{name} = {value!r}: expected {names}")
-    if isinstance(value, str):
-        check_length(name, value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadConfig(f"{name} = {value}: must be finite")
-    if isinstance(value, int | float) and low is not None and not low <= value <= high:
-        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise BadConfig(f"{name} = {value}: must be {allowed}")
+            value, rule = settings[item.name], Range(item.metadata["low"], item.metadata["high"])
+            if isinstance(value, list):
+                raise BadConfig(f"{item.name} = {value!r}: expected a tuple")
+            read_value(item.name, value, hints[item.name], rule)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    check_length(item.name, text)
 
 
 _PATTERN = re.compile(r"\^?([\w.*-]|\\\.|\[[\w-]+\])+\$?")
@@ -466,31 +442,6 @@ def name_matches(pattern: str, name: str) -> bool:
     text = pattern.replace(r"\.", ".").replace(".*", "*")
     start, end = "" if text.startswith("^") else "*", "" if text.endswith("$") else "*"
     return fnmatchcase(name, f"{start}{text.strip('^$')}{end}")
-
-
-_MOST_TOML, _MOST_DOTS = 2**18, 100
-"""The most characters of a TOML text, and the most dots in a line: a key's memory grows with the square of its parts."""
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """Parse the settings in a TOML text. Raises BadConfig with what is wrong."""
-    if len(text) > _MOST_TOML:
-        raise BadConfig(f"the text has {len(text):,} characters, and the limit is {_MOST_TOML:,}")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
-            raise BadConfig(f"line {number} has more than {_MOST_DOTS} dots")
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        settings = tomllib.loads(text)
-        repr(settings)  # Raises for values nested too deeply for a message.
-    except ValueError as error:  # Also raised for a number of thousands of digits.
-        raise BadConfig(str(error)) from None
-    except RecursionError:
-        raise BadConfig("values are nested too deeply") from None
-    return settings
 
 
 def typed_settings(text: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import BadFile, NoLora, UnknownFamily, UnmatchedKeys, counted
 from ..storage.files import read_json
 from ..storage.header import Header
+from ..storage.plain_values import parse_json
 from ..tensor_names import (
     NAME_TABLES,
     NUMBERED,
@@ -581,8 +582,8 @@ def _bases_in(metadata: Mapping[str, str]) -> dict[str, str]:
 def json_in(metadata: Mapping[str, str], key: str, kind: type) -> Any:
     """Return the JSON value of type `kind` in a metadata value; an empty one if it is missing, damaged or of another type."""
     try:
-        value = json.loads(metadata.get(key, ""))
-    except (ValueError, RecursionError):
+        value = parse_json(metadata.get(key, ""))
+    except ValueError:
         return kind()
     return value if isinstance(value, kind) else kind()
 

@@ -5,7 +5,6 @@ ConvRot), MXFP8 and NVFP4. All of them are widened to bf16, bit for bit as Comfy
 layers that keep them as stored and widen them whenever they are used (narrow_layers.py).
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
+from ..storage.plain_values import parse_json
 from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stored import LazyTensors, NarrowTensor, Stored, Widen, dtype_and_shape, outline
 from ..tensor_names.models import Shape
@@ -341,12 +341,12 @@ def _descriptions(tensors: Mapping[str, Tensor], what: str) -> dict[str, dict[st
     ending = ".comfy_quant"
     try:
         layers = {
-            name.removesuffix(ending): json.loads(bytes(tensors[name].tolist()))
+            name.removesuffix(ending): parse_json(bytes(tensors[name].tolist()))
             for name in tensors
             if name.endswith(ending)
         }
         if isinstance(tensors, SafetensorsFile):
-            layers |= json.loads(tensors.metadata.get(_HEADERS_FORMATS, '{"layers": {}}'))["layers"]
+            layers |= parse_json(tensors.metadata.get(_HEADERS_FORMATS, '{"layers": {}}'))["layers"]
         return {layer: {**description, "format": str(description["format"])} for layer, description in layers.items()}
-    except (ValueError, TypeError, LookupError, RecursionError):
+    except (ValueError, TypeError, LookupError):
         raise BadFile(f"{what}: the description of its quantised layers cannot be read; {UNQUANTISED}") from None

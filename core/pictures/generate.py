@@ -25,7 +25,7 @@ from ..models.base import Base
 from ..models.spec import Pair, stacked_with
 from ..progress import OnProgress
 from ..storage.drawn import save_png
-from ..storage.files import is_text
+from ..storage.plain_values import is_text
 from ..storage.safetensors_file import SafetensorsFile
 from .drawing_model import DrawingModel, Worn
 from .parameters import Parameters

@@ -33,6 +33,7 @@ from ..storage.files import (
     writing,
 )
 from ..storage.locks import locked
+from ..storage.plain_values import parse_json, read_as
 from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
@@ -291,12 +292,9 @@ def _face_outcome(path: Path) -> FaceOutcome | None:
     with Image.open(path) as image:
         text = image.info.get("face_pass", "")
     try:
-        given = json.loads(text)
-        after, taken = given.pop("after"), given.pop("taken", True) is True
-        numbers = {name: float(value) for name, value in given.items()}
-        outcome = FaceOutcome(**numbers, after=None if after is None else float(after), taken=taken)
+        outcome = read_as(FaceOutcome, parse_json(text))
         _ = outcome.settings  # Raises BadConfig for numbers that no pass can have.
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
+    except (ValueError, BadConfig):
         return None
     return outcome
 

@@ -1,11 +1,10 @@
 """Write files atomically, so that a reader never finds half of one.
 
-This module also has the helpers that create folders, read JSON and check text.
+This module also has the helpers that create folders and read JSON.
 """
 
 import io
 import itertools
-import json
 import mmap
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import BadFile, FaceLoraError, counted
+from .plain_values import parse_json
 
 EARLIER = "earlier"
 """The folder that `set_aside` moves files to."""
@@ -172,19 +172,14 @@ _MAX_JSON_BYTES = 64 << 20
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises BadFile when it cannot be read, is larger than 64 MiB or is not JSON."""
     try:
-        return json.loads(read_bytes(path, _MAX_JSON_BYTES).decode())
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_bytes(path, _MAX_JSON_BYTES))
+    except ValueError as error:
         raise BadFile(f"{path}: cannot be read: {error}") from None
 
 
 def fill_page(path: Path, parts: Mapping[str, str]) -> str:
     """Return the HTML of a file of this package, with the part of that name for each `<!--NAME-->`."""
     return re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], path.read_text("utf-8"))
-
-
-def is_text(text: str) -> bool:
-    """Check that the text can be written as UTF-8. JSON and file names can contain unpaired surrogates, which cannot."""
-    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

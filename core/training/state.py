@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, BadFile
+from ..storage.plain_values import parse_json
 from ..storage.safetensors_file import (
     Digest,
     Layout,
@@ -80,9 +81,9 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     except BadFile as error:
         raise BadFile(str(error).replace("download it again", _BEGIN_ANEW)) from None
     try:
-        step, saved = int(file.metadata["step"]), dict(json.loads(file.metadata["identity"]))
-        scalars, version = dict(json.loads(file.metadata["scalars"])), file.metadata["version"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        step, saved = int(file.metadata["step"]), dict(parse_json(file.metadata["identity"]))
+        scalars, version = dict(parse_json(file.metadata["scalars"])), file.metadata["version"]
+    except (KeyError, TypeError, ValueError) as error:
         raise BadFile(f"{path}: is not the state of a training run ({error})") from None
     if version != STATE_VERSION:
         raise BadConfig(f"{path}: was saved by another version of this program, so it can't be resumed; {_BEGIN_ANEW}")
