@@ -157,7 +157,7 @@ def why_no_kernels(device: torch.device) -> str | None:
     )
 
 
-def keeps_narrow_weights(device: torch.device) -> bool:
+def keeps_quantised_weights(device: torch.device) -> bool:
     """Return whether the device supports weights in fp8. MPS lacks them (pytorch#148420)."""
     return device.type != "mps"
 

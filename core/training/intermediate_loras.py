@@ -179,7 +179,7 @@ class IntermediateLoras:
             steps=step,
             started_at=self._started_at,
             plan=run.model.memory.plan,
-            weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
+            weights_quantised=run.quantised_after is not None and run.quantised_after < step,
             products_in_eight_bits=run.model.in_eight_bits,
             thumbnail=self._thumbnail,
         )

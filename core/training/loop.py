@@ -143,7 +143,9 @@ def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
 def _possible(inputs: TrainingInputs, on_warning: OnWarning) -> TrainingInputs:
     """Return the inputs without products in 8 bits if weights would be rounded for them in vain."""
     config = inputs.config
-    wanted = config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not inputs.base.is_narrow
+    wanted = (
+        config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not inputs.base.is_quantised
+    )
     if not wanted or has_int8_products(inputs.device, inputs.dtype):
         return inputs
     on_warning("eight_bit_products: not possible here (this device has no products of int8 weights). They are off")

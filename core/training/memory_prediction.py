@@ -33,7 +33,7 @@ from ..models.memory_plan import (
     unique_bytes,
 )
 from ..progress import OnWarning
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, narrow_in
+from ..storage.stored import LazyTensors, QuantisedTensor, Stored, quantised_in
 from .adapted_model import AdaptedModel, memory_plans
 from .encode import LatentCache
 from .inputs import TrainingInputs
@@ -101,13 +101,13 @@ class StepPrediction:
     def bytes(self, plan: MemoryPlan) -> int:
         """Return the peak memory use under a plan, in bytes. Ask for plans with full weights before those with 8 bits."""
         if plan not in self._known:
-            narrows = plan.weights != self.model.memory.plan.weights
-            assert not narrows or plan.weights != "full"
+            quantises = plan.weights != self.model.memory.plan.weights
+            assert not quantises or plan.weights != "full"
             plain = MemoryPlan(weights=plan.weights)
             with self._mode:
-                if narrows:
+                if quantises:
                     self.model.adopt(plain)
-                if narrows and self._blocks:
+                if quantises and self._blocks:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
                     self.bytes(plain)  # executes the blocks, which must be neither recomputed nor offloaded for this
@@ -173,13 +173,13 @@ def _empty_base(mode: FakeTensorMode, inputs: TrainingInputs, marks: Callable[[s
     base, components, networks = inputs.base, dict(inputs.base.components), {}
     for part in ("denoiser", *(base.family.text_encoders if trains_text(inputs.config) else ())):
         stored = components[part].tensors
-        narrow = {name: narrow_in(stored, name, read=False) for name in stored}
+        quantised = {name: quantised_in(stored, name, read=False) for name in stored}
         networks[part] = base.family.build_empty(part, components[part].config)
         if marks and part == "denoiser":
             put_stand_ins(networks[part], marks)
         _fake_constants(mode, networks[part])
         readers = {
-            name: _Empty({}, name, inputs.dtype, tensor.shape, narrow.get(name))
+            name: _Empty({}, name, inputs.dtype, tensor.shape, quantised.get(name))
             for name, tensor in networks[part].state_dict().items()
         }
         components[part] = replace(components[part], tensors=LazyTensors(readers))
@@ -256,7 +256,7 @@ class _Empty(Stored):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stored: NarrowTensor | None
+    stored: QuantisedTensor | None
     """What the file stores instead of it."""
 
     def __call__(self) -> Tensor:
@@ -265,7 +265,7 @@ class _Empty(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return self.dtype, self.shape
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
         return self.stored and self.stored.map(lambda part: torch.empty(part.shape, dtype=part.dtype))
 
 

@@ -23,7 +23,7 @@ from .methods import peak_rate
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
-"""The key for the precision of narrowed frozen weights. Narrowing them changes the LoRA a little."""
+"""The key for the precision of quantised frozen weights. Quantising them changes the LoRA a little."""
 PRODUCTS_KEY = "facelora.products"
 """The key for the precision of products with frozen weights, if it is lower than that of the training run."""
 
@@ -64,7 +64,7 @@ def training_metadata(
     steps: int,
     started_at: float,
     plan: MemoryPlan,
-    weights_narrowed: bool,
+    weights_quantised: bool,
     products_in_eight_bits: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
@@ -89,7 +89,7 @@ def training_metadata(
         "ss_training_started_at": started_at,
         "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
-    if weights_narrowed:
+    if weights_quantised:
         values[WEIGHTS_KEY] = "8 bits"
     if products_in_eight_bits:
         values[PRODUCTS_KEY] = "8 bits"

@@ -122,7 +122,7 @@ def pack_run(
         tensors |= {f"average.{name}": value.cpu() for name, value in run.average.items()}
     tensors["loss"] = run.loss.cpu()
     optimizer_tensors, scalars = pack_optimizer(run.optimizer)
-    scalars |= {"scaler": run.scaler.state_dict(), "likeness": list(likeness), "narrowed_after": run.narrowed_after}
+    scalars |= {"scaler": run.scaler.state_dict(), "likeness": list(likeness), "narrowed_after": run.quantised_after}
     return RunState(run.step, identity, {**tensors, **optimizer_tensors, **more_tensors}, scalars)
 
 
@@ -136,9 +136,9 @@ def restore_run(run: Run, state: RunState) -> None:
     run.scaler.load_state_dict(state.scalars["scaler"])
     run.loss = state.tensors["loss"].to(run.loss.device)
     run.step = state.step
-    run.narrowed_after = state.scalars["narrowed_after"]
+    run.quantised_after = state.scalars["narrowed_after"]
     model, plan = run.model, run.model.memory.plan
-    if run.narrowed_after is not None and plan.weights == "full":  # now there is more memory than before
+    if run.quantised_after is not None and plan.weights == "full":  # now there is more memory than before
         model.adopt(next(one for one in model.plans if one.weights == "8 bits" and one.saves_as_much_as(plan)))
 
 

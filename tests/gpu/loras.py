@@ -90,7 +90,7 @@ def applied_where_much_is_lacking() -> list[int]:
     plain, dora = (lora_of(Case("flux1"), base, method) for method in ("lora", "dora"))
     fp8 = replace(plain, tensors={name: tensor.to(torch.float8_e4m3fn) for name, tensor in plain.tensors.items()})
     lacking = {
-        f"core.{module}.keeps_narrow_weights": lambda _: False
+        f"core.{module}.keeps_quantised_weights": lambda _: False
         for module in ("lora.apply", "models.base", "models.spec")
     }
     with ExitStack() as stack:

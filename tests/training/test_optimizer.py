@@ -62,7 +62,12 @@ def test_an_optimizer_is_named_in_the_metadata_by_its_class(name, bases, caches)
     _, optimizer = built(name)
     inputs = TrainingInputs.on(torch.device("cpu"), caches["sd15"], bases["sd15"], replace(PLAIN, optimizer=name))
     metadata = training_metadata(
-        inputs, steps=1, started_at=time.time(), plan=MemoryPlan(), weights_narrowed=False, products_in_eight_bits=False
+        inputs,
+        steps=1,
+        started_at=time.time(),
+        plan=MemoryPlan(),
+        weights_quantised=False,
+        products_in_eight_bits=False,
     )
     assert metadata["ss_optimizer"] == f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 

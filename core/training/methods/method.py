@@ -118,7 +118,7 @@ class Method:
     rate_factor: float = 1.0
     """The factor on a LoRA's learning rate that suits this method."""
     freezes_weights: bool = True
-    """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
+    """Whether the networks' own weights stay frozen, so that a memory plan may quantise or offload them."""
     package: str | None = None
     """The package that its layers come from, if it isn't one that every method needs."""
     keeps_dtype: bool = False
