@@ -201,7 +201,7 @@ class _GroupBatch(Batch):
 
     def model(self, jobs: Sequence[Job]) -> DrawingModel:
         config = self.config
-        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, goes_on=True)
+        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, keeps_originals=True)
 
     def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, model=model)

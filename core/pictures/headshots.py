@@ -176,7 +176,9 @@ class Batch:
         """Return the networks for all passes on the pictures of these jobs."""
         strengths = {job.strength for job in jobs}
         config = self.config
-        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, goes_on=len(strengths) > 1)
+        return DrawingModel(
+            self.base, config.precision, config.clip_skip, self.device, keeps_originals=len(strengths) > 1
+        )
 
     def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""

@@ -239,28 +239,28 @@ def clean_place(path: Path) -> None:
     remove_leftovers(path.parent, re.escape(path.name))
 
 
-def delete(path: Path, left: list[str]) -> int:
+def delete(path: Path, failures: list[str]) -> int:
     """Delete a file, or a folder with everything in it, and return the number of deleted files.
 
-    Links are deleted, not what they lead to. What cannot be deleted is added to `left` with the reason; the rest is deleted.
+    Links are deleted, not what they lead to. What cannot be deleted is added to `failures` with the reason.
     """
-    count, before = 0, len(left)
+    count, before = 0, len(failures)
     try:
         if path.is_dir() and not path.is_symlink():
             for inner in list(path.iterdir()):
-                count += delete(inner, left)
-            if len(left) == before:
+                count += delete(inner, failures)
+            if len(failures) == before:
                 path.rmdir()
         elif os.path.lexists(path):
             path.unlink()
             count = 1
     except OSError as error:
-        left.append(f"{path}: cannot be deleted: {error.strerror or error}")
+        failures.append(f"{path}: cannot be deleted: {error.strerror or error}")
     return count
 
 
-def check_deleted(count: int, left: list[str]) -> None:
+def check_deleted(count: int, failures: list[str]) -> None:
     """Raise BadFile with the first of the faults from `delete`, if there are any."""
-    if left:
-        others = counted(len(left), "file or folder was", "files or folders were")
-        raise BadFile(f"{left[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")
+    if failures:
+        others = counted(len(failures), "file or folder was", "files or folders were")
+        raise BadFile(f"{failures[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")

@@ -71,7 +71,7 @@ class Identity:
         return "unknown" if not self.models else "ambiguous" if self.models[1:] or self.first_blocks else "certain"
 
     @property
-    def strangers(self) -> tuple[str, ...]:
+    def unsupported_models(self) -> tuple[str, ...]:
         """The titles of the fitting models without a family."""
         return tuple(title for title in self.models if title in stranger_names())
 

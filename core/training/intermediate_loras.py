@@ -63,7 +63,7 @@ class IntermediateLoras:
         """The latest measurement, or None before the first one."""
         return self._selection.points[-1] if self._selection and self._selection.points else None
 
-    def see_base(self) -> None:
+    def set_base_pictures(self) -> None:
         """Show the base model's own pictures to the watch, which measures the adapter's changes against them.
 
         These pictures are the same for every person, so they are kept in the shared cache folder.
@@ -87,7 +87,7 @@ class IntermediateLoras:
                 images = self._drawing.draw(self._samples.draw, shots, self._callbacks.on_warning, values)
             for path, image in zip(paths, images, strict=True):
                 save_png(path, image)
-        self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
+        self._selection.watch.set_base_pictures([Image.open(path).convert("RGB") for path in paths])
 
     def save_when_due(self) -> None:
         """Call `on_save` every `save_every` steps, but not after the last step, whose file is the result."""

@@ -76,7 +76,7 @@ def train_lora(
         state = StateFile(state_path, identity, intermediate)
         if resume:
             state.restore()
-        intermediate.see_base()
+        intermediate.set_base_pictures()
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
             intermediate.save_when_due()  # a resumed run may have been cancelled before it had saved or drawn these

@@ -24,7 +24,7 @@ MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
 
 The best intermediate LoRA is kept, and training stops early when more steps don't help or the class is lost.
 """
-CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
+FEWER_PICTURES: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
 """The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""
 ENOUGH = Thresholds.photos_measured
 """With this many usable photos or more, some are held out."""
@@ -78,7 +78,7 @@ def recipe_settings(
     used |= {name: given[name] for name in (*used, "accumulation", "method", "optimizer") if name in given}
     checked = TrainConfig(**used)
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
-    measured = MEASURED if name == "best" else MEASURED | CHEAP_LOOKS
+    measured = MEASURED if name == "best" else MEASURED | FEWER_PICTURES
     settings = {
         # Textual inversion changes no network, so no other prompt can turn into the person.
         **(COMMON if method.makes != "embedding" else {}),

@@ -75,7 +75,7 @@ class RunFiles:
     def foreign(self, config: TrainConfig) -> str | None:
         """Describe a file that a run with these settings would replace although no run with this output made it; else None."""
         names = {_NUMBERED: "an intermediate LoRA of save_every"} if config.save_every else {}
-        for addition in METHODS[config.method].beside:
+        for addition in METHODS[config.method].extra_files:
             names[f"-{addition}"] = f"the {addition} that the method {config.method} writes"
         found = ((path, what) for addition, what in names.items() for path in self._named(addition))
         others = ((path, what) for path, what in found if not self._is_ours(path))

@@ -24,7 +24,7 @@ from core.storage.stored import Dequantise, QuantisedTensor
 from core.studio.passes import Passes, count_passes
 from core.studio.speed import speed_of
 from core.training.drawing import Drawing
-from core.training.recipes import CHEAP_LOOKS
+from core.training.recipes import FEWER_PICTURES
 from core.training.samples import SAMPLE_BATCH, build_draw_shots, sample_size
 from core.training.step import Run
 from tools.bench import matmul
@@ -188,7 +188,7 @@ def _lora(session: Session) -> LoraFile:
 
 def _likeness(session: Session, unit: Unit) -> tuple[float, float]:
     """Time the second batch of pictures that is drawn between two steps."""
-    base, config = session.sdxl, session.config(**(CHEAP_LOOKS | ({"sample_steps": 2} if session.small else {})))
+    base, config = session.sdxl, session.config(**(FEWER_PICTURES | ({"sample_steps": 2} if session.small else {})))
     run, size = _run(session), sample_size(base, unit.size)
     conditioning = next(iter(session.inputs(base, config).cache.text.values()))
     draw = build_draw_shots(base, config, {CAPTION: (conditioning, conditioning)}, session.device, size)

@@ -196,7 +196,7 @@ def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 METHOD = Method(
     "DreamBooth: all weights (arXiv:2208.12242)",
     attach,
-    beside={"lora": lora_beside},
+    extra_files={"lora": lora_beside},
     makes="checkpoint",
     rate_factor=0.1,
     freezes_weights=False,

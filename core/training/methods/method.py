@@ -111,7 +111,7 @@ class Method:
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
     """Whether captions are encoded again in each step, because something on the text encoders is trained."""
-    beside: Mapping[str, Callable[[Trained, Base, TrainConfig], LoraFile]] = field(default_factory=dict)
+    extra_files: Mapping[str, Callable[[Trained, Base, TrainConfig], LoraFile]] = field(default_factory=dict)
     """The function that makes each file written beside the trained one, by the suffix added to the name."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
     """The type of the trained file."""
