@@ -125,7 +125,6 @@ def run(options: TrainOptions) -> None:
 
 
 def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
-    """Write the files beside the output, and print what was made."""
     from ..training.run_files import metadata_of
 
     if options.sidecars:
@@ -147,7 +146,6 @@ def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
 
 
 def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
-    """Print the work of a job."""
     device, used = device_from(options.device), job.ready.photos
     shared = studio.basis(used, job.base, job.config, device, job.adapter)
     ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))

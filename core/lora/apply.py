@@ -176,8 +176,6 @@ class _LowRank:
 
 
 def _on_device(module: LoraModule, device: torch.device) -> LoraModule:
-    """Return the change with its matrices on the device."""
-
     def moved(matrix: Tensor) -> Tensor:
         return (matrix if keeps_quantised_weights(device) else matrix.float()).to(device)
 

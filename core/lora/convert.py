@@ -158,7 +158,6 @@ def reading_limits(lora: LoraFile) -> list[str]:
 
 
 def _low_rank(lora: LoraFile, entries: Iterable[Entry]) -> dict[ModuleId, LoraModule]:
-    """Return the low-rank changes of these entries, without those of biases."""
     return {module_id: module for entry in entries for module_id, module in lora.low_rank_of(entry)}
 
 
@@ -321,7 +320,6 @@ def to_plain(
 def _nearest(
     lora: LoraFile, entry: Entry, rank: int, base_weight: BaseWeight | None
 ) -> Iterator[tuple[ModuleId, Factorised]]:
-    """Yield the nearest low-rank change of each module of an entry."""
     # The parts of a fused weight have different singular vectors. Twice as many vectors of the whole approximate them well.
     wanted = rank if len(entry.modules) == 1 else 2 * len(entry.modules) * rank
     try:
@@ -464,7 +462,6 @@ def merge_loras(
 
 
 def _merged_metadata(loras: Sequence[LoraFile]) -> dict[str, str]:
-    """Return the metadata of merged LoRAs, before those of the scheme."""
     titles = [lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora in loras]
     kept = ("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_v2")
     metadata = {

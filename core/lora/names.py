@@ -175,7 +175,6 @@ def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
 # Most files in a folder have modules with the same names and sizes.
 @lru_cache(maxsize=1 << 16)
 def _named_module(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> NamedModule:
-    """Make the module of these tensors, each given by its name, type and shape."""
     parsed = [(parse_key(key), key, shape) for key, (_, shape) in tensors]
     keys = {named.role: key for named, key, _ in parsed if named}
     shapes = {named.role: shape for named, _, shape in parsed if named}

@@ -322,7 +322,6 @@ class BlockOffload:
 
 
 def _put(parameters: Mapping[_Slot, nn.Parameter]) -> None:
-    """Set the parameters of modules."""
     for (reference, name), parameter in parameters.items():
         if (module := reference()) is not None:
             module._parameters[name] = parameter

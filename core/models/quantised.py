@@ -43,7 +43,6 @@ def sign_of_quantisation(file: SafetensorsFile) -> str | None:
 
 
 def _is_whole(file: SafetensorsFile, name: str) -> bool:
-    """Return whether a tensor is a weight stored as whole numbers."""
     return name.endswith(".weight") and not file.dtypes[name].is_floating_point
 
 
@@ -117,7 +116,6 @@ class _Quantised(Stored):
     description: Mapping[str, Any]
 
     def _scales(self) -> dict[str, str]:
-        """Return the names of its scales, by their suffixes."""
         ends = self.format.scales or [end for end in _WEIGHT_SCALES if self.layer + end in self.tensors]
         return {end: self.layer + end for end in ends}
 

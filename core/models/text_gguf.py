@@ -78,7 +78,6 @@ def in_transformers_names(tensors: GgufTensors) -> LazyTensors:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Return the name of a tensor in transformers, or the same name if it isn't known."""
     path, _, kind = name.rpartition(".")
     layer = re.search(r"\.(\d+)\.", path)
     if layer is None:

@@ -354,7 +354,6 @@ def _surest(faces: Sequence[Face]) -> float:
 
 
 def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
-    """Return a face of `image` in the pixels of the same picture at another size."""
     factors = np.array(size) / image.size
     left, top, right, bottom = (np.array(face.box) * np.tile(factors, 2)).tolist()
     return Face((left, top, right, bottom), (face.landmarks * factors).astype(np.float32), face.score)

@@ -220,7 +220,6 @@ def unseen(photos: Sequence[Photo], thresholds: Thresholds) -> SetReport:
 
 
 def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
-    """Return a report on what can be measured without looking for faces."""
     first: dict[str, str] = {}
     reports = []
     for photo in photos:
@@ -424,7 +423,6 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
-    """Return what variety the usable photos lack, each with the number of photos to add; what helps most comes first."""
     missing = [
         (int(bool(usable) and all(report.view != VIEWS[0] for report in usable)), "facing the camera"),
         (

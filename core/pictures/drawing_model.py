@@ -203,7 +203,6 @@ class DrawingModel:
         self._copies = copies
 
     def _free(self) -> None:
-        """Free the denoiser and the VAE, and the LoRAs' changes."""
         if self._loaded is None:
             return
         self._loaded = self._vae = self._applied_at = None

@@ -343,7 +343,6 @@ def shows_several(parameters: Parameters) -> bool:
 def _encode(
     model: DrawingModel, group: Group, loras: Sequence[tuple[LoraFile, float]], jobs: Sequence[Job]
 ) -> dict[Job, list[Pair]]:
-    """Return the conditioning of each job's texts: the scene's, then each person's, encoded with only that person's LoRA."""
     texts: dict[Job, list[tuple[AppliedAt, Texts]]] = {}
     wanted: dict[AppliedAt, set[Texts]] = {}
     for job in jobs:
@@ -367,7 +366,6 @@ def _switched_on(lora: AppliedLora) -> Iterator[None]:
 
 
 def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job) -> Prediction:
-    """Return the predictions for the scene and for each person's region, blended."""
     assert job.size is not None
     base, (device, dtype) = model.base, model.place
     regions = group.regions(job.size, base.size_multiple)

@@ -216,7 +216,6 @@ def _without_names(parameters: Parameters, names: Mapping[str, str], hashes: Map
 
 
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
-    """Return the texts to paste, each below the name of its field."""
     listings = source.listings
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)

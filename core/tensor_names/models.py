@@ -162,7 +162,6 @@ def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozen
 
 @lru_cache(1 << 16)
 def _rows(part: str, path: str) -> tuple[Row, ...]:
-    """Return the rows of the tables that include the path."""
     if path.endswith(".linear1_qkv"):
         # XLabs and ComfyUI give this name to the rows of q, k and v in FLUX's linear1, each as wide as the inputs.
         rows = _rows(part, path.removesuffix("_qkv"))

@@ -165,14 +165,12 @@ class IntermediateLoras:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
 
     def _measured_file(self, values: Mapping[str, Tensor], point: LikenessPoint) -> Trained:
-        """Build the file of a measured intermediate LoRA, with the likeness curve and its own point of it in its metadata."""
         assert self._selection
         file = self._file(values, point.step)
         measured = self._selection.metadata(point, by_speed_lora=self._inputs.base.speed_lora is not None)
         return file.with_metadata({**file.metadata, **measured})
 
     def _file(self, values: Mapping[str, Tensor], step: int) -> Trained:
-        """Build the file of an adapter with these parameter values after that step."""
         run = self.run
         metadata = training_metadata(
             self._inputs,
@@ -188,7 +186,6 @@ class IntermediateLoras:
         return file.with_metadata(file.true_metadata) if isinstance(file, LoraFile) else file
 
     def _draw(self, shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
-        """Draw each distinct shot with these values in the adapter."""
         assert self._samples
         distinct = list(dict.fromkeys(shots))
         images = self._drawing.draw(self._samples.draw, distinct, self._callbacks.on_warning, values)
@@ -197,7 +194,6 @@ class IntermediateLoras:
     def _measure(
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
     ) -> None:
-        """Measure the intermediate LoRA with these values on the pictures drawn with it, and add it to the candidates."""
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
         self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)

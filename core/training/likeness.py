@@ -386,7 +386,6 @@ class Selection:
         return {LIKENESS_KEY: json.dumps(described)}
 
     def _ranked(self) -> list[int]:
-        """Return the indices of the candidates, the most alike first."""
         return sorted(self._values, key=lambda index: -self.points[index].likeness)
 
     def pack(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -413,7 +412,6 @@ def faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
 
 
 def _seen(embedded: np.ndarray) -> np.ndarray:
-    """Return the rows without NaN, which marks a missing face."""
     return embedded[~np.isnan(embedded).any(axis=1)]
 
 

@@ -180,7 +180,6 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
 
 
 def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint | None) -> StepReport:
-    """Build the report after the last step of a run that started at `first_step` at the monotonic time `started`."""
     seconds = (time.monotonic() - started) / (run.step - first_step)
     return StepReport(
         step=run.step,

@@ -270,7 +270,6 @@ class _Empty(Stored):
 
 
 def _bytes_of(cache: LatentCache) -> int:
-    """Return the bytes of the encoded photos and captions, which are all kept on the device."""
     of_images = [(image.mean, image.deviation, image.mask, image.conditioning) for image in cache.images]
     return sum(leaf.nbytes for leaf in tree_leaves([of_images, cache.text]) if leaf is not None)
 

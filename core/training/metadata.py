@@ -102,7 +102,6 @@ def training_metadata(
 
 
 def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: Image.Image | None) -> dict[str, Any]:
-    """Build the metadata of the ModelSpec standard, which Civitai and LoRA managers show."""
     phrase, resolution = f"{config.trigger_word} {config.class_word}", config.resolution or base.resolution
     limits = (config.timestep_min, config.timestep_max)
     return {
@@ -122,7 +121,6 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
 
 
 def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
-    """Describe the photos: their number, sizes and captions."""
     phrase, resolution = f"{config.trigger_word} {config.class_word}", config.resolution or base.resolution
     pictures = [image for image in cache.images if not image.is_class]
     class_count = len(cache.images) - len(pictures)
@@ -188,7 +186,6 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
 
 
 def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dict[str, Any]:
-    """Describe the length of the training run, in steps and epochs."""
     seen = sum(image.repeats for image in cache.images if not image.is_class)
     batches = -(-seen // config.batch_size)
     return {
@@ -205,7 +202,6 @@ def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dic
 
 
 def _of_settings(base: Base, config: TrainConfig) -> dict[str, Any]:
-    """Describe the objective (the loss, the noise and the captions), the optimizer, and the adapter, called a network."""
     flow, alpha = base.prediction_type == "flow", config.alpha_for(config.rank)
     conv = {"conv_dim": str(config.rank), "conv_alpha": str(alpha)}
     values = {

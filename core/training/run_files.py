@@ -82,12 +82,10 @@ class RunFiles:
         return next((f"{path}: has the name of {what}, {_WOULD_REPLACE}" for path, what in others), None)
 
     def _named(self, addition: str) -> list[Path]:
-        """Find the files named like the output plus `addition`, a regular expression."""
         pattern = re.compile(rf"{re.escape(self.output.stem)}{addition}{re.escape(self.output.suffix)}")
         return [path for path in self.output.parent.iterdir() if pattern.fullmatch(path.name)]
 
     def _is_ours(self, path: Path) -> bool:
-        """Whether a file of that name is from a run with this output."""
         return metadata_of(path).get("ss_output_name") == self.output.stem
 
     @contextmanager

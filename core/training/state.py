@@ -59,7 +59,6 @@ _DIGEST = "digest"
 
 
 def _digest_of(header: Mapping[str, str], layout: Layout) -> Digest:
-    """Start the hash of a state file with everything that comes before its tensors."""
     described = {name: (str(dtype), list(shape)) for name, (dtype, shape) in layout.items()}
     return hashlib.sha256(json.dumps([dict(header), described], sort_keys=True).encode())
 
@@ -191,7 +190,6 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(entries: dict[str, Any], name: str, value: Any) -> None:
-    """Put one entry of `_flat` back into nested dictionaries."""
     outer, slash, inner = name.partition("/")
     if slash:
         _put(entries.setdefault(outer, {}), inner, value)

@@ -181,7 +181,6 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _by_layer(parts: Sequence[Tensor], forms: Sequence[_Form]) -> list[Sequence[Tensor]]:
-    """Return the parts of each layer's weight."""
     ends = list(accumulate(count for _, _, count in forms))
     return [parts[end - count : end] for end, (_, _, count) in zip(ends, forms, strict=True)]
 
