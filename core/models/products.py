@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from ..device import synchronize
 from ..storage.stored import Dequantise, QuantisedTensor, as_stored
 from .quantised import dequantise_fp8, dequantise_int8
-from .quantised_layers import (
-    FEWEST_ROWS,
-    LIMITS,
-    InEightBits,
-    QuantisedLinear,
-    linear,
-    quantised_to_int8,
-    times,
-    times_scale,
-)
+from .quantised_layers import FEWEST_ROWS, LIMITS, InEightBits, QuantisedLinear, linear, to_int8, times, times_scale
 
 MULTIPLE = 16
 """The number that both sides of a weight must be a multiple of, for `torch._int_mm` and `torch._scaled_mm`."""
@@ -59,7 +50,7 @@ def choose_products(
 
 def has_int8_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the device multiplies int8 weights in 8 bits."""
-    return time_in_eight_bits([(quantised_to_int8(torch.ones(64, 64)), FEWEST_ROWS)], device, dtype) < math.inf
+    return time_in_eight_bits([(to_int8(torch.ones(64, 64)), FEWEST_ROWS)], device, dtype) < math.inf
 
 
 def _products_of(layers: Iterable[QuantisedLinear], predict: Callable[[], object]) -> list[tuple[QuantisedTensor, int]]:

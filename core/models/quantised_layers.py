@@ -254,7 +254,7 @@ SMALLEST = 2**16
 """The smallest number of elements of a weight that is quantised. Smaller ones, such as first and last layers, gain little."""
 
 
-def quantised_to_int8(weight: Tensor) -> QuantisedTensor:
+def to_int8(weight: Tensor) -> QuantisedTensor:
     """Round the weight to int8, with the float32 scales (out, 1, ...) that multiply it back."""
     wide = weight.detach().float()
     scale = wide.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-12) / 127
@@ -262,7 +262,7 @@ def quantised_to_int8(weight: Tensor) -> QuantisedTensor:
 
 
 def times_scale(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Dequantise a weight from `quantised_to_int8`."""
+    """Dequantise a weight from `to_int8`."""
     weight, scale = parts
     return weight * scale.to(dtype)
 
@@ -278,5 +278,5 @@ def quantise_weights(network: nn.Module, device: torch.device) -> None:
         if weight.requires_grad or weight.numel() < SMALLEST:
             continue
         # Rounded on the device, which is much faster, and moved back, since all of them may not fit on the device.
-        made = quantised_to_int8(weight.to(device)).map(lambda part, home=weight.device: part.to(home))
+        made = to_int8(weight.to(device)).map(lambda part, home=weight.device: part.to(home))
         make_quantised(network, path, made, weight.dtype)

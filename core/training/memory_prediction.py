@@ -24,14 +24,7 @@ from ..lora.modules import stands_alone
 from ..models.alike_blocks import AlikeBlocks, put_stand_ins
 from ..models.base import Base
 from ..models.frozen_layers import FrozenLayers
-from ..models.memory_plan import (
-    RESERVE,
-    MemoryCount,
-    MemoryPlan,
-    allocated,
-    first_that_fits,
-    unique_bytes,
-)
+from ..models.memory_plan import RESERVE, MemoryCount, MemoryPlan, allocated, first_that_fits, unique_bytes
 from ..progress import OnWarning
 from ..storage.stored import LazyTensors, QuantisedTensor, Stored, quantised_in
 from .adapted_model import AdaptedModel, memory_plans

@@ -19,7 +19,7 @@ from core.models.quantised_layers import (
     QuantisedLinear,
     linear,
     make_quantised,
-    quantised_to_int8,
+    to_int8,
     times,
     times_scale,
 )
@@ -51,7 +51,7 @@ def weights() -> dict[str, tuple]:
     rows = wide.abs().amax(1, keepdim=True) / 448
     fp8 = torch.float8_e4m3fn
     return {
-        "int8": (times_scale, quantised_to_int8(wide).parts),
+        "int8": (times_scale, to_int8(wide).parts),
         "fp8 with a scale for each row": (dequantise_fp8, ((wide / rows).to(fp8), rows)),
         "fp8 with one scale": (dequantise_fp8, ((wide / rows.max()).to(fp8), rows.max())),
         "fp8": (as_stored, (wide.to(fp8),)),
@@ -207,7 +207,7 @@ def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(
 
     monkeypatch.setattr(products, "_timed", timed_products)
     monkeypatch.setattr(QuantisedTensor, "map", lambda weight, function: weight)
-    network = layers_with(quantised_to_int8(torch.randn(96, 64)))
+    network = layers_with(to_int8(torch.randn(96, 64)))
 
     def predict() -> None:
         for layer, rows in ((0, 30), (1, 30), (1, 18)):
@@ -233,7 +233,7 @@ def test_products_are_timed_both_ways_and_many_are_waited_for_together(monkeypat
     multiply = products.linear
     monkeypatch.setattr(products, "synchronize", lambda device: waits.append(len(calls)))
     monkeypatch.setattr(products, "linear", lambda x, *given: calls.append(len(x)) or multiply(x, *given))
-    assert 0 < time_in_eight_bits([(quantised_to_int8(torch.randn(96, 64)), 36)], CPU, BF16) < 1000
+    assert 0 < time_in_eight_bits([(to_int8(torch.randn(96, 64)), 36)], CPU, BF16) < 1000
     each = products.REPEATS + 1
     assert waits == [1, each, each + 1, 2 * each] and set(calls) == {36}
 

@@ -38,7 +38,7 @@ from core.models.memory_plan import (
     count_flops,
     plans_for,
 )
-from core.models.quantised_layers import QuantisedConv2d, QuantisedLinear, quantise_weights, quantised_to_int8
+from core.models.quantised_layers import QuantisedConv2d, QuantisedLinear, quantise_weights, to_int8
 from core.models.selective import is_kept
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
@@ -807,7 +807,7 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
     network = nn.Sequential(frozen)
     quantise_weights(network, CPU)
     assert isinstance(network[0], QuantisedLinear if kind == "linear" else QuantisedConv2d)
-    rounded = quantised_to_int8(frozen.weight).dequantised(torch.float32)
+    rounded = to_int8(frozen.weight).dequantised(torch.float32)
     x = torch.randn((5, 300) if kind == "linear" else (2, 64, 9, 9), requires_grad=True)
     again = x.detach().clone().requires_grad_()
     plain = F.linear if kind == "linear" else lambda x, weight, bias: F.conv2d(x, weight, bias, 2, 1)
@@ -820,7 +820,7 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
 
 def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
     weight = torch.randn(640, 640, generator=torch.Generator().manual_seed(1))
-    wide = quantised_to_int8(weight).dequantised(torch.float32)
+    wide = to_int8(weight).dequantised(torch.float32)
     scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     fp8 = (weight / scale).to(torch.float8_e4m3fn).float() * scale
     errors = [((rounded - weight).norm() / weight.norm()).item() for rounded in (wide, fp8)]
