@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..device import synchronize
 from ..storage.stored import Dequantise, QuantisedTensor, as_stored
 from .quantised import dequantise_fp8, dequantise_int8
-from .quantised_layers import FEWEST_ROWS, LIMITS, InEightBits, QuantisedLinear, linear, to_int8, times, times_scale
+from .quantised_layers import FEWEST_ROWS, LIMITS, InEightBits, QuantisedLinear, linear, times, times_scale, to_int8
 
 MULTIPLE = 16
 """The number that both sides of a weight must be a multiple of, for `torch._int_mm` and `torch._scaled_mm`."""

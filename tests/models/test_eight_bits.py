@@ -19,9 +19,9 @@ from core.models.quantised_layers import (
     QuantisedLinear,
     linear,
     make_quantised,
-    to_int8,
     times,
     times_scale,
+    to_int8,
 )
 from core.storage.stored import QuantisedTensor, as_stored
 from core.training.callbacks import Callbacks
