@@ -434,8 +434,8 @@ def _read_styler_style(entry: Any, category: str) -> Style:
     given = {name: entry[name] for name in known if name in entry} if isinstance(entry, dict) else entry
     style = read_as(_StylerStyle, given)
     portrait = "{framing} portrait of {subject}"
-    texts = (text.replace("{prompt}", portrait) for text in (style.prompt, style.negative_prompt))
-    return Style(style.name, category, {"tags": Wording(*texts)})
+    prompt, negative = (text.replace("{prompt}", portrait) for text in (style.prompt, style.negative_prompt))
+    return Style(style.name, category, {"tags": Wording(prompt, negative)})
 
 
 def _placeholders(text: str, where: str, known: Sequence[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """Read what others wrote: JSON, TOML, and values of stated types in them.
 
-Everything that such a text can have wrong is answered here: deep nesting, numbers of thousands of digits, names that appear
-twice, half characters, and values of another type, out of range or not among the choices.
+All faults of such a text are found here: deep nesting, numbers of thousands of digits, repeated names and half characters.
+So are values of another type, out of range or not among the choices.
 """
 
 import inspect
@@ -10,8 +10,10 @@ import math
 import re
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -103,8 +105,8 @@ def _decoded(text: str | bytes) -> str:
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):  # The json module would keep the last one of a name.
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {max(names, key=names.count)!r} appears twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the field {twice[:80]!r} appears twice")
     return table
 
 
@@ -115,15 +117,20 @@ def read_as(kind: type[_T], values: Any, where: str = "") -> _T:
     """
     if not isinstance(values, Mapping):
         raise BadConfig(f"{where and f'{where} = '}{_SHOWN.repr(values)}: expected a table")
-    fields = inspect.signature(kind).parameters
-    missing = [name for name, item in fields.items() if item.default is item.empty and name not in values]
-    faults = [f"the field {name!r} is missing" for name in missing]
-    faults += [f"unknown field {name!r}; known: {', '.join(fields)}" for name in values if name not in fields]
+    hints, required = _fields(kind)
+    faults = [f"the field {name!r} is missing" for name in required if name not in values]
+    faults += [f"unknown field {name!r}; known: {', '.join(hints)}" for name in values if name not in hints]
     if faults:
         raise BadConfig(f"{where and f'{where}: '}{'; '.join(faults)}")
-    hints = get_type_hints(kind, include_extras=True)
     at = f"{where}." if where else ""
     return kind(**{name: read_value(f"{at}{name}", value, hints[name]) for name, value in values.items()})
+
+
+@cache
+def _fields(kind: type) -> tuple[dict[str, Any], list[str]]:
+    """Return the types of a dataclass's fields, and the names of those without a default."""
+    required = [name for name, item in inspect.signature(kind).parameters.items() if item.default is item.empty]
+    return get_type_hints(kind, include_extras=True), required
 
 
 def read_value(name: str, value: Any, hint: Any, rule: Range | Form | None = None) -> Any:
@@ -145,7 +152,7 @@ def read_value(name: str, value: Any, hint: Any, rule: Range | Form | None = Non
             raise BadConfig(f"{name} = {_SHOWN.repr(value)}: choose one of {', '.join(arguments)}")
     elif hint is not Any:
         accepted = {float: (int, float), tuple: (list, tuple)}.get(origin or hint, (origin or hint,))
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        if not isinstance(value, accepted) or (type(value) is bool and hint is not bool):
             expected = {tuple: "a list", dict: "a table", Mapping: "a table"}.get(origin) or hint.__name__
             raise BadConfig(f"{name} = {_SHOWN.repr(value)}: expected {expected}")
     if origin is tuple:

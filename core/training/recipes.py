@@ -74,7 +74,7 @@ def recipe_settings(
     if name not in RECIPES:
         raise BadConfig(f"recipe {name!r}: unknown. Choose one of {', '.join(RECIPES)}")
     recipe, given = recipes[name], known_settings(given or {})
-    used = {"batch_size": recipe.batch_size, "rank": recipe.rank, "steps": 1}
+    used: dict[str, Any] = {"batch_size": recipe.batch_size, "rank": recipe.rank, "steps": 1}
     used |= {name: given[name] for name in (*used, "accumulation", "method", "optimizer") if name in given}
     checked = TrainConfig(**used)
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation

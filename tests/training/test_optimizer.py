@@ -74,7 +74,7 @@ def test_an_optimizer_is_named_in_the_metadata_by_its_class(name, bases, caches)
 
 @pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind.package])
 def test_a_missing_optimizer_package_is_named_with_the_command(name, bases, caches, monkeypatch):
-    package = OPTIMIZERS[name].package
+    package = OPTIMIZERS[name].package or ""
     for module in [module for module in sys.modules if module.split(".")[0] == package] or [package]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingPackage, match=f"pip install {package}"):
