@@ -152,10 +152,10 @@ def read_value(name: str, value: Any, hint: Any, rule: Range | Form | None = Non
             raise BadConfig(f"{name} = {_SHOWN.repr(value)}: choose one of {', '.join(arguments)}")
     elif hint is not Any:
         accepted = {float: (int, float), tuple: (list, tuple)}.get(origin or hint, (origin or hint,))
-        if not isinstance(value, accepted) or (type(value) is bool and hint is not bool):
+        if not isinstance(value, accepted) or (hint is not bool and type(value) is bool):
             expected = {tuple: "a list", dict: "a table", Mapping: "a table"}.get(origin) or hint.__name__
             raise BadConfig(f"{name} = {_SHOWN.repr(value)}: expected {expected}")
-    if origin is tuple:
+    if isinstance(value, list | tuple) and arguments:
         return tuple(read_value(name, one, arguments[0], rule) for one in value)
     if isinstance(value, Mapping) and arguments:
         return {
