@@ -55,21 +55,15 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
     plain: dict[str, Any] = {"format": "float8"}
     layers = {name.removesuffix(end): plain for name in tensors for end in _WEIGHT_SCALES if name.endswith(end)}
     layers |= _descriptions(tensors, what)
-    for layer, description in layers.items():
-        if _format(description) is None:
-            raise BadFile(
-                f"{what}: {layer} is quantised as {description['format']}, which cannot be read here; {UNQUANTISED}"
-            )
+    for layer, spec in layers.items():
+        if _format(spec) is None:
+            raise BadFile(f"{what}: {layer} is quantised as {spec['format']}, which cannot be read here; {UNQUANTISED}")
     quantised = {
-        f"{layer}.weight": _Quantised(tensors, f"{layer}.weight", layer, found, description)
-        for layer, description in layers.items()
-        if f"{layer}.weight" in tensors and (found := _format(description))
+        f"{layer}.weight": _Quantised(tensors, f"{layer}.weight", layer, found, spec)
+        for layer, spec in layers.items()
+        if f"{layer}.weight" in tensors and (found := _format(spec))
     }
-    ends = (
-        _PACKED
-        if any(description["format"] == "nvfp4" for description in layers.values())
-        else (*_PACKED, _WHOLE_SCALE)
-    )
+    ends = _PACKED if any(spec["format"] == "nvfp4" for spec in layers.values()) else (*_PACKED, _WHOLE_SCALE)
     if packed := next((name for name in tensors if name.endswith(ends)), None):
         raise BadFile(f"{what}: is quantised in a way that cannot be read here, e.g. {packed!r}; {UNQUANTISED}")
     if isinstance(tensors, SafetensorsFile):
@@ -94,11 +88,11 @@ class _Format:
     """A format of stored weights."""
 
     fits: Callable[[torch.dtype, Shape, Mapping[str, Shape], Mapping[str, Any]], bool]
-    """Whether a stored weight's dtype and shape fit the shapes of its scales and the layer's description."""
+    """Whether a stored weight's dtype and shape fit the shapes of its scales and the layer's spec."""
     parts: Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, ...]]
     """The parts of a QuantisedTensor for (the stored weight, its scales by name suffix)."""
     dequantise: Callable[[Mapping[str, Any]], Dequantise]
-    """How these parts are dequantised, given the layer's description."""
+    """How these parts are dequantised, given the layer's spec."""
     scales: tuple[str, ...] = ()
     """The name suffixes of its scales. Empty means one of _WEIGHT_SCALES."""
     numbers: int = 1
@@ -113,7 +107,7 @@ class _Quantised(Stored):
 
     layer: str
     format: _Format
-    description: Mapping[str, Any]
+    spec: Mapping[str, Any]
 
     def _scales(self) -> dict[str, str]:
         ends = self.format.scales or [end for end in _WEIGHT_SCALES if self.layer + end in self.tensors]
@@ -128,7 +122,7 @@ class _Quantised(Stored):
         if not read:
             weight, scales = outline(weight), {end: outline(scale) for end, scale in scales.items()}
         parts = self.format.parts(weight, scales)
-        return QuantisedTensor(parts, self.format.dequantise(self.description), self.layout()[1])
+        return QuantisedTensor(parts, self.format.dequantise(self.spec), self.layout()[1])
 
     def layout(self) -> tuple[torch.dtype, Shape]:
         *rows, columns = dtype_and_shape(self.tensors, self.name)[1]
@@ -140,22 +134,22 @@ class _Quantised(Stored):
         missing = [name for name in scales.values() if name not in self.tensors]
         if missing or not scales:
             raise BadFile(
-                f"{what}: {self.name} is quantised as {self.description['format']} and lacks its scales; {UNQUANTISED}"
+                f"{what}: {self.name} is quantised as {self.spec['format']} and lacks its scales; {UNQUANTISED}"
             )
         dtype, shape = dtype_and_shape(self.tensors, self.name)
         layouts = {end: dtype_and_shape(self.tensors, name) for end, name in scales.items()}
         shapes = {end: of_scale for end, (_, of_scale) in layouts.items()}
-        if not self.format.fits(dtype, shape, shapes, self.description):
+        if not self.format.fits(dtype, shape, shapes, self.spec):
             sides = " and ".join(str(list(shape)) for shape in shapes.values())
             raise BadFile(
                 f"{what}: {self.name} of {list(shape)} in {dtype} has scales of {sides}, which do not fit it as "
-                f"{self.description['format']}; {UNQUANTISED}"
+                f"{self.spec['format']}; {UNQUANTISED}"
             )
         for end, (found, _) in layouts.items():
             wanted = _OF_ROWS if end == _WHOLE_SCALE else self.format.of_blocks or _OF_ROWS
             if str(found).removeprefix("torch.") not in wanted:
                 raise BadFile(
-                    f"{what}: {scales[end]} is in {found}, but such scales of {self.description['format']} must be in "
+                    f"{what}: {scales[end]} is in {found}, but such scales of {self.spec['format']} must be in "
                     f"{' or '.join(wanted)}; {UNQUANTISED}"
                 )
 
@@ -185,19 +179,19 @@ def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float().mul_(scale)
 
 
-def _rotated_in(description: Mapping[str, Any]) -> int:
+def _rotated_in(spec: Mapping[str, Any]) -> int:
     """Return the number of inputs that are rotated together: 0 if none are, and -1 for an invalid number."""
-    inner = description.get("params")
-    description = {**(inner if isinstance(inner, dict) else {}), **description}
-    if not description.get("convrot"):
+    inner = spec.get("params")
+    spec = {**(inner if isinstance(inner, dict) else {}), **spec}
+    if not spec.get("convrot"):
         return 0
-    size = description.get("convrot_groupsize", 256)
+    size = spec.get("convrot_groupsize", 256)
     is_power = isinstance(size, int) and size in [4**power for power in range(1, 9)]
     return size if is_power else -1
 
 
-def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], description: Mapping[str, Any]) -> bool:
-    size = _rotated_in(description)
+def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
+    size = _rotated_in(spec)
     can_be_rotated = not size or (size > 0 and len(shape) == 2 and shape[1] % size == 0)
     return dtype == torch.int8 and can_be_rotated and _has_scale_of_rows(shape, scales)
 
@@ -251,7 +245,7 @@ def _in_rows(scales: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.permute(0, 3, 2, 1, 4).reshape(down * 128, across * 4)[:rows, :columns].contiguous()
 
 
-def _fits_mxfp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], description: Mapping[str, Any]) -> bool:
+def _fits_mxfp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
     (blocks,) = scales.values()
     return dtype == torch.float8_e4m3fn and _fits_blocks(shape, blocks, 32)
 
@@ -267,7 +261,7 @@ def _dequantise_mxfp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (weight.float().unflatten(1, (-1, 32)) * powers[..., None]).flatten(1).bfloat16().to(dtype)
 
 
-def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], description: Mapping[str, Any]) -> bool:
+def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
     blocks, whole = scales.values()
     return dtype == torch.uint8 and math.prod(whole) == 1 and _fits_blocks((*shape[:-1], 2 * shape[-1]), blocks, 16)
 
@@ -299,36 +293,34 @@ _FORMATS = {
     "float8": _Format(
         lambda dtype, shape, scales, _: dtype.is_floating_point and _has_scale_of_rows(shape, scales),
         _with_scale_of_rows,
-        lambda description: dequantise_fp8,
+        lambda spec: dequantise_fp8,
     ),
     "int8_tensorwise": _Format(
         _fits_int8,
         _with_scale_of_rows,
-        lambda description: (
-            partial(_dequantise_rotated, size=size) if (size := _rotated_in(description)) else dequantise_int8
-        ),
+        lambda spec: partial(_dequantise_rotated, size=size) if (size := _rotated_in(spec)) else dequantise_int8,
         (".weight_scale",),
     ),
     "convrot_w4a4": _Format(
-        lambda dtype, shape, scales, description: _fits_int8(
-            dtype, (*shape[:-1], 2 * shape[-1]), scales, {**description, "convrot": True}
+        lambda dtype, shape, scales, spec: _fits_int8(
+            dtype, (*shape[:-1], 2 * shape[-1]), scales, {**spec, "convrot": True}
         ),
         _with_scale_of_rows,
-        lambda description: partial(_dequantise_int4, size=_rotated_in({**description, "convrot": True})),
+        lambda spec: partial(_dequantise_int4, size=_rotated_in({**spec, "convrot": True})),
         (".weight_scale",),
         numbers=2,
     ),
     "mxfp8": _Format(
         _fits_mxfp8,
         _mxfp8_parts,
-        lambda description: _dequantise_mxfp8,
+        lambda spec: _dequantise_mxfp8,
         (".weight_scale",),
         of_blocks=("uint8", "float8_e8m0fnu"),
     ),
     "nvfp4": _Format(
         _fits_nvfp4,
         _nvfp4_parts,
-        lambda description: _dequantise_nvfp4,
+        lambda spec: _dequantise_nvfp4,
         (".weight_scale", _WHOLE_SCALE),
         numbers=2,
         of_blocks=("float8_e4m3fn", "uint8"),
@@ -336,9 +328,9 @@ _FORMATS = {
 }
 
 
-def _format(description: Mapping[str, Any]) -> _Format | None:
+def _format(spec: Mapping[str, Any]) -> _Format | None:
     """Return the format of a layer, None for an unknown one. "float8_e4m3fn" and "float8_e5m2" are "float8"."""
-    name = description["format"]
+    name = spec["format"]
     return _FORMATS.get("float8" if name.startswith("float8") else name)
 
 

@@ -106,10 +106,10 @@ class DrawingModel:
 
         If some haven't been encoded yet, the other networks are freed first, since the text encoders need their memory.
         """
-        left = {
-            loras: {pair for pair in texts if (loras, pair) not in self._encoded} for loras, texts in wanted.items()
+        missing = {
+            loras: {one for one in texts if (loras, one) not in self._encoded} for loras, texts in wanted.items()
         }
-        left = {loras: texts for loras, texts in left.items() if texts}
+        left = {loras: texts for loras, texts in missing.items() if texts}
         if not left:
             return
         self._free()
@@ -150,14 +150,8 @@ class DrawingModel:
         self._is_changed = for_good and bool(loras or self._speed)  # even if one of them can't be applied
         target, device = {"family": self.base.family.name, "denoiser": self.denoiser}, self.place[0]
         for lora, strength in (*loras, *self._speed):
-            one = apply(
-                lora.of_parts({"denoiser"}),
-                target,
-                strength,
-                for_good=for_good,
-                device=device,
-                originals=self._originals,
-            )
+            part, originals = lora.of_parts({"denoiser"}), self._originals
+            one = apply(part, target, strength, for_good=for_good, device=device, originals=originals)
             self._applied.append(one)
         for lora, strength in at_hand:
             one = apply(lora.of_parts({"denoiser"}), target, strength, at_hand=True, device=device)

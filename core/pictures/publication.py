@@ -248,10 +248,7 @@ def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str,
     drawn = [(example.strength, example.parameters) for example in examples if example.strength and example.parameters]
     if drawn:
         usual = Counter(strength for strength, _ in drawn).most_common(1)[0][0]
-        seen = {
-            key: Counter(parameters.settings[key] for _, parameters in drawn if key in parameters.settings)
-            for key in _ADVICE
-        }
+        seen = {key: Counter(made.settings[key] for _, made in drawn if key in made.settings) for key in _ADVICE}
         return usual, {key: counts.most_common(1)[0][0] for key, counts in seen.items() if counts}
     spec = FAMILIES.get(source.family) if source else None
     if spec is None:
