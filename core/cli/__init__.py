@@ -88,7 +88,6 @@ def _answered(function: Callable[[], int | None]) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    """Run the command that the words call, and return its exit code."""
     parser = main_parser()
     parser.add_argument("call", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.read(words)

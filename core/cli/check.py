@@ -102,7 +102,6 @@ def run(options: CheckOptions) -> int:
 def _choose(
     options: CheckOptions, given: "Sequence[photos.Photo]", network: "FaceNetwork", thresholds: "photos.Thresholds"
 ) -> int:
-    """Choose among the pictures, copy the chosen ones, and print each with its likeness and the reason."""
     from ..faces import second_network
 
     assert options.like

@@ -156,7 +156,6 @@ class BarProgress(AbstractContextManager["BarProgress"]):
         bar.update(done - bar.n)
 
     def _show_samples(self, bar, done: int, total: int) -> None:
-        """Show samples on the bar of training, which they are part of."""
         now = time.monotonic()
         if now - self._shown > 0.5 or done == total:
             self._shown = now

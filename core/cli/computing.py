@@ -82,7 +82,6 @@ def total_span(seconds: "Mapping[str, Span]") -> "Span":
 
 
 def _table(ledger: "Ledger", seconds: "Mapping[str, Span]") -> list[str]:
-    """Return the lines of the job's parts and their total."""
     total = total_span(seconds)
     lines = [f"{'':<17}{'TFLOP':>10}{'time':>18}{'share':>8}"]
     for part, span in (*seconds.items(), ("all", total)):

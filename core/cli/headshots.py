@@ -175,7 +175,6 @@ def unread_in_pack(pack: "pictures.StylePack", base: "models.Base") -> list[str]
 
 
 def _order(options: HeadshotsOptions, config: TrainConfig, found: "pictures.FoundPacks", asks: bool) -> "studio.Order":
-    """Return the order from the options, else from answers to questions, else from the defaults."""
     asked, (usual, size) = options.order, usual_pack_and_size(options.base)
     if asks and "class_word" not in asked.given:
         config = dataclasses.replace(config, class_word=_answer("class word: woman, man, ...", config.class_word, str))
@@ -200,7 +199,6 @@ def usual_pack_and_size(base: str) -> tuple[str, tuple[int, int] | None]:
 
 
 def _answer(question: str, usual: Answer, kind: Callable[[str], Answer]) -> Answer:
-    """Return what the user types at the terminal, or the default for an empty line."""
     text = input(f"{question} [{usual}]: ").strip()
     try:
         return kind(text) if text else usual

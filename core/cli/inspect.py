@@ -74,7 +74,6 @@ def _is_picture(path: Path) -> bool:
 
 
 def _inspect_picture(path: Path) -> dict[str, Any]:
-    """Report the mark of a picture, as values for JSON. Raises BadFile when it can't be read."""
     try:
         photos.read_photo_files([path], strict=True)
     except BadPhoto as error:

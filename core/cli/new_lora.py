@@ -70,7 +70,6 @@ def save(made: "lora.NewLora", options: NewLoraOptions, sources: Sequence["lora.
 
 
 def _beside(output: Path, word: str) -> Path:
-    """Return the path of a trigger word's embedding file, beside the output."""
     return output.with_name(f"{output.stem}-{lora.file_word(word)}{output.suffix}")
 
 

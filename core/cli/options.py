@@ -118,7 +118,6 @@ def add_options(parser: argparse.ArgumentParser, of: type) -> None:
 
 
 def _keywords(hint: Any, declared: _Declared) -> dict[str, Any]:
-    """Return argparse's arguments for a field of that type, besides its default."""
     if hint is bool:
         return {"help": declared.text, "action": "store_true"}
     convert, choices, is_list = _values_of(hint)

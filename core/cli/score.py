@@ -162,6 +162,5 @@ def _save_sheet(scored: Sequence[tuple["training.Score", "photos.Photo"]], place
 
 
 def _is_sheet(photo: "photos.Photo") -> bool:
-    """Return whether a file in the folder of pictures is a contact sheet made by this program."""
     assert isinstance(photo.source, Path), "photos of a folder have a path"
     return photo.name == pictures.CONTACT_SHEET or photos.is_sheet(photo.source)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..config import TrainConfig, group_of, known_settings, parse_toml
+from ..config import TrainConfig, group_of, known_settings
 from ..errors import BadConfig
 from ..storage.files import read_bytes
+from ..storage.plain_values import parse_toml
 from .values import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
@@ -121,6 +122,6 @@ def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return parse_toml(read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig"))
-    except (BadConfig, UnicodeDecodeError) as error:
+        return parse_toml(read_bytes(path, MAX_FILE_BYTES))
+    except BadConfig as error:
         raise BadConfig(f"{path}: not a TOML file: {error}") from None

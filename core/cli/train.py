@@ -92,7 +92,7 @@ def run(options: TrainOptions) -> None:
         else training.recipe_config(options.recipe, base, len(read), given, progress.warning)
     )
     makes = training.METHODS[config.method].makes
-    if "learning_rate" in given and makes == "embedding" and config.optimizer != "prodigy":
+    if "learning_rate" in given and makes == "embedding" and not config.finds_rate:
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
@@ -125,7 +125,6 @@ def run(options: TrainOptions) -> None:
 
 
 def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
-    """Write the files beside the output, and print what was made."""
     from ..training.run_files import metadata_of
 
     if options.sidecars:
@@ -147,7 +146,6 @@ def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
 
 
 def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
-    """Print the work of a job."""
     device, used = device_from(options.device), job.ready.photos
     shared = studio.basis(used, job.base, job.config, device, job.adapter)
     ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..storage.files import is_text
+from ..storage.plain_values import is_text
 
 
 def input_path(text: str) -> Path:

@@ -182,7 +182,6 @@ def run(
 
 
 def _check_files(output: Path) -> None:
-    """Raise BadFile for a file in the folder that the demo would replace but has not made."""
     lora, report, sheet = (output / name for name in ("lora.safetensors", "report.json", "contact_sheet.png"))
     foreign = []
     if lora.exists() and LoraFile.read(lora).metadata.get("ss_sd_model_name") != BASE_FILE.name:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..device import exact_arithmetic, keeps_narrow_weights
+from ..device import exact_arithmetic, keeps_quantised_weights
 from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.families import FAMILIES
-from ..models.narrow_layers import NarrowLayer
+from ..models.quantised_layers import QuantisedLayer
 from ..tensor_names import ModuleId, text_encoder_path
 from .file import LoraFile, fit
 from .kinds import LOW_RANK
@@ -45,7 +45,7 @@ class AppliedLora:
     layers: Mapping[ModuleId, nn.Module]
     """The layers that it can change."""
     originals: dict[tuple[ModuleId, str], Any] = field(default_factory=dict)
-    """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes.
+    """(module, "weight" or "bias") -> the original parameter; for a quantised weight, its original list of changes.
 
     They are in the computer's memory until `swap` needs them on the device, unless they are kept `at_hand`. LoRAs that are
     applied one on another may share them: `remove` of one then removes all.
@@ -62,12 +62,12 @@ class AppliedLora:
     def place(self, module_id: ModuleId) -> torch.device:
         """Return the device that computes the changed parameters of a layer."""
         layer: Any = self.layers[module_id]
-        return self.device or (layer.narrow.parts[0] if isinstance(layer, NarrowLayer) else layer.weight).device
+        return self.device or (layer.quantised.parts[0] if isinstance(layer, QuantisedLayer) else layer.weight).device
 
     @torch.no_grad()
     def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
-        """Add a change of any shape to a parameter. Raises UnmatchedKeys for a narrow weight."""
-        if name == "weight" and isinstance(self.layers[module_id], NarrowLayer):
+        """Add a change of any shape to a parameter. Raises UnmatchedKeys for a quantised weight."""
+        if name == "weight" and isinstance(self.layers[module_id], QuantisedLayer):
             raise UnmatchedKeys(
                 f"{self.name}: the weight of {module_id[1]} is quantised or in fp8, so only a plain LoRA can change it; "
                 "convert the LoRA to a plain one"
@@ -80,9 +80,9 @@ class AppliedLora:
 
     @torch.no_grad()
     def add_low_rank(self, module_id: ModuleId, module: LoraModule) -> None:
-        """Add a low-rank change to a weight. A narrow weight stays as it is, and the change is beside it."""
+        """Add a low-rank change to a weight. A quantised weight stays as it is, and the change is beside it."""
         layer = self.layers[module_id]
-        if isinstance(layer, NarrowLayer):
+        if isinstance(layer, QuantisedLayer):
             if not self.for_good:
                 self.originals.setdefault((module_id, "weight"), layer.changes)
             layer.changes = (*layer.changes, _LowRank(module))
@@ -140,7 +140,7 @@ class AppliedLora:
         """Set a parameter to a value of `originals`, and return the value it replaces."""
         layer = self.layers[module_id]
         if isinstance(value, tuple):
-            assert isinstance(layer, NarrowLayer)
+            assert isinstance(layer, QuantisedLayer)
             before, layer.changes = layer.changes, value
             return before
         parameter: Tensor = getattr(layer, name)
@@ -176,10 +176,8 @@ class _LowRank:
 
 
 def _on_device(module: LoraModule, device: torch.device) -> LoraModule:
-    """Return the change with its matrices on the device."""
-
     def moved(matrix: Tensor) -> Tensor:
-        return (matrix if keeps_narrow_weights(device) else matrix.float()).to(device)
+        return (matrix if keeps_quantised_weights(device) else matrix.float()).to(device)
 
     mid = None if module.mid is None else moved(module.mid)
     return replace(module, down=moved(module.down), up=moved(module.up), mid=mid)
@@ -222,10 +220,10 @@ def apply(
         (part, path if part == "denoiser" else text_encoder_path(path)): module
         for part, network in networks.items()
         for path, module in network.named_modules()
-        if isinstance(module, NarrowLayer) or isinstance(getattr(module, "weight", None), Tensor)
+        if isinstance(module, QuantisedLayer) or isinstance(getattr(module, "weight", None), Tensor)
     }
     shapes: dict[ModuleId, tuple[int, ...]] = {
-        module_id: layer.narrow.shape if isinstance(layer, NarrowLayer) else tuple(layer.weight.shape)  # pyright: ignore
+        module_id: layer.quantised.shape if isinstance(layer, QuantisedLayer) else tuple(layer.weight.shape)  # pyright: ignore
         for module_id, layer in layers.items()
     }
     biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
@@ -251,7 +249,9 @@ def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: flo
     """Apply the changes of an entry times the factor. `inputs` is the number of input features of its weight."""
     layers = [applied.layers[module_id] for module_id in entry.modules]
     place = applied.place(entry.modules[0])
-    if entry.kind in LOW_RANK and (place.type != SUMS_APART or any(isinstance(layer, NarrowLayer) for layer in layers)):
+    if entry.kind in LOW_RANK and (
+        place.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
+    ):
         for module_id, module in lora.low_rank_of(entry, factor):
             applied.add_low_rank(module_id, module)
     else:

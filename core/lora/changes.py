@@ -210,7 +210,6 @@ def _norm(factor: Product | Tensor) -> float:
 
 
 def _norm_of_hadamard(first: Product, second: Product) -> float:
-    """Compute the norm of the element-wise product of two products."""
     outputs, inputs = first.left.shape[0], first.right.shape[1]
     if single := single_product(first, second):
         return _norm(single)

@@ -51,7 +51,8 @@ def extract_lora(
         place = before.places.get(name)
         modules = () if place is None else place.modules
         if place is None:
-            left_out += [] if _is_equal(before.file[name], after.file[name]) else [name]
+            if not _is_equal(before.file[name], after.file[name]):
+                left_out.append(name)
         elif set(modules) <= after.shapes.keys():
             old, new = before.file[name], place.join([after.read(module) for module in modules])
             if old.shape != new.shape:
@@ -60,9 +61,10 @@ def extract_lora(
             if biased.issuperset(modules):
                 inputs = math.prod(before.file.shapes[name][1:2])
                 new_bias = place.join([after.read_bias(module) for module in modules], inputs)
-                left_out += [] if _is_equal(before.file[bias_name(name)], new_bias) else [bias_name(name)]
-            if change.ndim == 1:
-                left_out += [name] if change.any() else []
+                if not _is_equal(before.file[bias_name(name)], new_bias):
+                    left_out.append(bias_name(name))
+            if change.ndim == 1 and change.any():
+                left_out.append(name)
             elif change.any():
                 parts = [(place, change)]
                 if place.part != "denoiser":  # q, k and v of CLIP get one rank each, other fused weights one together.

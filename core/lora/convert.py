@@ -74,7 +74,7 @@ def convert_lora(
         converted, error = lora, 0.0
         modules = _low_rank(lora, [entry for entry in lora.entries if entry.kind in LOW_RANK])
         kept = _renamed(lora, names, [entry for entry in others if entry.kind not in LOW_RANK], scheme)
-        kept |= _beside(lora, names, scheme)
+        kept |= _bias_and_shape_tensors(lora, names, scheme)
     # diffusers refuses files with anything but adapters.
     words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
@@ -158,11 +158,10 @@ def reading_limits(lora: LoraFile) -> list[str]:
 
 
 def _low_rank(lora: LoraFile, entries: Iterable[Entry]) -> dict[ModuleId, LoraModule]:
-    """Return the low-rank changes of these entries, without those of biases."""
     return {module_id: module for entry in entries for module_id, module in lora.low_rank_of(entry)}
 
 
-def _beside(lora: LoraFile, names: NameTable, scheme: str) -> dict[str, Tensor]:
+def _bias_and_shape_tensors(lora: LoraFile, names: NameTable, scheme: str) -> dict[str, Tensor]:
     """Return what files in a scheme have beside low-rank changes: those of biases, and the shapes of widened weights.
 
     diffusers needs no shapes: it compares the matrices with the model's weights.
@@ -188,15 +187,15 @@ def _beside(lora: LoraFile, names: NameTable, scheme: str) -> dict[str, Tensor]:
 
 def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """Return the metadata for the LoRA in a scheme, with the keys that it needs and without those of the old scheme."""
-    words = lora.base_words
+    metadata = lora.base_metadata
     known = {
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
-        "modelspec.architecture": f"{words['modelspec.architecture']}/lora",
+        "modelspec.architecture": f"{metadata['modelspec.architecture']}/lora",
     }
     ranks = {entry.rank for entry in lora.entries}
     if scheme == "kohya":
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
-        known["ss_base_model_version"] = words["ss_base_model_version"]
+        known["ss_base_model_version"] = metadata["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
         known["ss_network_dim"] = str(*ranks) if len(ranks) == 1 else "Dynamic"
     kept = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
@@ -321,7 +320,6 @@ def to_plain(
 def _nearest(
     lora: LoraFile, entry: Entry, rank: int, base_weight: BaseWeight | None
 ) -> Iterator[tuple[ModuleId, Factorised]]:
-    """Yield the nearest low-rank change of each module of an entry."""
     # The parts of a fused weight have different singular vectors. Twice as many vectors of the whole approximate them well.
     wanted = rank if len(entry.modules) == 1 else 2 * len(entry.modules) * rank
     try:
@@ -464,7 +462,6 @@ def merge_loras(
 
 
 def _merged_metadata(loras: Sequence[LoraFile]) -> dict[str, str]:
-    """Return the metadata of merged LoRAs, before those of the scheme."""
     titles = [lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora in loras]
     kept = ("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_v2")
     metadata = {

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import BadFile, NoLora, UnknownFamily, UnmatchedKeys, counted
 from ..storage.files import read_json
 from ..storage.header import Header
+from ..storage.plain_values import parse_json
 from ..tensor_names import (
     NAME_TABLES,
     NUMBERED,
@@ -106,7 +107,7 @@ class Content:
     """The modules in the file's order."""
     embedding_keys: tuple[str, ...]
     """The names of the tensors that hold textual-inversion embeddings."""
-    strange_keys: tuple[str, ...]
+    unrecognised_keys: tuple[str, ...]
     """The names of tensors that belong to neither."""
 
     @property
@@ -174,7 +175,6 @@ def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
 # Most files in a folder have modules with the same names and sizes.
 @lru_cache(maxsize=1 << 16)
 def _named_module(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> NamedModule:
-    """Make the module of these tensors, each given by its name, type and shape."""
     parsed = [(parse_key(key), key, shape) for key, (_, shape) in tensors]
     keys = {named.role: key for named, key, _ in parsed if named}
     shapes = {named.role: shape for named, _, shape in parsed if named}
@@ -311,12 +311,12 @@ class LoraNames:
     def unknown_keys(self) -> tuple[str, ...]:
         """The names of tensors that are not recognised, or whose module lacks a tensor or has mismatched shapes."""
         broken = (key for module in self.content.modules if not module.kind for key in module.keys.values())
-        return (*self.content.strange_keys, *broken)
+        return (*self.content.unrecognised_keys, *broken)
 
     @cached_property
-    def base_words(self) -> dict[str, str]:
+    def base_metadata(self) -> dict[str, str]:
         """The metadata for the base model that the tensors fit, by key. The architecture is without the adapter's kind."""
-        return NAME_TABLES[self.family].words_of(self.identity.models)
+        return NAME_TABLES[self.family].metadata_of(self.identity.models)
 
     @property
     def listings(self) -> list[Listing]:
@@ -330,10 +330,10 @@ class LoraNames:
     def true_metadata(self) -> dict[str, str]:
         """The metadata, with the base model corrected if they name another family or another published model."""
         metadata, claims = dict(self.metadata), claims_of(self.metadata)
-        for key in self.base_words.keys() & claims.keys():
-            right = self.base_words[key]
+        for key in self.base_metadata.keys() & claims.keys():
+            right = self.base_metadata[key]
             said, slash, kind = metadata[key].partition("/")
-            is_told = key in NAME_TABLES[self.family].words_of_models and self.identity.verdict == "certain"
+            is_told = key in NAME_TABLES[self.family].metadata_keys_of_models and self.identity.verdict == "certain"
             if claims[key] != self.family or (is_told and plain_name(said) != plain_name(right)):
                 metadata[key] = right + slash + kind
         return metadata
@@ -367,10 +367,10 @@ class LoraNames:
         They are those that its modules fit too, or that have the same names if no model fits.
         """
         identity = self.identity
-        fitting = (*identity.families, *identity.strangers)
+        fitting = (*identity.families, *identity.unsupported_models)
         if not self.is_known:
             fitting = tuple(families_of(self.content.places))
-        elif identity.first_blocks and not identity.strangers:
+        elif identity.first_blocks and not identity.unsupported_models:
             fitting += ("a smaller model with the same blocks",)
         is_told = {*claims_of(self.metadata).values()} & {self.family, *fitting}
         return () if is_told else tuple(one for one in fitting if one != self.family)
@@ -470,7 +470,7 @@ def recognise(types: Types, metadata: Mapping[str, str], name: str) -> tuple[str
     if len(types) > MOST_TENSORS:
         raise BadFile(f"{name}: has {len(types):,} tensors, but a LoRA can have at most {MOST_TENSORS:,}")
     content = content_of(types, tuple(claims_of(metadata).values()))
-    for key in content.strange_keys:
+    for key in content.unrecognised_keys:
         if kind := next((kind for end, kind in _UNREAD.items() if re.search(f"{end}$", key)), None):
             what = f"its tensors are those of {kind}, e.g. {shortened(key)!r}"
             raise UnknownFamily(f"{name}: not supported: {what}; known kinds: {', '.join(KINDS)}")
@@ -484,9 +484,9 @@ def _detect_family(content: Content, types: Types, name: str) -> str:
     of the modules, or when an unsupported model fits better.
     """
     modules, identity = content.places, content.identity
-    fitting = (*identity.families, *identity.strangers)
+    fitting = (*identity.families, *identity.unsupported_models)
     claimed = next((claim for claim in content.claims if claim in fitting), next(iter(content.claims), None))
-    if other := _stranger(content, claimed):
+    if other := _unsupported_model(content, claimed):
         raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = list(identity.families)
     if identity.is_near and identity.nearest_family:
@@ -521,10 +521,10 @@ def _detect_family(content: Content, types: Types, name: str) -> str:
     return family
 
 
-def _stranger(content: Content, claimed: str | None) -> str | None:
+def _unsupported_model(content: Content, claimed: str | None) -> str | None:
     """Return the name of the unsupported model that a file is for; None for another file."""
     identity = content.identity
-    if claimed in identity.strangers:
+    if claimed in identity.unsupported_models:
         return claimed
     if identity.models:
         return None if identity.families else " or ".join(identity.models)
@@ -581,8 +581,8 @@ def _bases_in(metadata: Mapping[str, str]) -> dict[str, str]:
 def json_in(metadata: Mapping[str, str], key: str, kind: type) -> Any:
     """Return the JSON value of type `kind` in a metadata value; an empty one if it is missing, damaged or of another type."""
     try:
-        value = json.loads(metadata.get(key, ""))
-    except (ValueError, RecursionError):
+        value = parse_json(metadata.get(key, ""))
+    except ValueError:
         return kind()
     return value if isinstance(value, kind) else kind()
 

@@ -91,9 +91,7 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
         nothing = Objection(f"{lora.family} at all, as far as we know")
         return Reading(len(lora.entries), dict.fromkeys((e.name for e in lora.entries), nothing), is_known=False)
-    rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
-    if lora.types.keys() >= _CONTROL_SIGNS.get(reader, {"-"}):
-        rule = f"{_OF_CONTROL} in {reader}"
+    rule = _rule_of(reader, lora)
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     if reader not in ("diffusers", "peft") and PEFT_KEY in lora.metadata:
         # Only these two read an alpha other than the rank from the metadata.
@@ -120,6 +118,13 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
 
 
 _OF_CONFIG = Objection("peft's alpha in the metadata, and loads a different change without it", loads=True)
+
+
+def _rule_of(reader: str, lora: LoraNames) -> str:
+    """The name of the rule, one of _RULES, by which a program loads the modules of a LoRA."""
+    if reader in _CONTROL_SIGNS and lora.types.keys() >= _CONTROL_SIGNS[reader]:
+        return _OF_CONTROL[reader]
+    return _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
 
 
 def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
@@ -170,7 +175,7 @@ _CONTROL_SIGNS = {
     "InvokeAI": {"img_in.lora_A.weight", "img_in.lora_B.weight", "img_in.lora_B.bias"},
 }
 """The tensors by which programs recognise FLUX.1's control LoRAs with the model's own names."""
-_OF_CONTROL = "a control LoRA"
+_OF_CONTROL = {program: f"a control LoRA in {program}" for program in _CONTROL_SIGNS}
 _CONTROL_MODULES = 464
 """The number of modules that diffusers expects in such a file, without the two for guidance."""
 _USO_KEY = re.compile(r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
@@ -401,7 +406,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
 _RULES = {
     "ComfyUI": _by_comfyui,
     _USO_IN_COMFYUI: _of_uso_by_comfyui,
-    **{f"{_OF_CONTROL} in {program}": partial(_of_control, program) for program in _CONTROL_SIGNS},
+    **{rule: partial(_of_control, program) for program, rule in _OF_CONTROL.items()},
     "diffusers": _by_diffusers,
     "peft": _by_peft,
     "sd-scripts": _by_sd_scripts,

@@ -203,7 +203,6 @@ def _family(report: Mapping[str, Any]) -> str:
 
 
 def _doubt(identity: Mapping[str, Any]) -> str:
-    """Explain an identity that is not certain."""
     if identity["models"][1:]:
         return f"its modules fit several models: {', '.join(identity['models'])}"
     if identity["models"]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Precision
-from ..device import device_and_dtype, free_memory, keeps_narrow_weights
+from ..device import device_and_dtype, free_memory, keeps_quantised_weights
 from ..errors import BadFile, FaceLoraError, MissingPackage
 from ..progress import OnProgress, percent, silent
 from ..storage.gguf_file import GgufTensors
 from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, tensor_bytes
-from ..storage.stored import dtype_and_shape, narrow_in
+from ..storage.stored import dtype_and_shape, quantised_in
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
 from .memory_plan import MemoryPlan, MemorySaver
 from .objective import FlowSchedule, Schedule
@@ -154,18 +154,18 @@ class Base:
     def load(self, part: str, device: torch.device, dtype: torch.dtype, as_stored: bool = False) -> nn.Module:
         """Load the network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it.
 
-        With `as_stored`, weights that are quantised or in fp8 take as much memory as in their file: layers widen them whenever
-        they are used, and compute the same. They can then be neither trained nor changed.
+        With `as_stored`, weights that are quantised or in fp8 take as much memory as in their file: layers dequantise them
+        whenever they are used, and compute the same. They can then be neither trained nor changed.
         """
         what = f"{self.name}: the {part.replace('_', ' ')}"
-        as_stored = as_stored and keeps_narrow_weights(device)
+        as_stored = as_stored and keeps_quantised_weights(device)
         return materialise(self._empty(part), self._component(part).tensors, what, device, dtype, as_stored)
 
     @cached_property
-    def is_narrow(self) -> bool:
+    def is_quantised(self) -> bool:
         """Whether weights of the denoiser are stored in fewer bits than training computes with."""
         tensors = self._component("denoiser").tensors
-        return any(narrow_in(tensors, name, read=False) for name in tensors)
+        return any(quantised_in(tensors, name, read=False) for name in tensors)
 
     def device_and_dtype(
         self, precision: Precision = "auto", device: torch.device | str | None = None
@@ -202,10 +202,10 @@ class Base:
     def weight_bytes(self, part: str, dtype: torch.dtype, as_stored: bool = False) -> int:
         """Return the bytes of the part's weights in that dtype, `as_stored` as in `load`. Raises BadFile without the part."""
         tensors = self._component(part).tensors
-        narrow = {name: narrow_in(tensors, name, read=False) if as_stored else None for name in tensors}
+        quantised = {name: quantised_in(tensors, name, read=False) if as_stored else None for name in tensors}
         return sum(
             weight.nbytes if weight else dtype.itemsize * math.prod(dtype_and_shape(tensors, name)[1])
-            for name, weight in narrow.items()
+            for name, weight in quantised.items()
         )
 
     def require(self, *parts: str) -> None:
@@ -243,9 +243,9 @@ class Base:
             kept = dtype if in_more else torch.bfloat16
             free = free_memory(device)
             room = math.inf if free is None else free / 1.2
-            narrow = as_stored and self.weight_bytes(part, kept) >= room
-            stays = device.type == "cpu" or self.weight_bytes(part, kept, narrow) < room
-            encoders[part] = self.load(part, device if stays else torch.device("cpu"), kept, narrow)
+            quantised = as_stored and self.weight_bytes(part, kept) >= room
+            stays = device.type == "cpu" or self.weight_bytes(part, kept, quantised) < room
+            encoders[part] = self.load(part, device if stays else torch.device("cpu"), kept, quantised)
             if not stays:
                 MemorySaver(encoders[part], device).adopt(MemoryPlan(offload=1))
         return encoders

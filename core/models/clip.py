@@ -230,7 +230,6 @@ def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
 
 
 def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Tensor]]:
-    """Rename the tensors of a text encoder from OpenCLIP's naming to the names of its network here, and drop others."""
     readers: dict[str, Callable[[], Tensor]] = {}
     outside = OPENCLIP_OUTSIDE | {"text_projection.weight": "text_projection.weight"}
 

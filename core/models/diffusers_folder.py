@@ -125,7 +125,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _folder_tensors(folder: Path, part: str, left_out: str) -> Mapping[str, Tensor]:
-    """Read the tensors in a part's folder, except those whose names match `left_out`."""
     paths = sorted(folder.glob("*.safetensors"))
     plain = [path for path in paths if not any(word in path.name for word in _COPIES)] or paths
     if not plain:

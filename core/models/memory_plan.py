@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..device import free_memory
-from .narrow_layers import narrow_weights
+from .quantised_layers import quantise_weights
 from .selective import checkpointed
 
 RESERVE = 0.9
@@ -32,9 +32,6 @@ LEFT_FREE = 4 * 2**30
 CUDA_GRAIN = 512
 """CUDA's allocator rounds each tensor up to a multiple of this many bytes."""
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
-"""The bytes of state that each optimizer keeps per trained number. Adafactor keeps only a row and a column per matrix."""
-
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -46,9 +43,9 @@ class MemoryPlan:
     Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost.
     """
     weights: Literal["full", "8 bits"] = "full"
-    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/narrow_layers.py).
+    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (quantised_layers.py).
 
-    Weights that are narrow in the model's own file are kept that way, and only support "full".
+    Weights that are quantised in the model's own file are kept that way, and only support "full".
     """
     offload: float = 0.0
     """The share of the blocks whose frozen weights stay in the computer's memory, 0 to 1.
@@ -76,20 +73,20 @@ class MemoryPlan:
 
     def saves_as_much_as(self, other: "MemoryPlan") -> bool:
         """Return whether this plan saves at least as much memory as another one in each way."""
-        narrow = self.weights == "8 bits" or other.weights == "full"
+        quantised = self.weights == "8 bits" or other.weights == "full"
         keeps_less = self.selective or self.recompute == 1 or not other.selective
-        return narrow and keeps_less and self.recompute >= other.recompute and self.offload >= other.offload
+        return quantised and keeps_less and self.recompute >= other.recompute and self.offload >= other.offload
 
 
 SHARES = {0.0: "nothing", 0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "everything"}
 """The names of the shares of the blocks."""
 _RECOMPUTING = (MemoryPlan(), MemoryPlan(selective=True), MemoryPlan(0.5, selective=True), MemoryPlan(1.0))
-_NARROW = tuple(replace(plan, weights="8 bits") for plan in _RECOMPUTING)
+_QUANTISED = tuple(replace(plan, weights="8 bits") for plan in _RECOMPUTING)
 PLANS = (
     *_RECOMPUTING,
-    *_NARROW,
-    replace(_NARROW[1], offload=0.5),
-    *(replace(plan, offload=1.0) for plan in _NARROW[1:]),
+    *_QUANTISED,
+    replace(_QUANTISED[1], offload=0.5),
+    *(replace(plan, offload=1.0) for plan in _QUANTISED[1:]),
 )
 """The plans from the fastest to the smallest, but full weights come first, since only these don't change the results.
 
@@ -105,14 +102,14 @@ The rest is for activations, for the blocks currently on the device, and for the
 
 
 def plans_for(
-    gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True, narrow: bool = False
+    gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True, quantised: bool = False
 ) -> tuple[MemoryPlan, ...]:
     """Return the plans that the setting allows, in the order of `PLANS`. Without `frozen` weights they only recompute.
 
-    Weights that are `narrow` in the model's file are not rounded further, so none of their plans changes the results.
+    Weights that are `quantised` in the model's file are not rounded further, so none of their plans changes the results.
     """
     plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", 0)]
-    if narrow:
+    if quantised:
         plans = list(dict.fromkeys(replace(plan, weights="full") for plan in plans))
     if gradient_checkpointing == "auto":
         return tuple(plans)
@@ -186,7 +183,7 @@ class MemorySaver:
                 module.gradient_checkpointing = count > 0 or selective  # pyright: ignore
                 module._gradient_checkpointing_func = run  # pyright: ignore
         if plan.weights == "8 bits":
-            narrow_weights(self._denoiser, self._device)
+            quantise_weights(self._denoiser, self._device)
         away = math.ceil(plan.offload * len(self._blocks))
         self.offload.take([self._blocks[at * len(self._blocks) // away] for at in range(away)])
         for tensor in self.resident():
@@ -325,7 +322,6 @@ class BlockOffload:
 
 
 def _put(parameters: Mapping[_Slot, nn.Parameter]) -> None:
-    """Set the parameters of modules."""
     for (reference, name), parameter in parameters.items():
         if (module := reference()) is not None:
             module._parameters[name] = parameter

@@ -228,7 +228,6 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
 
 
 def _tokenizer_kind(family: FamilySpec, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the kind of the text encoder that the tokenizer is for. Some models of a family have another one than the rest."""
     read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
     return next(read, family.tokenizer)
 

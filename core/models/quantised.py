@@ -1,11 +1,10 @@
 """Read quantised weights, in the formats of ComfyUI's files, as plain weights.
 
 The formats and their names are those of comfy-kitchen: fp8 with scales, whole numbers in 8 bits and in 4 (also rotated, as in
-ConvRot), MXFP8 and NVFP4. All of them are widened to bf16, bit for bit as ComfyUI does. That happens when they are read, or in
-layers that keep them as stored and widen them whenever they are used (narrow_layers.py).
+ConvRot), MXFP8 and NVFP4. All of them are dequantised to bf16, bit for bit as ComfyUI does. That happens when they are read, or
+in layers that keep them as stored and dequantise them whenever they are used (quantised_layers.py).
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
+from ..storage.plain_values import parse_json
 from ..storage.safetensors_file import SafetensorsFile
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, Widen, dtype_and_shape, outline
+from ..storage.stored import Dequantise, LazyTensors, QuantisedTensor, Stored, dtype_and_shape, outline
 from ..tensor_names.models import Shape
 from .spec import UNQUANTISED
 
@@ -43,7 +43,6 @@ def sign_of_quantisation(file: SafetensorsFile) -> str | None:
 
 
 def _is_whole(file: SafetensorsFile, name: str) -> bool:
-    """Return whether a tensor is a weight stored as whole numbers."""
     return name.endswith(".weight") and not file.dtypes[name].is_floating_point
 
 
@@ -56,15 +55,15 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
     plain: dict[str, Any] = {"format": "float8"}
     layers = {name.removesuffix(end): plain for name in tensors for end in _WEIGHT_SCALES if name.endswith(end)}
     layers |= _descriptions(tensors, what)
-    for layer, said in layers.items():
-        if _format(said) is None:
-            raise BadFile(f"{what}: {layer} is quantised as {said['format']}, which cannot be read here; {UNQUANTISED}")
+    for layer, spec in layers.items():
+        if _format(spec) is None:
+            raise BadFile(f"{what}: {layer} is quantised as {spec['format']}, which cannot be read here; {UNQUANTISED}")
     quantised = {
-        f"{layer}.weight": _Quantised(tensors, f"{layer}.weight", layer, found, said)
-        for layer, said in layers.items()
-        if f"{layer}.weight" in tensors and (found := _format(said))
+        f"{layer}.weight": _Quantised(tensors, f"{layer}.weight", layer, found, spec)
+        for layer, spec in layers.items()
+        if f"{layer}.weight" in tensors and (found := _format(spec))
     }
-    ends = _PACKED if any(said["format"] == "nvfp4" for said in layers.values()) else (*_PACKED, _WHOLE_SCALE)
+    ends = _PACKED if any(spec["format"] == "nvfp4" for spec in layers.values()) else (*_PACKED, _WHOLE_SCALE)
     if packed := next((name for name in tensors if name.endswith(ends)), None):
         raise BadFile(f"{what}: is quantised in a way that cannot be read here, e.g. {packed!r}; {UNQUANTISED}")
     if isinstance(tensors, SafetensorsFile):
@@ -89,11 +88,11 @@ class _Format:
     """A format of stored weights."""
 
     fits: Callable[[torch.dtype, Shape, Mapping[str, Shape], Mapping[str, Any]], bool]
-    """Whether a stored weight's dtype and shape fit the shapes of its scales and the layer's description."""
+    """Whether a stored weight's dtype and shape fit the shapes of its scales and the layer's spec."""
     parts: Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, ...]]
-    """The parts of a NarrowTensor for (the stored weight, its scales by name suffix)."""
-    widen: Callable[[Mapping[str, Any]], Widen]
-    """How these parts are widened, given the layer's description."""
+    """The parts of a QuantisedTensor for (the stored weight, its scales by name suffix)."""
+    dequantise: Callable[[Mapping[str, Any]], Dequantise]
+    """How these parts are dequantised, given the layer's spec."""
     scales: tuple[str, ...] = ()
     """The name suffixes of its scales. Empty means one of _WEIGHT_SCALES."""
     numbers: int = 1
@@ -104,27 +103,26 @@ class _Format:
 
 @dataclass(frozen=True, eq=False)
 class _Quantised(Stored):
-    """A weight that is widened when it is read."""
+    """A weight that is dequantised when it is read."""
 
     layer: str
     format: _Format
-    said: Mapping[str, Any]
+    spec: Mapping[str, Any]
 
     def _scales(self) -> dict[str, str]:
-        """Return the names of its scales, by their suffixes."""
         ends = self.format.scales or [end for end in _WEIGHT_SCALES if self.layer + end in self.tensors]
         return {end: self.layer + end for end in ends}
 
     def __call__(self) -> Tensor:
-        return self.narrow().widened(torch.bfloat16)
+        return self.quantised().dequantised(torch.bfloat16)
 
-    def narrow(self, read: bool = True) -> NarrowTensor:
+    def quantised(self, read: bool = True) -> QuantisedTensor:
         scales = {end: self.tensors[name] for end, name in self._scales().items()}
         weight = self.tensors[self.name]
         if not read:
             weight, scales = outline(weight), {end: outline(scale) for end, scale in scales.items()}
         parts = self.format.parts(weight, scales)
-        return NarrowTensor(parts, self.format.widen(self.said), self.layout()[1])
+        return QuantisedTensor(parts, self.format.dequantise(self.spec), self.layout()[1])
 
     def layout(self) -> tuple[torch.dtype, Shape]:
         *rows, columns = dtype_and_shape(self.tensors, self.name)[1]
@@ -136,22 +134,22 @@ class _Quantised(Stored):
         missing = [name for name in scales.values() if name not in self.tensors]
         if missing or not scales:
             raise BadFile(
-                f"{what}: {self.name} is quantised as {self.said['format']} and lacks its scales; {UNQUANTISED}"
+                f"{what}: {self.name} is quantised as {self.spec['format']} and lacks its scales; {UNQUANTISED}"
             )
         dtype, shape = dtype_and_shape(self.tensors, self.name)
         layouts = {end: dtype_and_shape(self.tensors, name) for end, name in scales.items()}
         shapes = {end: of_scale for end, (_, of_scale) in layouts.items()}
-        if not self.format.fits(dtype, shape, shapes, self.said):
+        if not self.format.fits(dtype, shape, shapes, self.spec):
             sides = " and ".join(str(list(shape)) for shape in shapes.values())
             raise BadFile(
                 f"{what}: {self.name} of {list(shape)} in {dtype} has scales of {sides}, which do not fit it as "
-                f"{self.said['format']}; {UNQUANTISED}"
+                f"{self.spec['format']}; {UNQUANTISED}"
             )
         for end, (found, _) in layouts.items():
             wanted = _OF_ROWS if end == _WHOLE_SCALE else self.format.of_blocks or _OF_ROWS
             if str(found).removeprefix("torch.") not in wanted:
                 raise BadFile(
-                    f"{what}: {scales[end]} is in {found}, but such scales of {self.said['format']} must be in "
+                    f"{what}: {scales[end]} is in {found}, but such scales of {self.spec['format']} must be in "
                     f"{' or '.join(wanted)}; {UNQUANTISED}"
                 )
 
@@ -170,8 +168,8 @@ def _with_scale_of_rows(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[T
     return weight, scale.float().reshape([] if scale.numel() == 1 else [-1, *ones])
 
 
-def widen_fp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Widen fp8 numbers with a scale for each row or one for all."""
+def dequantise_fp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Dequantise fp8 numbers with a scale for each row or one for all."""
     weight, scale = parts
     # In bf16, as in ComfyUI.
     return weight.to(torch.bfloat16, copy=True).mul_(scale.bfloat16()).to(dtype)
@@ -181,33 +179,33 @@ def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float().mul_(scale)
 
 
-def _rotated_in(said: Mapping[str, Any]) -> int:
+def _rotated_in(spec: Mapping[str, Any]) -> int:
     """Return the number of inputs that are rotated together: 0 if none are, and -1 for an invalid number."""
-    inner = said.get("params")
-    said = {**(inner if isinstance(inner, dict) else {}), **said}
-    if not said.get("convrot"):
+    inner = spec.get("params")
+    spec = {**(inner if isinstance(inner, dict) else {}), **spec}
+    if not spec.get("convrot"):
         return 0
-    size = said.get("convrot_groupsize", 256)
+    size = spec.get("convrot_groupsize", 256)
     is_power = isinstance(size, int) and size in [4**power for power in range(1, 9)]
     return size if is_power else -1
 
 
-def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
-    size = _rotated_in(said)
+def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
+    size = _rotated_in(spec)
     can_be_rotated = not size or (size > 0 and len(shape) == 2 and shape[1] % size == 0)
     return dtype == torch.int8 and can_be_rotated and _has_scale_of_rows(shape, scales)
 
 
-def widen_int8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Widen whole numbers with a scale for each row or one for all."""
+def dequantise_int8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Dequantise whole numbers with a scale for each row or one for all."""
     return _times_scale(*parts).bfloat16().to(dtype)
 
 
-def _widen_rotated(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+def _dequantise_rotated(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
     return _turned_back(_times_scale(*parts), size).bfloat16().to(dtype)
 
 
-def _widen_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+def _dequantise_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
     pairs, scale = parts
     # A byte holds two numbers from -8 to 7, the first in its lower half.
     numbers = torch.stack([pairs << 4 >> 4, pairs >> 4], dim=-1).flatten(-2)
@@ -247,7 +245,7 @@ def _in_rows(scales: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.permute(0, 3, 2, 1, 4).reshape(down * 128, across * 4)[:rows, :columns].contiguous()
 
 
-def _fits_mxfp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
+def _fits_mxfp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
     (blocks,) = scales.values()
     return dtype == torch.float8_e4m3fn and _fits_blocks(shape, blocks, 32)
 
@@ -257,13 +255,13 @@ def _mxfp8_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, 
     return weight, _in_rows(exponents.view(torch.uint8), len(weight), weight.shape[1] // 32)
 
 
-def _widen_mxfp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _dequantise_mxfp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, exponents = parts
     powers = (exponents.int() << 23).view(torch.float32)  # as an exponent of float32, where 0 gives the number 0
     return (weight.float().unflatten(1, (-1, 32)) * powers[..., None]).flatten(1).bfloat16().to(dtype)
 
 
-def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
+def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
     blocks, whole = scales.values()
     return dtype == torch.uint8 and math.prod(whole) == 1 and _fits_blocks((*shape[:-1], 2 * shape[-1]), blocks, 16)
 
@@ -274,7 +272,7 @@ def _nvfp4_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, 
     return weight, of_blocks.view(torch.float8_e4m3fn), whole.reshape(())
 
 
-def _widen_nvfp4(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _dequantise_nvfp4(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, of_blocks, whole = parts
     # In bf16, as in ComfyUI.
     scale = whole.bfloat16() * of_blocks.bfloat16()
@@ -295,34 +293,34 @@ _FORMATS = {
     "float8": _Format(
         lambda dtype, shape, scales, _: dtype.is_floating_point and _has_scale_of_rows(shape, scales),
         _with_scale_of_rows,
-        lambda said: widen_fp8,
+        lambda spec: dequantise_fp8,
     ),
     "int8_tensorwise": _Format(
         _fits_int8,
         _with_scale_of_rows,
-        lambda said: partial(_widen_rotated, size=size) if (size := _rotated_in(said)) else widen_int8,
+        lambda spec: partial(_dequantise_rotated, size=size) if (size := _rotated_in(spec)) else dequantise_int8,
         (".weight_scale",),
     ),
     "convrot_w4a4": _Format(
-        lambda dtype, shape, scales, said: _fits_int8(
-            dtype, (*shape[:-1], 2 * shape[-1]), scales, {**said, "convrot": True}
+        lambda dtype, shape, scales, spec: _fits_int8(
+            dtype, (*shape[:-1], 2 * shape[-1]), scales, {**spec, "convrot": True}
         ),
         _with_scale_of_rows,
-        lambda said: partial(_widen_int4, size=_rotated_in({**said, "convrot": True})),
+        lambda spec: partial(_dequantise_int4, size=_rotated_in({**spec, "convrot": True})),
         (".weight_scale",),
         numbers=2,
     ),
     "mxfp8": _Format(
         _fits_mxfp8,
         _mxfp8_parts,
-        lambda said: _widen_mxfp8,
+        lambda spec: _dequantise_mxfp8,
         (".weight_scale",),
         of_blocks=("uint8", "float8_e8m0fnu"),
     ),
     "nvfp4": _Format(
         _fits_nvfp4,
         _nvfp4_parts,
-        lambda said: _widen_nvfp4,
+        lambda spec: _dequantise_nvfp4,
         (".weight_scale", _WHOLE_SCALE),
         numbers=2,
         of_blocks=("float8_e4m3fn", "uint8"),
@@ -330,9 +328,9 @@ _FORMATS = {
 }
 
 
-def _format(said: Mapping[str, Any]) -> _Format | None:
+def _format(spec: Mapping[str, Any]) -> _Format | None:
     """Return the format of a layer, None for an unknown one. "float8_e4m3fn" and "float8_e5m2" are "float8"."""
-    name = said["format"]
+    name = spec["format"]
     return _FORMATS.get("float8" if name.startswith("float8") else name)
 
 
@@ -341,12 +339,12 @@ def _descriptions(tensors: Mapping[str, Tensor], what: str) -> dict[str, dict[st
     ending = ".comfy_quant"
     try:
         layers = {
-            name.removesuffix(ending): json.loads(bytes(tensors[name].tolist()))
+            name.removesuffix(ending): parse_json(bytes(tensors[name].tolist()))
             for name in tensors
             if name.endswith(ending)
         }
         if isinstance(tensors, SafetensorsFile):
-            layers |= json.loads(tensors.metadata.get(_HEADERS_FORMATS, '{"layers": {}}'))["layers"]
+            layers |= parse_json(tensors.metadata.get(_HEADERS_FORMATS, '{"layers": {}}'))["layers"]
         return {layer: {**description, "format": str(description["format"])} for layer, description in layers.items()}
-    except (ValueError, TypeError, LookupError, RecursionError):
+    except (ValueError, TypeError, LookupError):
         raise BadFile(f"{what}: the description of its quantised layers cannot be read; {UNQUANTISED}") from None

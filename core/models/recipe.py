@@ -1,7 +1,6 @@
 """The settings of a family for a quick, normal or thorough training run."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ..config import (
     known_settings,
 )
 from ..errors import BadConfig
+from ..storage.plain_values import parse_json, read_as
 
 RECIPES = ("fast", "balanced", "best")
 """The recipes that every family has, from the shortest to the longest."""
@@ -63,30 +63,21 @@ def read_recipes(text: str) -> dict[str, Recipe]:
     Raises BadConfig when it is not JSON of that form, has a setting that recipes don't allow, or has a value out of range.
     """
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        recipes = parse_json(text)
+    except ValueError as error:
         raise BadConfig(f"is not JSON: {error}") from None
-    if (
-        not isinstance(found, dict)
-        or not found.keys() <= {*RECIPES}
-        or not all(isinstance(each, dict) for each in found.values())
-    ):
+    if not isinstance(recipes, dict) or not recipes.keys() <= {*RECIPES}:
         raise BadConfig(f"expected a table of some of {', '.join(RECIPES)}, each a table")
-    return {name: _read_recipe(name, values) for name, values in found.items()}
+    return {name: _read_recipe(name, values) for name, values in recipes.items()}
 
 
 def _read_recipe(name: str, values: Any) -> Recipe:
-    try:
-        recipe = Recipe(**values)
-        settings = known_settings(recipe.settings or {})
-    except (TypeError, AttributeError) as error:
-        raise BadConfig(f"recipe {name!r}: {str(error).removeprefix('Recipe.__init__() ')}") from None
+    recipe = read_as(Recipe, values, f"recipe {name!r}")
+    settings = known_settings(recipe.settings or {})
     allowed = {item.name for group in _ITS_GROUPS for item in dataclasses.fields(group)} - {*_DERIVED}
     if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
         raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: not allowed in a recipe")
-    if recipe.rate is None:
-        raise BadConfig(f"recipe {name!r}: rate is missing")
-    # TrainConfig checks types and ranges. The number of photos is checked like the steps.
+    # TrainConfig checks ranges. The number of photos is checked like the steps.
     of_the_run = {
         "steps": recipe.photos,
         "learning_rate": recipe.rate,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..device import keeps_narrow_weights
+from ..device import keeps_quantised_weights
 from ..errors import BadFile, UnmatchedKeys, counted
-from ..storage.stored import NarrowTensor, narrow_in
+from ..storage.stored import QuantisedTensor, quantised_in
 from ..tensor_names import NameTable
-from .narrow_layers import can_be_narrow, make_narrow
 from .objective import FlowSchedule, NoiseSchedule, Schedule
+from .quantised_layers import can_be_quantised, make_quantised
 from .recipe import STARTING_POINTS, Recipe
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
@@ -353,8 +353,8 @@ def materialise(
 
     A tensor that already has the device and the dtype is used without a copy, memory-mapped or not. A tensor made in inference
     mode is copied, since autograd could not use it. Tensors are read in the order of the mapping, where parts of one tensor
-    follow each other. With `as_stored`, layers keep weights that are stored in fewer bits, and widen them when they are used.
-    The numbers are the same. Raises UnmatchedKeys when names or shapes are not exactly those of the module. Raises BadFile
+    follow each other. With `as_stored`, layers keep weights that are stored in fewer bits, and dequantise them when used. The
+    numbers are the same. Raises UnmatchedKeys when names or shapes are not exactly those of the module. Raises BadFile
     when a weight is stored as whole numbers. The messages contain `what`.
     """
     wanted = module.state_dict(keep_vars=True)
@@ -374,7 +374,7 @@ def materialise(
         return tensor.to(device).to(dtype) if tensor.itemsize <= dtype.itemsize else tensor.to(dtype).to(device)
 
     state = {}
-    narrow: dict[str, NarrowTensor] = {}
+    quantised: dict[str, QuantisedTensor] = {}
     first_names: dict[int, str] = {}  # by weight, since T5's embedding has two names
     for name in tensors:
         place = wanted[name]
@@ -383,10 +383,10 @@ def materialise(
             state[name] = state[first]
             continue
         path, _, kind = name.rpartition(".")
-        if as_stored and kind == "weight" and can_be_narrow(module.get_submodule(path)):
-            weight = narrow_in(tensors, name)
+        if as_stored and kind == "weight" and can_be_quantised(module.get_submodule(path)):
+            weight = quantised_in(tensors, name)
             if weight and weight.shape == place.shape:
-                narrow[path] = weight.map(lambda part: usable(part.to(device)))
+                quantised[path] = weight.map(lambda part: usable(part.to(device)))
                 continue
         tensor = tensors[name]
         if (1, *tensor.shape) == place.shape:
@@ -395,12 +395,12 @@ def materialise(
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.is_floating_point() and not tensor.is_floating_point():
             raise BadFile(f"{what} is quantised, e.g. {name} to {tensor.dtype}; {UNQUANTISED}")
-        if not keeps_narrow_weights(device):  # nor can they be widened there
+        if not keeps_quantised_weights(device):  # nor can they be dequantised there
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         state[name] = usable(placed_as(tensor))
-    module.load_state_dict(state, assign=True, strict=False)  # strict requires narrow weights too, which are added next
-    for path, weight in narrow.items():
-        make_narrow(module, path, weight, dtype)
+    module.load_state_dict(state, assign=True, strict=False)  # strict requires those too that are added next
+    for path, weight in quantised.items():
+        make_quantised(module, path, weight, dtype)
     # Buffers that are not in checkpoints (CLIP's position numbers) were created on the CPU.
     if any(buffer.device != device for buffer in module.buffers()):
         module.to(device)

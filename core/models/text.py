@@ -159,7 +159,6 @@ def builder(
 
 
 def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
-    """Build a text encoder, with a config that follows from the shapes of its tensors."""
     if kind.startswith("clip"):
         projection = kind == "clip_g"
         return clip.text_component(stored, KINDS[kind], "gelu" if projection else "quick_gelu", projection)

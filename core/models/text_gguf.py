@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import UnknownFamily
 from ..storage.gguf_file import GgufTensors
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, shape_of
+from ..storage.stored import LazyTensors, QuantisedTensor, Stored, shape_of
 
 _T5 = {
     "token_embd": "shared",
@@ -78,7 +78,6 @@ def in_transformers_names(tensors: GgufTensors) -> LazyTensors:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Return the name of a tensor in transformers, or the same name if it isn't known."""
     path, _, kind = name.rpartition(".")
     layer = re.search(r"\.(\d+)\.", path)
     if layer is None:
@@ -94,9 +93,9 @@ class _InHalves(Stored):
     def __call__(self) -> Tensor:
         return _in_halves(super().__call__())
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
-        narrow = super().narrow(read)
-        return narrow and narrow.cut(_in_halves)
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
+        quantised = super().quantised(read)
+        return quantised and quantised.cut(_in_halves)
 
 
 def _in_halves(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MissingPackage, UnmatchedKeys
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, stored_under
+from ..storage.stored import LazyTensors, QuantisedTensor, Stored, stored_under
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, shapes_in, vae_component
 from .packages import import_diffusers
@@ -87,8 +87,8 @@ class _Rows(Stored):
         dtype, shape = super().layout()
         return dtype, (self._rows(shape)[self.index], *shape[1:])
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
-        whole = super().narrow(read)
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
+        whole = super().quantised(read)
         return whole and whole.cut(self._cut)
 
     def _cut(self, whole: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from ..config import parse_toml
 from ..errors import BadConfig, FaceLoraError, one_line
 from ..storage.files import read_bytes
+from ..storage.plain_values import parse_toml
 
 PERSON_FILE = "person.toml"
 """The file in a person's folder with that person's settings and agreement."""
@@ -21,8 +21,8 @@ def check_agreed(*folders: str | os.PathLike[str]) -> None:
         if not os.path.lexists(file):
             continue
         try:
-            agreed = parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig")).get("agreed", True)
-        except (FaceLoraError, UnicodeDecodeError) as error:
+            agreed = parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE)).get("agreed", True)
+        except FaceLoraError as error:
             raise BadConfig(one_line(f"{file}: {error}")) from None
         if agreed is not True and str(agreed).strip().lower() not in YES:
             raise BadConfig(

@@ -162,7 +162,6 @@ def _fit(photo: Photo, box: Box, resolution: int, multiple: int, upscale: bool) 
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """Return the picture's values, float32 (channels, height, width) in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy())
 

@@ -299,7 +299,7 @@ On ORL, YuNet scores upright faces 0.914 or more, and at least 0.035 higher than
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class MeasuredPhoto:
     """The measurements of one photo before it is compared with the others; lists have one entry for each face."""
 
     photo: Photo
@@ -313,7 +313,7 @@ class Look:
     backgrounds: list[np.ndarray]
 
 
-def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
+def measure_photo(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> MeasuredPhoto:
     """Return the measurements of a photo."""
     side = thresholds.sharpness_side
     # The detector works at 640 pixels, and a face is judged at `side`. Decoding more would waste time.
@@ -327,7 +327,7 @@ def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
     turn = _turn(image, faces, network)
     # Landmarks are wrong on a face that is not upright.
     faces = [] if turn else [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
-    return Look(
+    return MeasuredPhoto(
         photo,
         perceptual_hash(image),
         turn,
@@ -354,7 +354,6 @@ def _surest(faces: Sequence[Face]) -> float:
 
 
 def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
-    """Return a face of `image` in the pixels of the same picture at another size."""
     factors = np.array(size) / image.size
     left, top, right, bottom = (np.array(face.box) * np.tile(factors, 2)).tolist()
     return Face((left, top, right, bottom), (face.landmarks * factors).astype(np.float32), face.score)

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import counted
 from ..faces import Face, FaceNetwork, likeness, mean_face
 from . import measure
-from .measure import TURNS, Look, Thresholds, look_at
+from .measure import TURNS, MeasuredPhoto, Thresholds, measure_photo
 from .reading import Photo
 
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
@@ -190,26 +190,26 @@ def check_photos(
     thresholds = thresholds or Thresholds()
     if network is None:
         return _without_faces(photos, thresholds)
-    looks = [look_at(photo, network, thresholds) for photo in photos]
-    chosen = _recognise(looks, None if like is None else mean_face(like))
+    measured = [measure_photo(photo, network, thresholds) for photo in photos]
+    chosen = _recognise(measured, None if like is None else mean_face(like))
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # Without a majority for one person, nobody can tell who doesn't belong.
     majority = like is not None or 2 * sum(matches) > len(matches)
-    told = like is not None or _most_of_another(looks, chosen, thresholds) < sum(matches)
+    is_identified = like is not None or _most_of_another(measured, chosen, thresholds) < sum(matches)
     reports = [
-        _judge(look, index, alike, majority, told, thresholds)
-        for look, (index, alike) in zip(looks, chosen, strict=True)
+        _judge(item, index, alike, majority, is_identified, thresholds)
+        for item, (index, alike) in zip(measured, chosen, strict=True)
     ]
-    reports = _mark_copies(reports, looks, [index for index, _ in chosen], thresholds)
+    reports = _mark_copies(reports, measured, [index for index, _ in chosen], thresholds)
     usable = [
-        (look, index)
-        for look, (index, _), report in zip(looks, chosen, reports, strict=True)
+        (item, index)
+        for item, (index, _), report in zip(measured, chosen, reports, strict=True)
         if report.verdict != REJECT
     ]
-    lights = measure.kinds([look.lights[index] for look, index in usable])
-    backgrounds = measure.kinds([look.backgrounds[index] for look, index in usable])
+    lights = measure.kinds([item.lights[index] for item, index in usable])
+    backgrounds = measure.kinds([item.backgrounds[index] for item, index in usable])
     wishes = _wishes([report for report in reports if report.verdict != REJECT], lights, backgrounds, thresholds)
-    people = _people(looks, [index for index, _ in chosen], thresholds) if matches and not majority else ()
+    people = _people(measured, [index for index, _ in chosen], thresholds) if matches and not majority else ()
     advice = _advise(len(usable), wishes, several_people=bool(people), limits=thresholds)
     return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes, people)
 
@@ -220,7 +220,6 @@ def unseen(photos: Sequence[Photo], thresholds: Thresholds) -> SetReport:
 
 
 def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
-    """Return a report on what can be measured without looking for faces."""
     first: dict[str, str] = {}
     reports = []
     for photo in photos:
@@ -241,32 +240,36 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
     return SetReport(tuple(reports), limits, None, 0, 0, advice)
 
 
-def _recognise(looks: Sequence[Look], typical: np.ndarray | None) -> list[tuple[int, float | None]]:
+def _recognise(measured: Sequence[MeasuredPhoto], typical: np.ndarray | None) -> list[tuple[int, float | None]]:
     """Return the index of the person's face in each photo, and its likeness to the `typical` face: None for the set's own.
 
     The likeness is None in a photo without a face, and in all photos when fewer than two have a face and none is typical.
     """
-    with_faces = [look for look in looks if look.faces]
+    with_faces = [item for item in measured if item.faces]
     if typical is None:
         if len(with_faces) < 2:
-            return [(0, None) for _ in looks]
-        candidates = np.concatenate([look.vectors for look in with_faces])
+            return [(0, None) for _ in measured]
+        candidates = np.concatenate([item.vectors for item in with_faces])
         # (candidates, photos): how alike a candidate is to the most similar face of each photo.
-        best = np.stack([likeness(candidates, look.vectors).max(1) for look in with_faces], 1)
+        best = np.stack([likeness(candidates, item.vectors).max(1) for item in with_faces], 1)
         typical = candidates[best.sum(1).argmax()]
     chosen: list[tuple[int, float | None]] = []
-    for look in looks:
-        if look.faces:
-            alike = likeness(look.vectors, typical)
+    for item in measured:
+        if item.faces:
+            alike = likeness(item.vectors, typical)
             chosen.append((int(alike.argmax()), min(1.0, float(alike.max()))))
         else:
             chosen.append((0, None))
     return chosen
 
 
-def _most_of_another(looks: Sequence[Look], chosen: Sequence[tuple[int, float | None]], limits: Thresholds) -> int:
+def _most_of_another(
+    measured: Sequence[MeasuredPhoto], chosen: Sequence[tuple[int, float | None]], limits: Thresholds
+) -> int:
     """Return on how many photos the most frequent person is who isn't the chosen one."""
-    others = [np.delete(look.vectors, index, 0) for look, (index, _) in zip(looks, chosen, strict=True) if look.faces]
+    others = [
+        np.delete(item.vectors, index, 0) for item, (index, _) in zip(measured, chosen, strict=True) if item.faces
+    ]
     if not others:
         return 0
     everyone = np.concatenate(others)
@@ -274,14 +277,14 @@ def _most_of_another(looks: Sequence[Look], chosen: Sequence[tuple[int, float | 
     return int(np.max(counts, initial=0))
 
 
-def _people(looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds) -> tuple[int, ...]:
+def _people(measured: Sequence[MeasuredPhoto], chosen: Sequence[int], limits: Thresholds) -> tuple[int, ...]:
     """The number of the person on each photo, from 1 for the one on most of them; 0 where no face was found."""
-    numbers = [0] * len(looks)
-    left = [i for i, look in enumerate(looks) if look.faces]
-    for number in range(1, len(looks) + 1):
+    numbers = [0] * len(measured)
+    left = [i for i, item in enumerate(measured) if item.faces]
+    for number in range(1, len(measured) + 1):
         if not left:
             break
-        vectors = np.stack([looks[i].vectors[chosen[i]] for i in left])
+        vectors = np.stack([measured[i].vectors[chosen[i]] for i in left])
         alike = likeness(vectors, vectors) >= limits.likeness_reject
         same = alike[alike.sum(1).argmax()]
         for i, is_same in zip(left, same, strict=True):
@@ -291,7 +294,7 @@ def _people(looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds) ->
 
 
 def _mark_copies(
-    reports: Sequence[PhotoReport], looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds
+    reports: Sequence[PhotoReport], measured: Sequence[MeasuredPhoto], chosen: Sequence[int], limits: Thresholds
 ) -> list[PhotoReport]:
     """Return the reports, with a finding added for each picture that has a better copy or a similar picture."""
     marked = list(reports)
@@ -300,36 +303,38 @@ def _mark_copies(
 
     def rank(i: int) -> tuple[int, int, int]:
         # The better copy has the better verdict, then more pixels, then the earlier name.
-        return VERDICTS.index(reports[i].verdict), -math.prod(looks[i].photo.size), i
+        return VERDICTS.index(reports[i].verdict), -math.prod(measured[i].photo.size), i
 
     for i in sorted(with_faces, key=rank):
         copies = [
-            (measure.hash_distance(looks[i].hash, looks[j].hash), j)
+            (measure.hash_distance(measured[i].hash, measured[j].hash), j)
             for j in kept
-            if likeness(looks[i].vectors[chosen[i]], looks[j].vectors[chosen[j]]) >= limits.same_picture_likeness
+            if likeness(measured[i].vectors[chosen[i]], measured[j].vectors[chosen[j]]) >= limits.same_picture_likeness
         ]
         distance, nearest = min(copies, default=(64, -1))
         found = reports[i].findings
         if distance <= limits.same_picture:
             stays = "" if reports[nearest].verdict == REJECT else ", which is kept"
-            found += (Finding(REJECT, f"the same picture as {looks[nearest].photo.name}{stays}", "twice"),)
+            found += (Finding(REJECT, f"the same picture as {measured[nearest].photo.name}{stays}", "twice"),)
         else:
             kept.append(i)
             if distance <= limits.similar_picture:
-                found += (Finding(REVIEW, f"almost the same picture as {looks[nearest].photo.name}"),)
+                found += (Finding(REVIEW, f"almost the same picture as {measured[nearest].photo.name}"),)
         marked[i] = replace(reports[i], findings=found)
     return marked
 
 
-def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bool, limits: Thresholds) -> PhotoReport:
-    if not look.faces:
+def _judge(
+    item: MeasuredPhoto, index: int, alike: float | None, majority: bool, is_identified: bool, limits: Thresholds
+) -> PhotoReport:
+    if not item.faces:
         nothing = "no face was found; make sure that the whole face can be seen"
-        nobody = Finding(REJECT, TURNS.get(look.turn, nothing), "turned" if look.turn else "without a face")
-        return PhotoReport(look.photo, (nobody,), faces=0, face=None, turn=look.turn)
+        nobody = Finding(REJECT, TURNS.get(item.turn, nothing), "turned" if item.turn else "without a face")
+        return PhotoReport(item.photo, (nobody,), faces=0, face=None, turn=item.turn)
 
-    face, luma = look.faces[index], look.lumas[index]
-    others = tuple(other for i, other in enumerate(look.faces) if i != index)
-    in_frame = measure.share_in_frame(look.photo.size, face)
+    face, luma = item.faces[index], item.lumas[index]
+    others = tuple(other for i, other in enumerate(item.faces) if i != index)
+    in_frame = measure.share_in_frame(item.photo.size, face)
     sharp, bright, middle = measure.sharpness(luma), measure.highlights(luma), measure.midtone(luma)
     yaw, pitch = measure.pose(face)
 
@@ -343,9 +348,9 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         add(REJECT, f"{pixels}; {limits.face_pixels_reject:.0f} are needed", "too small")
     elif face.size < limits.face_pixels_review:
         add(REVIEW, f"{pixels}; {limits.face_pixels_review:.0f} are better")
-    if not measure.features_in_frame(look.photo.size, face):
+    if not measure.features_in_frame(item.photo.size, face):
         add(REJECT, "an eye, the nose or the mouth is cut off", "cut off")
-    elif not measure.features_in_middle(look.photo.size, face):
+    elif not measure.features_in_middle(item.photo.size, face):
         add(REJECT, "the face is outside the middle of a long picture: cut it to the part around the face", "too long")
     elif in_frame < limits.in_frame_review:
         add(REVIEW, "part of the face is outside the picture")
@@ -364,18 +369,18 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
     elif middle > limits.midtone_review:
         add(REVIEW, "the face is rather bright")
     findings += _doubts(alike, majority, limits)
-    if others and (alike is None or not told):
-        add(REJECT, f"{len(look.faces)} people, and no other photo to tell who is meant: crop it", "of several people")
+    if others and (alike is None or not is_identified):
+        add(REJECT, f"{len(item.faces)} people, and no other photo to tell who is meant: crop it", "of several people")
     elif others:
         people = "another person" if len(others) == 1 else f"{len(others)} other people"
         add(CROP, f"{people} in the picture: crop it, or set face_crops or face_masks")
-    if face.share_of(look.photo.size) < limits.face_share_crop:
+    if face.share_of(item.photo.size) < limits.face_share_crop:
         add(CROP, "the face is small in the picture: crop it, or set face_crops")
 
     return PhotoReport(
-        look.photo,
+        item.photo,
         tuple(findings),
-        faces=len(look.faces),
+        faces=len(item.faces),
         face=face,
         other_faces=others,
         share_in_frame=in_frame,
@@ -386,11 +391,11 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, told: bo
         yaw=yaw,
         pitch=pitch,
         view=VIEWS[(abs(yaw) >= limits.turned) + (abs(yaw) >= limits.side)],
-        framing=framing(face, look.photo.size[1]),
-        vector=look.vectors[index],
-        hash=look.hash,
-        light=look.lights[index],
-        background=look.backgrounds[index],
+        framing=framing(face, item.photo.size[1]),
+        vector=item.vectors[index],
+        hash=item.hash,
+        light=item.lights[index],
+        background=item.backgrounds[index],
     )
 
 
@@ -398,11 +403,11 @@ def _doubts(alike: float | None, majority: bool, limits: Thresholds) -> list[Fin
     """Return a finding if the person's face is not like those on the other photos."""
     if alike is None or alike >= limits.likeness_review:
         return []
-    told = f"(likeness {alike:.2f} to the other photos)"
+    figure = f"(likeness {alike:.2f} to the other photos)"
     if alike >= limits.likeness_reject:
-        return [Finding(REVIEW, f"this may be someone else, or an unusual view {told}")]
+        return [Finding(REVIEW, f"this may be someone else, or an unusual view {figure}")]
     if majority:
-        return [Finding(REJECT, f"this seems to be someone else {told}", "of someone else")]
+        return [Finding(REJECT, f"this seems to be someone else {figure}", "of someone else")]
     return [Finding(REVIEW, "the photos show different people, and no one is in most of them")]
 
 
@@ -418,7 +423,6 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
-    """Return what variety the usable photos lack, each with the number of photos to add; what helps most comes first."""
     missing = [
         (int(bool(usable) and all(report.view != VIEWS[0] for report in usable)), "facing the camera"),
         (

@@ -23,7 +23,7 @@ from ..models.spec import Pair
 from ..storage.safetensors_file import SafetensorsFile
 from .sampling import encode_pairs, load_vae
 
-Worn = tuple[tuple[LoraFile, float], ...]
+AppliedAt = tuple[tuple[LoraFile, float], ...]
 """LoRAs, with the strengths that they are applied at."""
 Texts = tuple[str, str]
 """A prompt and a negative prompt."""
@@ -57,22 +57,22 @@ class DrawingModel:
         precision: Precision = "auto",
         clip_skip: int = 1,
         device: torch.device | str | None = None,
-        goes_on: bool = False,
+        keeps_originals: bool = False,
     ):
-        """`goes_on` is whether other LoRAs or strengths may follow after a batch of pictures."""
+        """`keeps_originals` is whether other LoRAs or strengths may follow after a batch of pictures."""
         self.base: Base = base
-        self.goes_on: bool = goes_on
-        self.beside: list[AppliedLora] = []
+        self.keeps_originals: bool = keeps_originals
+        self.at_hand: list[AppliedLora] = []
         """LoRAs that are computed but not applied. `AppliedLora.swap` applies one for a single pass."""
         self._wanted = precision, device
         self._clip_skip = clip_skip
-        self._encoded: dict[tuple[Worn, Texts], Pair] = {}
+        self._encoded: dict[tuple[AppliedAt, Texts], Pair] = {}
         self._loaded: tuple[nn.Module, MemorySaver] | None = None
         self._as_stored = False
         self._copies = 1
         self._vae: nn.Module | None = None
-        self._worn: tuple[Worn, Worn] | None = None
-        """The LoRAs that are applied, and those in `beside`. None before the first."""
+        self._applied_at: tuple[AppliedAt, AppliedAt] | None = None
+        """The LoRAs that are applied, and those in `at_hand`. None before the first."""
         self._applied: list[AppliedLora] = []
         self._is_changed = False
         """Whether the denoiser was changed for good."""
@@ -85,14 +85,14 @@ class DrawingModel:
         return self.base.device_and_dtype(*self._wanted)
 
     @cached_property
-    def _speed(self) -> Worn:
+    def _speed(self) -> AppliedAt:
         """The base model's speed LoRA, which is applied with any others."""
         file = self.base.speed_lora
         return ((LoraFile.read(file.path).of_parts({"denoiser"}), 1.0),) if file else ()
 
     @property
     def denoiser(self) -> nn.Module:
-        assert self._loaded, "wear loads it"
+        assert self._loaded, "apply_only loads it"
         return self._loaded[0]
 
     @property
@@ -101,62 +101,63 @@ class DrawingModel:
             self._vae = load_vae(self.base, *self.place)
         return self._vae
 
-    def encode(self, wanted: Mapping[Worn, Collection[Texts]]) -> None:
+    def encode(self, wanted: Mapping[AppliedAt, Collection[Texts]]) -> None:
         """Encode texts with these LoRAs on the text encoders. `encoded` then returns the results.
 
         If some haven't been encoded yet, the other networks are freed first, since the text encoders need their memory.
         """
-        left = {worn: {pair for pair in texts if (worn, pair) not in self._encoded} for worn, texts in wanted.items()}
-        left = {worn: texts for worn, texts in left.items() if texts}
+        missing = {
+            loras: {one for one in texts if (loras, one) not in self._encoded} for loras, texts in wanted.items()
+        }
+        left = {loras: texts for loras, texts in missing.items() if texts}
         if not left:
             return
         self._free()
         device = self.place[0]
-        as_stored = are_low_rank([lora for worn in left for lora, _ in worn], self.base.text_encoders)
+        as_stored = are_low_rank([lora for loras in left for lora, _ in loras], self.base.text_encoders)
         encoders = self.base.load_text_encoders(device, torch.float32, as_stored)
-        for worn, texts in left.items():
-            with _applied(self.base, worn, encoders, device):
+        for loras, texts in left.items():
+            with _applied(self.base, loras, encoders, device):
                 pairs = encode_pairs(self.base, encoders, texts, self._clip_skip)
-            self._encoded |= {(worn, pair): conditioning for pair, conditioning in pairs.items()}
+            self._encoded |= {(loras, pair): conditioning for pair, conditioning in pairs.items()}
 
-    def encoded(self, worn: Worn, texts: Texts) -> Pair:
+    def encoded(self, loras: AppliedAt, texts: Texts) -> Pair:
         """Return the conditioning of texts that were encoded with these LoRAs."""
-        return self._encoded[worn, texts]
+        return self._encoded[loras, texts]
 
-    def wears(self, worn: Worn, beside: Worn = ()) -> bool:
-        """Return whether exactly these LoRAs are applied, and those `beside` computed."""
-        return self._worn == (worn, beside)
+    def has_applied(self, loras: AppliedAt, at_hand: AppliedAt = ()) -> bool:
+        """Return whether exactly these LoRAs are applied, and those `at_hand` computed."""
+        return self._applied_at == (loras, at_hand)
 
-    def wear(self, worn: Worn, beside: Worn = (), last: bool = False) -> None:
+    def apply_only(self, loras: AppliedAt, at_hand: AppliedAt = (), for_good: bool = False) -> None:
         """Load the denoiser if it isn't loaded, and apply these LoRAs to it and no others.
 
-        The LoRAs `beside` are put into the list of that name: each has a copy of the weights that it changes. With `last`, no
-        other LoRAs will follow, and the original weights are not kept. If others follow nevertheless, the denoiser is loaded
-        again.
+        The LoRAs `at_hand` are put into the list of that name: each has a copy of the weights that it changes. With `for_good`,
+        no other LoRAs will follow, and the original weights are not kept. If others follow nevertheless, the denoiser is
+        loaded again.
         """
-        if self.wears(worn, beside):
+        if self.has_applied(loras, at_hand):
             return
-        self.beside.clear()
+        self.at_hand.clear()
         if self._is_changed:
             self._free()
-        self._load([lora for lora, _ in (*worn, *self._speed, *beside)], copies=1 + len(beside))
+        self._load([lora for lora, _ in (*loras, *self._speed, *at_hand)], copies=1 + len(at_hand))
         for one in self._applied[:1]:
             one.remove()  # All, since they share their originals.
-        if last:
+        if for_good:
             self._originals.clear()
-        self._worn, self._applied = None, []
-        self._is_changed = last and bool(worn or self._speed)  # even if one of them can't be applied
+        self._applied_at, self._applied = None, []
+        self._is_changed = for_good and bool(loras or self._speed)  # even if one of them can't be applied
         target, device = {"family": self.base.family.name, "denoiser": self.denoiser}, self.place[0]
-        for lora, strength in (*worn, *self._speed):
-            one = apply(
-                lora.of_parts({"denoiser"}), target, strength, for_good=last, device=device, originals=self._originals
-            )
+        for lora, strength in (*loras, *self._speed):
+            part, originals = lora.of_parts({"denoiser"}), self._originals
+            one = apply(part, target, strength, for_good=for_good, device=device, originals=originals)
             self._applied.append(one)
-        for lora, strength in beside:
+        for lora, strength in at_hand:
             one = apply(lora.of_parts({"denoiser"}), target, strength, at_hand=True, device=device)
             one.swap()
-            self.beside.append(one)
-        self._worn = worn, beside
+            self.at_hand.append(one)
+        self._applied_at = loras, at_hand
         self._memory.offload.renew()
 
     def draw(self, compute: Callable[[], list[Image.Image]]) -> list[Image.Image]:
@@ -176,7 +177,7 @@ class DrawingModel:
 
     @property
     def _memory(self) -> MemorySaver:
-        assert self._loaded, "wear loads it"
+        assert self._loaded, "apply_only loads it"
         return self._loaded[1]
 
     def _load(self, loras: Iterable[LoraFile], copies: int) -> None:
@@ -196,11 +197,10 @@ class DrawingModel:
         self._copies = copies
 
     def _free(self) -> None:
-        """Free the denoiser and the VAE, and the LoRAs' changes."""
         if self._loaded is None:
             return
-        self._loaded = self._vae = self._worn = None
-        self._applied, self.beside, self._originals, self._as_stored, self._is_changed = [], [], {}, False, False
+        self._loaded = self._vae = self._applied_at = None
+        self._applied, self.at_hand, self._originals, self._as_stored, self._is_changed = [], [], {}, False, False
         if self.place[0].type == "cpu":
             release_heap()
         else:
@@ -236,11 +236,11 @@ def _plan(
 
 
 @contextmanager
-def _applied(base: Base, worn: Worn, networks: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
+def _applied(base: Base, loras: AppliedAt, networks: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
     """Apply the LoRAs to text encoders within the context, and add the words that the files define."""
     with ExitStack() as contexts:
-        for lora, strength in worn:
+        for lora, strength in loras:
             target = {"family": base.family.name, **networks}
             contexts.enter_context(apply(lora.of_parts(networks), target, strength, device=device))
-        contexts.enter_context(new_words(networks, [lora for lora, _ in worn]))
+        contexts.enter_context(new_words(networks, [lora for lora, _ in loras]))
         yield

@@ -25,9 +25,9 @@ from ..models.base import Base
 from ..models.spec import Pair, stacked_with
 from ..progress import OnProgress
 from ..storage.drawn import save_png
-from ..storage.files import is_text
+from ..storage.plain_values import is_text
 from ..storage.safetensors_file import SafetensorsFile
-from .drawing_model import DrawingModel, Worn
+from .drawing_model import AppliedAt, DrawingModel
 from .parameters import Parameters
 from .sampling import (
     SAMPLERS,
@@ -170,14 +170,14 @@ def generate(
         model = model or stack.enter_context(DrawingModel(base, config.precision, config.clip_skip, device))
         stack.enter_context(explained_memory_error("batch_size 1, smaller pictures or the device cpu"))
         device, dtype = model.place
-        worn = {strength: worn_at(strength, loras) for strength in groups}
-        model.encode({worn[strength]: {texts_of(job, base) for job in group} for strength, group in groups.items()})
+        loras_at = {strength: applied_at(strength, loras) for strength in groups}
+        model.encode({loras_at[strength]: {texts_of(job, base) for job in group} for strength, group in groups.items()})
         # The strength that the model has from the last batch comes first.
-        strengths = sorted(groups, key=lambda strength: not model.wears(worn[strength]))
+        strengths = sorted(groups, key=lambda strength: not model.has_applied(loras_at[strength]))
         for strength in strengths:
             group = groups[strength]
-            model.wear(worn[strength], last=strength == strengths[-1] and not model.goes_on)
-            texts = [model.encoded(worn[strength], texts_of(job, base)) for job in group]
+            model.apply_only(loras_at[strength], for_good=strength == strengths[-1] and not model.keeps_originals)
+            texts = [model.encoded(loras_at[strength], texts_of(job, base)) for job in group]
             for batch, pairs in in_batches(
                 group, texts, config.batch_size, lambda job: (job.size, job.steps, job.guidance)
             ):
@@ -199,7 +199,7 @@ def generate(
                     yield Picture(image, job, parameters_text(base, loras, job, config))
 
 
-def worn_at(strength: float, loras: Sequence[tuple[LoraFile, float]]) -> Worn:
+def applied_at(strength: float, loras: Sequence[tuple[LoraFile, float]]) -> AppliedAt:
     """Return the LoRAs with their strengths multiplied by a job's."""
     return tuple((lora, factor * strength) for lora, factor in loras)
 

@@ -25,17 +25,17 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.spec import Pair
 from ..progress import OnProgress
-from .drawing_model import DrawingModel, Texts, Worn
+from .drawing_model import AppliedAt, DrawingModel, Texts
 from .generate import (
     GenerateConfig,
     Job,
     Picture,
+    applied_at,
     by_strength,
     check_drawing,
     finished,
     parameters_text,
     texts_of,
-    worn_at,
 )
 from .parameters import Parameters
 from .sampling import Prediction, Sampling, denoised, guided_prediction
@@ -281,7 +281,9 @@ def generate_group(
         stack.enter_context(explained_memory_error("smaller pictures or the device cpu"))
         encoded = _encode(model, group, loras, jobs)
         for strength, some in by_strength(jobs).items():
-            model.wear(worn_at(strength, loras), beside=worn_at(strength, [(p.lora, p.strength) for p in group.people]))
+            model.apply_only(
+                applied_at(strength, loras), at_hand=applied_at(strength, [(p.lora, p.strength) for p in group.people])
+            )
             for job in some:
 
                 def draw(job: Job = job) -> list[Image.Image]:
@@ -333,29 +335,28 @@ def group_parameters(
     return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
 
 
-def shows_several(said: Parameters) -> bool:
+def shows_several(parameters: Parameters) -> bool:
     """Return whether a picture was drawn of several people, by the setting `Regions` of `group_parameters`."""
-    return len(_REGION.findall(said.settings.get("Regions", ""))) > 1
+    return len(_REGION.findall(parameters.settings.get("Regions", ""))) > 1
 
 
 def _encode(
     model: DrawingModel, group: Group, loras: Sequence[tuple[LoraFile, float]], jobs: Sequence[Job]
 ) -> dict[Job, list[Pair]]:
-    """Return the conditioning of each job's texts: the scene's, then each person's, encoded with only that person's LoRA."""
-    texts: dict[Job, list[tuple[Worn, Texts]]] = {}
-    wanted: dict[Worn, set[Texts]] = {}
+    texts: dict[Job, list[tuple[AppliedAt, Texts]]] = {}
+    wanted: dict[AppliedAt, set[Texts]] = {}
     for job in jobs:
         for person in (None, *group.people):
             words = group.words_of(person, job.prompt) if person else group.scene_words(job.prompt)
-            worn = worn_at(job.strength, [*loras, (person.lora, person.strength)] if person else loras)
-            texts.setdefault(job, []).append((worn, texts_of(replace(job, prompt=words), model.base)))
-            wanted.setdefault(worn, set()).add(texts[job][-1][1])
+            applied = applied_at(job.strength, [*loras, (person.lora, person.strength)] if person else loras)
+            texts.setdefault(job, []).append((applied, texts_of(replace(job, prompt=words), model.base)))
+            wanted.setdefault(applied, set()).add(texts[job][-1][1])
     model.encode(wanted)
     return {job: [model.encoded(*one) for one in ones] for job, ones in texts.items()}
 
 
 @contextmanager
-def _worn(lora: AppliedLora) -> Iterator[None]:
+def _switched_on(lora: AppliedLora) -> Iterator[None]:
     """Apply the LoRA within the context."""
     lora.swap()
     try:
@@ -365,7 +366,6 @@ def _worn(lora: AppliedLora) -> Iterator[None]:
 
 
 def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job) -> Prediction:
-    """Return the predictions for the scene and for each person's region, blended."""
     assert job.size is not None
     base, (device, dtype) = model.base, model.place
     regions = group.regions(job.size, base.size_multiple)
@@ -383,9 +383,9 @@ def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job)
 
     def predict(latents: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
         blended = weights[-1] * scene(latents, timestep, following) if has_scene else torch.zeros_like(latents)
-        for weight, own, lora, (left, top, right, bottom) in zip(weights, others, model.beside, cells, strict=False):
+        for weight, own, lora, (left, top, right, bottom) in zip(weights, others, model.at_hand, cells, strict=False):
             part = (..., slice(top, bottom), slice(left, right))
-            with _worn(lora):
+            with _switched_on(lora):
                 blended[part] += weight[part] * own(latents[part], timestep, following)
         return blended
 

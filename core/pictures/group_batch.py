@@ -152,12 +152,10 @@ def redraw_faces(
 
 
 def _lowest(found: Sequence[FoundFace | None]) -> float:
-    """Return the smallest likeness of those whose face is there."""
     return min(one.likeness for one in found if one)
 
 
 def _part_of(base: Base, reference: GroupReference, number: int, image: Image.Image, face: Face) -> CutOut:
-    """Return the cut-out with a person's face, in the aspect of the person's region."""
     left, top, right, bottom = reference.group.regions(image.size, 1)[number]
     part = cut_out(
         image, face, face_share(reference.people[number]), base.resolution, base.size_multiple,
@@ -201,7 +199,7 @@ class _GroupBatch(Batch):
 
     def model(self, jobs: Sequence[Job]) -> DrawingModel:
         config = self.config
-        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, goes_on=True)
+        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, keeps_originals=True)
 
     def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, model=model)

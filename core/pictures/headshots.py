@@ -33,6 +33,7 @@ from ..storage.files import (
     writing,
 )
 from ..storage.locks import locked
+from ..storage.plain_values import parse_json, read_as
 from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
@@ -175,7 +176,9 @@ class Batch:
         """Return the networks for all passes on the pictures of these jobs."""
         strengths = {job.strength for job in jobs}
         config = self.config
-        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, goes_on=len(strengths) > 1)
+        return DrawingModel(
+            self.base, config.precision, config.clip_skip, self.device, keeps_originals=len(strengths) > 1
+        )
 
     def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
@@ -291,12 +294,9 @@ def _face_outcome(path: Path) -> FaceOutcome | None:
     with Image.open(path) as image:
         text = image.info.get("face_pass", "")
     try:
-        given = json.loads(text)
-        after, taken = given.pop("after"), given.pop("taken", True) is True
-        numbers = {name: float(value) for name, value in given.items()}
-        outcome = FaceOutcome(**numbers, after=None if after is None else float(after), taken=taken)
+        outcome = read_as(FaceOutcome, parse_json(text))
         _ = outcome.settings  # Raises BadConfig for numbers that no pass can have.
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
+    except (ValueError, BadConfig):
         return None
     return outcome
 

@@ -69,7 +69,7 @@ class _Example:
     """A picture to publish."""
 
     photo: Photo
-    said: Parameters | None
+    parameters: Parameters | None
     """What it was drawn from, without people's names; None if the file doesn't record it."""
     strength: str = ""
     """The strength of the published LoRA in its prompt; empty if it was drawn without that LoRA."""
@@ -122,7 +122,7 @@ def publish(
     with _new_folder(folder) as made:
         paths = [made / f"{name}-{number:02}.png" for number in range(1, len(examples) + 1)]
         for path, example in zip(paths, examples, strict=True):
-            save_png(path, example.photo.image(), {"parameters": str(example.said)} if example.said else {})
+            save_png(path, example.photo.image(), {"parameters": str(example.parameters)} if example.parameters else {})
         if paths:
             metadata |= cover(small_picture(paths[0]))
         path = made / f"{name}.safetensors"
@@ -165,24 +165,24 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) ->
             graph = "".join(str(image.info.get(name, "")) for name in ("prompt", "workflow"))
     except DAMAGED:
         text, recorded, graph = None, False, ""
-    said = Parameters.read(text) if isinstance(text, str) else None
-    if said is None and not recorded:  # The mark of drawn pictures is not enough: sheets and covers have it too.
+    parameters = Parameters.read(text) if isinstance(text, str) else None
+    if parameters is None and not recorded:  # The mark of drawn pictures is not enough: sheets and covers have it too.
         on_warning(f"{photo.name}: left out: it may be a photo or show other people, since no prompt or graph is in it")
         return None
-    if (said and shows_several(said)) or _GROUP_IN_GRAPH in graph:
+    if (parameters and shows_several(parameters)) or _GROUP_IN_GRAPH in graph:
         on_warning(f"{photo.name}: left out: its parameters show several people, but the LoRA is of one person")
         return None
-    if said is None:
+    if parameters is None:
         on_warning(f"{photo.name}: it has no A1111 parameters, so visitors cannot see how it was made")
         return _Example(photo, None)
-    hashes = {stem: number.lower() for stem, number in _LORA_HASH.findall(said.settings.get("Lora hashes", ""))}
+    hashes = {stem: number.lower() for stem, number in _LORA_HASH.findall(parameters.settings.get("Lora hashes", ""))}
     ours = {stem for stem, number in hashes.items() if model_hash.startswith(number)}
     if not ours:
         on_warning(f"{photo.name}: the hashes in its parameters show that it was drawn without this LoRA")
     # A LoRA's file may be named after a person; sites find it by its hash.
     names = {stem: name if stem in ours else number for stem, number in hashes.items()}
-    strengths = [tag[2] or "1" for tag in _tags(hashes).finditer(said.prompt) if tag[1] in ours]
-    return _Example(photo, _without_names(said, names, hashes), next(iter(strengths), ""))
+    strengths = [tag[2] or "1" for tag in _tags(hashes).finditer(parameters.prompt) if tag[1] in ours]
+    return _Example(photo, _without_names(parameters, names, hashes), next(iter(strengths), ""))
 
 
 def _tags(stems: Iterable[str]) -> re.Pattern[str]:
@@ -199,24 +199,23 @@ def _comment(image: Image.Image) -> str:
     return comment[8:].decode("utf-16-be", errors="replace")
 
 
-def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[str, str]) -> Parameters:
+def _without_names(parameters: Parameters, names: Mapping[str, str], hashes: Mapping[str, str]) -> Parameters:
     """Return the parameters with LoRAs renamed, and without unknown settings and names that have no hash."""
 
     def renamed(tag: re.Match[str]) -> str:
         return f" <lora:{names[tag[1]]}:{tag[2] or 1}>" if tag[1] else ""
 
-    settings = {key: said.settings[key] for key in _SETTINGS if key in said.settings}
+    settings = {key: parameters.settings[key] for key in _SETTINGS if key in parameters.settings}
     for key in ("Model", "VAE"):
         if f"{key} hash" not in settings:  # This is the name of a folder.
             settings.pop(key, None)
     if names:
         settings["Lora hashes"] = ", ".join(f"{names[stem]}: {number}" for stem, number in hashes.items())
-    prompt, negative = (_tags(names).sub(renamed, text).strip() for text in (said.prompt, said.negative))
-    return replace(said, prompt=prompt, negative=negative, settings=settings)
+    prompt, negative = (_tags(names).sub(renamed, text).strip() for text in (parameters.prompt, parameters.negative))
+    return replace(parameters, prompt=prompt, negative=negative, settings=settings)
 
 
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
-    """Return the texts to paste, each below the name of its field."""
     listings = source.listings
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
@@ -246,10 +245,10 @@ def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str,
 
     `source` is the LoRA; None if its base model is unknown.
     """
-    drawn = [(example.strength, example.said) for example in examples if example.strength and example.said]
+    drawn = [(example.strength, example.parameters) for example in examples if example.strength and example.parameters]
     if drawn:
         usual = Counter(strength for strength, _ in drawn).most_common(1)[0][0]
-        seen = {key: Counter(said.settings[key] for _, said in drawn if key in said.settings) for key in _ADVICE}
+        seen = {key: Counter(made.settings[key] for _, made in drawn if key in made.settings) for key in _ADVICE}
         return usual, {key: counts.most_common(1)[0][0] for key, counts in seen.items() if counts}
     spec = FAMILIES.get(source.family) if source else None
     if spec is None:

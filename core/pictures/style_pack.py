@@ -4,7 +4,6 @@ A pack is a JSON file. `style_packs/style_pack.schema.json` describes it, and do
 package and in the user's folders, and are read again on every use.
 """
 
-import json
 import math
 import os
 import random
@@ -13,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ..errors import BadConfig, BadStylePack, UnknownFamily, check_length
 from ..models.families import FAMILIES
 from ..models.spec import FamilySpec
-from ..storage.files import is_text, read_bytes
+from ..storage.files import read_bytes
+from ..storage.plain_values import Form, Range, parse_json, read_as, read_value
 from .sizes import size_near
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
@@ -44,35 +44,80 @@ FAMILY_DEFAULTS: Mapping[str, FamilySpec] = FAMILIES
 """The settings for prompts and pictures that a style doesn't set, by family."""
 
 
+# The types of the fields below are the rules of a pack. style_pack.schema.json has the same rules for editors, and a test
+# compares the two.
+
+_Text = Annotated[str, Form(r"\S", "a text")]
+_Name = Annotated[
+    str,
+    Form(r"^(?=\S)[^,]*(?<=\S)\Z", "a name without commas, which separate styles, and without spaces around it"),
+]
+_Axis = Annotated[
+    str,
+    Form(
+        r"^(?!(subject|framing)\Z)[a-z][a-z_]*\Z",
+        "a placeholder's name (lower-case letters and _; not subject or framing)",
+    ),
+]
+_Picture = Annotated[
+    str,
+    Form(
+        r"^(?![\s\S]*(\.\.|[\\:\x00-\x1f]))[^./~][\s\S]*\.(jpg|jpeg|png|webp)\Z",
+        "the relative name of a jpg, png or webp file beside the pack",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Wording:
     """One wording of a style: prompt and negative prompt with placeholders; None leaves a number to the family."""
 
-    prompt: str
+    prompt: Annotated[str, Form(r"\{subject\}", "a text containing {subject}")]
     negative: str = ""
-    guidance: float | None = None
-    steps: int | None = None
+    guidance: Annotated[float, Range(0, 30)] | None = None
+    steps: Annotated[float, Range(1, 200, whole=True)] | None = None
 
 
 @dataclass(frozen=True)
 class Style:
     """A headshot style: its wordings, and what its pictures have in common."""
 
-    name: str
-    category: str
-    tags: Wording | None
-    """The wording for families that read tags (SD1.5, SDXL). At least one of `tags` and `sentences` is set."""
-    sentences: Wording | None
-    """The wording for families that read sentences (FLUX and later)."""
-    framing: str = "head-and-shoulders"
-    aspect: str = "4:5"
+    name: _Name
+    category: _Text
+    prompts: Mapping[Literal["tags", "sentences"], Wording]
+    """The wordings for families that read tags (SD1.5, SDXL) and those that read sentences (FLUX and later), or one of both."""
+    framing: Literal["close-up", "head-and-shoulders", "chest-up", "waist-up", "full-length"] = "head-and-shoulders"
+    aspect: Literal["1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9"] = "4:5"
     """The aspect of the pictures, as "width:height"."""
-    strength: float = 0.8
+    strength: Annotated[float, Range(0, 2)] = 0.8
     """The suggested strength of the LoRA."""
-    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    axes: Mapping[_Axis, tuple[Annotated[str, Form(r"^(?=[\s\S]*\S)[^{}]*\Z", "a text without braces")], ...]] = field(
+        default_factory=dict
+    )
     """The placeholders that vary between pictures, with the texts that each takes in turn."""
-    picture: str | None = None
+    picture: _Picture | None = None
     """The file name of an example picture, relative to the pack's folder."""
+
+    def __post_init__(self) -> None:
+        """Raise BadConfig for wordings and axes that don't go together."""
+        _check(self.prompts, "prompts: is empty")
+        for axis, texts in self.axes.items():
+            _check(texts, f"axes: {axis}: is empty")
+            _check(len({*texts}) == len(texts), f"axes: {axis}: a value appears twice")
+        used: set[str] = set()
+        for kind, wording in self.prompts.items():
+            for part, text in (("prompt", wording.prompt), ("negative", wording.negative)):
+                used |= _placeholders(text, f"prompts: {kind}.{part}", ["subject", "framing", *self.axes])
+        for axis in self.axes:
+            _check(axis in used, f"axes: {axis}: no prompt contains {{{axis}}}")
+
+    @property
+    def tags(self) -> Wording | None:
+        return self.prompts.get("tags")
+
+    @property
+    def sentences(self) -> Wording | None:
+        return self.prompts.get("sentences")
 
     def wording(self, family: str) -> Wording:
         """Return the wording for a model family.
@@ -80,12 +125,8 @@ class Style:
         Without one, the prompt of the other wording is used, but not its negative prompt and numbers. A guidance for SDXL would
         burn a FLUX picture. Raises UnknownFamily.
         """
-        reads_tags = family_defaults(family).wording == "tags"
-        own, other = (self.tags, self.sentences) if reads_tags else (self.sentences, self.tags)
-        if own is not None:
-            return own
-        assert other is not None, "a style has at least one wording"
-        return Wording(other.prompt)
+        own = self.prompts.get(family_defaults(family).wording)
+        return own or Wording(next(iter(self.prompts.values())).prompt)
 
 
 @dataclass(frozen=True)
@@ -263,36 +304,37 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
     is the pack's id and title. Raises BadStylePack if the whole file, or every style, is unusable.
     """
     path = Path(path)
-    document = _read_json(path)
+    content = read_bytes(path, MAX_FILE_BYTES, name=path.name, error=BadStylePack)
+    try:
+        document = parse_json(content)
+    except ValueError as error:
+        raise BadStylePack(f"{path.name}: not JSON: {error}") from None
     try:
         if isinstance(document, list):
-            read_style = _read_styler_style
-            head = {"id": path.stem, "title": path.stem, "version": "1", "licence": "not stated"}
-            entries = _list(document, "")
+            read_style, head = _read_styler_style, _Head(path.stem, path.stem, "1", "not stated", tuple(document))
         else:
-            read_style = _read_style
-            head = _object(document, "", (*_HEAD, "styles"), ("$schema", *_HEAD, "styles"))
-            entries = _list(head["styles"], "styles")
-            for name in ("$schema", *_HEAD):
-                _text(head.get(name, ""), name, _HEAD.get(name, _ANY))
-    except ValueError as fault:
+            if isinstance(document, dict):
+                read_value("$schema", document.pop("$schema", ""), str)
+            read_style, head = _read_style, read_as(_Head, document)
+        _check(head.styles, "styles: is empty")
+    except BadConfig as fault:
         raise BadStylePack(f"{path.name}: {fault}") from None
 
     styles: dict[str, Style] = {}
     problems: list[str] = []
-    for number, entry in enumerate(entries, 1):
+    for number, entry in enumerate(head.styles, 1):
         try:
-            style = read_style(entry, head["title"])
-            _check(style.name.casefold() not in styles, "name", "another style of this pack has the same name")
+            style = read_style(entry, head.title)
+            _check(style.name.casefold() not in styles, "name: another style of this pack has the same name")
             styles[style.name.casefold()] = style
-        except ValueError as fault:
+        except BadConfig as fault:
             name = entry.get("name") if isinstance(entry, dict) else None
             label = repr(name) if isinstance(name, str) else f"number {number}"
             problems.append(f"{path.name}: style {label}: {fault}")
     if not styles:
         raise BadStylePack(f"{problems[0]} (no style in this file can be used; problems: {len(problems)})")
     folder = path.resolve().parent
-    pack = StylePack(head["id"], head["title"], head["version"], head["licence"], tuple(styles.values()), folder)
+    pack = StylePack(head.id, head.title, head.version, head.licence, tuple(styles.values()), folder)
     return pack, tuple(problems)
 
 
@@ -359,172 +401,53 @@ def _clash(pack_id: str, paths: Iterable[Path]) -> str:
     return f"style pack id {pack_id!r} is used by several files; keep one: {', '.join(map(str, paths))}"
 
 
-def _read_json(path: Path) -> Any:
-    content = read_bytes(path, MAX_FILE_BYTES, name=path.name, error=BadStylePack)
-    try:
-        # utf-8-sig: some Windows editors start a file with a byte order mark.
-        return json.loads(
-            content.decode("utf-8-sig"), object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant
-        )
-    except UnicodeDecodeError as error:
-        raise BadStylePack(f"{path.name}: not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise BadStylePack(f"{path.name}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # A repeated field, NaN, a huge number, or deep nesting.
-        raise BadStylePack(f"{path.name}: cannot be used as JSON: {error}") from error
+@dataclass(frozen=True)
+class _Head:
+    """A pack's file, whose styles are not read yet."""
+
+    id: Annotated[str, Form(r"^[a-z0-9][a-z0-9-]*\Z", "an id of lower-case letters, digits and hyphens")]
+    title: _Text
+    version: Annotated[str, Form(r"^[0-9]+(\.[0-9]+){0,2}\Z", "a version such as 1.0.0")]
+    licence: _Text
+    styles: tuple[Any, ...]
 
 
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, uses in Counter(name for name, _ in pairs).items():
-        if uses > 1:  # The json module would silently keep the last one.
-            raise ValueError(f"the field {name!r} appears {uses} times in one object")
-    return dict(pairs)
+@dataclass(frozen=True)
+class _StylerStyle:
+    """An entry of sdxl_prompt_styler's list. Other fields are ignored."""
 
+    name: _Name
+    prompt: Annotated[str, Form(r"\{prompt\}", "a text containing {prompt}")]
+    negative_prompt: str = ""
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
-
-
-# The checks of a pack. style_pack.schema.json has the same rules for editors, and a test compares the two.
-
-FRAMINGS = ("close-up", "head-and-shoulders", "chest-up", "waist-up", "full-length")
-ASPECTS = ("1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9")
-_STYLE_FIELDS = ("name", "category", "framing", "aspect", "strength", "prompts", "axes", "picture")
-# The required form of a text: a pattern, and its name in messages.
-_ANY, _TEXT = (r"", "a text"), (r"\S", "a text")
-_NAME = (r"^(?=\S)[^,]*(?<=\S)\Z", "a name without commas, which separate styles, and without spaces around it")
-_AXIS = (
-    r"^(?!(subject|framing)\Z)[a-z][a-z_]*\Z",
-    "a placeholder's name (lower-case letters and _; not subject or framing)",
-)
-_PICTURE = (
-    r"^(?![\s\S]*(\.\.|[\\:\x00-\x1f]))[^./~][\s\S]*\.(jpg|jpeg|png|webp)\Z",
-    "the relative name of a jpg, png or webp file beside the pack",
-)
-_HEAD = {
-    "id": (r"^[a-z0-9][a-z0-9-]*\Z", "an id of lower-case letters, digits and hyphens"),
-    "title": _TEXT,
-    "version": (r"^[0-9]+(\.[0-9]+){0,2}\Z", "a version such as 1.0.0"),
-    "licence": _TEXT,
-}
+    def __post_init__(self) -> None:
+        _placeholders(self.prompt, "prompt", ["prompt"])
+        _placeholders(self.negative_prompt, "negative_prompt", ["prompt"])
 
 
 def _read_style(entry: Any, category: str) -> Style:
-    """Read the style from an entry of a pack. Raises ValueError with what is wrong."""
-    fields = {"category": category, "framing": Style.framing, "aspect": Style.aspect, "strength": Style.strength}
-    fields |= _object(entry, "", ("name", "prompts"), _STYLE_FIELDS)
-    name = _text(fields["name"], "name", _NAME)
-    wordings = {
-        kind: _read_wording(wording, f"prompts.{kind}")
-        for kind, wording in _object(fields["prompts"], "prompts", (), ("tags", "sentences")).items()
-    }
-    _check(wordings, "prompts", "is empty")
-    axes = {
-        _text(axis, "axes", _AXIS): _read_axis(values, f"axes.{axis}")
-        for axis, values in _object(fields.get("axes", {}), "axes").items()
-    }
-    used: set[str] = set()
-    for kind, wording in wordings.items():
-        for part, text in (("prompt", wording.prompt), ("negative", wording.negative)):
-            used |= _placeholders(text, f"prompts.{kind}.{part}", ["subject", "framing", *axes])
-    for axis in axes:
-        _check(axis in used, f"axes.{axis}", f"no prompt contains {{{axis}}}")
-    return Style(
-        name,
-        _text(fields["category"], "category", _TEXT),
-        wordings.get("tags"),
-        wordings.get("sentences"),
-        _one_of(fields["framing"], "framing", FRAMINGS),
-        _one_of(fields["aspect"], "aspect", ASPECTS),
-        _number_between(fields["strength"], "strength", 0, 2),
-        axes,
-        _text(fields["picture"], "picture", _PICTURE) if "picture" in fields else None,
-    )
-
-
-def _read_wording(value: Any, where: str) -> Wording:
-    fields = _object(value, where, ("prompt",), ("prompt", "negative", "guidance", "steps"))
-    guidance, steps = f"{where}.guidance", f"{where}.steps"
-    return Wording(
-        _text(fields["prompt"], f"{where}.prompt", (r"\{subject\}", "a text containing {subject}")),
-        _text(fields.get("negative", ""), f"{where}.negative", _ANY),
-        _number_between(fields["guidance"], guidance, 0, 30) if "guidance" in fields else None,
-        int(_number_between(fields["steps"], steps, 1, 200, is_whole=True)) if "steps" in fields else None,
-    )
-
-
-def _read_axis(values: Any, where: str) -> tuple[str, ...]:
-    without_braces = (r"^(?=[\s\S]*\S)[^{}]*\Z", "a text without braces")
-    texts = tuple(_text(value, f"{where}[{i}]", without_braces) for i, value in enumerate(_list(values, where)))
-    _check(len(set(texts)) == len(texts), where, "a value appears twice")
-    return texts
+    return read_as(Style, {"category": category, **entry} if isinstance(entry, dict) else entry)
 
 
 def _read_styler_style(entry: Any, category: str) -> Style:
-    """Read the style from an entry of sdxl_prompt_styler's list. Raises ValueError with what is wrong."""
-    fields = _object(entry, "", ("name", "prompt"))
-    prompt = _text(fields["prompt"], "prompt", (r"\{prompt\}", "a text containing {prompt}"))
-    negative = _text(fields.get("negative_prompt", ""), "negative_prompt", _ANY)
-    for where, text in (("prompt", prompt), ("negative_prompt", negative)):
-        _placeholders(text, where, ["prompt"])
+    known = _StylerStyle.__annotations__
+    given = {name: entry[name] for name in known if name in entry} if isinstance(entry, dict) else entry
+    style = read_as(_StylerStyle, given)
     portrait = "{framing} portrait of {subject}"
-    tags = Wording(prompt.replace("{prompt}", portrait), negative.replace("{prompt}", portrait))
-    return Style(_text(fields["name"], "name", _NAME), category, tags, sentences=None)
+    prompt, negative = (text.replace("{prompt}", portrait) for text in (style.prompt, style.negative_prompt))
+    return Style(style.name, category, {"tags": Wording(prompt, negative)})
 
 
 def _placeholders(text: str, where: str, known: Sequence[str]) -> set[str]:
-    """Return the placeholders in the text. Raises ValueError for an unknown one, or an unmatched brace."""
-    found = PLACEHOLDER.findall(text)
-    for name in found:
+    """Return the placeholders in the text. Raises BadConfig for an unknown one, or an unmatched brace."""
+    names = PLACEHOLDER.findall(text)
+    for name in names:
         choices = ", ".join(f"{{{choice}}}" for choice in known)
-        _check(name in known, where, f"unknown placeholder {{{name}}}; known: {choices}")
-    _check(not re.search(r"[{}]", PLACEHOLDER.sub("", text)), where, "an unmatched brace")
-    return set(found)
+        _check(name in known, f"{where}: unknown placeholder {{{name}}}; known: {choices}")
+    _check(not re.search(r"[{}]", PLACEHOLDER.sub("", text)), f"{where}: an unmatched brace")
+    return set(names)
 
 
-def _object(value: Any, where: str, required: Sequence[str] = (), known: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the value, a JSON object with the required fields and only known ones, if any are given."""
-    _check(isinstance(value, dict), where, "is not an object", value)
-    faults = [f"the field {name!r} is missing" for name in required if name not in value]
-    faults += [f"unknown field {n!r}; known: {', '.join(known)}" for n in value if known and n not in known]
-    _check(not faults, where, "; ".join(faults))
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    _check(isinstance(value, list), where, "is not an array", value)
-    _check(value, where, "is empty")
-    return value
-
-
-def _text(value: Any, where: str, form: tuple[str, str]) -> str:
-    pattern, title = form
-    _check(isinstance(value, str), where, "is not a string", value)
-    _check(is_text(value), where, f"{value!a} contains an invalid character (an unpaired surrogate)")
-    _check(re.search(pattern, value), where, f"is not {title}", value)
-    return value
-
-
-def _number_between(value: Any, where: str, low: float, high: float, is_whole: bool = False) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    kind = "an integer" if is_whole else "a number"
-    _check(is_number and not (is_whole and value % 1), where, f"is not {kind}", value)
-    _check(low <= value <= high, where, f"is not between {low} and {high}", value)
-    return value
-
-
-def _one_of(value: Any, where: str, choices: Sequence[str]) -> str:
-    _check(value in choices, where, f"is not one of {', '.join(choices)}", value)
-    return value
-
-
-def _check(is_right: object, where: str, fault: str, *faulty: Any) -> None:
-    """Raise ValueError, if the check fails, with the field, the faulty value and the fault."""
+def _check(is_right: object, fault: str) -> None:
     if not is_right:
-        text = " ".join((*map(_shown, faulty), fault))
-        raise ValueError(f"{where}: {text}" if where else text)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise BadConfig(fault)

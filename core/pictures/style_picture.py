@@ -51,15 +51,15 @@ def style_picture(style: Style) -> str:
     wording = style.tags or style.sentences
     assert wording is not None, "a style has at least one wording"
     first = {axis: values[0] for axis, values in style.axes.items()}
-    said = re.sub(r"\{(\w+)\}", lambda axis: first.get(axis[1], ""), wording.prompt).lower()
-    coloured = said.replace("black and white", "")
+    prompt = re.sub(r"\{(\w+)\}", lambda axis: first.get(axis[1], ""), wording.prompt).lower()
+    coloured = prompt.replace("black and white", "")
     top, bottom = _surroundings(style, first.get("background", ""), coloured)
-    if said != coloured:
+    if prompt != coloured:
         top, bottom = _grey(top), _grey(bottom)
     across, down = map(float, style.aspect.split(":"))
     width = HEIGHT * across / down
     head = HEAD_SIZES.get(style.framing, HEAD_SIZES["head-and-shoulders"]) * HEIGHT
-    lit, dark, (x1, x2) = "#f0e9e1", "#8d857d", _light(first.get("light", said))
+    lit, dark, (x1, x2) = "#f0e9e1", "#8d857d", _light(first.get("light", prompt))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{HEIGHT}" viewBox="0 0 {width:.0f} {HEIGHT}">'
         f"<title>{escape(one_line(style.name))}</title>"
@@ -68,11 +68,11 @@ def style_picture(style: Style) -> str:
     )
 
 
-def _surroundings(style: Style, background: str, said: str) -> tuple[str, str]:
+def _surroundings(style: Style, background: str, prompt: str) -> tuple[str, str]:
     """Return the colours (top, bottom) of the backdrop if one is named, else of the place, else UNKNOWN."""
-    plain = re.search(r"backdrop|background|seamless|wall|canvas|paper|plaster", background or said) is not None
+    plain = re.search(r"backdrop|background|seamless|wall|canvas|paper|plaster", background or prompt) is not None
     tables = (PLAIN, SCENES) if plain else (SCENES, PLAIN)
-    for text in (background.lower(), style.name.lower(), said):
+    for text in (background.lower(), style.name.lower(), prompt):
         for table in tables:
             for word, colours in table.items():
                 if re.search(rf"\b{word}", text):

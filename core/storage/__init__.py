@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from .drawn import inspect_mark as inspect_mark
     from .files import check_output as check_output
     from .files import check_writable as check_writable
-    from .files import is_text as is_text
     from .files import make_folder as make_folder
     from .files import read_json as read_json
     from .files import remove_leftovers as remove_leftovers
     from .files import write_file as write_file
     from .files import write_text as write_text
     from .files import writing as writing
+    from .plain_values import is_text as is_text
     from .safetensors_file import Layout as Layout
     from .safetensors_file import SafetensorsFile as SafetensorsFile
     from .safetensors_file import cast_tensor as cast_tensor

@@ -99,24 +99,24 @@ def clear_cache() -> int:
     Other files in the folder are kept. If some files cannot be deleted, or are in use by a training run or a batch, the rest
     are, and then BadFile names the first one.
     """
-    count, left = 0, list[str]()
+    count, failures = 0, list[str]()
     for folder in (cache_folder() / kind for kind in KINDS):
         try:
             paths = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
         except OSError as error:  # The folder belongs to another user.
-            left.append(f"{folder}: cannot be read: {error.strerror or error}")
+            failures.append(f"{folder}: cannot be read: {error.strerror or error}")
             continue
         for path in paths:
             if not _OURS.fullmatch(path.name):
                 continue
-            count += _delete_unused(path, left)
+            count += _delete_unused(path, failures)
         _remove_if_empty(folder)
     _remove_if_empty(cache_folder())
-    check_deleted(count, left)
+    check_deleted(count, failures)
     return count
 
 
-def _delete_unused(path: Path, left: list[str]) -> int:
+def _delete_unused(path: Path, failures: list[str]) -> int:
     """Delete a file or folder as `delete` does, unless another process or thread holds a lock in it."""
     from .locks import locked  # Loads filelock.
 
@@ -125,11 +125,11 @@ def _delete_unused(path: Path, left: list[str]) -> int:
         with ExitStack() as held:
             for lock in locks:
                 held.enter_context(locked(path / lock.stem[1:]))
-            count = sum(delete(one, left) for one in path.iterdir() if one not in locks) if locks else 0
+            count = sum(delete(one, failures) for one in path.iterdir() if one not in locks) if locks else 0
     except InUse as error:
-        left.append(f"{path}: is in use, repeat this later: {error}")
+        failures.append(f"{path}: is in use, repeat this later: {error}")
         return 0
-    return count + delete(path, left)
+    return count + delete(path, failures)
 
 
 def _remove_if_empty(folder: Path) -> None:

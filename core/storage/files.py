@@ -1,11 +1,10 @@
 """Write files atomically, so that a reader never finds half of one.
 
-This module also has the helpers that create folders, read JSON and check text.
+This module also has the helpers that create folders and read JSON.
 """
 
 import io
 import itertools
-import json
 import mmap
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import BadFile, FaceLoraError, counted
+from .plain_values import parse_json
 
 EARLIER = "earlier"
 """The folder that `set_aside` moves files to."""
@@ -173,8 +173,8 @@ _MAX_JSON_BYTES = 64 << 20
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises BadFile when it cannot be read, is larger than 64 MiB or is not JSON."""
     try:
-        return json.loads(read_bytes(path, _MAX_JSON_BYTES).decode())
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_bytes(path, _MAX_JSON_BYTES))
+    except ValueError as error:
         raise BadFile(f"{path}: cannot be read: {error}") from None
 
 
@@ -186,11 +186,6 @@ def fill_page(path: Path, parts: Mapping[str, str]) -> str:
 @cache
 def _read_page(path: Path) -> str:
     return path.read_text("utf-8")
-
-
-def is_text(text: str) -> bool:
-    """Check that the text can be written as UTF-8. JSON and file names can contain unpaired surrogates, which cannot."""
-    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -250,28 +245,28 @@ def clean_place(path: Path) -> None:
     remove_leftovers(path.parent, re.escape(path.name))
 
 
-def delete(path: Path, left: list[str]) -> int:
+def delete(path: Path, failures: list[str]) -> int:
     """Delete a file, or a folder with everything in it, and return the number of deleted files.
 
-    Links are deleted, not what they lead to. What cannot be deleted is added to `left` with the reason; the rest is deleted.
+    Links are deleted, not what they lead to. What cannot be deleted is added to `failures` with the reason.
     """
-    count, before = 0, len(left)
+    count, before = 0, len(failures)
     try:
         if path.is_dir() and not path.is_symlink():
             for inner in list(path.iterdir()):
-                count += delete(inner, left)
-            if len(left) == before:
+                count += delete(inner, failures)
+            if len(failures) == before:
                 path.rmdir()
         elif os.path.lexists(path):
             path.unlink()
             count = 1
     except OSError as error:
-        left.append(f"{path}: cannot be deleted: {error.strerror or error}")
+        failures.append(f"{path}: cannot be deleted: {error.strerror or error}")
     return count
 
 
-def check_deleted(count: int, left: list[str]) -> None:
+def check_deleted(count: int, failures: list[str]) -> None:
     """Raise BadFile with the first of the faults from `delete`, if there are any."""
-    if left:
-        others = counted(len(left), "file or folder was", "files or folders were")
-        raise BadFile(f"{left[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")
+    if failures:
+        others = counted(len(failures), "file or folder was", "files or folders were")
+        raise BadFile(f"{failures[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")

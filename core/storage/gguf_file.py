@@ -17,7 +17,7 @@ from ..errors import BadFile, MissingPackage
 from ..progress import silent
 from .files import map_file
 from .safetensors_file import CHUNK_BYTES, sha256_of, tensor_bytes
-from .stored import LazyTensors, NarrowTensor, Stored, outline
+from .stored import LazyTensors, QuantisedTensor, Stored, outline
 
 SUFFIX = ".gguf"
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -125,19 +125,19 @@ class _GgufTensor(Stored):
         return made
 
     def __call__(self) -> Tensor:
-        if narrow := self.narrow():
-            return narrow.widened(torch.bfloat16)
+        if quantised := self.quantised():
+            return quantised.dequantised(torch.bfloat16)
         return dequantised_array(self.stored.data, self.stored.tensor_type, self.shape, self.name)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype_of(self.stored.tensor_type), self.shape
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
         stored = self.stored
-        if not is_narrow(stored.tensor_type.name):
+        if not can_dequantise(stored.tensor_type.name):
             return None
         data = self.file[stored.data_offset : stored.data_offset + stored.n_bytes].reshape(stored.data.shape)
-        return narrow_gguf(data if read else outline(data), stored.tensor_type.name, self.shape)
+        return quantised_gguf(data if read else outline(data), stored.tensor_type.name, self.shape)
 
 
 def dtype_of(kind: Any) -> torch.dtype:
@@ -162,23 +162,23 @@ def dequantised_array(data: Any, kind: Any, shape: tuple[int, ...], name: str) -
         raise BadFile(f"{name}: is quantised as {kind.name}, which the package gguf does not support") from None
 
 
-def is_narrow(kind: str) -> bool:
-    """Check whether this module can widen the quantisation with that GGUF name."""
+def can_dequantise(kind: str) -> bool:
+    """Check whether this module can dequantise the quantisation with that GGUF name."""
     return kind in _BLOCKS
 
 
-def narrow_gguf(data: Tensor, kind: str, shape: tuple[int, ...]) -> NarrowTensor | None:
-    """Return a quantised weight that torch can widen. `kind` is GGUF's name of the quantisation.
+def quantised_gguf(data: Tensor, kind: str, shape: tuple[int, ...]) -> QuantisedTensor | None:
+    """Return a quantised weight that torch can dequantise. `kind` is GGUF's name of the quantisation.
 
     `data` are bytes, (rows, bytes per row). The result is None for other quantisations, and for a `shape` whose rows are not
     those of `data`.
     """
-    if not is_narrow(kind) or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
+    if not can_dequantise(kind) or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
         return None
-    return NarrowTensor((data,), partial(_widen, kind=kind), shape)
+    return QuantisedTensor((data,), partial(_dequantise, kind=kind), shape)
 
 
-def _widen(parts: Sequence[Tensor], dtype: torch.dtype, kind: str) -> Tensor:
+def _dequantise(parts: Sequence[Tensor], dtype: torch.dtype, kind: str) -> Tensor:
     size, numbers_of = _BLOCKS[kind]
     return numbers_of(parts[0].unflatten(1, (-1, size))).flatten(1).bfloat16().to(dtype)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import BadFile
-from .files import is_text
+from .plain_values import is_text
 
 MAX_HEADER_BYTES = 100_000_000
 """The largest header, in bytes. The safetensors library refuses larger ones."""

@@ -7,37 +7,37 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Widen = Callable[[Sequence[Tensor], torch.dtype], Tensor]
-"""A function that widens the parts of a narrow weight to a dtype."""
+Dequantise = Callable[[Sequence[Tensor], torch.dtype], Tensor]
+"""A function that dequantises the parts of a quantised weight to a dtype."""
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True, eq=False)
-class NarrowTensor:
-    """A narrow weight as it is stored, and the function that widens it."""
+class QuantisedTensor:
+    """A quantised weight as it is stored, and the function that dequantises it."""
 
     parts: tuple[Tensor, ...]
     """The stored tensors: some have one row per row of the weight, and those of shape () apply to the whole weight."""
-    widen: Widen
+    dequantise: Dequantise
     shape: tuple[int, ...]
     """The shape of the weight."""
 
-    def widened(self, dtype: torch.dtype) -> Tensor:
-        """Widen the weight to that dtype."""
-        return self.widen(self.parts, dtype)
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Dequantise the weight to that dtype."""
+        return self.dequantise(self.parts, dtype)
 
     @property
     def nbytes(self) -> int:
         """The total size of its parts in bytes."""
         return sum(part.nbytes for part in self.parts)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "NarrowTensor":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "QuantisedTensor":
         """Return the weight with `function` applied to each part."""
         return replace(self, parts=tuple(map(function, self.parts)))
 
-    def cut(self, function: Callable[[Tensor], Tensor]) -> "NarrowTensor":
+    def cut(self, function: Callable[[Tensor], Tensor]) -> "QuantisedTensor":
         """Return the weight with only some of its rows. `function` selects them from a tensor with all rows."""
         cut = self.map(lambda part: function(part) if part.ndim else part)
         return replace(cut, shape=(len(cut.parts[0]), *self.shape[1:]))
@@ -67,9 +67,9 @@ class Stored:
         """Return the dtype and shape of the tensor."""
         return dtype_and_shape(self.tensors, self.name)
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
-        """Return the tensor in its narrow stored form, as `narrow_in` does."""
-        return narrow_in(self.tensors, self.name, read)
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
+        """Return the tensor in its quantised stored form, as `quantised_in` does."""
+        return quantised_in(self.tensors, self.name, read)
 
 
 def stored_under(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Stored]:
@@ -117,15 +117,15 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return dtype_and_shape(tensors, name)[1]
 
 
-def narrow_in(tensors: Mapping[str, Tensor], name: str, read: bool = True) -> NarrowTensor | None:
-    """Return a tensor that is stored in fewer bits than it has when widened; None for other and for computed tensors.
+def quantised_in(tensors: Mapping[str, Tensor], name: str, read: bool = True) -> QuantisedTensor | None:
+    """Return a tensor that is stored in fewer bits than it has when dequantised; None for other and for computed tensors.
 
     Without `read`, its parts hold no values. This is instant, and enough to ask for dtypes, shapes and sizes.
     """
     if isinstance(tensors, LazyTensors):
         reader = tensors.readers[name]
-        return reader.narrow(read) if isinstance(reader, Stored) else None
+        return reader.quantised(read) if isinstance(reader, Stored) else None
     tensor = tensors[name]
     if tensor.dtype not in FLOAT8:
         return None
-    return NarrowTensor((tensor if read else outline(tensor),), as_stored, tuple(tensor.shape))
+    return QuantisedTensor((tensor if read else outline(tensor),), as_stored, tuple(tensor.shape))

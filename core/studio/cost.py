@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from ..device import processor
+from ..errors import BadConfig
 from ..training.callbacks import LOADING, Callbacks, StepReport
 
 _UNITS = {"check": "photos", "encode": "photos", "load": "people", "train": "steps", "draw": "pictures"}
@@ -49,6 +49,10 @@ class Cost:
     processor_seconds: Mapping[str, float]
     """The time of all processors in each of PHASES."""
 
+    def __post_init__(self) -> None:
+        if {*PHASES} - self.seconds.keys() or {*PHASES} - self.processor_seconds.keys():
+            raise BadConfig(f"a cost needs the time of each phase: {', '.join(PHASES)}")
+
     @property
     def gpu_hours(self) -> float | None:
         """How long the GPU was used, in hours; None without a GPU."""
@@ -57,18 +61,6 @@ class Cost:
     @property
     def processor_hours(self) -> float:
         return sum(self.processor_seconds.values()) / 3600
-
-
-def cost_of(values: Any) -> Cost:
-    """Return the cost from values that were read from a file. Raises TypeError or KeyError if they are damaged."""
-    cost = Cost(**{**values, "work": Work(**values["work"])})
-    numbers = [table[phase] for table in (cost.seconds, cost.processor_seconds) for phase in PHASES]
-    numbers += [getattr(cost.work, name) for name in Work.__dataclass_fields__]
-    if not all(isinstance(one, str) for one in (cost.device, cost.processor, cost.base)):
-        raise TypeError("a name has the wrong type")
-    if not all(isinstance(one, (int, float)) for one in numbers):
-        raise TypeError("a number has the wrong type")
-    return cost
 
 
 def seconds_for(work: Work, costs: Sequence[Cost]) -> float | None:

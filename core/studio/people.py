@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -11,13 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import parse_toml
 from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..photos import Photo, count_photos, read_photos
 from ..photos.agreement import MAX_BYTES, PERSON_FILE, YES
 from ..pictures.style_pack import check_count
 from ..progress import OnWarning
-from ..storage.files import RESERVED, is_text, read_bytes
+from ..storage.files import RESERVED, read_bytes
+from ..storage.plain_values import is_text, parse_json, parse_toml
 
 REPORT, PAGE = "report.json", "report.html"
 """The studio's files in its output, beside the people's folders."""
@@ -109,8 +108,8 @@ def _read_settings(folder: Path) -> Mapping[str, Any] | str:
     if os.access(folder, os.X_OK) and not os.path.lexists(file):
         return f"{PERSON_FILE} is missing; create it with agreed = true if the person has agreed"
     try:
-        return parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig"))
-    except (FaceLoraError, UnicodeDecodeError) as error:
+        return parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE))
+    except FaceLoraError as error:
         return one_line(f"{PERSON_FILE}: {error}")
 
 
@@ -130,8 +129,8 @@ def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise BadConfig(f"{place}, line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise BadConfig(f"{place}, line {number}: expected an object with name, photos and agreed")

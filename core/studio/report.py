@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import BadFile, counted
+from ..errors import BadConfig, BadFile, counted
 from ..lora.metadata import without_folders
 from ..storage.files import delete, fill_page, leftovers, read_json, write_text
+from ..storage.plain_values import read_as
 from .cost import PHASES
 from .people import PAGE, REPORT
-from .result import NONE_ALIKE, STATUSES, Result, result_of
+from .result import NONE_ALIKE, STATUSES, Result
 
 
 def read_report(output: Path) -> list[Result]:
@@ -28,8 +29,8 @@ def read_report(output: Path) -> list[Result]:
     if not report.exists() and (output / PAGE).exists():
         raise BadFile(f"{output / PAGE}: this is not a studio page; move it, or choose another output")
     try:
-        return [result_of(one) for one in read_json(report)["people"]] if report.exists() else []
-    except (TypeError, KeyError):
+        return [read_as(Result, one) for one in read_json(report)["people"]] if report.exists() else []
+    except (TypeError, KeyError, BadConfig):
         raise BadFile(
             f"{report}: this is not a studio report, or it is damaged; move it, and the next run writes a new one"
         ) from None

@@ -26,10 +26,11 @@ from ..progress import READING, OnProgress
 from ..storage.cache_folder import cache_in, content_key
 from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import lock_of, locked
+from ..storage.plain_values import read_as
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
 from ..training.training_adapter import TrainingAdapter
-from .cost import Cost, Stopwatch, cost_of
+from .cost import Cost, Stopwatch
 from .people import Person, read_person
 from .person import Order, ready_photos, train_and_draw
 
@@ -209,7 +210,7 @@ def _recorded(order: Order, key: str, output: Path) -> Result | None:
         return None
     try:
         values = read_json(record)
-        result = result_of(values["result"])
+        result = read_as(Result, values["result"])
         return replace(result, status="found") if values["digest"] == _hash_with_files(key, result, output) else None
     except (FaceLoraError, TypeError, KeyError):  # A damaged record is replaced; most results are found.
         return None
@@ -253,16 +254,3 @@ def _hash_with_files(key: str, result: Result, output: Path) -> str:
     """Return a hash of the result of that key and of its files. Raises BadFile if one is missing or not a regular file."""
     files = [read_bytes(output / file, _MOST_BYTES) for file in (result.lora or "", *result.pictures)]
     return content_key(key, result, *(hashlib.sha256(file).hexdigest() for file in files))
-
-
-def result_of(values: Any) -> Result:
-    """Return the result from values that were read from a file. Raises TypeError or KeyError if they are damaged."""
-    cost = None if values["cost"] is None else cost_of(values["cost"])
-    result = Result(**{**values, "pictures": tuple(values["pictures"]), "cost": cost})
-    texts = (result.name, result.status, result.reason, result.lora or "", *result.pictures)
-    numbers = (result.kept, result.likeness or 0.0, result.leakage or 0.0)
-    if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, (int, float)) for one in numbers):
-        raise TypeError("a value has the wrong type")
-    if result.status not in STATUSES:  # The status is written into a page.
-        raise TypeError(f"status = {result.status!r}")
-    return result

@@ -127,7 +127,6 @@ def parse_key(key: str) -> NamedTensor | None:
 
 @lru_cache(maxsize=1 << 16)
 def _parse_module_name(module_name: str) -> tuple[str, str, str]:
-    """Return the scheme, the part of the model and the dotted path in the name of a module."""
     is_dotted = "." in module_name  # Flattened names have no dots.
     prefix, scheme, part, flat = next(
         entry for entry in _PREFIXES if module_name.startswith(entry[0]) and not (entry[3] and is_dotted)

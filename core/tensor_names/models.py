@@ -71,7 +71,7 @@ class Identity:
         return "unknown" if not self.models else "ambiguous" if self.models[1:] or self.first_blocks else "certain"
 
     @property
-    def strangers(self) -> tuple[str, ...]:
+    def unsupported_models(self) -> tuple[str, ...]:
         """The titles of the fitting models without a family."""
         return tuple(title for title in self.models if title in stranger_names())
 
@@ -162,7 +162,6 @@ def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozen
 
 @lru_cache(1 << 16)
 def _rows(part: str, path: str) -> tuple[Row, ...]:
-    """Return the rows of the tables that include the path."""
     if path.endswith(".linear1_qkv"):
         # XLabs and ComfyUI give this name to the rows of q, k and v in FLUX's linear1, each as wide as the inputs.
         rows = _rows(part, path.removesuffix("_qkv"))

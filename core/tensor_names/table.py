@@ -95,8 +95,8 @@ class Listing:
     """The name of the base model in Civitai's list."""
     licence: str
     """The licence of the model."""
-    words: Mapping[str, str] = field(default_factory=dict)
-    """The metadata of the model, by key, that replace those of the family (`NameTable.words_of`)."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The metadata of the model, by key, that replace those of the family (`NameTable.metadata_of`)."""
     editions: Mapping[str, Listing] = field(default_factory=dict)
     """Models with the same tensors, by a word in the plain names (`families.plain_name`) of their files."""
 
@@ -167,16 +167,16 @@ class NameTable:
         """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
 
-    def words_of(self, models: Sequence[str] = ()) -> dict[str, str]:
+    def metadata_of(self, models: Sequence[str] = ()) -> dict[str, str]:
         """Return the metadata of a base model by key. `models` are the titles of the published models it may be."""
-        found = [self.listings[model].words for model in models if model in self.listings]
+        found = [self.listings[model].metadata for model in models if model in self.listings]
         own = found[0] if len(found) == 1 else {}
         return {"ss_base_model_version": self.base_versions[0], "modelspec.architecture": self.architecture, **own}
 
     @property
-    def words_of_models(self) -> frozenset[str]:
+    def metadata_keys_of_models(self) -> frozenset[str]:
         """The metadata keys that distinguish the published models of the family."""
-        return frozenset(key for listing in self.listings.values() for key in listing.words)
+        return frozenset(key for listing in self.listings.values() for key in listing.metadata)
 
     def for_other_blocks(self) -> NameTable:
         """Return the names for a UNet whose levels don't have PUBLISHED_BLOCKS residual blocks each.

@@ -31,8 +31,8 @@ def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
     When products in 8 bits are asked for, the weights have 8 bits in all plans.
     """
     frozen = METHODS[config.method].freezes_weights
-    plans = plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
-    if frozen and not base.is_narrow and config.eight_bit_products == "on":
+    plans = plans_for(config.gradient_checkpointing, frozen, quantised=frozen and base.is_quantised)
+    if frozen and not base.is_quantised and config.eight_bit_products == "on":
         return tuple(plan for plan in plans if plan.weights == "8 bits")
     return plans
 
@@ -72,7 +72,7 @@ class AdaptedModel:
         self.dtype: torch.dtype = inputs.dtype
         self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base)
         plan = plan or self.plans[0]
-        # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
+        # Weights that the plan offloads or quantises need not fit on the device in full, so they are loaded on the CPU.
         place = torch.device("cpu") if plan.offload or plan.weights != "full" else self.device
         frozen = METHODS[config.method].freezes_weights
         self.denoiser: nn.Module = base.load("denoiser", place, self.dtype, as_stored=frozen)
@@ -123,9 +123,9 @@ class AdaptedModel:
         compiled = isinstance(self.fast_layers, CompiledBlocks)
         if not compiled:
             self.fast_layers = None  # It would keep the layers that the plan replaces.
-        narrows = plan.weights != self.memory.plan.weights
+        quantises = plan.weights != self.memory.plan.weights
         self.memory.adopt(plan)
-        if narrows:
+        if quantises:
             self.in_eight_bits = self._choose_products()
         if not compiled:
             self.fast_layers = self._frozen_layers()

@@ -178,7 +178,6 @@ def _encode_prompts(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> dict[tuple[str, int], Conditioning]:
-    """Return the conditioning of each prompt, by (prompt, number of chunks it is padded to)."""
     encoders, results = None, {}
     for index, (prompt, chunks) in enumerate(prompts):
         key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)

@@ -63,7 +63,7 @@ class IntermediateLoras:
         """The latest measurement, or None before the first one."""
         return self._selection.points[-1] if self._selection and self._selection.points else None
 
-    def see_base(self) -> None:
+    def set_base_pictures(self) -> None:
         """Show the base model's own pictures to the watch, which measures the adapter's changes against them.
 
         These pictures are the same for every person, so they are kept in the shared cache folder.
@@ -87,7 +87,7 @@ class IntermediateLoras:
                 images = self._drawing.draw(self._samples.draw, shots, self._callbacks.on_warning, values)
             for path, image in zip(paths, images, strict=True):
                 save_png(path, image)
-        self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
+        self._selection.watch.set_base_pictures([Image.open(path).convert("RGB") for path in paths])
 
     def save_when_due(self) -> None:
         """Call `on_save` every `save_every` steps, but not after the last step, whose file is the result."""
@@ -165,21 +165,19 @@ class IntermediateLoras:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
 
     def _measured_file(self, values: Mapping[str, Tensor], point: LikenessPoint) -> Trained:
-        """Build the file of a measured intermediate LoRA, with the likeness curve and its own point of it in its metadata."""
         assert self._selection
         file = self._file(values, point.step)
         measured = self._selection.metadata(point, by_speed_lora=self._inputs.base.speed_lora is not None)
         return file.with_metadata({**file.metadata, **measured})
 
     def _file(self, values: Mapping[str, Tensor], step: int) -> Trained:
-        """Build the file of an adapter with these parameter values after that step."""
         run = self.run
         metadata = training_metadata(
             self._inputs,
             steps=step,
             started_at=self._started_at,
             plan=run.model.memory.plan,
-            weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
+            weights_quantised=run.quantised_after is not None and run.quantised_after < step,
             products_in_eight_bits=run.model.in_eight_bits,
             thumbnail=self._thumbnail,
         )
@@ -188,7 +186,6 @@ class IntermediateLoras:
         return file.with_metadata(file.true_metadata) if isinstance(file, LoraFile) else file
 
     def _draw(self, shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
-        """Draw each distinct shot with these values in the adapter."""
         assert self._samples
         distinct = list(dict.fromkeys(shots))
         images = self._drawing.draw(self._samples.draw, distinct, self._callbacks.on_warning, values)
@@ -197,7 +194,6 @@ class IntermediateLoras:
     def _measure(
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
     ) -> None:
-        """Measure the intermediate LoRA with these values on the pictures drawn with it, and add it to the candidates."""
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
         self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)

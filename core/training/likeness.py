@@ -169,19 +169,19 @@ class Figures:
             return round(float(values.sum()) / max(count, 1), 4)
 
         own = likeness_to_rest(reference)
-        near, ranked, copied = None, None, None
+        rank1 = precision = copying = None
         if trained is not None and len(trained := _seen(trained)) and len(pictures):
-            copied = round(float(copy_paste(pictures, trained, reference).mean()), 4)
+            copying = round(float(copy_paste(pictures, trained, reference).mean()), 4)
         if others is not None and len(others := _seen(others)):
-            nearest = likeness(pictures, reference).max(axis=1), likeness(pictures, others).max(axis=1)
-            near = mean_of_all(nearest[0] > nearest[1])
-            ranked = mean_of_all(average_precision(pictures, reference, others))
+            to_person, to_others = (likeness(pictures, photos).max(axis=1) for photos in (reference, others))
+            rank1 = mean_of_all(to_person > to_others)
+            precision = mean_of_all(average_precision(pictures, reference, others))
         return cls(
             likeness=mean_of_all(likeness(pictures, person[None])[:, 0]),
             photos=round(float(np.mean(own)), 4) if own else None,
-            copy_paste=copied,
-            rank1=near,
-            mean_average_precision=ranked,
+            copy_paste=copying,
+            rank1=rank1,
+            mean_average_precision=precision,
         )
 
 
@@ -232,7 +232,7 @@ class LikenessWatch:
             *((of_class, config.seed + number) for number in range(self._of_class)),
             *((prompt, config.seed) for prompt in NEUTRAL_PROMPTS[:of_nobody]),
         ]
-        """The (prompt, seed) of each picture of the base model that `see_base` takes. None is about the person."""
+        """The (prompt, seed) of each picture of the base model that `set_base_pictures` takes. None is about the person."""
         self.shots: list[tuple[str, int]] = [
             *((subject, config.seed + number) for number in range(of_person)),
             *self.base_shots,
@@ -251,15 +251,15 @@ class LikenessWatch:
         self._base: Sequence[Image.Image] = ()
         self._base_class = 0.0
 
-    def see_base(self, images: Sequence[Image.Image]) -> None:
+    def set_base_pictures(self, images: Sequence[Image.Image]) -> None:
         """Take the base model's pictures of `base_shots`, the reference for leakage and drift."""
         if self.judge:
-            self.judge.see_base(images)
+            self.judge.set_base_pictures(images)
         of_class, self._base = images[: self._of_class], images[self._of_class :]
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
     def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
-        """Measure an intermediate LoRA that drew these pictures of `shots`. Call `see_base` first."""
+        """Measure an intermediate LoRA that drew these pictures of `shots`. Call `set_base_pictures` first."""
         first = len(images) - len(self.base_shots)
         second = first + self._of_class
         of_person, of_class, neutral = images[:first], images[first:second], images[second:]
@@ -386,7 +386,6 @@ class Selection:
         return {LIKENESS_KEY: json.dumps(described)}
 
     def _ranked(self) -> list[int]:
-        """Return the indices of the candidates, the most alike first."""
         return sorted(self._values, key=lambda index: -self.points[index].likeness)
 
     def pack(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -413,7 +412,6 @@ def faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
 
 
 def _seen(embedded: np.ndarray) -> np.ndarray:
-    """Return the rows without NaN, which marks a missing face."""
     return embedded[~np.isnan(embedded).any(axis=1)]
 
 

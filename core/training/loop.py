@@ -76,7 +76,7 @@ def train_lora(
         state = StateFile(state_path, identity, intermediate)
         if resume:
             state.restore()
-        intermediate.see_base()
+        intermediate.set_base_pictures()
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
             intermediate.save_when_due()  # a resumed run may have been cancelled before it had saved or drawn these
@@ -143,7 +143,9 @@ def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
 def _possible(inputs: TrainingInputs, on_warning: OnWarning) -> TrainingInputs:
     """Return the inputs without products in 8 bits if weights would be rounded for them in vain."""
     config = inputs.config
-    wanted = config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not inputs.base.is_narrow
+    wanted = (
+        config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not inputs.base.is_quantised
+    )
     if not wanted or has_int8_products(inputs.device, inputs.dtype):
         return inputs
     on_warning("eight_bit_products: not possible here (this device has no products of int8 weights). They are off")
@@ -178,7 +180,6 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
 
 
 def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint | None) -> StepReport:
-    """Build the report after the last step of a run that started at `first_step` at the monotonic time `started`."""
     seconds = (time.monotonic() - started) / (run.step - first_step)
     return StepReport(
         step=run.step,

@@ -18,23 +18,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..config import name_matches
+from ..config import OPTIMIZERS, name_matches
 from ..device import free_memory, precision_name
 from ..lora.modules import stands_alone
 from ..models.alike_blocks import AlikeBlocks, put_stand_ins
 from ..models.base import Base
 from ..models.frozen_layers import FrozenLayers
-from ..models.memory_plan import (
-    OPTIMIZER_BYTES,
-    RESERVE,
-    MemoryCount,
-    MemoryPlan,
-    allocated,
-    first_that_fits,
-    unique_bytes,
-)
+from ..models.memory_plan import RESERVE, MemoryCount, MemoryPlan, allocated, first_that_fits, unique_bytes
 from ..progress import OnWarning
-from ..storage.stored import LazyTensors, NarrowTensor, Stored, narrow_in
+from ..storage.stored import LazyTensors, QuantisedTensor, Stored, quantised_in
 from .adapted_model import AdaptedModel, memory_plans
 from .encode import LatentCache
 from .inputs import TrainingInputs
@@ -102,13 +94,13 @@ class StepPrediction:
     def bytes(self, plan: MemoryPlan) -> int:
         """Return the peak memory use under a plan, in bytes. Ask for plans with full weights before those with 8 bits."""
         if plan not in self._known:
-            narrows = plan.weights != self.model.memory.plan.weights
-            assert not narrows or plan.weights != "full"
+            quantises = plan.weights != self.model.memory.plan.weights
+            assert not quantises or plan.weights != "full"
             plain = MemoryPlan(weights=plan.weights)
             with self._mode:
-                if narrows:
+                if quantises:
                     self.model.adopt(plain)
-                if narrows and self._blocks:
+                if quantises and self._blocks:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
                     self.bytes(plain)  # executes the blocks, which must be neither recomputed nor offloaded for this
@@ -158,7 +150,7 @@ class StepPrediction:
                 run.accumulate()  # prefetching starts only in the second step, in the order of the first
             run.accumulate()
         trained = sum(parameter.numel() for group in run.optimizer.param_groups for parameter in group["params"])
-        per_number = OPTIMIZER_BYTES[run.config.optimizer] + (4 if run.average else 0)
+        per_number = OPTIMIZERS[run.config.optimizer].state_bytes + (4 if run.average else 0)
         if self._blocks and not METHODS[run.config.method].keeps_dtype and model.dtype != torch.float32:
             per_number += model.dtype.itemsize  # autocast's copies of weights, which stay until a forward pass ends
         return unique_bytes(there) + trained * per_number + count.peak
@@ -174,13 +166,13 @@ def _empty_base(mode: FakeTensorMode, inputs: TrainingInputs, marks: Callable[[s
     base, components, networks = inputs.base, dict(inputs.base.components), {}
     for part in ("denoiser", *(base.family.text_encoders if trains_text(inputs.config) else ())):
         stored = components[part].tensors
-        narrow = {name: narrow_in(stored, name, read=False) for name in stored}
+        quantised = {name: quantised_in(stored, name, read=False) for name in stored}
         networks[part] = base.family.build_empty(part, components[part].config)
         if marks and part == "denoiser":
             put_stand_ins(networks[part], marks)
         _fake_constants(mode, networks[part])
         readers = {
-            name: _Empty({}, name, inputs.dtype, tensor.shape, narrow.get(name))
+            name: _Empty({}, name, inputs.dtype, tensor.shape, quantised.get(name))
             for name, tensor in networks[part].state_dict().items()
         }
         components[part] = replace(components[part], tensors=LazyTensors(readers))
@@ -257,7 +249,7 @@ class _Empty(Stored):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stored: NarrowTensor | None
+    stored: QuantisedTensor | None
     """What the file stores instead of it."""
 
     def __call__(self) -> Tensor:
@@ -266,12 +258,11 @@ class _Empty(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return self.dtype, self.shape
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
         return self.stored and self.stored.map(lambda part: torch.empty(part.shape, dtype=part.dtype))
 
 
 def _bytes_of(cache: LatentCache) -> int:
-    """Return the bytes of the encoded photos and captions, which are all kept on the device."""
     of_images = [(image.mean, image.deviation, image.mask, image.conditioning) for image in cache.images]
     return sum(leaf.nbytes for leaf in tree_leaves([of_images, cache.text]) if leaf is not None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import OptimizerSettings, TrainConfig
+from ..config import OPTIMIZERS, OptimizerSettings, TrainConfig
 from ..lora.metadata import THUMBNAIL_SIDE, cover
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
@@ -20,16 +20,10 @@ from .encode import LatentCache
 from .inputs import TrainingInputs
 from .methods import peak_rate
 
-_OPTIMIZER_NAMES = {
-    "adamw": "torch.optim.adamw.AdamW",
-    "adamw8bit": "bitsandbytes.optim.adamw.AdamW8bit",
-    "adafactor": "transformers.optimization.Adafactor",
-    "prodigy": "prodigyopt.prodigy.Prodigy",
-}
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
-"""The key for the precision of narrowed frozen weights. Narrowing them changes the LoRA a little."""
+"""The key for the precision of quantised frozen weights. Quantising them changes the LoRA a little."""
 PRODUCTS_KEY = "facelora.products"
 """The key for the precision of products with frozen weights, if it is lower than that of the training run."""
 
@@ -70,7 +64,7 @@ def training_metadata(
     steps: int,
     started_at: float,
     plan: MemoryPlan,
-    weights_narrowed: bool,
+    weights_quantised: bool,
     products_in_eight_bits: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
@@ -95,7 +89,7 @@ def training_metadata(
         "ss_training_started_at": started_at,
         "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
-    if weights_narrowed:
+    if weights_quantised:
         values[WEIGHTS_KEY] = "8 bits"
     if products_in_eight_bits:
         values[PRODUCTS_KEY] = "8 bits"
@@ -108,7 +102,6 @@ def training_metadata(
 
 
 def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: Image.Image | None) -> dict[str, Any]:
-    """Build the metadata of the ModelSpec standard, which Civitai and LoRA managers show."""
     phrase, resolution = f"{config.trigger_word} {config.class_word}", config.resolution or base.resolution
     limits = (config.timestep_min, config.timestep_max)
     return {
@@ -128,7 +121,6 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
 
 
 def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
-    """Describe the photos: their number, sizes and captions."""
     phrase, resolution = f"{config.trigger_word} {config.class_word}", config.resolution or base.resolution
     pictures = [image for image in cache.images if not image.is_class]
     class_count = len(cache.images) - len(pictures)
@@ -194,7 +186,6 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
 
 
 def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dict[str, Any]:
-    """Describe the length of the training run, in steps and epochs."""
     seen = sum(image.repeats for image in cache.images if not image.is_class)
     batches = -(-seen // config.batch_size)
     return {
@@ -211,7 +202,6 @@ def _of_length(cache: LatentCache, config: OptimizerSettings, steps: int) -> dic
 
 
 def _of_settings(base: Base, config: TrainConfig) -> dict[str, Any]:
-    """Describe the objective (the loss, the noise and the captions), the optimizer, and the adapter, called a network."""
     flow, alpha = base.prediction_type == "flow", config.alpha_for(config.rank)
     conv = {"conv_dim": str(config.rank), "conv_alpha": str(alpha)}
     values = {
@@ -234,7 +224,7 @@ def _of_settings(base: Base, config: TrainConfig) -> dict[str, Any]:
         "ss_network_dropout": config.dropout or None,
         "ss_network_module": "networks.lora",
         "ss_noise_offset": config.noise_offset or None,
-        "ss_optimizer": _OPTIMIZER_NAMES[config.optimizer],
+        "ss_optimizer": OPTIMIZERS[config.optimizer].made_by,
         "ss_prior_loss_weight": config.prior_loss_weight,
         "ss_seed": config.seed,
         "ss_text_encoder_lr": config.text_encoder_lr or None,

@@ -2,11 +2,12 @@
 
 import contextlib
 import math
+from importlib import import_module
 
 import torch
 from torch import nn
 
-from ..config import OptimizerSettings, TrainConfig
+from ..config import OPTIMIZERS, OptimizerSettings, TrainConfig
 from ..errors import MissingPackage
 from .methods import peak_rate
 from .methods.method import Adapter
@@ -35,23 +36,15 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimi
     for name, parameter in adapter.parameters().items():
         groups.setdefault(adapter.rate(name, config, peak), []).append(parameter)
     described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
-    decay = config.weight_decay
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(described, weight_decay=decay, fused=True)
-    if config.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(described, weight_decay=decay, scale_parameter=False, relative_step=False, warmup_init=False)
+    kind = OPTIMIZERS[config.optimizer]
+    module, _, name = kind.made_by.rpartition(".")
     try:
-        if config.optimizer == "prodigy":
-            from prodigyopt import Prodigy
-
-            with contextlib.redirect_stdout(None):  # its constructor prints, which would mix with JSON reports
-                return Prodigy(described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True)  # pyright: ignore
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        build = getattr(import_module(module), name)
     except ImportError:
-        package = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}[config.optimizer]
+        if not kind.package:
+            raise
         raise MissingPackage(
-            f"optimizer {config.optimizer!r} needs a package. Install it: pip install {package}"
+            f"optimizer {config.optimizer!r} needs a package. Install it: pip install {kind.package}"
         ) from None
-    return AdamW8bit(described, weight_decay=decay)
+    with contextlib.redirect_stdout(None):  # Prodigy's constructor prints, which would mix with JSON reports.
+        return build(described, weight_decay=config.weight_decay, **kind.arguments)

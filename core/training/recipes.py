@@ -24,7 +24,7 @@ MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
 
 The best intermediate LoRA is kept, and training stops early when more steps don't help or the class is lost.
 """
-CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
+FEWER_PICTURES: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
 """The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""
 ENOUGH = Thresholds.photos_measured
 """With this many usable photos or more, some are held out."""
@@ -74,10 +74,11 @@ def recipe_settings(
     if name not in RECIPES:
         raise BadConfig(f"recipe {name!r}: unknown. Choose one of {', '.join(RECIPES)}")
     recipe, given = recipes[name], known_settings(given or {})
-    defaults = {"batch_size": recipe.batch_size, "accumulation": 1, "steps": 1, "method": "lora", "rank": recipe.rank}
-    checked = TrainConfig(**{name: given.get(name, value) for name, value in defaults.items()})
+    used: dict[str, Any] = {"batch_size": recipe.batch_size, "rank": recipe.rank, "steps": 1}
+    used |= {name: given[name] for name in (*used, "accumulation", "method", "optimizer") if name in given}
+    checked = TrainConfig(**used)
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
-    measured = MEASURED if name == "best" else MEASURED | CHEAP_LOOKS
+    measured = MEASURED if name == "best" else MEASURED | FEWER_PICTURES
     settings = {
         # Textual inversion changes no network, so no other prompt can turn into the person.
         **(COMMON if method.makes != "embedding" else {}),
@@ -85,20 +86,20 @@ def recipe_settings(
         "steps": math.ceil(recipe.photos / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
-        # Rounded to two digits. Prodigy finds the rate itself.
-        "learning_rate": (
-            None
-            if given.get("optimizer") == "prodigy"
-            else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")
-        ),
+        "learning_rate": (None if checked.finds_rate else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")),
         **(recipe.settings or {}),
         **given,
     }
     if settings.get("alpha") and "alpha" not in given:
         settings["alpha"] *= checked.rank / recipe.rank
     if settings.get("hold_out"):
-        settings.setdefault("sample_every", max(1, math.ceil(settings["steps"] / MEASUREMENTS)))
+        settings.setdefault("sample_every", steps_between(settings["steps"]))
     return settings
+
+
+def steps_between(steps: int, samples: int = MEASUREMENTS) -> int:
+    """Return the `sample_every` with which samples are drawn so many times in a training run."""
+    return max(1, math.ceil(steps / samples))
 
 
 def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: OnWarning) -> bool:

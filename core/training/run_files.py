@@ -75,19 +75,17 @@ class RunFiles:
     def foreign(self, config: TrainConfig) -> str | None:
         """Describe a file that a run with these settings would replace although no run with this output made it; else None."""
         names = {_NUMBERED: "an intermediate LoRA of save_every"} if config.save_every else {}
-        for addition in METHODS[config.method].beside:
+        for addition in METHODS[config.method].extra_files:
             names[f"-{addition}"] = f"the {addition} that the method {config.method} writes"
         found = ((path, what) for addition, what in names.items() for path in self._named(addition))
         others = ((path, what) for path, what in found if not self._is_ours(path))
         return next((f"{path}: has the name of {what}, {_WOULD_REPLACE}" for path, what in others), None)
 
     def _named(self, addition: str) -> list[Path]:
-        """Find the files named like the output plus `addition`, a regular expression."""
         pattern = re.compile(rf"{re.escape(self.output.stem)}{addition}{re.escape(self.output.suffix)}")
         return [path for path in self.output.parent.iterdir() if pattern.fullmatch(path.name)]
 
     def _is_ours(self, path: Path) -> bool:
-        """Whether a file of that name is from a run with this output."""
         return metadata_of(path).get("ss_output_name") == self.output.stem
 
     @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, BadFile
+from ..storage.plain_values import parse_json
 from ..storage.safetensors_file import (
     Digest,
     Layout,
@@ -58,7 +59,6 @@ _DIGEST = "digest"
 
 
 def _digest_of(header: Mapping[str, str], layout: Layout) -> Digest:
-    """Start the hash of a state file with everything that comes before its tensors."""
     described = {name: (str(dtype), list(shape)) for name, (dtype, shape) in layout.items()}
     return hashlib.sha256(json.dumps([dict(header), described], sort_keys=True).encode())
 
@@ -80,9 +80,9 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     except BadFile as error:
         raise BadFile(str(error).replace("download it again", _BEGIN_ANEW)) from None
     try:
-        step, saved = int(file.metadata["step"]), dict(json.loads(file.metadata["identity"]))
-        scalars, version = dict(json.loads(file.metadata["scalars"])), file.metadata["version"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        step, saved = int(file.metadata["step"]), dict(parse_json(file.metadata["identity"]))
+        scalars, version = dict(parse_json(file.metadata["scalars"])), file.metadata["version"]
+    except (KeyError, TypeError, ValueError) as error:
         raise BadFile(f"{path}: is not the state of a training run ({error})") from None
     if version != STATE_VERSION:
         raise BadConfig(f"{path}: was saved by another version of this program, so it can't be resumed; {_BEGIN_ANEW}")
@@ -121,7 +121,7 @@ def pack_run(
         tensors |= {f"average.{name}": value.cpu() for name, value in run.average.items()}
     tensors["loss"] = run.loss.cpu()
     optimizer_tensors, scalars = pack_optimizer(run.optimizer)
-    scalars |= {"scaler": run.scaler.state_dict(), "likeness": list(likeness), "narrowed_after": run.narrowed_after}
+    scalars |= {"scaler": run.scaler.state_dict(), "likeness": list(likeness), "narrowed_after": run.quantised_after}
     return RunState(run.step, identity, {**tensors, **optimizer_tensors, **more_tensors}, scalars)
 
 
@@ -135,9 +135,9 @@ def restore_run(run: Run, state: RunState) -> None:
     run.scaler.load_state_dict(state.scalars["scaler"])
     run.loss = state.tensors["loss"].to(run.loss.device)
     run.step = state.step
-    run.narrowed_after = state.scalars["narrowed_after"]
+    run.quantised_after = state.scalars["narrowed_after"]
     model, plan = run.model, run.model.memory.plan
-    if run.narrowed_after is not None and plan.weights == "full":  # now there is more memory than before
+    if run.quantised_after is not None and plan.weights == "full":  # now there is more memory than before
         model.adopt(next(one for one in model.plans if one.weights == "8 bits" and one.saves_as_much_as(plan)))
 
 
@@ -190,7 +190,6 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(entries: dict[str, Any], name: str, value: Any) -> None:
-    """Put one entry of `_flat` back into nested dictionaries."""
     outer, slash, inner = name.partition("/")
     if slash:
         _put(entries.setdefault(outer, {}), inner, value)

@@ -47,8 +47,8 @@ class Run:
         self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(device.type, enabled=inputs.dtype == torch.float16)
         self.step: int = 0
         """The number of completed steps."""
-        self.narrowed_after: int | None = None
-        """The number of completed steps when the frozen weights were narrowed to 8 bits. None if they never were."""
+        self.quantised_after: int | None = None
+        """The number of completed steps when the frozen weights were quantised to 8 bits. None if they never were."""
         self.loss: Tensor = torch.zeros((), device=device)
         self.first_bad_step: Tensor = torch.full((), -1, device=device)
 
@@ -109,8 +109,8 @@ class Run:
         self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
         # The running mean starts at the first loss and not at 0.
         self.loss = loss if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
-        if self.narrowed_after is None and self.model.memory.plan.weights != "full":
-            self.narrowed_after = self.step
+        if self.quantised_after is None and self.model.memory.plan.weights != "full":
+            self.quantised_after = self.step
         self.step += 1
 
     def trained(self) -> Mapping[str, Tensor]:

@@ -2,8 +2,8 @@
 
     python docs/examples/lora_by_hand.py PHOTOS BASE    # a folder of photos of one person, and a checkpoint or "demo"
 
-`facelora.train` does the same in one call. It also checks the photos, keeps what the model knows of other people, fits into less
-memory, measures likeness and continues interrupted training runs. Start from this file to try out a loss, an adapter or a
+`facelora.train` does the same in one call. It also checks the photos, keeps what the model knows of other people, fits into
+less memory, measures likeness and continues interrupted training runs. Start from this file to try out a loss, an adapter or a
 schedule of your own. Train only people who have agreed to it.
 """
 
@@ -12,8 +12,6 @@ import re
 import sys
 
 import torch
-from torch import Tensor, nn
-
 from facelora import (
     Base,
     Job,
@@ -28,6 +26,7 @@ from facelora import (
     read_photos,
 )
 from facelora.training import LatentCache
+from torch import Tensor, nn
 
 STEPS, PICTURES_PER_STEP, RANK, LEARNING_RATE = 300, 4, 16, 2e-3  # The last is for the demo's small model, else 1e-4.
 

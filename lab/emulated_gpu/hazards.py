@@ -147,8 +147,8 @@ def rounded_in_a_comparison() -> tuple[int, bool]:
 
 def fp8_where_there_is_none(form: str) -> frozenset[torch.dtype]:
     """The dtypes of the weights in a step on a device without fp8, as MPS is. (diffusers itself avoids float64 on MPS.)"""
-    with fake_cuda() as card, patch("core.models.base.keeps_narrow_weights", lambda _: False), \
-            patch("core.models.spec.keeps_narrow_weights", lambda _: False):  # fmt: skip
+    with fake_cuda() as card, patch("core.models.base.keeps_quantised_weights", lambda _: False), \
+            patch("core.models.spec.keeps_quantised_weights", lambda _: False):  # fmt: skip
         card.refused = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
         case = Case("flux1", form=form)
         base = case.base()

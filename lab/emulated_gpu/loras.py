@@ -64,10 +64,10 @@ def applied(case: Case, method: str = "lora", brought_in: bool = False, others_f
     lora = lora_of(case, base, method)
     with fake_cuda() as card, patch.object(memory_plan, "WEIGHTS_IN_DRAWING", 1.0 * (not brought_in)):
         model = DrawingModel(base, "bf16", device=DEVICE)
-        model.wear(())
+        model.apply_only(())
         shapes, before = base.module_shapes(), card.pinned
         card.watch()
-        model.wear(((lora, 0.7),), last=not others_follow)
+        model.apply_only(((lora, 0.7),), for_good=not others_follow)
         copies = [copy for copy in card.copies if copy.place.startswith("lora/")]
         changed = [module for entry in lora.entries for module in entry.modules]
         return Applied(
@@ -90,7 +90,7 @@ def applied_where_much_is_lacking() -> list[int]:
     plain, dora = (lora_of(Case("flux1"), base, method) for method in ("lora", "dora"))
     fp8 = replace(plain, tensors={name: tensor.to(torch.float8_e4m3fn) for name, tensor in plain.tensors.items()})
     lacking = {
-        f"core.{module}.keeps_narrow_weights": lambda _: False
+        f"core.{module}.keeps_quantised_weights": lambda _: False
         for module in ("lora.apply", "models.base", "models.spec")
     }
     with ExitStack() as stack:
@@ -129,7 +129,11 @@ def loaded_for_headshots(case: Case) -> tuple[list[str], list[tuple[int, int]]]:
         Job("a photo", seed, size=size, steps=1, strength=strength) for seed, strength in enumerate((1.0, 0.5, 0.5))
     ]
     config, copied = GenerateConfig(precision="bf16"), []
-    with fake_cuda() as card, loads() as found, DrawingModel(base, "bf16", device=DEVICE, goes_on=True) as model:
+    with (
+        fake_cuda() as card,
+        loads() as found,
+        DrawingModel(base, "bf16", device=DEVICE, keeps_originals=True) as model,
+    ):
 
         def note() -> None:
             sizes = {"to device": 0, "to host": 0, "read": 0}
@@ -157,7 +161,11 @@ def loaded_for_a_group(case: Case, people: int) -> tuple[list[str], int]:
     names = ["anna", "ben", "carl"][:people]
     group = Group(tuple(GroupMember(n, random_lora(base, seed=at), f"{n} person") for at, n in enumerate(names)))
     job = Job(group.listed, 1, size=(64 * people, 64), steps=1)
-    with fake_cuda() as card, loads() as found, DrawingModel(base, "bf16", device=DEVICE, goes_on=True) as model:
+    with (
+        fake_cuda() as card,
+        loads() as found,
+        DrawingModel(base, "bf16", device=DEVICE, keeps_originals=True) as model,
+    ):
         (picture,) = generate_group(base, group, [job], GenerateConfig(precision="bf16"), model=model)
         back = sum(copy.size for copy in card.copies if copy.direction == "to host" and "lora/" in copy.place)
         face = Face((20, 20, 28, 28), np.zeros((5, 2)), 1.0)
@@ -178,9 +186,9 @@ def brought_in_for_a_group() -> tuple[float, float, int, int]:
     size = base.weight_bytes("denoiser", torch.bfloat16)
     anna, ben = ((random_lora(base, seed=seed), 1.0) for seed in (1, 2))
     with fake_cuda(2 * size / memory_plan.WEIGHTS_IN_DRAWING / 2**30) as card, DrawingModel(base, "bf16") as model:
-        model.wear((), beside=(anna, ben))
+        model.apply_only((), at_hand=(anna, ben))
         for_all = model._memory.plan.offload
-        model.wear((anna,))
+        model.apply_only((anna,))
         return for_all, model._memory.plan.offload, size, card.live
 
 

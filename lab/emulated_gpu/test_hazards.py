@@ -63,7 +63,7 @@ def test_a_card_is_compared_in_float32_without_tf32(on_card):
 
 
 @pytest.mark.parametrize("form", ["scaled fp8", "fp8"])
-def test_fp8_weights_are_widened_for_a_device_without_fp8(form, on_card):
+def test_fp8_weights_are_dequantised_for_a_device_without_fp8(form, on_card):
     assert on_card(hazards.fp8_where_there_is_none, form) <= {BF16, FP32}
 
 

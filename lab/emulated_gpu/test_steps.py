@@ -81,19 +81,22 @@ def test_a_step_with_a_training_adapter_on_a_gpu(family, plan, fake_process):
     assert step.peak > without.peak
 
 
-NARROW_PLANS = (MemoryPlan(), MemoryPlan(1.0), MemoryPlan(1.0, offload=0.5), MemoryPlan(1.0, offload=1.0))
+QUANTISED_PLANS = (MemoryPlan(), MemoryPlan(1.0), MemoryPlan(1.0, offload=0.5), MemoryPlan(1.0, offload=1.0))
 
 
 @pytest.mark.parametrize(
     ("form", "plan"),
-    [("nvfp4", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in product(FORMS, range(len(NARROW_PLANS))))],
+    [
+        ("nvfp4", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product(FORMS, range(len(QUANTISED_PLANS)))),
+    ],
 )
 def test_a_step_on_quantised_weights_on_a_gpu(form, plan, fake_process):
-    case = trials.Case("flux1", plan=NARROW_PLANS[plan], form=form)
+    case = trials.Case("flux1", plan=QUANTISED_PLANS[plan], form=form)
     step, wide = (fake_process.submit(trials.step, one).result() for one in (case, replace(case, form="")))
     turned = {torch.float32} if form.startswith("convrot") else set()
     assert step.dtypes - turned == {torch.bfloat16}
-    check_copies(step, NARROW_PLANS[plan])
+    check_copies(step, QUANTISED_PLANS[plan])
     assert step.predicted == pytest.approx(step.peak, rel=0.06)
     assert step.peak < wide.peak
 

@@ -126,10 +126,10 @@ def test_a_sample_needs_no_gradients_and_no_copy_of_the_parameters(fake_process,
 
 
 @pytest.mark.parametrize("family", mostly_slow(["sd15", "flux1"], "sd15"))
-def test_weights_that_become_narrow_are_freed_one_by_one(family, fake_process, small_sd15):
+def test_weights_that_become_quantised_are_freed_one_by_one(family, fake_process, small_sd15):
     settings = {"eight_bit_products": "off"}  # timing products takes memory of its own
     case = trials.Case(family, {"sd15": small_sd15}.get(family), plan=PLANS[4], settings=settings)
-    needed, largest = fake_process.submit(trials.memory_to_narrow_weights, case).result()
+    needed, largest = fake_process.submit(trials.memory_to_quantise_weights, case).result()
     assert needed < 3 * largest
 
 

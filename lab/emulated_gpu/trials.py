@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import core.models.memory_plan as memory_plan
-import core.models.narrow_layers as narrow_layers
+import core.models.quantised_layers as quantised_layers
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
 from core.models import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
-from core.models.narrow_layers import InEightBits, linear, times, times_scale
-from core.models.quantised import widen_fp8
+from core.models.quantised import dequantise_fp8
+from core.models.quantised_layers import InEightBits, linear, times, times_scale
 from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
@@ -38,7 +38,7 @@ from core.training.store import train
 from core.training.training_adapter import TrainingAdapter
 from lab.gpu.running import measure
 from lab.gpu.session import Session
-from tests.models.quantised_weights import narrow_and_wide_base
+from tests.models.quantised_weights import quantised_and_full_base
 from tests.operation_count import count_operations
 from tests.tooling import collect_garbage_seldom, encoded_cache, encoded_image, random_lora, small_flow_base
 
@@ -49,7 +49,7 @@ SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "resolution": 64}
 
 def begin() -> None:
     """What the process does first."""
-    narrow_layers.SMALLEST = 1  # so that the small networks have weights in 8 bits
+    quantised_layers.SMALLEST = 1  # so that the small networks have weights in 8 bits
     collect_garbage_seldom()
 
 
@@ -76,7 +76,7 @@ class Case:
 
     def base(self) -> Base:
         if self.form:
-            return narrow_and_wide_base(self.form, self.family)[0]
+            return quantised_and_full_base(self.form, self.family)[0]
         return load_base(self.checkpoint) if self.checkpoint else small_flow_base(self.family, **(self.denoiser or {}))
 
     def config(self) -> TrainConfig:
@@ -143,7 +143,7 @@ def memory_left_to_a_sample(case: Case) -> tuple[int, int]:
         return after_step - drawing[0], sum(parameter.nbytes for parameter in run.parameters.values())
 
 
-def memory_to_narrow_weights(case: Case) -> tuple[int, int]:
+def memory_to_quantise_weights(case: Case) -> tuple[int, int]:
     """The bytes that a change to frozen weights in 8 bits needs between two steps, and those of the largest in float32."""
     with fake_cuda(case.size, case.capability) as card:
         base = case.base()
@@ -158,10 +158,12 @@ def memory_to_narrow_weights(case: Case) -> tuple[int, int]:
 def products_of_columns() -> Mapping[torch.dtype, int]:
     """How many products in 8 bits there are for a forward and a backward pass, with factors whose columns are together."""
     with fake_cuda(capability=(8, 9)) as card:
-        for dtype, widen in ((torch.int8, times_scale), (torch.float8_e4m3fn, widen_fp8)):
+        for dtype, dequantise in ((torch.int8, times_scale), (torch.float8_e4m3fn, dequantise_fp8)):
             parts = torch.empty(96, 64, dtype=dtype, device=DEVICE), torch.ones(96, 1, device=DEVICE)
             for product, side in ((linear, 64), (times, 96)):
-                product(torch.empty(1, side, 40, dtype=torch.bfloat16, device=DEVICE).mT, InEightBits(widen), parts)
+                product(
+                    torch.empty(1, side, 40, dtype=torch.bfloat16, device=DEVICE).mT, InEightBits(dequantise), parts
+                )
         return Counter({dtypes[0]: count for (name, dtypes), count in card.products.items()})
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.device import exact_arithmetic, precision_name
 from core.models.base import Base
-from core.models.narrow_layers import narrowed
+from core.models.quantised_layers import to_int8
 from core.models.spec import on_device, placed
-from core.storage.stored import FLOAT8, NarrowTensor, as_stored
+from core.storage.stored import FLOAT8, QuantisedTensor, as_stored
 from core.training.encode import LatentCache
 from core.training.methods import attach
 
@@ -33,10 +33,10 @@ class Agreement:
     is_good: bool
 
 
-def eight_bit_weight(kind: str, shape: tuple[int, int]) -> NarrowTensor:
+def eight_bit_weight(kind: str, shape: tuple[int, int]) -> QuantisedTensor:
     """Return a random weight of that shape (outputs, inputs) in 8 bits: "int8", as we round weights, or "fp8"."""
     wide = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return narrowed(wide) if kind == "int8" else NarrowTensor((wide.to(FLOAT8[0]),), as_stored, shape)
+    return to_int8(wide) if kind == "int8" else QuantisedTensor((wide.to(FLOAT8[0]),), as_stored, shape)
 
 
 def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> Agreement:

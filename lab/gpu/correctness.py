@@ -16,8 +16,8 @@ from core.errors import BadConfig
 from core.models.base import Base
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS, MemoryPlan
-from core.models.narrow_layers import InEightBits, linear, times
 from core.models.packages import import_diffusers
+from core.models.quantised_layers import InEightBits, linear, times
 from core.training.encode import LatentCache
 from core.training.inputs import TrainingInputs
 from core.training.state import pack_run, restore_run
@@ -143,8 +143,8 @@ def _products_apart(kind: str, device: torch.device, dtype: torch.dtype) -> dict
             weight = eight_bit_weight(kind, shape).map(lambda part, place=place: part.to(place))
             generator = torch.Generator().manual_seed(1)
             x, gradient = (torch.randn(64, side, generator=generator).to(place, dtype) for side in (inputs, outputs))
-            widen = InEightBits(weight.widen)
-            found[-1] += [linear(x, widen, weight.parts).cpu(), times(gradient, widen, weight.parts).cpu()]
+            dequantise = InEightBits(weight.dequantise)
+            found[-1] += [linear(x, dequantise, weight.parts).cpu(), times(gradient, dequantise, weight.parts).cpu()]
     distances = [float((b - a).norm() / a.norm().clamp_min(1e-30)) for a, b in zip(*found, strict=True)]
     return {"apart": max(distances), "is_good": max(distances) < DIFFERENT_ROUNDING}
 

@@ -16,15 +16,15 @@ from core.device import precision_name, processor
 from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.models.memory_plan import PLANS, MemoryPlan
-from core.models.narrow_layers import InEightBits, linear, times
+from core.models.quantised_layers import InEightBits, linear, times
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.files import write_text
-from core.storage.stored import NarrowTensor, Widen
+from core.storage.stored import Dequantise, QuantisedTensor
 from core.studio.passes import Passes, count_passes
 from core.studio.speed import speed_of
 from core.training.drawing import Drawing
-from core.training.recipes import CHEAP_LOOKS
+from core.training.recipes import FEWER_PICTURES
 from core.training.samples import SAMPLE_BATCH, build_draw_shots, sample_size
 from core.training.step import Run
 from lab.bench import matmul
@@ -188,7 +188,7 @@ def _lora(session: Session) -> LoraFile:
 
 def _likeness(session: Session, unit: Unit) -> tuple[float, float]:
     """Time the second batch of pictures that is drawn between two steps."""
-    base, config = session.sdxl, session.config(**(CHEAP_LOOKS | ({"sample_steps": 2} if session.small else {})))
+    base, config = session.sdxl, session.config(**(FEWER_PICTURES | ({"sample_steps": 2} if session.small else {})))
     run, size = _run(session), sample_size(base, unit.size)
     conditioning = next(iter(session.inputs(base, config).cache.text.values()))
     draw = build_draw_shots(base, config, {CAPTION: (conditioning, conditioning)}, session.device, size)
@@ -254,7 +254,7 @@ def _applied(session: Session) -> dict[str, Any]:
 
 
 def products(session: Session) -> Measurements:
-    """Time a forward and a backward product in 8 bits and with the weight widened, many in a row."""
+    """Time a forward and a backward product in 8 bits and with the weight dequantised, many in a row."""
     for rows, inputs, outputs in session.some(PRODUCTS):
         for kind in ("int8", "fp8"):
             yield f"{kind}, {rows} × {inputs} → {outputs}", partial(_product, session, kind, rows, inputs, outputs)
@@ -263,20 +263,23 @@ def products(session: Session) -> Measurements:
 def _product(session: Session, kind: str, rows: int, inputs: int, outputs: int) -> dict[str, float]:
     device, dtype = session.device, session.dtype
     narrow = eight_bit_weight(kind, (outputs, inputs)).map(lambda part: part.to(device))
-    wide = NarrowTensor((narrow.widened(dtype),), lambda parts, _: parts[0], narrow.shape)
+    wide = QuantisedTensor((narrow.dequantised(dtype),), lambda parts, _: parts[0], narrow.shape)
     x, gradient = (torch.randn(rows, side, device=device).to(dtype) for side in (inputs, outputs))
 
-    def taken(widen: Widen, parts: tuple[Tensor, ...]) -> float:
+    def taken(dequantise: Dequantise, parts: tuple[Tensor, ...]) -> float:
         def both() -> None:
-            linear(x, widen, parts)
-            times(gradient, widen, parts)
+            linear(x, dequantise, parts)
+            times(gradient, dequantise, parts)
 
         both()
         return seconds(both, device, 6 * session.times)[0]
 
-    of_wide = taken(wide.widen, wide.parts)
-    widened, in_eight_bits = taken(narrow.widen, narrow.parts), taken(InEightBits(narrow.widen), narrow.parts)
-    return {"wide": of_wide, "widened": widened, "in 8 bits": in_eight_bits, "share": in_eight_bits / of_wide}
+    of_wide = taken(wide.dequantise, wide.parts)
+    dequantised, in_eight_bits = (
+        taken(narrow.dequantise, narrow.parts),
+        taken(InEightBits(narrow.dequantise), narrow.parts),
+    )
+    return {"wide": of_wide, "dequantised": dequantised, "in 8 bits": in_eight_bits, "share": in_eight_bits / of_wide}
 
 
 STAGES = {

@@ -32,9 +32,9 @@ from ...core.models.opening import load_base, stated_resolution
 from ...core.models.spec import Conditioning, FewSteps
 from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
-from ...core.storage.gguf_file import dequantised_array, dtype_of, narrow_gguf
+from ...core.storage.gguf_file import dequantised_array, dtype_of, quantised_gguf
 from ...core.storage.safetensors_file import SafetensorsFile, tensor_bytes
-from ...core.storage.stored import LazyTensors, LazyValues, NarrowTensor, Stored, outline
+from ...core.storage.stored import LazyTensors, LazyValues, QuantisedTensor, Stored, outline
 from ...core.tensor_names import NAME_TABLES
 
 FacePhotos = io.Custom("FACE_PHOTOS")
@@ -104,7 +104,7 @@ def _class_name(model: Any) -> str:
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     """Build the base model of MODEL, CLIP and VAE. Patches on them are merged when a weight is read.
 
-    MODEL's quantised weights stay unchanged, except for patched ones, which are widened. Nothing is loaded onto the
+    MODEL's quantised weights stay unchanged, except for patched ones, which are dequantised. Nothing is loaded onto the
     device, and no weight is copied until it is used. Raises UnknownFamily for a model that cannot be trained or a CLIP that
     does not belong to it, BadConfig when adapters are computed beside MODEL's weights.
     """
@@ -156,7 +156,7 @@ class _Weight:
     def read(self, name: str) -> Tensor:
         """Return it with its patches merged, in its dtype (float16 for 8 bits). Raises when the user cancels."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        value = self._widened(name).detach()
+        value = self._dequantised(name).detach()
         if not self.patches:
             return _trainable(self.convert(value, inplace=False) if self.convert else value)
         dtype = value.dtype if value.dtype.itemsize > 1 else torch.float16
@@ -164,7 +164,7 @@ class _Weight:
         value = self.convert(value, inplace=True) if self.convert else value
         return _trainable(comfy.lora.calculate_weight(self.patches, value, name).to(dtype))
 
-    def _widened(self, name: str) -> Tensor:
+    def _dequantised(self, name: str) -> Tensor:
         """Return it without quantisation, from ComfyUI's classes or the pack ComfyUI-GGUF."""
         if isinstance(self.stored, QuantizedTensor):
             return self.stored.dequantize()
@@ -241,10 +241,10 @@ class _OfGguf(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype_of(self.weight.stored.tensor_type), tuple(self.weight.stored.tensor_shape)
 
-    def narrow(self, read: bool = True) -> NarrowTensor | None:
+    def quantised(self, read: bool = True) -> QuantisedTensor | None:
         stored, data = self.weight.stored, _trainable(self.weight.stored.as_subclass(Tensor))
         data = data if read else outline(data)
-        return narrow_gguf(data, stored.tensor_type.name, tuple(stored.tensor_shape))
+        return quantised_gguf(data, stored.tensor_type.name, tuple(stored.tensor_shape))
 
 
 def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:

@@ -36,7 +36,7 @@ from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
-from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings
+from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings, steps_between
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
@@ -282,7 +282,7 @@ def _config(
     given |= {**clip_skip, **typed_settings(settings)}
     chosen = recipe_settings(recipe, FAMILIES[family].recipes, given, photos, on_warning)
     if samples and "sample_every" not in given:
-        chosen["sample_every"] = max(1, -(-chosen["steps"] // samples))
+        chosen["sample_every"] = steps_between(chosen["steps"], samples)
     prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
     if prompts and chosen.get("sample_every"):
         chosen["sample_prompts"] = prompts

@@ -26,7 +26,7 @@ from ...core.models.base import Base
 from ...core.photos.ready import SWITCH
 from ...core.threads import within_quota
 from ...core.training.job import TrainingJob
-from ...core.training.recipes import MEASUREMENTS, recipe_config
+from ...core.training.recipes import recipe_config, steps_between
 from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, lora_path
 from ...core.training.trained_file import TrainedFile
 from . import services
@@ -137,7 +137,7 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         config = recipe_config(self.recipe, base, photos, given, progress.warning)
         if config.sample_every or "sample_every" in given:
             return config
-        return replace(config, sample_every=-(-config.steps // MEASUREMENTS))
+        return replace(config, sample_every=steps_between(config.steps))
 
 
 def _train(job: TrainingJob, place: LoraFolders, progress: NodeProgress) -> TrainedFile:

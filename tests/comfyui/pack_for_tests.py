@@ -126,7 +126,7 @@ class HandedOver:
         os.makedirs(folder, exist_ok=True)
         tensors = {key.removeprefix("diffusion_model."): read().contiguous() for key, read in readers.items()}
         comfy.utils.save_torch_file(tensors, os.path.join(folder, name))
-        narrow = [key for key, read in readers.items() if isinstance(read, convert.Stored) and read.narrow()]
+        narrow = [key for key, read in readers.items() if isinstance(read, convert.Stored) and read.quantised()]
         return {"ui": {"narrow": narrow}}
 
 

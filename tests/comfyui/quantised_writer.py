@@ -1,8 +1,8 @@
 """Run in a process of its own, with ComfyUI on its path: quantised weights as ComfyUI writes them, and as it widens them.
 
 Arguments: the file to write, and perhaps a model. Without one the file has random weights in all of ComfyUI's formats under
-the names of layers (`X.weight` and what belongs to it), and what ComfyUI makes of each in bf16 as `widened.X`. Of a model it
-has all tensors, the matrices in attentions and MLPs quantised in one format after the other.
+the names of layers (`X.weight` and what belongs to it), and what ComfyUI makes of each in bf16 as `dequantised.X`. Of a model
+it has all tensors, the matrices in attentions and MLPs quantised in one format after the other.
 """
 
 # pyright: reportMissingImports=false
@@ -59,7 +59,7 @@ def write_random_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     for name, (*_, shape) in LAYERS.items():
         weight = torch.randn(shape, generator=generator) * torch.logspace(-3, 1, shape[0])[:, None]
-        tensors[f"widened.{name}"] = quantise(name, weight, name).dequantize()
+        tensors[f"dequantised.{name}"] = quantise(name, weight, name).dequantize()
 
 
 def write_model(path: str) -> None:

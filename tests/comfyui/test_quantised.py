@@ -12,7 +12,7 @@ from core.models import load_base
 from core.models.quantised import dequantised
 from core.storage.gguf_file import open_gguf
 from core.storage.safetensors_file import SafetensorsFile, tensor_bytes
-from core.storage.stored import dtype_and_shape, narrow_in
+from core.storage.stored import dtype_and_shape, quantised_in
 from tests.tooling import write_gguf
 
 from .graphs import node
@@ -29,18 +29,19 @@ def written(*paths: Path) -> SafetensorsFile:
     return SafetensorsFile.open(paths[0])
 
 
-def test_weights_in_each_format_are_those_that_comfyui_widens(tmp_path):
+def test_weights_in_each_format_are_those_that_comfyui_dequantises(tmp_path):
     file = written(tmp_path / "quantised.safetensors")
     read = dequantised(file, "the file")
-    layers = [name.removeprefix("widened.") for name in file if name.startswith("widened.")]
+    layers = [name.removeprefix("dequantised.") for name in file if name.startswith("dequantised.")]
     assert len(layers) == 11 and {name for name in read if name in file} == {*read}
     assert {name.removesuffix(".weight") for name in read if name.endswith(".weight")} == set(layers)
     for layer in layers:
-        name, widened = f"{layer}.weight", file[f"widened.{layer}"]
-        assert dtype_and_shape(read, name) == (torch.bfloat16, tuple(widened.shape)), layer
-        assert torch.equal(read[name], widened), layer
-        narrow = narrow_in(read, name)
-        assert narrow and narrow.nbytes < 0.6 * widened.nbytes and torch.equal(narrow.widened(torch.bfloat16), widened)
+        name, expected = f"{layer}.weight", file[f"dequantised.{layer}"]
+        assert dtype_and_shape(read, name) == (torch.bfloat16, tuple(expected.shape)), layer
+        assert torch.equal(read[name], expected), layer
+        stored = quantised_in(read, name)
+        assert stored and stored.nbytes < 0.6 * expected.nbytes
+        assert torch.equal(stored.dequantised(torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("family", ["flux1", pytest.param("krea2", marks=pytest.mark.slow)])

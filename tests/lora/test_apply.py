@@ -11,7 +11,7 @@ from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import load_base
-from core.models.narrow_layers import NarrowLayer, narrow_weights
+from core.models.quantised_layers import QuantisedLayer, quantise_weights
 from core.training.inputs import TrainingInputs
 from core.training.methods.lora import attach as attach_lora
 from core.training.step import Run
@@ -123,9 +123,9 @@ def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras, tmp_path):
 @pytest.mark.parametrize("narrow", [False, True])
 def test_what_is_applied_for_good_changes_the_same_and_keeps_no_originals(bases, loras, narrow, monkeypatch):
     networks, others = networks_of(bases["sd15"]), networks_of(bases["sd15"])
-    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
+    monkeypatch.setattr("core.models.quantised_layers.SMALLEST", 1)
     for network in (networks["denoiser"], others["denoiser"]) if narrow else ():
-        narrow_weights(network, CPU)
+        quantise_weights(network, CPU)
     applied = apply(loras["sd15"], {"family": "sd15", **networks}, for_good=True)
     apply(loras["sd15"], {"family": "sd15", **others})
     applied.remove()
@@ -134,9 +134,9 @@ def test_what_is_applied_for_good_changes_the_same_and_keeps_no_originals(bases,
         expected = dict(others[part].named_parameters())
         assert all(torch.equal(weight, expected[name]) for name, weight in network.named_parameters())
     layers = zip(networks["denoiser"].modules(), others["denoiser"].modules(), strict=True)
-    narrow_layers = [(one, other) for one, other in layers if isinstance(one, NarrowLayer)]
-    assert bool(narrow_layers) == narrow
-    assert all(torch.equal(one.weight, other.weight) for one, other in narrow_layers)
+    quantised_pairs = [(one, other) for one, other in layers if isinstance(one, QuantisedLayer)]
+    assert bool(quantised_pairs) == narrow
+    assert all(torch.equal(one.weight, other.weight) for one, other in quantised_pairs)
 
 
 def test_at_the_end_of_a_context_the_lora_is_removed_whatever_happened_in_it(bases, loras):

@@ -64,7 +64,7 @@ def quantised(tensors: dict[str, Tensor], form: str, pattern: str = MATRICES) ->
     return result
 
 
-def narrow_and_wide_base(form: str, family: str = "flux1") -> tuple[Base, Base]:
+def quantised_and_full_base(form: str, family: str = "flux1") -> tuple[Base, Base]:
     """A small base whose denoiser has weights in that form, and one with the weights that they stand for."""
     base = small_flow_base(family)
     denoiser = base.components["denoiser"]

@@ -18,7 +18,7 @@ from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction, choose_plan
 from core.training.methods import METHODS
 from core.training.training_adapter import TrainingAdapter
-from tests.models.quantised_weights import narrow_and_wide_base
+from tests.models.quantised_weights import quantised_and_full_base
 from tests.published_models import MODELS, base_of, config_of
 from tests.published_models import cache_of as published_cache
 from tests.small_flows import SMALL_FLOWS
@@ -27,7 +27,7 @@ from tests.tooling import UNETS, cache_of, encoded_cache, encoded_image, mostly_
 CPU = torch.device("cpu")
 TRIED = (*PLANS[:5], PLANS[6], *PLANS[-3:])
 FEW_TRIED = (PLANS[0], PLANS[2], PLANS[-1])  # one of them is selective
-NARROW_TRIED = (MemoryPlan(), MemoryPlan(1.0), MemoryPlan(1.0, offload=0.5))
+QUANTISED_TRIED = (MemoryPlan(), MemoryPlan(1.0), MemoryPlan(1.0, offload=0.5))
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "in float32": {"precision": "fp32"},
@@ -69,7 +69,7 @@ def assert_predicted_alike(
 
 @pytest.fixture
 def small(request, monkeypatch) -> Base:
-    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
+    monkeypatch.setattr("core.models.quantised_layers.SMALLEST", 1)
     if request.param in UNETS:
         return load_base(request.getfixturevalue(f"small_{request.param}"))
     return deep_flow(request.param)
@@ -117,8 +117,8 @@ def test_it_does_so_with_a_training_adapter_on_some_blocks(small):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["scaled fp8", "nvfp4"])
-def test_it_does_so_for_weights_that_are_narrow_in_their_file(form, monkeypatch):
-    assert_predicted_alike(narrow_and_wide_base(form)[0], TrainConfig(rank=4), NARROW_TRIED)
+def test_it_does_so_for_weights_that_are_quantised_in_their_file(form, monkeypatch):
+    assert_predicted_alike(quantised_and_full_base(form)[0], TrainConfig(rank=4), QUANTISED_TRIED)
 
 
 def test_the_padding_of_a_text_takes_no_memory_in_the_blocks():

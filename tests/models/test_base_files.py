@@ -28,7 +28,7 @@ from core.lora.file import LoraFile
 from core.models import Base, ldm, load_base, text
 from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
-from core.models.narrow_layers import NarrowLinear
+from core.models.quantised_layers import QuantisedLinear
 from core.pictures.generate import Job, generate
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.inputs import TrainingInputs
@@ -251,7 +251,7 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
         assert torch.equal(parameter, weight) != is_quantised, name
         assert (parameter - weight).norm() <= 0.01 * weight.norm(), name
     kept = base.load("denoiser", CPU, torch.float32, as_stored=True)
-    layers = {path: layer for path, layer in kept.named_modules() if isinstance(layer, NarrowLinear)}
+    layers = {path: layer for path, layer in kept.named_modules() if isinstance(layer, QuantisedLinear)}
     assert set(layers) == {f"transformer_blocks.0.attn.{path}" for path in ("to_out.0", "to_add_out")}
     for path, layer in layers.items():
         assert torch.equal(layer.weight, read.get_parameter(f"{path}.weight"))
@@ -284,14 +284,14 @@ def test_a_t5_in_gguf_is_loaded_in_bf16_though_its_norms_have_more_bits(parts, g
     assert 0 < (states[0] - states[1]).norm() < 0.05 * states[1].norm()
 
 
-def test_a_quantised_t5_is_widened_layer_by_layer_where_it_would_not_fit(parts, gguf_t5, tokenizer, monkeypatch):
+def test_a_quantised_t5_is_dequantised_layer_by_layer_where_it_would_not_fit(parts, gguf_t5, tokenizer, monkeypatch):
     monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
     base = load_base(parts["flux"], text_encoders=[parts["clip_l"], gguf_t5], tokenizer=tokenizer)
     states = []
     for free, asked, expected in ((2**40, True, False), (0, False, False), (0, True, True)):
         monkeypatch.setattr("core.models.base.free_memory", lambda device, free=free: free)
         encoders = base.load_text_encoders(CPU, torch.float32, asked)
-        layers = [layer for layer in encoders["text_encoder_2"].modules() if isinstance(layer, NarrowLinear)]
+        layers = [layer for layer in encoders["text_encoder_2"].modules() if isinstance(layer, QuantisedLinear)]
         assert bool(layers) == expected
         with torch.no_grad():
             states.append(base.family.encode_text(encoders, ["a photo"], 1, 1)["context"])
@@ -299,7 +299,7 @@ def test_a_quantised_t5_is_widened_layer_by_layer_where_it_would_not_fit(parts, 
 
 
 @pytest.mark.parametrize(("kind", "stays"), [("lora", True), ("loha", False)])
-def test_pictures_are_drawn_with_a_widened_t5_where_a_lora_needs_it(parts, tokenizer, monkeypatch, kind, stays):
+def test_pictures_are_drawn_with_a_dequantised_t5_where_a_lora_needs_it(parts, tokenizer, monkeypatch, kind, stays):
     base = load_base(parts["flux"], **others(parts), tokenizer=tokenizer)
     layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     down, up = torch.ones(2, T5["d_model"]), torch.full((128, 2), 0.01)
@@ -396,7 +396,7 @@ def test_scales_in_another_dtype_are_refused_with_what_they_should_have(parts, t
     layer = "double_blocks.0.img_attn.proj"
     weights = stored(layer, parts["flux"][f"{layer}.weight"], form)
     save_safetensors(tmp_path / "good.safetensors", parts["flux"] | weights)
-    assert load_base(tmp_path / "good.safetensors").is_narrow
+    assert load_base(tmp_path / "good.safetensors").is_quantised
     weights[f"{layer}.{scale}"] = weights[f"{layer}.{scale}"].float().to(wrong)
     save_safetensors(tmp_path / "odd.safetensors", parts["flux"] | weights)
     said = re.escape(f"odd.safetensors: {layer}.{scale} is in {wrong}, but such scales of {expected}")

@@ -12,7 +12,7 @@ from core.training.callbacks import Callbacks
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.step import Run
-from tests.models.quantised_weights import narrow_and_wide_base
+from tests.models.quantised_weights import quantised_and_full_base
 from tests.tooling import encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def cache(base):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["", "scaled fp8"])
 def test_compiled_blocks_train_as_plain_ones_do(base, cache, form):
-    base = narrow_and_wide_base(form)[0] if form else base
+    base = quantised_and_full_base(form)[0] if form else base
     plain = Run(TrainingInputs.on(CPU, cache, base, CONFIG))
     compiled = Run(TrainingInputs.on(CPU, cache, base, replace(CONFIG, compile=True)), check_cancelled=lambda: None)
     assert compiled.model.why_not_compiled is None and compiled.model.fast_layers

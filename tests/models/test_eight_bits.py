@@ -9,27 +9,27 @@ from torch import nn
 import core.training.adapted_model as adapted_model
 import core.training.methods.lora_layer as lora_layer
 from core.config import TrainConfig
-from core.models import narrow_layers, products
+from core.models import products, quantised_layers
 from core.models.memory_plan import MemoryPlan
-from core.models.narrow_layers import (
+from core.models.products import choose_products, has_int8_products, time_in_eight_bits
+from core.models.quantised import dequantise_fp8
+from core.models.quantised_layers import (
     FEWEST_ROWS,
     InEightBits,
-    NarrowLinear,
+    QuantisedLinear,
     linear,
-    make_narrow,
-    narrowed,
+    make_quantised,
     times,
     times_scale,
+    to_int8,
 )
-from core.models.products import choose_products, has_int8_products, time_in_eight_bits
-from core.models.quantised import widen_fp8
-from core.storage.stored import NarrowTensor, as_stored
+from core.storage.stored import QuantisedTensor, as_stored
 from core.training.callbacks import Callbacks
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.metadata import PRODUCTS_KEY, WEIGHTS_KEY
 from core.training.step import Run
-from tests.models.quantised_weights import FORMS, narrow_and_wide_base
+from tests.models.quantised_weights import FORMS, quantised_and_full_base
 from tests.tooling import SMALL_FLOWS, cache_of, mostly_slow
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -46,14 +46,14 @@ pytestmark = pytest.mark.skipif(_int8_sums_overflow(), reason="this processor's 
 
 
 def weights() -> dict[str, tuple]:
-    """A weight (96, 64) in each form: how it is widened, and its parts."""
+    """A weight (96, 64) in each form: how it is dequantised, and its parts."""
     wide = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)) / 8
     rows = wide.abs().amax(1, keepdim=True) / 448
     fp8 = torch.float8_e4m3fn
     return {
-        "int8": (times_scale, narrowed(wide).parts),
-        "fp8 with a scale for each row": (widen_fp8, ((wide / rows).to(fp8), rows)),
-        "fp8 with one scale": (widen_fp8, ((wide / rows.max()).to(fp8), rows.max())),
+        "int8": (times_scale, to_int8(wide).parts),
+        "fp8 with a scale for each row": (dequantise_fp8, ((wide / rows).to(fp8), rows)),
+        "fp8 with one scale": (dequantise_fp8, ((wide / rows.max()).to(fp8), rows.max())),
         "fp8": (as_stored, (wide.to(fp8),)),
     }
 
@@ -65,12 +65,12 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", weights())
 def test_products_are_as_near_as_rounding_one_factor_allows(form, dtype):
-    widen, parts = weights()[form]
+    dequantise, parts = weights()[form]
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 40, 64, generator=generator).to(dtype)
     gradient = torch.randn(2, 40, 96, generator=generator).to(dtype)
-    bias, wide = torch.randn(96, generator=generator).to(dtype), widen(parts, torch.float32).double()
-    marked = InEightBits(widen)
+    bias, wide = torch.randn(96, generator=generator).to(dtype), dequantise(parts, torch.float32).double()
+    marked = InEightBits(dequantise)
     # 8 bits of a number as far from the largest as these are: 0.7 %. e4m3 has 3 bits after the first: 2.7 %.
     most = 0.011 if form == "int8" else 0.04
     assert 0.002 < distance(linear(x, marked, parts, bias) - bias, x.double() @ wide.T) < most
@@ -79,25 +79,25 @@ def test_products_are_as_near_as_rounding_one_factor_allows(form, dtype):
     added = times(gradient.flatten(0, 1), marked, parts, total)
     assert added is total and distance(total - 1, (gradient.double() @ wide).flatten(0, 1)) < most
     assert linear(x, marked, parts).dtype == times(gradient, marked, parts).dtype == dtype
-    assert torch.equal(marked(parts, dtype), widen(parts, dtype))
+    assert torch.equal(marked(parts, dtype), dequantise(parts, dtype))
 
 
 @pytest.mark.parametrize("form", weights())
 def test_each_row_is_rounded_alone_and_numbers_that_are_not_finite_stay_so(form):
-    widen, parts = weights()[form]
+    dequantise, parts = weights()[form]
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
     x[0], x[1], x[2] = 0, x[1] * 1000, x[2] / 1000
-    y, plain = linear(x, InEightBits(widen), parts), linear(x, widen, parts)
+    y, plain = linear(x, InEightBits(dequantise), parts), linear(x, dequantise, parts)
     assert torch.equal(y[0], torch.zeros(96, dtype=BF16))
     assert all(distance(y[row], plain[row]) < 0.06 for row in range(1, 40))
     x[3, 5], x[4, 6] = float("nan"), float("inf")
-    y = linear(x, InEightBits(widen), parts)
+    y = linear(x, InEightBits(dequantise), parts)
     assert not y[3].isfinite().any() and not y[4].isfinite().any() and torch.equal(y[5:], y[5:].nan_to_num())
 
 
 def test_results_in_the_range_of_fp16_are_finite_and_gradients_may_be_tiny():
-    widen, parts = weights()["int8"]
-    wide, marked = widen(parts, torch.float32).double(), InEightBits(widen)
+    dequantise, parts = weights()["int8"]
+    wide, marked = dequantise(parts, torch.float32).double(), InEightBits(dequantise)
     x = 3000 * torch.randn(40, 64, generator=torch.Generator().manual_seed(2)).half()
     assert distance(linear(x, marked, parts), x.double() @ wide.T) < 0.011
     for size in (1e-10, 1e-20):
@@ -115,9 +115,9 @@ def test_int8_matrices_have_the_layout_and_the_rows_that_all_gpus_multiply(rows,
         return multiply(left, right)
 
     monkeypatch.setattr(torch, "_int_mm", checked)
-    widen, parts = weights()["int8"]
-    assert linear(torch.randn(rows, 64), InEightBits(widen), parts).shape == (rows, 96)
-    assert times(torch.randn(rows, 96), InEightBits(widen), parts).shape == (rows, 64)
+    dequantise, parts = weights()["int8"]
+    assert linear(torch.randn(rows, 64), InEightBits(dequantise), parts).shape == (rows, 96)
+    assert times(torch.randn(rows, 96), InEightBits(dequantise), parts).shape == (rows, 64)
     assert seen == [(True, 0, 1)] * 2
 
 
@@ -129,9 +129,9 @@ def test_products_in_8_bits_are_not_tried_where_they_end_the_process(monkeypatch
 
 
 def test_weights_are_not_rounded_for_products_that_the_device_lacks(monkeypatch):
-    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
+    monkeypatch.setattr(quantised_layers, "SMALLEST", 1)
     monkeypatch.setattr("core.training.loop.has_int8_products", lambda *_: False)
-    _, wide = narrow_and_wide_base("fp8")
+    _, wide = quantised_and_full_base("fp8")
     warnings: list[str] = []
     callbacks = Callbacks(on_warning=warnings.append)
     metadata = train_lora(cache_of(wide), wide, replace(CONFIG, steps=1), device=CPU, callbacks=callbacks).metadata
@@ -139,11 +139,11 @@ def test_weights_are_not_rounded_for_products_that_the_device_lacks(monkeypatch)
     assert "this device has no products of int8 weights" in warnings[0]
 
 
-def test_too_few_rows_for_a_gpu_are_multiplied_with_the_widened_weight():
-    widen, parts = weights()["int8"]
+def test_too_few_rows_for_a_gpu_are_multiplied_with_the_dequantised_weight():
+    dequantise, parts = weights()["int8"]
     x = torch.randn(FEWEST_ROWS, 64)
-    assert torch.equal(linear(x[1:], InEightBits(widen), parts), linear(x[1:], widen, parts))
-    assert not torch.equal(linear(x, InEightBits(widen), parts), linear(x, widen, parts))
+    assert torch.equal(linear(x[1:], InEightBits(dequantise), parts), linear(x[1:], dequantise, parts))
+    assert not torch.equal(linear(x, InEightBits(dequantise), parts), linear(x, dequantise, parts))
 
 
 def gradients_of(base, plan: MemoryPlan, config: TrainConfig) -> tuple[float, torch.Tensor]:
@@ -157,9 +157,9 @@ def gradients_of(base, plan: MemoryPlan, config: TrainConfig) -> tuple[float, to
 
 
 @pytest.mark.parametrize("family", mostly_slow(list(SMALL_FLOWS), "flux1", "zimage"))
-def test_gradients_of_each_family_are_near_those_with_widened_weights(family, monkeypatch):
-    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
-    _, wide = narrow_and_wide_base("scaled fp8", family)
+def test_gradients_of_each_family_are_near_those_with_dequantised_weights(family, monkeypatch):
+    monkeypatch.setattr(quantised_layers, "SMALLEST", 1)
+    _, wide = quantised_and_full_base("scaled fp8", family)
     plan = MemoryPlan(1.0, "8 bits")
     (plain_loss, plain), (loss, gradients) = (
         gradients_of(wide, plan, replace(CONFIG, eight_bit_products=choice)) for choice in ("off", "on")
@@ -170,7 +170,7 @@ def test_gradients_of_each_family_are_near_those_with_widened_weights(family, mo
 
 @pytest.mark.parametrize("form", FORMS)
 def test_only_weights_that_are_stored_numbers_times_a_scale_are_multiplied_in_8_bits(form):
-    narrow, wide = narrow_and_wide_base(form)
+    narrow, wide = quantised_and_full_base(form)
     config = replace(CONFIG, eight_bit_products="on" if form in ("fp8", "scaled fp8", "fp8 by rows", "int8") else "off")
     (plain_loss, plain), (loss, gradients) = (
         gradients_of(base, MemoryPlan(), settings)
@@ -182,32 +182,32 @@ def test_only_weights_that_are_stored_numbers_times_a_scale_are_multiplied_in_8_
         assert not run.model.in_eight_bits
 
 
-def layers_with(weight: NarrowTensor) -> nn.Sequential:
+def layers_with(weight: QuantisedTensor) -> nn.Sequential:
     network = nn.Sequential(nn.Linear(64, 96), nn.Linear(64, 96))
     for path in ("0", "1"):
-        make_narrow(network, path, weight, BF16)
+        make_quantised(network, path, weight, BF16)
     return network
 
 
 def marked(network: nn.Sequential) -> list[bool]:
-    layers = [layer for layer in network if isinstance(layer, NarrowLinear)]
+    layers = [layer for layer in network if isinstance(layer, QuantisedLinear)]
     assert len(layers) == len(network)
-    return [isinstance(layer.narrow.widen, InEightBits) for layer in layers]
+    return [isinstance(layer.quantised.dequantise, InEightBits) for layer in layers]
 
 
 @pytest.mark.parametrize(("share", "chosen"), [(0.5, True), (0.89, True), (0.95, False), (1.5, False), (None, False)])
 def test_auto_uses_8_bits_only_on_a_gpu_that_is_measured_to_be_faster_with_them(share, chosen, monkeypatch):
     timed = []
 
-    def timed_products(weight, widen, rows, device, dtype):
+    def timed_products(weight, dequantise, rows, device, dtype):
         timed.append((*weight.shape, rows))
-        if share is None and isinstance(widen, InEightBits):
+        if share is None and isinstance(dequantise, InEightBits):
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
-        return share if isinstance(widen, InEightBits) else 1.0, (torch.ones(3),)
+        return share if isinstance(dequantise, InEightBits) else 1.0, (torch.ones(3),)
 
     monkeypatch.setattr(products, "_timed", timed_products)
-    monkeypatch.setattr(NarrowTensor, "map", lambda weight, function: weight)
-    network = layers_with(narrowed(torch.randn(96, 64)))
+    monkeypatch.setattr(QuantisedTensor, "map", lambda weight, function: weight)
+    network = layers_with(to_int8(torch.randn(96, 64)))
 
     def predict() -> None:
         for layer, rows in ((0, 30), (1, 30), (1, 18)):
@@ -233,7 +233,7 @@ def test_products_are_timed_both_ways_and_many_are_waited_for_together(monkeypat
     multiply = products.linear
     monkeypatch.setattr(products, "synchronize", lambda device: waits.append(len(calls)))
     monkeypatch.setattr(products, "linear", lambda x, *given: calls.append(len(x)) or multiply(x, *given))
-    assert 0 < time_in_eight_bits([(narrowed(torch.randn(96, 64)), 36)], CPU, BF16) < 1000
+    assert 0 < time_in_eight_bits([(to_int8(torch.randn(96, 64)), 36)], CPU, BF16) < 1000
     each = products.REPEATS + 1
     assert waits == [1, each, each + 1, 2 * each] and set(calls) == {36}
 
@@ -247,7 +247,7 @@ def test_products_of_a_training_are_timed_with_its_own_rows(monkeypatch):
 
     monkeypatch.setattr(products, "time_in_eight_bits", lambda found, *_: timed.extend(found) or 2.0)
     monkeypatch.setattr(lora_layer, "linear", noted)
-    base, _ = narrow_and_wide_base("fp8")
+    base, _ = quantised_and_full_base("fp8")
     run = Run(TrainingInputs.on(CPU, cache_of(base), base, replace(CONFIG, batch_size=3, prior_prediction=0)))
     assert timed and not rows
     run.accumulate()
@@ -264,7 +264,7 @@ def test_products_with_wrong_results_are_not_used_however_fast_they_are(monkeypa
 def test_a_deterministic_training_does_not_choose_by_time(monkeypatch):
     asked = []
     monkeypatch.setattr(adapted_model, "choose_products", lambda network, wanted, *_: asked.append(wanted) or False)
-    _, wide = narrow_and_wide_base("fp8")
+    _, wide = quantised_and_full_base("fp8")
     for config in (
         TrainConfig(),
         TrainConfig(deterministic=True),
@@ -275,8 +275,8 @@ def test_a_deterministic_training_does_not_choose_by_time(monkeypatch):
 
 
 def test_a_training_with_products_in_8_bits_says_so_in_its_file(monkeypatch):
-    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
-    narrow, wide = narrow_and_wide_base("fp8")
+    monkeypatch.setattr(quantised_layers, "SMALLEST", 1)
+    narrow, wide = quantised_and_full_base("fp8")
     config = replace(CONFIG, steps=2)
     for base in (narrow, wide):
         metadata = train_lora(cache_of(base), base, config, device=CPU).metadata
@@ -290,7 +290,7 @@ def test_a_training_with_products_in_8_bits_says_so_in_its_file(monkeypatch):
 def test_a_training_that_cannot_multiply_in_8_bits_as_wanted_says_so(possible, monkeypatch):
     if not possible:  # as on GPUs before capability 8.9, which have no products with fp8 weights
         monkeypatch.setattr(adapted_model, "choose_products", lambda *_: False)
-    base, _ = narrow_and_wide_base("fp8")
+    base, _ = quantised_and_full_base("fp8")
     warnings: list[str] = []
     train_lora(
         cache_of(base), base, replace(CONFIG, steps=1), device=CPU, callbacks=Callbacks(on_warning=warnings.append)

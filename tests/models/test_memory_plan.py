@@ -38,7 +38,7 @@ from core.models.memory_plan import (
     count_flops,
     plans_for,
 )
-from core.models.narrow_layers import NarrowConv2d, NarrowLinear, narrow_weights, narrowed
+from core.models.quantised_layers import QuantisedConv2d, QuantisedLinear, quantise_weights, to_int8
 from core.models.selective import is_kept
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
@@ -66,7 +66,7 @@ from tests.tooling import (
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
 OFFLOADED = MemoryPlan(1.0, offload=1.0)
-NARROW = MemoryPlan(1.0, "8 bits")
+QUANTISED = MemoryPlan(1.0, "8 bits")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def measured_memory(base: Base, cache, config: TrainConfig, plan: MemoryPlan) ->
     return taken + sum(tensor.nbytes for tensor in run.model.memory.resident() if tensor.data_ptr() in own)
 
 
-MEASURED = (*PLANS[:4], NARROW, OFFLOADED)
+MEASURED = (*PLANS[:4], QUANTISED, OFFLOADED)
 """(Of weights that are in 8 bits and at home as well, a CPU cannot tell home from device.)"""
 Needs = list[tuple[str, int, int]]
 """What was trained, the bytes predicted for it and the bytes measured."""
@@ -200,7 +200,7 @@ def test_each_plan_needs_less_than_the_one_before_with_weights_in_the_same_place
     for weights, is_brought in (("full", False), ("8 bits", False), ("8 bits", True)):
         alike = [need for plan, need in needs.items() if (plan.weights, plan.offload > 0) == (weights, is_brought)]
         assert alike == sorted(alike, reverse=True) and len(set(alike)) == len(alike)
-    assert needs[NARROW] < needs[MemoryPlan(1.0)]
+    assert needs[QUANTISED] < needs[MemoryPlan(1.0)]
 
 
 def test_gradient_checkpointing_is_all_or_nothing_where_it_is_set():
@@ -258,7 +258,7 @@ def test_after_a_lack_of_memory_nothing_is_given_back_to_it(base, cache, monkeyp
     run_out_of_memory(monkeypatch, lambda run: run.model.memory.plan.weights == "full")
     run = Run(TrainingInputs.on(CPU, cache, base, CONFIG), plan=MemoryPlan(1.0))
     accumulate_within_memory(run, lambda _: None)
-    assert run.model.memory.plan == NARROW
+    assert run.model.memory.plan == QUANTISED
 
 
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache, monkeypatch):
@@ -304,7 +304,7 @@ def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, c
 @pytest.mark.parametrize("kind", mostly_slow(["sd15", *SMALL_FLOWS], "sd15", "flux1"))
 def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     """Its first parameters may be 8-bit ones, which say nothing of the precision that it computes in."""
-    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
+    monkeypatch.setattr("core.models.quantised_layers.SMALLEST", 1)
     base = base if kind == "sd15" else small_flow_base(kind)
     cache = cache_of(base, side=8)
     config = replace(CONFIG, sample_steps=1, sample_guidance=1.0)
@@ -323,10 +323,10 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     "method", mostly_slow([name for name, method in METHODS.items() if method.freezes_weights], "lora", "dora")
 )
 def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monkeypatch):
-    monkeypatch.setattr("core.models.narrow_layers.SMALLEST", 1)
+    monkeypatch.setattr("core.models.quantised_layers.SMALLEST", 1)
     run = Run(TrainingInputs.on(CPU, cache, base, replace(CONFIG, method=method)))
     full = [weakref.ref(p) for p in run.model.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
-    run.model.adopt(NARROW)
+    run.model.adopt(QUANTISED)
     run.train_step()
     gc.collect()
     assert full and all(weight() is None for weight in full)
@@ -805,9 +805,9 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
         False
     )
     network = nn.Sequential(frozen)
-    narrow_weights(network, CPU)
-    assert isinstance(network[0], NarrowLinear if kind == "linear" else NarrowConv2d)
-    rounded = narrowed(frozen.weight).widened(torch.float32)
+    quantise_weights(network, CPU)
+    assert isinstance(network[0], QuantisedLinear if kind == "linear" else QuantisedConv2d)
+    rounded = to_int8(frozen.weight).dequantised(torch.float32)
     x = torch.randn((5, 300) if kind == "linear" else (2, 64, 9, 9), requires_grad=True)
     again = x.detach().clone().requires_grad_()
     plain = F.linear if kind == "linear" else lambda x, weight, bias: F.conv2d(x, weight, bias, 2, 1)
@@ -820,7 +820,7 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
 
 def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
     weight = torch.randn(640, 640, generator=torch.Generator().manual_seed(1))
-    wide = narrowed(weight).widened(torch.float32)
+    wide = to_int8(weight).dequantised(torch.float32)
     scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     fp8 = (weight / scale).to(torch.float8_e4m3fn).float() * scale
     errors = [((rounded - weight).norm() / weight.norm()).item() for rounded in (wide, fp8)]
@@ -829,5 +829,5 @@ def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
 
 def test_small_and_trained_layers_stay_as_they_are():
     network = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(300, 300))
-    narrow_weights(network, CPU)
+    quantise_weights(network, CPU)
     assert [type(layer) for layer in network] == [nn.Linear, nn.Linear]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.errors import UnknownFamily
 from core.models import load_base, text
-from core.models.narrow_layers import NarrowLinear
+from core.models.quantised_layers import QuantisedLinear
 from core.models.spec import materialise
 from core.models.text_gguf import NAMES
 from core.storage.gguf_file import open_gguf
@@ -100,7 +100,7 @@ def test_an_encoder_in_gguf_is_that_of_its_dequantised_weights(architecture, tmp
         states = expected(tokens).last_hidden_state
         for how in ({}, {"as_stored": True}):
             ours = network_of(kind, component.config, component.tensors, **how)
-            assert any(isinstance(layer, NarrowLinear) for layer in ours.modules()) == bool(how)
+            assert any(isinstance(layer, QuantisedLinear) for layer in ours.modules()) == bool(how)
             for name, layer in expected.named_modules():
                 if isinstance(layer, nn.Linear | nn.Embedding):
                     assert torch.equal(ours.get_submodule(name).weight, layer.weight), name

@@ -366,7 +366,7 @@ def test_batches_with_one_model_load_it_once_and_draw_the_same(base, loads: list
     apart = [*generate(base, loras, given), *generate(base, loras, given, starts=starts, denoise=0.5)]
     assert loads == ["text_encoder", "denoiser", "vae"] * 2
     loads.clear()
-    with DrawingModel(base, goes_on=True) as model:
+    with DrawingModel(base, keeps_originals=True) as model:
         drawn = list(generate(base, loras, given, model=model))
         again = list(generate(base, loras, given, starts=starts, denoise=0.5, model=model))
         # Other words need the text encoders, for which the denoiser makes room.

@@ -13,7 +13,7 @@ SHIPPED = [(pack, style) for pack in find_style_packs().packs.values() for style
 
 
 def style(prompt: str = "photo of {subject}", **fields) -> Style:
-    return Style("A & B", "", Wording(prompt), None, **fields)
+    return Style("A & B", "", {"tags": Wording(prompt)}, **fields)
 
 
 def top(picture: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.errors import BadFile, MissingPackage
-from core.storage.gguf_file import narrow_gguf, open_gguf
+from core.storage.gguf_file import open_gguf, quantised_gguf
 from core.storage.stored import dtype_and_shape
 from tests.tooling import write_gguf
 
@@ -41,17 +41,17 @@ def test_tensors_are_read_in_their_types_and_quantised_ones_as_bf16(path):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow)")
-def test_torch_widens_what_the_package_does_bit_for_bit(kind):
+def test_torch_dequantises_what_the_package_does_bit_for_bit(kind):
     numbers, size = gguf.GGML_QUANT_SIZES[Q[kind]]
     data = np.random.default_rng(0).integers(0, 256, (5, 3 * size), np.uint8)  # some factors are infinite or none
     expected = torch.from_numpy(gguf.quants.dequantize(data, Q[kind]))
     assert expected.isnan().float().mean() < 0.1 < expected.unique().numel()
-    narrow = narrow_gguf(torch.from_numpy(data), kind, (5, 3 * numbers))
+    narrow = quantised_gguf(torch.from_numpy(data), kind, (5, 3 * numbers))
     assert narrow and narrow.nbytes == data.nbytes
     for dtype in (torch.bfloat16, torch.float32):
-        widened = narrow.widened(dtype)
-        torch.testing.assert_close(widened, expected.bfloat16().to(dtype), rtol=0, atol=0, equal_nan=True)
-    assert narrow_gguf(torch.from_numpy(data), kind, (15, numbers)) is None
+        dequantised = narrow.dequantised(dtype)
+        torch.testing.assert_close(dequantised, expected.bfloat16().to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert quantised_gguf(torch.from_numpy(data), kind, (15, numbers)) is None
 
 
 def test_a_tokenizers_words_are_passed_over(tmp_path, monkeypatch):

@@ -13,11 +13,13 @@ from tqdm.utils import disp_len
 from core.cli.studio_progress import StudioProgress, planned
 from core.demo import BASE_FILE
 from core.device import processor
+from core.errors import BadConfig
 from core.models import load_base
 from core.pictures import find_style_packs
 from core.storage.files import read_json
+from core.storage.plain_values import read_as
 from core.studio import Cost, Person, Plan, Result, Terms, Work, plan_people, seconds_for
-from core.studio.cost import PHASES, Stopwatch, cost_of
+from core.studio.cost import PHASES, Stopwatch
 from core.studio.report import read_report, write_report
 from core.training import Callbacks
 from core.training.callbacks import LOADING, StepReport
@@ -103,13 +105,13 @@ def test_others_cost_by_their_photos_steps_and_pictures_what_these_have() -> Non
 
 def test_a_cost_that_is_no_cost_is_refused() -> None:
     values = json.loads(json.dumps({**vars(cost()), "work": vars(Work(1))}))
-    assert cost_of(values) == replace(cost(), work=Work(1))
+    assert read_as(Cost, values) == replace(cost(), work=Work(1))
     for damaged in (
         values | {"device": 3}, values | {"work": {"people": "many"}}, values | {"work": {"time": 1}},
         values | {"seconds": {}}, values | {"seconds": dict.fromkeys(PHASES, "long")}, values | {"more": 1},
     ):  # fmt: skip
-        with pytest.raises((TypeError, KeyError)):
-            cost_of(damaged)
+        with pytest.raises(BadConfig):
+            read_as(Cost, damaged)
 
 
 def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base(tmp_path, monkeypatch) -> None:

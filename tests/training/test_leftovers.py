@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import core.models.narrow_layers as narrow_layers
+import core.models.quantised_layers as quantised_layers
 from core.config import TrainConfig
 from core.device import release_memory
 from core.models.memory_plan import PLANS
@@ -53,7 +53,7 @@ def base_of(family: str, bases):
 @pytest.mark.parametrize("plan", [PLANS[0], PLANS[1], PLANS[-1]], ids=["fastest", "selective", "smallest"])
 @pytest.mark.parametrize("family", mostly_slow([*UNETS, *SMALL_FLOWS], "sd15", "flux1"))
 def test_nothing_of_a_run_is_left(family, plan, bases, no_collector, monkeypatch):
-    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
+    monkeypatch.setattr(quantised_layers, "SMALLEST", 1)
     left = left_of(base_of(family, bases), plan=plan)
     assert left == (["pos_embed"] if family == "qwen-image" else [])  # which a cache of diffusers keeps
 

@@ -109,7 +109,7 @@ def point(step: int, *scores: float, copying=0.0, leakage=0.0, drift=0.0) -> Lik
 
 def test_pictures_are_measured_against_photos_that_were_held_out(watch, network):
     own, other = person_photos(36), person_photos(1)
-    watch.see_base(base_pictures(other[2]))
+    watch.set_base_pictures(base_pictures(other[2]))
     measured = watch.measure(5, pictures(own[8:], other[2]))
     person = mean_face(embed_images(network, own[6:8]))
     assert person is not None
@@ -127,7 +127,7 @@ def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_pat
     other = person_photos(1)
     drawn, of_base = pictures(person_photos(36)[8:], other[0]), base_pictures(other[2])
     for each in (watch, judged, alone):
-        each.see_base(of_base)
+        each.set_base_pictures(of_base)
     measured = judged.measure(5, drawn)
     assert measured.judged == alone.measure(5, drawn)
     assert replace(measured, judged=None) == watch.measure(5, drawn)
@@ -135,7 +135,7 @@ def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_pat
 
 def test_copies_of_training_photos_leaks_and_drift_show(watch):
     own, other = person_photos(36), person_photos(1)
-    watch.see_base(base_pictures(other[2]))
+    watch.set_base_pictures(base_pictures(other[2]))
     copied = watch.measure(5, pictures(own[:2], own[8], grey=100))
     fresh = watch.measure(5, pictures(own[8:], other[2], grey=93))
     assert copied.copying > fresh.copying + 0.05 and copied.copying > watch.own_copying
@@ -151,7 +151,7 @@ def test_a_single_training_photo_copies_none_of_the_others(watch):
 
 def test_a_picture_without_a_face_counts_nothing(watch):
     nothing = Image.new("RGB", (64, 80), (120, 90, 60))
-    watch.see_base(base_pictures(nothing))
+    watch.set_base_pictures(base_pictures(nothing))
     measured = watch.measure(1, pictures([nothing, person_photos(36)[8]], nothing))
     assert measured.scores[0] == 0 and measured.scores[1] > 0.5
     grey = [Photo.from_image(nothing, "grey.png")]
@@ -181,7 +181,7 @@ def test_a_cheaper_checkpoint_that_may_be_less_alike_is_not_kept(watch):
 def test_the_scale_of_likeness_is_the_person_and_the_network(watch):
     """A network whose cosines are packed five times closer chooses the same."""
     other = person_photos(1)
-    watch.see_base(base_pictures(other[2]))
+    watch.set_base_pictures(base_pictures(other[2]))
     points = [
         point(100, 0.50, 0.51, 0.52, leakage=0.02, drift=5),
         point(200, 0.60, 0.61, 0.62, leakage=0.05, drift=7),
@@ -202,7 +202,7 @@ def test_the_scale_of_likeness_is_the_person_and_the_network(watch):
 
 def test_a_run_has_enough_when_likeness_is_flat_or_the_class_is_lost(watch):
     other = person_photos(1)
-    watch.see_base(base_pictures(other[2]))
+    watch.set_base_pictures(base_pictures(other[2]))
     rising = [point(step, step / 1000, step / 1000) for step in (100, 200, 300, 400)]
     assert watch.enough([]) is None  # of the steps before the first measurement
     assert watch.enough(rising[:1]) is None and watch.enough(rising) is None

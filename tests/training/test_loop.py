@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from PIL import Image
 from core.cli.common import JsonProgress
 from core.config import TrainConfig
 from core.device import deterministic_if
-from core.errors import BadConfig, BadFile, MissingPackage, TrainingDiverged
+from core.errors import BadConfig, BadFile, TrainingDiverged
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.models.memory_plan import blocks_of
@@ -330,13 +329,6 @@ def test_the_running_average_is_what_is_saved(bases, caches):
         average = decay * average + (1 - decay) * run.parameters[name].detach()
     torch.testing.assert_close(run.trained()[name], average, rtol=1e-5, atol=1e-8)
     assert not torch.equal(run.trained()[name], run.parameters[name])
-
-
-def test_a_missing_optimizer_package_is_named_with_the_command(bases, caches, monkeypatch):
-    for name in ("bitsandbytes", "bitsandbytes.optim"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingPackage, match="pip install bitsandbytes"):
-        Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="adamw8bit")))
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "prodigy"])

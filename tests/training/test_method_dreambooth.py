@@ -91,10 +91,10 @@ def test_the_base_models_pictures_show_its_own_weights_in_a_resumed_run_with_an_
         drawn_with.append(run.parameters[f"denoiser.{name}"].detach().clone())
         return [Image.new("RGB", (8, 8)) for _ in shots]
 
-    watch: Any = SimpleNamespace(base_shots=[("a photo of person", 1)], see_base=lambda images: None)
+    watch: Any = SimpleNamespace(base_shots=[("a photo of person", 1)], set_base_pictures=lambda images: None)
     inputs = TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], run.config)
     looks = IntermediateLoras(run, inputs, Samples(sampler, watch=watch), NO_CALLBACKS, {})
-    looks.see_base()
+    looks.set_base_pictures()
     assert torch.equal(drawn_with[0], original)
 
 

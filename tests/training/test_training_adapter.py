@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import core.models.narrow_layers as narrow_layers
+import core.models.quantised_layers as quantised_layers
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
@@ -223,7 +223,7 @@ def test_class_images_are_drawn_without_the_speed_lora(base, tmp_path, monkeypat
 
 def test_layers_in_8_bits_keep_it(monkeypatch):
     """Those in the place of layers that the method does not train; the others stay inside of the method's."""
-    monkeypatch.setattr(narrow_layers, "SMALLEST", 1)
+    monkeypatch.setattr(quantised_layers, "SMALLEST", 1)
     base = small_flow_base("zimage")
     lora = random_lora(base, r"(?!layers\.\d+\.(attention|feed_forward)).*")
     plan = next(plan for plan in PLANS if plan.weights == "8 bits")

@@ -43,4 +43,4 @@ def trains_text(config: TrainConfig) -> bool:
 
 def files_beside(file: Trained, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
     """Build the files to write beside the trained file, by the suffix added to its name."""
-    return {addition: make(file, base, config) for addition, make in METHODS[config.method].beside.items()}
+    return {addition: make(file, base, config) for addition, make in METHODS[config.method].extra_files.items()}

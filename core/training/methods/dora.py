@@ -37,7 +37,7 @@ class MagnitudeLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.lora_layer(x)
-        # Read in every pass, since a memory plan may narrow the weight to 8 bits or move it to another device.
+        # Read in every pass, since a memory plan may quantise the weight to 8 bits or move it to another device.
         weight, down, up = self.lora_layer.weight, self.lora_layer.down, self.lora_layer.up
         with torch.no_grad():  # the norm gets no gradient (section 4.3 of the paper)
             change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...config import OptimizerSettings, TrainConfig
+from ...config import OPTIMIZERS, OptimizerSettings, TrainConfig
 from ...device import free_memory
 from ...errors import BadConfig, LoraMisfit, OutOfMemory
 from ...lora.changes import factorise
@@ -21,7 +21,6 @@ from ...lora.modules import LoraModule
 from ...models.base import Base
 from ...models.clip import OPENCLIP_LAYER, OPENCLIP_OUTSIDE
 from ...models.ldm import ldm_vae_path
-from ...models.memory_plan import OPTIMIZER_BYTES
 from ...models.opening import load_base
 from ...models.spec import FamilySpec, Networks
 from ...tensor_names import ModuleId, blocks_in_a_level
@@ -112,15 +111,14 @@ def check_memory(count: int, config: OptimizerSettings, free: int, originals: in
     `originals` is the number of bytes kept per weight for its original value.
     """
 
-    def needed(optimizer: str) -> float:
-        return count * (_PLAIN_BYTES + OPTIMIZER_BYTES[optimizer] + (4 if config.ema_decay else 0) + originals)
-
-    if needed(config.optimizer) <= free:
+    per_weight = _PLAIN_BYTES + (4 if config.ema_decay else 0) + originals
+    needed = {name: count * (per_weight + kind.state_bytes) for name, kind in OPTIMIZERS.items()}
+    if needed[config.optimizer] <= free:
         return
-    smaller = [name for name in ("adamw8bit", "adafactor") if needed(name) <= free]
-    advice = f"optimizer {smaller[0]} needs {needed(smaller[0]) / _GIB:.1f} GiB, or " if smaller else ""
+    fitting = max((name for name in needed if needed[name] <= free), key=lambda name: needed[name], default=None)
+    advice = f"optimizer {fitting} needs {needed[fitting] / _GIB:.1f} GiB, or " if fitting else ""
     raise OutOfMemory(
-        f"method 'dreambooth' needs {needed(config.optimizer) / _GIB:.1f} GiB for {count / 1e6:.0f} million weights, their "
+        f"method 'dreambooth' needs {needed[config.optimizer] / _GIB:.1f} GiB for {count / 1e6:.0f} million weights, their "
         f"gradients and {config.optimizer}, but {free / _GIB:.1f} GiB are free. {advice}method 'lora' trains a hundredth of it"
     )
 
@@ -198,7 +196,7 @@ def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 METHOD = Method(
     "DreamBooth: all weights (arXiv:2208.12242)",
     attach,
-    beside={"lora": lora_beside},
+    extra_files={"lora": lora_beside},
     makes="checkpoint",
     rate_factor=0.1,
     freezes_weights=False,

@@ -228,7 +228,6 @@ def _input_of(networks: Networks, module_id: ModuleId, width: int) -> object:
 
 
 def _stacked(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Tensor:
-    """Allocate a leaf tensor of autograd, in that dtype, for the stacked parameters."""
     first = parameters[0]
     return first.new_empty(sum(map(len, parameters)), *first.shape[1:], dtype=dtype, requires_grad=True)
 

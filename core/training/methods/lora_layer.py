@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from ...models.cpu_matmul import add_product, matmul
 from ...models.cpu_matmul import linear as linear_of
-from ...models.narrow_layers import as_under_autocast, linear, narrow_of, times
-from ...storage.stored import Widen
+from ...models.quantised_layers import as_under_autocast, linear, quantised_of, times
+from ...storage.stored import Dequantise
 
-_Form = tuple[float, Widen, int]
-"""The scale s of a layer, the function that widens its weight, and the number of the weight's parts."""
+_Form = tuple[float, Dequantise, int]
+"""The scale s of a layer, the function that dequantises its weight, and the number of the weight's parts."""
 
 
 class LoraLayer(nn.Module):
@@ -120,9 +120,11 @@ class SharedInput:
         down, ups = self.matrices(x.dtype)
         layers = self.layers
         bases: list[Any] = [layer.base_layer for layer in layers]
-        weights = [narrow_of(base) for base in bases]
+        weights = [quantised_of(base) for base in bases]
         biases = [base.bias for base in bases]
-        forms = [(layer.scale, weight.widen, len(weight.parts)) for layer, weight in zip(layers, weights, strict=True)]
+        forms = [
+            (layer.scale, weight.dequantise, len(weight.parts)) for layer, weight in zip(layers, weights, strict=True)
+        ]
         parts = [part for weight in weights for part in weight.parts]
         return _AdaptedLinears.apply(x, forms, down, *ups, *biases, *parts)
 
@@ -131,8 +133,8 @@ class _AdaptedLinears(torch.autograd.Function):
     """The equation y = W x + b + s B (A x) for layers with one x, and its gradients. Of the activations, x and A x are kept.
 
     `down` is the stacked matrices A, or the one that all layers share. The other arguments are all matrices B, all biases, and
-    the parts of all weights. The weights are widened for a product and again for the backward pass, or multiplied in 8 bits
-    (narrow_layers.py). Everything but their parts is in the dtype of x.
+    the parts of all weights. The weights are dequantised for a product and again for the backward pass, or multiplied in 8 bits
+    (quantised_layers.py). Everything but their parts is in the dtype of x.
     """
 
     @staticmethod
@@ -140,10 +142,10 @@ class _AdaptedLinears(torch.autograd.Function):
         ups, biases, parts = others[: len(forms)], others[len(forms) : 2 * len(forms)], others[2 * len(forms) :]
         low = linear_of(x, down)  # A x of all layers, side by side
         outputs = []
-        for column, (scale, widen, _), up, weight, bias in zip(
+        for column, (scale, dequantise, _), up, weight, bias in zip(
             _columns(low, ups), forms, ups, _by_layer(parts, forms), biases, strict=True
         ):
-            y = linear(x, widen, weight, bias)  # W x + b
+            y = linear(x, dequantise, weight, bias)  # W x + b
             y.view(-1, y.shape[-1]).addmm_(column, up.t(), alpha=scale)  # + s B (A x), in place
             outputs.append(y)
         ctx.save_for_backward(x, low, down, *ups, *parts)
@@ -161,7 +163,7 @@ class _AdaptedLinears(torch.autograd.Function):
         low_gradient = torch.empty_like(low)  # the gradient of A x
         parts, low_gradients = _columns(low, ups), _columns(low_gradient, ups)
         x_gradient, up_gradients = None, []
-        for number, (gradient, (scale, widen, _)) in enumerate(zip(gradients, forms, strict=True)):
+        for number, (gradient, (scale, dequantise, _)) in enumerate(zip(gradients, forms, strict=True)):
             gradient, up = gradient.flatten(0, -2), ups[number]
             summed = number > 0 and len(down) == up.shape[1]  # the layers share one matrix A
             add_product(low_gradients[number], gradient, up, beta=int(summed), alpha=scale)  # s g B
@@ -170,7 +172,7 @@ class _AdaptedLinears(torch.autograd.Function):
                 add_product(up_gradient, gradient.t(), parts[number], beta=0, alpha=scale)
             )  # s g^T (A x)
             if ctx.needs_input_grad[0]:  # g W, summed over the layers
-                x_gradient = times(gradient, widen, weights[number], x_gradient)
+                x_gradient = times(gradient, dequantise, weights[number], x_gradient)
         low_gradient = low_gradient.flatten(0, -2)
         down_gradient = matmul(low_gradient.t(), x.flatten(0, -2))
         if x_gradient is not None:
@@ -179,7 +181,6 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _by_layer(parts: Sequence[Tensor], forms: Sequence[_Form]) -> list[Sequence[Tensor]]:
-    """Return the parts of each layer's weight."""
     ends = list(accumulate(count for _, _, count in forms))
     return [parts[end - count : end] for end, (_, _, count) in zip(ends, forms, strict=True)]
 

@@ -111,14 +111,14 @@ class Method:
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
     """Whether captions are encoded again in each step, because something on the text encoders is trained."""
-    beside: Mapping[str, Callable[[Trained, Base, TrainConfig], LoraFile]] = field(default_factory=dict)
+    extra_files: Mapping[str, Callable[[Trained, Base, TrainConfig], LoraFile]] = field(default_factory=dict)
     """The function that makes each file written beside the trained one, by the suffix added to the name."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
     """The type of the trained file."""
     rate_factor: float = 1.0
     """The factor on a LoRA's learning rate that suits this method."""
     freezes_weights: bool = True
-    """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
+    """Whether the networks' own weights stay frozen, so that a memory plan may quantise or offload them."""
     package: str | None = None
     """The package that its layers come from, if it isn't one that every method needs."""
     keeps_dtype: bool = False
@@ -134,8 +134,8 @@ class Method:
 
         For textual inversion it is the rate of the vectors.
         """
-        if config.optimizer == "prodigy":
-            return config.prodigy_rate
+        if config.finds_rate:
+            return config.found_rate_factor
         if self.makes == "embedding":
             return config.embedding_lr
         return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate

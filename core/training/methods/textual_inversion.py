@@ -144,5 +144,5 @@ PIVOTAL = Method(
     "pivotal tuning: a LoRA and vectors of a new word",
     attach_pivotal,
     trains_text=lambda config: True,
-    beside={"embedding": embedding_beside},
+    extra_files={"embedding": embedding_beside},
 )

@@ -14,16 +14,16 @@ from core.lora.apply import apply
 from core.lora.modules import LoraModule
 from core.models import load_base
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
-from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
+from core.models.quantised_layers import QuantisedConv2d, QuantisedLayer, QuantisedLinear
 from core.pictures.generate import Job, generate
-from core.storage.stored import narrow_in
+from core.storage.stored import quantised_in
 from core.training.adapted_model import memory_plans
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.step import Run
-from tests.models.quantised_weights import FORMS, MATRICES, narrow_and_wide_base
+from tests.models.quantised_weights import FORMS, MATRICES, quantised_and_full_base
 from tests.tooling import SMALL_FLOWS, cache_of, mostly_slow, nothing_fits, random_lora
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
 
 
 def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLANS[0], family: str = "flux1") -> None:
-    narrow, wide = narrow_and_wide_base(form, family)
+    narrow, wide = quantised_and_full_base(form, family)
     cache = cache_of(wide, 2)
     runs = [Run(TrainingInputs.on(CPU, cache, base, config), plan=plan) for base in (narrow, wide)]
     for run in runs:
@@ -52,40 +52,40 @@ def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLA
     (loss, gradients, peak), (wide_loss, wide_gradients, wide_peak) = map(step, runs)
     assert torch.equal(loss, wide_loss) and loss.isfinite() and gradients.keys() == wide_gradients.keys()
     assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
-    layers = [layer for layer in runs[0].model.denoiser.modules() if isinstance(layer, NarrowLinear)]
+    layers = [layer for layer in runs[0].model.denoiser.modules() if isinstance(layer, QuantisedLinear)]
     widths = sorted(layer.in_features * layer.out_features * 4 for layer in layers)
     tensors = wide.components["denoiser"].tensors
     assert len(layers) == sum(
         name.endswith(".weight") and tensor.ndim == 2 and bool(re.search(MATRICES, name))
         for name, tensor in tensors.items()
     )
-    assert sum(layer.narrow.nbytes for layer in layers) < 0.3 * sum(widths)
-    # Of all widened weights only those that are being used are there: in float32 on the way, and in two other dtypes.
+    assert sum(layer.quantised.nbytes for layer in layers) < 0.3 * sum(widths)
+    # Of all dequantised weights only those that are being used are there: in float32 on the way, and in two other dtypes.
     assert peak - wide_peak < 3 * widths[-1] < 0.6 * sum(widths)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_training_on_narrow_weights_is_bit_for_bit_that_on_wide_ones(form):
+def test_a_training_on_quantised_weights_is_bit_for_bit_that_on_wide_ones(form):
     assert_trains_as_wide(form, CONFIG)
 
 
 @pytest.mark.parametrize("plan", [MemoryPlan(1.0), MemoryPlan(1.0, offload=1.0)], ids=str)
-def test_memory_plans_compute_the_same_on_narrow_weights(plan):
+def test_memory_plans_compute_the_same_on_quantised_weights(plan):
     assert_trains_as_wide("scaled fp8", replace(CONFIG, precision="fp32"), plan)
 
 
 @pytest.mark.parametrize("family", mostly_slow([family for family in SMALL_FLOWS if family != "flux1"], "zimage"))
-def test_families_compute_the_same_on_narrow_weights(family):
+def test_families_compute_the_same_on_quantised_weights(family):
     assert_trains_as_wide("scaled fp8", CONFIG, family=family)
 
 
 @pytest.mark.parametrize("method", mostly_slow(("dora", "loha", "lokr", "oft"), "lokr"))
-def test_methods_compute_the_same_on_narrow_weights(method):
+def test_methods_compute_the_same_on_quantised_weights(method):
     assert_trains_as_wide("nvfp4", replace(CONFIG, method=method), family="qwen-image")
 
 
-def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch):
-    narrow, wide = narrow_and_wide_base("scaled fp8")
+def test_quantised_weights_are_rounded_no_further_and_need_less_memory(monkeypatch):
+    narrow, wide = quantised_and_full_base("scaled fp8")
     cache, plans = cache_of(wide, 2), memory_plans(CONFIG, narrow)
     assert plans == tuple(replace(plan, weights="full") for plan in PLANS[4:])
     assert {plan.weights for plan in plans} == {"full"} and memory_plans(CONFIG, wide) == PLANS
@@ -103,11 +103,11 @@ def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_stored_of_narrow_weights_is_known_without_reading_it(form):
-    base, _ = narrow_and_wide_base(form)
+def test_what_is_stored_of_quantised_weights_is_known_without_reading_it(form):
+    base, _ = quantised_and_full_base(form)
     tensors = base.components["denoiser"].tensors
-    narrow = {name: weight for name in tensors if (weight := narrow_in(tensors, name))}
-    known = {name: weight for name in tensors if (weight := narrow_in(tensors, name, read=False))}
+    narrow = {name: weight for name in tensors if (weight := quantised_in(tensors, name))}
+    known = {name: weight for name in tensors if (weight := quantised_in(tensors, name, read=False))}
     assert narrow and narrow.keys() == known.keys()
     for name, weight in narrow.items():
         assert all(part.is_meta for part in known[name].parts) and known[name].shape == weight.shape
@@ -115,7 +115,7 @@ def test_what_is_stored_of_narrow_weights_is_known_without_reading_it(form):
         assert next(layouts) == next(layouts), name
 
 
-def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
+def test_dreambooth_trains_what_quantised_weights_stand_for(small_sd15):
     wide = load_base(small_sd15)
     denoiser = wide.components["denoiser"]
     fp8 = {name: denoiser.tensors[name].to(torch.float8_e4m3fn) for name in denoiser.tensors}
@@ -124,21 +124,21 @@ def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
     config = replace(CONFIG, method="dreambooth", precision="fp32", prior_prediction=0)
     run = Run(TrainingInputs.on(CPU, cache, narrow, config))
     assert run.accumulate().isfinite() and memory_plans(config, narrow) == memory_plans(config, wide)
-    assert not any(isinstance(layer, NarrowLayer) for layer in run.model.denoiser.modules())
+    assert not any(isinstance(layer, QuantisedLayer) for layer in run.model.denoiser.modules())
     lora = Run(TrainingInputs.on(CPU, cache, narrow, CONFIG))
-    kinds = {type(layer) for layer in lora.model.denoiser.modules() if isinstance(layer, NarrowLayer)}
-    assert kinds == {NarrowLinear, NarrowConv2d} and lora.accumulate().isfinite()
+    kinds = {type(layer) for layer in lora.model.denoiser.modules() if isinstance(layer, QuantisedLayer)}
+    assert kinds == {QuantisedLinear, QuantisedConv2d} and lora.accumulate().isfinite()
 
 
-def test_pictures_of_narrow_weights_with_loras_are_those_of_wide_ones(monkeypatch):
-    narrow, wide = narrow_and_wide_base("scaled fp8")
+def test_pictures_of_quantised_weights_with_loras_are_those_of_wide_ones(monkeypatch):
+    narrow, wide = quantised_and_full_base("scaled fp8")
     loras = [(random_lora(wide, r"transformer_blocks\..+", seed=seed), 0.5) for seed in (1, 2)]
-    layers: list[list[NarrowLayer]] = []
+    layers: list[list[QuantisedLayer]] = []
     load = drawing_model.load_denoiser
 
     def loaded(*arguments):
         denoiser, memory = load(*arguments)
-        layers.append([layer for layer in denoiser.modules() if isinstance(layer, NarrowLayer)])
+        layers.append([layer for layer in denoiser.modules() if isinstance(layer, QuantisedLayer)])
         return denoiser, memory
 
     monkeypatch.setattr(drawing_model, "load_denoiser", loaded)
@@ -154,11 +154,11 @@ def test_pictures_of_narrow_weights_with_loras_are_those_of_wide_ones(monkeypatc
     assert abs(plain_again - plain).max() <= 1
 
 
-def test_a_lora_on_a_narrow_linear_layer_is_multiplied_beside_its_weight(monkeypatch):
-    narrow, _ = narrow_and_wide_base("scaled fp8")
+def test_a_lora_on_a_quantised_linear_layer_is_multiplied_beside_its_weight(monkeypatch):
+    narrow, _ = quantised_and_full_base("scaled fp8")
     denoiser = narrow.load("denoiser", CPU, torch.float32, as_stored=True)
     layer = denoiser.get_submodule("transformer_blocks.0.attn.to_q")
-    assert isinstance(layer, NarrowLinear)
+    assert isinstance(layer, QuantisedLinear)
     for seed in (1, 2):
         apply(random_lora(narrow, r"transformer_blocks\..+", seed=seed), {"family": "flux1", "denoiser": denoiser}, 0.5)
     x = torch.randn(2, 5, 128)
@@ -167,12 +167,12 @@ def test_a_lora_on_a_narrow_linear_layer_is_multiplied_beside_its_weight(monkeyp
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_lora_on_narrow_weights_is_taken_off_again_and_other_kinds_are_refused():
-    narrow, _ = narrow_and_wide_base("nvfp4")
+def test_a_lora_on_quantised_weights_is_taken_off_again_and_other_kinds_are_refused():
+    narrow, _ = quantised_and_full_base("nvfp4")
     denoiser = narrow.load("denoiser", CPU, torch.float32, as_stored=True)
     target = {"family": "flux1", "denoiser": denoiser}
     layer = denoiser.get_submodule("transformer_blocks.0.attn.to_q")
-    assert isinstance(layer, NarrowLinear)
+    assert isinstance(layer, QuantisedLinear)
     before, lora = layer.weight, random_lora(narrow, r"transformer_blocks\..+")
     change = dict(lora.changes())["denoiser", "transformer_blocks.0.attn.to_q"]
     applied = apply(lora, target, 0.5)

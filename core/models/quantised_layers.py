@@ -1,4 +1,4 @@
-"""Frozen layers whose weights are kept as they are stored, in few bits, and widened whenever they are used.
+"""Frozen layers whose weights are kept as they are stored, in few bits, and dequantised whenever they are used.
 
 Products with 8-bit weights can also be computed in 8 bits. The other factor is rounded too: row x_i becomes q_i =
 round(x_i / t_i), with t_i = max |x_i| / limit. The weight is W = s Q, with one scale s or one for each output. This is
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from ..storage.stored import NarrowTensor, Widen, as_stored
+from ..storage.stored import Dequantise, QuantisedTensor, as_stored
 from . import cpu_matmul
 
 FEWEST_ROWS = 17
-"""The fewest rows of x that `torch._int_mm` takes on a GPU. Fewer are multiplied with the widened weight."""
+"""The fewest rows of x that `torch._int_mm` takes on a GPU. Fewer are multiplied with the dequantised weight."""
 ROWS_MULTIPLE = 32
 """int8 rows are filled up to a multiple of this. cuBLAS has computed odd numbers of rows wrongly (pytorch#107671)."""
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -44,28 +44,28 @@ class WeightChange(Protocol):
 
 
 class InEightBits:
-    """Widens a weight as another function does, and marks it as one whose products are computed in 8 bits."""
+    """Dequantises a weight as another function does, and marks it as one whose products are computed in 8 bits."""
 
-    def __init__(self, widen: Widen):
-        self.widen: Widen = widen
+    def __init__(self, dequantise: Dequantise):
+        self.dequantise: Dequantise = dequantise
 
     def __call__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return self.widen(parts, dtype)
+        return self.dequantise(parts, dtype)
 
 
-def linear(x: Tensor, widen: Widen, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, dequantise: Dequantise, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b (..., out) for x (..., in), in the dtype of x."""
-    if not _is_in_eight_bits(x, widen):
-        return cpu_matmul.linear(x, widen(parts, x.dtype), bias)
+    if not _is_in_eight_bits(x, dequantise):
+        return cpu_matmul.linear(x, dequantise(parts, x.dtype), bias)
     weight, *scales = parts
     product = _product(x, weight.t(), *scales)
     return product if bias is None else product.add_(bias)
 
 
-def times(gradient: Tensor, widen: Widen, parts: Sequence[Tensor], total: Tensor | None = None) -> Tensor:
+def times(gradient: Tensor, dequantise: Dequantise, parts: Sequence[Tensor], total: Tensor | None = None) -> Tensor:
     """Return g W (..., in) for g (..., out), in the dtype of g; added to `total`, which is changed, if there is one."""
-    if not _is_in_eight_bits(gradient, widen):
-        wide = widen(parts, gradient.dtype)
+    if not _is_in_eight_bits(gradient, dequantise):
+        wide = dequantise(parts, gradient.dtype)
         return cpu_matmul.linear(gradient, wide.t()) if total is None else cpu_matmul.add_product(total, gradient, wide)
     weight, *scales = parts
     for scale in scales:
@@ -74,8 +74,8 @@ def times(gradient: Tensor, widen: Widen, parts: Sequence[Tensor], total: Tensor
     return product if total is None else total.add_(product)
 
 
-def _is_in_eight_bits(x: Tensor, widen: Widen) -> bool:
-    return isinstance(widen, InEightBits) and x.numel() >= FEWEST_ROWS * x.shape[-1]
+def _is_in_eight_bits(x: Tensor, dequantise: Dequantise) -> bool:
+    return isinstance(dequantise, InEightBits) and x.numel() >= FEWEST_ROWS * x.shape[-1]
 
 
 def _product(x: Tensor, matrix: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -104,15 +104,15 @@ def _product(x: Tensor, matrix: Tensor, scale: Tensor | None = None) -> Tensor:
     return product.view(*x.shape[:-1], -1)
 
 
-class NarrowLayer(nn.Module):
-    """The base class of frozen layers whose weight is a NarrowTensor. Its parts are parameters, so that they can be moved."""
+class QuantisedLayer(nn.Module):
+    """The base class of frozen layers whose weight is a QuantisedTensor. Its parts are parameters, so they can be moved."""
 
     changes: tuple[WeightChange, ...] = ()
     """What is added to the weight, in order: applied LoRAs for drawing pictures."""
 
-    def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:
+    def _take(self, weight: QuantisedTensor, bias: Any, dtype: torch.dtype) -> None:
         self.dtype: torch.dtype = dtype
-        self._widen: Widen = weight.widen
+        self._dequantise: Dequantise = weight.dequantise
         self._shape = weight.shape
         self._names = tuple(f"part_{number}" for number in range(len(weight.parts)))
         for name, part in zip(self._names, weight.parts, strict=True):
@@ -120,21 +120,21 @@ class NarrowLayer(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
-    def narrow(self) -> NarrowTensor:
+    def quantised(self) -> QuantisedTensor:
         """The stored weight, with its parts on their current devices."""
-        return NarrowTensor(tuple(getattr(self, name) for name in self._names), self._widen, self._shape)
+        return QuantisedTensor(tuple(getattr(self, name) for name in self._names), self._dequantise, self._shape)
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the dtype of the network, widened and changed for each call."""
-        wide = self.narrow.widened(self.dtype)
+        """The weight in the dtype of the network, dequantised and changed for each call."""
+        wide = self.quantised.dequantised(self.dtype)
         for change in self.changes:
             wide = (wide.float() + change(wide.device).reshape(wide.shape)).to(self.dtype)
         return wide
 
 
-class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
-    def __init__(self, layer: nn.Linear, weight: NarrowTensor, dtype: torch.dtype):
+class QuantisedLinear(QuantisedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __init__(self, layer: nn.Linear, weight: QuantisedTensor, dtype: torch.dtype):
         """Replace a layer that has this weight, in a network of that dtype."""
         nn.Module.__init__(self)
         self.in_features: int = layer.in_features
@@ -142,24 +142,24 @@ class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
         self._take(weight, layer.bias, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = as_under_autocast(input), self.narrow
-        y = _Linear.apply(x, weight.widen, self.bias, *weight.parts)
+        x, weight = as_under_autocast(input), self.quantised
+        y = _Linear.apply(x, weight.dequantise, self.bias, *weight.parts)
         for change in self.changes:  # beside the weight, since adding it to the weight takes longer than the product
             y = y + change.times(x)
         return y
 
     @property
-    def plain_widen(self) -> Widen:
-        """The function that widens the weight, without the mark of products in 8 bits."""
-        return self._widen.widen if isinstance(self._widen, InEightBits) else self._widen
+    def plain_dequantise(self) -> Dequantise:
+        """The function that dequantises the weight, without the mark of products in 8 bits."""
+        return self._dequantise.dequantise if isinstance(self._dequantise, InEightBits) else self._dequantise
 
     def multiply(self, in_eight_bits: bool) -> None:
         """Compute products with the weight in 8 bits or not."""
-        self._widen = InEightBits(self.plain_widen) if in_eight_bits else self.plain_widen
+        self._dequantise = InEightBits(self.plain_dequantise) if in_eight_bits else self.plain_dequantise
 
 
-class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
-    def __init__(self, layer: nn.Conv2d, weight: NarrowTensor, dtype: torch.dtype):
+class QuantisedConv2d(QuantisedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __init__(self, layer: nn.Conv2d, weight: QuantisedTensor, dtype: torch.dtype):
         """Replace a layer that has this weight, in a network of that dtype."""
         nn.Module.__init__(self)
         for name in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
@@ -167,34 +167,34 @@ class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibl
         self._take(weight, layer.bias, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = as_under_autocast(input), self.narrow
+        x, weight = as_under_autocast(input), self.quantised
         places = (self.stride, self.padding, self.dilation, self.groups)
         if self.changes:
             return self._conv_forward(x, self.weight.to(x.dtype), self.bias)
-        return _Conv2d.apply(x, weight.widen, places, self.bias, *weight.parts)
+        return _Conv2d.apply(x, weight.dequantise, places, self.bias, *weight.parts)
 
 
-def can_be_narrow(layer: nn.Module) -> bool:
-    """Return whether a layer's weight can be kept narrow and is not narrow yet."""
-    is_known = isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, NarrowLayer)
+def can_be_quantised(layer: nn.Module) -> bool:
+    """Return whether a layer's weight can be kept quantised and is not quantised yet."""
+    is_known = isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, QuantisedLayer)
     return is_known and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
-def make_narrow(network: nn.Module, path: str, weight: NarrowTensor, dtype: torch.dtype) -> None:
-    """Replace the layer of a network at that path by one that keeps its weight narrow."""
+def make_quantised(network: nn.Module, path: str, weight: QuantisedTensor, dtype: torch.dtype) -> None:
+    """Replace the layer of a network at that path by one that keeps its weight quantised."""
     layer: Any = network.get_submodule(path)
-    kind: Any = NarrowLinear if isinstance(layer, nn.Linear) else NarrowConv2d
+    kind: Any = QuantisedLinear if isinstance(layer, nn.Linear) else QuantisedConv2d
     made = kind(layer, weight, dtype)
     made._forward_hooks.update(layer._forward_hooks)  # a training adapter's
     network.set_submodule(path, made)
 
 
-def narrow_of(layer: Any) -> NarrowTensor:
+def quantised_of(layer: Any) -> QuantisedTensor:
     """Return the weight of a layer as it is stored. A plain weight is returned unchanged."""
-    if isinstance(layer, NarrowLayer):
+    if isinstance(layer, QuantisedLayer):
         assert not layer.changes
-        return layer.narrow
-    return NarrowTensor((layer.weight,), as_stored, tuple(layer.weight.shape))
+        return layer.quantised
+    return QuantisedTensor((layer.weight,), as_stored, tuple(layer.weight.shape))
 
 
 def as_under_autocast(x: Tensor) -> Tensor:
@@ -205,18 +205,18 @@ def as_under_autocast(x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer that widens its weight again for the backward pass, instead of keeping it widened.
+    """A linear layer that dequantises its weight again for the backward pass, instead of keeping it dequantised.
 
-    Its arguments are the input, the function that widens the weight, the bias, and the weight's parts. They don't have their
-    own names: if there are as many arguments as names, torch.compile assumes that the context was left out.
+    Its arguments are the input, the function that dequantises the weight, the bias, and the weight's parts. They don't have
+    their own names: if there are as many arguments as names, torch.compile assumes that the context was left out.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x, widen, bias, *parts = given
+        x, dequantise, bias, *parts = given
         ctx.save_for_backward(*parts)
-        ctx.widen = widen
-        return linear(x, widen, parts, bias)
+        ctx.dequantise = dequantise
+        return linear(x, dequantise, parts, bias)
 
     @staticmethod
     @once_differentiable
@@ -224,21 +224,21 @@ class _Linear(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         parts: Sequence[Tensor] = ctx.saved_tensors
-        return times(gradients[0], ctx.widen, parts), *(None,) * (2 + len(parts))
+        return times(gradients[0], ctx.dequantise, parts), *(None,) * (2 + len(parts))
 
 
 class _Conv2d(torch.autograd.Function):
-    """A convolution that widens its weight again for the backward pass, instead of keeping it widened.
+    """A convolution that dequantises its weight again for the backward pass, instead of keeping it dequantised.
 
     Its arguments are those of a linear layer, with the convolution's places before the bias.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x, widen, places, bias, *parts = given
+        x, dequantise, places, bias, *parts = given
         ctx.save_for_backward(*parts)
-        ctx.widen, ctx.places, ctx.shape = widen, places, x.shape
-        return F.conv2d(x, widen(parts, x.dtype), bias, *places)
+        ctx.dequantise, ctx.places, ctx.shape = dequantise, places, x.shape
+        return F.conv2d(x, dequantise(parts, x.dtype), bias, *places)
 
     @staticmethod
     @once_differentiable
@@ -246,37 +246,37 @@ class _Conv2d(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         parts: Sequence[Tensor] = ctx.saved_tensors
-        weight = ctx.widen(parts, gradients[0].dtype)
+        weight = ctx.dequantise(parts, gradients[0].dtype)
         return conv2d_input(ctx.shape, weight, gradients[0], *ctx.places), *(None,) * (3 + len(parts))
 
 
 SMALLEST = 2**16
-"""The smallest number of elements of a weight that is narrowed. Smaller ones, such as first and last layers, gain little."""
+"""The smallest number of elements of a weight that is quantised. Smaller ones, such as first and last layers, gain little."""
 
 
-def narrowed(weight: Tensor) -> NarrowTensor:
+def to_int8(weight: Tensor) -> QuantisedTensor:
     """Round the weight to int8, with the float32 scales (out, 1, ...) that multiply it back."""
     wide = weight.detach().float()
     scale = wide.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-12) / 127
-    return NarrowTensor(((wide / scale).round_().to(torch.int8), scale), times_scale, tuple(weight.shape))
+    return QuantisedTensor(((wide / scale).round_().to(torch.int8), scale), times_scale, tuple(weight.shape))
 
 
 def times_scale(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Widen a weight from `narrowed`."""
+    """Dequantise a weight from `to_int8`."""
     weight, scale = parts
     return weight * scale.to(dtype)
 
 
-def narrow_weights(network: nn.Module, device: torch.device) -> None:
+def quantise_weights(network: nn.Module, device: torch.device) -> None:
     """Replace the large frozen Linear and Conv2d layers of a network by layers with 8-bit weights, computed on `device`.
 
-    Layers that keep the narrow weights of their file are not changed.
+    Layers that keep the quantised weights of their file are not changed.
     """
     # Only their paths, so that each layer is freed when it is replaced: both kinds of weights may not fit together.
-    for path in [path for path, layer in network.named_modules() if can_be_narrow(layer)]:
+    for path in [path for path, layer in network.named_modules() if can_be_quantised(layer)]:
         weight: Tensor = network.get_submodule(path).weight  # pyright: ignore[reportAssignmentType]
         if weight.requires_grad or weight.numel() < SMALLEST:
             continue
         # Rounded on the device, which is much faster, and moved back, since all of them may not fit on the device.
-        made = narrowed(weight.to(device)).map(lambda part, home=weight.device: part.to(home))
-        make_narrow(network, path, made, weight.dtype)
+        made = to_int8(weight.to(device)).map(lambda part, home=weight.device: part.to(home))
+        make_quantised(network, path, made, weight.dtype)
