@@ -68,6 +68,18 @@ def test_the_python_of_the_readme_runs(tmp_path, small_sd15, monkeypatch):
             assert "sks person" in picture.info["parameters"] and "<lora:me:0.9>" in picture.info["parameters"]
 
 
+def test_the_example_with_a_loop_of_its_own_trains_and_draws(tmp_path, monkeypatch):
+    code = (ROOT / "docs" / "examples" / "lora_by_hand.py").read_text(encoding="utf-8")
+    short, changed = re.subn(r"(STEPS, PICTURES_PER_STEP, RANK, LEARNING_RATE) = 300, 4,", r"\1 = 2, 2,", code)
+    assert changed == 1 and len(code.splitlines()) <= 120
+    write_photos(tmp_path / "photos", count=2)
+    monkeypatch.setattr(sys, "argv", ["lora_by_hand.py", "photos", "demo"])
+    run(short, tmp_path, monkeypatch)
+    lora = LoraFile.read(tmp_path / "by_hand.safetensors")
+    assert all(module.rank == 16 and module.up.abs().max() > 0 for module in lora.modules().values())
+    assert lora.family == "sd15" and (tmp_path / "by_hand.png").exists()
+
+
 def test_the_python_about_lora_files_runs(tmp_path, monkeypatch, capsys):
     path = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{path}.lora_down.weight": torch.randn(4, 1280), f"{path}.lora_up.weight": torch.randn(1280, 4)}
