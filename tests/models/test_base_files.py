@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from core.cli import main
-from core.config import TrainConfig
 from core.errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile
 from core.models import Base, ldm, load_base, text
@@ -31,8 +30,6 @@ from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear
 from core.pictures.generate import Job, generate
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
-from core.training.inputs import TrainingInputs
-from core.training.step import Run
 from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
 from tests.models.test_base import assert_same_weights
@@ -40,8 +37,6 @@ from tests.tooling import (
     SMALL_FLOWS,
     UNETS,
     RandomTensors,
-    encoded_cache,
-    encoded_image,
     mostly_slow,
     random_lora,
     small_flow_base,
@@ -532,25 +527,6 @@ def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, s
     }
 
 
-@pytest.mark.parametrize("family", mostly_slow(UNETS, "sdxl"))
-def test_a_step_on_stable_diffusions_files_apart_is_that_on_the_checkpoint(sd_files, small_sd15, small_sdxl, family):
-    def read(path: Path) -> dict[str, Tensor]:
-        # Where in memory a weight begins changes the last digit of what is computed with it.
-        return {name: tensor.clone() for name, tensor in SafetensorsFile.open(path).items()}
-
-    files = sd_files(family, "bare")
-    encoders = [read(path) for path in files["text_encoders"]]
-    apart = load_base(read(files["source"]), vae=read(files["vae"]), text_encoders=encoders)
-    adapters = []
-    for base in (load_base(read({"sd15": small_sd15, "sdxl": small_sdxl}[family])), apart):
-        cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1)])
-        run = Run(TrainingInputs.on(CPU, cache, base, TrainConfig(rank=2, precision="fp32", batch_size=1)))
-        run.train_step()
-        adapters.append({name: parameter.detach().clone() for name, parameter in run.parameters.items()})
-    assert any(parameter.any() for name, parameter in adapters[0].items() if name.endswith(".up"))
-    assert all(torch.equal(parameter, adapters[1][name]) for name, parameter in adapters[0].items())
-
-
 def test_a_text_encoder_that_is_given_takes_the_place_of_the_checkpoints(small_sd15):
     whole = load_base(small_sd15)
     other = {name: 2 * tensor for name, tensor in whole.components["text_encoder"].tensors.items()}
@@ -622,7 +598,7 @@ def test_a_text_encoder_that_the_family_does_not_have_is_refused(parts, small_sd
         load_base(small_sd15, text_encoders=[parts["t5xxl"]])
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
 @pytest.mark.parametrize("name", ["embeddings.token_embedding", "encoder.layers.0.mlp.fc1"])
 def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_sd15, tmp_path, name, shape):
     tensors = dict(SafetensorsFile.open(small_sd15))
@@ -635,7 +611,7 @@ def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_s
         load_base(tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 5), (0, 0)])
+@pytest.mark.parametrize("shape", [(), (2, 3, 5)])
 @pytest.mark.parametrize(
     ("part", "name"),
     [
@@ -695,19 +671,17 @@ def test_a_vae_without_a_tensor_that_its_sizes_are_read_from_is_refused_by_name(
         load_base(parts["flux"], vae=vae)
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_klein_with_the_qwen3_of_the_other_size_is_refused(right):
+def test_klein_with_the_qwen3_of_the_other_size_is_refused():
     with torch.device("meta"):
         denoiser = {f"model.diffusion_model.{name}": torch.empty(shape) for name, shape in FLUX2_SHAPES.items()}
-        width = 2560 if right else 4096
-        qwen = {name: torch.empty(shape) for name, shape in qwen3_shapes(width).items()}
-    if right:
-        assert load_base(denoiser, text_encoders=[qwen]).components["text_encoder"].config["hidden_size"] == 2560
-        return
+        right, wrong = (
+            {name: torch.empty(shape) for name, shape in qwen3_shapes(width).items()} for width in (2560, 4096)
+        )
+    assert load_base(denoiser, text_encoders=[right]).components["text_encoder"].config["hidden_size"] == 2560
     with pytest.raises(
         UnknownFamily, match=r"takes states of width 7680\. These have width 12288 \(text encoders of FLUX\.2: Qwen3-4B"
     ):
-        load_base(denoiser, text_encoders=[qwen])
+        load_base(denoiser, text_encoders=[wrong])
 
 
 class CountedReads(dict[str, Tensor]):
