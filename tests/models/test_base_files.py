@@ -455,11 +455,6 @@ def test_a_fused_layer_with_unknown_or_missing_tensors_is_refused_by_name(parts)
         load_base(without).load("denoiser", CPU, torch.float32)
 
 
-def test_the_sizes_of_sd3_are_read_where_a_gguf_file_lacks_the_first_side_of_its_positions():
-    whole, flat = (load_base({**SD3_SHAPES, "pos_embed": torch.empty(*side, 144, 64)}) for side in ((1,), ()))
-    assert flat.components["denoiser"].config == whole.components["denoiser"].config
-
-
 def test_the_command_line_trains_and_draws_from_files_apart(files, tokenizer, photo_folder, tmp_path):
     base = ["--base", files["flux"], "--vae", files["ae"], "--text-encoder", files["clip_l"],
             "--text-encoder", files["t5xxl"], "--tokenizer", tokenizer, "--device", "cpu"]  # fmt: skip

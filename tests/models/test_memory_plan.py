@@ -30,7 +30,6 @@ from core.lora.modules import LoraModule
 from core.models import Base, load_base
 from core.models.memory_plan import (
     PLANS,
-    WEIGHTS_IN_DRAWING,
     MemoryCount,
     MemoryPlan,
     MemorySaver,
@@ -292,15 +291,6 @@ def test_what_was_trained_on_8_bits_stays_so_when_it_goes_on_with_more_memory(ba
     assert all(torch.equal(tensor, last.tensors[name]) for name, tensor in whole.tensors.items())
 
 
-def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, cache, monkeypatch):
-    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.model.memory.plan.weights == "full")
-    saved: dict[int, LoraFile] = {}
-    config = replace(CONFIG, save_every=2)
-    callbacks = Callbacks(on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
-    last = train_lora(cache, base, config, device=CPU, callbacks=callbacks)
-    assert WEIGHTS_KEY not in saved[2].metadata and last.metadata[WEIGHTS_KEY] == "8 bits"
-
-
 @pytest.mark.parametrize("kind", mostly_slow(["sd15", *SMALL_FLOWS], "sd15", "flux1"))
 def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     """Its first parameters may be 8-bit ones, which say nothing of the precision that it computes in."""
@@ -330,18 +320,6 @@ def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monk
     run.train_step()
     gc.collect()
     assert full and all(weight() is None for weight in full)
-
-
-@pytest.mark.slow
-def test_trained_text_encoders_are_in_the_prediction(base, cache):
-    without, trained = (
-        predicted_memory(
-            TrainingInputs(cache, base, replace(CONFIG, text_encoder_lr=rate), CPU, torch.float32), PLANS[0]
-        )
-        for rate in (0.0, 1e-5)
-    )
-    encoders = sum(tensor.nbytes for tensor in base.components["text_encoder"].tensors.values())
-    assert trained > without + encoders
 
 
 def test_where_nothing_can_be_predicted_it_starts_with_the_fastest_plan(base, cache, monkeypatch):
@@ -384,16 +362,6 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
     assert lora.tensors.keys() == plain.tensors.keys()
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(lora.tensors[name], tensor, rtol=1e-4, atol=1e-6)
-
-
-def test_a_plan_that_runs_out_of_memory_when_it_is_adopted_is_followed_by_the_next(base, cache, monkeypatch):
-    adopt = MemorySaver.adopt
-    monkeypatch.setattr(MemorySaver, "adopt", lambda m, p: out_of_memory() if p == PLANS[1] else adopt(m, p))
-    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.model.memory.plan == PLANS[0])
-    warnings: list[str] = []
-    lora = train_lora(cache, base, CONFIG, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
-    assert lora.metadata["ss_steps"] == "4"
-    assert [str(plan) in warning for plan, warning in zip(PLANS[1:3], warnings, strict=True)] == [True, True]
 
 
 def test_out_of_memory_while_the_model_is_loaded_leads_to_weights_that_take_less(base, cache, monkeypatch):
@@ -525,23 +493,6 @@ def test_apples_and_intels_gpus_get_a_plan_that_fits_what_they_report(gpu, base,
     predict_by(monkeypatch, lambda plan: int((11.7 if plan == PLANS[0] else 9.5) * 2**30))
     inputs = TrainingInputs(cache, base, CONFIG, device, torch.bfloat16)
     assert choose_plan(inputs, lambda _: None) == PLANS[1]
-
-
-@pytest.mark.parametrize("gpu", [apples, intels])
-def test_apples_and_intels_gpus_draw_with_as_much_of_a_model_as_fits(gpu, base, monkeypatch):
-    size, shares = base.weight_bytes("denoiser", torch.float32), []
-    device = gpu(monkeypatch, size, 0)
-    load = Base.load
-    monkeypatch.setattr(Base, "load", lambda base, part, place, *given: load(base, part, CPU, *given))
-    monkeypatch.setattr(MemorySaver, "adopt", lambda memory, plan: shares.append(plan.offload))
-    drawing_model.load_denoiser(base, device, torch.float32)
-    assert shares == [pytest.approx(1 - WEIGHTS_IN_DRAWING)]
-
-
-def test_the_attention_of_apples_and_intels_gpus_is_kept_in_selective_recomputation():
-    names = ("attention_math_for_mps", "fused_attention_overrideable")
-    kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
-    assert all(is_kept(kernel, ()) for kernel in kernels)
 
 
 def test_free_memory_is_known_without_a_unix(monkeypatch):

@@ -246,15 +246,6 @@ def test_a_folder_without_photos_is_refused_in_one_line(tmp_path):
         read_photos([file])  # pyright: ignore
 
 
-def test_a_folder_that_may_not_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
-
-    monkeypatch.setattr(reading.Path, "iterdir", refuse)
-    with pytest.raises(BadPhoto, match=r"cannot be read \(Permission denied\)"):
-        read_photos(tmp_path)
-
-
 def test_a_sub_folder_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
     """Such as `System Volume Information` on a USB stick."""
     listed = reading.Path.iterdir
