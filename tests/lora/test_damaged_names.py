@@ -38,31 +38,9 @@ WHOLE = [
     for m, n in CASES
 ]
 TEXT_ENCODERS = {name: whole(table) for name, table in TABLES["text_encoders"].items()}
+
+
 # Prefix of a text encoder's names, the text encoder, and the families in which ComfyUI gives the names to it.
-TEXT_NAMES = {
-    ("lora_te_", "clip_l"): {"sd15", "sdxl", "sd3", "flux1"},
-    ("lora_te1_", "clip_l"): {"sd15", "sdxl", "sd3", "flux1"},
-    ("text_encoder.", "clip_l"): {"sd15", "sdxl", "sd3", "flux1"},
-    ("text_encoders.clip_l.transformer.", "clip_l"): {"sd15", "sdxl", "sd3", "flux1"},
-    ("lora_te_", "clip_h"): {"sd2"},
-    ("lora_te1_", "clip_h"): {"sd2"},
-    ("text_encoders.clip_h.transformer.", "clip_h"): {"sd2"},
-    ("text_encoders.clip_l.transformer.", "clip_h"): set(),
-    ("lora_te2_", "clip_g"): {"sdxl", "sd3"},
-    ("lora_te1_", "clip_g"): set(),
-    ("text_encoder_2.", "clip_g"): {"sdxl", "sd3"},
-    ("text_encoders.clip_g.transformer.", "clip_g"): {"sdxl", "sd3"},
-    ("lora_te1_", "t5xxl"): {"chroma"},
-    ("lora_te2_", "t5xxl"): {"flux1"},
-    ("lora_te3_", "t5xxl"): {"flux1", "sd3"},
-    ("text_encoder_2.", "t5xxl"): set(),
-    ("text_encoders.t5xxl.transformer.", "t5xxl"): {"chroma", "flux1", "sd3"},
-    ("text_encoders.clip_l.transformer.", "t5xxl"): set(),
-    ("base_model.model.", "clip_l"): set(),
-    ("", "t5xxl"): set(),
-}  # fmt: skip
-
-
 class Named(LoraNames):
     """A LoRA of names and shapes without tensors."""
 

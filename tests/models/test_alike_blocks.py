@@ -138,18 +138,6 @@ def test_the_padding_of_a_text_takes_no_memory_in_the_blocks():
     assert short <= long < 1.02 * short
 
 
-def test_blocks_that_differ_in_their_rank_are_not_alike():
-    base = deep_flow("ideogram4")
-    cache = cache_of(base, side=8)
-
-    def kinds(config: TrainConfig) -> int:
-        run = StepPrediction(TrainingInputs(cache, base, config, CPU, torch.float32)).run
-        return len({type(block) for block in blocks_of(run.model.denoiser)})
-
-    config = TrainConfig(rank=4, precision="fp32")
-    assert kinds(config) == kinds(replace(config, rank_pattern={"layers.3.": 2}))
-
-
 @pytest.mark.parametrize("name", mostly_slow(MODELS, "SDXL", "FLUX.1-dev"))
 def test_the_memory_of_each_published_size_can_be_predicted(name):
     """Many layers, of which the prediction has few. That was once taken for a damaged config."""
