@@ -285,6 +285,6 @@ def test_one_module_outside_the_blocks_spoils_a_file_for_sd_next():
         ),
     ],
 )
-def test_the_programs_that_cannot_load_a_lora_are_named_and_whether_a_conversion_helps(family, limits):
+def test_the_programs_that_cannot_load_a_lora_are_named(family, limits):
     loras = reader_tables.loras_of(family)
     assert reading_limits(next(lora for lora in loras.values() if lora.scheme == lora.table.scheme)) == limits

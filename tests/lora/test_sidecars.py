@@ -122,7 +122,7 @@ def test_a_file_for_no_published_model_has_no_version_and_no_file_is_from_civita
     assert (matrix["BaseModel"], matrix["Source"]) == ("Other", 3)
 
 
-def test_a_picture_is_written_only_if_it_is_given_and_without_what_tells_of_the_photo(lora, picture):
+def test_a_picture_is_written_only_if_it_is_given(lora, picture):
     write_sidecars(lora)
     assert not list(lora.parent.glob("*.png"))
     assert {path.name for path in write_sidecars(lora, picture)} == {"face.png", "face.preview.png"}
@@ -221,7 +221,7 @@ def test_a_training_writes_them_when_asked_without_a_picture(photo_folder, small
     assert json.loads((tmp_path / "me.json").read_text())["activation text"] == "sks person"
 
 
-def test_headshots_and_a_studio_write_them_too_and_forgetting_a_person_takes_them_along(tmp_path):
+def test_headshots_and_a_studio_write_them_and_forget_deletes_them(tmp_path):
     anna, packs = write_photos(tmp_path / "people" / "anna", 5), write_quick_pack(tmp_path / "packs")
     (anna / "person.toml").write_text("agreed = true")
     order = ["--base", "demo", "--style-pack", "quick", "--style-folder", str(packs), "--count", "1", "--steps", "1"]

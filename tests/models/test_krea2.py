@@ -35,7 +35,7 @@ def original_weights(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_a_published_file_predicts_what_diffusers_pipeline_predicts_with_texts_filled_up():
+def test_a_published_file_predicts_what_diffusers_pipeline_does():
     theirs: Any = small_flow_base("krea2").load("denoiser", CPU, torch.float32)
     generator = torch.Generator().manual_seed(1)
     for parameter in theirs.parameters():

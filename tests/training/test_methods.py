@@ -38,7 +38,7 @@ def attach(base, config=CONFIG, parts=("denoiser",), continue_from=None):
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
-def test_a_method_whose_package_is_missing_is_refused_before_training_with_the_command(base, method, monkeypatch):
+def test_a_method_whose_package_is_missing_is_refused(base, method, monkeypatch):
     check_base_options(base, replace(CONFIG, method=method))
     monkeypatch.setattr("core.training.job.find_spec", lambda package: None)
     check_base_options(base, CONFIG)

@@ -98,7 +98,7 @@ def test_what_is_asked_of_the_held_out_photos_wins():
     config_from(recipe_settings("best", SD15, {"sample_every": 0}))
 
 
-def test_without_face_networks_a_recipe_measures_nothing_and_says_how_to_install_them(monkeypatch):
+def test_without_face_networks_a_recipe_measures_nothing(monkeypatch):
     monkeypatch.setattr("core.training.recipes.why_no_faces", lambda: "pip install something")
     warnings: list[str] = []
     config = config_from(recipe_settings("best", SD15, on_warning=warnings.append))
@@ -145,7 +145,7 @@ def base_with(tmp_path: Path, recipes: str) -> Path:
     return write_checkpoint(tmp_path / "base.safetensors", SMALL_SD15, torch.float32, metadata=metadata)
 
 
-def test_without_settings_command_line_and_script_train_what_the_base_itself_recommends(tmp_path):
+def test_without_settings_the_bases_own_recipe_is_trained(tmp_path):
     base, photos = base_with(tmp_path, json.dumps({"balanced": OWN})), write_photos(tmp_path / "photos", count=8)
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     assert main(["train", str(photos), "--base", str(base), "--output", str(first)]) == 0
