@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from core.config import TrainConfig
 from core.models import Base, load_base
@@ -19,7 +18,7 @@ from core.training.memory_prediction import StepPrediction, choose_plan
 from core.training.methods import METHODS
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
-from tests.tooling import UNETS, cache_of, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
+from tests.tooling import UNETS, cache_of, mostly_slow, random_lora, small_flow_base
 from tools.memory_tables import MODELS, base_of, config_of
 from tools.memory_tables import cache_of as published_cache
 from tools.small_flows import SMALL_FLOWS
@@ -119,23 +118,6 @@ def test_it_does_so_with_a_training_adapter_on_some_blocks(small):
 @pytest.mark.parametrize("form", ["scaled fp8", "nvfp4"])
 def test_it_does_so_for_weights_that_are_narrow_in_their_file(form, monkeypatch):
     assert_predicted_alike(narrow_and_wide_base(form)[0], TrainConfig(rank=4), NARROW_TRIED)
-
-
-def test_the_padding_of_a_text_takes_no_memory_in_the_blocks():
-    base = small_flow_base("zimage")
-    cache = encoded_cache(
-        base, [encoded_image(base, "1.png", "a photo of sks", 1, shape=(base.latent_shape.channels, 8, 8))]
-    )
-    padded = {
-        caption: {name: F.pad(value, (0, 0) * (value.ndim - 2) + (0, 64)) for name, value in conditioning.items()}
-        for caption, conditioning in cache.text.items()
-    }
-    config = TrainConfig(rank=4, precision="fp32")
-    short, long = (
-        StepPrediction(TrainingInputs(one, base, config, CPU, torch.float32)).bytes(PLANS[0])
-        for one in (cache, replace(cache, text=padded))
-    )
-    assert short <= long < 1.02 * short
 
 
 @pytest.mark.parametrize("name", mostly_slow(MODELS, "SDXL", "FLUX.1-dev"))

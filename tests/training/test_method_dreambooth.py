@@ -1,28 +1,23 @@
 """Full DreamBooth: every weight, held to memory, written as a checkpoint that is read again, and as a LoRA."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from PIL import Image
 
 from core.config import TrainConfig
 from core.errors import OutOfMemory
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
-from core.training.callbacks import NO_CALLBACKS, Callbacks
+from core.training.callbacks import Callbacks
 from core.training.inputs import TrainingInputs
-from core.training.intermediate_loras import IntermediateLoras
 from core.training.loop import train_lora
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import files_beside
 from core.training.methods.dreambooth import check_memory
-from core.training.samples import Samples
 from core.training.step import Run
 from tests.tooling import nothing_fits
 
@@ -79,23 +74,6 @@ def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases
         assert not torch.equal(run.parameters[f"denoiser.{name}"], tensor) or not tensor.any()
         with run.model.adapter.disabled():
             assert torch.equal(run.parameters[f"denoiser.{name}"], tensor)
-
-
-def test_the_base_models_pictures_show_its_own_weights(bases, caches):
-    run = Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(CONFIG, ema_decay=0.9)))
-    run.train_step()
-    name, original = next(iter(bases["sd15"].components["denoiser"].tensors.items()))
-    drawn_with: list[torch.Tensor] = []
-
-    def sampler(denoiser, encoders, shots):
-        drawn_with.append(run.parameters[f"denoiser.{name}"].detach().clone())
-        return [Image.new("RGB", (8, 8)) for _ in shots]
-
-    watch: Any = SimpleNamespace(base_shots=[("a photo of person", 1)], see_base=lambda images: None)
-    inputs = TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], run.config)
-    looks = IntermediateLoras(run, inputs, Samples(sampler, watch=watch), NO_CALLBACKS, {})
-    looks.see_base()
-    assert torch.equal(drawn_with[0], original)
 
 
 def test_prior_prediction_holds_the_class_to_the_frozen_weights(bases, caches):

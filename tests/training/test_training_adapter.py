@@ -29,7 +29,7 @@ from core.training.drawing import Drawing
 from core.training.identity import run_identity
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
-from core.training.samples import build_draw_shots, make_class_images
+from core.training.samples import build_draw_shots
 from core.training.step import Run
 from core.training.store import train
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
@@ -195,17 +195,6 @@ def test_a_run_that_measures_keeps_its_speed_lora(base, tmp_path):
     inputs = [TrainingInputs.on(CPU, cache_of(base, 2, side=8), one, CONFIG) for one in bases]
     assert len({run_identity(one, ["SFace"])["settings"] for one in inputs}) == 3
     assert len({run_identity(one)["settings"] for one in inputs}) == 1
-
-
-def test_class_images_are_drawn_without_the_speed_lora(base, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "core.training.samples.generate", lambda base, _, jobs, **__: seen.append((base, jobs)) or iter(())
-    )
-    faster = speedy_job(base, tmp_path, "one").base
-    with pytest.raises(FileNotFoundError):  # Nothing was drawn.
-        make_class_images(faster, "person", 1, resolution=64, device=CPU)
-    assert seen[0][0].speed_lora is None and (seen[0][1][0].steps, faster.steps) == (base.steps, 2)
 
 
 def test_layers_in_8_bits_keep_it(monkeypatch):
