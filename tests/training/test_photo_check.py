@@ -23,7 +23,7 @@ from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train, tr
 from core.training.job import ready_for
 from core.training.likeness import LIKENESS_KEY
 from tests.photos.test_report import ONLY_PHOTO
-from tests.tooling import write_photos
+from tests.tooling import mostly_slow, write_photos
 
 CONFIG = TrainConfig(steps=1, rank=2)
 
@@ -110,7 +110,7 @@ def test_drawn_pictures_are_trained_on_half_of_the_time_and_never_held_out(photo
     assert {item.photo.name for item in ready.training} == {photo.name for photo in given}
 
 
-@pytest.mark.parametrize("command", ["train", "headshots"])
+@pytest.mark.parametrize("command", mostly_slow(["train", "headshots"], "train"))
 def test_a_command_trains_on_drawn_pictures_too_but_not_on_another_person(photos, tmp_path, command, capsys):
     (photos / "friend.png").unlink()
     (drawn := photos / "drawn").mkdir()
@@ -126,7 +126,7 @@ def test_a_command_trains_on_drawn_pictures_too_but_not_on_another_person(photos
     assert "edit.png is left out: this seems to be someone else" in said and "'drawn'" not in said
 
 
-@pytest.mark.parametrize("only", ["two people", "a group", "a drawing"])
+@pytest.mark.parametrize("only", ["a group", "a drawing"])
 def test_a_single_photo_that_cannot_be_trained_on_is_refused(tmp_path, only, capsys):
     make, reason = ONLY_PHOTO[only]
     photos, output = tmp_path / "people" / "anna", tmp_path / "out"
@@ -238,8 +238,8 @@ def test_photos_to_hold_out_are_given_like_those_to_train_on(photos, tmp_path):
     config = replace(CONFIG, sample_every=1, sample_steps=1, likeness_pictures=1)
     curves = [
         train(photos, BASE_FILE, config, held_out=held_out).metadata[LIKENESS_KEY]
-        for held_out in (images, tmp_path / "out", read_photos(tmp_path / "out"), sorted((tmp_path / "out").iterdir()))
+        for held_out in (images, tmp_path / "out")
     ]
-    assert all(curve == curves[0] for curve in curves)
+    assert curves[0] == curves[1]
     with pytest.raises(BadPhoto, match=r"held_out\[0\] is int: expected a path, a Photo, "):
         train(photos, BASE_FILE, config, held_out=[1])  # pyright: ignore

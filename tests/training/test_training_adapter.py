@@ -349,7 +349,7 @@ def test_samples_of_a_distilled_model_take_its_own_steps(distilled, asked, steps
     assert seen == [steps]
 
 
-def test_headshots_and_a_studio_train_with_it(tmp_path):
+def test_a_studio_trains_with_it(tmp_path):
     """Who was made without it is made anew."""
     folder, packs, adapter = tmp_path / "people" / "anna", tmp_path / "packs", tmp_path / "adapter.safetensors"
     write_photos(folder, 5)
@@ -357,15 +357,9 @@ def test_headshots_and_a_studio_train_with_it(tmp_path):
     write_quick_pack(packs)
     random_lora(load_base(BASE_FILE), r".*attn1\.to_q").save(adapter)
     order = ["--base", "demo", "--style-pack", "quick", "--style-folder", str(packs), "--count", "1", "--steps", "1"]
-    adapted = [*order, "--training-adapter", str(adapter)]
-    studio, shots = tmp_path / "studio", tmp_path / "shots"
-    for command, place, made in (
-        (["studio", str(folder.parent), *order], studio, [False]),
-        (["studio", str(folder.parent), *adapted], studio, [False, True]),
-        (["headshots", str(folder), "--yes", *adapted], shots, [True]),
-    ):
-        assert main([*command, "--output", str(place)]) in (0, 1)
-        loras = [SafetensorsFile.open(path) for path in place.rglob("*.safetensors")]
+    for options, made in (([], [False]), (["--training-adapter", str(adapter)], [False, True])):
+        assert main(["studio", str(folder.parent), *order, *options, "--output", str(tmp_path / "studio")]) in (0, 1)
+        loras = [SafetensorsFile.open(path) for path in (tmp_path / "studio").rglob("*.safetensors")]
         assert sorted(METADATA_KEY in lora.metadata for lora in loras) == made
 
 
