@@ -57,7 +57,7 @@ def test_likeness_is_that_of_opencv(network, pair, cosine):
     assert likeness(a, b) == pytest.approx(cosine, abs=0.01)
 
 
-@pytest.mark.parametrize("side", [32, 64, 128, 1600])
+@pytest.mark.parametrize("side", [32, 128, 1600])
 def test_a_face_that_fills_the_picture_is_found_once_at_any_size(network, side):
     for person in (1, 14, 27, 40):
         (face,) = network.detect(orl(person, 3).resize((side, side)))
@@ -139,7 +139,7 @@ def test_embedding_takes_the_face_it_is_told(network):
         ("dlib", "dlib-bin && pip install --no-deps face_recognition_models"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it_and_nothing_else(monkeypatch, network, package):
+def test_a_missing_package_is_named_with_its_command(monkeypatch, network, package):
     monkeypatch.setitem(sys.modules, package.split()[-1], None)
     with pytest.raises(MissingPackage, match=rf"requires? [^:]*: pip install {package}( \(|$)"):
         load_faces(network)
@@ -152,7 +152,7 @@ def test_a_network_given_as_a_file_takes_the_place_of_sface(network):
     assert np.allclose(embed_images(given, pictures), embed_images(network, pictures), atol=1e-5)
 
 
-def test_a_network_that_does_not_scale_its_pixels_gets_them_from_minus_one_to_one(tmp_path):
+def test_a_network_that_does_not_scale_gets_pixels_from_minus_one_to_one(tmp_path):
     save_mean_colour(tmp_path / "mean.onnx")
     network = load_faces(tmp_path / "mean.onnx")
     picture, face = Image.new("RGB", (112, 112), (255, 0, 170)), Face((0, 0, 112, 112), TEMPLATE, 1.0)

@@ -20,7 +20,6 @@ from tools.house import (
     ROOT,
     Import,
     circles,
-    code_lines,
     families_of,
     functions_of,
     imports_of,
@@ -80,17 +79,6 @@ def test_little_is_written_twice_in_the_library_and_the_tests():
     files = read_lines()
     assert {"core/models/base.py", "tests/tooling.py"} <= set(files)
     assert len(repeats(files)) <= MOST_REPEATS, repeats(files)
-
-
-def test_repeated_code_counts_once_from_six_lines_on():
-    lines = [f"step({number})" for number in range(9)]
-    first = "\n".join(["import a", *lines, "end()"])
-    # Indented otherwise, with what is not counted in between.
-    second = "\n".join(["begin()", "if x:", *(f"    {line}\n    # why\n" for line in lines)])
-    five = "\n".join(["other()", *lines[:5]])
-    files = {"a.py": code_lines(first), "b.py": code_lines(second), "c.py": code_lines(five)}
-    (found,) = repeats(files)
-    assert (found.first, found.first_line, found.second, found.second_line) == ("a.py", 2, "b.py", 3)
 
 
 def test_every_module_has_a_room(sources):
@@ -153,20 +141,6 @@ def test_families_with_comfyui_classes_are_those_that_comfyui_loads():
     assert {name for name, table in trained.items() if table.comfyui_classes} == {
         name for name, table in trained.items() if table.loaded.comfyui
     }
-
-
-def test_a_family_that_is_named_elsewhere_is_seen_but_not_in_a_docstring():
-    sources = {
-        "core.tensor_names.other": 'OTHER = NameTable(name="other-1")',
-        "core.models.families.other": "from ...tensor_names.other import OTHER as NAMES",
-        "core.lora.readers": '"""About other-1."""\nif family == "other-1":\n    text = f"{family} is no other-10"',
-        "core.lora.inspect": "from ..tensor_names.other import OTHER",
-    }
-    modules = {name: ast.parse(text) for name, text in sources.items()}
-    assert [(one.module, one.line) for one in misplaced_mentions(modules)] == [
-        ("core.lora.inspect", 1),
-        ("core.lora.readers", 2),
-    ]
 
 
 AT_THE_TOP = {

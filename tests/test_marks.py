@@ -125,7 +125,7 @@ def test_a_published_picture_and_its_lora(drawn, lora, tmp_path):
     assert {mark_in(picture) for picture in (*made.pictures, cover)} == {MARK}
 
 
-def test_a_picture_with_nothing_but_the_mark_is_not_published_since_it_may_show_others(drawn, lora, tmp_path):
+def test_a_picture_with_nothing_but_the_mark_is_not_published(drawn, lora, tmp_path):
     save_png(drawn, Image.new("RGB", (64, 80)))
     told = []
     assert publish(lora, tmp_path / "out", [drawn], agreed=True, on_warning=told.append).pictures == ()

@@ -64,7 +64,7 @@ def test_training_a_full_size_model_without_a_gpu_names_what_to_install(small_sd
 
 
 @on_linux
-def test_a_lora_is_edited_in_place_and_saved_over_the_file_that_it_was_read_from(windows, tmp_path):
+def test_a_lora_is_edited_and_saved_over_its_own_file(windows, tmp_path):
     path = tmp_path / "face.safetensors"
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(4, 320), f"{name}.lora_up.weight": torch.ones(320, 4)}
@@ -139,7 +139,7 @@ def test_a_drive_letter_is_not_taken_for_a_strength():
     assert split_strength(r"\\server\share\face.safetensors:-1") == (r"\\server\share\face.safetensors", -1.0)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "cp932", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_help_is_printed_on_a_console_of_any_encoding(encoding):
     for arguments in (["train", "--help-all"], ["studio", "--help"]):
         done = run(*arguments, encoding=encoding)
@@ -171,7 +171,7 @@ class AsOnMps(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("method", ["lora", "dora", "oft"])
 def test_training_and_drawing_need_no_dtype_that_apple_gpus_lack(tmp_path, small_sd15, method, monkeypatch):
     schedule = NoiseSchedule.scaled_linear()  # in float64 on the CPU, and float32 on the device
     monkeypatch.setattr(NoiseSchedule, "scaled_linear", lambda *_: schedule)

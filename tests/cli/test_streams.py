@@ -41,7 +41,7 @@ def test_closed_streams_and_messages_that_cannot_be_written_stop_no_training(tmp
 
 
 @pytest.mark.parametrize(("driver", "own"), [("/", ""), ("/", "PYTORCH_CUDA_ALLOC_CONF"), ("/none", "")])
-def test_commands_choose_growing_segments_before_torch_is_loaded_unless_the_user_has_chosen(driver, own):
+def test_commands_choose_growing_segments_before_torch_is_loaded(driver, own):
     """Only with NVIDIA's driver for Linux, and never by an import, as in ComfyUI's process."""
     program = f"""if True:
         import os, sys, core, core.cli

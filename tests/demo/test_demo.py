@@ -1,6 +1,5 @@
 """The demo, on the base model that comes with the package."""
 
-import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from PIL import Image
 from core import LoraFile, load_base, recipe_config
 from core.cli import main
 from core.demo import BASE_FILE, CONFIG
-from core.demo.people import person_photos
 from core.storage.drawn import PARTLY_DRAWN, read_mark
 from tests.lora.test_file import kohya_tensors, some
 from tools.pretrain_demo_base import RECIPES
@@ -54,19 +52,6 @@ def test_the_demo_refuses_to_replace_foreign_files(tmp_path, capsys, name):
     assert main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
     assert f"{name}: the demo would replace this file" in capsys.readouterr().err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
-
-
-def test_a_disk_that_is_full_ends_the_demo_with_a_line(tmp_path, monkeypatch, capsys):
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    judge = SimpleNamespace(likeness=lambda images: [0.5] * len(images), recognised=len)
-    monkeypatch.setattr("core.demo.Judge", lambda *_: judge)
-    picture = SimpleNamespace(image=person_photos(35)[0])
-    monkeypatch.setattr("core.demo.generate", lambda base, loras, jobs, config: [picture] * len(jobs))
-    assert main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
-    assert "contact_sheet.png: cannot be written: No space left" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import BadConfig, BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from core.errors import BadConfig, BadFile, LoraMisfit, UnmatchedKeys
 from core.lora.base_weights import BaseWeights
 from core.lora.changes import truncated_svd
 from core.lora.checkpoints import extract_lora, merge_into_checkpoint
@@ -17,7 +17,6 @@ from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
 from core.lora.file import KEY, LoraFile
 from core.lora.hashes import legacy_hash, model_hash
 from core.lora.modules import LoraModule
-from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.tensor_names import NAME_TABLES
 from tests.tensor_names.test_keys import REFERENCE
@@ -96,13 +95,6 @@ def test_a_lokr_in_diffusers_names_is_refused_unless_a_rank_is_given():
     converted, error = convert_lora(lora, "diffusers", plain_rank=64)
     assert error < 3e-3 and converted.kind == "lora"  # rounding gave at most 1.0e-3 for 300 random files
     assert torch.allclose(converted.modules()[MODULE].delta(), next(lora.changes())[1], atol=1e-3)
-
-
-def test_a_lokr_on_q_alone_does_not_fit_the_fused_names():
-    name = "transformer.transformer_blocks.0.attn.to_q"
-    tensors = {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(384, 384)}
-    with pytest.raises(UnmatchedKeys, match="cannot express"):
-        convert_lora(LoraFile.from_tensors(tensors, {}), "kohya")
 
 
 def test_a_dora_becomes_plain_only_with_the_weights_that_it_was_trained_on():
@@ -192,7 +184,7 @@ def test_a_change_of_a_bias_is_never_left_out_silently():
                 refused()
 
 
-def test_what_is_not_understood_or_there_twice_is_never_left_out_silently():
+def test_nothing_strange_or_double_is_left_out_silently():
     plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
     also = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k"
     for adapter in (plain, lokr(NAME)):
@@ -210,7 +202,7 @@ def test_what_is_not_understood_or_there_twice_is_never_left_out_silently():
 
 
 @pytest.mark.parametrize("role", ["diff", "set_weight", "w_norm", "rescale", "oft_blocks", "hada_w1_a", "lokr_w2"])
-def test_a_second_change_of_the_same_module_is_never_left_out_silently(role):
+def test_a_second_change_of_one_module_is_refused(role):
     plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
     lora = LoraFile("sd15", {}, plain | {f"{NAME}.{role}": torch.ones(64, 768)})
     with pytest.raises(UnmatchedKeys):
@@ -240,7 +232,7 @@ def test_a_linear_changed_like_a_convolution_is_not_fused():
             dict(convert_lora(LoraFile("flux1", {}, some_of), "kohya")[0].tensors)
 
 
-def test_alpha_and_magnitude_of_peft_are_written_as_kohyas_readers_expect_them():
+def test_pefts_alpha_and_magnitude_are_written_for_kohyas_readers():
     prefix = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
     tensors = {
         f"{prefix}lora_A.weight": torch.ones(2, 320),
@@ -263,11 +255,6 @@ def test_what_is_made_of_a_lora_is_not_taken_for_what_was_trained():
     made += [merge_loras([(lora, 1.0)])]
     assert all(KEY not in changed.metadata for changed, _ in made)
     assert [changed.metadata.get("ss_steps") for changed, _ in made] == ["800", "800", "800", None]
-
-
-def test_an_unknown_scheme_is_refused_with_the_choices():
-    with pytest.raises(BadConfig, match="'civitai'; known: kohya, diffusers, comfy"):
-        convert_lora(decaying(2), "civitai")
 
 
 SHAPES = {
@@ -389,14 +376,6 @@ def test_resizing_by_energy_keeps_the_smallest_rank_with_that_share():
     assert small.metadata["ss_network_dim"] == "4"
 
 
-def test_a_larger_rank_changes_nothing():
-    lora = LoraFile.from_tensors(kohya_tensors(some("sd15", 45), rank=2), {})
-    same, error = resize_lora(lora, rank=8)
-    assert error == pytest.approx(0, abs=1e-3) and list(same.tensors) == list(lora.tensors)
-    for module_id, module in lora.modules().items():
-        assert torch.allclose(same.modules()[module_id].delta(), module.delta(), atol=1e-3)
-
-
 def test_a_tucker_convolution_is_resized_as_one_change():
     name = "lora_unet_mid_block_resnets_0_conv1"
     tensors = {
@@ -511,14 +490,12 @@ def test_words_come_along_when_merged():
         merge_loras([(one, 0.5), (LoraFile.from_tensors({"emb_params": torch.ones(2, 768)}, {}), 0.5)])
 
 
-@pytest.mark.parametrize("broken", ["alpha", "lora_up.weight"])
-def test_nan_is_not_merged_into_good_weights(broken, tmp_path):
+def test_nan_is_not_merged_into_a_checkpoint(tmp_path):
     tensors = {"lora_down.weight": torch.ones(2, 768), "lora_up.weight": torch.ones(64, 2), "alpha": torch.tensor(1.0)}
-    good = LoraFile.from_tensors({f"{NAME}.{role}": tensor for role, tensor in tensors.items()}, {})
-    tensors[broken] = torch.full_like(tensors[broken], float("nan"))
-    bad = LoraFile("sd15", {}, {f"{NAME}.{role}": tensor for role, tensor in tensors.items()}, name="bad")
-    with pytest.raises(UnmatchedKeys, match=r"bad: .*to_k: its change contains NaN or infinity"):
-        merge_loras([(good, 1.0), (bad, 1.0)])
+    good, bad = (
+        LoraFile("sd15", {}, {f"{NAME}.{role}": factor * tensor for role, tensor in tensors.items()}, name="bad")
+        for factor in (1.0, math.nan)
+    )
     weight = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     save_safetensors(tmp_path / "base.safetensors", {weight: torch.ones(64, 768, dtype=torch.float16)})
     for lora, strength, message in (
@@ -530,12 +507,11 @@ def test_nan_is_not_merged_into_good_weights(broken, tmp_path):
     assert not (tmp_path / "merged.safetensors").exists()
 
 
-@pytest.mark.parametrize("inputs", [33, 384])
-def test_changes_of_two_widths_are_not_merged(inputs):
+def test_changes_of_two_widths_are_not_merged():
     """384 is half of 768: the numbers could be taken for a change of twice the rank."""
     one, two = (
         LoraFile("sd15", {}, {f"{NAME}.lora_down.weight": torch.ones(2, n), f"{NAME}.lora_up.weight": torch.ones(64, 2)}, name)
-        for n, name in ((768, "one"), (inputs, "two"))
+        for n, name in ((768, "one"), (384, "two"))
     )  # fmt: skip
     for pair in ([(one, 1.0), (two, 1.0)], [(two, 1.0), (one, 1.0)]):
         with pytest.raises(
@@ -545,17 +521,11 @@ def test_changes_of_two_widths_are_not_merged(inputs):
 
 
 @pytest.mark.parametrize("roles", [{"oft_blocks": (4, 16, 16)}, {"lokr_w1": (8, 8), "lokr_w2": (8, 96)}])
-def test_an_alpha_that_scales_nothing_is_not_carried_on_where_it_is_infinite(roles):
+def test_an_infinite_alpha_that_scales_nothing_is_not_carried_on(roles):
     tensors = {f"{NAME}.{role}": torch.full(shape, 0.1) for role, shape in roles.items()}
     lora = LoraFile("sd15", {}, tensors | {f"{NAME}.alpha": torch.tensor(math.inf)}, name="odd")
     with pytest.raises(UnmatchedKeys, match=r"odd: .*to_k: its change contains NaN or infinity"):
         convert_lora(lora, "comfy")
-
-
-def test_of_a_lora_whose_only_module_is_incomplete_a_merge_names_the_tensor():
-    half = LoraFile("sd15", {}, {f"{NAME}.lora_down.weight": torch.ones(2, 768)}, "half")
-    with pytest.raises(UnmatchedKeys, match=r"half: 1 tensor is not recognised.* of shape \[2, 768\]"):
-        merge_loras([(half, 1.0)])
 
 
 def test_loras_of_two_families_are_not_merged():
@@ -661,25 +631,6 @@ def test_the_difference_of_two_checkpoints_is_extracted_and_only_that(small_sdxl
 
 
 @pytest.mark.parametrize(
-    "shape", [SMALL_SD15, pytest.param(SMALL_SDXL, marks=pytest.mark.slow)], ids=lambda shape: shape.family
-)
-def test_what_is_extracted_from_a_unet_with_one_block_a_level_has_names_that_it_has(shape, tmp_path):
-    """The published models have two, and so other numbers in the original names."""
-    path = write_checkpoint(tmp_path / "base", replace(shape, unet=shape.unet | {"layers_per_block": 1}), torch.float32)
-    file = SafetensorsFile.open(path)
-    of_unet = [name for name, sides in file.shapes.items() if name.startswith("model.diffusion") and len(sides) > 1]
-    tuned = {name: tensor + (name in of_unet) for name, tensor in file.items()}
-    save_safetensors(tmp_path / "tuned", tuned)
-    lora, _ = extract_lora(path, tmp_path / "tuned", rank=1)
-    layers = load_base(path).load("denoiser", torch.device("cpu"), torch.float32).named_modules()
-    flat = {f"lora_unet_{name.replace('.', '_')}" for name, layer in layers if hasattr(layer, "weight")}
-    assert {entry.name for entry in lora.entries} <= flat and len(lora.entries) == len(of_unet)
-    merge_into_checkpoint(path, [(lora, 1.0)], tmp_path / "merged")
-    merged = SafetensorsFile.open(tmp_path / "merged")
-    assert all(torch.allclose(merged[name], tuned[name], atol=1e-3) for name in of_unet)
-
-
-@pytest.mark.parametrize(
     ("shape", "blocks"),
     [
         (SMALL_SDXL, 1),
@@ -688,9 +639,7 @@ def test_what_is_extracted_from_a_unet_with_one_block_a_level_has_names_that_it_
         pytest.param(SMALL_SDXL, 3, marks=pytest.mark.slow),
     ],
 )
-def test_a_lora_for_a_unet_with_other_numbers_of_blocks_is_converted_and_back_and_merged_or_refused(
-    shape, blocks, tmp_path
-):
+def test_a_lora_for_a_unet_with_other_numbers_of_blocks(shape, blocks, tmp_path):
     shape = replace(shape, unet=shape.unet | {"layers_per_block": blocks})
     base = BaseWeights.open(write_checkpoint(tmp_path / "base", shape, torch.float32))
     modules = {
@@ -725,7 +674,7 @@ def test_a_lora_for_a_unet_with_other_numbers_of_blocks_is_converted_and_back_an
         merge_into_checkpoint(tmp_path / "base", [(original, 1.0)], tmp_path / "merged")
 
 
-def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tmp_path):
+def test_checkpoints_in_original_and_diffusers_names_are_compared(tmp_path):
     block, theirs = "model.diffusion_model.joint_blocks.0.x_block.attn", "transformer_blocks.0.attn"
     base = {"qkv.weight": torch.randn(4608, 1536), "qkv.bias": torch.randn(4608), "proj.weight": torch.randn(8, 1536)}
     change = torch.randn(4608, 2) @ torch.randn(2, 1536)
@@ -740,7 +689,7 @@ def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tm
     assert warnings[0].endswith("qkv.bias") and "only one of the files has" in warnings[1]
 
 
-def test_checkpoints_that_are_equal_or_of_two_families_leave_nothing_to_extract(small_sd15, small_sdxl):
+def test_equal_checkpoints_and_two_families_leave_nothing_to_extract(small_sd15, small_sdxl):
     for other, said in (
         (small_sd15, "nothing to extract"),
         (small_sdxl, r"is sd15, but .* is sdxl; give two checkpoints"),
@@ -793,7 +742,7 @@ ORIGINAL_WEIGHTS = {
 
 
 @pytest.mark.parametrize("family", mostly_slow(ORIGINAL_WEIGHTS, "sd2", "sdxl", "flux1", "chroma", "flux2", "zimage"))
-def test_what_is_extracted_from_a_model_of_any_family_and_merged_in_makes_it_the_tuned_one(family, tmp_path):
+def test_what_is_extracted_and_merged_in_makes_the_tuned_model(family, tmp_path):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -846,13 +795,6 @@ def test_a_bias_of_another_size_than_its_layer_s_is_taken_for_none(size, tmp_pat
 def test_a_model_that_is_quantised_is_refused(tmp_path, sign, metadata):
     save_safetensors(tmp_path / "base", {"double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072)} | sign, metadata)
     with pytest.raises(BadFile, match=f"is quantised, e.g. by '{next(iter(sign | metadata))}'"):
-        extract_lora(tmp_path / "base", tmp_path / "base", rank=2)
-
-
-def test_a_checkpoint_of_a_model_that_looks_like_a_known_one_is_refused_by_name(tmp_path):
-    names = ("double_blocks.0.img_mlp.fc1.weight", "single_blocks.39.linear1.weight")
-    save_safetensors(tmp_path / "base", {name: torch.ones(8, 3072) for name in names})
-    with pytest.raises(UnknownFamily, match="base: is HunyuanVideo, which is not supported"):
         extract_lora(tmp_path / "base", tmp_path / "base", rank=2)
 
 
@@ -933,7 +875,7 @@ def test_sd35_is_told_from_sd3_by_its_second_attention():
     assert metadata["ss_base_model_version"] == "sd3"
 
 
-def test_a_rotation_without_a_bound_is_written_with_one_that_is_never_reached():
+def test_a_rotation_without_a_bound_gets_one_out_of_reach():
     """SD.Next and sd-scripts clamp the norm to alpha times the outputs, which of alpha 0 leaves nothing."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randn(8, 40, 40, generator=generator)

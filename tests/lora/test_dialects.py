@@ -293,13 +293,6 @@ STRANGE = {
         {"lora_unet_mid_block_attentions_0_proj_in.oft_R.weight": torch.zeros(40, 496)},
         r"not supported: its tensors are those of OFT v2 \(peft, OneTrainer\), e\.g\. 'lora_unet_mid.*oft_R\.weight'",
     ),
-    "OFT of OneTrainer with magnitudes": (
-        {
-            "lora_unet_mid_block_attentions_0_proj_in.oft_R.weight": torch.zeros(40, 496),
-            "lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(1280, 1),
-        },
-        r"not supported: its tensors are those of OFT v2",
-    ),
     "IA3 of LyCORIS": (
         {
             "lora_unet_mid_block_attentions_0_proj_in.on_input": torch.zeros(()),
@@ -308,13 +301,7 @@ STRANGE = {
         r"not supported: its tensors are those of IA3 \(LyCORIS\)",
     ),
     "a language model": (factors_of("base_model.model.model.layers.0.self_attn.q_proj"), "is for a language model"),
-    "another language model": (factors_of("base_model.model.transformer.h.0.attn.c_attn"), "is for a language model"),
     "SAM": (factors_of("base_model.model.vision_encoder.layers.0.attn.qkv"), "is for a vision model like SAM or ViT"),
-    "ViT": (factors_of("base_model.model.vit.encoder.layer.0.attention.attention.query"), "is for a vision model"),
-    "RoBERTa": (
-        factors_of("base_model.model.roberta.encoder.layer.0.attention.self.query"),
-        "is for a language model like BERT",
-    ),
     "an encoder": (factors_of("encoder.layer.0.intermediate.dense"), "is for a language or vision model"),
     **{
         kind: (
@@ -325,15 +312,8 @@ STRANGE = {
             "IA3": "attention.self.key.ia3_l",
             "VeRA": "attention.self.key.vera_lambda_b",
             "BOFT": "attention.self.key.boft_R",
-            "FourierFT": "attention.self.key.fourierft_spectrum",
-            "HRA": "attention.self.key.hra_u",
         }.items()
     },
-    "MonteCLoRA": (
-        factors_of("base_model.model.roberta.encoder.layer.0.attention.self.query")
-        | {"base_model.model.roberta.encoder.layer.0.attention.self.query.lora_monteclora_sampler.std": torch.ones(4)},
-        r"those of MonteCLoRA \(peft\)",
-    ),
 }
 
 

@@ -114,9 +114,9 @@ def wrong(model: dict, lora: LoraFile) -> bool:
 def test_no_file_of_a_published_model_is_given_to_another_family(prefix):
     """Unless its modules are in a model of that family too, in the same shapes."""
     for model, names in CASES[:: 1 if prefix != "lora_unet_" else 9]:
-        for part in subsets(whole(model["denoiser"][names])):
-            if not any(len(shape) > 1 for shape in part.values()):
-                continue
+        parts = [part for part in subsets(whole(model["denoiser"][names])) if any(len(s) > 1 for s in part.values())]
+        assert parts
+        for part in parts:
             try:
                 lora = lora_of(part, prefix)
             except UnknownFamily:
@@ -222,7 +222,7 @@ def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing_but_is_t
     assert lines[1].startswith("below/a.safetensors: SD 1.5, lora of rank 1, trigger: sks")
 
 
-def test_of_several_files_each_has_its_verdict_and_the_exit_code_says_that_some_are_refused(tmp_path, capsys):
+def test_each_of_several_files_has_its_verdict(tmp_path, capsys):
     names = ["page", "pickle", "cut", "other model", "missing", "good"]
     paths = {name: tmp_path / f"{name}.safetensors" for name in names}
     paths["page"].write_text("<!DOCTYPE html><html>")

@@ -188,16 +188,6 @@ def test_names_that_comfyui_would_skip_are_found(saved):
     assert any(f"ComfyUI would not load {len(refused)} module" in text for text in texts(saved))
 
 
-def test_edited_metadata_leave_the_tensors_and_their_hash(saved, tmp_path):
-    before = file_hashes(saved)
-    edit_metadata(saved, title="A face", author="", tags=["portrait", "photo"], remove=["ss_session_id"])
-    metadata = SafetensorsFile.open(saved).metadata
-    assert metadata["modelspec.title"] == "A face" and metadata["modelspec.tags"] == "portrait, photo"
-    assert "modelspec.author" not in metadata and "ss_session_id" not in metadata
-    assert file_hashes(saved)["sshs_model_hash"] == before["sshs_model_hash"] == metadata["sshs_model_hash"]
-    assert metadata["sshs_legacy_hash"] == file_hashes(saved)["sshs_legacy_hash"]
-
-
 def test_tags_in_one_text_are_not_taken_apart_into_letters(saved):
     assert edit_metadata(saved, tags="portrait, photo")["modelspec.tags"] == "portrait, photo"
 
@@ -210,7 +200,7 @@ def test_an_edit_changes_nothing_else(saved):
     }  # fmt: skip
 
 
-def test_edited_into_another_file_a_lora_of_peft_keeps_its_strength_and_not_the_path_of_its_base(tmp_path):
+def test_an_edited_lora_of_peft_keeps_its_strength_without_a_path(tmp_path):
     path, name = tmp_path / "adapter_model.safetensors", "base_model.model.mid_block.attentions.0.proj_in"
     save_safetensors(path, {f"{name}.lora_A.weight": torch.ones(8, 320), f"{name}.lora_B.weight": torch.ones(320, 8)})
     config = {"r": 8, "lora_alpha": 16, "base_model_name_or_path": "/home/someone/model"}
@@ -231,7 +221,7 @@ def test_a_thumbnail_is_small_and_carries_neither_exif_nor_a_comment(saved, tmp_
     assert "modelspec.thumbnail" not in SafetensorsFile.open(saved).metadata
 
 
-def test_a_thumbnail_that_is_no_picture_or_one_that_pillow_refuses_is_refused(saved, tmp_path):
+def test_a_thumbnail_that_is_no_picture_is_refused(saved, tmp_path):
     with pytest.raises(BadFile, match=f"^{re.escape(str(saved))}: this picture cannot be read$"):
         edit_metadata(saved, thumbnail=saved)
     text = PngInfo()
@@ -241,7 +231,7 @@ def test_a_thumbnail_that_is_no_picture_or_one_that_pillow_refuses_is_refused(sa
         edit_metadata(saved, thumbnail=tmp_path / "a.png")
 
 
-def test_a_thumbnail_is_read_like_a_photo_without_ghostscript_or_waiting_for_a_pipe(saved, tmp_path, monkeypatch):
+def test_a_thumbnail_is_read_like_a_photo(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript is run"))
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
     os.mkfifo(tmp_path / "b.jpg")

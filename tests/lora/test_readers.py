@@ -1,5 +1,9 @@
-"""What is said of other programs without asking them: sd-scripts by the lists of its modules, and what is written for whom."""
+"""What other programs load, where no program is asked: by sd-scripts' lists of modules and by records of earlier tries.
 
+tests/comfyui/test_lora_readers.py asks ComfyUI, diffusers, peft and InvokeAI.
+"""
+
+import itertools
 import json
 import os
 import re
@@ -16,8 +20,7 @@ from core.errors import BadConfig, UnmatchedKeys
 from core.lora import LoraFile
 from core.lora.convert import convert_for, convert_lora, reading_limits
 from core.lora.modules import LoraModule
-from core.lora.readers import OTHERS, READERS, not_loaded_by, read_by
-from core.tensor_names import NAME_TABLES
+from core.lora.readers import READERS, not_loaded_by, read_by
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
 from tools import source_tables
 from tools.model_tables import whole
@@ -36,7 +39,7 @@ TITLES = {
 
 
 @pytest.mark.parametrize("family", KOHYA_LISTS)
-def test_sd_scripts_is_said_to_load_the_modules_of_its_own_list_and_no_others(family):
+def test_sd_scripts_loads_the_modules_of_its_own_list_only(family):
     listed = kohya_names(family)
     of_list = LoraFile.from_tensors(kohya_tensors(listed, rank=1), {})
     assert read_by("sd-scripts", of_list).verdict == "loads"
@@ -73,74 +76,9 @@ def test_a_naming_is_chosen_that_all_programs_load():
 
 
 NO, OTHER, YES = "not at all", "loads as another change", "loads"
-# What diffusers 0.42 and InvokeAI 6.14 do with names that end in other ways, and with an alpha.
-# tests/comfyui/test_lora_readers.py asks them.
-OTHER_ENDS = {
-    ("sdxl", "kohya", "lora_A.weight", ""): (NO, NO),
-    ("sdxl", "kohya", "lora_down.weight", "alpha"): (YES, YES),
-    ("sdxl", "diffusers", "lora_A.weight", "alpha"): (OTHER, NO),
-    ("sdxl", "diffusers", "lora_down.weight", ""): (NO, NO),
-    ("sdxl", "diffusers", "lora.down.weight", ""): (YES, NO),
-    ("sdxl", "diffusers", "lora_linear_layer.down.weight", ""): (NO, NO),
-    ("sdxl", "diffusers", "lora_A", ""): (NO, NO),
-    ("flux1", "diffusers", "lora_A.weight", "alpha"): (YES, NO),
-    ("flux1", "diffusers", "lora_A.default.weight", ""): (NO, YES),
-    ("flux1", "diffusers", "lora_down.weight", "alpha"): (OTHER, NO),
-    ("flux2", "comfy", "lora_A.weight", "alpha"): (NO, NO),
-    ("flux2", "comfy", "lora_down.weight", ""): (NO, NO),
-    ("ernie-image", "comfy", "lora_down.weight", "alpha"): (NO, NO),
-    ("zimage", "comfy", "lora_A.default.weight", "alpha"): (YES, OTHER),
-    ("zimage", "comfy", "lora_down.weight", "alpha"): (YES, YES),
-    ("zimage", "diffusers", "lora_A.weight", "alpha"): (NO, OTHER),
-    ("qwen-image", "comfy", "lora_down.weight", "alpha"): (YES, NO),
-    ("qwen-image", "kohya", "lora_A.weight", ""): (YES, NO),
-    ("qwen-image", "diffusers", "lora.down.weight", ""): (YES, NO),
-    ("krea2", "diffusers", "lora_A.weight", "alpha"): (OTHER, YES),
-    ("krea2", "kohya", "lora_A.weight", ""): (NO, YES),
-}
-ATTENTIONS = {
-    "sdxl": ("down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k", 2048, 1280),
-    "flux1": ("transformer_blocks.0.attn.to_out.0", 3072, 3072),
-    "flux2": ("transformer_blocks.0.attn.to_out.0", 6144, 6144),
-    "krea2": ("text_fusion.refiner_blocks.0.attn.to_q", 2560, 2560),
-    "ernie-image": ("layers.0.self_attention.to_q", 4096, 4096),
-    "zimage": ("layers.0.attention.to_q", 3840, 3840),
-    "qwen-image": ("transformer_blocks.0.attn.to_q", 3072, 3072),
-}
 
 
-@pytest.mark.parametrize("case", OTHER_ENDS)
-def test_names_that_a_program_does_not_read_to_the_end_are_not_said_to_load(case):
-    family, scheme, end, alpha = case
-    path, inputs, outputs = ATTENTIONS[family]
-    module = LoraModule(torch.ones(1, inputs), torch.ones(outputs, 1), 1.0)
-    plain = LoraFile.from_modules(family, {("denoiser", path): module}, {}, scheme).tensors
-    name = next(iter(plain)).partition(".lora_")[0]
-    up = end.replace("lora_A", "lora_B").replace("down", "up")
-    tensors = {f"{name}.{end}": module.down, f"{name}.{up}": module.up} | {
-        f"{name}.{a}": torch.tensor(0.5) for a in alpha.split()
-    }
-    lora = LoraFile(family, {}, tensors)
-    assert (read_by("diffusers", lora).verdict, read_by("InvokeAI", lora).verdict) == OTHER_ENDS[case]
-    assert read_by("sd-scripts", lora).verdict == (YES if (scheme, end) == ("kohya", "lora_down.weight") else NO)
-    in_peft = {("lora_A.weight", ""): "loads", ("lora_A.weight", "alpha"): "loads as another change"}
-    assert read_by("peft", lora).verdict == (
-        in_peft.get((end, alpha), "not at all") if scheme == "diffusers" else "not at all"
-    )
-
-
-def test_diffusers_is_said_to_take_shift_for_scale_in_the_last_layer_of_flux2():
-    module = LoraModule(torch.ones(1, 6144), torch.ones(2 * 6144, 1), 1.0)
-    verdicts = {
-        scheme: read_by(
-            "diffusers", LoraFile.from_modules("flux2", {("denoiser", "norm_out.linear"): module}, {}, scheme)
-        ).verdict
-        for scheme in ("comfy", "diffusers")
-    }
-    assert verdicts == {"comfy": "loads as another change", "diffusers": "loads"}
-
-
-def test_diffusers_is_said_to_refuse_blocks_of_lumina2_that_lack_a_module():
+def test_diffusers_refuses_blocks_of_lumina2_that_lack_a_module():
     """As its converter does (KeyError), and convert writes names that it loads."""
     (model,) = (model for model in TABLES["models"] if model["title"] == "Lumina 2")
     shapes = whole(model["denoiser"]["original"])
@@ -160,41 +98,7 @@ def test_diffusers_is_said_to_refuse_blocks_of_lumina2_that_lack_a_module():
     assert convert_for(attention, ["diffusers"])[0].scheme == "diffusers"
 
 
-def test_early_names_of_text_encoders_load_in_diffusers_and_those_of_denoisers_do_not():
-    down, up = torch.ones(1, 768), torch.ones(768, 1)
-    layer = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"
-    for form, verdict in (("lora_linear_layer", YES), ("lora", NO)):
-        lora = LoraFile("sd15", {}, {f"{layer}.{form}.down.weight": down, f"{layer}.{form}.up.weight": up})
-        assert read_by("diffusers", lora).verdict == verdict
-
-
-# What diffusers 0.42 does with names whose prefix belongs to one model's paths and whose rest to the other's.
-OTHER_PATHS = {
-    ("flux1", "lora_unet_transformer_blocks_0_attn_to_out_0", 3072): NO,
-    ("flux1", "diffusion_model.transformer_blocks.0.attn.to_out.0", 3072): NO,
-    ("flux1", "transformer.double_blocks.0.img_attn.proj", 3072): NO,
-    ("flux1", "diffusion_model.double_blocks.0.img_attn.proj", 3072): YES,
-    ("flux2", "lora_unet_transformer_blocks_0_attn_to_out_0", 6144): NO,
-    ("krea2", "diffusion_model.transformer_blocks.0.attn.to_out.0", 6144): NO,
-    ("sd15", "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", 320): NO,
-    ("sdxl", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640): YES,
-    ("qwen-image", "lora_unet_transformer_blocks_0_attn_to_q", 3072): YES,
-}
-
-
-@pytest.mark.parametrize("case", OTHER_PATHS)
-def test_diffusers_is_not_said_to_load_the_other_model_s_paths(case):
-    family, name, width = case
-    ends = ("lora_A", "lora_B") if family == "krea2" or name.startswith("transformer.") else ("lora_down", "lora_up")
-    tensors = dict(
-        zip((f"{name}.{end}.weight" for end in ends), (torch.ones(1, width), torch.ones(width, 1)), strict=True)
-    )
-    lora = LoraFile(family, {}, tensors)
-    assert read_by("diffusers", lora).verdict == OTHER_PATHS[case]
-    assert read_by("peft", lora).verdict == NO
-
-
-def test_sd2_files_of_sd_scripts_load_in_diffusers_unless_they_change_projections():
+def test_sd2_files_with_flat_projections_do_not_load_in_diffusers():
     block = "lora_unet_down_blocks_0_attentions_0_"
     down, up = torch.ones(1, 320), torch.ones(320, 1)
     attention = {f"{block}transformer_blocks_0_attn1_to_q.lora_down.weight": down,
@@ -205,12 +109,9 @@ def test_sd2_files_of_sd_scripts_load_in_diffusers_unless_they_change_projection
         assert read_by("diffusers", LoraFile("sd2", {"ss_base_model_version": "sd_v2"}, tensors)).verdict == verdict
 
 
-def test_an_alpha_in_the_metadata_is_said_to_be_ignored_by_all_programs_but_diffusers_and_peft():
-    path, inputs, outputs = ATTENTIONS["zimage"]
-    tensors = {
-        f"transformer.{path}.lora_A.weight": torch.ones(4, inputs),
-        f"transformer.{path}.lora_B.weight": torch.ones(outputs, 4),
-    }
+def test_only_diffusers_and_peft_read_an_alpha_in_the_metadata():
+    path = "transformer.layers.0.attention.to_q"
+    tensors = {f"{path}.lora_A.weight": torch.ones(4, 3840), f"{path}.lora_B.weight": torch.ones(3840, 4)}
     for alpha, verdict in ((4, YES), (8, OTHER)):
         config = json.dumps({"transformer.r": 4, "transformer.lora_alpha": alpha})
         lora = LoraFile.from_tensors(tensors, {"lora_adapter_metadata": config})
@@ -254,48 +155,32 @@ def test_one_lora_is_inspected_in_a_fifth_of_a_second_and_a_thousand_in_ten(tmp_
     assert min(seconds(folder) for _ in range(3)) < 10
 
 
-# Of each family a norm's name in the original model and in diffusers, and the namings in which ComfyUI knows it.
+# Of each family a norm's name in the original model and in diffusers.
 NORMS = {
-    "flux1": ("double_blocks.0.txt_attn.norm.query_norm", "transformer_blocks.0.attn.norm_added_q", "kohya comfy diffusers"),
-    "chroma": ("single_blocks.0.norm.key_norm", "single_transformer_blocks.0.attn.norm_k", "kohya comfy diffusers"),
-    "flux2": ("double_blocks.0.img_attn.norm.key_norm", "transformer_blocks.0.attn.norm_k", "kohya comfy diffusers"),
-    "sd3": ("joint_blocks.0.x_block.attn2.ln_q", "transformer_blocks.0.attn2.norm_q", "kohya comfy diffusers"),
-    "lumina2": ("layers.0.attention.q_norm", "layers.0.attn.norm_q", "kohya comfy"),
-    "zimage": ("layers.0.attention.q_norm", "layers.0.attention.norm_q", "kohya comfy diffusers"),
-    "qwen-image": ("transformer_blocks.0.attn.norm_added_k", "transformer_blocks.0.attn.norm_added_k", "kohya comfy diffusers"),
-    "krea2": ("blocks.0.attn.qknorm.qnorm.scale", "transformer_blocks.0.attn.norm_q", "comfy"),
-    "ernie-image": ("layers.0.self_attention.norm_k", "layers.0.self_attention.norm_k", "kohya comfy diffusers"),
-    "longcat-image": ("single_blocks.0.norm.query_norm", "single_transformer_blocks.0.attn.norm_q", "kohya comfy diffusers"),
-    "ideogram4": ("layers.0.attention.norm_q", "layers.0.attention.norm_q", "kohya comfy"),
-}  # fmt: skip
+    "flux1": ("double_blocks.0.txt_attn.norm.query_norm", "transformer_blocks.0.attn.norm_added_q"),
+    "chroma": ("single_blocks.0.norm.key_norm", "single_transformer_blocks.0.attn.norm_k"),
+    "flux2": ("double_blocks.0.img_attn.norm.key_norm", "transformer_blocks.0.attn.norm_k"),
+    "sd3": ("joint_blocks.0.x_block.attn2.ln_q", "transformer_blocks.0.attn2.norm_q"),
+    "lumina2": ("layers.0.attention.q_norm", "layers.0.attn.norm_q"),
+    "zimage": ("layers.0.attention.q_norm", "layers.0.attention.norm_q"),
+    "qwen-image": ("transformer_blocks.0.attn.norm_added_k", "transformer_blocks.0.attn.norm_added_k"),
+    "krea2": ("blocks.0.attn.qknorm.qnorm.scale", "transformer_blocks.0.attn.norm_q"),
+    "ernie-image": ("layers.0.self_attention.norm_k", "layers.0.self_attention.norm_k"),
+    "longcat-image": ("single_blocks.0.norm.query_norm", "single_transformer_blocks.0.attn.norm_q"),
+    "ideogram4": ("layers.0.attention.norm_q", "layers.0.attention.norm_q"),
+}
 WIDTHS = {"sd3": 64, "lumina2": 96, "ideogram4": 256}
 
 
-@pytest.mark.parametrize("role", ["diff", "w_norm"])
 @pytest.mark.parametrize("family", NORMS)
-def test_norms_of_transformers_are_known_by_both_names_and_load_in_comfyui_where_its_map_has_them(family, role):
-    original, diffusers, known = NORMS[family]
-    names = {
-        "kohya": f"lora_unet_{original.replace('.', '_')}",
-        "comfy": f"diffusion_model.{original}",
-        "diffusers": f"transformer.{diffusers}",
-    }
-    for scheme, name in names.items():
+def test_norms_of_transformers_are_known_by_both_names(family):
+    original, diffusers = NORMS[family]
+    names = (f"lora_unet_{original.replace('.', '_')}", f"diffusion_model.{original}", f"transformer.{diffusers}")
+    for name, role in itertools.product(names, ("diff", "w_norm")):
         lora = LoraFile(family, {}, {f"{name}.{role}": torch.ones(WIDTHS.get(family, 128))})
-        assert [entry.modules for entry in lora.entries] == [(("denoiser", diffusers),)]
-        assert family in lora.identity.families, scheme
-        assert (read_by("ComfyUI", lora).verdict == "loads") == (scheme in known.split()), scheme
-        for other in ("kohya", "comfy"):
-            converted = convert_lora(lora, other).lora
-            assert [entry.modules for entry in converted.entries] == [(("denoiser", diffusers),)]
-            assert (read_by("ComfyUI", converted).verdict == "loads") == (other in known.split()), (scheme, other)
-    if original == diffusers:
-        return
-    # Names of diffusers behind the prefixes of original ones load nowhere.
-    for name in (f"lora_unet_{diffusers.replace('.', '_')}", f"diffusion_model.{diffusers}"):
-        lora = LoraFile(family, {}, {f"{name}.{role}": torch.ones(WIDTHS.get(family, 128))})
-        loads = read_by("ComfyUI", lora).verdict == "loads"
-        assert loads == (family == "zimage" and name.startswith("diffusion_model.")), name
+        assert family in lora.identity.families, name
+        for made in (lora, convert_lora(lora, "kohya").lora, convert_lora(lora, "comfy").lora):
+            assert [entry.modules for entry in made.entries] == [(("denoiser", diffusers),)], name
 
 
 # What the programs' own code loaded of whole LoRAs: in kohya, diffusers' and comfy names. Fused modules count as several.
@@ -327,21 +212,11 @@ MAPPED = {
 }
 
 
-@pytest.mark.parametrize(("family", "contents", "program"), MAPPED)
-def test_a_cell_is_what_the_program_has_in_its_map_of_names(family, contents, program):
-    assert source_tables.cell(program, source_tables.loras_of(family)[contents]) == MAPPED[family, contents, program]
-
-
-def test_each_cell_has_the_version_and_the_file_that_it_was_read_from():
-    assert tuple(source_tables.PROGRAMS) == READERS
-    for family, table in NAME_TABLES.items():
-        files = {reader: source_tables.file_of(reader, family) for reader in READERS}
-        known = {reader for reader, file in files.items() if file and re.fullmatch(r"[\w/.-]+\.(py|cpp)", file)}
-        assert known == {*READERS} - OTHERS.keys() | table.loaded.others.keys()
-    programs = source_tables.PROGRAMS
-    assert all(re.fullmatch(r"[\d.]+|\d{4}-\d\d-\d\d \([0-9a-f]{7}\)", one.version) for one in programs.values())
-    named = {word for one in programs.values() for families in one.files.values() for word in families.split()}
-    assert named <= {source_tables.ALL, *NAME_TABLES}
+def test_programs_are_said_to_load_what_their_maps_of_names_have():
+    assert {
+        (family, contents, program): source_tables.cell(program, source_tables.loras_of(family)[contents])
+        for family, contents, program in MAPPED
+    } == MAPPED
 
 
 IN_BLOCKS = {
@@ -354,7 +229,7 @@ IN_BLOCKS = {
 
 
 @pytest.mark.parametrize(("family", "program"), TRIED)
-def test_eight_more_programs_are_said_to_load_what_they_have_loaded(family, program):
+def test_programs_are_said_to_load_what_they_have_loaded(family, program):
     of_family = [model for model in TABLES["models"] if model["family"] == family]
     model = next((model for model in of_family if model["title"] == TITLES.get(family)), of_family[0])
     pattern = IN_BLOCKS.get(family, r"^(single_)?transformer_blocks\.")
@@ -388,7 +263,7 @@ def test_a_fused_layer_is_said_to_be_cut_where_it_is():
     }
 
 
-def test_one_module_outside_the_blocks_spoils_a_file_of_flux1_for_sd_next():
+def test_one_module_outside_the_blocks_spoils_a_file_for_sd_next():
     name, outside = "lora_unet_single_blocks_0_linear1", "lora_unet_img_in"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 3072), f"{name}.lora_up.weight": torch.ones(21504, 2)}
     more = {f"{outside}.lora_down.weight": torch.ones(2, 64), f"{outside}.lora_up.weight": torch.ones(3072, 2)}
@@ -410,6 +285,6 @@ def test_one_module_outside_the_blocks_spoils_a_file_of_flux1_for_sd_next():
         ),
     ],
 )
-def test_the_programs_that_cannot_load_a_lora_are_named_and_whether_a_conversion_helps(family, limits):
+def test_the_programs_that_cannot_load_a_lora_are_named(family, limits):
     loras = source_tables.loras_of(family)
     assert reading_limits(next(lora for lora in loras.values() if lora.scheme == lora.table.scheme)) == limits

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from core.config import TrainConfig
 from core.models import Base, load_base
@@ -22,7 +21,7 @@ from tests.models.quantised_weights import quantised_and_full_base
 from tests.published_models import MODELS, base_of, config_of
 from tests.published_models import cache_of as published_cache
 from tests.small_flows import SMALL_FLOWS
-from tests.tooling import UNETS, cache_of, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
+from tests.tooling import UNETS, cache_of, mostly_slow, random_lora, small_flow_base
 
 CPU = torch.device("cpu")
 TRIED = (*PLANS[:5], PLANS[6], *PLANS[-3:])
@@ -119,35 +118,6 @@ def test_it_does_so_with_a_training_adapter_on_some_blocks(small):
 @pytest.mark.parametrize("form", ["scaled fp8", "nvfp4"])
 def test_it_does_so_for_weights_that_are_quantised_in_their_file(form, monkeypatch):
     assert_predicted_alike(quantised_and_full_base(form)[0], TrainConfig(rank=4), QUANTISED_TRIED)
-
-
-def test_the_padding_of_a_text_takes_no_memory_in_the_blocks():
-    base = small_flow_base("zimage")
-    cache = encoded_cache(
-        base, [encoded_image(base, "1.png", "a photo of sks", 1, shape=(base.latent_shape.channels, 8, 8))]
-    )
-    padded = {
-        caption: {name: F.pad(value, (0, 0) * (value.ndim - 2) + (0, 64)) for name, value in conditioning.items()}
-        for caption, conditioning in cache.text.items()
-    }
-    config = TrainConfig(rank=4, precision="fp32")
-    short, long = (
-        StepPrediction(TrainingInputs(one, base, config, CPU, torch.float32)).bytes(PLANS[0])
-        for one in (cache, replace(cache, text=padded))
-    )
-    assert short <= long < 1.02 * short
-
-
-def test_blocks_that_differ_in_their_rank_are_not_alike():
-    base = deep_flow("ideogram4")
-    cache = cache_of(base, side=8)
-
-    def kinds(config: TrainConfig) -> int:
-        run = StepPrediction(TrainingInputs(cache, base, config, CPU, torch.float32)).run
-        return len({type(block) for block in blocks_of(run.model.denoiser)})
-
-    config = TrainConfig(rank=4, precision="fp32")
-    assert kinds(config) == kinds(replace(config, rank_pattern={"layers.3.": 2}))
 
 
 @pytest.mark.parametrize("name", mostly_slow(MODELS, "SDXL", "FLUX.1-dev"))

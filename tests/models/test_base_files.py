@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from core.cli import main
-from core.config import TrainConfig
 from core.errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile
 from core.models import Base, ldm, load_base, text
@@ -30,9 +29,7 @@ from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.quantised_layers import QuantisedLinear
 from core.pictures.generate import Job, generate
-from core.storage.safetensors_file import SafetensorsFile, save_safetensors
-from core.training.inputs import TrainingInputs
-from core.training.step import Run
+from core.storage.safetensors_file import save_safetensors
 from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
 from tests.models.test_base import assert_same_weights
@@ -40,8 +37,6 @@ from tests.tooling import (
     SMALL_FLOWS,
     UNETS,
     RandomTensors,
-    encoded_cache,
-    encoded_image,
     mostly_slow,
     random_lora,
     small_flow_base,
@@ -460,11 +455,6 @@ def test_a_fused_layer_with_unknown_or_missing_tensors_is_refused_by_name(parts)
         load_base(without).load("denoiser", CPU, torch.float32)
 
 
-def test_the_sizes_of_sd3_are_read_where_a_gguf_file_lacks_the_first_side_of_its_positions():
-    whole, flat = (load_base({**SD3_SHAPES, "pos_embed": torch.empty(*side, 144, 64)}) for side in ((1,), ()))
-    assert flat.components["denoiser"].config == whole.components["denoiser"].config
-
-
 def test_the_command_line_trains_and_draws_from_files_apart(files, tokenizer, photo_folder, tmp_path):
     base = ["--base", files["flux"], "--vae", files["ae"], "--text-encoder", files["clip_l"],
             "--text-encoder", files["t5xxl"], "--tokenizer", tokenizer, "--device", "cpu"]  # fmt: skip
@@ -530,25 +520,6 @@ def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, s
     assert {part: one.config for part, one in apart.components.items()} == {
         part: one.config for part, one in whole.components.items()
     }
-
-
-@pytest.mark.parametrize("family", mostly_slow(UNETS, "sdxl"))
-def test_a_step_on_stable_diffusions_files_apart_is_that_on_the_checkpoint(sd_files, small_sd15, small_sdxl, family):
-    def read(path: Path) -> dict[str, Tensor]:
-        # Where in memory a weight begins changes the last digit of what is computed with it.
-        return {name: tensor.clone() for name, tensor in SafetensorsFile.open(path).items()}
-
-    files = sd_files(family, "bare")
-    encoders = [read(path) for path in files["text_encoders"]]
-    apart = load_base(read(files["source"]), vae=read(files["vae"]), text_encoders=encoders)
-    adapters = []
-    for base in (load_base(read({"sd15": small_sd15, "sdxl": small_sdxl}[family])), apart):
-        cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1)])
-        run = Run(TrainingInputs.on(CPU, cache, base, TrainConfig(rank=2, precision="fp32", batch_size=1)))
-        run.train_step()
-        adapters.append({name: parameter.detach().clone() for name, parameter in run.parameters.items()})
-    assert any(parameter.any() for name, parameter in adapters[0].items() if name.endswith(".up"))
-    assert all(torch.equal(parameter, adapters[1][name]) for name, parameter in adapters[0].items())
 
 
 def test_a_text_encoder_that_is_given_takes_the_place_of_the_checkpoints(small_sd15):
@@ -622,20 +593,7 @@ def test_a_text_encoder_that_the_family_does_not_have_is_refused(parts, small_sd
         load_base(small_sd15, text_encoders=[parts["t5xxl"]])
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
-@pytest.mark.parametrize("name", ["embeddings.token_embedding", "encoder.layers.0.mlp.fc1"])
-def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_sd15, tmp_path, name, shape):
-    tensors = dict(SafetensorsFile.open(small_sd15))
-    (key,) = (key for key in tensors if key.endswith(f"{name}.weight"))
-    save_safetensors(tmp_path / "odd.safetensors", tensors | {key: torch.zeros(shape)})
-    with pytest.raises(
-        UnmatchedKeys,
-        match=rf"{re.escape(name)}\.weight has shape {re.escape(str(list(shape)))}, expected 2 dimensions, none of them 0",
-    ):
-        load_base(tmp_path / "odd.safetensors")
-
-
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 5), (0, 0)])
+@pytest.mark.parametrize("shape", [(), (2, 3, 5)])
 @pytest.mark.parametrize(
     ("part", "name"),
     [
@@ -695,19 +653,17 @@ def test_a_vae_without_a_tensor_that_its_sizes_are_read_from_is_refused_by_name(
         load_base(parts["flux"], vae=vae)
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_klein_with_the_qwen3_of_the_other_size_is_refused(right):
+def test_klein_with_the_qwen3_of_the_other_size_is_refused():
     with torch.device("meta"):
         denoiser = {f"model.diffusion_model.{name}": torch.empty(shape) for name, shape in FLUX2_SHAPES.items()}
-        width = 2560 if right else 4096
-        qwen = {name: torch.empty(shape) for name, shape in qwen3_shapes(width).items()}
-    if right:
-        assert load_base(denoiser, text_encoders=[qwen]).components["text_encoder"].config["hidden_size"] == 2560
-        return
+        right, wrong = (
+            {name: torch.empty(shape) for name, shape in qwen3_shapes(width).items()} for width in (2560, 4096)
+        )
+    assert load_base(denoiser, text_encoders=[right]).components["text_encoder"].config["hidden_size"] == 2560
     with pytest.raises(
         UnknownFamily, match=r"takes states of width 7680\. These have width 12288 \(text encoders of FLUX\.2: Qwen3-4B"
     ):
-        load_base(denoiser, text_encoders=[qwen])
+        load_base(denoiser, text_encoders=[wrong])
 
 
 class CountedReads(dict[str, Tensor]):

@@ -349,9 +349,7 @@ def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
         ("flux1", "flux1-dev-turbo.safetensors", None, None),  # which takes its guidance as a number
     ],
 )
-def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_and_is_not_to_be_trained(
-    bases, family, name, steps, shift
-):
+def test_a_model_distilled_by_its_name_draws_in_few_steps(bases, family, name, steps, shift):
     base = replace(bases[family], name=name)
     asked = Job("a photo", seed=1, steps=33, guidance=2.5)
     job, spec = asked.on(base), base.family
@@ -390,7 +388,7 @@ def test_that_a_name_alone_makes_a_model_draw_in_few_steps_is_said(bases, name, 
     assert few_steps_hint(replace(base, says_distilled=True), steps, guidance) == []
 
 
-def test_schnell_is_refused_unless_told_otherwise_and_draws_in_four_steps_that_are_not_shifted():
+def test_schnell_is_refused_unless_told_otherwise():
     schnell = small_flow_base("flux1", guidance_embeds=False)
     with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(schnell, TrainConfig())

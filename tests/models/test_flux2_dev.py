@@ -82,9 +82,7 @@ def test_a_diffusers_folder_encodes_captions_as_transformers_does(network, tmp_p
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_a_file_of_the_text_encoder_does_so_too_where_comfyui_has_left_out_its_last_layers(
-    pruned, network, monkeypatch
-):
+def test_a_file_of_the_text_encoder_without_its_last_layers(pruned, network, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
     tensors = {f"model.{name}": tensor for name, tensor in network.model.language_model.state_dict().items()}
     if pruned:
@@ -121,7 +119,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path):
         text.load_tokenizer(str(write_tokenizer(tmp_path, {"<s>": 2, "<pad>": 11, "a": 0})), "mistral3_24b")
 
 
-def test_files_of_the_denoiser_and_the_text_encoder_take_the_tokenizer_of_the_text_encoder(network, tmp_path):
+def test_the_tokenizer_in_the_text_encoders_file_is_taken(network, tmp_path):
     """It was once refused, since it isn't that of the family's smaller models."""
     with torch.device("meta"):
         denoiser = {name: torch.empty(shape) for name, shape in FLUX2_SHAPES.items()}

@@ -257,7 +257,7 @@ def test_a_flow_map_is_drawn_with_eulers_method_alone():
         sampler_name("unipc", base)
 
 
-def test_a_flow_map_is_refused_for_training_and_learns_the_velocity_at_a_time_where_it_is_allowed():
+def test_a_flow_map_is_trained_only_where_it_is_allowed():
     base = small_flow_base("flux3", flow_map=True)
     with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(base, TrainConfig())
@@ -285,7 +285,7 @@ def test_a_lora_loads_whole_in_diffusers_and_is_read_back(tmp_path):
     assert all(key.startswith("diffusion_model.") for key in LoraFile.read(path).tensors)
 
 
-def test_blocks_for_shown_pictures_are_not_loaded_and_a_loras_change_of_them_is_left_out_there():
+def test_blocks_for_shown_pictures_are_not_loaded():
     base = small_flow_base("flux3")
     lora = random_lora(base, FAMILY.denoiser_targets["attention"])
     of_shown = {

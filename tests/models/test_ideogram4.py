@@ -64,7 +64,7 @@ def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tens
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_any_length(prefix):
+def test_a_published_file_predicts_and_learns_as_in_diffusers(prefix):
     theirs = random_denoiser()
     base = load_base({prefix + name: tensor for name, tensor in published(theirs).items()})
     assert base.family is FAMILY

@@ -91,13 +91,6 @@ def test_a_sidecar_caption_stays_and_a_closer_crop_says_so():
     assert captions == ["sks person on a beach", "sks person on a beach, close-up"]
 
 
-def test_a_captioner_adds_what_it_sees_in_each_part():
-    regions = regions_of(
-        blank((3000, 4000)), face_at(1200, 800, 500, 650), captioner=lambda image: f"{image.width} pixels wide"
-    )
-    assert [str(region.caption).rsplit(", ")[-1] for region in regions] == ["3000 pixels wide", "1365 pixels wide"]
-
-
 def test_a_photo_without_a_face_or_a_report_is_used_whole():
     reported, unknown = blank((800, 600)), Photo.from_image(Image.new("RGB", (700, 600), "red"), "b.jpg")
     regions = face_regions(report_of(reported, None), 512, "sks", "person")
@@ -161,14 +154,6 @@ def test_masks_of_large_photos_are_drawn_small():
     assert isinstance(masked.mask_source, Image.Image) and max(masked.mask_source.size) == 1024
     mask = masked.mask()
     assert mask is not None and mask.size == (6000, 4000)
-
-
-def test_masked_photos_keep_their_regions():
-    photo, face = blank((3000, 4000)), face_at(1200, 800, 500, 650)
-    report = report_of(photo, face)
-    (masked,) = with_masks([photo], report)
-    regions = face_regions(report, 512, "sks", "person")
-    assert regions(masked) == regions(photo) and len(regions(photo)) == 2
 
 
 def test_a_mask_of_the_users_own_stays():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from core.cli import main
-from core.errors import BadConfig, BadFile
+from core.errors import BadFile
 from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
 from core.photos.dataset import prepare
@@ -103,7 +103,7 @@ def test_a_face_that_is_small_in_a_large_picture_needs_a_crop(network):
 
 
 @pytest.mark.parametrize(("place", "expected"), [(0, "reject"), (200, "use"), (400, "reject")])
-def test_a_long_picture_is_rejected_unless_the_face_is_in_the_part_that_is_trained_on(network, place, expected):
+def test_a_long_picture_needs_the_face_in_its_middle(network, place, expected):
     panorama = Image.new("RGB", (492, 112), "grey")
     panorama.paste(orl(5, 8), (place, 0))
     verdict, why = verdict_of(panorama, network)
@@ -122,14 +122,6 @@ def test_of_several_copies_the_best_one_is_kept(network):
         (finding,) = reports[copy.name].findings
         assert finding.sentence == "the same picture as 3.png, which is kept"
     assert reports["3.png"].verdict == "use"
-
-
-def test_a_copy_of_a_rejected_photo_does_not_call_it_kept(network):
-    blurred = orl(5, 3).filter(ImageFilter.GaussianBlur(2))
-    photos = [*seven_of(5)[:2], photo(blurred, "a.png"), photo(blurred, "b.png")]
-    *_, first, second = check_photos(photos, network, SMALL).photos
-    assert (first.verdict, second.verdict) == ("reject", "reject")
-    assert second.findings[-1].sentence == "the same picture as a.png"
 
 
 def test_in_a_group_the_person_is_the_one_of_the_other_photos(network):
@@ -170,11 +162,6 @@ def test_photos_of_two_people_are_reported_in_the_headline_with_who_is_which(net
     assert report.people == (*(1, 2) * 6, 0)
     assert not report.enough
     assert report.headline == "different people: person 1 on 6 photos, person 2 on 6 photos. Keep the photos of one"
-
-
-def test_the_headline_explains_why_no_photo_is_usable(network):
-    soft = [photo(item.image().filter(ImageFilter.GaussianBlur(2)), item.name) for item in seven_of(5)]
-    assert check_photos(soft, network, SMALL).headline == "0 of 7 usable: all blurred"
 
 
 def test_sharpness_is_judged_at_the_size_at_which_a_photo_is_trained(network):
@@ -230,7 +217,7 @@ def test_of_two_photos_of_different_people_neither_is_the_person(network):
     assert check_photos([photo(orl(5, 1), "a"), photo(orl(5, 3), "b")], network, SMALL).enough
 
 
-def test_the_headline_of_a_few_photos_names_what_helps_most_and_what_cannot_be_known(network):
+def test_the_headline_of_a_few_photos_names_what_helps_most(network):
     said = check_photos([photo(orl(5, 9))], network, SMALL)
     assert said.headline.startswith(
         "1 of 1 usable, too few to measure likeness; add 3 with the head turned to the left"
@@ -291,11 +278,6 @@ def test_the_report_is_json_and_a_table(network):
     assert " ".join(format_report(report, 200).split()) == " ".join(format_report(report).split())
 
 
-def test_photos_are_listed_as_people_count():
-    report = check_photos([photo(orl(6, at), f"{at} 03.png") for at in (10, 2, 1)], None, SMALL)
-    assert [line.split()[0] for line in format_report(report).splitlines()[1:4]] == ["1", "2", "10"]
-
-
 def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_path):
     report = check_photos([photo(orl(5, 1), "<script>.png"), photo(orl(6, 1), "b.png")], network, SMALL)
     save_sheet(report, tmp_path / "sheet.html")
@@ -328,11 +310,6 @@ def test_a_threshold_that_cannot_be_is_wrong_usage(threshold, reason, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["check", "photos", "--threshold", threshold])
     assert reason in capsys.readouterr().err
-
-
-def test_a_resolution_that_cannot_be_is_refused():
-    with pytest.raises(BadConfig, match="resolution = 0: must be at least 1"):
-        Thresholds.for_resolution(0)
 
 
 def test_names_that_the_console_cannot_encode_are_escaped(tmp_path, monkeypatch):
@@ -483,7 +460,7 @@ def test_twenty_photos_of_twelve_megapixels_take_under_ten_seconds(tmp_path):
     assert all(item.faces == 1 for item in report.photos)
 
 
-def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is_exit_code_1(tmp_path, capsys):
+def test_the_base_sets_the_resolution_and_nothing_usable_is_1(tmp_path, capsys):
     for photo in seven_of(5):
         photo.image().save(tmp_path / photo.name)
     assert main(["check", str(tmp_path), "--base", "demo", "--json"]) == 0  # whose pictures have 64 x 80 pixels

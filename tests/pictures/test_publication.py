@@ -184,7 +184,7 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
         ("by JaneDoe77!", "the name of this computer's user, 'janedoe77'"),
     ],
 )
-def test_a_text_with_something_personal_is_refused_by_its_name_and_nothing_is_left(tmp_path, description, part):
+def test_a_text_with_something_personal_is_refused_by_its_name(tmp_path, description, part):
     path = write_lora(tmp_path / "a.safetensors", modelspec__description=description)
     with pytest.raises(BadFile) as refused:
         publish_agreed(path, tmp_path / "out")
@@ -200,7 +200,7 @@ def test_a_text_with_something_personal_is_refused_by_its_name_and_nothing_is_le
 
 
 @pytest.mark.usefixtures("nobody")
-def test_a_prompt_with_something_personal_is_refused_unless_it_is_the_trigger_word(tmp_path):
+def test_a_prompt_with_something_personal_is_refused(tmp_path):
     path = write_lora(tmp_path / "a.safetensors", modelspec__trigger_phrase="janedoe77 person")
     publish_agreed(
         path, tmp_path / "out", [write_picture(tmp_path / "1.png", "janedoe77 person")], on_warning=lambda text: None
@@ -211,7 +211,7 @@ def test_a_prompt_with_something_personal_is_refused_unless_it_is_the_trigger_wo
     assert not (tmp_path / "other").exists()
 
 
-def test_what_cannot_be_published_is_refused_in_one_line_and_no_file_is_touched(tmp_path, capsys):
+def test_what_cannot_be_published_is_refused_in_one_line(tmp_path, capsys):
     path, out = write_lora(tmp_path / "a.safetensors"), tmp_path / "out"
     untitled = write_lora(tmp_path / "untitled.safetensors", modelspec__title="")
     save_file({"emb_params": torch.zeros(2, 768)}, tmp_path / "word.safetensors")
@@ -306,7 +306,7 @@ def test_a_base_model_that_contradicts_the_tensors_is_not_published(tmp_path):
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
 
 
-def test_a_placeholder_for_the_hash_is_replaced_and_any_other_wrong_hash_refused(tmp_path):
+def test_a_placeholder_for_the_hash_is_replaced(tmp_path):
     lora = LoraFile.read(write_lora(tmp_path / "a.safetensors"))
     tensors = {key: tensor.clone() for key, tensor in lora.tensors.items()}
     for number, digest in enumerate((hashlib.sha256().hexdigest(), "0" * 64)):

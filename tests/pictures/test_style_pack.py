@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -20,7 +21,6 @@ from core.pictures.style_pack import (
     FAMILY_DEFAULTS,
     PACKAGE_FOLDER,
     PLACEHOLDER,
-    StylePack,
     Subject,
     Wording,
     find_style_packs,
@@ -31,7 +31,6 @@ from core.pictures.style_pack import (
 SCHEMA = json.loads((PACKAGE_FOLDER / "style_pack.schema.json").read_text("utf-8"))
 SHIPPED = find_style_packs()
 SUBJECT = Subject("sks", "person")
-shipped_packs = pytest.mark.parametrize("pack", SHIPPED.packs.values(), ids=list(SHIPPED.packs))
 
 
 def good_style(**changes) -> dict:
@@ -74,149 +73,104 @@ def count_tokens() -> Callable[[str], int]:
 # The shipped packs
 
 
-def test_at_least_six_packs_of_ten_styles_ship_and_load_without_a_problem():
+def test_at_least_six_packs_of_ten_uniquely_named_styles_ship():
     assert SHIPPED.problems == ()
     assert len(SHIPPED.packs) >= 6
     assert all(len(pack.styles) == 10 for pack in SHIPPED.packs.values())
-
-
-def test_a_shipped_pack_has_the_id_of_its_file_name():
+    assert max(Counter(name for pack in SHIPPED.packs.values() for name in pack.names).values()) == 1
     assert {f"{pack_id}.json" for pack_id in SHIPPED.packs} | {"style_pack.schema.json"} == {
         path.name for path in PACKAGE_FOLDER.iterdir()
     }
 
 
-@pytest.mark.parametrize("family", FAMILY_DEFAULTS)
-@shipped_packs
-def test_every_shipped_style_renders_for_every_family(pack: StylePack, family: str):
-    prompts = pack.prompts(SUBJECT, family, 40, seed=1)
-    assert {prompt.style for prompt in prompts} == set(pack.names)
-    for prompt in prompts:
-        assert "sks person" in prompt.prompt
-        assert not re.search(r"[{}]|  |, ,|\.\.| \.| ,", prompt.prompt)
-        assert prompt.width % FAMILY_DEFAULTS[family].size_multiple == 0
-        reads_tags = FAMILY_DEFAULTS[family].wording == "tags"
-        assert bool(prompt.negative) == reads_tags
-        assert prompt.prompt.endswith(".") != reads_tags
+@pytest.mark.parametrize("family", ["sdxl", "flux1"])
+def test_every_shipped_style_renders_for_both_kinds_of_family(family: str):
+    reads_tags = FAMILY_DEFAULTS[family].wording == "tags"
+    for pack in SHIPPED.packs.values():
+        prompts = pack.prompts(SUBJECT, family, 40, seed=1)
+        assert {prompt.style for prompt in prompts} == set(pack.names)
+        for prompt in prompts:
+            assert "sks person" in prompt.prompt
+            assert not re.search(r"[{}]|  |, ,|\.\.| \.| ,", prompt.prompt)
+            assert bool(prompt.negative) == reads_tags
+            assert prompt.prompt.endswith(".") != reads_tags
 
 
-@shipped_packs
-def test_the_longest_prompt_of_a_shipped_style_fits_one_clip_chunk(pack: StylePack, count_tokens):
+def test_each_family_has_sizes_that_it_can_draw():
+    for family, defaults in FAMILY_DEFAULTS.items():
+        for prompt in SHIPPED.pick("outdoor").prompts(SUBJECT, family, 10, seed=1):
+            assert prompt.width % defaults.size_multiple == prompt.height % defaults.size_multiple == 0
+
+
+def test_shipped_styles_keep_to_the_rules_of_a_style_pack(count_tokens):
+    """Prompts fit one CLIP chunk with a long trigger word, and mention no gender, age or beauty."""
     subject = Subject("zkq_annamaria", "person")
     assert count_tokens(str(subject)) - 2 == 8  # "sks person" has two
-    for style in pack.styles:
-        assert style.tags is not None
-        texts = {axis: max(values, key=count_tokens) for axis, values in style.axes.items()}
-        texts |= {"subject": str(subject), "framing": style.framing}
-        longest = PLACEHOLDER.sub(lambda match, texts=texts: texts[match[1]], style.tags.prompt)
-        assert count_tokens(longest) <= 77, style.name
-        assert count_tokens(style.tags.negative) <= 40, style.name
-
-
-@shipped_packs
-def test_shipped_prompts_speak_of_no_gender_age_or_beauty(pack: StylePack):
     unwelcome = (
         r"\b(he|she|his|her|him|hers|man|woman|men|women|male|female|boy|girl|lady|guy|young|old|elderly|aged|youthful"
         r"|beautiful|handsome|pretty|attractive|sexy|slim|thin|fat|ugly|deformed|flawless|perfect|smooth skin|pale skin"
         r"|fair|wrinkles|makeup|beard|hair|glasses)\b"
     )
-    assert pack.styles
     allowed = r"old (university|stone|plaster|brick)|of old buildings|serious and fair|with old buildings"
-    for style in pack.styles:
+    for style in (style for pack in SHIPPED.packs.values() for style in pack.styles):
         assert style.tags is not None and style.sentences is not None
+        longest = {axis: max(values, key=count_tokens) for axis, values in style.axes.items()}
+        longest |= {"subject": str(subject), "framing": style.framing}
+        prompt = PLACEHOLDER.sub(lambda match, texts=longest: texts[match[1]], style.tags.prompt)
+        assert count_tokens(prompt) <= 77, style.name
+        assert count_tokens(style.tags.negative) <= 40, style.name
         texts = [style.tags.prompt, style.tags.negative, style.sentences.prompt]
         texts += [value for values in style.axes.values() for value in values]
         for text in texts:
             assert not re.search(unwelcome, re.sub(allowed, "", text), re.IGNORECASE), (style.name, text)
-
-
-@shipped_packs
-def test_every_shipped_style_asks_for_real_skin_and_varies_the_expression(pack: StylePack):
-    assert pack.styles
-    for style in pack.styles:
-        assert style.tags is not None and style.sentences is not None
         assert re.search(r"skin texture|visible pores|sharp eyes", style.tags.prompt), style.name
         assert "plastic skin" in style.tags.negative
         assert {"expression", "outfit", "light"} <= set(style.axes)
         assert all(len(values) >= 2 for values in style.axes.values())
 
 
-def test_no_shipped_style_name_is_used_in_two_packs():
-    names = Counter(name for pack in SHIPPED.packs.values() for name in pack.names)
-    assert max(names.values()) == 1
-
-
 # The schema
 
 
-def examples() -> list[tuple[str, object]]:
+def documents() -> dict[str, Any]:
+    """Good packs and packs with one fault that the schema can express."""
     second_subject = {"axes": {"subject_two": ["a dog", "a cat"]}}
-    return [
-        ("a good pack", good_pack()),
-        ("only what is required", good_pack({"name": "a", "prompts": {"sentences": {"prompt": "{subject}"}}})),
-        ("a schema for editors", good_pack(**{"$schema": "style_pack.schema.json"})),
-        ("whole float steps", good_pack(good_style(**tags("{subject}", steps=30.0)))),
-        ("broken steps", good_pack(good_style(**tags("{subject}", steps=30.5)))),
-        ("steps as a bool", good_pack(good_style(**tags("{subject}", steps=True)))),
-        ("no steps at all", good_pack(good_style(**tags("{subject}", steps=0)))),
-        ("too much guidance", good_pack(good_style(**tags("{subject}", guidance=31)))),
-        ("guidance as text", good_pack(good_style(**tags("{subject}", guidance="7")))),
-        ("no subject", good_pack(good_style(**tags("a photo")))),
-        ("an unknown wording field", good_pack(good_style(**tags("{subject}", sampler="x")))),
-        ("an unknown wording", good_pack(good_style(prompts={"emoji": {"prompt": "{subject}"}}))),
-        ("no wording", good_pack(good_style(prompts={}))),
-        ("prompts as a list", good_pack(good_style(prompts=[]))),
-        ("an unknown framing", good_pack(good_style(framing="passport"))),
-        ("framing as a list", good_pack(good_style(framing=["chest-up"]))),
-        ("an unknown aspect", good_pack(good_style(aspect="5:7"))),
-        ("negative strength", good_pack(good_style(strength=-0.1))),
-        ("strength too high", good_pack(good_style(strength=2.01))),
-        ("strength null", good_pack(good_style(strength=None))),
-        ("a style without a name", good_pack({"prompts": {"tags": {"prompt": "{subject}"}}})),
-        ("a blank name", good_pack(good_style(name=" \n"))),
-        ("a name that is a number", good_pack(good_style(name=3))),
-        ("an unknown style field", good_pack(good_style(negtive="x"))),
-        ("a style that is a text", good_pack(good_style(), **{"styles": ["Plain"]})),
-        ("an empty axis", good_pack(good_style(axes={"light": []}))),
-        ("an axis as text", good_pack(good_style(axes={"light": "window"}))),
-        ("an axis value twice", good_pack(good_style(axes={"light": ["a", "b", "a"]}))),
-        ("a blank axis value", good_pack(good_style(axes={"light": ["  "]}))),
-        ("an axis value with braces", good_pack(good_style(axes={"light": ["{subject}"]}))),
-        ("an axis called subject", good_pack(good_style(axes={"subject": ["x"]}))),
-        ("an axis called subject_two", good_pack({**good_style(**tags("{subject} {subject_two}")), **second_subject})),
-        ("an axis with a capital letter", good_pack(good_style(axes={"Light": ["x"]}))),
-        ("an axis name with a line end", good_pack(good_style(axes={"light\n": ["x"]}))),
-        ("pictures in a folder", good_pack(good_style(picture="pictures/plain.webp"))),
-        ("picture as a number", good_pack(good_style(picture=1))),
-        *[(f"picture {name!r}", good_pack(good_style(picture=name))) for name in PATH_TRICKS],
-        ("no styles", good_pack(**{"styles": []})),
-        ("styles as an object", good_pack(**{"styles": {}})),
-        ("an id with a slash", good_pack(id="../mine")),
-        ("an id with a line end", good_pack(id="mine\n")),
-        ("an id with capitals", good_pack(id="Mine")),
-        ("a version with letters", good_pack(version="v1")),
-        ("a version as a number", good_pack(version=1)),
-        ("an unknown pack field", good_pack(author="x")),
-        *[(f"no {name}", {k: v for k, v in good_pack().items() if k != name}) for name in good_pack()],
-        ("a text", "pack"),
-        ("a number", 1.5),
-        ("null", None),
-        ("a styler list", [{"name": "base", "prompt": "{prompt}", "negative_prompt": ""}]),
-        ("a styler list with other fields", [{"name": "base", "prompt": "a {prompt}", "author": "x"}]),
-        ("a styler style without a prompt", [{"name": "base", "negative_prompt": "x"}]),
-        ("a styler style without a place for the prompt", [{"name": "base", "prompt": "x"}]),
-        ("a styler negative that is null", [{"name": "base", "prompt": "{prompt}", "negative_prompt": None}]),
-        ("an empty styler list", []),
-        ("a styler list of texts", ["base"]),
-        ("a styler style with a comma in its name", [{"name": "a, b", "prompt": "{prompt}"}]),
-    ]
+    return {
+        "only what is required": good_pack({"name": "a", "prompts": {"sentences": {"prompt": "{subject}"}}}),
+        "a schema for editors": good_pack(**{"$schema": "style_pack.schema.json"}),
+        "whole float steps": good_pack(good_style(**tags("{subject}", steps=30.0))),
+        "no steps at all": good_pack(good_style(**tags("{subject}", steps=0))),
+        "too much guidance": good_pack(good_style(**tags("{subject}", guidance=31))),
+        "an unknown wording field": good_pack(good_style(**tags("{subject}", sampler="x"))),
+        "an unknown wording": good_pack(good_style(prompts={"emoji": {"prompt": "{subject}"}})),
+        "no wording": good_pack(good_style(prompts={})),
+        "an unknown aspect": good_pack(good_style(aspect="5:7")),
+        "a style without a name": good_pack({"prompts": {"tags": {"prompt": "{subject}"}}}),
+        "a style that is a text": good_pack(styles=["Plain"]),
+        "an axis value twice": good_pack(good_style(axes={"light": ["a", "b", "a"]})),
+        "an axis value with braces": good_pack(good_style(axes={"light": ["{subject}"]})),
+        "an axis called subject": good_pack(good_style(axes={"subject": ["x"]})),
+        "an axis called subject_two": good_pack({**good_style(**tags("{subject} {subject_two}")), **second_subject}),
+        "an axis name with a line end": good_pack(good_style(axes={"light\n": ["x"]})),
+        "a picture in a folder": good_pack(good_style(picture="pictures/plain.webp")),
+        **{f"picture {name!r}": good_pack(good_style(picture=name)) for name in PATH_TRICKS},
+        "no styles": good_pack(styles=[]),
+        "an id with a slash": good_pack(id="../mine"),
+        "an id with a line end": good_pack(id="mine\n"),
+        "a version with letters": good_pack(version="v1"),
+        "an unknown pack field": good_pack(author="x"),
+        **{f"no {name}": {k: v for k, v in good_pack().items() if k != name} for name in good_pack()},
+        "null": None,
+        "a styler list": [{"name": "base", "prompt": "{prompt}", "negative_prompt": ""}],
+        "a styler list with other fields": [{"name": "base", "prompt": "a {prompt}", "author": "x"}],
+        "a styler style without a place for the prompt": [{"name": "base", "prompt": "x"}],
+        "an empty styler list": [],
+    }
 
 
 PATH_TRICKS = [
-    "../secret.jpg",
     "pictures/../../secret.jpg",
     "/etc/secret.jpg",
-    "C:\\secret.jpg",
     "C:secret.jpg",
     "\\\\server\\share\\secret.jpg",
     "..\\secret.jpg",
@@ -230,20 +184,18 @@ PATH_TRICKS = [
 ]
 
 
-@pytest.mark.parametrize("document", [pytest.param(doc, id=name) for name, doc in examples()])
-def test_our_own_checks_and_the_published_schema_agree(document, tmp_path):
+def test_our_own_checks_and_the_published_schema_agree(tmp_path):
     """With jsonschema, an implementation by others, as the judge."""
-    try:
-        _, problems = read_style_pack(write(tmp_path / "pack.json", document))
-    except BadStylePack as error:
-        problems = (str(error),)
-    assert (problems == ()) == jsonschema.Draft202012Validator(SCHEMA).is_valid(document), problems
-
-
-def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    judge = jsonschema.Draft202012Validator(SCHEMA)
     for pack_id in SHIPPED.packs:
-        jsonschema.validate(json.loads((PACKAGE_FOLDER / f"{pack_id}.json").read_text("utf-8")), SCHEMA)
+        judge.validate(json.loads((PACKAGE_FOLDER / f"{pack_id}.json").read_text("utf-8")))
+    for name, document in documents().items():
+        try:
+            _, problems = read_style_pack(write(tmp_path / "pack.json", document))
+        except BadStylePack as error:
+            problems = (str(error),)
+        assert (problems == ()) == judge.is_valid(document), (name, problems)
 
 
 # Bad styles and bad files
@@ -265,11 +217,9 @@ def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
             "prompts: tags.prompt: unknown placeholder {hat}; known: {subject}, {framing}",
         ),
         (tags("{subject} {subject.__class__}"), "unknown placeholder {subject.__class__}"),
-        (tags("{subject} in {a, 1}"), "unknown placeholder {a, 1}"),
         (tags("{subject} {"), "prompts: tags.prompt: an unmatched brace"),
         (tags("{subject}", negative="}{"), "prompts: tags.negative: an unmatched brace"),
         (tags("{subject}", steps=2.5), "prompts: tags.steps = 2.5: must be a whole number"),
-        ({"name": "Good"}, "name: another style of this pack has the same name"),
         ({"name": "GOOD"}, "name: another style of this pack has the same name"),
         ({"name": 7}, "name = 7: expected str"),
         ({"name": "half \ud83d"}, r"name = 'half \ud83d': contains an invalid character (an unpaired surrogate)"),
@@ -284,7 +234,7 @@ def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
         ),
     ],
 )
-def test_a_bad_style_is_named_with_file_style_and_field_and_the_good_ones_load(change, expected, tmp_path):
+def test_a_bad_style_is_named_and_the_good_ones_load(change, expected, tmp_path):
     bad = good_style(**{"name": "Bad", **change})
     path = write(tmp_path / "my pack.json", good_pack(good_style(name="Good"), bad, good_style(name="Last")))
     pack, problems = read_style_pack(path)
@@ -328,7 +278,7 @@ def test_a_missing_file_and_a_folder_get_one_clear_line(tmp_path):
         read_style_pack(tmp_path)
 
 
-def test_a_pipe_and_a_device_in_the_place_of_a_pack_are_named_and_not_read(tmp_path):
+def test_a_pipe_and_a_device_are_named_and_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "endless.json").symlink_to("/dev/zero")
     problems = find_style_packs([tmp_path]).problems
@@ -449,7 +399,7 @@ def test_bad_entries_of_a_styler_list_are_named_and_the_others_load(tmp_path):
 # Finding packs
 
 
-def test_a_users_pack_replaces_the_shipped_one_and_is_seen_without_a_restart(tmp_path):
+def test_a_users_pack_replaces_the_shipped_one_at_once(tmp_path):
     assert find_style_packs([tmp_path]).pick("corporate").title == "Corporate"
     write(tmp_path / "any name.json", good_pack(id="corporate", title="Our house"))
     assert find_style_packs([tmp_path]).pick("corporate").title == "Our house"
@@ -457,7 +407,7 @@ def test_a_users_pack_replaces_the_shipped_one_and_is_seen_without_a_restart(tmp
     assert find_style_packs([tmp_path]).pick("corporate").title == "Our new house"
 
 
-def test_two_files_of_the_user_with_one_id_are_an_error_that_names_both(tmp_path):
+def test_two_files_with_one_id_are_an_error_that_names_both(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -474,7 +424,7 @@ def test_a_folder_named_twice_is_read_once(tmp_path):
     assert find_style_packs([tmp_path, str(tmp_path) + "/."]).pick("mine").title == "Mine"
 
 
-def test_bad_files_and_missing_folders_are_reported_and_the_other_packs_load(tmp_path):
+def test_bad_files_and_missing_folders_are_reported(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     write(tmp_path / "half.json", good_pack(good_style(), good_style(name="Bad", strength=9)))
     found = find_style_packs([tmp_path, tmp_path / "nowhere"])
@@ -511,8 +461,9 @@ def test_the_list_stays_the_same_in_later_versions(tmp_path):
     ]
 
 
-@shipped_packs
-def test_forty_pictures_of_four_styles_use_styles_and_axis_values_equally_often(pack: StylePack):
+@pytest.mark.parametrize("pack_id", ["corporate", "outdoor"])
+def test_styles_and_axis_values_are_used_equally_often(pack_id: str):
+    pack = SHIPPED.pick(pack_id)
     # The same styles with prompts that are only a list of the values.
     listed = [replace(s, prompts={"tags": Wording("{" + "}|{".join(s.axes) + "}")}) for s in pack.styles[:4]]
     prompts = replace(pack, styles=tuple(listed)).prompts(SUBJECT, "sdxl", 40, seed=3)
@@ -539,7 +490,7 @@ def test_no_two_pictures_of_a_list_have_the_same_seed():
     assert len(set(seeds)) == 50 and max(seeds) < 2**64 and seeds[:4] == [2**64 - 3, 2**64 - 2, 2**64 - 1, 0]
 
 
-def test_styles_are_chosen_by_name_in_any_case_and_named_twice_count_once():
+def test_styles_are_chosen_by_name_in_any_case():
     prompts = SHIPPED.pick("outdoor").prompts(SUBJECT, "sdxl", 4, seed=0, styles=["seaside", "Seaside", "CITY STREET"])
     assert Counter(prompt.style for prompt in prompts) == {"Seaside": 2, "City street": 2}
 
@@ -568,7 +519,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, expected):
         ("outdoor", "sd1", "Golden hour", "the family 'sd1'; choose one of: sd15, sdxl, sd3, flux1"),
     ],
 )
-def test_an_unknown_pack_style_or_family_is_an_error_that_lists_the_choices(pack, family, style, said):
+def test_an_unknown_pack_style_or_family_lists_the_choices(pack, family, style, said):
     with pytest.raises((BadStylePack, UnknownFamily), match=said):
         SHIPPED.pick(pack).prompts(SUBJECT, family, 1, seed=0, styles=[style])
 
@@ -591,7 +542,7 @@ def test_each_kind_of_family_gets_its_own_wording_and_numbers(
     assert (made.style, made.seed, made.strength) == ("Plain", 5, 0.9)
 
 
-def test_a_missing_wording_borrows_the_prompt_but_not_the_numbers_of_the_other(tmp_path):
+def test_a_missing_wording_borrows_only_the_others_prompt(tmp_path):
     pack, _ = read_style_pack(
         write(tmp_path / "a.json", good_pack(good_style(**tags("photo of {subject}", negative="x", guidance=9))))
     )
@@ -630,7 +581,7 @@ def test_a_very_narrow_picture_is_one_multiple_wide():
     st.integers(64, 2048),
     st.sampled_from([16, 64]),
 )
-def test_a_size_never_has_more_area_than_asked_for_and_lies_the_right_way_round(aspect, resolution, multiple):
+def test_a_size_has_at_most_the_asked_area_and_the_right_shape(aspect, resolution, multiple):
     width, height = size_near(aspect, resolution, multiple)
     across, down = map(int, aspect.split(":"))
     assert width % multiple == height % multiple == 0

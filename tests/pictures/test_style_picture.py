@@ -9,8 +9,6 @@ import pytest
 from core.pictures.style_pack import Style, Wording, find_style_packs
 from core.pictures.style_picture import HEAD_SIZES, HEIGHT, UNKNOWN, style_picture
 
-SHIPPED = [(pack, style) for pack in find_style_packs().packs.values() for style in pack.styles]
-
 
 def style(prompt: str = "photo of {subject}", **fields) -> Style:
     return Style("A & B", "", {"tags": Wording(prompt)}, **fields)
@@ -59,6 +57,7 @@ def test_black_and_white_has_no_colours():
     assert len(set(top(style_picture(style("photo of {subject} in a brick loft"))))) == 3
 
 
-@pytest.mark.parametrize(("pack", "shown"), SHIPPED, ids=[f"{pack.id} {style.name}" for pack, style in SHIPPED])
-def test_the_shipped_styles_are_understood(pack, shown):
-    assert UNKNOWN[0] not in style_picture(shown), "no word tells its surroundings"
+def test_the_shipped_styles_are_understood():
+    shipped = [style for pack in find_style_packs().packs.values() for style in pack.styles]
+    assert [style.name for style in shipped if UNKNOWN[0] in style_picture(style)] == []
+    assert UNKNOWN[0] in style_picture(style("{subject} in limbo"))

@@ -179,7 +179,7 @@ def test_what_is_kept_is_its_owners_alone(dataset, base, empty_cache, monkeypatc
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
-def test_of_folders_that_were_readable_for_all_those_are_closed_that_hold_nothing_of_others(empty_cache):
+def test_readable_folders_with_nothing_of_others_are_closed(empty_cache):
     ours, theirs = made_folder("latents"), made_folder("runs")
     (ours / f"{content_key('a photo')}.safetensors").touch()
     (theirs / "a notebook").mkdir()
@@ -251,7 +251,7 @@ def test_what_is_trained_does_not_depend_on_the_prompts_of_samples(dataset, base
     assert lengths == [[77, 77], [2 * 77, 2 * 77]]
 
 
-def test_class_images_are_drawn_as_suits_the_family_and_anew_when_the_base_predicts_otherwise(base):
+def test_class_images_are_drawn_as_suits_the_family(base):
     base = replace(base, family=replace(base.family, steps=2))
     first, again, other = (
         make_class_images(one, "person", 1, resolution=32, device=CPU)[0]

@@ -213,7 +213,7 @@ def test_a_run_has_enough_when_likeness_is_flat_or_the_class_is_lost(watch):
     assert watch.enough(leaking[:-1]) is None and "trigger" in (watch.enough(leaking) or "")
 
 
-def test_the_most_alike_checkpoints_are_remembered_and_a_selection_survives_packing(watch):
+def test_a_selection_of_checkpoints_survives_packing(watch):
     selection = Selection(watch)
     for number in range(8):
         score = 0.1 * number
@@ -295,7 +295,7 @@ def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, train_o
 
 
 @pytest.mark.slow
-def test_the_last_checkpoint_is_kept_where_it_is_asked_for_though_another_costs_less(train_on):
+def test_the_last_checkpoint_is_kept_where_it_is_asked_for(train_on):
     # At this rate the first step spoils every picture, and the second one changes more besides.
     config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, learning_rate=0.1, keep="last", merge_best=0)
     last = train_on(config)
@@ -343,10 +343,6 @@ def test_the_base_models_pictures_are_drawn_once_for_all_people(train_on, drawn,
     drawn.clear()
     train_on(config, 36)
     assert len(drawn) == 1 and ("a photo of sks person", 1) in drawn[0]
-    # Another way to draw is another picture.
-    drawn.clear()
-    train_on(replace(config, sample_steps=config.sample_steps + 1), 36)
-    assert drawn[0] == of_base
     # A damaged file is drawn again, and what is measured by kept pictures is what is measured by new ones.
     drawn.clear()
     for kept in made_folder("base").glob("*/00.png"):
@@ -392,15 +388,6 @@ def test_a_run_that_was_cancelled_in_its_last_step_takes_no_other(tmp_path, trai
         train_on(config, output=output, callbacks=callbacks)
     train_on(config, output=output, resume=True, callbacks=callbacks)
     assert steps == [*range(1, PATIENCE + 2)]
-
-
-def test_photos_that_the_report_rejects_are_left_out_and_faces_come_closer():
-    intruder = Photo.from_image(person_photos(2)[0], "someone-else.png")
-    warnings: list[str] = []
-    config = replace(CONFIG, hold_out=0, sample_every=0, check_photos=True, face_crops=True, face_masks=True, steps=1)
-    lora = train([*photos_of(35), intruder], BASE_FILE, config, callbacks=Callbacks(on_warning=warnings.append))
-    assert sum("someone-else.png is left out" in warning for warning in warnings) == 1
-    assert int(lora.metadata["ss_num_train_images"]) >= 10
 
 
 def test_the_command_line_shows_the_curve(tmp_path, capsys):
@@ -483,14 +470,8 @@ def test_the_score_of_pictures_has_the_figures_of_papers(tmp_path, capsys):
     people = tmp_path / "people"
     for other in (1, 2, 36):  # The person is left out, by the photos.
         write_photos(people / str(other), count=8, person=other)
-    papers = [
-        "--reference",
-        str(tmp_path / "reference"),
-        "--trained-on",
-        str(tmp_path / "trained"),
-        "--people",
-        str(people),
-    ]
+    papers = ["--reference", tmp_path / "reference", "--trained-on", tmp_path / "trained", "--people", people]
+    papers = [str(word) for word in papers]
     found = {}
     for folder in ("copies", "fresh"):
         assert main(["score", str(tmp_path / folder), *papers, "--json"]) == 0

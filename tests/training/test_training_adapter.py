@@ -15,7 +15,6 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, FaceLoraError, LoraMisfit, UnknownFamily
 from core.lora.apply import apply
-from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models import Base, load_base
@@ -30,7 +29,7 @@ from core.training.drawing import Drawing
 from core.training.identity import run_identity
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
-from core.training.samples import build_draw_shots, make_class_images
+from core.training.samples import build_draw_shots
 from core.training.step import Run
 from core.training.store import train
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
@@ -148,18 +147,6 @@ def test_every_kind_of_lora_does_what_it_does_merged_in(kind):
     assert losses[0] == pytest.approx(losses[1], rel=BOUND)
 
 
-@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy"])
-def test_every_naming_means_the_same_adapter(scheme):
-    base = small_flow_base("zimage")
-    pattern = base.family.denoiser_targets["transformer"]
-    named = TrainingAdapter.open(convert_lora(random_lora(base, pattern), scheme)[0], base)
-    plain = TrainingAdapter.open(random_lora(base, pattern), base)
-    assert named.changes.keys() == plain.changes.keys()
-    for path, change in plain.changes.items():
-        product, other = (up @ down for down, up in (change.factors, named.changes[path].factors))
-        torch.testing.assert_close(product, other)
-
-
 def test_samples_are_drawn_without_it():
     base = small_flow_base("zimage")
     adapted, plain = run_with(base, random_lora(base)), run_with(base, None)
@@ -170,7 +157,7 @@ def test_samples_are_drawn_without_it():
 
 
 @pytest.mark.parametrize("family", mostly_slow(("sd15", *SMALL_FLOWS), "zimage"))
-def test_samples_are_drawn_with_the_speed_lora_which_steps_know_nothing_of(family, small_sd15, tmp_path):
+def test_only_samples_are_drawn_with_the_speed_lora(family, small_sd15, tmp_path):
     base = base_of(family, small_sd15)
     lora = random_lora(base, r"(?!embed_).*")
     lora.save(tmp_path / "speed_4step_lora.safetensors", torch.float32)
@@ -195,30 +182,19 @@ def speedy_job(base: Base, folder: Path, name: str) -> TrainingJob:
     )
 
 
-def test_what_was_trained_is_found_whatever_speed_lora_drew_the_likeness_pictures(base, tmp_path):
+def test_the_key_does_not_depend_on_the_speed_lora(base, tmp_path):
     one, other = (speedy_job(base, tmp_path, name) for name in ("one", "other"))
     assert one.key == other.key == replace(one, base=base).key
     assert one.base._digests.keys() >= {"denoiser", "vae"}, "its weights would be hashed again"
     assert one.base.identity != other.base.identity
 
 
-def test_a_run_that_measures_goes_on_with_the_speed_lora_that_it_began_with(base, tmp_path):
+def test_a_run_that_measures_keeps_its_speed_lora(base, tmp_path):
     """Otherwise pictures that were drawn in two ways would be compared."""
     bases = [base, *(speedy_job(base, tmp_path, name).base for name in ("one", "other"))]
     inputs = [TrainingInputs.on(CPU, cache_of(base, 2, side=8), one, CONFIG) for one in bases]
     assert len({run_identity(one, ["SFace"])["settings"] for one in inputs}) == 3
     assert len({run_identity(one)["settings"] for one in inputs}) == 1
-
-
-def test_class_images_are_drawn_without_the_speed_lora(base, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "core.training.samples.generate", lambda base, _, jobs, **__: seen.append((base, jobs)) or iter(())
-    )
-    faster = speedy_job(base, tmp_path, "one").base
-    with pytest.raises(FileNotFoundError):  # Nothing was drawn.
-        make_class_images(faster, "person", 1, resolution=64, device=CPU)
-    assert seen[0][0].speed_lora is None and (seen[0][1][0].steps, faster.steps) == (base.steps, 2)
 
 
 def test_layers_in_8_bits_keep_it(monkeypatch):
@@ -234,16 +210,6 @@ def test_layers_in_8_bits_keep_it(monkeypatch):
     with torch.no_grad():
         narrow, wide, without = (float(run.loss_of(*run.examples.passes(0))) for run in runs)
     assert abs(narrow - wide) < 0.2 * abs(without - wide)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_have_it_in_steps():
-    base = small_flow_base("zimage")
-    plain, compiled = (run_with(base, random_lora(base), replace(CONFIG, compile=on)) for on in (False, True))
-    assert compiled.model.fast_layers
-    for run in (plain, compiled):
-        run.train_step()
-    assert compiled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4)
 
 
 @pytest.fixture
@@ -268,7 +234,7 @@ def trained(
     return made
 
 
-def test_a_resumed_run_gives_the_same_tensors_and_needs_the_same_adapter(base, tmp_path):
+def test_a_resumed_run_needs_the_same_adapter(base, tmp_path):
     state, lora = tmp_path / "state.safetensors", random_lora(base)
     with pytest.raises(KeyboardInterrupt):
         trained(base, lora, state, stop_after=1)
@@ -347,7 +313,7 @@ def test_a_distilled_model_is_trained_with_it_and_refused_without(tmp_path):
     assert METADATA_KEY in made.metadata and not any("distilled" in warning for warning in warnings)
 
 
-def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15, tmp_path, capsys):
+def test_the_command_line_finds_what_was_trained_with_it(small_sd15, tmp_path, capsys):
     adapter, output = tmp_path / "adapter.safetensors", tmp_path / "me.safetensors"
     random_lora(load_base(small_sd15), r".*attn1\.to_q").save(adapter)
     arguments = [
@@ -359,25 +325,6 @@ def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15
         assert main([*arguments, *given]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["found"] is found
         assert (METADATA_KEY in SafetensorsFile.open(output).metadata) is (given == adapted)
-
-
-def test_the_command_line_draws_samples_with_a_speed_lora(small_sd15, tmp_path, monkeypatch):
-    speed, seen = tmp_path / "speed_2step.safetensors", []
-    random_lora(load_base(small_sd15), r".*attn1\.to_q").save(speed)
-
-    def stop_before_training(base: Base, *_: object) -> None:
-        assert base.speed_lora
-        seen.append((base.speed_lora.path, base.steps, base.guidance))
-        raise BadConfig("enough was seen")
-
-    monkeypatch.setattr("core.training.run_job.build_draw_shots", stop_before_training)
-    arguments = [
-        "train", str(write_photos(tmp_path / "photos", 2)), "--base", str(small_sd15), "--speed-lora", str(speed),
-        "--output", str(tmp_path / "me.safetensors"), "--recipe", "none", "--steps", "1", "--resolution", "32",
-        "--sample-every", "1", "--no-check-photos",
-    ]  # fmt: skip
-    assert main(arguments) == 1
-    assert seen == [(speed, 2, 1.0)]
 
 
 def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatch):
@@ -392,7 +339,7 @@ def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("distilled", "asked", "steps"), [(False, 20, 20), (True, 20, 8), (True, 3, 3)])
-def test_samples_of_a_distilled_model_take_no_more_than_its_own_steps(distilled, asked, steps, base, monkeypatch):
+def test_samples_of_a_distilled_model_take_its_own_steps(distilled, asked, steps, base, monkeypatch):
     seen = []
     monkeypatch.setattr("core.training.samples.sample_latents", lambda *_, steps, **options: seen.append(steps))
     monkeypatch.setattr("core.training.samples.decode_latents", lambda *_: [None])
@@ -402,7 +349,7 @@ def test_samples_of_a_distilled_model_take_no_more_than_its_own_steps(distilled,
     assert seen == [steps]
 
 
-def test_headshots_and_a_studio_train_with_it(tmp_path):
+def test_a_studio_trains_with_it(tmp_path):
     """Who was made without it is made anew."""
     folder, packs, adapter = tmp_path / "people" / "anna", tmp_path / "packs", tmp_path / "adapter.safetensors"
     write_photos(folder, 5)
@@ -410,19 +357,13 @@ def test_headshots_and_a_studio_train_with_it(tmp_path):
     write_quick_pack(packs)
     random_lora(load_base(BASE_FILE), r".*attn1\.to_q").save(adapter)
     order = ["--base", "demo", "--style-pack", "quick", "--style-folder", str(packs), "--count", "1", "--steps", "1"]
-    adapted = [*order, "--training-adapter", str(adapter)]
-    studio, shots = tmp_path / "studio", tmp_path / "shots"
-    for command, place, made in (
-        (["studio", str(folder.parent), *order], studio, [False]),
-        (["studio", str(folder.parent), *adapted], studio, [False, True]),
-        (["headshots", str(folder), "--yes", *adapted], shots, [True]),
-    ):
-        assert main([*command, "--output", str(place)]) in (0, 1)
-        loras = [SafetensorsFile.open(path) for path in place.rglob("*.safetensors")]
+    for options, made in (([], [False]), (["--training-adapter", str(adapter)], [False, True])):
+        assert main(["studio", str(folder.parent), *order, *options, "--output", str(tmp_path / "studio")]) in (0, 1)
+        loras = [SafetensorsFile.open(path) for path in (tmp_path / "studio").rglob("*.safetensors")]
         assert sorted(METADATA_KEY in lora.metadata for lora in loras) == made
 
 
-def test_pictures_of_an_order_with_it_are_drawn_as_a_distilled_model_draws(base, tmp_path):
+def test_an_order_with_it_draws_as_a_distilled_model(base, tmp_path):
     pack = find_style_packs([write_quick_pack(tmp_path / "packs")]).pick("quick")
     plain = Order("anna", CONFIG, pack, count=1)
     adapted = replace(plain, training_adapter=TrainingAdapter.open(random_lora(base), base))
