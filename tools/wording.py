@@ -313,7 +313,7 @@ def said() -> Iterator[tuple[str, tuple[Path, int]]]:
         yield from ((one[1], (path, text.count("\n", 0, one.start()) + 1)) for one in curves)
     phases = r'(?:callbacks\.progress\(|"phase": |^LOADING = |^READING = )"([^"]+)"'
     callbacks, nodes = ROOT / "core/training/callbacks.py", ROOT / "nodes/comfyui"
-    senders = (ROOT / "core/progress.py", nodes / "panel.py", nodes / "train.py")
+    senders = (ROOT / "core/progress.py", nodes / "app/prompts.py", nodes / "train.py")
     for path in (*ROOT.glob("core/training/**/*.py"), *senders):
         text = path.read_text(encoding="utf-8")
         for one in re.finditer(phases, text, re.MULTILINE):

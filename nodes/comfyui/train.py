@@ -40,19 +40,16 @@ from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_setti
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
-from . import panel, people
+from .app.dropped import input_folder
+from .app.runs import SAMPLE_SIDE, QueuedRun, photo_urls, sample_urls
+from .app.state import app
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
-from .dropped import input_folder
-from .folders import says_no_server_paths, without_server_paths, write_embedding
-from .photos import opened
+from .folders import opened, says_no_server_paths, without_server_paths, write_embedding
 from .plot import loss_plot
-from .runs import QueuedRun
 
 GOOD, ALL = "good photos", "all photos"
 LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
-_given_out: dict[str, set[Path]] = {}
-"""The files that the node has returned since the server was started, by the name given in the node."""
 _forecasts: "dict[str, studio.Forecast]" = {}
 """The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
 _counting = threading.Lock()
@@ -163,7 +160,7 @@ class TrainFaceLora(io.ComfyNode):
     def fingerprint_inputs(cls, name: Any = None, **_: object) -> list[str]:
         """Changes when a file that the node returned has been deleted or moved, so that ComfyUI runs the node again."""
         given = name[0] if isinstance(name, list) else name
-        is_whole = all(path.exists() for path in _given_out.get(given, ()))
+        is_whole = all(path.exists() for path in app().outputs.get(given, ()))
         return [] if is_whole else [secrets.token_hex()]  # each time another, since the file may be deleted again
 
     @classmethod
@@ -195,7 +192,7 @@ class TrainFaceLora(io.ComfyNode):
                 adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base) if training_adapter else None,
             )  # fmt: skip
             made = _make(checked, place, checkpoint[0], cls.hidden.unique_id, notes)
-        _given_out.setdefault(name[0], set()).add(made.path)
+        app().outputs[name[0]] = app().outputs.get(name[0], set()) | {made.path}
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
         return io.NodeOutput(
@@ -328,7 +325,7 @@ def _make(
     `checked` returns the job when it has checked the photos. If `checkpoint` is not 0, the path is the intermediate LoRA of
     that measured step.
     """
-    run, key = panel.begin(node_id), None
+    run, key = app().begin(node_id), None
     watch = Watch(run, place.name)
     for note in notes:
         watch.warning(note)
@@ -342,10 +339,10 @@ def _make(
             raise BadConfig(
                 f"checkpoint = {checkpoint}: these photos and settings have not been trained yet. Set checkpoint to 0"
             )
-        photos = panel.photo_urls(job.ready.photos)
+        photos = photo_urls(job.ready.photos)
         watch.resume(job.key)
         watch.show(photos=photos)
-        key = panel.remember(run, job.key, place.name, picture=next(iter(photos), None), **_photos_of(job))
+        key = app().remember(run, job.key, place.name, picture=next(iter(photos), None), **_photos_of(job))
         watch.show(person=key)
         callbacks = Callbacks(
             on_step=watch.step,
@@ -369,7 +366,7 @@ def _make(
         write_embedding(made.path)
         watch.log(f"{made.path.name}: {'already trained' if made.found else 'trained'}")
         watch.show(phase="done", file=made.path.name, chosen=bool(checkpoint), **_looks(made))
-        people.note(run.user, key, phase="done", **kept)
+        app().people.note(run.user, key, phase="done", **kept)
     except Exception as error:  # the panel shows the user any error
         watch.show(phase="failed", error=without_server_paths(str(error)))
         _ended(run, key, "failed")
@@ -384,7 +381,7 @@ def _make(
 
 def _ended(run: QueuedRun, key: str | None, phase: str) -> None:
     if key:
-        people.note(run.user, key, phase=phase)
+        app().people.note(run.user, key, phase=phase)
 
 
 def _photos_of(job: TrainingJob) -> dict[str, list[str]]:
@@ -414,7 +411,7 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
         shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": likeness_word(likeness)}
     if drawn := made.kept_samples():
         step, images = drawn
-        shown |= {"samples": panel.sample_urls(images), "samples_step": step}
+        shown |= {"samples": sample_urls(images), "samples_step": step}
     return shown
 
 
@@ -431,11 +428,11 @@ class Watch:
 
     def show(self, **news: Any) -> None:
         """Publish the news with the number of seconds that have passed."""
-        panel.publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
+        app().publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
 
     def resume(self, job: str) -> None:
         """Continue the curves and the clock of an earlier run of the job with that key."""
-        shown = panel.resumed(job)
+        shown = app().runs.resumed(job)
         self._begun -= shown.pop("seconds", 0.0)
         self.show(job=job, **shown)
 
@@ -482,13 +479,13 @@ class Watch:
 
     def step(self, report: StepReport) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if panel.stop_is_wanted(self._run):
+        if app().runs.stop_is_wanted(self._run):
             raise StopAndKeep
 
     def sample(self, step: int, images: list[Image.Image]) -> None:
-        self.show(samples=panel.sample_urls(images), samples_step=step)
+        self.show(samples=sample_urls(images), samples_step=step)
         if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
-            self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
+            self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], SAMPLE_SIDE))
 
 
 _WIDGETS = {"steps": int, "rank": int, "learning_rate": float, "resolution": int}

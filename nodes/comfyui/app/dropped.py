@@ -17,11 +17,11 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
-from ...core.errors import BadFile, BadPhoto
-from ...core.photos import read_photo_files
-from ...core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
-from ...core.storage.cache_folder import content_key
-from ...core.storage.files import make_folder, read_json, write_file, write_text
+from ....core.errors import BadFile, BadPhoto
+from ....core.photos import read_photo_files
+from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
+from ....core.storage.cache_folder import content_key
+from ....core.storage.files import make_folder, read_json, write_file, write_text
 
 ROOT = "photos"
 """The folder of all dropped photos, below ComfyUI's input folder."""

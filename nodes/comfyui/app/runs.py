@@ -3,15 +3,19 @@
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import BadFile
-from ...core.storage.cache_folder import content_key, made_folder
-from ...core.storage.files import read_json, write_text
+from PIL import Image
+
+from ....core.errors import BadFile
+from ....core.photos import Photo
+from ....core.storage.cache_folder import content_key, made_folder
+from ....core.storage.drawn import DRAWN, jpeg_url
+from ....core.storage.files import read_json, write_text
 
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
 """The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
@@ -23,6 +27,12 @@ SAVE_INTERVAL = 10.0
 """Seconds between two saves of the states during a training run."""
 KEPT = 20
 """The number of states kept for each user: those of the nodes that trained last."""
+SAMPLE_SIDE = 512
+"""The longer side of a sample in pixels. It is more than the panel shows, because a click enlarges it."""
+PHOTO_SIDE = 256
+"""The longer side of a photo in the panel, in pixels."""
+PHOTOS = 8
+"""The number of photos that the panel shows beside the samples."""
 
 State = dict[str, Any]
 """What a panel shows of a run, with the run's own fields."""
@@ -131,6 +141,16 @@ class Runs:
         if user is not None:
             with suppress(BadFile):  # a full disk must not end a training run
                 write_text(_file(user), json.dumps(list(self._of(user).values())))
+
+
+def sample_urls(images: Sequence[Image.Image]) -> list[str]:
+    """Return the samples as `data:` URLs of small JPEGs."""
+    return [jpeg_url(image, SAMPLE_SIDE, DRAWN) for image in images]
+
+
+def photo_urls(photos: Sequence[Photo]) -> list[str]:
+    """Return the first photos, as many as the panel shows, as `data:` URLs."""
+    return [jpeg_url(photo.image(shorter_side=PHOTO_SIDE), PHOTO_SIDE, mark=None) for photo in photos[:PHOTOS]]
 
 
 def _at_present(state: State) -> State:
