@@ -17,8 +17,6 @@ const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in
 const TRAINING = new Set(["training", "samples"])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 const STYLES = "FaceLoRAStylePack", SAMPLER = "FaceLoRASampler"
-/** The widgets whose values, unless they are 0 or empty, are used instead of the recipe's. */
-const OWN = ["steps", "rank", "learning_rate", "resolution", "settings"]
 /** How long a run takes, by what is known of it. */
 // say
 const TAKES = { trains: "Takes {} on this machine", redraws: "Takes {} on this machine, and longer to redraw small faces",
@@ -152,7 +150,7 @@ class Panel {
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
       whenSet(widget, () => inputsChanged(node))
     whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
-    for (const name of ["name", "samples", ...OWN]) whenSet(widgetOf(node, name), () => this.explain())
+    whenSet(widgetOf(node, "name"), () => this.explain())
     after(node, "onConnectionsChange", () => this.explain())
     this.height = LEAST_HEIGHT
     const sizes = new ResizeObserver(() => requestAnimationFrame(() => this.fit()))
@@ -203,7 +201,8 @@ class Panel {
     const lacks = lacking(this.node)
     this.lacks.textContent = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
-    const own = Object.fromEntries(OWN.map((name) => [name, widgetOf(this.node, name).value]))
+    const own = Object.fromEntries(this.node.widgets.filter(({ name, value }) => name === "settings" || typeof value === "number")
+      .map(({ name, value }) => [name, value]))
     const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, ...own })))
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
     const { error, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
@@ -228,8 +227,7 @@ class Panel {
     if (!this.node.graph) return // removed meanwhile
     const pictures = this.node.graph.nodes.filter(({ comfyClass }) => comfyClass === STYLES)
       .reduce((sum, node) => sum + widgetOf(node, "count").value, 0)
-    const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, samples: widgetOf(this.node, "samples").value,
-      photos: photosOf(this.node), pictures })))
+    const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, photos: photosOf(this.node), pictures })))
     const answer = await api.fetchApi(`/facelora/forecast?${asked}`)
     const spans = answer.ok ? await answer.json() : {} // null while a prompt runs
     if (asked !== this.foreseen) return

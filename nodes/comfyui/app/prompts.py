@@ -17,6 +17,7 @@ from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 from ....core.errors import FaceLoraError
 from ....core.pictures.style_pack import StyledPrompt
 from ....core.storage.cache_folder import content_key
+from ...settings import NodeStyles
 from ..style_pack import NOT_VARIED, listed
 from .users import USER
 
@@ -84,9 +85,9 @@ class Prompt:
         """Return the pack, `vary` and the items of the one Headshot Style Pack among the nodes; no items if unknown."""
         match [self.graph[key]["inputs"] for key in self.nodes_of(STYLES) if key in nodes]:
             case [{"pack": str(pack), "styles": str(names), "count": int(count), "first_seed": int(seed)} as inputs]:
-                vary = inputs.get("vary", NOT_VARIED)
+                vary, chosen = inputs.get("vary", NOT_VARIED), NodeStyles(pack, names, count, seed)
                 with suppress(FaceLoraError):
-                    return pack, vary, listed(pack, names, count, seed, vary, inputs.get("variation_seed", 0))
+                    return pack, vary, listed(chosen, vary, inputs.get("variation_seed", 0))
         return "", NOT_VARIED, ()
 
 
