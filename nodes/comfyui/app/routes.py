@@ -15,6 +15,8 @@ from aiohttp import web
 from comfy.model_management import get_torch_device
 from server import PromptServer
 
+from nodes import EXTENSION_WEB_DIRS  # pyright: ignore  # those of ComfyUI
+
 from ....core.doctor import examine, format_doctor
 from ....core.errors import BadConfig, BadFile, BadPhoto, FaceLoraError
 from ..folders import opened, refusal, without_server_paths
@@ -25,6 +27,8 @@ from .prompts import aim, queued_photos, waiting_runs
 from .runs import QueuedRun
 from .state import app
 from .users import note_user, sign, user_of
+
+WEB = Path(__file__).resolve().parents[3] / "web"
 
 
 def add_routes() -> None:
@@ -39,6 +43,7 @@ def add_routes() -> None:
     _add_run_routes(server)
     _add_people_routes(server)
     _add_photo_routes(server)
+    _add_help_route(server)
 
 
 async def _sent(request: web.Request, fields: Mapping[str, Callable[[Any], Any]]) -> list[Any]:
@@ -199,3 +204,15 @@ def _add_photo_routes(server: PromptServer) -> None:
         except FaceLoraError as problem:
             return refusal(problem)
         return web.json_response(with_own_names(checked))
+
+
+def _add_help_route(server: PromptServer) -> None:
+    """Serve the English help page of a node in each language that it is not translated into."""
+
+    async def help_page(request: web.Request) -> web.FileResponse:
+        node, language = request.match_info["node"], request.match_info["language"]
+        translated = WEB / "docs" / node / f"{language}.md"
+        return web.FileResponse(translated if translated.is_file() else WEB / "docs" / f"{node}.md")
+
+    for name in (name for name, folder in EXTENSION_WEB_DIRS.items() if Path(folder).resolve() == WEB):
+        server.routes.get(rf"/extensions/{name}/docs/{{node:\w+}}/{{language:[\w-]+}}.md")(help_page)

@@ -119,8 +119,8 @@ class App:
     def watch_ends(self) -> None:
         """Note each prompt that ends.
 
-        This replaces a method of ComfyUI's queue: its events go only to the page that queued a prompt, and its hook
-        `CacheProvider.on_prompt_end` is called without the prompt's outputs, before the history has them.
+        This replaces a method of ComfyUI's queue. Its events go only to the page that queued a prompt. Its hook
+        `CacheProvider.on_prompt_end` is called before the history has the prompt's outputs, and doesn't get them.
         """
         queue = self._server.prompt_queue
         done = queue.task_done
