@@ -75,12 +75,14 @@ class LikenessScore(io.ComfyNode):
     def execute(cls, images, reference, required=(True,), labels=()) -> io.NodeOutput:
         judged, title = [image for batch in images for image in pictures(batch)], "likeness"
         try:
-            found = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
+            likenesses = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(
+                judged
+            )
         except (MissingPackage, BadPhoto) as problem:
             if required[0]:
                 raise
-            found, title = [None] * len(judged), f"not compared: {problem}"
-        scores = [-1.0 if score is None else score for score in found]
+            likenesses, title = [None] * len(judged), f"not compared: {problem}"
+        scores = [-1.0 if score is None else score for score in likenesses]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         app().rank(cls.hidden.unique_id, [(index, scores[index]) for index in order])
         words, given = [f"{score:.2f}" if score > -1 else "no face" for score in scores], _labels(labels, len(judged))

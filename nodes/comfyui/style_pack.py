@@ -35,8 +35,8 @@ def find_packs() -> FoundPacks:
 class HeadshotStylePack(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        found = find_packs()
-        problems = "".join(f"\nNot used: {problem}" for problem in found.problems)
+        packs = find_packs()
+        problems = "".join(f"\nNot used: {problem}" for problem in packs.problems)
         return io.Schema(
             node_id="FaceLoRAStylePack",
             display_name="Headshot Style Pack",
@@ -46,7 +46,7 @@ class HeadshotStylePack(io.ComfyNode):
             f"Save your own packs in models/style_packs.{problems}",
             search_aliases=["style", "prompt styler", "headshots", "prompts"],
             inputs=[
-                setting_input(NodeStyles, "pack", options=list(found.packs)),
+                setting_input(NodeStyles, "pack", options=list(packs.packs)),
                 setting_input(
                     NodeStyles, "styles", placeholder="all styles of the pack",
                     tooltip="Names of styles in the pack, separated by commas. If empty, all styles are used. "
@@ -117,9 +117,9 @@ class HeadshotStylePack(io.ComfyNode):
             if model is None:
                 raise BadConfig("family: choose a family, or connect the model that draws the pictures to model")
             family = style_family(model)
-        found = find_packs()
+        packs = find_packs()
         chosen = NodeStyles(pack, styles, count, first_seed, resolution)
-        prompts = _alike(chosen.prompts(found, subject.strip(), family), vary, variation_seed)
+        prompts = _alike(chosen.prompts(packs, subject.strip(), family), vary, variation_seed)
         few = few_steps(model) if model is not None else None  # Such a model draws in its own steps, without guidance.
         hint = speed_hint(model) if model is not None else ""
         return io.NodeOutput(
@@ -132,7 +132,7 @@ class HeadshotStylePack(io.ComfyNode):
             [few.steps if few else item.steps for item in prompts],
             [item.style for item in prompts],
             [item.strength for item in prompts],
-            ui=ui.PreviewText("\n".join([*found.problems, *([hint] if hint else [])])),
+            ui=ui.PreviewText("\n".join([*packs.problems, *([hint] if hint else [])])),
         )
 
 

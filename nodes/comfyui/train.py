@@ -42,7 +42,7 @@ from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
 from ..settings import NodeSettings
 from .app.dropped import input_folder
-from .app.runs import SAMPLE_SIDE, QueuedRun, photo_urls, sample_urls
+from .app.runs import DONE, FAILED, SAMPLE_SIDE, STEPPING, STOPPED, QueuedRun, photo_urls, sample_urls
 from .app.state import app
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .folders import opened, says_no_server_paths, without_server_paths, write_embedding
@@ -239,8 +239,8 @@ def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
 
 def _check_parts(model: Any, clip: Any, vae: Any) -> None:
     """Raise BadConfig when CLIP or VAE is missing, which ComfyUI's loaders only log, or when the VAE is for another model."""
-    for name, found in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
-        if found is None:
+    for name, part in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
+        if part is None:
             raise BadConfig(
                 f"{name}: the checkpoint doesn't contain one. Load the {name.upper()} of this base model from another file"
             )
@@ -299,16 +299,16 @@ def _make(
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name}: {'already trained' if made.found else 'trained'}")
-        watch.show(phase="done", file=made.path.name, chosen=bool(checkpoint), **_looks(made))
-        app().people.note(run.user, key, phase="done", **kept)
+        watch.show(phase=DONE, file=made.path.name, chosen=bool(checkpoint), **_results(made))
+        app().people.note(run.user, key, phase=DONE, **kept)
     except Exception as error:  # the panel shows the user any error
-        watch.show(phase="failed", error=without_server_paths(str(error)))
-        _ended(run, key, "failed")
+        watch.show(phase=FAILED, error=without_server_paths(str(error)))
+        _ended(run, key, FAILED)
         raise
     except BaseException:  # cancelled
         watch.log("stopped. Run it again to continue")
-        watch.show(phase="stopped")
-        _ended(run, key, "stopped")
+        watch.show(phase=STOPPED)
+        _ended(run, key, STOPPED)
         raise
     return made
 
@@ -337,7 +337,7 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
     ]
 
 
-def _looks(made: TrainedFile) -> dict[str, Any]:
+def _results(made: TrainedFile) -> dict[str, Any]:
     """Return what the panel shows about a finished training run: its likeness, and the samples of the kept step."""
     shown: dict[str, Any] = {"kept_step": made.kept_step()}
     if likenesses := made.likenesses():
@@ -399,7 +399,7 @@ class Watch:
         self.show(warning=without_server_paths(message))
 
     def point(self, report: StepReport) -> None:
-        self._move_bar("training", report.step, report.steps)
+        self._move_bar(STEPPING, report.step, report.steps)
         measured = {}
         if report.measured:
             word = likeness_word(report.measured.likeness)
@@ -407,7 +407,7 @@ class Watch:
         text = step_line(report, time.monotonic() - self._begun)
         self.log(text, always=report.step == report.steps or bool(measured))
         self.show(
-            phase="training", step=report.step, steps=report.steps, loss=report.loss, learning_rate=report.learning_rate,
+            phase=STEPPING, step=report.step, steps=report.steps, loss=report.loss, learning_rate=report.learning_rate,
             seconds_left=report.seconds_left, memory=report.memory, **measured,
         )  # fmt: skip
 

@@ -100,8 +100,8 @@ class HeadshotStylePackInvocation(StylesInvocation):
 
     def invoke(self, context: InvocationContext) -> HeadshotStylePackOutput:
         base = base_of(context, self.model)
-        found = self.prompts(base, self.subject.strip())
-        one = found[self.number % len(found)]
+        prompts = self.prompts(base, self.subject.strip())
+        one = prompts[self.number % len(prompts)]
         job = Job.from_style(one).on(base)  # A model that was distilled to a few steps has its own.
         return HeadshotStylePackOutput(
             prompt=one.prompt,
@@ -112,9 +112,9 @@ class HeadshotStylePackInvocation(StylesInvocation):
             steps=job.steps,
             cfg_scale=job.guidance,
             weight=one.strength,
-            prompts=[item.prompt for item in found],
-            negative_prompts=[item.negative for item in found],
-            widths=[item.width for item in found],
-            heights=[item.height for item in found],
-            seeds=[item.seed for item in found],
+            prompts=[item.prompt for item in prompts],
+            negative_prompts=[item.negative for item in prompts],
+            widths=[item.width for item in prompts],
+            heights=[item.height for item in prompts],
+            seeds=[item.seed for item in prompts],
         )

@@ -88,8 +88,8 @@ def photos_in(folder: str) -> list[str]:
 def folders_of(user: str | None) -> list[str]:
     """Return the folders below the input folder with photos that the user has dropped."""
     root = own_root(user)
-    found = sorted(file.parent.name for file in (input_folder() / root).glob(f"*/{NAMES}"))
-    return [folder for name in found if photos_in(folder := f"{root}/{name}")]
+    names = sorted(file.parent.name for file in (input_folder() / root).glob(f"*/{NAMES}"))
+    return [folder for name in names if photos_in(folder := f"{root}/{name}")]
 
 
 def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[str]:

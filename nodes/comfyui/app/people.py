@@ -36,6 +36,7 @@ from ....core.training.store import lora_path
 from ....core.training.trained_file import files_of, forget_run
 from ..folders import embedding_name, write_embedding
 from .dropped import delete_dropped, folders_of, own_root, photos_in
+from .runs import DONE, STOPPED
 
 Record = dict[str, Any]
 PICTURE_SIDE = 256
@@ -61,8 +62,8 @@ class People:
     def key_of(self, user: str | None, job: str, name: str) -> str:
         """Return the key of the user's record of a training run, by its job's key, under a name."""
         records = [record for record in _all() if record["user"] == user and _job(record) == job]
-        found = next((record["key"] for record in records if record["name"] == name), "")
-        return found or (secrets.token_hex(32) if records else job)
+        known = next((record["key"] for record in records if record["name"] == name), "")
+        return known or (secrets.token_hex(32) if records else job)
 
     def note(self, user: str | None, key: str, **facts: Any) -> None:
         """Add facts to the user's record with that key. Without a user, nothing is recorded."""
@@ -96,16 +97,16 @@ class People:
         if not record:
             return
         # Any headshot is better than none if likeness is unknown, but not one without a face (-1).
-        found = {name: -0.99 if score is None else score for name, score in scores.items()}
-        styled = {name: [*style, found[name]] for name, style in styles.items()}
+        likeness = {name: -0.99 if score is None else score for name, score in scores.items()}
+        styled = {name: [*style, likeness[name]] for name, style in styles.items()}
         facts: Record = {
             "headshots": record["headshots"] | dict(digests),
             "styles": record.get("styles", {}) | styled,
         }
-        best = max(found, key=lambda name: found[name])
-        if (likeness := found[best]) > record.get("shown_likeness", -1.0):
+        best = max(likeness, key=lambda name: likeness[name])
+        if likeness[best] > record.get("shown_likeness", -1.0):
             with suppress(*DAMAGED), Image.open(Path(folder_paths.get_output_directory()) / best) as image:
-                facts |= {"headshot": jpeg_url(image, PICTURE_SIDE, DRAWN), "shown_likeness": likeness}
+                facts |= {"headshot": jpeg_url(image, PICTURE_SIDE, DRAWN), "shown_likeness": likeness[best]}
         self.note(user, key, **facts)
 
     def of(self, user: str | None, prompts: Collection[str]) -> list[Record]:
@@ -121,8 +122,8 @@ class People:
         for record in sorted(records, key=lambda record: -record["begun"]):
             phase = record.get("phase")
             if phase == RUNNING and record["key"] not in live:
-                phase = "stopped"
-            elif phase == "done" and record["run"]["prompt"] in prompts:
+                phase = STOPPED
+            elif phase == DONE and record["run"]["prompt"] in prompts:
                 phase = DRAWING
             counts = {"photos": len(record["photos"]), "headshots": len(record["headshots"])}
             picture = record.get("headshot", record.get("picture"))
@@ -318,10 +319,10 @@ def _loras(record: Record, others: Collection[Record]) -> list[Path]:
     """Return the LoRAs of the record in the folders of LoRAs and of Save Face LoRA, without those of other records."""
     rivals = [other for other in others if _job(other) == _job(record)]
     folders = [*folder_paths.get_folder_paths("loras"), Path(folder_paths.get_output_directory()) / "loras"]
-    found, own = files_of(_job(record), [Path(folder) for folder in folders]), _stem(record)
+    files, own = files_of(_job(record), [Path(folder) for folder in folders]), _stem(record)
     if any(_stem(other) == own for other in rivals):  # of another user
         return []
-    return [path for path in found if not rivals or _STEP.sub("", path.stem) == own]
+    return [path for path in files if not rivals or _STEP.sub("", path.stem) == own]
 
 
 def _stem(record: Record) -> str:

@@ -153,17 +153,17 @@ def aim(queued: dict[str, Any]) -> dict[str, Any]:
 
 def links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
     """Return all that a node depends on: (id of a node, number of its output)."""
-    found: set[tuple[str, int]] = set()
+    sources: set[tuple[str, int]] = set()
     waiting, seen = [key], {key}
     while waiting:
         match graph.get(waiting.pop()):
             case {"inputs": dict(inputs)}:
                 given = {(one[0], one[1]) for one in inputs.values() if _is_link(one)}
-                found |= given
+                sources |= given
                 new = {source for source, _ in given} - seen
                 waiting += new
                 seen |= new
-    return found
+    return sources
 
 
 def _is_link(value: object) -> bool:

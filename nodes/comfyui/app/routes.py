@@ -197,8 +197,8 @@ def _add_photo_routes(server: PromptServer) -> None:
         except (AttributeError, OverflowError, TypeError, ValueError):
             return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution", "use"}'}, status=400)
         try:
-            found = None if given else await asyncio.to_thread(opened, base)
-            resolution = found.resolution if found else given or DEFAULT_RESOLUTION
+            model = None if given else await asyncio.to_thread(opened, base)
+            resolution = model.resolution if model else given or DEFAULT_RESOLUTION
             use = use if use in USES else PHOTOS
             checked = await asyncio.to_thread(read_checked, folder, pictures, user, resolution, use)
         except FaceLoraError as problem:

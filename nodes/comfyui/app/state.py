@@ -144,18 +144,20 @@ class App:
         headshots = []
         for images, sources in prompt.saved(outputs, run.node):
             names = [f"{image['subfolder']}/{image['filename']}".lstrip("/") for image in images]
-            found = {name: digest_of(name) for name in names}
-            digests = [found[name] for name in names]
+            digests = [digest_of(name) for name in names]
             # The order is only known of pictures that come from a node's sorted ones.
             for judge, order in ranked.items():
                 if (judge, 0) in sources and len(order) == len(images):
                     self._judge(prompt, digests, order, {node for node, _ in sources})
-            facts = [self._headshots.get(digest, HeadshotFacts()) for digest in digests]
-            likeness = {name: one.likeness for name, one in zip(names, facts, strict=True)}
-            styles = {name: one.style for name, one in zip(names, facts, strict=True) if one.style}
-            self.people.add_headshots(run.user, key, found, likeness, styles)
+            facts = {
+                name: self._headshots.get(digest, HeadshotFacts()) for name, digest in zip(names, digests, strict=True)
+            }
+            likeness = {name: one.likeness for name, one in facts.items()}
+            styles = {name: one.style for name, one in facts.items() if one.style}
+            self.people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)), likeness, styles)
             headshots += [
-                image | {"score": one.likeness, "seed": one.seed} for image, one in zip(images, facts, strict=True)
+                image | {"score": facts[name].likeness, "seed": facts[name].seed}
+                for image, name in zip(images, names, strict=True)
             ]
         # Another training run, or none if this one was deleted, may be shown in its place.
         is_shown = any(state["prompt"] == run.prompt for state in self.runs.of(run.user))
