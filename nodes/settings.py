@@ -1,6 +1,6 @@
 """The inputs of both packs' nodes that set a training run or choose from a style pack: names, defaults, ranges and help."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,8 +12,7 @@ from ..core.training.recipes import ENOUGH, MEASUREMENTS, recipe_settings
 
 
 def _help(setting: str) -> str:
-    text = TrainConfig.__dataclass_fields__[setting].metadata["help"]
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{TrainConfig.__dataclass_fields__[setting].metadata['help']}."
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class NodeSettings:
     @classmethod
     def read(cls, query: Mapping[str, str]) -> "NodeSettings":
         """Read the settings that an address has. Raises ValueError for a number that is not one."""
-        kinds = {one.name: type(one.default) for one in fields(cls) if one.name in query}
+        kinds: dict[str, Callable[..., Any]] = {one.name: type(one.default) for one in fields(cls) if one.name in query}
         return cls(**{name: kind(query[name]) if query[name] else kind() for name, kind in kinds.items()})
 
     def config(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from server import PromptServer
 
@@ -31,7 +31,7 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class Latest(dict[Key, Value], Generic[Key, Value]):
+class Latest(dict[Key, Value]):
     """The values that were set last, at most `most`."""
 
     def __init__(self, most: int):
@@ -85,7 +85,7 @@ class App:
 
     def open_page(self, page: str | None, user: str | None) -> None:
         """Send a user's news to an open page from now on."""
-        if user is not None and page in self._server.sockets:
+        if user is not None and page is not None and page in self._server.sockets:
             self._pages = {one: its for one, its in self._pages.items() if one in self._server.sockets} | {page: user}
 
     def publish(self, run: QueuedRun, news: Mapping[str, Any]) -> None:

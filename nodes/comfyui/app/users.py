@@ -32,6 +32,7 @@ def asking_user() -> str | None:
 async def note_user(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
+    """Note the user of each request until it is answered."""
     _asking.set(user_of(request))
     return await handler(request)
 
