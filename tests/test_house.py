@@ -155,3 +155,15 @@ AT_THE_TOP = {
 def test_nothing_is_committed_beside_what_belongs_at_the_top():
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {name.partition("/")[0] for name in names.splitlines()} == AT_THE_TOP
+
+
+def test_the_architecture_page_lists_every_address_and_script_of_the_pages():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    nodes = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes/comfyui").rglob("*.py"))
+    addresses, scripts = (
+        set(re.findall(r'routes\.\w+\("([^"]+)"', nodes)),
+        {path.name for path in ROOT.glob("web/*.js")},
+    )
+    modules = {path.name for path in (ROOT / "nodes/comfyui/app").glob("[a-z]*.py")}
+    assert len(addresses) > 15 and scripts
+    assert [name for name in sorted(addresses | scripts | modules) if f"`{name}`" not in text] == []

@@ -308,7 +308,7 @@ def test_the_registrys_package_has_only_what_comfyui_serves():
     packed = listed() - listed("--ignored", f"--exclude-from={ROOT / '.comfyignore'}")
     folders = {name.partition("/")[0] for name in packed if "/" in name}
     assert folders == {"core", "locales", "nodes", "subgraphs", "web", "workflows"}
-    assert "web/docs/FaceLoRATrain/en.md" in packed and "core/demo/base.safetensors" not in packed
+    assert "web/docs/FaceLoRATrain.md" in packed and "core/demo/base.safetensors" not in packed
 
 
 def test_core_imports_diffusers_through_one_function():

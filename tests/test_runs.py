@@ -1,4 +1,4 @@
-"""Whose training is whose (nodes/comfyui/runs.py): who sees a run, and who may end it. With real pages: tests/browser."""
+"""Whose training is whose (nodes/comfyui/app/runs.py): who sees a run, and who may end it. With real pages: tests/browser."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ from tests.tooling import nodes_module
 @pytest.fixture
 def module(monkeypatch, tmp_path):
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "cache"))
-    return nodes_module("runs")
+    return nodes_module("app.runs")
 
 
 def begun(module, runs, user, prompt="p1", workflow: str | None = "w", node="5", **news):

@@ -1,4 +1,4 @@
-"""What belongs to whom (nodes/comfyui/people.py, dropped.py): records, LoRAs and dropped photos. In a server: tests/comfyui."""
+"""What belongs to whom (nodes/comfyui/app/): records, LoRAs and dropped photos. In a server: tests/comfyui."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import threading
 import types
 import zipfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -50,12 +51,16 @@ def comfy(monkeypatch, tmp_path):
 
 @pytest.fixture
 def people(comfy):
-    return nodes_module.__wrapped__("people")
+    return nodes_module.__wrapped__("app.people").People()
+
+
+def module_of(people) -> types.ModuleType:
+    return sys.modules[type(people).__module__]
 
 
 @pytest.fixture
 def dropped(comfy):
-    return nodes_module.__wrapped__("dropped")
+    return nodes_module.__wrapped__("app.dropped")
 
 
 def trained(
@@ -116,7 +121,7 @@ def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     assert people.graph_of("default", anna)["nodes"][0]["widgets_values"] == ["Bea", "sks"]
     assert people.key_of("default", "a" * 64, "Bea") == anna, "trained again, it has the same row"
     for name, words in (("Ben", "another LoRA has this name"), ("../x", "give a file name")):
-        with pytest.raises(people.BadConfig, match=words):
+        with pytest.raises(module_of(people).BadConfig, match=words):
             people.rename("default", anna, name, (), print)
     assert people.files_to_delete("default", other, ())["loras"] == ["Ben.safetensors"]
 
@@ -215,7 +220,7 @@ def test_all_headshots_of_a_person_are_one_file(comfy, people):
     names = ["headshots/Anna_00001_.png", "headshots/Anna_00002_.png"]
     for name in names:
         Image.new("RGB", (8, 8)).save(comfy / "output" / name)
-    digests = {name: people.digest_of(name) for name in names}
+    digests = {name: module_of(people).digest_of(name) for name in names}
     styles = {name: ("corporate", "Bright open office") for name in (*names, "gone.png")}
     likeness = {names[0]: 0.3, names[1]: None, "gone.png": 0.9}
     people.add_headshots("default", key, {**digests, "gone.png": "digest"}, likeness, styles)
@@ -233,7 +238,7 @@ def headshots(comfy: Path, people, key: str, *names: str) -> None:
         (comfy / "output" / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(comfy / "output" / name)
     people.add_headshots(
-        "default", key, {name: people.digest_of(name) for name in names}, dict.fromkeys(names, 0.6), {}
+        "default", key, {name: module_of(people).digest_of(name) for name in names}, dict.fromkeys(names, 0.6), {}
     )
 
 
@@ -276,3 +281,35 @@ def test_a_renamed_run_stays_in_its_folder_of_loras(comfy, people):
     assert people.rename("default", anna, "Bea", (), lambda *names: None) == "family/Bea"
     assert (comfy / "models" / "loras" / "family" / "Bea.safetensors").exists()
     assert listed(people) == ["family/Bea"], "Run would make a copy under another name"
+
+
+def test_the_server_remembers_a_limited_number_of_headshots_and_training_runs(comfy, monkeypatch):
+    """However many prompts have ended."""
+    server, queue = MagicMock(), MagicMock(currently_running={})
+    server.PromptServer.instance.prompt_queue, server.PromptServer.instance.sockets = queue, {}
+    for name in ("aiohttp", "comfy_execution.utils", "nodes", "pack.nodes.comfyui.style_pack"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setitem(sys.modules, "server", server)
+    module = nodes_module.__wrapped__("app.state")
+    monkeypatch.setattr(module, "MOST_PICTURES", 5)
+    monkeypatch.setattr(module, "MOST_RUNS", 3)
+    app = module.App(server.PromptServer.instance)
+    app.watch_ends()
+    for number in range(20):
+        graph = {
+            "train": {"class_type": "FaceLoRATrain", "inputs": {"training_seed": number}},
+            "ranked": {"class_type": "FaceLoRALikeness", "inputs": {"model": ["train", 0]}},
+            "saved": {"class_type": "SaveImage", "inputs": {"images": ["ranked", 0]}},
+        }
+        queue.currently_running[0] = (number, f"p{number}", graph, {})
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(comfy / "output" / f"{number}.png")
+        run = app.begin("train")
+        key = app.remember(run, f"job {number}", "Anna", photos=[], digests=[])
+        app.rank("ranked", [(0, number / 20)])
+        images = [{"filename": f"{number}.png", "subfolder": "", "type": "output"}]
+        queue.task_done(0, {"outputs": {"saved": {"images": images}}})
+        (state,) = app.runs.of("default")
+        assert [shot["score"] for shot in state["headshots"]] == [number / 20] and state["ended"]
+        assert len(app.people.of("default", ())) == number + 1 and key.endswith(f"{number}")
+    kept = {name: len(value) for name, value in vars(app).items() if isinstance(value, dict)}
+    assert kept == {"saved": 0, "outputs": 0, "_trained": 3, "_headshots": 5, "_ranked": 0, "_pages": 0}

@@ -16,7 +16,7 @@ LONG = "A" + " word" * 30
         ("core/a.py", f'"""Good.\n\n    {LONG}\n\nIt is no file."""\n', "5: 'is no'"),
         ("core/a.py", 'raise BadFile(f"{1}: use --steps")\n', "1: an error outside the command line names an option"),
         ("nodes/comfyui/a.py", 'Input("a",\n  tooltip="The training ends.")\n', "2: 'The training'"),
-        ("web/docs/A/en.md", f"## Inputs\n| `a` | INT | `1` | {'Words. ' * 50} |\n", "2: 350 characters"),
+        ("web/docs/A.md", f"## Inputs\n| `a` | INT | `1` | {'Words. ' * 50} |\n", "2: 350 characters"),
         ("web/a.js", 'say(\n  "{} stands here")\n', "2: 'stands'"),
         ("web/docs/A/zh.md", "# A\n检查点", "2: 检查点: write 中间 LoRA"),
     ],
@@ -46,6 +46,6 @@ def test_texts_of_every_kind_are_found(monkeypatch):
         "core/errors.py",
         "nodes/comfyui/train.py",
         "web/photos.js",
-        "web/docs/FaceLoRATrain/en.md",
+        "web/docs/FaceLoRATrain.md",
     ):
         assert len({*wording.check(wording.ROOT / name)}) > 10, name

@@ -1,11 +1,12 @@
 """The nodes' texts outside of their code. `python -m tools.node_texts` writes them from what a server reports.
 
-It writes the part below the prose of each help page in `web/docs/NODE/LANGUAGE.md`: the tables of inputs, outputs, recipes and
-settings. The Chinese tables use `locales/zh/nodeDefs.json` and `locales/zh/help.json`, which are written by hand. ComfyUI asks
-for the page in its language first, then for `web/docs/NODE.md`, a copy of the English page.
+It writes the part below the prose of each help page: the tables of inputs, outputs, recipes and settings. `web/docs/NODE.md` is
+the English page. A Chinese page `web/docs/NODE/zh.md` is optional, and so is each text in `locales/zh/nodeDefs.json` and
+`locales/zh/help.json`: English is shown instead. `python -m tools.node_texts --missing` lists what isn't translated.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -17,6 +18,7 @@ from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES
 from core.training.recipes import COMMON, ENOUGH, FEWER_PICTURES, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
 from tests.comfyui.server import PACK, ComfyServer, running_server
+from tools.wording import missing_chinese
 
 LOCALES = PACK / "locales"
 HELP = PACK / "web" / "docs"
@@ -102,15 +104,20 @@ def english(info: Info) -> dict[str, Any]:
 
 
 def definitions(language: str, name: str, info: Info) -> Mapping[str, Any]:
-    """Return the texts of a node in a language, in the form of nodeDefs.json."""
+    """Return the texts of a node's inputs and outputs, in the form of nodeDefs.json: English where the language has none."""
+    texts = english(info)
     if language == "en":
-        return english(info)
-    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))[name]
+        return texts
+    given = json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8")).get(name, {})
+    return {
+        part: {key: one | given.get(part, {}).get(key, {}) for key, one in texts[part].items()}
+        for part in ("inputs", "outputs")
+    }
 
 
 def page(name: str, language: str) -> Path:
     """Return the path of a node's help page."""
-    return HELP / name / f"{language}.md"
+    return HELP / f"{name}.md" if language == "en" else HELP / name / f"{language}.md"
 
 
 def tables(name: str, info: Info, language: str) -> str:
@@ -225,12 +232,19 @@ def write_all() -> None:
     for name, info in infos.items():
         for language in LANGUAGES:
             file = page(name, language)
-            prose = file.read_text(encoding="utf-8") if file.exists() else f"# {info['display_name']}\n\n"
-            prose = prose.partition(WORDS[language]["inputs"])[0]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(prose + tables(name, info, language), encoding="utf-8")
-        (HELP / f"{name}.md").write_bytes(page(name, "en").read_bytes())
+            if language == "en" or file.exists():
+                prose = file.read_text(encoding="utf-8") if file.exists() else f"# {info['display_name']}\n\n"
+                prose = prose.partition(WORDS[language]["inputs"])[0]
+                file.write_text(prose + tables(name, info, language), encoding="utf-8")
+
+
+def main(options: list[str]) -> None:
+    if options == ["--missing"]:
+        for text in missing_chinese():
+            print(f"warning: not in Chinese: {text}")
+    else:
+        write_all()
 
 
 if __name__ == "__main__":
-    write_all()
+    main(sys.argv[1:])

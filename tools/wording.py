@@ -15,6 +15,7 @@ import tokenize
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -24,10 +25,11 @@ from core.cli import main as main_of_commands
 from core.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
+LOCALES = ROOT / "locales"
 PAGES = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("web/docs/*/en.md")),
+    *sorted(ROOT.glob("web/docs/*.md")),
 )
 CODE = sorted(path for folder in ("core", "nodes") for path in (ROOT / folder).rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("web/*.js"))
@@ -87,6 +89,9 @@ class Fault(NamedTuple):
 class Row(NamedTuple):
     """An input or output of a node, as its help page describes it."""
 
+    part: str
+    """`inputs` or `outputs`, as in nodeDefs.json."""
+    key: str
     name: str
     tooltip: Text
 
@@ -98,7 +103,7 @@ def check(path: Path) -> Iterator[Fault]:
         yield from _chinese_faults(path, text)
     elif path.suffix == ".md":
         yield from prose_faults(path, [Text(1, text)])
-        if path.name == "en.md":
+        if path.parts[-3:-1] == ("web", "docs"):
             yield from _screen_faults(path, [row.tooltip for row in _rows(text)])
     elif path.suffix == ".js":
         yield from _screen_faults(path, translated_texts(text))
@@ -189,11 +194,12 @@ def _schema_texts(tree: ast.AST) -> list[Text]:
 
 def _rows(page: str) -> Iterator[Row]:
     """Yield the inputs and outputs on the help page of a node. These tables are made from the running nodes."""
-    section = ""
+    part, outputs = "", count()
     for line, words in enumerate(page.splitlines(), 1):
-        section = words if words.startswith("## ") else section
-        if section in ("## Inputs", "## Outputs") and (cells := re.match(r"\| `(\w+)` .*\| (.*) \|$", words)):
-            yield Row(cells[1], Text(line, cells[2]))
+        if words.startswith("## "):
+            part = {"## Inputs": "inputs", "## Outputs": "outputs"}.get(words, "")
+        elif part and (cells := re.match(r"\| `(\w+)` .*\| (.*) \|$", words)):
+            yield Row(part, cells[1] if part == "inputs" else f"{next(outputs)}", cells[1], Text(line, cells[2]))
 
 
 def _spoken(message: ast.expr) -> str:
@@ -270,38 +276,62 @@ def _chinese_faults(path: Path, text: str) -> Iterator[Fault]:
 
 
 def check_translations() -> Iterator[Fault]:
-    """Yield the texts of the frontend and the settings whose Chinese text is missing, left over, or has other values."""
+    """Yield Chinese texts of the frontend and the settings that are left over, or have other values than the English ones."""
     words_file, help_file = ROOT / "web/words.js", ROOT / "locales/zh/help.json"
-    needed, given = dict(said()), set[str]()
-    for line, code in enumerate(words_file.read_text(encoding="utf-8").splitlines(), 1):
-        if found := re.match(r'  "(.+?)": "(.+)",$', code):
-            given.add(found[1])
-            if found[1] not in needed:
-                yield Fault(words_file, line, f"nothing shows this text: {found[1]}")
-            if found[1].count("{}") != found[2].count("{}"):
-                yield Fault(words_file, line, f"not a place for each value: {found[2]}")
-    for words in needed.keys() - given:
-        yield Fault(*needed[words], f"no Chinese text in web/words.js: {words}")
-    settings = list(json.loads(help_file.read_text(encoding="utf-8"))["settings"])
-    if settings != (ours := [setting.name for setting in fields(TrainConfig)]):
-        yield Fault(help_file, 1, f"not the settings, or not in their order: {sorted({*settings} ^ {*ours})}")
+    needed = {words for words, _ in said()}
+    for line, english, chinese in _chinese_words():
+        if english not in needed:
+            yield Fault(words_file, line, f"nothing shows this text: {english}")
+        if english.count("{}") != chinese.count("{}"):
+            yield Fault(words_file, line, f"not a place for each value: {chinese}")
+    if left := _read_chinese("help.json")["settings"].keys() - {setting.name for setting in fields(TrainConfig)}:
+        yield Fault(help_file, 1, f"not settings: {sorted(left)}")
 
 
 def check_node_texts() -> Iterator[Fault]:
-    """Yield the inputs and outputs of nodes whose Chinese text is missing, or lacks a number, an option or a file name."""
-    file = ROOT / "locales/zh/nodeDefs.json"
-    nodes = json.loads(file.read_text(encoding="utf-8"))
-    for page in ROOT.glob("web/docs/*/en.md"):
-        node = nodes.get(page.parent.name, {})
-        texts = [text["tooltip"] for part in ("inputs", "outputs") for text in node.get(part, {}).values()]
-        rows = list(_rows(page.read_text(encoding="utf-8")))
-        if len(texts) != len(rows):
-            yield Fault(file, 1, f"{page.parent.name}: {len(texts)} Chinese texts for {len(rows)} English ones")
-        for row, text in zip(rows, texts, strict=False):
+    """Yield Chinese texts of nodes that are left over, or lack a number, an option or a file name."""
+    file, nodes = ROOT / "locales/zh/nodeDefs.json", _read_chinese("nodeDefs.json")
+    for page in ROOT.glob("web/docs/*.md"):
+        node, rows = nodes.get(page.stem, {}), list(_rows(page.read_text(encoding="utf-8")))
+        given = {(part, key): text for part in ("inputs", "outputs") for key, text in node.get(part, {}).items()}
+        for row in rows:
+            text = given.pop((row.part, row.key), {}).get("tooltip")
             facts = re.findall(r"\d+(?:\.\d+)?|NAME[\w-]*(?:\.\w+)*|\w+\.\w{3,}", row.tooltip.words)
-            lacks = ", ".join(fact for fact in facts if fact not in text)
-            if lacks or not re.search("[\u4e00-\u9fff]", text):
+            lacks = ", ".join(fact for fact in facts if text and fact not in text)
+            if lacks or (text and not re.search("[\u4e00-\u9fff]", text)):
                 yield Fault(page, row.tooltip.line, f"{row.name}: not in the Chinese text: {lacks or 'all of it'}")
+        for part, key in given:
+            yield Fault(file, 1, f"{page.stem}: the node has no {key} among its {part}")
+
+
+def missing_chinese() -> Iterator[Fault]:
+    """Yield each text that is shown in English on a Chinese page, because it has not been translated."""
+    nodes, settings = _read_chinese("nodeDefs.json"), _read_chinese("help.json")["settings"]
+    for page in sorted(ROOT.glob("web/docs/*.md")):
+        node = nodes.get(page.stem, {})
+        if not (page.with_suffix("") / "zh.md").exists():
+            yield Fault(page, 1, "the help page")
+        if not node:
+            yield Fault(page, 1, "the node's name and description")
+        for row in _rows(page.read_text(encoding="utf-8")):
+            if "tooltip" not in node.get(row.part, {}).get(row.key, {}):
+                yield Fault(page, row.tooltip.line, f"{row.name} among the {row.part}")
+    given = {english for _, english, _ in _chinese_words()}
+    yield from (Fault(*place, words) for words, place in dict(said()).items() if words not in given)
+    for setting in fields(TrainConfig):
+        if setting.name not in settings:
+            yield Fault(ROOT / "core/config.py", 1, f"the setting {setting.name}")
+
+
+def _read_chinese(name: str) -> dict[str, Any]:
+    return json.loads((LOCALES / "zh" / name).read_text(encoding="utf-8"))
+
+
+def _chinese_words() -> Iterator[tuple[int, str, str]]:
+    """Yield the texts of the frontend: line, English text, Chinese text."""
+    for line, code in enumerate((ROOT / "web/words.js").read_text(encoding="utf-8").splitlines(), 1):
+        if found := re.match(r'  "(.+?)": "(.+)",$', code):
+            yield line, found[1], found[2]
 
 
 def said() -> Iterator[tuple[str, tuple[Path, int]]]:
@@ -313,7 +343,7 @@ def said() -> Iterator[tuple[str, tuple[Path, int]]]:
         yield from ((one[1], (path, text.count("\n", 0, one.start()) + 1)) for one in curves)
     phases = r'(?:callbacks\.progress\(|"phase": |^LOADING = |^READING = )"([^"]+)"'
     callbacks, nodes = ROOT / "core/training/callbacks.py", ROOT / "nodes/comfyui"
-    senders = (ROOT / "core/progress.py", nodes / "panel.py", nodes / "train.py")
+    senders = (ROOT / "core/progress.py", nodes / "app/prompts.py", nodes / "train.py")
     for path in (*ROOT.glob("core/training/**/*.py"), *senders):
         text = path.read_text(encoding="utf-8")
         for one in re.finditer(phases, text, re.MULTILINE):

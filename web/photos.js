@@ -43,9 +43,9 @@ const resolutionOf = (node) => fedBy(node, TRAIN).map((train) => widgetOf(train,
 /** The server's answer as JSON. Throws its error message if it refuses. */
 async function ask(address, options) {
   const answer = await api.fetchApi(address, { method: "POST", ...options })
-  const said = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }))
-  if (said.error) throw new Error(said.error)
-  return said
+  const result = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }))
+  if (result.error) throw new Error(result.error)
+  return result
 }
 
 /** Uploads a photo of the person, and returns its name in the input folder. */

@@ -14,17 +14,15 @@ import { say } from "./words.js"
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in the style sheet
-const TRAINING = new Set(["training", "samples"])
+// The server's names of phases
+const WAITING = "waiting", STEPPING = "training", SAMPLING = "samples", DONE = "done", STOPPED = "stopped", FAILED = "failed"
+const TRAINING = new Set([STEPPING, SAMPLING]), ENDED = new Set([DONE, STOPPED, FAILED, undefined])
 const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 const STYLES = "FaceLoRAStylePack", SAMPLER = "FaceLoRASampler"
-/** The widgets whose values, unless they are 0 or empty, are used instead of the recipe's. */
-const OWN = ["steps", "rank", "learning_rate", "resolution", "settings"]
 /** How long a run takes, by what is known of it. */
 // say
 const TAKES = { trains: "Takes {} on this machine", redraws: "Takes {} on this machine, and longer to redraw small faces",
   unknown: "How long it takes on this machine is not known" }
-
-const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
 const states = new Map()
@@ -57,18 +55,18 @@ function duration(seconds) {
 }
 
 function statusText(state) {
-  if (state.stopping && state.phase === "training") return say("stopping after step {}", state.step ?? 1)
-  if (state.phase === "done") {
+  if (state.stopping && state.phase === STEPPING) return say("stopping after step {}", state.step ?? 1)
+  if (state.phase === DONE) {
     const more = state.ended ? "" : say("the rest of the workflow is running")
     return [say("done: {}", state.file), verdictText(state), more].filter(Boolean).join(" · ")
   }
-  if (state.phase === "failed") return say("failed: {}", state.error)
-  if (state.phase === "waiting") return say("waiting, runs ahead in the queue: {}", state.ahead)
-  if (state.phase === "stopped") return say("stopped. Run it again to continue")
+  if (state.phase === FAILED) return say("failed: {}", state.error)
+  if (state.phase === WAITING) return say("waiting, runs ahead in the queue: {}", state.ahead)
+  if (state.phase === STOPPED) return say("stopped. Run it again to continue")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
   if (!TRAINING.has(state.phase)) return state.total ? counted() : say(state.phase)
   const parts = []
-  const sampling = state.phase === "samples"
+  const sampling = state.phase === SAMPLING
   if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
   if ("step" in state && !sampling) parts.push(say("learning rate {}", short(state.learning_rate)))
   if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
@@ -80,12 +78,12 @@ function statusText(state) {
 /** The meaning of the kept step's likeness, and what would improve it, unless the user has chosen another step. */
 function verdictText({ kept_step, kept_likeness, kept_word, chosen }) {
   if (kept_likeness == null) return ""
-  const found = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return chosen || VERDICTS[kept_word] === "good" ? found : `${found}. ${say("Train longer, or add more photos")}`
+  const verdict = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
+  return chosen || VERDICTS[kept_word] === "good" ? verdict : `${verdict}. ${say("Train longer, or add more photos")}`
 }
 
 /** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */
-const verdictOf = ({ phase, kept_word }) => (phase === "done" && VERDICTS[kept_word]) || ""
+const verdictOf = ({ phase, kept_word }) => (phase === DONE && VERDICTS[kept_word]) || ""
 
 /** The time passed and the time left, `since` seconds after the server sent the state. */
 function timeText(state, since = 0) {
@@ -96,7 +94,7 @@ function timeText(state, since = 0) {
 }
 
 function doneShare(state) {
-  if (state.phase === "done") return 1
+  if (state.phase === DONE) return 1
   const [done, total] = "step" in state ? [state.step, state.steps] : [state.done, state.total]
   return total ? done / total : 0
 }
@@ -145,14 +143,14 @@ class Panel {
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
       this.show(this.state)
-      if (this.state.phase === "waiting") api.deleteItem("queue", this.cancelled)
+      if (this.state.phase === WAITING) api.deleteItem("queue", this.cancelled)
       else api.interrupt(this.cancelled) // only this prompt
     })
     whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
     for (const widget of node.widgets.filter(({ name }) => !["name", "checkpoint"].includes(name)))
       whenSet(widget, () => inputsChanged(node))
     whenChanged(node, widgetOf(node, "recipe"), () => this.explain())
-    for (const name of ["name", "samples", ...OWN]) whenSet(widgetOf(node, name), () => this.explain())
+    whenSet(widgetOf(node, "name"), () => this.explain())
     after(node, "onConnectionsChange", () => this.explain())
     this.height = LEAST_HEIGHT
     const sizes = new ResizeObserver(() => requestAnimationFrame(() => this.fit()))
@@ -162,9 +160,9 @@ class Panel {
 
   /** Lets the styles show this person's headshots, or nobody's. */
   tellPerson() {
-    const { person, headshots } = this.state ?? {}, told = `${person} ${headshots?.length}`
-    if (told === this.told) return
-    this.told = told
+    const { person, headshots } = this.state ?? {}, shownPerson = `${person} ${headshots?.length}`
+    if (shownPerson === this.shownPerson) return
+    this.shownPerson = shownPerson
     document.dispatchEvent(new CustomEvent(PERSON_SHOWN, { detail: { train: this.node, person: headshots?.length ? person : undefined } }))
   }
 
@@ -183,7 +181,7 @@ class Panel {
   /** Shows what the next training run does instead of one that has ended: the inputs have changed since. */
   changed() {
     const { phase, prompt, ended } = this.state ?? {}
-    if (prompt && ENDED.has(phase) && (phase !== "done" || ended)) {
+    if (prompt && ENDED.has(phase) && (phase !== DONE || ended)) {
       putAway(prompt, true)
       this.rest()
     }
@@ -203,7 +201,8 @@ class Panel {
     const lacks = lacking(this.node)
     this.lacks.textContent = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
-    const own = Object.fromEntries(OWN.map((name) => [name, widgetOf(this.node, name).value]))
+    const own = Object.fromEntries(this.node.widgets.filter(({ name, value }) => name === "settings" || typeof value === "number")
+      .map(({ name, value }) => [name, value]))
     const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, ...own })))
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
     const { error, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
@@ -228,8 +227,7 @@ class Panel {
     if (!this.node.graph) return // removed meanwhile
     const pictures = this.node.graph.nodes.filter(({ comfyClass }) => comfyClass === STYLES)
       .reduce((sum, node) => sum + widgetOf(node, "count").value, 0)
-    const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, samples: widgetOf(this.node, "samples").value,
-      photos: photosOf(this.node), pictures })))
+    const asked = (this.foreseen = String(new URLSearchParams({ base, ...own, photos: photosOf(this.node), pictures })))
     const answer = await api.fetchApi(`/facelora/forecast?${asked}`)
     const spans = answer.ok ? await answer.json() : {} // null while a prompt runs
     if (asked !== this.foreseen) return
@@ -262,17 +260,17 @@ class Panel {
     this.state = state
     if (active && isNew && isApp()) this.root.scrollIntoView()
     this.status.textContent = this.status.title = statusText(state)
-    this.status.className = `facelora-status facelora-says-${state.phase === "failed" ? "rejected" : verdictOf(state)}`
+    this.status.className = `facelora-status facelora-says-${state.phase === FAILED ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
     this.ends.hidden = false
     this.missing.hidden = this.takes.hidden = this.lacks.hidden = true
     this.tick()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.cancel.hidden = !active
-    this.keep.hidden = !active || state.phase === "waiting"
+    this.keep.hidden = !active || state.phase === WAITING
     this.cancel.disabled = this.cancelled === state.prompt
     this.cancel.textContent = this.cancel.disabled ? say("Cancelling") : say("Cancel")
-    this.machine.hidden = state.phase !== "failed"
+    this.machine.hidden = state.phase !== FAILED
     this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
     this.warning.hidden = !state.warning
     this.warning.textContent = state.warning ?? ""
@@ -305,7 +303,7 @@ class Panel {
   /** Shows the time. The clock runs on until the server sends its time again. */
   tick() {
     const { state } = this
-    if (state) this.time.textContent = timeText(state, ENDED.has(state.phase) ? 0 : (performance.now() - state.told) / 1000)
+    if (state) this.time.textContent = timeText(state, ENDED.has(state.phase) ? 0 : (performance.now() - state.newsTime) / 1000)
   }
 
   /** Shows a button for each measured step. The node's input `checkpoint` is the chosen step; 0 is the kept one. */
@@ -401,7 +399,7 @@ const place = ({ workflow, node }) => `${workflow} ${node}`
 function merge({ points, ...news }) {
   const before = states.get(place(news))
   const state = { ...(news.begin || before?.prompt !== news.prompt ? {} : before), ...news }
-  if (news.seconds != null) state.told = performance.now()
+  if (news.seconds != null) state.newsTime = performance.now()
   for (const [series, point] of Object.entries(points))
     state[series] = [...(state[series] ?? []).filter(([step]) => step < point[0]), point]
   states.set(place(news), state)
@@ -414,10 +412,10 @@ const isOf = (panel, { workflow, node }) => workflow === rootGraph()?.id && pane
 function refresh(panel) {
   const own = (state) => isOf(panel, state)
   const state = [...states.values()].findLast((state) => own(state) && !away.has(state.prompt)), next = waiting.find(own)
-  const isOver = !state || (ENDED.has(state.phase) && (state.phase !== "done" || state.ended))
+  const isOver = !state || (ENDED.has(state.phase) && (state.phase !== DONE || state.ended))
   if (next && isOver) panel.show(next)
   else if (state) panel.show(state)
-  else if (panel.state?.phase === "waiting") {
+  else if (panel.state?.phase === WAITING) {
     panel.rest()
     panel.explain()
   }
@@ -452,7 +450,7 @@ async function readStates() {
   known = api.clientId
   const answer = await api.fetchApi(`/facelora/training?client=${encodeURIComponent(known)}`)
   if (!answer.ok) return
-  for (const state of await answer.json()) states.set(place(state), { ...state, told: performance.now() })
+  for (const state of await answer.json()) states.set(place(state), { ...state, newsTime: performance.now() })
   panels.forEach(refresh)
 }
 

@@ -287,7 +287,7 @@ def run_folder(desk: Desk, draw: Random) -> None:
 
 def panel(desk: Desk, draw: Random) -> None:
     """The state of the panels that a server finds when it starts is damaged."""
-    runs = nodes_module("runs")
+    runs = nodes_module("app.runs")
     run_ = runs.QueuedRun("anna", "p", "w", "5")
     with cache_in(desk.room / "cache"):
         first = runs.Runs()

@@ -6,8 +6,9 @@
 from comfy_api.latest import ComfyExtension
 
 from ...core import errors
-from . import lora_files, panel, photos, style_pack, train
+from . import lora_files, style_pack, train
 from .alike import ChooseAlike
+from .app import routes
 from .apply import ApplyLora
 from .group import GroupPerson, GroupPortrait
 from .likeness import ContactSheet, LikenessScore
@@ -44,7 +45,7 @@ for kind in vars(errors).values():
 
 class FaceLoraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        for module in (panel, photos, style_pack, lora_files, train):
+        for module in (routes, style_pack, lora_files, train):
             module.add_routes()
 
     async def get_node_list(self) -> list[type]:

@@ -75,10 +75,10 @@ class ChooseAlike(io.ComfyNode):
         drawn = [Photo.from_image(image, f"picture {number}") for number, image in enumerate(given, start=1)]
         network = load_faces()
         second = second_network(network)
-        found = choose_alike(drawn, photos_of(photos), network, second, count=count[0], required=required[0])
-        chosen, others = ([one for one in found if bool(one.reason) == left] for left in (False, True))
+        candidates = choose_alike(drawn, photos_of(photos), network, second, count=count[0], required=required[0])
+        chosen, others = ([one for one in candidates if bool(one.reason) == left] for left in (False, True))
         by = f"{network.name} and {second.name}" if second else network.name
-        title = f"{counted(len(chosen), 'picture')} of {len(found)} chosen by {by}"
+        title = f"{counted(len(chosen), 'picture')} of {len(candidates)} chosen by {by}"
         rows = [(name, row) for name, row in (("chosen", chosen), ("left out", others)) if row]
         sheet = contact_sheet(
             [(name, [one.report.photo.image(shorter_side=256) for one in row]) for name, row in rows],
@@ -86,7 +86,7 @@ class ChooseAlike(io.ComfyNode):
         )  # fmt: skip
         return io.NodeOutput(
             [image_tensor(one.report.photo.image()) for one in chosen],
-            "\n".join([title, *map(str, found)]),
+            "\n".join([title, *map(str, candidates)]),
             image_tensor(sheet),
             ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
         )

@@ -122,15 +122,15 @@ class ApplyLora(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         if start_percent >= end_percent:
             raise BadConfig(f"start_percent = {start_percent:g} must be less than end_percent = {end_percent:g}")
-        found = chosen_lora(lora_name, lora)
+        file = chosen_lora(lora_name, lora)
         if mode != "off":
             steps = (start_percent, end_percent)
             model, clip = _apply(
-                found, model, clip, strength_model, strength_clip, block_weights, mode == "bypass", steps
+                file, model, clip, strength_model, strength_clip, block_weights, mode == "bypass", steps
             )
-        phrase, missing = prompt_phrase(found, next(iter(trigger_words(found.metadata)), ""))
-        text = lora_summary(found, phrase) + (f"\n{missing}" if missing else "")
-        label = f"{Path(found.name).stem} at {0 if mode == 'off' else strength_model:g}"
+        phrase, missing = prompt_phrase(file, next(iter(trigger_words(file.metadata)), ""))
+        text = lora_summary(file, phrase) + (f"\n{missing}" if missing else "")
+        label = f"{Path(file.name).stem} at {0 if mode == 'off' else strength_model:g}"
         return io.NodeOutput(
             model, clip, phrase, f"a photo of {phrase}" if phrase else "", label, ui=ui.PreviewText(text)
         )
@@ -229,13 +229,13 @@ def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> LoraFile:
     """Return the connected LoRA, or else the named file. Raises BadFile without either, LoraMisfit if it changes no weight."""
     if lora is None and lora_name == CONNECTED:
         raise BadFile("no LoRA: connect one to lora, or choose a file in lora_name")
-    found = LoraFile.read(_path(lora_name)) if lora is None else lora_file(lora)
-    if not found.entries:
+    file = LoraFile.read(_path(lora_name)) if lora is None else lora_file(lora)
+    if not file.entries:
         raise LoraMisfit(
-            f"{Path(found.name).name}: changes no weight. If it is a textual inversion, move it to the embeddings folder and "
+            f"{Path(file.name).name}: changes no weight. If it is a textual inversion, move it to the embeddings folder and "
             "write embedding:NAME into the prompt"
         )
-    return found
+    return file
 
 
 def file_state(lora_name: str | None) -> str:

@@ -9,6 +9,7 @@ folder, by the file's name after `embedding:`.
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from aiohttp import web
 from ...core.errors import FaceLoraError
 from ...core.lora.embeddings import embedding_files, file_word
 from ...core.lora.file import LoraFile
+from ...core.models.base import Base
+from ...core.models.opening import load_base
 from ...core.storage.cache_folder import cache_folder
 from ...core.storage.files import make_folder
 
@@ -74,8 +77,17 @@ def _known_folders() -> dict[str, str]:
     }
 
 
-def refusal(problem: Exception, status: int) -> web.Response:
-    """Return the answer that a request gets for an error."""
+def opened(base: str) -> Base | None:
+    """Open a base model by its file's name in a loader; None if the file is missing or its family is unknown."""
+    for kind in ("checkpoints", "diffusion_models"):
+        if base in folder_paths.get_filename_list(kind):
+            with suppress(FaceLoraError):
+                return load_base(folder_paths.get_full_path_or_raise(kind, base))
+    return None
+
+
+def refusal(problem: Exception, status: int = 200) -> web.Response:
+    """Return the answer that a request gets for an error. Browsers report a status other than 200 as a fault of the page."""
     return web.json_response({"error": without_server_paths(str(problem))}, status=status)
 
 

@@ -109,11 +109,11 @@ class GroupPerson(io.ComfyNode):
     @classmethod
     @says_no_server_paths
     def execute(cls, lora_name, name, strength, phrase, region="", lora=None, mask=None) -> io.NodeOutput:
-        found = chosen_lora(lora_name, lora)
-        words, missing = prompt_phrase(found, phrase.strip() or next(iter(trigger_words(found.metadata)), ""))
+        file = chosen_lora(lora_name, lora)
+        words, missing = prompt_phrase(file, phrase.strip() or next(iter(trigger_words(file.metadata)), ""))
         if not words:
             raise BadConfig(
-                f"{name}: {Path(found.name).name} doesn't contain trigger words. Type them into phrase, e.g. sks woman"
+                f"{name}: {Path(file.name).name} doesn't contain trigger words. Type them into phrase, e.g. sks woman"
             )
         if missing:
             raise BadConfig(f"{name}: {missing}")
@@ -122,7 +122,7 @@ class GroupPerson(io.ComfyNode):
         place = read_box(name, region) if region.strip() else None
         if mask is not None:
             place = Mask(mask_picture(mask.reshape(-1, *mask.shape[-2:])[0]))
-        return io.NodeOutput(Member(GroupMember(name.strip(), found, words, strength), place))
+        return io.NodeOutput(Member(GroupMember(name.strip(), file, words, strength), place))
 
 
 class GroupPortrait(io.ComfyNode):
@@ -205,9 +205,9 @@ class GroupPortrait(io.ComfyNode):
             for conditioning, text in zip(entries, (words, negative), strict=True):
                 encoded = own_clip.encode_from_tokens_scheduled(own_clip.tokenize(text))
                 conditioning += [[tensor, {**given, **values}] for tensor, given in encoded]
-        said = "\n".join(f"{person.name if person else 'scene'}: {words}" for words, person in texts)
+        prompts = "\n".join(f"{person.name if person else 'scene'}: {words}" for words, person in texts)
         size = _size(group, model, width, height, multiple)
-        return io.NodeOutput(*entries, _empty(model, size, batch_size), ui=ui.PreviewText(said))
+        return io.NodeOutput(*entries, _empty(model, size, batch_size), ui=ui.PreviewText(prompts))
 
 
 def _group(members: list[Member]) -> Group:

@@ -10,7 +10,7 @@ from ...core.errors import BadPhoto, MissingPackage
 from ...core.faces import Reference
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.pictures.sheet import contact_sheet
-from . import panel
+from .app.state import app
 from .convert import FacePhotos, image_tensor, photos_of, pictures
 from .folders import says_no_server_paths
 from .plot import score_plot
@@ -75,14 +75,16 @@ class LikenessScore(io.ComfyNode):
     def execute(cls, images, reference, required=(True,), labels=()) -> io.NodeOutput:
         judged, title = [image for batch in images for image in pictures(batch)], "likeness"
         try:
-            found = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
+            likenesses = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(
+                judged
+            )
         except (MissingPackage, BadPhoto) as problem:
             if required[0]:
                 raise
-            found, title = [None] * len(judged), f"not compared: {problem}"
-        scores = [-1.0 if score is None else score for score in found]
+            likenesses, title = [None] * len(judged), f"not compared: {problem}"
+        scores = [-1.0 if score is None else score for score in likenesses]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
-        panel.scored(cls.hidden.unique_id, [(index, scores[index]) for index in order])
+        app().rank(cls.hidden.unique_id, [(index, scores[index]) for index in order])
         words, given = [f"{score:.2f}" if score > -1 else "no face" for score in scores], _labels(labels, len(judged))
         texts = [", ".join(filter(None, (words[index], given[index]))) for index in order]
         sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[texts])

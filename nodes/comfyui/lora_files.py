@@ -140,10 +140,10 @@ class InspectLora(io.ComfyNode):
     @says_no_server_paths
     def execute(cls, lora_name) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        found = inspect_lora(path)
-        report = format_inspection(found)
+        inspection = inspect_lora(path)
+        report = format_inspection(inspection)
         lora = lora_model(LoraFile.read(path))
-        return io.NodeOutput(report, json.dumps(found, indent=1), lora, ui=ui.PreviewText(report))
+        return io.NodeOutput(report, json.dumps(inspection, indent=1), lora, ui=ui.PreviewText(report))
 
 
 def add_routes() -> None:
@@ -157,7 +157,7 @@ def add_routes() -> None:
                 text=f"{name}: the loras folder doesn't contain this file. Press R to refresh the list", status=404
             )
         try:
-            found = await asyncio.to_thread(inspect_lora, folder_paths.get_full_path_or_raise("loras", name))
+            inspection = await asyncio.to_thread(inspect_lora, folder_paths.get_full_path_or_raise("loras", name))
         except FaceLoraError as problem:
             return web.Response(text=without_server_paths(str(problem)), status=422)
-        return web.Response(text=format_inspection(found))
+        return web.Response(text=format_inspection(inspection))

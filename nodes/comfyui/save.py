@@ -13,12 +13,10 @@ from comfy_api.latest import io, ui
 
 from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import save_png
+from .app.people import digest_of
+from .app.state import app
 from .convert import pictures
 from .folders import says_no_server_paths
-from .people import digest_of
-
-_saved: dict[tuple[str, str, str], tuple[ui.SavedResult, str]] = {}
-"""Files that were saved since the server started, with their digests: by start of the name, LoRA and picture."""
 
 
 class SaveHeadshots(io.ComfyNode):
@@ -66,22 +64,23 @@ class SaveHeadshots(io.ComfyNode):
         saved = []
         for number, image in enumerate(pictures(images)):
             key = filename_prefix, lora_name, content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
-            known, digest = _saved.get(key, (None, ""))
+            known, digest = app().saved.get(key, (None, ""))
             if known is None or digest_of(_below_output(known)) != digest:
                 name = f"{stem.replace('%batch_num%', str(number))}_{counter:05}_.png"
                 counter += 1
                 save_png(Path(folder) / name, image, texts)
                 known = ui.SavedResult(name, subfolder, io.FolderType.output)
-                _saved[key] = known, digest_of(_below_output(known))
+                app().saved[key] = known, digest_of(_below_output(known))
             saved.append(known)
         return io.NodeOutput(images, ui=ui.SavedImages(saved))
 
 
 def renamed(old: str, new: str, headshots: Collection[str]) -> None:
     """Note that a LoRA has another name, so that its headshots, by name below the output folder, aren't saved again."""
-    for (prefix, lora_name, picture), (saved, digest) in list(_saved.items()):
+    for (prefix, lora_name, picture), (saved, digest) in list(app().saved.items()):
         if Path(lora_name).stem == old and _below_output(saved) in headshots:
-            _saved[prefix, str(Path(lora_name).with_name(f"{new}.safetensors")), picture] = saved, digest
+            name = str(Path(lora_name).with_name(f"{new}.safetensors"))
+            app().saved[prefix, name, picture] = saved, digest
 
 
 def _below_output(saved: ui.SavedResult) -> str:

@@ -13,10 +13,12 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ...core.errors import BadConfig, BadStylePack
-from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, StyledPrompt, Subject, find_style_packs
+from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, StyledPrompt, find_style_packs
 from ...core.pictures.style_picture import style_picture
+from ..settings import NodeStyles
 from .convert import few_steps, speed_hint, style_family
 from .folders import refusal, says_no_server_paths, without_server_paths
+from .inputs import setting_input
 
 FROM_MODEL = "that of the model"
 NOT_VARIED = -1
@@ -33,8 +35,8 @@ def find_packs() -> FoundPacks:
 class HeadshotStylePack(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        found = find_packs()
-        problems = "".join(f"\nNot used: {problem}" for problem in found.problems)
+        packs = find_packs()
+        problems = "".join(f"\nNot used: {problem}" for problem in packs.problems)
         return io.Schema(
             node_id="FaceLoRAStylePack",
             display_name="Headshot Style Pack",
@@ -44,17 +46,9 @@ class HeadshotStylePack(io.ComfyNode):
             f"Save your own packs in models/style_packs.{problems}",
             search_aliases=["style", "prompt styler", "headshots", "prompts"],
             inputs=[
-                io.Combo.Input(
-                    "pack",
-                    options=list(found.packs),
-                    default="corporate",
-                    tooltip="The style pack to draw from. Save your own packs in models/style_packs. They replace packs "
-                    "with the same id.",
-                ),
-                io.String.Input(
-                    "styles",
-                    default="",
-                    placeholder="all styles of the pack",
+                setting_input(NodeStyles, "pack", options=list(packs.packs)),
+                setting_input(
+                    NodeStyles, "styles", placeholder="all styles of the pack",
                     tooltip="Names of styles in the pack, separated by commas. If empty, all styles are used. "
                     "Click a picture below to add or remove its style.",
                 ),
@@ -64,27 +58,15 @@ class HeadshotStylePack(io.ComfyNode):
                     tooltip="The person in the pictures. Connect trigger_phrase of Apply LoRA, or type the LoRA's "
                     "trigger phrase.",
                 ),
-                io.Int.Input(
-                    "count", default=8, min=1, max=1000, tooltip="Number of pictures. They are divided evenly among the styles."
-                ),
-                io.Int.Input(
-                    "first_seed",
-                    default=1, min=0, max=2**64 - 1,
-                    tooltip="Seed of the first picture. Each further picture adds 1. Change it for different pictures "
-                    "and variations.",
-                ),
+                setting_input(NodeStyles, "count"),
+                setting_input(NodeStyles, "first_seed"),
                 io.Combo.Input(
                     "family",
                     options=[FROM_MODEL, *FAMILY_DEFAULTS],
                     tooltip="The model family that the prompts are for: tags for SD1.5 and SDXL, sentences for newer "
                     "models. The default uses the family of the connected model.",
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0, min=0, max=4096, step=8, advanced=True,
-                    tooltip="Picture size: the side, in pixels, of a square with the picture's area. 0 (default) uses "
-                    "the resolution of the model family.",
-                ),
+                setting_input(NodeStyles, "resolution", step=8, advanced=True),
                 io.Model.Input(
                     "model", optional=True,
                     tooltip="The model that draws the pictures. Needed only if family is 'that of the model'. A "
@@ -119,7 +101,7 @@ class HeadshotStylePack(io.ComfyNode):
             return True
         try:
             chosen = find_packs().pick(pack)
-            for name in _names(styles):
+            for name in NodeStyles(pack, styles).names:
                 chosen.style(name)
         except BadStylePack as problem:
             return without_server_paths(str(problem))
@@ -135,12 +117,9 @@ class HeadshotStylePack(io.ComfyNode):
             if model is None:
                 raise BadConfig("family: choose a family, or connect the model that draws the pictures to model")
             family = style_family(model)
-        found = find_packs()
-        prompts = found.pick(pack).prompts(
-            Subject(subject.strip(), class_word=""), family, count, first_seed,
-            styles=_names(styles) or None, resolution=resolution or None,
-        )  # fmt: skip
-        prompts = _alike(prompts, vary, variation_seed)
+        packs = find_packs()
+        chosen = NodeStyles(pack, styles, count, first_seed, resolution)
+        prompts = _alike(chosen.prompts(packs, subject.strip(), family), vary, variation_seed)
         few = few_steps(model) if model is not None else None  # Such a model draws in its own steps, without guidance.
         hint = speed_hint(model) if model is not None else ""
         return io.NodeOutput(
@@ -153,7 +132,7 @@ class HeadshotStylePack(io.ComfyNode):
             [few.steps if few else item.steps for item in prompts],
             [item.style for item in prompts],
             [item.strength for item in prompts],
-            ui=ui.PreviewText("\n".join([*found.problems, *([hint] if hint else [])])),
+            ui=ui.PreviewText("\n".join([*packs.problems, *([hint] if hint else [])])),
         )
 
 
@@ -189,17 +168,9 @@ def _outputs() -> list[Any]:
     return [kind.Output(display_name=name, is_output_list=True, tooltip=text) for kind, name, text in outputs]
 
 
-def listed(
-    pack: str, styles: str, count: int, first_seed: int, vary: int = NOT_VARIED, variation_seed: int = 0
-) -> list[StyledPrompt]:
+def listed(chosen: NodeStyles, vary: int, variation_seed: int) -> list[StyledPrompt]:
     """Return the list of the node for another subject and family. Raises BadStylePack for an unknown pack or style."""
-    family = next(iter(FAMILY_DEFAULTS))
-    prompts = find_packs().pick(pack).prompts(Subject(""), family, count, first_seed, styles=_names(styles) or None)
-    return _alike(prompts, vary, variation_seed)
-
-
-def _names(styles: str) -> list[str]:
-    return [name.strip() for name in styles.split(",") if name.strip()]
+    return _alike(chosen.prompts(find_packs(), "", next(iter(FAMILY_DEFAULTS))), vary, variation_seed)
 
 
 def add_routes() -> None:

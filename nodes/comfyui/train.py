@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,34 +25,43 @@ from PIL import Image
 from server import PromptServer
 
 from ...core import studio  # Its modules are loaded when they are used.
-from ...core.config import TrainConfig, config_from, typed_settings
+from ...core.config import config_from, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import SWITCH
-from ...core.progress import READING, silent
+from ...core.progress import READING
 from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
-from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings, steps_between
+from ...core.training.recipes import ENOUGH, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
-from . import panel, people
+from ..settings import NodeSettings
+from .app.dropped import input_folder
+from .app.runs import DONE, FAILED, SAMPLE_SIDE, STEPPING, STOPPED, QueuedRun, photo_urls, sample_urls
+from .app.state import app
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
-from .dropped import input_folder
-from .folders import says_no_server_paths, without_server_paths, write_embedding
-from .photos import opened
+from .folders import opened, says_no_server_paths, without_server_paths, write_embedding
+from .inputs import setting_input
 from .plot import loss_plot
-from .runs import QueuedRun
 
 GOOD, ALL = "good photos", "all photos"
+BASIC = ("trigger_word", "class_word", "recipe", "samples")
+"""The fields of NodeSettings that are not among the advanced inputs."""
+WIDGETS: Mapping[str, Mapping[str, Any]] = {
+    "recipe": {"options": list(RECIPES)},
+    "learning_rate": {"step": 1e-6, "round": 1e-7}, "resolution": {"step": 8},
+    "training_seed": {"control_after_generate": False},
+    "sample_prompts": {"multiline": True, "placeholder": "sample prompts, one per line"},
+    "settings": {"multiline": True, "placeholder": "any other setting, e.g. text_encoder_lr = 1e-5"},
+}  # fmt: skip
+"""How the widgets of these fields look."""
 LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
-_given_out: dict[str, set[Path]] = {}
-"""The files that the node has returned since the server was started, by the name given in the node."""
 _forecasts: "dict[str, studio.Forecast]" = {}
 """The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
 _counting = threading.Lock()
@@ -83,20 +92,7 @@ class TrainFaceLora(io.ComfyNode):
                     tooltip="Name of the LoRA file in the loras folder. A number is added if another LoRA already has "
                     "this name.",
                 ),
-                io.String.Input("trigger_word", default="sks", tooltip=f"{_help('trigger_word')}."),
-                io.String.Input("class_word", default="person", tooltip=f"{_help('class_word')}."),
-                io.Combo.Input(
-                    "recipe", options=list(RECIPES), default="balanced",
-                    tooltip="Preset for the training run: 'fast' for a first try, 'balanced' (default) for most people, "
-                    "'best' for the longest training. With eight or more photos and the face networks, likeness is measured "
-                    "and the best step is kept. The help page lists the numbers.",
-                ),
-                io.Int.Input(
-                    "samples", default=4, min=0, max=100,
-                    tooltip="How many times sample pictures are drawn during training. 0 draws none, or "
-                    f"{MEASUREMENTS} if likeness is measured, which needs samples. Fewer samples save time.",
-                ),
-                *_settings_inputs(),
+                *_setting_inputs(),
                 io.String.Input(
                     "captions", optional=True, force_input=True,
                     tooltip="One caption for each photo, in the same order. Leave it empty for Load Face Photos, which "
@@ -163,25 +159,21 @@ class TrainFaceLora(io.ComfyNode):
     def fingerprint_inputs(cls, name: Any = None, **_: object) -> list[str]:
         """Changes when a file that the node returned has been deleted or moved, so that ComfyUI runs the node again."""
         given = name[0] if isinstance(name, list) else name
-        is_whole = all(path.exists() for path in _given_out.get(given, ()))
+        is_whole = all(path.exists() for path in app().outputs.get(given, ()))
         return [] if is_whole else [secrets.token_hex()]  # each time another, since the file may be deleted again
 
     @classmethod
     @says_no_server_paths
     def execute(
-        cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps=(0,), rank=(0,),
-        learning_rate=(0.0,), resolution=(0,), training_seed=(1,), sample_prompts=("",), settings=("",), captions=None,
-        class_photos=None, masks=None, continue_from=None, use=(GOOD,), checkpoint=(0,), training_adapter=None,
-        drawn_photos=None,
+        cls, model, clip, vae, photos, name, captions=None, class_photos=None, masks=None, continue_from=None, use=(GOOD,),
+        checkpoint=(0,), training_adapter=None, drawn_photos=None, **settings: Sequence[Any],
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
         _check_parts(model[0], clip[0], vae[0])
-        config = _config(
-            family, _clip_skip(family, clip[0].layer_idx), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0],
-            rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0], use[0],
-            len(person), notes.append,
-        )  # fmt: skip
+        inputs = NodeSettings(**{name: values[0] for name, values in settings.items()})
+        others = _clip_skip(family, clip[0].layer_idx) | ({"check_photos": False} if use[0] == ALL else {})
+        config = inputs.config(FAMILIES[family].recipes, len(person), others, notes.append)
         check_makes_lora(config)
         place = LoraFolders(lora_path(name[0]), [Path(folder) for folder in folder_paths.get_folder_paths("loras")])
         comfy.model_management.unload_all_models()
@@ -195,7 +187,7 @@ class TrainFaceLora(io.ComfyNode):
                 adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base) if training_adapter else None,
             )  # fmt: skip
             made = _make(checked, place, checkpoint[0], cls.hidden.unique_id, notes)
-        _given_out.setdefault(name[0], set()).add(made.path)
+        app().outputs[name[0]] = app().outputs.get(name[0], set()) | {made.path}
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
         return io.NodeOutput(
@@ -204,44 +196,13 @@ class TrainFaceLora(io.ComfyNode):
         )  # fmt: skip
 
 
-def _settings_inputs() -> list[Any]:
-    """Return the advanced inputs, whose defaults suit most people."""
+def _setting_inputs() -> list[Any]:
+    """Return the inputs of NodeSettings. The advanced ones have defaults that suit most people."""
+    advanced = {"optional": True, "advanced": True}
     return [
-        io.Int.Input(
-            "steps", default=0, min=0, max=100_000, optional=True, advanced=True,
-            tooltip="Number of optimizer steps. 0 (default) uses the recipe's value. Raise it if the likeness is too weak.",
-        ),
-        io.Int.Input(
-            "rank", default=0, min=0, max=1024, optional=True, advanced=True,
-            tooltip="Rank of the LoRA: a higher rank learns more detail and makes a larger file. 0 (default) uses the "
-            "recipe's value.",
-        ),
-        io.Float.Input(
-            "learning_rate", default=0.0, min=0.0, max=10.0, step=1e-6, round=1e-7, optional=True, advanced=True,
-            tooltip="Highest learning rate. 0 (default) uses the recipe's value. Lower it if samples become distorted.",
-        ),
-        io.Int.Input(
-            "resolution", default=0, min=0, max=4096, step=8, optional=True, advanced=True,
-            tooltip="Training resolution: the side, in pixels, of a square with the picture's area. 0 (default) uses the "
-            "recipe's value, or the base model's resolution if the recipe has none. Lower it to save memory.",
-        ),
-        io.Int.Input(
-            "training_seed", default=1, min=0, max=2**63 - 1, control_after_generate=False, optional=True, advanced=True,
-            tooltip="Random seed. The same inputs and seed give the same LoRA. Change it to get a different result.",
-        ),
-        io.String.Input(
-            "sample_prompts", default="", multiline=True, optional=True, advanced=True,
-            placeholder="sample prompts, one per line",
-            tooltip="Prompts for the sample pictures, one per line. If empty, samples use 'a photo of' and the trigger "
-            "and class word.",
-        ),
-        io.String.Input(
-            "settings", default="", multiline=True, optional=True, advanced=True,
-            placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
-            tooltip="Any other training setting, as lines of TOML. Settings here override the recipe and the inputs "
-            "above. The help page lists them all.",
-        ),
-    ]  # fmt: skip
+        setting_input(NodeSettings, one.name, **WIDGETS.get(one.name, {}), **({} if one.name in BASIC else advanced))
+        for one in fields(NodeSettings)
+    ]
 
 
 def _outputs() -> list[Any]:
@@ -257,36 +218,6 @@ def _outputs() -> list[Any]:
             tooltip="All samples: one row for each time that samples were drawn.",
         ),
     ]  # fmt: skip
-
-
-def _help(setting: str) -> str:
-    text = TrainConfig.__dataclass_fields__[setting].metadata["help"]
-    return text[0].upper() + text[1:]
-
-
-def _config(
-    family: str, clip_skip: Mapping[str, int], trigger_word: str, class_word: str, recipe: str, samples: int, steps: int,
-    rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str, use: str,
-    photos: int, on_warning: Callable[[str], None],
-) -> TrainConfig:  # fmt: skip
-    """Build the TrainConfig of the node's inputs.
-
-    The recipe is overridden by CLIP's layer and the widgets, and those by `settings`. A widget at 0 uses the recipe's
-    value. Raises BadConfig for a setting that is unknown or out of range.
-    """
-    widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
-    given = {name: value for name, value in widgets.items() if value}
-    given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed}
-    if use == ALL:
-        given["check_photos"] = False
-    given |= {**clip_skip, **typed_settings(settings)}
-    chosen = recipe_settings(recipe, FAMILIES[family].recipes, given, photos, on_warning)
-    if samples and "sample_every" not in given:
-        chosen["sample_every"] = steps_between(chosen["steps"], samples)
-    prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
-    if prompts and chosen.get("sample_every"):
-        chosen["sample_prompts"] = prompts
-    return config_from(chosen)
 
 
 def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
@@ -308,8 +239,8 @@ def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
 
 def _check_parts(model: Any, clip: Any, vae: Any) -> None:
     """Raise BadConfig when CLIP or VAE is missing, which ComfyUI's loaders only log, or when the VAE is for another model."""
-    for name, found in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
-        if found is None:
+    for name, part in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
+        if part is None:
             raise BadConfig(
                 f"{name}: the checkpoint doesn't contain one. Load the {name.upper()} of this base model from another file"
             )
@@ -328,7 +259,7 @@ def _make(
     `checked` returns the job when it has checked the photos. If `checkpoint` is not 0, the path is the intermediate LoRA of
     that measured step.
     """
-    run, key = panel.begin(node_id), None
+    run, key = app().begin(node_id), None
     watch = Watch(run, place.name)
     for note in notes:
         watch.warning(note)
@@ -342,10 +273,10 @@ def _make(
             raise BadConfig(
                 f"checkpoint = {checkpoint}: these photos and settings have not been trained yet. Set checkpoint to 0"
             )
-        photos = panel.photo_urls(job.ready.photos)
+        photos = photo_urls(job.ready.photos)
         watch.resume(job.key)
         watch.show(photos=photos)
-        key = panel.remember(run, job.key, place.name, picture=next(iter(photos), None), **_photos_of(job))
+        key = app().remember(run, job.key, place.name, picture=next(iter(photos), None), **_photos_of(job))
         watch.show(person=key)
         callbacks = Callbacks(
             on_step=watch.step,
@@ -368,23 +299,23 @@ def _make(
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name}: {'already trained' if made.found else 'trained'}")
-        watch.show(phase="done", file=made.path.name, chosen=bool(checkpoint), **_looks(made))
-        people.note(run.user, key, phase="done", **kept)
+        watch.show(phase=DONE, file=made.path.name, chosen=bool(checkpoint), **_results(made))
+        app().people.note(run.user, key, phase=DONE, **kept)
     except Exception as error:  # the panel shows the user any error
-        watch.show(phase="failed", error=without_server_paths(str(error)))
-        _ended(run, key, "failed")
+        watch.show(phase=FAILED, error=without_server_paths(str(error)))
+        _ended(run, key, FAILED)
         raise
     except BaseException:  # cancelled
         watch.log("stopped. Run it again to continue")
-        watch.show(phase="stopped")
-        _ended(run, key, "stopped")
+        watch.show(phase=STOPPED)
+        _ended(run, key, STOPPED)
         raise
     return made
 
 
 def _ended(run: QueuedRun, key: str | None, phase: str) -> None:
     if key:
-        people.note(run.user, key, phase=phase)
+        app().people.note(run.user, key, phase=phase)
 
 
 def _photos_of(job: TrainingJob) -> dict[str, list[str]]:
@@ -406,7 +337,7 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
     ]
 
 
-def _looks(made: TrainedFile) -> dict[str, Any]:
+def _results(made: TrainedFile) -> dict[str, Any]:
     """Return what the panel shows about a finished training run: its likeness, and the samples of the kept step."""
     shown: dict[str, Any] = {"kept_step": made.kept_step()}
     if likenesses := made.likenesses():
@@ -414,7 +345,7 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
         shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": likeness_word(likeness)}
     if drawn := made.kept_samples():
         step, images = drawn
-        shown |= {"samples": panel.sample_urls(images), "samples_step": step}
+        shown |= {"samples": sample_urls(images), "samples_step": step}
     return shown
 
 
@@ -431,11 +362,11 @@ class Watch:
 
     def show(self, **news: Any) -> None:
         """Publish the news with the number of seconds that have passed."""
-        panel.publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
+        app().publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
 
     def resume(self, job: str) -> None:
         """Continue the curves and the clock of an earlier run of the job with that key."""
-        shown = panel.resumed(job)
+        shown = app().runs.resumed(job)
         self._begun -= shown.pop("seconds", 0.0)
         self.show(job=job, **shown)
 
@@ -468,7 +399,7 @@ class Watch:
         self.show(warning=without_server_paths(message))
 
     def point(self, report: StepReport) -> None:
-        self._move_bar("training", report.step, report.steps)
+        self._move_bar(STEPPING, report.step, report.steps)
         measured = {}
         if report.measured:
             word = likeness_word(report.measured.likeness)
@@ -476,23 +407,19 @@ class Watch:
         text = step_line(report, time.monotonic() - self._begun)
         self.log(text, always=report.step == report.steps or bool(measured))
         self.show(
-            phase="training", step=report.step, steps=report.steps, loss=report.loss, learning_rate=report.learning_rate,
+            phase=STEPPING, step=report.step, steps=report.steps, loss=report.loss, learning_rate=report.learning_rate,
             seconds_left=report.seconds_left, memory=report.memory, **measured,
         )  # fmt: skip
 
     def step(self, report: StepReport) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if panel.stop_is_wanted(self._run):
+        if app().runs.stop_is_wanted(self._run):
             raise StopAndKeep
 
     def sample(self, step: int, images: list[Image.Image]) -> None:
-        self.show(samples=panel.sample_urls(images), samples_step=step)
+        self.show(samples=sample_urls(images), samples_step=step)
         if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
-            self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
-
-
-_WIDGETS = {"steps": int, "rank": int, "learning_rate": float, "resolution": int}
-"""The widgets that override the recipe unless they are 0."""
+            self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], SAMPLE_SIDE))
 
 
 def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
@@ -503,19 +430,11 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     base = opened(asked.get("base", ""))
     if base is None:
         return {}
-    samples, steps, rank, resolution = (
-        int(asked.get(name) or 0) for name in ("samples", "steps", "rank", "resolution")
-    )
+    settings, recipes = NodeSettings.read(asked), base.family.recipes
     photos, pictures = (min(max(int(asked.get(name) or 0), 0), 1000) for name in ("photos", "pictures"))
-
-    def config(recipe: str, photos: int) -> TrainConfig:
-        return _config(
-            base.family.name, {}, "sks", "person", recipe, samples, steps, rank, float(asked.get("learning_rate") or 0),
-            resolution, 1, "", asked.get("settings", ""), GOOD, photos, silent,
-        )  # fmt: skip
-
     # What only decides how long a run is changes no pass.
-    passes, path = replace(config("balanced", ENOUGH), steps=1, sample_every=1), Path(base.files[0].path)
+    balanced, path = replace(settings, recipe="balanced", training_seed=1).config(recipes), Path(base.files[0].path)
+    passes = replace(balanced, steps=1, sample_every=1)
     key = content_key(path, path.stat().st_mtime_ns, passes)
     with _counting:
         if key not in _forecasts:
@@ -523,7 +442,8 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
             _forecasts[key] = studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
         forecast = _forecasts[key]
     photos = photos or ENOUGH
-    return {recipe: forecast.span(config(recipe, photos), photos, pictures) for recipe in RECIPES}
+    configs = {recipe: replace(settings, recipe=recipe).config(recipes, photos) for recipe in RECIPES}
+    return {recipe: forecast.span(config, photos, pictures) for recipe, config in configs.items()}
 
 
 def add_routes() -> None:
@@ -548,12 +468,11 @@ def add_routes() -> None:
         base = await asyncio.to_thread(opened, request.query.get("base", ""))
         if base is None:
             return web.json_response({})
-        asked = request.query
         try:
-            given = {name: kind(asked.get(name) or 0) for name, kind in _WIDGETS.items()}
-            given = {name: value for name, value in given.items() if value} | typed_settings(asked.get("settings", ""))
-            chosen = recipe_settings(asked.get("name", ""), base.family.recipes, given)
+            settings = replace(NodeSettings.read(request.query), recipe=request.query.get("name", ""))
+            config = settings.config(base.family.recipes)
         except (BadConfig, ValueError) as problem:
             return web.json_response({"error": str(problem)}, status=400)
-        shown = {"batch_size": 1} | {name: chosen[name] for name in ("batch_size", *_WIDGETS) if chosen.get(name)}
-        return web.json_response({"resolution": base.resolution} | shown)
+        shown = {"steps": config.steps, "batch_size": config.batch_size, "rank": config.rank}
+        rate = {"learning_rate": config.learning_rate} if config.learning_rate else {}  # prodigy finds it
+        return web.json_response(shown | rate | {"resolution": config.resolution or base.resolution})

@@ -93,13 +93,13 @@ def register_lora(
     images = _service(context, "model_images")
     models = context.config.get().models_path
     stored = path.relative_to(models) if path.is_relative_to(models) else path  # as InvokeAI writes it into its records
-    found = context.models.search_by_path(Path(stored.as_posix()))
+    known = context.models.search_by_path(Path(stored.as_posix()))
     if is_new:
-        for record in found:
+        for record in known:
             install.unregister(record.key)
             Path(images.get_path(record.key)).unlink(missing_ok=True)
-    elif found:
-        return ModelIdentifierField.from_config(found[0])
+    elif known:
+        return ModelIdentifierField.from_config(known[0])
     named = ModelRecordChanges(name=path.stem, description=description)
     # A job of its installer: its pages list the new model at once.
     job = install.wait_for_job(install.heuristic_import(str(path), config=named, inplace=True), REGISTERING)
@@ -120,9 +120,9 @@ def register_lora(
 
 def _service(context: InvocationContext, *names: str) -> Any:
     """One of InvokeAI's services. Raises MissingPackage where this version does not have it."""
-    found: Any = context._services
+    service: Any = context._services
     for name in names:
-        found = getattr(found, name, None)
-    if found is None:
+        service = getattr(service, name, None)
+    if service is None:
         raise MissingPackage(f"InvokeAI lacks the service {'.'.join(names)}: {_ADVICE}")
-    return found
+    return service

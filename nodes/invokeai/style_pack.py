@@ -17,8 +17,10 @@ from invokeai.invocation_api import (
 
 from ...core.models.base import Base
 from ...core.pictures.generate import Job
-from ...core.pictures.style_pack import MOST_PICTURES, FoundPacks, StyledPrompt, Subject, find_style_packs
+from ...core.pictures.style_pack import MOST_PICTURES, FoundPacks, StyledPrompt, find_style_packs
+from ..settings import NodeStyles
 from . import services
+from .fields import setting_field
 from .models import MAIN_MODEL, base_of
 
 
@@ -44,27 +46,20 @@ class StylesInvocation(BaseInvocation):
     style_pack: PackName = InputField(
         default="corporate", description=f"The pack of headshot styles.{_NOT_USED}", ui_choice_labels=_TITLES
     )
-    styles: str = InputField(
-        default="", description="Names of styles in the pack, separated by commas. If empty, all styles are used."
-    )
-    count: int = InputField(
-        default=8, ge=1, le=MOST_PICTURES, description="Number of pictures. They are divided evenly among the styles."
-    )
-    first_seed: int = InputField(default=1, ge=0, description="Seed of the first picture. Each further picture adds 1.")
-    resolution: int = InputField(
-        default=0,
-        ge=0,
-        le=4096,
-        description="Picture size: the side, in pixels, of a square with the picture's area. 0 uses the model's resolution.",
-    )
+    styles: str = setting_field(NodeStyles, "styles")
+    count: int = setting_field(NodeStyles, "count", le=MOST_PICTURES)
+    first_seed: int = setting_field(NodeStyles, "first_seed")
+    resolution: int = setting_field(
+        NodeStyles, "resolution",
+        "Picture size: the side, in pixels, of a square with the picture's area. 0 uses the model's resolution.",
+    )  # fmt: skip
 
     def prompts(self, base: Base, phrase: str) -> list[StyledPrompt]:
         """Return the prompts for pictures of the person with that trigger phrase."""
-        styles = [name.strip() for name in self.styles.split(",") if name.strip()]
-        return find_packs().pick(self.style_pack).prompts(
-            Subject(phrase, class_word=""), base.family.name, self.count, self.first_seed,
-            styles=styles or None, resolution=self.resolution or base.resolution,
-        )  # fmt: skip
+        styles = NodeStyles(
+            self.style_pack, self.styles, self.count, self.first_seed, self.resolution or base.resolution
+        )
+        return styles.prompts(find_packs(), phrase, base.family.name)
 
 
 @invocation_output("facelora_style_pack_output")
@@ -105,8 +100,8 @@ class HeadshotStylePackInvocation(StylesInvocation):
 
     def invoke(self, context: InvocationContext) -> HeadshotStylePackOutput:
         base = base_of(context, self.model)
-        found = self.prompts(base, self.subject.strip())
-        one = found[self.number % len(found)]
+        prompts = self.prompts(base, self.subject.strip())
+        one = prompts[self.number % len(prompts)]
         job = Job.from_style(one).on(base)  # A model that was distilled to a few steps has its own.
         return HeadshotStylePackOutput(
             prompt=one.prompt,
@@ -117,9 +112,9 @@ class HeadshotStylePackInvocation(StylesInvocation):
             steps=job.steps,
             cfg_scale=job.guidance,
             weight=one.strength,
-            prompts=[item.prompt for item in found],
-            negative_prompts=[item.negative for item in found],
-            widths=[item.width for item in found],
-            heights=[item.height for item in found],
-            seeds=[item.seed for item in found],
+            prompts=[item.prompt for item in prompts],
+            negative_prompts=[item.negative for item in prompts],
+            widths=[item.width for item in prompts],
+            heights=[item.height for item in prompts],
+            seeds=[item.seed for item in prompts],
         )

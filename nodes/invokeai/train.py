@@ -2,8 +2,6 @@
 
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
-from dataclasses import replace
-
 import torch
 from invokeai.invocation_api import (
     BaseInvocationOutput,
@@ -17,19 +15,20 @@ from invokeai.invocation_api import (
     invocation_output,
 )
 
-from ...core.config import RecipeName, TrainConfig, typed_settings
+from ...core.config import RecipeName
 from ...core.device import within_free_memory
 from ...core.errors import BadPhoto
 from ...core.lora.file import LoraFile
 from ...core.lora.names import trigger_words
-from ...core.models.base import Base
 from ...core.photos.ready import SWITCH
 from ...core.threads import within_quota
 from ...core.training.job import TrainingJob
-from ...core.training.recipes import recipe_config, steps_between
+from ...core.training.recipes import recipes_of
 from ...core.training.store import LoraFolders, check_makes_lora, find_or_train, lora_path
 from ...core.training.trained_file import TrainedFile
+from ..settings import NodeSettings
 from . import services
+from .fields import setting_field
 from .models import MAIN_MODEL, base_of
 from .photos import PhotosInvocation, read_named
 from .progress import NodeProgress
@@ -65,19 +64,14 @@ class TrainFaceLoraInvocation(PhotosInvocation):
     name: str = InputField(
         default="my-face", description="Name of the LoRA. A number is added if another LoRA already has this name."
     )
-    trigger_word: str = InputField(default="sks", description="Word for the person in captions and prompts.")
-    class_word: str = InputField(default="person", description="Noun for the person: person, woman, man, …")
-    recipe: RecipeName = InputField(
-        default="balanced",
-        description="Preset for the training run: fast for a first try, balanced for most people, best for the longest "
-        "training.",
-    )
-    steps: int = InputField(
-        default=0, ge=0, le=100_000, description="Number of optimizer steps. 0 uses the recipe's value."
-    )
-    training_seed: int = InputField(
-        default=1, ge=0, description="Random seed. The same inputs and seed give the same LoRA."
-    )
+    trigger_word: str = setting_field(NodeSettings, "trigger_word")
+    class_word: str = setting_field(NodeSettings, "class_word")
+    recipe: RecipeName = setting_field(
+        NodeSettings, "recipe",
+        "Preset for the training run: fast for a first try, balanced for most people, best for the longest training.",
+    )  # fmt: skip
+    steps: int = setting_field(NodeSettings, "steps")
+    training_seed: int = setting_field(NodeSettings, "training_seed")
     check_photos: bool = InputField(
         default=True,
         description="Leave out photos that the photo check rejects. If off, all photos are used.",
@@ -86,11 +80,11 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         default=True,
         description="Use the last sample, a picture of the person, as the cover of the LoRA in the model list.",
     )
-    settings: str = InputField(
-        default="",
-        description="Any other training setting as lines of TOML, such as rank = 32. Settings here override the recipe.",
+    settings: str = setting_field(
+        NodeSettings, "settings",
+        "Any other training setting as lines of TOML, such as rank = 32. Settings here override the recipe.",
         ui_component=UIComponent.Textarea,
-    )
+    )  # fmt: skip
     drawn_photos: list[ImageField] | None = InputField(
         default=None,
         description="Pictures of the person that a model has drawn, to train on too. They count at most as much as the photos.",
@@ -102,7 +96,12 @@ class TrainFaceLoraInvocation(PhotosInvocation):
         drawn = read_named(context, [picture.image_name for picture in self.drawn_photos or ()], progress)
         base = base_of(context, self.model)
         place = LoraFolders(lora_path(self.name), [context.config.get().models_path / FOLDER])
-        config = self._config(base, len(photos), progress)
+        inputs = NodeSettings(
+            self.trigger_word, self.class_word, self.recipe, steps=self.steps, training_seed=self.training_seed,
+            settings=self.settings,
+        )  # fmt: skip
+        recipes = recipes_of(base, progress.warning)
+        config = inputs.config(recipes, len(photos), {"check_photos": self.check_photos}, progress.warning)
         check_makes_lora(config)
         progress.show("checking the photos")
         try:
@@ -123,21 +122,6 @@ class TrainFaceLoraInvocation(PhotosInvocation):
             photo_names=self.image_names(context),
             report="\n".join([_summary(made), *progress.notes]),
         )
-
-    def _config(self, base: Base, photos: int, progress: NodeProgress) -> TrainConfig:
-        """Return the recipe's settings, overridden by the fields, and those by `settings`."""
-        given = {
-            "trigger_word": self.trigger_word,
-            "class_word": self.class_word,
-            "seed": self.training_seed,
-            "check_photos": self.check_photos,
-            **({"steps": self.steps} if self.steps else {}),
-            **typed_settings(self.settings),
-        }
-        config = recipe_config(self.recipe, base, photos, given, progress.warning)
-        if config.sample_every or "sample_every" in given:
-            return config
-        return replace(config, sample_every=steps_between(config.steps))
 
 
 def _train(job: TrainingJob, place: LoraFolders, progress: NodeProgress) -> TrainedFile:

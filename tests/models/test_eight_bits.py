@@ -10,7 +10,7 @@ import core.training.adapted_model as adapted_model
 from core.config import TrainConfig
 from core.models import products, quantised_layers
 from core.models.memory_plan import MemoryPlan
-from core.models.products import choose_products, has_int8_products, time_in_eight_bits
+from core.models.products import choose_products, has_int8_products
 from core.models.quantised import dequantise_fp8
 from core.models.quantised_layers import (
     FEWEST_ROWS,

@@ -17,11 +17,11 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
-from ...core.errors import BadFile, BadPhoto
-from ...core.photos import read_photo_files
-from ...core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
-from ...core.storage.cache_folder import content_key
-from ...core.storage.files import make_folder, read_json, write_file, write_text
+from ....core.errors import BadFile, BadPhoto
+from ....core.photos import read_photo_files
+from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
+from ....core.storage.cache_folder import content_key
+from ....core.storage.files import make_folder, read_json, write_file, write_text
 
 ROOT = "photos"
 """The folder of all dropped photos, below ComfyUI's input folder."""
@@ -88,8 +88,8 @@ def photos_in(folder: str) -> list[str]:
 def folders_of(user: str | None) -> list[str]:
     """Return the folders below the input folder with photos that the user has dropped."""
     root = own_root(user)
-    found = sorted(file.parent.name for file in (input_folder() / root).glob(f"*/{NAMES}"))
-    return [folder for name in found if photos_in(folder := f"{root}/{name}")]
+    names = sorted(file.parent.name for file in (input_folder() / root).glob(f"*/{NAMES}"))
+    return [folder for name in names if photos_in(folder := f"{root}/{name}")]
 
 
 def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[str]:

@@ -3,26 +3,38 @@
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import BadFile
-from ...core.storage.cache_folder import content_key, made_folder
-from ...core.storage.files import read_json, write_text
+from PIL import Image
+
+from ....core.errors import BadFile
+from ....core.photos import Photo
+from ....core.storage.cache_folder import content_key, made_folder
+from ....core.storage.drawn import DRAWN, jpeg_url
+from ....core.storage.files import read_json, write_text
 
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
 """The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
-TRAINING = ("training", "samples")
+STEPPING = "training"
+"""The phase of steps."""
+TRAINING = (STEPPING, "samples")
 """Phases in which a training run can be stopped and its LoRA kept."""
-ENDED = ("done", "stopped", "failed")
+DONE, STOPPED, FAILED = ENDED = "done", "stopped", "failed"
 """Phases that a training run ends with."""
 SAVE_INTERVAL = 10.0
 """Seconds between two saves of the states during a training run."""
 KEPT = 20
 """The number of states kept for each user: those of the nodes that trained last."""
+SAMPLE_SIDE = 512
+"""The longer side of a sample in pixels. It is more than the panel shows, because a click enlarges it."""
+PHOTO_SIDE = 256
+"""The longer side of a photo in the panel, in pixels."""
+PHOTOS = 8
+"""The number of photos that the panel shows beside the samples."""
 
 State = dict[str, Any]
 """What a panel shows of a run, with the run's own fields."""
@@ -79,7 +91,7 @@ class Runs:
         """
         if self._before.get("job") != job:
             return {}
-        shown = [*SERIES, *(["seconds"] if self._before.get("phase") != "done" else [])]
+        shown = [*SERIES, *(["seconds"] if self._before.get("phase") != DONE else [])]
         return {name: self._before[name] for name in shown if name in self._before}
 
     def add(self, run: QueuedRun, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
@@ -92,7 +104,7 @@ class Runs:
                 state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
             state.update(news)
             if "seconds" in news:
-                state["told"] = time.monotonic()
+                state["news_time"] = time.monotonic()
             if (
                 news.keys() & {"begin", "photos"}
                 or state.get("phase") in ENDED
@@ -133,11 +145,21 @@ class Runs:
                 write_text(_file(user), json.dumps(list(self._of(user).values())))
 
 
+def sample_urls(images: Sequence[Image.Image]) -> list[str]:
+    """Return the samples as `data:` URLs of small JPEGs."""
+    return [jpeg_url(image, SAMPLE_SIDE, DRAWN) for image in images]
+
+
+def photo_urls(photos: Sequence[Photo]) -> list[str]:
+    """Return the first photos, as many as the panel shows, as `data:` URLs."""
+    return [jpeg_url(photo.image(shorter_side=PHOTO_SIDE), PHOTO_SIDE, mark=None) for photo in photos[:PHOTOS]]
+
+
 def _at_present(state: State) -> State:
     """Return the state with the time since its last news added to its clock, if the run has not ended."""
-    shown = {name: value for name, value in state.items() if name != "told"}
-    if "told" in state and state.get("phase") not in ENDED:
-        passed = time.monotonic() - state["told"]
+    shown = {name: value for name, value in state.items() if name != "news_time"}
+    if "news_time" in state and state.get("phase") not in ENDED:
+        passed = time.monotonic() - state["news_time"]
         shown["seconds"] += passed
         if "seconds_left" in shown:
             shown["seconds_left"] = max(0, shown["seconds_left"] - passed)
@@ -159,6 +181,6 @@ def _saved_states(user: str) -> dict[tuple[str | None, str], State]:
     except (BadFile, TypeError, KeyError):  # no file yet, or one that was not written here
         return {}
     return {
-        place: state | {"ended": True} | ({} if state.get("phase") in ENDED else {"phase": "stopped"})
+        place: state | {"ended": True} | ({} if state.get("phase") in ENDED else {"phase": STOPPED})
         for place, state in states.items()
     }

@@ -1,0 +1,208 @@
+"""Photos in ComfyUI's input folder, as Load Face Photos and its page see them: which are chosen, how good they are."""
+
+# pyright: reportMissingImports=false
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from ....core.errors import BadPhoto, check_length, counted
+from ....core.faces import faces_if_installed
+from ....core.photos import Photo, SetReport, Thresholds, check_photos, read_photo_files, read_photos
+from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
+from ....core.photos.report import CROP, REJECT, REVIEW, USE
+from ....core.storage.files import write_text
+from ..folders import without_server_paths
+from .dropped import NAMES, input_folder, is_hidden, own_name
+
+THUMBNAIL_SIDE = 160
+"""Longest side of a thumbnail in the node, in pixels."""
+DEFAULT_RESOLUTION = 1024
+"""The resolution that photos are judged for when the base model is unknown, in pixels."""
+PHOTOS, CLASS, REFERENCE = USES = "photos", "class_photos", "reference"
+"""What photos are for: the input of Train Face LoRA or Likeness Score that they are connected to."""
+_NOTHING = {
+    PHOTOS: "no photos: add 10 to 20 photos of one person, or choose a folder of them",
+    CLASS: "no class images: add pictures of other people, or choose a folder of them",
+    REFERENCE: "no reference photos: add photos of the person, or choose a folder of them",
+}
+HIDDEN = ".not-yours"
+"""A name in the input folder that no file has."""
+NO_FOLDER = "(no folder)"
+COLOURS = {USE: "good", CROP: "good", REVIEW: "doubtful", REJECT: "rejected"}
+"""The colour of a photo's tile, by the verdict of the report."""
+
+
+@dataclass(frozen=True)
+class CheckedPhotos:
+    """Photos, and the result of their check."""
+
+    photos: list[Photo]
+    unread: dict[str, str]
+    """The reason for each added picture that cannot be read, by name."""
+    notes: list[str]
+    report: SetReport | None
+    """None if the photos were only read."""
+
+    def shown(self) -> dict[str, Any]:
+        """Return what the node shows: a tile for each photo, one headline, and the verdict on the set."""
+        tiles: list[dict[str, Any]] = [{"name": _name_below_input(photo)} for photo in self.photos]
+        tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": why} for name, why in self.unread.items()]
+        more = f" (and {counted(len(self.notes) - 1, 'more note')})" if len(self.notes) > 1 else ""
+        headline = self.notes[0] + more if self.notes else ""
+        verdict = "doubtful" if self.unread else "good"
+        if self.report:
+            headline = "; ".join(filter(None, (self.report.headline, headline)))
+            usable = len(self.report.usable)
+            good = usable == len(self.photos) and not self.unread and usable >= self.report.thresholds.photos_measured
+            verdict = "rejected" if not self.report.enough else "good" if good else "doubtful"
+            people = self.report.people or [0] * len(self.photos)
+            for tile, item, person in zip(tiles, self.report.photos, people, strict=False):
+                reasons = "; ".join(finding.sentence for finding in item.findings)
+                tile |= {"verdict": COLOURS[item.verdict], "reason": reasons, "person": person}
+        mixed = bool(self.report and self.report.people)
+        return {"photos": tiles, "headline": without_server_paths(headline), "verdict": verdict, "mixed": mixed}
+
+
+def read_checked(
+    folder: str, pictures: str, user: str | None, resolution: int | None, use: str = PHOTOS, *, strict: bool = False
+) -> CheckedPhotos:
+    """Read the photos of a folder and the added ones, and check them for their use: to be trained on at the resolution, or to
+    compare pictures with. Class images aren't checked, and nothing is if the resolution is None.
+
+    Raises BadPhoto without any photos, and with `strict` for a photo that cannot be read.
+    """
+    if folder == NO_FOLDER and not _names(pictures):
+        raise BadPhoto(_NOTHING[use])
+    list(chosen_files(folder, pictures, user))  # report a missing file before anything is read
+    notes: list[str] = []
+    photos, unread = _read_chosen(folder, pictures, user, strict=strict, on_warning=notes.append)
+    if resolution is None or use == CLASS:
+        return CheckedPhotos(photos, unread, notes, None)
+    network = faces_if_installed(notes.append)
+    limits = Thresholds.for_reference() if use == REFERENCE else Thresholds.for_resolution(resolution)
+    return CheckedPhotos(photos, unread, notes, check_photos(photos, network, limits))
+
+
+def _read_chosen(
+    folder: str, pictures: str, user: str | None, *, strict: bool, on_warning: Callable[[str], None]
+) -> tuple[list[Photo], dict[str, str]]:
+    """Read the photos. Return them, and the reason for each added picture that cannot be read, by name.
+
+    `on_warning` is called for everything that is left out.
+    """
+    photos: list[Photo] = []
+    unread: dict[str, str] = {}
+    if _is_left_out(folder, pictures, user):
+        on_warning(f"{folder}: this folder doesn't exist in ComfyUI's input folder. Only the added photos are used")
+    elif folder != NO_FOLDER:
+        photos += read_photos(_path(folder, user), strict=strict, on_warning=on_warning)
+    in_folder = {_name_below_input(photo) for photo in photos}
+    for name in (name for name in _names(pictures) if name not in in_folder):
+        problems: list[str] = []
+        photos += read_photo_files([_path(name, user)], strict=strict, on_warning=problems.append)
+        for problem in problems:
+            unread[name] = problem
+            on_warning(problem)
+    if not photos:
+        raise BadPhoto(next(iter(unread.values()), f"{folder}: no photo in this folder can be read"))
+    return photos, unread
+
+
+def _names(pictures: str) -> list[str]:
+    return [line.strip() for line in pictures.splitlines() if line.strip()]
+
+
+def chosen_files(folder: str, pictures: str, user: str | None) -> Iterator[tuple[str, Path]]:
+    """Yield (name, path) of each file that the node reads: photos, captions, masks. Raises BadPhoto if one is missing."""
+    if folder != NO_FOLDER and not _is_left_out(folder, pictures, user):
+        path = _path(folder, user)
+        if not path.is_dir():
+            raise BadPhoto(f"{folder}: this folder doesn't exist in ComfyUI's input folder. Choose another one")
+        files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != NAMES)
+        yield from ((str(file.relative_to(path)), file) for file in files)
+    for name in _names(pictures):
+        picture = _path(name, user)
+        if not picture.is_file():
+            raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder. Add it again, or remove it")
+        companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
+        yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
+
+
+def _is_left_out(folder: str, pictures: str, user: str | None) -> bool:
+    """Return whether the folder is ignored: it doesn't exist (a template may name a missing one), and photos were added."""
+    return folder != NO_FOLDER and bool(_names(pictures)) and not _path(folder, user).exists()
+
+
+def _path(name: str, user: str | None) -> Path:
+    """Return the path of a folder or picture in the input folder.
+
+    For another user's dropped photo, the path does not exist. Raises BadPhoto for a path elsewhere or an impossible name.
+    """
+    root = input_folder()
+    try:
+        path = (root / name).resolve()
+        path.exists()
+    except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
+        raise BadPhoto(f"{name[:80]!r}: not a valid file name ({problem})") from None
+    if not path.is_relative_to(root):
+        raise BadPhoto(f"{name}: not in ComfyUI's input folder. Copy it there first")
+    return root / HIDDEN if is_hidden(path.relative_to(root).as_posix(), user) else path
+
+
+def _name_below_input(photo: Photo) -> str:
+    """Return the photo's name for GET /facelora/photo."""
+    assert isinstance(photo.source, Path)
+    return photo.source.relative_to(input_folder()).as_posix()
+
+
+def thumbnail(name: str, user: str | None) -> bytes:
+    """Return a JPEG of a picture in the input folder, upright, its longer side at most THUMBNAIL_SIDE pixels.
+
+    Raises BadPhoto if the file is missing or not a picture.
+    """
+    path = _path(name, user)
+    if not path.is_file():
+        raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder")
+    (photo,) = read_photo_files([path], strict=True, on_warning=lambda _: None)
+    image = photo.image(shorter_side=THUMBNAIL_SIDE)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def write_caption(name: str, text: str, user: str | None) -> None:
+    """Write a photo's caption beside it; "" deletes it. Raises BadPhoto if the photo is missing or the text too long."""
+    path = _path(name, user)
+    if not path.is_file() or path.suffix.lower() not in PHOTO_SUFFIXES:
+        raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder")
+    check_length(f"{path.name}: its caption", text, BadPhoto)
+    if text:
+        write_text(path.with_suffix(".txt"), text)
+    else:
+        path.with_suffix(".txt").unlink(missing_ok=True)
+
+
+def with_own_names(checked: CheckedPhotos) -> dict[str, Any]:
+    """Return what the node shows, with the original names of photos, and their captions.
+
+    The node's output doesn't contain them, because everybody can read the history with --multi-user.
+    """
+    shown = checked.shown()
+    names = {tile["name"]: own_name(tile["name"]) for tile in shown["photos"]}
+    plain = Counter(Path(name).name for name in names)
+    # Photos with the same name in two folders keep it: a reason doesn't tell which one it is about.
+    own_names = {Path(name).name: own for name, own in names.items() if plain[Path(name).name] == 1}
+    for tile in shown["photos"] if own_names else ():
+        if tile.get("reason"):
+            tile["reason"] = re.sub(
+                "|".join(map(re.escape, own_names)), lambda found: own_names[found[0]], tile["reason"]
+            )
+    shown["own_names"] = names
+    shown["captions"] = {_name_below_input(photo): photo.caption for photo in checked.photos if photo.caption}
+    return shown
