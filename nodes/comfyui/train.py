@@ -31,10 +31,10 @@ from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import SWITCH
-from ...core.progress import READING, silent
+from ...core.progress import LOADING, READING, silent
 from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
-from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
+from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
 from ...core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path

@@ -15,12 +15,13 @@ from core.demo import BASE_FILE
 from core.device import processor
 from core.models import load_base
 from core.pictures import find_style_packs
+from core.progress import LOADING
 from core.storage.files import read_json
 from core.studio import Cost, Person, Plan, Result, Terms, Work, plan_people, seconds_for
 from core.studio.cost import PHASES, Stopwatch, cost_of
 from core.studio.report import read_report, write_report
 from core.training import Callbacks
-from core.training.callbacks import LOADING, StepReport
+from core.training.callbacks import StepReport
 from tests.tooling import write_photos
 
 
