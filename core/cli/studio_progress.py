@@ -143,4 +143,4 @@ def _line(result: "studio.Result") -> str:
     likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
     seconds = f", {rough_duration(result.seconds)}" if result.status == "made" else ""
     why = f": {result.reason}" if result.reason else ""
-    return f"{result.name}: {result.told}, pictures kept: {result.kept_of}{likeness}{seconds}{why}"
+    return f"{result.name}: {result.shown_status}, pictures kept: {result.kept_of}{likeness}{seconds}{why}"

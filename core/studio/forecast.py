@@ -17,7 +17,7 @@ from ..pictures.generate import Job
 from ..storage.safetensors_file import SafetensorsFile
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import TrainingJob
-from ..training.store import Place, find_or_train
+from ..training.store import Destination, find_or_train
 from ..training.trained_file import TrainedFile
 from .cost import Stopwatch
 from .ledger import Basis, basis
@@ -64,7 +64,7 @@ class Forecast:
 
 
 def timed_training(
-    job: TrainingJob, place: Place, *, device: torch.device, callbacks: Callbacks = NO_CALLBACKS, **others: Any
+    job: TrainingJob, destination: Destination, *, device: torch.device, callbacks: Callbacks = NO_CALLBACKS, **others: Any
 ) -> TrainedFile:
     """Find or train what the job makes, and keep the speed of training for later forecasts.
 
@@ -72,7 +72,7 @@ def timed_training(
     """
     watch = Stopwatch()
     watch.enter("encode")
-    made = find_or_train(job, place, device=device, callbacks=watch.listening(callbacks), **others)
+    made = find_or_train(job, destination, device=device, callbacks=watch.listening(callbacks), **others)
     cost = watch.cost(device, job.base.name, len(job.ready.photos))
     if cost.seconds["train"] < LEAST_SECONDS:
         return made

@@ -144,8 +144,8 @@ def train_and_draw(
     if order.drawn_on:
         check_drawn_on(drawn_on, base)
     job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter)
-    place = LoraFolders(order.name, [folder], own_name=True, agreed=order.agreed)
-    trained = find_or_train(job, place, device=device, callbacks=callbacks)
+    destination = LoraFolders(order.name, [folder], sets_aside=True, agreed=order.agreed)
+    trained = find_or_train(job, destination, device=device, callbacks=callbacks)
     callbacks.on_phase(PICTURES, 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     reference = ready.reference()
     shots = make_headshots(
