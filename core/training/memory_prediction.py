@@ -47,7 +47,7 @@ _CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.d
 """The operations that make a tensor of given numbers. Their argument is real, and their result is fake."""
 
 
-class _FakeMode(FakeTensorMode):
+class FakeMode(FakeTensorMode):
     """A fake mode in which a step can read what it has to.
 
     Tensors that are computed from real ones alone are real, such as the lengths of texts from their masks. A truth that only a
@@ -78,7 +78,7 @@ class StepPrediction:
         self._beside = 0 if device.type == "cpu" else _bytes_of(inputs.cache)
         for change in inputs.adapter.changes.values() if inputs.adapter else ():
             self._beside += sum(allocated(part.numel() * dtype.itemsize, device) for part in change.tensors())
-        self._mode = _FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
+        self._mode = FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
         self._blocks: AlikeBlocks | None = None
         alike = METHODS[inputs.config.method].freezes_weights and not each_block
         empty = _empty_base(self._mode, inputs, partial(_marks, inputs) if alike else None)

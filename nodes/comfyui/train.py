@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import secrets
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -54,8 +53,7 @@ LOG_INTERVAL = 30.0
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
 _forecasts: "dict[str, studio.Forecast]" = {}
-"""The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
-_counting = threading.Lock()
+"""The last forecast, by a hash of the base model's file and the settings: a GPU's memory plan takes a second."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -517,11 +515,9 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     # What only decides how long a run is changes no pass.
     passes, path = replace(config("balanced", ENOUGH), steps=1, sample_every=1), Path(base.files[0].path)
     key = content_key(path, path.stat().st_mtime_ns, passes)
-    with _counting:
-        if key not in _forecasts:
-            _forecasts.clear()
-            _forecasts[key] = studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
-        forecast = _forecasts[key]
+    forecast = _forecasts.get(key) or studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
+    _forecasts.clear()
+    _forecasts[key] = forecast
     photos = photos or ENOUGH
     return {recipe: forecast.span(config(recipe, photos), photos, pictures) for recipe in RECIPES}
 
