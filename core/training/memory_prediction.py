@@ -67,7 +67,7 @@ class FakeMode(FakeTensorMode):
 
 
 class StepPrediction:
-    """The memory that a training run needs under its memory plans, not counting the kernels' workspace, and its operations.
+    """The memory that a training run needs under its memory plans, not counting the kernels' workspace.
 
     It is counted in steps on torch's fake tensors, which hold no data and follow the rules of the device. Of several alike
     blocks only one is executed, unless `each_block` is set.
@@ -123,18 +123,6 @@ class StepPrediction:
     def _keeps_kernels(self) -> bool:
         layers = self.model.fast_layers
         return isinstance(layers, FrozenLayers) and layers.keeps_kernels
-
-    def operations(self, work: Callable[[], object]) -> int:
-        """Count the floating-point operations of `work`, which uses `run`. The first step must not recompute blocks.
-
-        Don't ask the same object for `bytes`.
-        """
-        before = self._count.operations
-        with self._mode, self._count as count:
-            if self._blocks:
-                self._blocks.begin(count)
-            work()
-        return self._count.operations - before
 
     def _counted(self, plan: MemoryPlan, kernels: bool = True) -> int:
         run, model = self.run, self.model
