@@ -11,6 +11,12 @@ OnWarning = Callable[[str], None]
 """A function that is called with a sentence about something that the user should know."""
 READING = "reading the model"
 """The phase in which a base model's hashes are computed, which reads its whole file."""
+LOADING = "loading the model"
+"""The phase between the last caption and the first step or sample."""
+SAMPLES, PICTURES = "samples", "pictures"
+"""The phases in which pictures are drawn while a LoRA is trained, and with the trained one."""
+PEOPLE, AT_WORK = "people", "at work"
+"""The phases that count the people who are done, and the workers that are making some."""
 
 
 def silent(*_: object) -> None:

@@ -28,7 +28,7 @@ from core.photos import Photo
 from core.pictures import find_style_packs
 from core.studio import PARTS, Order, Span, Speed
 from core.studio.ledger import Basis, Ledger
-from core.studio.passes import count_passes
+from core.studio.passes import Passes
 from core.training.adapted_model import memory_plans
 from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction
@@ -76,31 +76,31 @@ def ledgers(name: str) -> Found:
     loaded = replace(base, components={**base.components, **text_encoders(base)})
     drawn_on = {name: base} | ({DISTILLED[name]: base.as_distilled()} if name in DISTILLED else {})
     measured_on = {title: loaded.as_distilled() if "LoRA" in title else loaded for title in drawn_on}
-    whole = cache_of(MODELS[name], base)
-    text = next(iter(whole.text.values()))
-    count = functools.cache(lambda rank, side: count_passes(base, TrainConfig(rank=rank), (side, side), None, text))
     found: Found = {title: {recipe: {} for recipe in RECIPES} for title in drawn_on}
 
     @functools.cache
-    def prediction(rank: int, side: int, batch: int) -> Callable[[MemoryPlan], int]:
-        """The memory of plans. Only the largest picture, the rank and the batch decide on it."""
+    def step(rank: int, side: int, batch: int) -> tuple[TrainingInputs, Callable[[MemoryPlan], int]]:
+        """The inputs of a step and the memory of plans. Only the largest picture, the rank and the batch decide on it."""
         config = TrainConfig(rank=rank, batch_size=batch, precision="bf16", prior_prediction=1.0)
-        inputs = TrainingInputs(count(rank, side)[1], base, config, torch.device("cpu"), torch.bfloat16)
-        return functools.cache(StepPrediction(inputs).bytes)
+        cache = cache_of(replace(MODELS[name], resolution=side), base)
+        (text,), (image,) = cache.text.values(), cache.images
+        cache = replace(cache, text=dict.fromkeys(("", image.caption, image.class_caption), text))
+        inputs = TrainingInputs(cache, base, config, torch.device("cpu"), torch.bfloat16)
+        return inputs, functools.cache(StepPrediction(inputs).bytes)
 
     for recipe in RECIPES:
         config = replace(recipe_config(recipe, base, PHOTOS), precision="bf16")
         side = config.resolution or base.resolution
         photos = [Photo.from_image(Image.new("RGB", (side, side)), f"{number}.png") for number in range(PHOTOS)]
-        passes, _ = count(config.rank, side)
         order = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS)
-        needs = prediction(config.rank, side, config.batch_size)
+        inputs, needs = step(config.rank, side, config.batch_size)
+        passes = Passes.of(loaded, config)
         for card in CARDS:
             plan = first_that_fits(
                 memory_plans(config, base), lambda plan, room=card.room, needs=needs: needs(plan) <= room
             )
             if needs(plan) <= card.room:
-                shared = Basis(loaded, passes, plan, needs(plan), torch.bfloat16, (card.memory - TAKEN) * GIB)
+                shared = Basis(loaded, passes, inputs, plan, torch.bfloat16, (card.memory - TAKEN) * GIB)
                 speed = Speed.published("cuda", base, card.rate, (card.copies / 1.2, card.copies * 1.1))
                 for title, drawing in drawn_on.items():
                     jobs = replace(order, drawn_on=drawing).jobs(base)

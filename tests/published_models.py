@@ -152,5 +152,7 @@ def with_vae(name: str) -> Base:
     model, base = MODELS[name], base_of(MODELS[name])
     channels = {"latent_channels": model.latent[0], "scaling_factor": 1.0} if model.latent[1] == 8 else {}
     config = VAES.get(name, {**_BLOCKS, **channels})
-    vae = {} if config is None else {"vae": Component(config, {})}
+    vae = {}
+    if config is not None:
+        vae["vae"] = Component(config, base.family.build_empty("vae", config).state_dict())
     return replace(base, components={**base.components, **vae}, resolution=base.family.resolution)

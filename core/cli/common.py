@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import models, pictures  # Their modules load only when a name is used.
 from ..errors import BadConfig, one_line
-from ..progress import OnProgress
+from ..progress import SAMPLES, OnProgress
 from .shared_options import BaseParts
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class BarProgress(AbstractContextManager["BarProgress"]):
         return self._bar
 
     def phase(self, name: str, done: int, total: int) -> None:
-        if name == "samples" and self._bar is not None and self._name == "training":
+        if name == SAMPLES and self._bar is not None and self._name == "training":
             self._show_samples(self._bar, done, total)
             return
         bar = self._bar_for(name, total)

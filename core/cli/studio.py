@@ -107,11 +107,8 @@ def _make_all(options: StudioOptions) -> int:
         print(*lines, sep="\n", file=sys.stderr)
     if options.dry_run:
         if ledger := studio.plan_ledger(before, people, base, terms, device, callbacks):
-            seconds = ledger.seconds(studio.speed_of(base, device, given.get("precision", "auto")))
-            if before.seconds:  # People who were made on this machine are a better measure.
-                factor = 2 * before.seconds / sum(map(sum, seconds.values()))
-                seconds = {part: (factor * sum(span) / 2, factor * sum(span) / 2) for part, span in seconds.items()}
-            show_work(ledger, seconds, options.json)
+            speed = studio.speed_of(base, device, given.get("precision", "auto"))
+            show_work(ledger, ledger.seconds(speed, before.seconds), options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
         for result in studio.make_people(

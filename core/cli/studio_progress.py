@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import studio  # Its modules load only when a name is used.
 from ..errors import counted
+from ..progress import AT_WORK, PEOPLE, PICTURES
 from .common import print_warning, rough_duration
 
 if TYPE_CHECKING:
@@ -88,11 +89,11 @@ class StudioProgress:
         self._show()
 
     def phase(self, name: str, done: int, total: int) -> None:
-        if name == "at work":
+        if name == AT_WORK:
             self._at_work, self._doing = done, f"{done} at work"
-        elif name != "people":
+        elif name != PEOPLE:
             self._doing = f"{name} {done}/{total}: {self._person}"
-            if name == "pictures" and self._person in self._left:
+            if name == PICTURES and self._person in self._left:
                 self._left[self._person] = studio.Work(pictures=total - done)
         self._show()
 
@@ -142,4 +143,4 @@ def _line(result: "studio.Result") -> str:
     likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
     seconds = f", {rough_duration(result.seconds)}" if result.status == "made" else ""
     why = f": {result.reason}" if result.reason else ""
-    return f"{result.name}: {result.told}, pictures kept: {result.kept_of}{likeness}{seconds}{why}"
+    return f"{result.name}: {result.shown_status}, pictures kept: {result.kept_of}{likeness}{seconds}{why}"

@@ -1,9 +1,9 @@
-"""Count the memory and the operations of blocks that are alike only once.
+"""Count the memory of blocks that are alike only once.
 
 A large network has many blocks of few kinds, and executing a step on torch's fake tensors is slow. So only the first block of
 each kind is executed. The others are replaced by stand-ins: modules with few tensors that take the same memory. Each call of a
-block creates tensors of the measured sizes, and adds the measured operations. So everything around the blocks (recomputation,
-offloading, the optimizer) works and is counted as in a real step.
+block creates tensors of the measured sizes. So everything around the blocks (recomputation, offloading, the optimizer) works
+and is counted as in a real step.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .memory_plan import MemoryCount, allocated, blocks_of
-from .selective import changes_kept, is_kept
+from .selective import is_kept
 from .spec import replace_module
 
 
@@ -159,8 +159,6 @@ class AlikeBlocks:
 
         def pack(tensor: Tensor) -> Tensor:
             kind.again = count.peak - start
-            kind.operations_again = count.operations - operations
-            kind.operations_of_products = products.operations
             kind.again_beside_products = products.peak_again - start
             packed[_address(tensor)] = kept = tensor.detach()
             return kept
@@ -179,12 +177,11 @@ class AlikeBlocks:
             replaced = iter(inputs)
             given = [next(replaced) if isinstance(value, Tensor) else value for value in given]
             call.arguments = tree_unflatten(given, spec)
-            start, operations = count.live, count.operations
+            start = count.live
             count.peak = start
             with products:
                 results, kind.spec = tree_flatten(forward(*call.args, **call.kwargs))
             kind.forward = count.peak - count.live
-            kind.operations = count.operations - operations
             outputs = [value for value in results if isinstance(value, Tensor)]
             kind.results = [_Layout.of(value) if isinstance(value, Tensor) else value for value in results]
             end = _Outputs.apply(count, kind, *outputs)
@@ -212,8 +209,6 @@ class AlikeBlocks:
                 torch.autograd.grad(other.clone(), [other], torch.empty_like(other))
                 most = max(count.peak, kind.again + (first_unpacked or [0])[0])
                 kind.backward += most
-                kind.operations_backward = count.operations - operations - kind.operations
-            count.operations = operations
             del end, shared
             kind.stays = count.live - before
             kind.kept -= kind.stays
@@ -272,14 +267,6 @@ class _Kind:
     kept_outputs: list[int] = field(default_factory=list)
     stays: int = 0
     """What the first call creates and no pass frees."""
-    operations: int = 0
-    """The floating-point operations of the forward pass."""
-    operations_again: int = 0
-    """Those of a recomputation."""
-    operations_of_products: int = 0
-    """The part of these that selective checkpointing leaves out."""
-    operations_backward: int = 0
-    """Those of the backward pass, in which all outputs have gradients."""
 
     @property
     def outputs(self) -> list[_Layout]:
@@ -326,13 +313,10 @@ class _Block(torch.autograd.Function):
             outputs = _made(ctx, kind.outputs)
             kept = torch.empty(kind.kept - kind.kept_products, dtype=torch.uint8, device=count.device)
             products = [_product(size, count) for size in (kind.kept_products, kind.products - kind.kept_products)]
-        if torch._C._current_graph_task_id() == -1:
-            count.operations += kind.operations
-        else:  # a forward pass within a backward pass is a recomputation
-            executed = products[0][1]
-            count.operations += kind.operations_again - (0 if executed else kind.operations_of_products)
-            if not executed:  # all of what was kept is there from the beginning
-                count.peak = max(count.peak, before + kind.again_beside_products)
+        # A forward pass within a backward pass is a recomputation. If products aren't executed, all of what was kept is there
+        # from the beginning.
+        if torch._C._current_graph_task_id() != -1 and not products[0][1]:
+            count.peak = max(count.peak, before + kind.again_beside_products)
         ctx.count, ctx.kind = count, kind
         ctx.leaves = [_Layout.of(leaf) for leaf in tensors[len(kind.inputs) :]]
         ctx.save_for_backward(
@@ -343,7 +327,6 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         kept = ctx.saved_tensors  # recomputes the block now, if it is to be recomputed
-        ctx.count.operations += ctx.kind.operations_backward
         with ctx.count.known(ctx.kind.backward):
             gradients = [layout and layout.made() for layout in (*ctx.kind.gradients, *ctx.leaves)]
         del kept
@@ -352,10 +335,9 @@ class _Block(torch.autograd.Function):
 
 def _product(size: int, count: MemoryCount) -> tuple[Tensor, bool]:
     """Allocate bytes by a product. Also return whether it was executed: a selective recomputation has kept it."""
-    before, one = count.operations, torch.empty(1, 1, dtype=torch.uint8, device=count.device)
+    before, one = count.products, torch.empty(1, 1, dtype=torch.uint8, device=count.device)
     product = one.expand(max(size, 1), 1) @ one
-    executed, count.operations = count.operations > before, before
-    return product if size else one.new_empty(0), executed
+    return product if size else one.new_empty(0), count.products > before
 
 
 class _Products(TorchDispatchMode):
@@ -363,7 +345,6 @@ class _Products(TorchDispatchMode):
 
     def __init__(self, count: MemoryCount):
         super().__init__()
-        self.operations: int = 0
         self.peak_again: int = count.live
         """The peak in a selective recomputation, not counting what was kept until it is taken. Then it may be freed."""
         self._count = count
@@ -371,12 +352,8 @@ class _Products(TorchDispatchMode):
         self._alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self._count.operations
         result = func(*args, **(kwargs or {}))
-        kept = is_kept(func, args)
-        if kept or changes_kept(func, args, self._alive):
-            self.operations += self._count.operations - before
-        if kept:
+        if is_kept(func, args):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor) and tensor.device.type == self._count.device.type:
                     storage = tensor.untyped_storage()

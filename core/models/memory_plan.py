@@ -1,6 +1,5 @@
 """Memory plans: how a training step saves memory, and how much memory and arithmetic it will need."""
 
-import functools
 import math
 import weakref
 from collections import deque
@@ -383,15 +382,15 @@ def _aligned(size: int) -> int:
 class MemoryCount(TorchDispatchMode):
     """Counts the bytes of all tensors created in this context on a device, while they are alive.
 
-    `peak` is the largest sum so far. CUDA's allocator rounds each tensor up. Floating-point operations are counted too.
+    `peak` is the largest sum so far. CUDA's allocator rounds each tensor up.
     """
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.live: int = 0
         self.peak: int = 0
-        self.operations: int = 0
-        self._formulas = _flop_formulas()
+        self.products: int = 0
+        """The number of matrix products so far."""
         self.device: torch.device = device
         self._seen: set[int] = set()
 
@@ -400,8 +399,7 @@ class MemoryCount(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if formula := self._formulas.get(func._overloadpacket):
-            self.operations += formula(*args, **kwargs, out_val=result)
+        self.products += func is torch.ops.aten.mm.default
         for tensor in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 self._count(tensor.untyped_storage())
@@ -459,12 +457,6 @@ def count_flops(work: Callable[[], object]) -> int:
     with counter:
         work()
     return counter.get_total_flops()
-
-
-@functools.cache
-def _flop_formulas() -> dict[Any, Callable[..., int]]:
-    """Return functions that count an operation from its arguments and its result `out_val`, by operation."""
-    return _counter().flop_registry
 
 
 def _counter() -> Any:

@@ -207,9 +207,9 @@ def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
     return denoiser.get("pooled_projection_dim")
 
 
-def blank_caption(family: FamilySpec, denoiser: Mapping[str, Any]) -> Conditioning:
-    """Return a conditioning (1, ...) of zeros in the shapes of a usual caption's, from the denoiser's diffusers config."""
-    states = torch.zeros(1, family.usual_tokens, context_width(denoiser))
+def blank_caption(family: FamilySpec, denoiser: Mapping[str, Any], tokens: int) -> Conditioning:
+    """Return a conditioning (1, ...) of zeros in the shapes of a caption's, from the denoiser's diffusers config."""
+    states = torch.zeros(1, tokens, context_width(denoiser))
     pooled = pooled_width(denoiser)
     return {"context": states, "context_mask": torch.ones(states.shape[:2])} | (
         {"pooled": torch.zeros(1, pooled)} if pooled else {}

@@ -20,7 +20,7 @@ from ..faces import LIKENESS, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
-from ..progress import READING, OnPhase, silent
+from ..progress import PICTURES, READING, OnPhase, silent
 from ..storage.drawn import save_png
 from ..storage.files import (
     EARLIER,
@@ -199,7 +199,7 @@ class Batch:
                 set_aside(paths[picture.job])
                 picture.save(paths[picture.job])
                 done += 1
-                self.on_progress("pictures", done, len(paths))
+                self.on_progress(PICTURES, done, len(paths))
 
     def _is_there(self, job: Job, path: Path, face_pass: FacePass) -> bool:
         """Return whether the job's picture is at its path, or was in the folder `earlier` beside it and has been moved back."""

@@ -22,7 +22,7 @@ from ..errors import BadConfig, BadFile, FaceLoraError, MissingPackage
 from ..models.base import Base
 from ..models.opening import load_base
 from ..pictures.drawing_model import with_speed_lora
-from ..progress import READING
+from ..progress import AT_WORK, PEOPLE, READING
 from ..training.callbacks import Callbacks
 from .people import Person
 from .result import Result, Terms, failed, find, find_or_make
@@ -131,7 +131,7 @@ def make_on_cluster(
             result = failed(person, error)
         if result is None:
             waiting.append(person)
-        callbacks.on_phase("people", number - len(waiting), len(people))
+        callbacks.on_phase(PEOPLE, number - len(waiting), len(people))
         if result:
             yield result
     if not waiting:
@@ -149,8 +149,8 @@ def make_on_cluster(
             done += result is not None
             if workers.at_work != at_work:
                 at_work = workers.at_work
-                callbacks.on_phase("at work", at_work, len(people))
-            callbacks.on_phase("people", done, len(people))
+                callbacks.on_phase(AT_WORK, at_work, len(people))
+            callbacks.on_phase(PEOPLE, done, len(people))
             if result:
                 yield result
 

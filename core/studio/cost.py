@@ -8,7 +8,8 @@ import torch
 
 from ..device import processor
 from ..errors import BadConfig
-from ..training.callbacks import LOADING, Callbacks, StepReport
+from ..progress import LOADING, PICTURES, SAMPLES
+from ..training.callbacks import Callbacks, StepReport
 
 _UNITS = {"check": "photos", "encode": "photos", "load": "people", "train": "steps", "draw": "pictures"}
 """What the time of each phase grows with."""
@@ -108,9 +109,9 @@ class Stopwatch:
         def on_phase(name: str, done: int, total: int) -> None:
             if name == LOADING:
                 self.enter("load")
-            elif name == "samples" and self._phase == "load":
+            elif name == SAMPLES and self._phase == "load":
                 self.enter("train")
-            elif name == "pictures":
+            elif name == PICTURES:
                 if self._phase != "draw":
                     self.enter("draw")
                 self._pictures += done > 0

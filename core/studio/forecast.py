@@ -1,7 +1,7 @@
 """Forecast how long training runs on a base model take, before there are any photos, and learn from each run."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,22 +9,21 @@ from PIL import Image
 
 from ..config import TrainConfig
 from ..errors import FaceLoraError
-from ..models.base import Base, CaptionEncoder
-from ..models.text import blank_caption
+from ..models.base import Base
 from ..photos import Photo
 from ..photos.captions import default_caption
 from ..pictures.generate import Job
 from ..storage.safetensors_file import SafetensorsFile
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import TrainingJob
-from ..training.store import Place, find_or_train
+from ..training.store import Destination, find_or_train
 from ..training.trained_file import TrainedFile
 from .cost import Stopwatch
 from .ledger import Basis, basis
 from .speed import TRAIN, Span, Speed, remember_speed, speed_of
 
 LEAST_SECONDS = 10.0
-"""The shortest time of training that tells how fast the machine is. To count what was done takes seconds itself."""
+"""The shortest time of training that tells how fast the machine is."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,11 @@ class Forecast:
 
     @classmethod
     def on(cls, base: Base, config: TrainConfig, device: torch.device | None = None) -> "Forecast":
-        """Count the passes, which takes seconds. The settings decide about resolution, method and memory.
+        """Choose the memory plan. The settings decide about resolution, method and memory.
 
-        The denoiser is enough. Without text encoders, or if they need a tokenizer that the package does not include, captions
-        have their usual length and encoding them takes no time. Without a VAE, neither do encoding and decoding pictures. A
-        safetensors file of the base model is closed after this.
+        The denoiser is enough. Without text encoders, captions have their usual length and encoding them takes no time. Without
+        a VAE, neither do encoding and decoding pictures. A safetensors file of the base model is closed after this.
         """
-        if base.family.tokenizer or any(part not in base.components for part in base.text_encoders):
-            base = _with_blank_captions(base)
         side = config.resolution or base.resolution
         photo = Photo.from_image(Image.new("RGB", (side, side)), "photo")
         made = cls(base, basis([photo], base, config, device), speed_of(base, device, config.precision), photo)
@@ -64,7 +60,12 @@ class Forecast:
 
 
 def timed_training(
-    job: TrainingJob, place: Place, *, device: torch.device, callbacks: Callbacks = NO_CALLBACKS, **others: Any
+    job: TrainingJob,
+    destination: Destination,
+    *,
+    device: torch.device,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **others: Any,
 ) -> TrainedFile:
     """Find or train what the job makes, and keep the speed of training for later forecasts.
 
@@ -72,20 +73,13 @@ def timed_training(
     """
     watch = Stopwatch()
     watch.enter("encode")
-    made = find_or_train(job, place, device=device, callbacks=watch.listening(callbacks), **others)
+    made = find_or_train(job, destination, device=device, callbacks=watch.listening(callbacks), **others)
     cost = watch.cost(device, job.base.name, len(job.ready.photos))
     if cost.seconds["train"] < LEAST_SECONDS:
         return made
-    base = _with_blank_captions(job.base) if job.base.caption_encoder else job.base
-    config, photos = job.config, job.ready.photos
+    base, config, photos = job.base, job.config, job.ready.photos
     with suppress(FaceLoraError):  # Forecasts then use the speed of before.
         shared = basis(photos, base, config, device, job.adapter)
         done = shared.ledger(photos, config, class_photos=len(job.class_photos)).done(cost.work.steps / config.steps, 0)
         remember_speed(base, config.precision, speed_of(base, device, config.precision), {TRAIN: done[TRAIN]}, cost)
     return made
-
-
-def _with_blank_captions(base: Base) -> Base:
-    """Return the base model with captions of the usual length, which take nothing to encode."""
-    caption = blank_caption(base.family, base.components["denoiser"].config)
-    return replace(base, caption_encoder=CaptionEncoder(lambda _: caption, ""))

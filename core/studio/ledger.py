@@ -1,9 +1,9 @@
 """Count the work of a whole job in advance, part by part: from encoding the photos to redrawing faces."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -11,13 +11,15 @@ from ..config import TrainConfig
 from ..device import free_memory
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan, drawing_plan
+from ..models.text import blank_caption
 from ..photos import Dataset, Photo, bucket_sizes
-from ..photos.captions import class_caption
+from ..photos.captions import class_caption, default_caption
+from ..photos.dataset import Size
 from ..pictures.generate import Job, texts_of
 from ..pictures.headshot import FacePass, redrawn_of
 from ..pictures.sizes import checked_size, size_near
 from ..progress import silent
-from ..training.encode import without_trigger
+from ..training.encode import EncodedImage, LatentCache, without_trigger
 from ..training.inputs import TrainingInputs
 from ..training.job import dataset_of
 from ..training.likeness import NEUTRAL_PROMPTS, pictures_at_a_look
@@ -25,7 +27,7 @@ from ..training.memory_prediction import choose_plan, predicted_memory
 from ..training.methods import trains_text
 from ..training.samples import sample_shots, sample_size, sampling_steps
 from ..training.training_adapter import TrainingAdapter
-from .passes import Passes, Size, count_passes
+from .passes import Passes, tokens_of
 from .speed import DRAW, ENCODE, TRAIN, Span, Speed
 
 PHASE_OF = {
@@ -48,16 +50,23 @@ class Ledger:
     """The bytes of blocks that are brought in during the training steps, their prior prediction, and drawing."""
     loaded: float
     """The bytes of weights that are loaded, counting each time."""
-    looked_at: int
-    """The number of pictures that the face networks look at, counting each time."""
-    memory: int
-    """The most bytes that training uses at once."""
-    plan: MemoryPlan
-    """The memory plan that training starts with."""
+    face_detections: int
+    """The number of pictures that go through the face networks, counting each time."""
+    basis: "Basis"
 
     @property
     def total(self) -> float:
         return sum(self.operations.values())
+
+    @property
+    def memory(self) -> int:
+        """The most bytes that training uses at once. To predict them takes a second."""
+        return self.basis.memory
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The memory plan that training starts with."""
+        return self.basis.plan
 
     @classmethod
     def sum(cls, ledgers: Sequence["Ledger"]) -> "Ledger":
@@ -67,13 +76,14 @@ class Ledger:
             operations={part: sum(one.operations[part] for one in ledgers) for part in PHASE_OF},
             copied={part: sum(one.copied.get(part, 0.0) for one in ledgers) for part in PHASE_OF},
             loaded=sum(one.loaded for one in ledgers),
-            looked_at=sum(one.looked_at for one in ledgers),
+            face_detections=sum(one.face_detections for one in ledgers),
         )
 
-    def seconds(self, speed: Speed) -> dict[str, Span]:
+    def seconds(self, speed: Speed, measured: float | None = None) -> dict[str, Span]:
         """Return how long each of PARTS takes, from the least to the most.
 
-        Blocks are copied during computation. The least is the longer of the two, and the most is their sum.
+        Blocks are copied during computation. The least is the longer of the two, and the most is their sum. If jobs of this
+        kind have been `measured` on this machine, all parts together take that many seconds.
         """
         found: dict[str, Span] = {}
         for part, count in self.operations.items():
@@ -83,7 +93,12 @@ class Ledger:
             found[part] = max(count / most / speed.rate, copied / fast), count / least / speed.rate + copied / slow
         slow, fast = speed.loads
         found[LOADING] = self.loaded / fast, self.loaded / slow
-        found[LOOKING] = self.looked_at * speed.looks[0], self.looked_at * speed.looks[1]
+        quick, slow = speed.seconds_per_face_detection
+        found[LOOKING] = self.face_detections * quick, self.face_detections * slow
+        if measured:
+            whole = sum(map(sum, found.values()))
+            shares = {part: measured * sum(span) / whole for part, span in found.items()}
+            return {part: (share, share) for part, share in shares.items()}
         return found
 
     def done(self, steps: float, faces: float) -> dict[str, float]:
@@ -102,8 +117,10 @@ class Basis:
 
     base: Base
     passes: Passes
+    inputs: TrainingInputs
+    """Those of a step on the largest photo, without values."""
     plan: MemoryPlan
-    memory: int
+    """The memory plan that training starts with."""
     dtype: torch.dtype
     free: int | None = None
     """The device's free memory for drawing, in bytes; None if everything fits."""
@@ -119,12 +136,17 @@ class Basis:
         """Return the work of training on the photos and drawing the jobs from scratch."""
         base, passes, dataset = self.base, self.passes, _dataset(photos, self.base, config)
         counts = dataset.bucket_counts()
-        prediction = sum(count * passes.predict(size) for size, count in counts.items()) / sum(counts.values())
+
+        def usual(operations: Callable[[Size], float]) -> float:
+            """Return the mean over the photos."""
+            return sum(count * operations(size) for size, count in counts.items()) / sum(counts.values())
+
         classes, side = config.class_images or class_photos, config.resolution or base.resolution
         square = min(bucket_sizes(side, base.size_multiple), key=lambda size: abs(size[0] - size[1]))
-        pictures = config.steps * config.batch_size * config.accumulation * prediction
+        pictures = config.steps * config.batch_size * config.accumulation
         # With class images, each pass on photos has another pass beside it.
         own, prior = pictures * (2 if classes else 1), pictures * config.prior_prediction
+        train = usual(passes.train)
         encoded = sum(passes.encode(image.bucket) for image in dataset.images) + classes * passes.encode(square)
         headshots, faces = _drawn(passes, base, jobs)
         likeness, samples, measured = _while_training(passes, counts, base, config)
@@ -132,9 +154,9 @@ class Basis:
         operations = {
             "encoding": encoded + passes.caption * len(_texts(dataset, base, config, jobs)),
             "class images": config.class_images * passes.draw(plain, square, plain.steps, plain.guidance),
-            "training": own * passes.train,
-            "prior prediction": prior * (1 + passes.train),  # The frozen model predicts the target.
-            "recomputation": (own + prior) * passes.recompute(self.plan),
+            "training": own * train,
+            "prior prediction": prior * (usual(passes.predict) + train),  # The frozen model predicts the target.
+            "recomputation": (own + prior) * usual(partial(passes.recompute, self.plan)),
             "likeness": likeness,
             "samples": samples,
             "headshots": headshots,
@@ -145,9 +167,13 @@ class Basis:
             self._copied(config, jobs),
             self._loaded(draws=bool(jobs)),
             (len(photos) + measured + 2 * len(jobs)) if redraws_faces else 0,
-            self.memory,
-            self.plan,
+            self,
         )
+
+    @cached_property
+    def memory(self) -> int:
+        """The most bytes that training uses at once."""
+        return predicted_memory(self.inputs, self.plan)
 
     def _copied(self, config: TrainConfig, jobs: Sequence[Job]) -> dict[str, float]:
         """Return the bytes of blocks brought in. A pass with gradients brings them in twice."""
@@ -183,17 +209,27 @@ def basis(
     device: torch.device | None = None,
     training_adapter: TrainingAdapter | None = None,
 ) -> Basis:
-    """Return the passes, the memory plan and the memory of a training run on such photos.
-
-    Nothing is computed: passes are counted and memory is predicted with tensors without values.
-    """
+    """Return the passes and the memory plan of a training run on such photos. Nothing is computed."""
     base = base.as_distilled() if training_adapter else base
     largest = max((image.bucket for image in _dataset(photos, base, config).images), key=math.prod)
-    passes, cache = count_passes(base, config, largest, training_adapter)
+    cache = _empty_cache(base, config, largest)
     inputs = TrainingInputs.on(device, cache, base, config, adapter=training_adapter)
-    plan = choose_plan(inputs, silent)
     free = None if inputs.device.type == "cpu" else free_memory(inputs.device)
-    return Basis(base, passes, plan, predicted_memory(inputs, plan), inputs.dtype, free)
+    passes = Passes.of(base, config, training_adapter)
+    return Basis(base, passes, inputs, choose_plan(inputs, silent), inputs.dtype, free)
+
+
+def _empty_cache(base: Base, config: TrainConfig, size: Size) -> LatentCache:
+    """Return a cache of a picture of that size, with all values 0, and of its caption."""
+    shape = base.latent_shape
+    latent = torch.zeros(shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
+    of_class = class_caption(config.class_word)
+    caption = default_caption(config.trigger_word, config.class_word)
+    conditioning = base.family.image_conditioning(size, (0, 0), size)
+    image = EncodedImage("", latent, latent, None, conditioning, caption, of_class, repeats=1, is_class=False)
+    captions = () if trains_text(config) else (caption, of_class, "")
+    text = blank_caption(base.family, base.components["denoiser"].config, tokens_of(base))
+    return LatentCache((image,), dict.fromkeys(captions, text), chunks=1, digest="")
 
 
 def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Dataset:

@@ -22,7 +22,7 @@ from ..pictures.generate import GenerateConfig, Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
-from ..progress import silent
+from ..progress import PICTURES, silent
 from ..storage.cache_folder import content_key
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import TrainingJob, ready_for
@@ -144,9 +144,9 @@ def train_and_draw(
     if order.drawn_on:
         check_drawn_on(drawn_on, base)
     job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter)
-    place = LoraFolders(order.name, [folder], own_name=True, agreed=order.agreed)
-    trained = find_or_train(job, place, device=device, callbacks=callbacks)
-    callbacks.on_phase("pictures", 0, len(jobs))  # Training has ended, though no picture is drawn yet.
+    destination = LoraFolders(order.name, [folder], sets_aside=True, agreed=order.agreed)
+    trained = find_or_train(job, destination, device=device, callbacks=callbacks)
+    callbacks.on_phase(PICTURES, 0, len(jobs))  # Training has ended, though no picture is drawn yet.
     reference = ready.reference()
     shots = make_headshots(
         drawn_on,

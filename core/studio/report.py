@@ -43,12 +43,12 @@ def write_report(output: Path, results: Sequence[Result], page_first: bool = Fal
     no longer in the JSON file isn't on the page either, whenever the process is killed.
     """
     here = f"{output.absolute()}{os.sep}"
-    told = [replace(one, reason=without_folders(one.reason.replace(here, ""))) for one in results]
-    ranked = sorted(told, key=_urgency)
+    cleaned = [replace(one, reason=without_folders(one.reason.replace(here, ""))) for one in results]
+    ranked = sorted(cleaned, key=_urgency)
     totals = _totals(ranked)
     values = json.dumps({**totals, "people": [asdict(one) for one in ranked]}, indent=1)
     gpu = any(one.cost.gpu_hours for one in ranked if one.cost)
-    numbers = Counter(one.told for one in ranked)
+    numbers = Counter(one.shown_status for one in ranked)
     counts = [f"{numbers[word]} {word}" for word in ("made", "found", NONE_ALIKE, "failed") if numbers[word]]
     parts = {
         "TITLE": ", ".join(counts),
@@ -83,7 +83,7 @@ def _totals(results: Sequence[Result]) -> dict[str, Any]:
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
     return {
         **{status: sum(one.status == status for one in results) for status in STATUSES},
-        "none_alike": sum(one.told == NONE_ALIKE for one in results),
+        "none_alike": sum(one.shown_status == NONE_ALIKE for one in results),
         "seconds": round(sum(one.seconds for one in results if one.status == "made"), 1),
         "phases": {phase: round(sum(cost.seconds[phase] for cost in costs), 1) for phase in PHASES},
         "gpu_hours": round(sum(gpu), 4) if gpu else None,
@@ -111,8 +111,9 @@ def _row(result: Result, gpu: bool) -> str:
         hours = cost.gpu_hours if gpu else cost.processor_hours
         times = [f"{cost.seconds[phase]:.1f}" for phase in PHASES] + ["" if hours is None else f"{hours:.3f}"]
     shares = ["" if share is None else f"{share:.2f}" for share in (result.likeness, result.leakage)]
-    cells = [f'<td class="number">{cell}</td>' for cell in (*shares, kept, *times)]
+    cells = "".join(f'<td class="number">{cell}</td>' for cell in (*shares, kept, *times))
+    status, reason = result.shown_status, html.escape(result.reason)
     return (
-        f'<tr class="{result.told.replace(" ", "-")}"><td>{picture}</td>'
-        f'<th>{shown}<div class="reason">{html.escape(result.reason)}</div></th><td>{result.told}</td>{"".join(cells)}</tr>'
+        f'<tr class="{status.replace(" ", "-")}"><td>{picture}</td>'
+        f'<th>{shown}<div class="reason">{reason}</div></th><td>{status}</td>{cells}</tr>'
     )

@@ -114,7 +114,7 @@ class Result:
     """Whether it failed because another run is making the person."""
 
     @property
-    def told(self) -> str:
+    def shown_status(self) -> str:
         """The displayed status: "none alike" if the person was made or found, but no picture is like them."""
         return NONE_ALIKE if self.reason and self.status != "failed" else self.status
 
@@ -144,7 +144,7 @@ def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | Non
     check_person(person, output)
     if not (output / person.name / RECORD).exists():
         return None
-    _, _, order, key = _asked(person, base, output, terms, NO_CALLBACKS)
+    _, _, order, key = _read_order(person, base, output, terms, NO_CALLBACKS)
     return _recorded(order, key, output)
 
 
@@ -162,7 +162,7 @@ def find_or_make(
     Raises InUse if another run is making the person, for longer than `wait` seconds.
     """
     watch = Stopwatch()
-    photos, drawn, order, key = _asked(person, base, output, terms, callbacks)
+    photos, drawn, order, key = _read_order(person, base, output, terms, callbacks)
     if (found := _recorded(order, key, output)) is not None:
         return found
     number, of_drawn = person.count_files()
@@ -238,7 +238,7 @@ def is_foreign(folder: Path) -> bool:
     return bool(names - {lock_of(folder / RECORD).name}) and not names & {RECORD, CACHE}
 
 
-def _asked(
+def _read_order(
     person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks
 ) -> tuple[Sequence[Photo], Sequence[Photo], Order, str]:
     """Return the photos, the drawn pictures to train on too, the order, and a key of the order."""

@@ -64,8 +64,8 @@ class Speed:
     """Bytes per second from the computer's memory to the device."""
     loads: Span = (0.5e9, 3e9)
     """Bytes per second of weights from a disk, or from the system's cache of it, to the device."""
-    looks: Span = (0.05, 0.5)
-    """Seconds in which the face networks look at a picture."""
+    seconds_per_face_detection: Span = (0.05, 0.5)
+    """How long a picture takes in the face networks."""
 
     @classmethod
     def published(cls, device: str, base: Base, rate: float, copies: Span) -> Speed:

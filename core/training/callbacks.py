@@ -40,10 +40,6 @@ class StepReport:
         return self.likeness if self.likeness is not None and self.likeness.step == self.step else None
 
 
-LOADING = "loading the model"
-"""The phase between the last caption and the first step or sample."""
-
-
 class StopAndKeep(Exception):
     """Raise this from `on_step` to end the training run after the current step. The LoRA trained so far is the result."""
 

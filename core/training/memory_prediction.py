@@ -39,7 +39,7 @@ _CREATING = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.d
 """The operations that make a tensor of given numbers. Their argument is real, and their result is fake."""
 
 
-class _FakeMode(FakeTensorMode):
+class FakeMode(FakeTensorMode):
     """A fake mode in which a step can read what it has to.
 
     Tensors that are computed from real ones alone are real, such as the lengths of texts from their masks. A truth that only a
@@ -59,7 +59,7 @@ class _FakeMode(FakeTensorMode):
 
 
 class StepPrediction:
-    """The memory that a training run needs under its memory plans, not counting the kernels' workspace, and its operations.
+    """The memory that a training run needs under its memory plans, not counting the kernels' workspace.
 
     It is counted in steps on torch's fake tensors, which hold no data and follow the rules of the device. Of several alike
     blocks only one is executed, unless `each_block` is set.
@@ -70,7 +70,7 @@ class StepPrediction:
         self._beside = 0 if device.type == "cpu" else _bytes_of(inputs.cache)
         for change in inputs.adapter.changes.values() if inputs.adapter else ():
             self._beside += sum(allocated(part.numel() * dtype.itemsize, device) for part in change.tensors())
-        self._mode = _FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
+        self._mode = FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
         self._blocks: AlikeBlocks | None = None
         alike = METHODS[inputs.config.method].freezes_weights and not each_block
         empty = _empty_base(self._mode, inputs, partial(_marks, inputs) if alike else None)
@@ -115,18 +115,6 @@ class StepPrediction:
     def _keeps_kernels(self) -> bool:
         layers = self.model.fast_layers
         return isinstance(layers, FrozenLayers) and layers.keeps_kernels
-
-    def operations(self, work: Callable[[], object]) -> int:
-        """Count the floating-point operations of `work`, which uses `run`. The first step must not recompute blocks.
-
-        Don't ask the same object for `bytes`.
-        """
-        before = self._count.operations
-        with self._mode, self._count as count:
-            if self._blocks:
-                self._blocks.begin(count)
-            work()
-        return self._count.operations - before
 
     def _counted(self, plan: MemoryPlan, kernels: bool = True) -> int:
         run, model = self.run, self.model

@@ -10,8 +10,8 @@ import torch
 
 from ..device import deterministic_if, released_memory, usable_device
 from ..photos import Photo, face_regions, with_masks
-from ..progress import READING
-from .callbacks import LOADING, NO_CALLBACKS, Callbacks
+from ..progress import LOADING, READING, SAMPLES
+from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .job import TrainingJob, dataset_of, fitting, hints
 from .loop import train_lora
@@ -99,7 +99,7 @@ def _prepared(
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
     size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
     size = sample_size(base, size)
-    draw = build_draw_shots(base, config, cache.prompts, device, size, callbacks.progress("samples"))
+    draw = build_draw_shots(base, config, cache.prompts, device, size, callbacks.progress(SAMPLES))
     dtype = base.device_and_dtype(config.precision, device)[1]
     settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"

@@ -44,7 +44,7 @@ from .run_job import run_job
 from .trained_file import Curve, RunFolder, TrainedFile, has_key, with_tensors
 from .training_adapter import TrainingAdapter
 
-LOOK_INTERVAL = 0.5
+LOSS_INTERVAL = 0.5
 """Seconds between two reads of the loss. Each read waits for the device."""
 SAVE_INTERVAL = 10.0
 """Seconds between two saves of the history. If the process is killed, later entries are lost."""
@@ -52,10 +52,7 @@ SAVE_INTERVAL = 10.0
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A place for a trained file: one path, with the state, intermediate LoRAs and samples beside it.
-
-    A file that another job made is replaced.
-    """
+    """One path for a trained file, with the state, intermediate LoRAs and samples beside it."""
 
     path: Path
     resume: bool = False
@@ -68,25 +65,29 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class LoraFolders:
-    """A place for a trained LoRA: the first of some folders, while unfinished runs are in the cache folder.
+    """The first of some folders for a trained LoRA, while unfinished runs are in the cache folder.
 
-    A file with the name and key of a job is used unchanged. A file in or below the folders that has the tensors that the job
-    made earlier is copied under the name. No other file is replaced: if the name is taken, or another run is about to write it,
-    the new file is called NAME-2 and so on. The intermediate LoRAs of `save_every` are written beside it.
+    A file in or below the folders that has the tensors that the job made earlier is copied under the name. The intermediate
+    LoRAs of `save_every` are written beside it.
     """
 
     name: str
     """The name of the file in the first folder, without the suffix, with `/` between folders."""
     folders: Sequence[Path]
-    own_name: bool = False
-    """Whether the file always has this name. As soon as the new LoRA is trained, an existing file with the name and its
-    intermediate LoRAs are moved into the folder `earlier`. A LoRA of the job that is in there is moved back, without its
-    intermediate LoRAs."""
+    sets_aside: bool = False
+    """Whether the file always has this name, and a file of another job with the name is set aside."""
     agreed: bool = False
     """Whether the user has confirmed that the photos are of a real person who has agreed. The file's metadata then state it."""
 
 
-Place = OutputFile | LoraFolders
+Destination = OutputFile | LoraFolders
+"""Where a job's file is written. A file of the job that is there is used unchanged. If another job made the file:
+
+- at an OutputFile, it is replaced.
+- in LoraFolders, it stays, as does one that another run is about to write. The new file is called NAME-2 and so on.
+- in LoraFolders with `sets_aside`, it and its intermediate LoRAs are moved into the folder `earlier` as soon as the new LoRA is
+  trained. If its job is asked for again, it is moved back, without its intermediate LoRAs.
+"""
 
 
 def lora_path(name: str) -> str:
@@ -186,8 +187,8 @@ def train(
     )
     if output is None:
         return run_job(job, device=device, metadata=metadata, callbacks=callbacks)
-    place = OutputFile(Path(output), resume, restart, metadata or {})
-    return _read_result(job, find_or_train(job, place, device=device, callbacks=callbacks).path)
+    destination = OutputFile(Path(output), resume, restart, metadata or {})
+    return _read_result(job, find_or_train(job, destination, device=device, callbacks=callbacks).path)
 
 
 def _read_result(job: TrainingJob, path: Path) -> Trained:
@@ -218,24 +219,24 @@ def _read(
     return [as_photo(photo, f"{name}[{number}]") for number, photo in enumerate(photos)]
 
 
-def is_trained(job: TrainingJob, place: Place) -> bool:
-    """Whether `find_or_train` would find at that place what a run of this job has trained."""
-    if isinstance(place, OutputFile):
-        return not place.restart and has_key(place.path, job.key, job.makes)
+def is_trained(job: TrainingJob, destination: Destination) -> bool:
+    """Whether `find_or_train` would find there what a run of this job has trained."""
+    if isinstance(destination, OutputFile):
+        return not destination.restart and has_key(destination.path, job.key, job.makes)
     run = RunFolder.of(job.key)
-    return run.path.is_dir() and _trained_before(run, place.folders) is not None
+    return run.path.is_dir() and _trained_before(run, destination.folders) is not None
 
 
 def find_or_train(
     job: TrainingJob,
-    place: Place,
+    destination: Destination,
     *,
     device: torch.device | str | None = None,
     on_history: Callable[[Curve], None] = silent,
     on_point: Callable[[StepReport], None] = silent,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> TrainedFile:
-    """Find at the place what the job makes, or train it. This is the one answer to whether something has been trained.
+    """Find at the destination what the job makes, or train it. This is the one answer to whether something has been trained.
 
     An exception from a callback cancels: the run is kept, and the next call continues it (at an OutputFile, with `resume`).
     StopAndKeep from `on_step` ends the training run, and its file counts as the job's. Errors are subclasses of FaceLoraError.
@@ -245,43 +246,49 @@ def find_or_train(
     steps from earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after which
     likeness was measured, and at most two others per second. A loss that is not finite is left out.
     """
-    if isinstance(place, LoraFolders):
+    if isinstance(destination, LoraFolders):
         check_makes_lora(job.config)
     job.base.compute_hashes(callbacks.progress(READING))
-    if isinstance(place, OutputFile):
-        return _in_file(job, place, device, callbacks)
+    if isinstance(destination, OutputFile):
+        return _in_file(job, destination, device, callbacks)
     run = RunFolder(made_folder("runs", job.key))
     with locked(run.files.output):
         remove_leftovers(run.path, ".*")
         on_history(run.history())
-        with (_own_path if place.own_name else _free_path)(place, job) as (path, found):
+        with (_own_path if destination.sets_aside else _free_path)(destination, job) as (path, found):
             if not found:
-                before = _trained_before(run, place.folders)
+                before = _trained_before(run, destination.folders)
                 found = before is not None
                 lora = before or _kept_while_running(job, run, device, on_point, callbacks)
-                if place.own_name:
+                if destination.sets_aside:
                     _set_lora_aside(path)
-                    lora = _trained_before(run, place.folders) or lora  # which may have been read from a file now moved
-                said = {SUBJECT_KEY: AGREED} if place.agreed else {}
-                metadata = lora.metadata | {KEY: job.key, "ss_output_name": path.stem} | said
+                    lora = (
+                        _trained_before(run, destination.folders) or lora
+                    )  # which may have been read from a file now moved
+                agreed = {SUBJECT_KEY: AGREED} if destination.agreed else {}
+                metadata = lora.metadata | {KEY: job.key, "ss_output_name": path.stem} | agreed
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
                 del before, lora  # Windows can't delete a file that is still open
-                _clear(run.files, path, said)
+                _clear(run.files, path, agreed)
         run.set_made(LoraFile.read(path))
     return TrainedFile(path, run, found)
 
 
 def _in_file(
-    job: TrainingJob, place: OutputFile, device: torch.device | str | None, callbacks: Callbacks
+    job: TrainingJob, destination: OutputFile, device: torch.device | str | None, callbacks: Callbacks
 ) -> TrainedFile:
     """Find or train the job at one path."""
-    files, metadata, found = RunFiles(place.path), {**place.metadata, KEY: job.key}, is_trained(job, place)
+    files, metadata, found = (
+        RunFiles(destination.path),
+        {**destination.metadata, KEY: job.key},
+        is_trained(job, destination),
+    )
     if not found:
-        with files.held(job, place.resume, place.restart):
-            run_job(job, files, resume=place.resume, device=device, metadata=metadata, callbacks=callbacks)
-    elif (known := metadata_of(place.path)) != {**known, **metadata}:
-        copy_with_metadata(SafetensorsFile.open(place.path), place.path, {**known, **metadata})
-    return TrainedFile(place.path, RunFolder.of(job.key), found)
+        with files.held(job, destination.resume, destination.restart):
+            run_job(job, files, resume=destination.resume, device=device, metadata=metadata, callbacks=callbacks)
+    elif (known := metadata_of(destination.path)) != {**known, **metadata}:
+        copy_with_metadata(SafetensorsFile.open(destination.path), destination.path, {**known, **metadata})
+    return TrainedFile(destination.path, RunFolder.of(job.key), found)
 
 
 def _kept_while_running(
@@ -315,13 +322,13 @@ def _recorded(
     run: RunFolder, on_point: Callable[[StepReport], None], on_step: Callable[[StepReport], None]
 ) -> Callable[[StepReport], None]:
     """Return a callback that adds to the history of the run, and then calls `on_step`."""
-    looked = saved = -math.inf
+    read = saved = -math.inf
 
     def step(report: StepReport) -> None:
-        nonlocal looked, saved
+        nonlocal read, saved
         now = time.monotonic()
-        if report.measured or now - looked > LOOK_INTERVAL or report.step == report.steps:
-            looked = now
+        if report.measured or now - read > LOSS_INTERVAL or report.step == report.steps:
+            read = now
             if math.isfinite(report.loss):  # else the run soon raises TrainingDiverged; a page cannot read NaN in JSON
                 run.add(report.step, report.loss)
                 on_point(report)
@@ -344,28 +351,28 @@ def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
     return None
 
 
-def _clear(files: RunFiles, path: Path, said: Mapping[str, str]) -> None:
+def _clear(files: RunFiles, path: Path, agreed: Mapping[str, str]) -> None:
     """Delete the output of a run, which is now the LoRA at `path`, and move its intermediate LoRAs beside that.
 
-    `said` is added to their metadata.
+    `agreed` is added to their metadata.
     """
     files.output.unlink(missing_ok=True)
     files.beside("embedding").unlink(missing_ok=True)
     for one in files.intermediate():
         file = SafetensorsFile.open(one)
         target = path.with_name(path.stem + one.name.removeprefix(files.output.stem))
-        copy_with_metadata(file, target, {**file.metadata, "ss_output_name": path.stem, **said})
+        copy_with_metadata(file, target, {**file.metadata, "ss_output_name": path.stem, **agreed})
         one.unlink()
 
 
 @contextmanager
-def _free_path(place: LoraFolders, job: TrainingJob) -> Iterator[tuple[Path, bool]]:
+def _free_path(destination: LoraFolders, job: TrainingJob) -> Iterator[tuple[Path, bool]]:
     """Choose the first path of NAME, NAME-2, ... that is free or has a LoRA with the key. Yields it and whether it exists.
 
     A free path is locked within the context, so that no other run takes it.
     """
     for number in itertools.count(1):
-        path = place.folders[0] / f"{place.name}{f'-{number}' if number > 1 else ''}.safetensors"
+        path = destination.folders[0] / f"{destination.name}{f'-{number}' if number > 1 else ''}.safetensors"
         if os.path.exists(path):  # Path.exists fails for a name that is too long
             if not has_key(path, job.key):
                 continue
@@ -384,12 +391,12 @@ def _free_path(place: LoraFolders, job: TrainingJob) -> Iterator[tuple[Path, boo
 
 
 @contextmanager
-def _own_path(place: LoraFolders, job: TrainingJob) -> Iterator[tuple[Path, bool]]:
+def _own_path(destination: LoraFolders, job: TrainingJob) -> Iterator[tuple[Path, bool]]:
     """Yield the path of NAME, and whether it has a LoRA with the key. One found in `earlier` is moved back first.
 
     Without one, the path is locked within the context, whatever file it has.
     """
-    path = place.folders[0] / f"{place.name}.safetensors"
+    path = destination.folders[0] / f"{destination.name}.safetensors"
     if has_key(path, job.key):
         yield path, True
         return

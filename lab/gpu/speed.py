@@ -21,7 +21,7 @@ from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.headshot import FacePass
 from core.storage.files import write_text
 from core.storage.stored import Dequantise, QuantisedTensor
-from core.studio.passes import Passes, count_passes
+from core.studio.passes import Passes
 from core.studio.speed import speed_of
 from core.training.drawing import Drawing
 from core.training.recipes import FEWER_PICTURES
@@ -107,8 +107,7 @@ def parts(session: Session) -> Measurements:
     """
     base, config = session.sdxl, session.config()
     side = config.resolution or base.resolution
-    text = next(iter(session.inputs(base, config).cache.text.values()))
-    passes, _ = count_passes(base, config, (side, side), text=text)
+    passes = Passes.of(base, config)
     of_drawn = 64 if session.small else base.resolution
     rate = speed_of(base, session.device, config.precision).rate
     unit = Unit(passes, (side, side), (of_drawn, of_drawn), rate)
@@ -147,18 +146,18 @@ def _part(
 
 def _training(session: Session, unit: Unit, known: dict[str, float]) -> tuple[float, float]:
     known["plain"] = _step_seconds(session, _run(session, prior_prediction=0.0))
-    return known["plain"], unit.passes.train * unit.passes.predict(unit.size)
+    return known["plain"], unit.passes.train(unit.size)
 
 
 def _prior(session: Session, unit: Unit, known: dict[str, float]) -> tuple[float, float]:
     taken = _step_seconds(session, _run(session)) - known["plain"]
-    return taken, (1 + unit.passes.train) * unit.passes.predict(unit.size)
+    return taken, unit.passes.predict(unit.size) + unit.passes.train(unit.size)
 
 
 def _recomputation(session: Session, unit: Unit, known: dict[str, float]) -> tuple[float, float]:
     plan = MemoryPlan(1.0)
     taken = _step_seconds(session, _run(session, plan, prior_prediction=0.0)) - known["plain"]
-    return taken, unit.passes.recompute(plan) * unit.passes.predict(unit.size)
+    return taken, unit.passes.recompute(plan, unit.size)
 
 
 def _headshots(session: Session, unit: Unit, redrawn: bool = False) -> tuple[float, float]:

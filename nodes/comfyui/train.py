@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import secrets
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,10 +30,10 @@ from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import SWITCH
-from ...core.progress import READING
+from ...core.progress import LOADING, READING
 from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
-from ...core.training.callbacks import LOADING, Callbacks, StepReport, StopAndKeep, likeness_word, step_line
+from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
 from ...core.training.recipes import ENOUGH, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
@@ -63,8 +62,7 @@ WIDGETS: Mapping[str, Mapping[str, Any]] = {
 LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
 _forecasts: "dict[str, studio.Forecast]" = {}
-"""The last forecast, which takes seconds to count, by a hash of the base model's file and the settings."""
-_counting = threading.Lock()
+"""The last forecast, by a hash of the base model's file and the settings: a GPU's memory plan takes a second."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -436,11 +434,9 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     balanced, path = replace(settings, recipe="balanced", training_seed=1).config(recipes), Path(base.files[0].path)
     passes = replace(balanced, steps=1, sample_every=1)
     key = content_key(path, path.stat().st_mtime_ns, passes)
-    with _counting:
-        if key not in _forecasts:
-            _forecasts.clear()
-            _forecasts[key] = studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
-        forecast = _forecasts[key]
+    forecast = _forecasts.get(key) or studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
+    _forecasts.clear()
+    _forecasts[key] = forecast
     photos = photos or ENOUGH
     configs = {recipe: replace(settings, recipe=recipe).config(recipes, photos) for recipe in RECIPES}
     return {recipe: forecast.span(config, photos, pictures) for recipe, config in configs.items()}

@@ -83,19 +83,8 @@ def small(request, monkeypatch) -> Base:
     ],
     indirect=["small"],
 )
-def test_one_block_of_each_kind_tells_the_memory_and_the_work_of_all(small, plans):
-    one, each = assert_predicted_alike(small, TrainConfig(rank=4, batch_size=2), plans)
-    over, counted = set(), 0
-    for plan in PLANS[:4] if plans == TRIED else FEW_TRIED[:2]:
-        for prediction in (one, each):
-            prediction.run.model.memory.adopt(plan)
-        counted = each.operations(each.run.accumulate)
-        over.add(one.operations(one.run.accumulate) - counted)
-    if small.family.name == "qwen-image":
-        # The text that the last block returns is not used, so it has no gradient, whatever the plan.
-        assert len(over) == 1 and 0 < over.pop() < 3e-3 * counted
-    else:
-        assert over == {0}
+def test_one_block_of_each_kind_tells_the_memory_of_all(small, plans):
+    assert_predicted_alike(small, TrainConfig(rank=4, batch_size=2), plans)
 
 
 @pytest.mark.slow

@@ -16,13 +16,14 @@ from core.device import processor
 from core.errors import BadConfig
 from core.models import load_base
 from core.pictures import find_style_packs
+from core.progress import LOADING
 from core.storage.files import read_json
 from core.storage.plain_values import read_as
 from core.studio import Cost, Person, Plan, Result, Terms, Work, plan_people, seconds_for
 from core.studio.cost import PHASES, Stopwatch
 from core.studio.report import read_report, write_report
 from core.training import Callbacks
-from core.training.callbacks import LOADING, StepReport
+from core.training.callbacks import StepReport
 from tests.tooling import write_photos
 
 

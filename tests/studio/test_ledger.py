@@ -46,12 +46,11 @@ from core.studio import (
 )  # fmt: skip
 from core.studio.cost import PHASES
 from core.studio.ledger import LOADING, LOOKING, PHASE_OF
-from core.studio.passes import count_passes
+from core.studio.passes import Passes
 from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
 from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
-from core.training.inputs import TrainingInputs
 from core.training.job import TrainingJob
 from core.training.methods import METHODS
 from core.training.recipes import recipe_config
@@ -61,8 +60,6 @@ from core.training.store import LoraFolders
 from tests.published_models import with_vae
 from tests.tooling import (
     SMALL_FLOWS,
-    encoded_cache,
-    encoded_image,
     mostly_slow,
     random_lora,
     small_flow_base,
@@ -152,22 +149,6 @@ def test_every_method_is_counted_as_it_is_done(photos, base, tmp_path, method):
     assert expected(photos, base, config).total == pytest.approx(done, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["flux1", "zimage"])
-def test_pictures_of_any_size_are_counted_as_they_are_drawn(name):
-    base = small_flow_base(name)
-    photo = Photo.from_image(Image.new("RGB", (256, 256)), "a.png")
-    config = TrainConfig(rank=2, resolution=256)
-    jobs = [Job("a", 1, size=(256, 320), steps=3, guidance=4.0), Job("b", 2, size=(192, 320), steps=2, guidance=1.0)]
-    drawn = count_flops(lambda: list(generate(base, [], jobs, device=CPU)))
-    assert expected([photo], base, config, jobs).operations["headshots"] == pytest.approx(drawn, rel=0.06)
-
-
-def test_large_pictures_are_counted_from_small_photos_that_some_families_fill_up():
-    base, large = small_flow_base("zimage"), (184, 176)
-    small, exact = (count_passes(base, PLAIN, size)[0].predict(large) for size in ((36, 44), large))
-    assert small == pytest.approx(exact, rel=0.02)
-
-
 def test_a_face_pass_is_counted_as_it_is_drawn(photos, base):
     job = Job("a photo of sks person", 1, size=(64, 64), steps=10, guidance=4.0)
     size = base.resolution // base.size_multiple * base.size_multiple
@@ -187,33 +168,11 @@ def test_captions_and_photos_are_counted_as_they_are_encoded(photos, base, plain
 
 
 def test_recomputation_is_that_of_the_plan(photos, base):
-    size = (64, 64)
-    passes, cache = count_passes(base, PLAIN, size)
-    once = replace(PLAIN, batch_size=1)
-    whole = count_flops(Run(TrainingInputs.on(CPU, cache, base, once)).accumulate)
+    size, shared = (64, 64), basis(photos, base, replace(PLAIN, batch_size=1), CPU)
+    whole = count_flops(Run(shared.inputs).accumulate)
     for plan in PLANS[1:4]:
-        run = Run(TrainingInputs.on(CPU, cache, base, once), plan=plan)
-        assert passes.recompute(plan) * passes.predict(size) == pytest.approx(
-            count_flops(run.accumulate) - whole, rel=0.05
-        )
-    assert passes.recompute(PLANS[0]) == passes.recompute(PLANS[1]) == 0
-
-
-def test_of_alike_blocks_one_is_executed(monkeypatch):
-    base, executed = small_flow_base("ideogram4", num_layers=12), []
-    image = encoded_image(base, "1.png", "a photo of sks", 1, shape=(base.latent_shape.channels, 4, 4))
-    text = next(iter(encoded_cache(base, [image]).text.values()))
-    network: Any = base.family.build_empty("denoiser", base.components["denoiser"].config)
-    block: Any = type(network.layers[0])
-    forward = block.forward
-
-    def counted(self: Any, *args: Any, **more: Any) -> Any:
-        executed.append(self)
-        return forward(self, *args, **more)
-
-    monkeypatch.setattr(block, "forward", counted)
-    passes, _ = count_passes(base, PLAIN, (64, 64), text=text)
-    assert passes.recompute(MemoryPlan(1.0)) > 0.5 and len(executed) <= 6
+        again = count_flops(Run(shared.inputs, plan=plan).accumulate) - whole
+        assert abs(shared.passes.recompute(plan, size) - again) < 0.04 * whole
 
 
 def test_a_smaller_memory_plan_takes_less_memory_and_more_work(photos, base):
@@ -233,7 +192,7 @@ def test_a_training_adapter_takes_memory_and_work_in_steps_alone(photos, base):
     )
     assert adapted.memory > plain.memory
     assert adapted.operations["training"] > 1.01 * plain.operations["training"]
-    passes = [count_passes(base, PLAIN, (64, 64), one)[0] for one in (None, adapter)]
+    passes = [Passes.of(base, PLAIN, one) for one in (None, adapter)]
     assert passes[0].predict((64, 64)) == passes[1].predict((64, 64))
 
 
@@ -246,11 +205,11 @@ def test_weights_brought_in_and_loaded_and_pictures_looked_at_take_time(photos, 
     training = 2 * 0.5 * config.steps * weights["denoiser"]
     assert ledger.copied["training"] == training and ledger.copied["prior prediction"] == pytest.approx(0.75 * training)
     assert ledger.copied["headshots"] == pytest.approx(0.3 * 20 * weights["denoiser"])
-    assert ledger.loaded == 3 * sum(weights.values()) and ledger.looked_at == len(photos) + 4
+    assert ledger.loaded == 3 * sum(weights.values()) and ledger.face_detections == len(photos) + 4
     slow, fast = (replace(FAST, copies=(rate, 2 * rate)) for rate in (1e6, 1e12))
     assert ledger.seconds(slow)["training"] == pytest.approx((training / 2e6, training / 1e6), rel=0.01)
     assert ledger.seconds(fast)["training"][0] == ledger.operations["training"] / 0.5e12
-    taken = ledger.seconds(replace(FAST, loads=(1e6, 2e6), looks=(1.0, 2.0)))
+    taken = ledger.seconds(replace(FAST, loads=(1e6, 2e6), seconds_per_face_detection=(1.0, 2.0)))
     assert taken[LOADING] == (ledger.loaded / 2e6, ledger.loaded / 1e6) and taken[LOOKING] == (12, 24)
 
 

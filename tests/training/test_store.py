@@ -709,7 +709,7 @@ def whole_run(job: Wanted, base: Base, folder: Path) -> tuple[dict[str, Tensor],
 @pytest.fixture
 def every_loss(monkeypatch):
     """The loss is looked at after every step, however fast they are."""
-    monkeypatch.setattr(store, "LOOK_INTERVAL", -1.0)
+    monkeypatch.setattr(store, "LOSS_INTERVAL", -1.0)
 
 
 def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_job, base, loras, tmp_path, every_loss):
@@ -760,7 +760,7 @@ def test_the_history_is_saved_while_it_grows(long_job, base, loras, every_loss, 
 
 
 def test_the_loss_is_looked_at_seldom_and_at_the_end(long_job, base, loras, monkeypatch):
-    monkeypatch.setattr(store, "LOOK_INTERVAL", 1e9)
+    monkeypatch.setattr(store, "LOSS_INTERVAL", 1e9)
     assert [step for step, _ in trained(long_job, base, loras).run.history()] == [1, 6]
 
 
