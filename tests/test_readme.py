@@ -25,6 +25,8 @@ from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from tests.tooling import write_photos
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).parent.parent
 
 

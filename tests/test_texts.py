@@ -14,6 +14,8 @@ from core.pictures import Job, Subject, find_style_packs
 from core.studio import Order
 from tests.tooling import write_quick_pack
 
+pytestmark = pytest.mark.ci
+
 LONG = "a" * 4001
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from tools import wording
 
+pytestmark = pytest.mark.ci
+
 LONG = "A" + " word" * 30
 
 

@@ -9,6 +9,8 @@ import yaml
 
 from tools.release import release
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / ".github/workflows").glob("*.yml")}
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)) | {

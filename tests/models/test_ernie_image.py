@@ -16,6 +16,8 @@ from core.models.families import FAMILIES
 from tests.models.family_parts import error_of, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, caption_states, small_flow_base, whole_checkpoint
 
+pytestmark = pytest.mark.ci
+
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ernie-image"]
 WIDTH = SMALL_FLOWS["ernie-image"].context

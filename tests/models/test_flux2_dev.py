@@ -19,6 +19,8 @@ from tests.models.family_parts import error_of, numbers_of, random_texts, write_
 from tests.models.test_base_files import FLUX2_SHAPES
 from tests.tooling import caption_states, small_flow_base
 
+pytestmark = pytest.mark.ci
+
 CPU = torch.device("cpu")
 WIDTH, LAYERS, WORDS = 32, 32, 131072
 CAPTIONS = ["a photo of sks person", "sks person, outdoors, in the evening sun"]

@@ -39,6 +39,8 @@ from tests.models.family_parts import (
 )
 from tests.tooling import random_lora, small_flow_base
 
+pytestmark = pytest.mark.ci
+
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["flux3"]
 WIDTH = 16

@@ -23,6 +23,8 @@ from core.training.methods.method import target_modules
 from tests.models.family_parts import error_of, numbers_of, pipeline_with, random_texts, small_qwen3vl, write_folder
 from tests.tooling import SMALL_FLOWS, cache_of, caption_states, small_flow_base, whole_checkpoint
 
+pytestmark = pytest.mark.ci
+
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
 CONTEXT, LAYERS = SMALL_FLOWS["ideogram4"].context, 36

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
@@ -19,6 +20,8 @@ from tests.models.family_parts import (
     write_folder,
 )
 from tests.tooling import SMALL_FLOWS, small_flow_base
+
+pytestmark = pytest.mark.ci
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["krea2"]

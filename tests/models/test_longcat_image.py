@@ -23,6 +23,8 @@ from core.training.loop import train_lora
 from tests.models.family_parts import error_of, in_original_names, numbers_of, pipeline_with, write_folder
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
+pytestmark = pytest.mark.ci
+
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["longcat-image"]
 WIDTH = 256

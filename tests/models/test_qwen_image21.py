@@ -29,6 +29,8 @@ from tests.models.family_parts import (
 )
 from tests.tooling import small_flow_base
 
+pytestmark = pytest.mark.ci
+
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["qwen-image-21"]
 WIDTH = 64

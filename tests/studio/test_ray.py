@@ -31,6 +31,8 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Person, Result, Terms, make_people
 from tests.tooling import random_lora, write_photos, write_quick_pack
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).parents[2]
 WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install ".[ray]"')
 STEPS, PEOPLE = 40, 12
