@@ -197,12 +197,12 @@ def context_width(denoiser: Mapping[str, Any]) -> int:
     """Return the width of the text states that a denoiser takes, from its diffusers config."""
     names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim", "context_in_dim",
              "llm_features_dim")  # fmt: skip
-    return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
+    return next(denoiser[name] for name in names if denoiser.get(name)) * denoiser.get("num_text_layers", 1)
 
 
 def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
     """Return the width of the pooled text that a denoiser takes, from its diffusers config. None if it takes none."""
-    if "projection_class_embeddings_input_dim" in denoiser:  # the input also has six embedded sizes
+    if denoiser.get("projection_class_embeddings_input_dim"):  # the input also has six embedded sizes
         return denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
     return denoiser.get("pooled_projection_dim")
 

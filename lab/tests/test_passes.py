@@ -39,7 +39,7 @@ OTHERS: dict[str, tuple[Callable[[], Base], float]] = {
     "SD1.5 of half the blocks": (lambda: other_sizes("SD1.5", layers_per_block=1), 1.2),
     "SDXL of half the deep blocks": (lambda: other_sizes("SDXL", transformer_layers_per_block=(1, 2, 5)), 1.2),
     "FLUX.1 of half the double blocks": (
-        lambda: other_sizes("FLUX.1-dev", num_layers=9, joint_attention_dim=4096),
+        lambda: other_sizes("FLUX.1-dev", num_layers=9, joint_attention_dim=4096, pooled_projection_dim=768),
         1.2,
     ),
 }
