@@ -162,10 +162,14 @@ def read_value(name: str, value: Any, hint: Any, rule: Range | Form | None = Non
             read_value(name, key, arguments[0]): read_value(f"{name}: {key}", one, arguments[1], rule)
             for key, one in value.items()
         }
+    _check_plain(name, value)
+    if rule:
+        rule.check(name, value)
+    return value
+
+
+def _check_plain(name: str, value: Any) -> None:
     if isinstance(value, str) and not is_text(value):
         raise BadConfig(f"{name} = {value!a}: contains an invalid character (an unpaired surrogate)")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{name} = {value}: must be finite")
-    if rule:
-        rule.check(name, value)
-    return value

@@ -244,7 +244,7 @@ def test_no_tokenizer_is_needed_for_a_forecast():
 
 
 def test_after_a_job_its_own_speed_is_expected(base, tmp_path, monkeypatch):
-    cost = Cost("cpu", processor(CPU), "", Work(1, 8, 100, 10), dict.fromkeys(PHASES, 10.0), {})
+    cost = Cost("cpu", processor(CPU), "", Work(1, 8, 100, 10), dict.fromkeys(PHASES, 10.0), dict.fromkeys(PHASES, 0.0))
     with cache_in(tmp_path):
         before = speed_of(base, CPU, "fp32")
         remember_speed(base, "fp32", before, {"train": 0.8 * 10 * before.rate, "draw": 0.0}, cost)
