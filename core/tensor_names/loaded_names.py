@@ -4,7 +4,7 @@ core/lora/readers.py uses it and lists the programs' versions.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .signs import Sign
 
@@ -88,21 +88,17 @@ _UNET_IN_OTHERS = {
     "OneTrainer": "kohya+ diffusers+ comfy+",
 }  # fmt: skip
 """The schemes that programs load for both SD1.5 and SDXL, as in `LoadedNames.others`."""
-_UNET_IN_SD_SCRIPTS = r"\.(attentions|resnets|downsamplers|upsamplers)\."
 
 
 def _invokeai_signs(context_width: int) -> tuple[tuple[Sign, ...], ...]:
-    return (
-        (Sign(r"attn2\.to_[kv]$", frozenset({context_width})),),
-        (Sign(r"self_attn\.", part="text_encoder"),),
-    )
+    return ((Sign(r"attn2\.to_[kv]$", frozenset({context_width})),), (Sign(r"self_attn\.", part="text_encoder"),))
 
 
 SD15 = LoadedNames(
     UNET_IN_COMFYUI,
     diffusers=frozenset({"kohya", "diffusers"}),
     diffusers_paths={"kohya": "diffusers"},
-    sd_scripts=_UNET_IN_SD_SCRIPTS,
+    sd_scripts=r"\.(attentions|resnets|downsamplers|upsamplers)\.",
     invokeai={("kohya", "diffusers"): ""},
     invokeai_text=("lora_te_text_model_",),
     invokeai_skips=frozenset({"kohya"}),
@@ -110,15 +106,9 @@ SD15 = LoadedNames(
     others=_UNET_IN_OTHERS | {"ai-toolkit": "kohya"},
 )
 
-SD2 = LoadedNames(
-    UNET_IN_COMFYUI,
-    diffusers=frozenset({"kohya", "diffusers"}),
-    diffusers_paths={"kohya": "diffusers"},
+SD2 = replace(
+    SD15,
     diffusers_linear=(".proj_in", ".proj_out"),
-    sd_scripts=_UNET_IN_SD_SCRIPTS,
-    invokeai={("kohya", "diffusers"): ""},
-    invokeai_text=("lora_te_text_model_",),
-    invokeai_skips=frozenset({"kohya"}),
     invokeai_signs=_invokeai_signs(1024),
     others={"A1111": "kohya+", "SD.Next": "kohya+"},
 )
@@ -150,17 +140,16 @@ _FLUX_IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare
 _ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."
 # diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
 _FLUX1_FORMS = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"}
-_FLUX1_TEXT_FORMS = {
-    "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
-    "comfy": "lora_down lora_down+",
-}
 FLUX1 = LoadedNames(
     _FLUX_IN_COMFYUI,
     comfyui_t5=("lora_te2_", "lora_te3_"),
     diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
     diffusers_paths={"kohya": "original", "comfy": "original"},
     diffusers_forms=_FLUX1_FORMS,
-    diffusers_text_forms=_FLUX1_TEXT_FORMS,
+    diffusers_text_forms={
+        "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
+        "comfy": "lora_down lora_down+",
+    },
     diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((time|guidance|vector|txt|img)_in|final_layer)\b"),
     sd_scripts=_ORIGINAL_BLOCKS,
     invokeai={
@@ -185,9 +174,9 @@ FLUX1 = LoadedNames(
 
 CHROMA = LoadedNames(
     _FLUX_IN_COMFYUI,
-    diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
-    diffusers_paths={"kohya": "original", "comfy": "original"},
-    diffusers_forms=_FLUX1_FORMS,
+    diffusers=FLUX1.diffusers,
+    diffusers_paths=FLUX1.diffusers_paths,
+    diffusers_forms=FLUX1.diffusers_forms,
     diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((txt|img)_in|final_layer)\b"),
     diffusers_refuses=dict.fromkeys(("kohya", "comfy"), r"^distilled_guidance_layer\."),
     comfyui_t5=("lora_te1_",),
@@ -205,9 +194,7 @@ CHROMA = LoadedNames(
 
 # In diffusers only the denoiser loads LoRAs, the pipeline doesn't.
 LONGCAT_IMAGE = LoadedNames(
-    _FLUX_IN_COMFYUI,
-    comfyui_lacks=r"^time_embed\.",
-    others={"stable-diffusion.cpp": "kohya diffusers comfy"},
+    _FLUX_IN_COMFYUI, comfyui_lacks=r"^time_embed\.", others={"stable-diffusion.cpp": "kohya diffusers comfy"}
 )
 
 FLUX2 = LoadedNames(

@@ -54,10 +54,7 @@ class Place:
         return tuple((self.part, path) for path in parts)
 
     def rows(self, outputs: int, inputs: int) -> list[int]:
-        """Return the number of rows of each of `modules` in a weight of this size.
-
-        Raises ValueError when they do not add up.
-        """
+        """Return the number of rows of each of `modules` in a weight of this size. Raises ValueError if they don't add up."""
         if len(self.modules) == 1:
             return [outputs]
         rows = [round(size * inputs) for size in self.fusion.sizes]
@@ -94,7 +91,6 @@ class Listing:
     civitai: str
     """The name of the base model in Civitai's list."""
     licence: str
-    """The licence of the model."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The metadata of the model, by key, that replace those of the family (`NameTable.metadata_of`)."""
     editions: Mapping[str, Listing] = field(default_factory=dict)
@@ -189,8 +185,7 @@ class NameTable:
     def locate(self, part: str, path: str) -> Place:
         """Return the place of a file's path in the model. The path may be in original or diffusers naming."""
         if part == "denoiser" and not is_text_path(path):
-            fusion = self.of_original(path)
-            if fusion is not None:
+            if fusion := self.of_original(path):
                 return Place(part, fusion, None)
             fusion = self.of_diffusers(path)
             return Place(part, fusion, fusion.parts.index(path))
