@@ -22,8 +22,6 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
 """The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
-OUTSIDE_TORCH = 2**29
-"""The bytes of a GPU that a limit leaves to what torch doesn't count: kernels and libraries that are loaded later."""
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS, in errors of several classes.
@@ -260,7 +258,8 @@ def stay_within_free_memory(device: torch.device) -> None:
     """
     if spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
-        share = (max(0, free - OUTSIDE_TORCH) + torch.cuda.memory_reserved(device)) / total
+        free -= 2**29  # for what torch doesn't count: kernels and libraries that are loaded later
+        share = (max(0, free) + torch.cuda.memory_reserved(device)) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
