@@ -98,7 +98,8 @@ def load_base(
         raise type(error)(f"{name}{beside}: {error}") from None
     _check_layers(name, components)
     if tokenizer is not None:
-        if kind := _tokenizer_kind(family, tensors):
+        read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
+        if kind := next(read, family.tokenizer):
             text.load_tokenizer(os.fspath(tokenizer), kind)
         for part in family.text_encoders:
             if part in components:
@@ -141,13 +142,8 @@ def _from_files(
     def placed(path: Any) -> Any:
         return os.path.abspath(path) if path is not None and os.path.exists(path) else path  # else it is a hub id
 
-    encoders = [placed(one) for one in text_encoders]
-    return {
-        "source": placed(source),
-        "vae": placed(vae),
-        "text_encoders": encoders,
-        "tokenizer": placed(tokenizer),
-    } | schedule
+    files = {"source": placed(source), "vae": placed(vae), "tokenizer": placed(tokenizer)}
+    return files | {"text_encoders": [placed(one) for one in text_encoders]} | schedule
 
 
 _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
@@ -225,11 +221,6 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
             f"this is {kinds.get(str(channels), 'an unknown variant')} (its denoiser takes {channels} channels), "
             "which is not supported. Train on the model that it was made from"
         )
-
-
-def _tokenizer_kind(family: FamilySpec, tensors: Mapping[str, Tensor]) -> str | None:
-    read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
-    return next(read, family.tokenizer)
 
 
 def _check_layers(name: str, components: Mapping[str, Component]) -> None:

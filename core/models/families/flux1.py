@@ -141,7 +141,7 @@ FLUX1 = FamilySpec(
     # sd-scripts and ai-toolkit train with 1 too.
     image_conditioning=lambda *sizes: {"guidance": torch.tensor([1.0])},
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from FLUX.1-dev's scheduler
+    flow_shift=linear_shift(4096, 1.15),  # from FLUX.1-dev's scheduler
     embeds_guidance=lambda config: config["guidance_embeds"],
     is_distilled=lambda config: not config["guidance_embeds"],  # schnell, distilled to four steps, takes no guidance
     training_adapter="ostris/FLUX.1-schnell-training-adapter",

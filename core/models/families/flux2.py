@@ -27,7 +27,6 @@ TEXT_TOKENS = 512
 TEXT_LAYERS = (9, 18, 27)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """The form of a chat with one question in Qwen3, with thinking turned off."""
-DEV_TEXT_LAYERS = (10, 20, 30)
 DEV_CHAT = (
     "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
@@ -132,7 +131,7 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
     encoder: Any = encoders["text_encoder"]
     if encoder.config.model_type == "mistral":
         chats = [DEV_CHAT.format(caption) for caption in captions]
-        return text.encode_qwen(encoder, DEV_TEXT, chats, TEXT_TOKENS, layers=DEV_TEXT_LAYERS)
+        return text.encode_qwen(encoder, DEV_TEXT, chats, TEXT_TOKENS, layers=(10, 20, 30))
     chats = [CHAT.format(caption) for caption in captions]
     states = text.encode_qwen(
         encoder, TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, multiple=TEXT_TOKENS

@@ -26,10 +26,6 @@ TEXT_TOKENS = 8192
 """The most tokens of the whole chat, as in the authors' code."""
 WINDOW = 80
 """The whole chat is padded to a multiple of this many tokens. The denoiser sees the padding."""
-_PADDING_AT = 1
-"""The position of each padding token in the text encoder, as in transformers 4.57, which the model was trained with."""
-SHIFT = 6.93
-"""The authors' shift of the times for pictures of all sizes."""
 
 UNUSED = r"\.image_cond\b"
 """Matches the names of all modules for input pictures."""
@@ -72,7 +68,7 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
         TEXT_TOKENS,
         layers=TEXT_LAYERS,
         multiple=WINDOW,
-        padding_at=_PADDING_AT,
+        padding_at=1,  # as in transformers 4.57, which the model was trained with
     )
     mask = states["context_mask"]
     ends = (mask.sum(1, keepdim=True) + WINDOW - 1) // WINDOW * WINDOW
@@ -111,7 +107,7 @@ FLUX3 = FamilySpec(
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=lambda positions: SHIFT,
+    flow_shift=lambda positions: 6.93,  # the authors', for pictures of all sizes
     encode_image=flux2.encode_image,
     decode_latents=flux2.decode_latents,
     is_distilled=is_flow_map,

@@ -153,14 +153,13 @@ def _statistics(_: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
-        [before + caption for caption in captions],
+        captions,
         TEXT_TOKENS - _ENDING_TOKENS,
         layers=TEXT_LAYERS,
-        ending=after,
+        template=TEMPLATE,
     )
     states = conditioning["context"]
     # The denoiser takes the layers' states number by number, and not layer by layer.

@@ -135,20 +135,20 @@ def _in_float32(module: Any, _: object) -> None:
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    before, after = qwen_image.TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
-        [before + caption for caption in captions],
+        captions,
         qwen_image.TEMPLATE_TOKENS + TEXT_TOKENS - _ENDING_TOKENS,
         layers=TEXT_LAYERS,
-        ending=after,
+        template=qwen_image.TEMPLATE,
     )
     return {name: value[:, qwen_image.TEMPLATE_TOKENS :] for name, value in conditioning.items()}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    mask, layers = conditioning["context_mask"].bool(), denoiser.config.num_text_layers  # pyright: ignore
+    mask = conditioning["context_mask"].bool()
+    layers: int = denoiser.config.num_text_layers  # pyright: ignore
     context = conditioning["context"].unflatten(2, (layers, -1))
     positions = transformer.patch_positions(noisy_latents)
     return transformer.predicted(
@@ -178,7 +178,7 @@ KREA2 = FamilySpec(
     latent_shape=qwen_image.latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 6400, 1.15),  # from the authors' scheduler
+    flow_shift=linear_shift(6400, 1.15),  # from the authors' scheduler
     few_steps=FewSteps(
         8,
         shift=math.exp(1.15),

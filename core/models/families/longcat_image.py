@@ -29,11 +29,6 @@ TEMPLATE = (
 """The text before a caption. What the authors add after it doesn't change the states that are used."""
 TEMPLATE_TOKENS = 36
 """The number of tokens in the template, whose states are dropped."""
-_PADDING_AT = 1
-"""The position of each padding token in the text encoder, as in transformers 4.57, which the authors use.
-
-In ComfyUI and later versions of transformers, positions continue instead.
-"""
 
 _QUOTE = r"(?:(?<![a-zA-Z])'|'(?![a-zA-Z]))"
 """A single quotation mark. An apostrophe within a word does not count."""
@@ -60,7 +55,7 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
         captions,
         length,
         multiple=length,
-        padding_at=_PADDING_AT,
+        padding_at=1,  # as in transformers 4.57, which the authors use; later, and in ComfyUI, positions continue instead
         pieces=pieces,
     )
     return {"context": states["context"][:, TEMPLATE_TOKENS:]}
@@ -93,5 +88,5 @@ LONGCAT_IMAGE = FamilySpec(
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from the authors' pipeline
+    flow_shift=linear_shift(4096, 1.15),  # from the authors' pipeline
 )

@@ -195,7 +195,7 @@ QWEN_IMAGE = FamilySpec(
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
+    flow_shift=linear_shift(8192, 0.9),  # from the authors' scheduler
     few_steps=FewSteps(8, shift=3.0, lora="lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V2.0.safetensors"),
     encode_image=encode_image,
     decode_latents=decode_latents,

@@ -192,13 +192,12 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
-        [before + (caption or " ") for caption in captions],
+        [caption or " " for caption in captions],
         SYSTEM_TOKENS + _USER_TOKENS + TEXT_TOKENS,
-        ending=after,
+        template=TEMPLATE,
     )
     return {name: value[:, SYSTEM_TOKENS:] for name, value in conditioning.items()}
 
@@ -230,7 +229,7 @@ QWEN_IMAGE_21 = FamilySpec(
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
+    flow_shift=linear_shift(8192, 0.9),  # from the authors' scheduler
     encode_image=encode_image,
     decode_latents=decode_latents,
 )

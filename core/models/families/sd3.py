@@ -22,8 +22,6 @@ TEXT_TOKENS = 256
 """The number of T5 tokens that captions are padded to, as in diffusers and sd-scripts."""
 CONTEXT_WIDTH = 4096
 """The width of T5-XXL. The states of CLIP are padded to it with zeros."""
-SHIFT = 3.0
-"""The authors' shift for 1024 px (arXiv:2403.03206, section 5.3.2), for all sizes as in SD3.5's scheduler and sd-scripts."""
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 HEAD_WIDTH = 64
@@ -114,6 +112,7 @@ SD3 = FamilySpec(
     latent_shape=transformer.patch_latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=lambda positions: SHIFT,
+    # The authors' for 1024 px (arXiv:2403.03206, section 5.3.2), for all sizes as in SD3.5's scheduler and sd-scripts.
+    flow_shift=lambda positions: 3.0,
     few_steps=FewSteps(4),
 )

@@ -5,7 +5,7 @@ name distinguishes it from the base model. A LoRA trained on Turbo undoes the di
 Turbo with a training adapter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,19 +47,15 @@ def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("ZImageTransformer2DModel", (0, 36), config)
     attention.use_attention(denoiser, attention.StreamAttention())
-    denoiser.rope_embedder = _Tables(denoiser.rope_embedder)
-    return denoiser
+    rotations_of = denoiser.rope_embedder
 
-
-class _Tables:
-    """Return the tables (S, 2, D) of positions (S, 3), instead of diffusers' complex numbers."""
-
-    def __init__(self, rotations: Callable[[Tensor], Tensor]):
-        self._rotations = rotations
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        rotations = self._rotations(positions)
+    def tables_of(positions: Tensor) -> Tensor:
+        """Return the tables (S, 2, D) of positions (S, 3), instead of diffusers' complex numbers."""
+        rotations = rotations_of(positions)
         return torch.stack(attention.tables_of_pairs(rotations.real, rotations.imag), -2)
+
+    denoiser.rope_embedder = tables_of
+    return denoiser
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
