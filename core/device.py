@@ -123,8 +123,7 @@ def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False, is_larg
         return torch.float32
     card = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        has_bf16 = not any(architecture in card.gcnArchName for architecture in NO_BF16)
-        has_fp16 = True
+        has_bf16, has_fp16 = not any(architecture in card.gcnArchName for architecture in NO_BF16), True
     else:
         # Older cards only emulate bf16, but torch.cuda.is_bf16_supported() returns True for them.
         has_bf16 = card.major >= 8
@@ -170,10 +169,8 @@ def synchronize(device: torch.device) -> None:
 
 def processor(device: torch.device) -> str:
     """Return the name of the device's processor, as reported by the system."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "xpu":
-        return torch.xpu.get_device_name(device)
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).get_device_name(device)
     found = re.search(r"model name\s*:\s*(.+)", described_processor())
     return found[1] if found else platform.processor() or platform.machine()
 

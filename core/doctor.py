@@ -51,11 +51,8 @@ def examine(device: torch.device) -> Report:
     """Return the report on this machine and one of its devices."""
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     versions = {"facelora": __version__, "python": platform.python_version(), "system": platform.system()}
-    versions |= {name: number for name, number in found.items() if number}
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    if torch.version.hip:
-        versions["hip"] = torch.version.hip
+    numbers = found | {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    versions |= {name: number for name, number in numbers.items() if number}
     threads, usable = torch.get_num_threads(), usable_threads()
     by_choice = Threads(threads, f"set by the program or OMP_NUM_THREADS; {usable.count} are usable")
     is_gpu = device.type == "cuda"
