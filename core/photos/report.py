@@ -416,16 +416,12 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
+    turned = sum(report.view != VIEWS[0] for report in usable)
+    further_away = sum(report.framing != FRAMINGS[0] for report in usable)
     missing = [
-        (int(bool(usable) and all(report.view != VIEWS[0] for report in usable)), "facing the camera"),
-        (
-            limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable),
-            "with the head turned to the left or right",
-        ),
-        (
-            limits.chest_up_wanted - sum(report.framing != FRAMINGS[0] for report in usable),
-            "from further away, down to the chest or the waist",
-        ),
+        (int(0 < turned == len(usable)), "facing the camera"),
+        (limits.turned_wanted - turned, "with the head turned to the left or right"),
+        (limits.chest_up_wanted - further_away, "from further away, down to the chest or the waist"),
         (limits.lights_wanted - lights, "in other light"),
         (limits.backgrounds_wanted - backgrounds, "in front of another background"),
     ]
