@@ -14,9 +14,7 @@ class LoadedNames:
     """The LoRA names of a family that other programs load."""
 
     comfyui: frozenset[tuple[str, str]] = frozenset()
-    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths).
-
-    Empty if the tested version lacks the family."""
+    """The denoiser's names that ComfyUI loads: (scheme, "original" or "diffusers" paths). Empty if it lacks the family."""
     diffusers: frozenset[str] = frozenset()
     """The schemes that diffusers' pipelines load."""
     diffusers_paths: Mapping[str, str] = field(default_factory=dict)
@@ -46,9 +44,7 @@ class LoadedNames:
     sd_scripts: str | None = None
     """A regular expression for the denoiser's paths in Kohya names that sd-scripts loads; None if it lacks the family."""
     invokeai: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads.
-
-    Empty if InvokeAI lacks the family."""
+    """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads. Empty if it lacks it."""
     invokeai_forms: Mapping[str, str] = field(default_factory=dict)
     """The forms of tensors' names that InvokeAI loads, by scheme, where they differ from `readers.INVOKEAI_FORMS`."""
     invokeai_text: tuple[str, ...] = ()
@@ -63,9 +59,7 @@ class LoadedNames:
     """More groups of signs, by the scheme of the file's names."""
 
     others: Mapping[str, str] = field(default_factory=dict)
-    """The schemes that each program in `readers.OTHERS` loads, with a "+" if it loads CLIP's names too.
-
-    For programs that are not listed, nothing is known."""
+    """The schemes that programs in `readers.OTHERS` load, with a "+" if CLIP's names too. Of others, nothing is known."""
     others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """A regular expression, by program and scheme, for the denoiser's paths that the program does not load."""
 

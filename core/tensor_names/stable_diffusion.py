@@ -17,11 +17,6 @@ def _of_original(path: str) -> Fusion | None:
     return Fusion(path, (diffusers_unet_path(path),)) if path.startswith(_ORIGINAL_ROOTS) else None
 
 
-def _of_diffusers_sd1(path: str) -> Fusion:
-    # The deepest up level of SD1.x and SD2.x has no attention.
-    return Fusion(ldm_unet_path(path, attention_above=lambda level: level > 0), (path,))
-
-
 def _kernel(path: str, linear_projections: bool) -> int | None:
     if re.search(r"(^|\.)(conv1|conv2|conv|conv_in|conv_out)$", path):
         return 3
@@ -49,7 +44,8 @@ SD15 = NameTable(
     a1111_version="SD1",
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
-    of_diffusers=_of_diffusers_sd1,
+    # The deepest up level of SD1.x and SD2.x has no attention.
+    of_diffusers=lambda path: Fusion(ldm_unet_path(path, attention_above=lambda level: level > 0), (path,)),
     listings={"SD 1.5": Listing("SD 1.5", "CreativeML Open RAIL-M")},
     loaded=loaded_names.SD15,
     kernel=partial(_kernel, linear_projections=False),

@@ -112,18 +112,16 @@ class NameTable:
     name: str
     """The short name in code and messages, such as sd15."""
     base_versions: tuple[str, ...]
-    """The prefixes of its models' names in metadata. The first is the `ss_base_model_version` to write.
-
-    `families.model_named` compares only letters and digits."""
+    """The prefixes of its models' names in metadata, in any punctuation. The first is the `ss_base_model_version` to write."""
     architecture: str
     """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]
-    of_original: Callable[[str], Fusion | None]
-    """The fusion of a denoiser path in original naming; None for any other path."""
-    of_diffusers: Callable[[str], Fusion]
-    """The fusion that a denoiser path in diffusers naming belongs to."""
     listings: Mapping[str, Listing]
     """The listing of each published model of the family, by the model's title in the tables."""
+    of_original: Callable[[str], Fusion | None] = lambda path: None
+    """The fusion of a denoiser path in original naming; None for any other path."""
+    of_diffusers: Callable[[str], Fusion] = lambda path: Fusion(path, (path,))
+    """The fusion that a denoiser path in diffusers naming belongs to. By default, all names are alike in both namings."""
     loaded: LoadedNames = LoadedNames()
     """The names that other programs load."""
     kernel: Callable[[str], int | None] = lambda path: None
