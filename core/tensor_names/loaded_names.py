@@ -132,14 +132,13 @@ SD3 = LoadedNames(
 
 _FLUX_IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare", "diffusers")}
 _ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."
-# diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
-_FLUX1_FORMS = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"}
 FLUX1 = LoadedNames(
     _FLUX_IN_COMFYUI,
     comfyui_t5=("lora_te2_", "lora_te3_"),
     diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
     diffusers_paths={"kohya": "original", "comfy": "original"},
-    diffusers_forms=_FLUX1_FORMS,
+    # diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
+    diffusers_forms={"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"},
     diffusers_text_forms={
         "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
         "comfy": "lora_down lora_down+",
