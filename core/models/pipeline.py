@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,9 +55,8 @@ def encoder_component(kind: str, component: Component, wanted: Any) -> Component
         return component
     readers: dict[str, Callable[[], torch.Tensor]] = {name: Stored(tensors, name) for name in tensors}
     config = component.config | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
-    return replace(
-        component, config=config, tensors=LazyTensors(readers | {"text_projection.weight": lambda: torch.eye(width)})
-    )
+    readers["text_projection.weight"] = lambda: torch.eye(width)
+    return Component(config, LazyTensors(readers))
 
 
 def encoder_classes(pipeline: Any) -> dict[str, Any]:
