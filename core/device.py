@@ -22,8 +22,6 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
 """The side, in pixels, of the tiles that a VAE works on if a whole picture doesn't fit into memory."""
-OUTSIDE_TORCH = 2**29
-"""The bytes of a GPU that a limit leaves to what torch doesn't count: kernels and libraries that are loaded later."""
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU and MPS, in errors of several classes.
@@ -125,8 +123,7 @@ def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False, is_larg
         return torch.float32
     card = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        has_bf16 = not any(architecture in card.gcnArchName for architecture in NO_BF16)
-        has_fp16 = True
+        has_bf16, has_fp16 = not any(architecture in card.gcnArchName for architecture in NO_BF16), True
     else:
         # Older cards only emulate bf16, but torch.cuda.is_bf16_supported() returns True for them.
         has_bf16 = card.major >= 8
@@ -172,10 +169,8 @@ def synchronize(device: torch.device) -> None:
 
 def processor(device: torch.device) -> str:
     """Return the name of the device's processor, as reported by the system."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "xpu":
-        return torch.xpu.get_device_name(device)
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).get_device_name(device)
     found = re.search(r"model name\s*:\s*(.+)", described_processor())
     return found[1] if found else platform.processor() or platform.machine()
 
@@ -260,7 +255,8 @@ def stay_within_free_memory(device: torch.device) -> None:
     """
     if spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
-        share = (max(0, free - OUTSIDE_TORCH) + torch.cuda.memory_reserved(device)) / total
+        free -= 2**29  # for what torch doesn't count: kernels and libraries that are loaded later
+        share = (max(0, free) + torch.cuda.memory_reserved(device)) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 

@@ -51,11 +51,10 @@ def examine(device: torch.device) -> Report:
     """Return the report on this machine and one of its devices."""
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     versions = {"facelora": __version__, "python": platform.python_version(), "system": platform.system()}
-    versions |= {name: number for name, number in found.items() if number}
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    if torch.version.hip:
-        versions["hip"] = torch.version.hip
+    numbers = found | {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    versions |= {name: number for name, number in numbers.items() if number}
+    threads, usable = torch.get_num_threads(), usable_threads()
+    by_choice = Threads(threads, f"set by the program or OMP_NUM_THREADS; {usable.count} are usable")
     is_gpu = device.type == "cuda"
     capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if is_gpu else ""
     return Report(
@@ -63,19 +62,12 @@ def examine(device: torch.device) -> Report:
         missing={name: OPTIONAL.get(name, "everything") for name, number in found.items() if not number},
         device=device.type + (f", compute capability {capability}" if capability else ""),
         processor=processor(device),
-        threads=_threads(),
+        threads=usable if threads == usable.count else by_choice,
         precision=precision_name(fastest_dtype(device, is_large=True)),
         total_memory=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
         free_memory=free_memory(device),
         advice=tuple(advice for advice in (why_no_kernels(device) or why_no_gpu(device),) if advice),
     )
-
-
-def _threads() -> Threads:
-    count, usable = torch.get_num_threads(), usable_threads()
-    if count == usable.count:
-        return usable
-    return Threads(count, f"set by the program or OMP_NUM_THREADS; {usable.count} are usable")
 
 
 def _version(package: str) -> str | None:

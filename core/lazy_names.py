@@ -33,10 +33,7 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
         setattr(sys.modules[package], name, value)  # Python finds it directly next time.
         return value
 
-    def names_there() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home})
-
-    return get, names_there, sorted(home)
+    return get, lambda: sorted({*vars(sys.modules[package]), *home}), sorted(home)
 
 
 class ModulesOfAnother:

@@ -32,9 +32,8 @@ class StandIn(nn.Module):
 
     def __init__(self, like: nn.Module):
         super().__init__()
-        self.like: tuple[nn.Module] = (
-            like,
-        )  # the tuple hides it from torch, which would otherwise treat it as a submodule
+        # The tuple hides it from torch, which would otherwise treat it as a submodule.
+        self.like: tuple[nn.Module] = (like,)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -134,9 +133,8 @@ class AlikeBlocks:
         outputs = iter(_Block.apply(self.count, kind, *tensors, *self._leaves_of(block)))
         with self.count.known(kind.forward):
             pass  # counted on top of what is kept, which is nothing if the block is recomputed
-        return tree_unflatten(
-            [next(outputs) if isinstance(value, _Layout) else value for value in kind.results], kind.spec
-        )
+        results = [next(outputs) if isinstance(value, _Layout) else value for value in kind.results]
+        return tree_unflatten(results, kind.spec)
 
     def _leaves_of(self, block: nn.Module) -> list[Tensor]:
         """Return the tensors in a block that get gradients: its trained parameters, or their copies."""
@@ -163,11 +161,10 @@ class AlikeBlocks:
             packed[_address(tensor)] = kept = tensor.detach()
             return kept
 
-        first_unpacked: list[int] = []
+        unpacked_at: list[int] = []
 
         def unpack(tensor: Tensor) -> Tensor:
-            if not first_unpacked:
-                first_unpacked.append(count.live)
+            unpacked_at.append(count.live)
             return tensor
 
         with count.known(0), saved_tensors_hooks(pack, unpack), _without_cached_casts():
@@ -190,9 +187,7 @@ class AlikeBlocks:
             del inputs, replaced, given, results, outputs
             call.arguments.clear()
             alive = {place: allocated(size, count.device) for place, size in sizes.items() if count.counts(place)}
-            kind.kept_inputs, kind.kept_outputs = (
-                [number for number, place in enumerate(some) if place in alive] for some in places
-            )
+            kind.kept_inputs, kind.kept_outputs = ([n for n, at in enumerate(some) if at in alive] for some in places)
             # Inputs without a gradient, such as rotary embeddings, are shared with other blocks and so outlive the pass.
             shared = [
                 packed.get(place) for place, layout in zip(places[0], layouts, strict=True) if not layout.requires_grad
@@ -207,8 +202,7 @@ class AlikeBlocks:
                 # another task.
                 other = torch.empty(0, device=count.device, requires_grad=True)
                 torch.autograd.grad(other.clone(), [other], torch.empty_like(other))
-                most = max(count.peak, kind.again + (first_unpacked or [0])[0])
-                kind.backward += most
+                kind.backward += max(count.peak, kind.again + (unpacked_at or [0])[0])
             del end, shared
             kind.stays = count.live - before
             kind.kept -= kind.stays
@@ -367,8 +361,7 @@ class _Products(TorchDispatchMode):
         """Return how many bytes it has counted and how many of them are in use, both without storages at these places."""
         alive = {place: allocated(one.nbytes(), self._count.device) for place, one in self._alive.items()}
         left_out = sum(size for place, size in alive.items() if place in others)
-        in_use = sum(size for place, size in alive.items() if place not in others)
-        return self._size - left_out, in_use
+        return self._size - left_out, sum(alive.values()) - left_out
 
 
 def _made(ctx: Any, layouts: Iterable[_Layout]) -> tuple[Tensor, ...]:

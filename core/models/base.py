@@ -185,7 +185,6 @@ class Base:
         Raises BadFile when the part is missing or its config is invalid, MissingPackage when a library is not installed.
         """
         component = self._component(part)
-        what = f"{self.name}: the config of the {part.replace('_', ' ')}"
         try:
             return self.family.build_empty(part, component.config)
         except FaceLoraError:
@@ -197,6 +196,7 @@ class Base:
             ) from error
         except Exception as error:  # diffusers and transformers raise many kinds of errors for an odd config
             reason = next(iter(str(error).splitlines()), "")
+            what = f"{self.name}: the config of the {part.replace('_', ' ')}"
             raise BadFile(f"{what} is invalid: {type(error).__name__}: {reason}") from error
 
     def weight_bytes(self, part: str, dtype: torch.dtype, as_stored: bool = False) -> int:
@@ -367,12 +367,8 @@ class Base:
         for part in ("denoiser", *self.family.text_encoders):
             if part in self.components:
                 # From the empty network, since the shape of a quantised tensor is only known after computing it.
-                state = self._empty(part).state_dict()
-                shapes |= {
-                    (part, name.removesuffix(".weight")): tuple(tensor.shape)
-                    for name, tensor in state.items()
-                    if name.endswith(".weight")
-                }
+                weights = ((name.rpartition("."), value) for name, value in self._empty(part).state_dict().items())
+                shapes |= {(part, path): tuple(value.shape) for (path, _, kind), value in weights if kind == "weight"}
         return shapes
 
 

@@ -5,7 +5,7 @@ The vocabulary and the merges in `clip_tokenizer/` are those that OpenAI publish
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,7 @@ def caption_tokens(caption: str, words: Words | None = None) -> list[int]:
     Each of `words`, alone or as `embedding:word`, is replaced by its own tokens.
     """
     if words:
-        longest_first = sorted(words, key=len, reverse=True)
-        names = "|".join(re.escape(word) for word in longest_first)
+        names = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))  # the longest first
         pieces = re.split(rf"(?<!\w)(?:embedding:)?({names})(?!\w)", caption, flags=re.IGNORECASE)
         by_name = {word.lower(): tokens for word, tokens in words.items()}
         # re.split puts the words at odd indices, and the text between them at even ones.
@@ -233,21 +232,15 @@ def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Te
     readers: dict[str, Callable[[], Tensor]] = {}
     outside = OPENCLIP_OUTSIDE | {"text_projection.weight": "text_projection.weight"}
 
-    def third(whole: Stored, index: int) -> Tensor:
-        return whole().chunk(3)[index]
-
-    def transposed(whole: Stored) -> Tensor:
-        return whole().T.contiguous()
-
     for short, whole in stored.items():
         if short in outside:
             readers[outside[short]] = whole
         elif short == "text_projection":
-            readers["text_projection.weight"] = partial(transposed, whole)
+            readers["text_projection.weight"] = lambda whole=whole: whole().T.contiguous()
         elif match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", short):
             for index, letter in enumerate("qkv"):
                 name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
-                readers[name] = partial(third, whole, index)
+                readers[name] = lambda whole=whole, index=index: whole().chunk(3)[index]
         elif match := re.match(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$", short):
             name = f"text_model.encoder.layers.{match[1]}.{OPENCLIP_LAYER.get(match[2], match[2])}.{match[3]}"
             readers[name] = whole

@@ -53,14 +53,11 @@ def download(hub_id: str) -> Path:
     # Only these folders, since a repository may also hold the same weights in a single file.
     networks = ("unet", "transformer", "vae", "text_encoder*")
     parts = (*networks, "scheduler", "tokenizer*", "processor")
-    wanted = [
-        *_INDEXES,
-        *(f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")),
-    ]
+    files = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
+    wanted = [*_INDEXES, *files]
     try:
-        folder = Path(
-            snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=[f"*{word}*" for word in _COPIES])
-        )
+        copies = [f"*{word}*" for word in _COPIES]
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=copies))
         found = [config.parent for network in networks for config in folder.glob(f"{network}/config.json")]
         if not all(any(network.glob("*.safetensors")) for network in found):
             folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
@@ -81,7 +78,7 @@ def read_folder(folder: Path) -> DiffusersFolder:
     families = FAMILIES.values()
     family = next((f for f in families if class_name in (f.pipeline_class, *f.other_folders)), None)
     if family is None:
-        known = ", ".join(family.pipeline_class for family in FAMILIES.values())
+        known = ", ".join(family.pipeline_class for family in families)
         raise UnknownFamily(
             f"{folder.name}: {index_name} names the pipeline {class_name}, which is not supported. Supported: {known}"
         )

@@ -28,8 +28,6 @@ _FEW_POSITIONS = {torch.float32: 256, torch.bfloat16: 64}
 """Up to this many output positions, by dtype, rearranging takes longer than oneDNN then saves."""
 _LEAST_CHANNELS, _LEAST_POSITIONS = 256, 256
 """With at least this many channels and output positions, fewer multiplications save more than the transforms cost."""
-_TILES = 256
-"""The number of tiles transformed at once, few enough to stay in a processor's cache."""
 # The transforms of one axis: B^T, G and A^T of the paper's equation 8.
 _INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
 _KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -154,16 +152,12 @@ class _WithFewerMultiplications:
         few = batch * height * width < _LEAST_POSITIONS
         if few or height % 2 or width % 2 or torch.is_autocast_enabled("cpu"):
             return nn.Conv2d.forward(self._layer, x)
-        if self._kernel is None:
-            self._kernel = _transformed(self._layer.weight)
+        if self._kernel is None:  # (16, O, I), of a weight (O, I, 3, 3)
+            weight = self._layer.weight.detach()
+            rows = weight.flatten(2).permute(2, 0, 1).flatten(1)
+            self._kernel = (_square(_KERNEL) @ rows).unflatten(1, weight.shape[:2])
         output: Tensor = _Winograd.apply(x, self._kernel, self._layer.bias)
         return output
-
-
-@torch.no_grad()
-def _transformed(weight: Tensor) -> Tensor:
-    """Transform a kernel of shape (O, I, 3, 3) to shape (16, O, I)."""
-    return (_square(_KERNEL) @ weight.detach().flatten(2).permute(2, 0, 1).flatten(1)).unflatten(1, weight.shape[:2])
 
 
 def _square(transform: Sequence[Sequence[float]]) -> Tensor:
@@ -218,7 +212,7 @@ def _convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _strips(batch: int, height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield the first and last rows of tiles that are computed at once."""
-    rows = max(1, _TILES // (batch * width // 2))
+    """Yield the first and last rows of tiles that are computed at once, few enough to stay in a processor's cache."""
+    rows = max(1, 256 // (batch * width // 2))
     for start in range(0, height // 2, rows):
         yield start, min(start + rows, height // 2)

@@ -28,9 +28,8 @@ def ldm_vae_path(path: str, levels: int = 4) -> str:
     side, _, rest = path.partition(".")
     if side not in ("encoder", "decoder"):
         return path
-    match = re.match(r"(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", rest)
-    if match:
-        level, kind, index, tail = int(match[1]), match[2], match[3], match[4]
+    if match := re.match(r"(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", rest):
+        level, kind, index, tail = int(match[1]), *match.groups()[1:]
         block = f"down.{level}" if side == "encoder" else f"up.{levels - 1 - level}"
         if kind == "resnets":
             return f"{side}.{block}.block.{index}.{replace_head(tail, {'conv_shortcut': 'nin_shortcut'})}"
@@ -46,9 +45,8 @@ def diffusers_vae_path(path: str, levels: int = 4) -> str:
     side, _, rest = path.partition(".")
     if side not in ("encoder", "decoder"):
         return path
-    match = re.match(r"(?:down|up)\.(\d+)\.(?:block\.(\d+)|(downsample|upsample))\.(.+)", rest)
-    if match:
-        level, index, sampler, tail = int(match[1]), match[2], match[3], match[4]
+    if match := re.match(r"(?:down|up)\.(\d+)\.(?:block\.(\d+)|(downsample|upsample))\.(.+)", rest):
+        level, index, sampler, tail = int(match[1]), *match.groups()[1:]
         block = f"down_blocks.{level}" if side == "encoder" else f"up_blocks.{levels - 1 - level}"
         if sampler:
             return f"{side}.{block}.{sampler}rs.0.{tail}"
@@ -58,13 +56,11 @@ def diffusers_vae_path(path: str, levels: int = 4) -> str:
     return f"{side}.{replace_head(rest, inverse(_VAE_OUTSIDE_BLOCKS))}"
 
 
-_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
 def current_vae_path(path: str) -> str:
     """Return today's diffusers name of a VAE's tensor, which may have the name of an old diffusers version."""
     head, attention, tail = path.rpartition(".attentions.0.")
-    return head + attention + replace_head(tail, _OLD_VAE_ATTENTION)
+    current = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return head + attention + replace_head(tail, current)
 
 
 def count_children(names: Iterable[str], prefix: str) -> int:
@@ -130,19 +126,17 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         raise UnknownFamily(
             "this is a pruned UNet, like SSD-1B or Segmind-Vega, which is not supported as a single file"
         )
-    layers = resnets[0]
-    context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     mid_depth = count_children(names, "middle_block.1.transformer_blocks")
     config: dict[str, Any] = {
         "in_channels": shape(FIRST_WEIGHT, 4)[1],
         "out_channels": shape("out.2.weight", 4)[0],
         "block_out_channels": tuple(widths),
-        "layers_per_block": layers,
+        "layers_per_block": resnets[0],
         "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
         "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
         # The last entry also sets the number of blocks in the middle.
         "transformer_layers_per_block": tuple([*(max(depth, 1) for depth in depths[:-1]), mid_depth]),
-        "cross_attention_dim": context_width,
+        "cross_attention_dim": shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         "attention_head_dim": 8 if head_width is None else tuple(width // head_width for width in widths),
         "use_linear_projection": len(shape("middle_block.1.proj_in.weight", 2, 4)) == 2,
     }
@@ -154,7 +148,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         }
     if "time_embed.cond_proj.weight" in names:
         config["time_cond_proj_dim"] = shape("time_embed.cond_proj.weight")[1]
-    readers = {diffusers_unet_path(name, layers): read for name, read in stored.items()}
+    readers = {diffusers_unet_path(name, resnets[0]): read for name, read in stored.items()}
     return Component(config, LazyTensors(readers))
 
 
@@ -257,14 +251,13 @@ def build_vae(config: dict[str, Any]) -> nn.Module:
 
 
 _UNET_ATTENTION = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+"
-_UNET_BLOCKS = r"(down_blocks|up_blocks)\.\d+|mid_block"
 UNET_TARGETS = {
     "attention": rf"({_UNET_ATTENTION})\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
     "transformer": rf"({_UNET_ATTENTION})\.(proj_in|proj_out|transformer_blocks\.\d+\."
     r"(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))",
 }
 UNET_TARGETS["transformer+conv"] = (
-    rf"{UNET_TARGETS['transformer']}|({_UNET_BLOCKS})\."
+    rf"{UNET_TARGETS['transformer']}|((down_blocks|up_blocks)\.\d+|mid_block)\."
     r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(downsamplers|upsamplers)\.\d+\.conv)"
 )
 """The modules that sd-scripts adapts with `conv_dim`. The tests compare their names with lists made by sd-scripts."""

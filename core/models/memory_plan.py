@@ -64,10 +64,8 @@ class MemoryPlan:
         if self.weights == "8 bits":
             parts.append("frozen weights in 8 bits")
         if self.offload:
-            which = (
-                "blocks" if self.offload == 1 else f"{SHARES.get(self.offload, f'{self.offload:.0%}')} of the blocks"
-            )
-            parts.append(f"{which} brought in one by one")
+            some = f"{SHARES.get(self.offload, f'{self.offload:.0%}')} of the "
+            parts.append(f"{some if self.offload < 1 else ''}blocks brought in one by one")
         return ", ".join(parts)
 
     def saves_as_much_as(self, other: "MemoryPlan") -> bool:
@@ -112,8 +110,8 @@ def plans_for(
         plans = list(dict.fromkeys(replace(plan, weights="full") for plan in plans))
     if gradient_checkpointing == "auto":
         return tuple(plans)
-    wanted = (1.0, False) if gradient_checkpointing == "on" else (0.0, False)
-    return tuple(plan for plan in plans if (plan.recompute, plan.selective) == wanted)
+    wanted = 1.0 if gradient_checkpointing == "on" else 0.0
+    return tuple(plan for plan in plans if plan.recompute == wanted and not plan.selective)
 
 
 def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
@@ -139,6 +137,10 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 
     Down- and upsamplers are in such lists too, but diffusers never recomputes them, nor the first layer of a UNet's middle.
     """
+
+    def is_middle(owner: Any) -> bool:  # It alone has one residual layer more than attentions.
+        return 0 < len(getattr(owner, "attentions", ())) < len(owner.resnets)
+
     blocks = {
         block: None
         for owner in denoiser.modules()
@@ -146,14 +148,9 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
         for name, named in owner.named_children()
         for children in (named.values() if isinstance(named, nn.ModuleDict) else [named])
         if isinstance(children, nn.ModuleList) and not name.endswith("samplers")
-        for block in (children[1:] if name == "resnets" and _is_middle(owner) else children)
+        for block in (children[1:] if name == "resnets" and is_middle(owner) else children)
     }
     return [block for block in blocks if not any(inner in blocks for inner in block.modules() if inner is not block)]
-
-
-def _is_middle(owner: Any) -> bool:
-    """Return whether a module of a UNet is its middle, the only one with one residual layer more than attentions."""
-    return 0 < len(getattr(owner, "attentions", ())) < len(owner.resnets)
 
 
 class MemorySaver:
@@ -257,7 +254,7 @@ class BlockOffload:
         for block in new:
             self._hooks[block] = (
                 block.register_forward_pre_hook(self._bring),
-                block.register_forward_hook(self._take_away, always_call=True),
+                block.register_forward_hook(lambda block, *_: _put(self._home[block]), always_call=True),
             )
 
     def renew(self) -> None:
@@ -316,9 +313,6 @@ class BlockOffload:
         unchanged = [now._cdata == then._cdata for now, then in zip(self._at_home(block), sources, strict=True)]
         return tensors if all(unchanged) else None
 
-    def _take_away(self, block: nn.Module, *_: object) -> None:
-        _put(self._home[block])
-
 
 def _put(parameters: Mapping[_Slot, nn.Parameter]) -> None:
     for (reference, name), parameter in parameters.items():
@@ -359,10 +353,9 @@ class PinnedStore:
         if self._slab.nbytes < size:
             slab = max(min(LARGEST_SLAB, 1 << left.bit_length() - 1), SMALLEST_SLAB, 1 << (size - 1).bit_length())
             room = free_memory(torch.device("cpu"))
-            if room is not None and room - slab < LEFT_FREE:
-                self.pins = False
-                return None
             try:
+                if room is not None and room - slab < LEFT_FREE:
+                    raise MemoryError
                 self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # the class varies by system and driver
                 self.pins = False
@@ -453,13 +446,6 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 def count_flops(work: Callable[[], object]) -> int:
     """Count the floating-point operations of matrix products, convolutions and attention in `work`. A multiply-add is two."""
-    counter = _counter()
-    with counter:
-        work()
-    return counter.get_total_flops()
-
-
-def _counter() -> Any:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten: Any = torch.ops.aten
@@ -476,4 +462,6 @@ def _counter() -> Any:
     }
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         more[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
-    return FlopCounterMode(display=False, custom_mapping=more)
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        work()
+    return counter.get_total_flops()

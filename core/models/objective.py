@@ -48,10 +48,9 @@ class NoiseSchedule:
         A bias b draws u^(exp(-b)), which is uniform for 0.
         """
         uniform = torch.rand(len(latents), generator=generator, device=latents.device)
-        if config.timestep_bias:
-            uniform = uniform ** math.exp(-config.timestep_bias)
         span = config.timestep_max - config.timestep_min + 1
-        return config.timestep_min + (uniform * span).long().clamp(max=span - 1)
+        drawn = (uniform ** math.exp(-config.timestep_bias) * span).long()
+        return config.timestep_min + drawn.clamp(max=span - 1)
 
     def _signal(self, timesteps: Tensor) -> Tensor:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -148,13 +147,13 @@ def shift_times(times: Tensor, shift: float) -> Tensor:
     return shift * times / (1 + (shift - 1) * times)
 
 
-def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable[[int], float]:
-    """Return a function of the number of positions: exp(mu), with mu linear through (low, mu_low) and (high, mu_high).
+def linear_shift(most: int, mu: float) -> Callable[[int], float]:
+    """Return a function of the number of positions: exp of a number that rises linearly from 0.5 at 256 to `mu` at `most`.
 
     It is from Black Forest Labs' code for FLUX.1.
     """
-    slope = (mu_high - mu_low) / (high - low)
-    return lambda positions: math.exp(mu_low + slope * (positions - low))
+    slope = (mu - 0.5) / (most - 256)
+    return lambda positions: math.exp(0.5 + slope * (positions - 256))
 
 
 def draw_noise(like: Tensor, config: LossSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,13 @@
 """Open a base model: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from ..storage.gguf_file import SUFFIX, open_gguf
@@ -98,7 +99,8 @@ def load_base(
         raise type(error)(f"{name}{beside}: {error}") from None
     _check_layers(name, components)
     if tokenizer is not None:
-        if kind := _tokenizer_kind(family, tensors):
+        read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
+        if kind := next(read, family.tokenizer):
             text.load_tokenizer(os.fspath(tokenizer), kind)
         for part in family.text_encoders:
             if part in components:
@@ -141,13 +143,8 @@ def _from_files(
     def placed(path: Any) -> Any:
         return os.path.abspath(path) if path is not None and os.path.exists(path) else path  # else it is a hub id
 
-    encoders = [placed(one) for one in text_encoders]
-    return {
-        "source": placed(source),
-        "vae": placed(vae),
-        "text_encoders": encoders,
-        "tokenizer": placed(tokenizer),
-    } | schedule
+    files = {"source": placed(source), "vae": placed(vae), "tokenizer": placed(tokenizer)}
+    return files | {"text_encoders": [placed(one) for one in text_encoders]} | schedule
 
 
 _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
@@ -227,29 +224,16 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         )
 
 
-def _tokenizer_kind(family: FamilySpec, tensors: Mapping[str, Tensor]) -> str | None:
-    read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
-    return next(read, family.tokenizer)
-
-
 def _check_layers(name: str, components: Mapping[str, Component]) -> None:
     """Raise BadFile when a part seems to have more layers than tensors. Building them could take minutes and gigabytes."""
     for part, component in components.items():
         named = [count for key, count in component.config.items() if "layers" in key and "window" not in key]
-        if (layers := max(_numbers_in(named), default=0)) > len(component.tensors):
+        numbers = [number for number in tree_leaves(named) if isinstance(number, int)]  # they may be lists within lists
+        if (layers := max(numbers, default=0)) > len(component.tensors):
             raise BadFile(
                 f"{name}: the config of the {part.replace('_', ' ')} has {layers} layers, but there are only "
                 f"{len(component.tensors)} tensors"
             )
-
-
-def _numbers_in(value: Any) -> Iterator[int]:
-    """Yield the integers in a value of a config, which may be lists within lists."""
-    if isinstance(value, list | tuple):
-        for one in value:
-            yield from _numbers_in(one)
-    elif isinstance(value, int):
-        yield value
 
 
 def stated_resolution(metadata: Mapping[str, str], family: FamilySpec) -> int:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,9 +55,8 @@ def encoder_component(kind: str, component: Component, wanted: Any) -> Component
         return component
     readers: dict[str, Callable[[], torch.Tensor]] = {name: Stored(tensors, name) for name in tensors}
     config = component.config | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
-    return replace(
-        component, config=config, tensors=LazyTensors(readers | {"text_projection.weight": lambda: torch.eye(width)})
-    )
+    readers["text_projection.weight"] = lambda: torch.eye(width)
+    return Component(config, LazyTensors(readers))
 
 
 def encoder_classes(pipeline: Any) -> dict[str, Any]:
@@ -80,14 +78,13 @@ def assemble(
     """
     parts: dict[str, Any] = {"scheduler": _scheduler(schedule, is_zero_snr), "vae": networks["vae"]}
     parts[family.denoiser_folder] = networks["denoiser"]
-    for part, kind in family.text_encoders.items():
-        there = part in networks
-        parts[part] = without_prefix(networks[part]) if there else None
-        folder = components[part].config.get("tokenizer") if there else None
-        parts[part.replace("text_encoder", "tokenizer")] = _tokenizer(kind, folder) if there else None
+    for part in family.text_encoders.keys() & networks.keys():
+        parts[part] = without_prefix(networks[part])
+        tokenizer = _tokenizer(family.text_encoders[part], components[part].config.get("tokenizer"))
+        parts[part.replace("text_encoder", "tokenizer")] = tokenizer
     taken = inspect.signature(pipeline.__init__).parameters
-    lacking = {name for name, given in taken.items() if given.default is given.empty and name != "self"} - parts.keys()
-    parts |= dict.fromkeys(lacking, None)
+    required = [name for name, given in taken.items() if given.default is given.empty and name != "self"]
+    parts = dict.fromkeys(required) | parts
     if "requires_safety_checker" in taken:
         parts["requires_safety_checker"] = False
     return pipeline(**parts)
@@ -106,7 +103,6 @@ def _tokenizer(kind: str, folder: str | None) -> Any:
 def _scheduler(schedule: Schedule, is_zero_snr: bool) -> Any:
     """Build Euler's method for a rectified flow, else DDIM. Schedulers made from its config have the same noise schedule."""
     diffusers = import_diffusers()
-
     if isinstance(schedule, FlowSchedule):
         few, many = (schedule.shift(positions) for positions in (_FEW_POSITIONS, _MANY_POSITIONS))
         if few == many:

@@ -14,8 +14,6 @@ from ..storage.stored import Dequantise, QuantisedTensor, as_stored
 from .quantised import dequantise_fp8, dequantise_int8
 from .quantised_layers import FEWEST_ROWS, LIMITS, InEightBits, QuantisedLinear, linear, times, times_scale, to_int8
 
-MULTIPLE = 16
-"""The number that both sides of a weight must be a multiple of, for `torch._int_mm` and `torch._scaled_mm`."""
 REPEATS = 20
 """How often products are timed. They are waited for once, since a step waits for its work only at its end."""
 WRONG = 0.1
@@ -37,9 +35,8 @@ def choose_products(
     Products are measured with as many rows as each layer has when `predict` calls the network. This changes the results a
     little, as rounding the weights does.
     """
-    layers = [
-        layer for layer in network.modules() if isinstance(layer, QuantisedLinear) and _is_product_of_scale(layer)
-    ]
+    quantised = [layer for layer in network.modules() if isinstance(layer, QuantisedLinear)]
+    layers = [layer for layer in quantised if _is_product_of_scale(layer)]
     may_pay = device.type == "cuda" and dtype == torch.bfloat16
     most = math.inf if wanted == "on" else WORTHWHILE if wanted == "auto" and may_pay else 0.0
     chosen = bool(layers and most) and time_in_eight_bits(_products_of(layers, predict), device, dtype) < most
@@ -66,16 +63,18 @@ def _products_of(layers: Iterable[QuantisedLinear], predict: Callable[[], object
     finally:
         for hook in hooks:
             hook.remove()
-    return [
-        (layer.quantised, rows) for layer, rows in found
-    ]  # Within the call, weights may be on the device for a moment.
+    # Not within the call, where weights may be on the device for a moment.
+    return [(layer.quantised, rows) for layer, rows in found]
 
 
 def _is_product_of_scale(layer: QuantisedLinear) -> bool:
-    """Return whether the layer's weight is its stored numbers times one scale, or one for each output."""
+    """Return whether the layer's weight is its stored numbers times one scale, or one for each output.
+
+    torch's products in 8 bits also need sides that are multiples of 16.
+    """
     is_scaled = layer.plain_dequantise in (as_stored, times_scale, dequantise_fp8, dequantise_int8)
     weight = layer.quantised
-    return is_scaled and weight.parts[0].dtype in LIMITS and not any(side % MULTIPLE for side in weight.shape)
+    return is_scaled and weight.parts[0].dtype in LIMITS and not any(side % 16 for side in weight.shape)
 
 
 def time_in_eight_bits(

@@ -34,10 +34,7 @@ class Recipe:
     photos: int
     """The number of photos seen in the whole run. Divided by the photos per step, it gives the steps."""
     rate: float
-    """The learning rate for one photo per step.
-
-    It grows with the square root of the photos per step (arXiv:2205.10287, for Adam).
-    """
+    """The learning rate for one photo per step. It grows with the square root of these (arXiv:2205.10287, for Adam)."""
     rank: int
     batch_size: int = 1
     """The photos in a forward pass, unless the user sets another number."""
@@ -78,11 +75,6 @@ def _read_recipe(name: str, values: Any) -> Recipe:
     if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
         raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: not allowed in a recipe")
     # TrainConfig checks ranges. The number of photos is checked like the steps.
-    of_the_run = {
-        "steps": recipe.photos,
-        "learning_rate": recipe.rate,
-        "rank": recipe.rank,
-        "batch_size": recipe.batch_size,
-    }
-    config_from({**settings, **of_the_run})
+    of_the_run = {"steps": recipe.photos, "learning_rate": recipe.rate, "batch_size": recipe.batch_size}
+    config_from({**settings, **of_the_run, "rank": recipe.rank})
     return dataclasses.replace(recipe, settings=settings)

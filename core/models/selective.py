@@ -4,7 +4,7 @@ Selective checkpointing (arXiv:2205.05198) keeps what products and attention ret
 activation functions, gates, rotations. That is nearly none of the arithmetic, and about half of the memory.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -86,11 +86,6 @@ def _policy(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if is_kept(func, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def changes_kept(func: Any, args: Sequence[Any], kept: Container[int]) -> bool:
-    """Return whether an operation changes one of the storages at these places, which are kept, in place."""
-    return func._schema.name.endswith("_") and args[0].untyped_storage()._cdata in kept
-
-
 class _Unchanged(TorchDispatchMode):
     """Leaves out in-place operations on what was kept, since it already has their changes."""
 
@@ -99,7 +94,7 @@ class _Unchanged(TorchDispatchMode):
         self._kept: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if changes_kept(func, args, self._kept):
+        if func._schema.name.endswith("_") and args[0].untyped_storage()._cdata in self._kept:
             return args[0]
         result = func(*args, **(kwargs or {}))
         if is_kept(func, args):

@@ -54,8 +54,6 @@ class LatentShape:
 
 DENOISER_PREFIX = "model.diffusion_model."
 """The prefix of the denoiser's tensors in a checkpoint in original naming."""
-
-
 UNQUANTISED = "use the model in bf16, fp16 or fp8"
 """The advice in errors about a model whose quantisation is not supported."""
 
@@ -252,9 +250,8 @@ class FamilySpec:
 
     def recognise(self, denoiser: Mapping[str, Tensor]) -> bool:
         """Return whether a checkpoint's denoiser, given by original names without a prefix, is of this family."""
-        return all(name in denoiser for name in self.denoiser_has) and not any(
-            name in denoiser for name in self.denoiser_lacks
-        )
+        has_all = all(name in denoiser for name in self.denoiser_has)
+        return has_all and not any(name in denoiser for name in self.denoiser_lacks)
 
     def is_named_distilled(self, name: str) -> bool:
         """Return whether a model's name indicates distillation to a few steps."""
@@ -370,8 +367,10 @@ def materialise(
     def placed_as(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(device)
-        # torch converts on the processor what it copies and converts in one call. A GPU is faster, unless it gets more bytes.
-        return tensor.to(device).to(dtype) if tensor.itemsize <= dtype.itemsize else tensor.to(dtype).to(device)
+        # torch converts on the processor what it copies and converts in one call. A GPU is faster, unless it gets more bytes
+        # or can't hold the stored type.
+        first_moved = tensor.itemsize <= dtype.itemsize and keeps_quantised_weights(device)
+        return tensor.to(device).to(dtype) if first_moved else tensor.to(dtype).to(device)
 
     state = {}
     quantised: dict[str, QuantisedTensor] = {}
@@ -395,8 +394,6 @@ def materialise(
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.is_floating_point() and not tensor.is_floating_point():
             raise BadFile(f"{what} is quantised, e.g. {name} to {tensor.dtype}; {UNQUANTISED}")
-        if not keeps_quantised_weights(device):  # nor can they be dequantised there
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         state[name] = usable(placed_as(tensor))
     module.load_state_dict(state, assign=True, strict=False)  # strict requires those too that are added next
     for path, weight in quantised.items():

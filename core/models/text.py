@@ -48,7 +48,6 @@ _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
 _PAD_QWEN = 151643
 MISTRAL_LAYERS = 30
 """The number of layers of Mistral Small 3 whose states are used. The last ten and the last norm are not loaded."""
-_MINISTRAL_WIDTH = 3072
 _MINISTRAL_ROTARY = {
     "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
     "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -105,7 +104,7 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
         return "qwen25_7b"
     table = qwen.get("embed_tokens.weight")
     if table and _is_mistral(qwen) and shape_of(tensors, table)[:1] == _VOCABULARIES["mistral"][:1]:
-        return "ministral3_3b" if shape_of(tensors, table)[1:] == (_MINISTRAL_WIDTH,) else "mistral3_24b"
+        return "ministral3_3b" if shape_of(tensors, table)[1:] == (3072,) else "mistral3_24b"
     raise UnknownFamily(
         f"unknown text encoder, e.g. {next(iter(tensors), 'no tensor')!r}. Supported: {', '.join(KINDS.values())}"
     )
@@ -209,11 +208,9 @@ def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
 
 def blank_caption(family: FamilySpec, denoiser: Mapping[str, Any], tokens: int) -> Conditioning:
     """Return a conditioning (1, ...) of zeros in the shapes of a caption's, from the denoiser's diffusers config."""
-    states = torch.zeros(1, tokens, context_width(denoiser))
-    pooled = pooled_width(denoiser)
-    return {"context": states, "context_mask": torch.ones(states.shape[:2])} | (
-        {"pooled": torch.zeros(1, pooled)} if pooled else {}
-    )
+    width = pooled_width(denoiser)
+    pooled = {"pooled": torch.zeros(1, width)} if width else {}
+    return {"context": torch.zeros(1, tokens, context_width(denoiser)), "context_mask": torch.ones(1, tokens)} | pooled
 
 
 def _width(encoder: Mapping[str, Any]) -> int:
@@ -375,7 +372,7 @@ def encode_qwen(
     layers: Sequence[int] = (),
     multiple: int = 0,
     padding_at: int | None = None,
-    ending: str = "",
+    template: str = "{}",
     pieces: Callable[[str], Sequence[str]] = lambda text: (text,),
 ) -> Conditioning:
     """Return a Qwen model's states as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
@@ -383,15 +380,16 @@ def encode_qwen(
     The states are the normed ones of the last layer, or those after each of `layers` (1 is the first, -2 the last but one)
     side by side. Texts are cut to `limit` tokens. With a `multiple`, they are padded to one with masked tokens, which have
     states too. With `padding_at`, all of these have that position; otherwise positions continue. Remaining differences in
-    length within a batch are padded with zeros. `ending` is added to each text after cutting. `pieces` cuts a text into pieces
-    that are tokenised separately.
+    length within a batch are padded with zeros. `template` has "{}" for a text; what is after it is added after cutting.
+    `pieces` cuts a text into pieces that are tokenised separately.
     """
     tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
     device = next(encoder.parameters()).device
     parts = []
-    last = tokenizer(ending, add_special_tokens=False).input_ids
+    before, after = template.split("{}")
+    last = tokenizer(after, add_special_tokens=False).input_ids
     for text in texts:
-        tokens_of = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces(text))
+        tokens_of = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces(before + text))
         row = [*chain.from_iterable(tokens_of)][:limit] + last
         padding = min(-len(row) % multiple, limit - len(row)) if multiple else 0
         tokens = torch.tensor([row + [_PAD_QWEN] * padding], device=device)
@@ -400,15 +398,6 @@ def encode_qwen(
         output = encoder(
             tokens, attention_mask=mask, position_ids=at, output_hidden_states=bool(layers), use_cache=False
         )
-        states = (
-            torch.cat([output.hidden_states[layer] for layer in layers], -1) if layers else output.last_hidden_state
-        )
-        parts.append({"context": states, "context_mask": mask})
+        states = [output.hidden_states[layer] for layer in layers] or [output.last_hidden_state]
+        parts.append({"context": torch.cat(states, -1), "context_mask": mask})
     return stack_conditioning(parts)
-
-
-def pooled_clip(encoder: nn.Module, captions: Sequence[str]) -> Tensor:
-    """Return CLIP's pooled state (B, D) for the first 75 tokens of each caption."""
-    tokens = clip.token_chunks(captions, 1, padding=clip.END)
-    _, output = clip.encode_chunks(encoder, tokens, layer=1, final_norm=True)
-    return output.pooler_output

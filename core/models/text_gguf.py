@@ -45,11 +45,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("qwen2vl", "qwen3", "qwen3vl", "llama", "mistral3"), _DECODER),
 }
 """The module names of each supported architecture, by its name in GGUF."""
-_SIDE_BY_SIDE = ("llama", "mistral3")
-"""Architectures where the two numbers that rotary embeddings rotate together are next to each other in queries and keys."""
 _HEAD_WIDTH = 128
-_LEFT_OUT = r"dec\.|output\.|rope_freqs\."
-"""Name prefixes of the parts that write words, and of numbers that are computed here."""
 
 
 def in_transformers_names(tensors: GgufTensors) -> LazyTensors:
@@ -65,8 +61,10 @@ def in_transformers_names(tensors: GgufTensors) -> LazyTensors:
             f"a text encoder in GGUF of the unknown architecture {tensors.architecture[:40]!r}. "
             f"Supported: {', '.join(NAMES)}"
         )
-    renamed = {_renamed(name, names): Stored(tensors, name) for name in tensors if not re.match(_LEFT_OUT, name)}
-    if tensors.architecture in _SIDE_BY_SIDE:
+    left_out = ("dec.", "output.", "rope_freqs.")  # the parts that write words, and numbers that are computed here
+    renamed = {_renamed(name, names): Stored(tensors, name) for name in tensors if not name.startswith(left_out)}
+    # In these, the two numbers that rotary embeddings rotate together are next to each other in queries and keys.
+    if tensors.architecture in ("llama", "mistral3"):
         for own in [name for name in renamed if re.search(r"self_attn\.[qk]_proj\.weight$", name)]:
             name = renamed[own].name
             if shape_of(tensors, name)[0] % _HEAD_WIDTH:

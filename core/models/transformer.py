@@ -13,14 +13,36 @@ from torch import Tensor, nn
 from ..errors import MissingPackage, UnmatchedKeys
 from ..storage.stored import LazyTensors, QuantisedTensor, Stored, stored_under
 from ..tensor_names.table import NameTable, Place
+from . import text
 from .ldm import kl_pixels, shapes_in, vae_component
 from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, Conditioning, LatentShape
 
+Names = Collection[str]
+"""The original names of a denoiser's tensors, without their prefix in a checkpoint."""
+Shapes = Callable[..., tuple[int, ...]]
+"""A function that looks up the shape of such a tensor, see `ldm.shapes_in`."""
 
-def denoiser_names(tensors: Mapping[str, Tensor]) -> Collection[str]:
-    """Return the original names of the denoiser's tensors in a checkpoint, without their prefix."""
-    return stored_under(tensors, DENOISER_PREFIX).keys()
+
+def splitter(
+    config_of: Callable[[Names, Shapes], dict[str, Any]],
+    keys: NameTable,
+    kinds: Mapping[str, str],
+    vae: Callable[[Mapping[str, Tensor]], Component],
+    renames: Sequence[tuple[str, str]] = (),
+    left_out: str = r"$^",
+) -> Callable[[Mapping[str, Tensor]], dict[str, Component]]:
+    """Return a family's `split`. `config_of` makes the denoiser's config, and `vae` the VAE from its tensors.
+
+    `kinds` has text encoders by part. The others are as in `transformer_component`.
+    """
+
+    def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+        config = config_of(stored_under(tensors, DENOISER_PREFIX).keys(), shapes_of(tensors))
+        denoiser = transformer_component(tensors, config, keys, renames, left_out)
+        return {"denoiser": denoiser} | text.other_parts(tensors, vae, kinds)
+
+    return split
 
 
 def transformer_component(
@@ -103,8 +125,8 @@ class _Rows(Stored):
             raise UnmatchedKeys(f"{self.name} has shape {list(shape)}, which does not fit its modules") from None
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[..., tuple[int, ...]]:
-    """Return a function that looks up the shape of a denoiser's tensor by its original name, see `ldm.shapes_in`."""
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the function that looks up the shape of a denoiser's tensor in a checkpoint."""
     return shapes_in(LazyTensors(stored_under(tensors, DENOISER_PREFIX)), "the denoiser")
 
 
@@ -204,6 +226,25 @@ def cut_patches(latents: Tensor) -> Tensor:
 def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
     """Join positions (B, H/2 * W/2, 4 C) to latents (B, C, H, W), the inverse of `cut_patches`."""
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def predicted(
+    denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, **more: Any
+) -> Tensor:
+    """Predict with a diffusers network that takes two by two latents as one position. `more` are its other arguments."""
+    patches = denoiser(
+        cut_patches(latents),
+        encoder_hidden_states=conditioning["context"].to(latents.dtype),
+        timestep=timesteps / 1000,
+        return_dict=False,
+        **more,
+    )[0]
+    return join_patches(patches, *latents.shape[2:])
+
+
+def patch_positions(latents: Tensor) -> Tensor:
+    """Return the coordinates of each two by two latents, as `grid_positions` does."""
+    return grid_positions(latents.shape[2] // 2, latents.shape[3] // 2, latents.device)
 
 
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:

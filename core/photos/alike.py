@@ -102,10 +102,8 @@ def _against(item: PhotoReport, judged: float | None, limits: Thresholds, lowest
     if item.faces > 1:
         return f"{item.faces} people in the picture", "of several people"
     if item.likeness is not None and item.likeness < limits.likeness_review:
-        return (
-            f"not alike enough: likeness {item.likeness:.2f}, {limits.likeness_review:.2f} is needed",
-            "not alike enough",
-        )
+        cause = "not alike enough"
+        return f"{cause}: likeness {item.likeness:.2f}, {limits.likeness_review:.2f} is needed", cause
     if judged is not None and judged < lowest:
         return f"someone else by the second network: {judged:.2f}, {lowest:.2f} is needed", "of someone else"
     return "", ""

@@ -14,10 +14,6 @@ from .dataset import Box, Region
 from .reading import Photo
 from .report import CROP, FRAMINGS, PhotoReport, SetReport, framing
 
-CLOSE_UP = (0.6, 0.5)
-"""The margins above and below the face's box, in face heights: includes hair and the top of the shoulders."""
-CHEST_UP = (0.8, 2.0)
-"""The margins above and below the face's box, in face heights: down to the chest."""
 MASK_SIDE = 1024
 """The long side of a drawn mask, in pixels: finer than any latent."""
 
@@ -120,9 +116,9 @@ def _head(face: Face, scale: float) -> tuple[float, float, float, float]:
 def _boxes(report: PhotoReport, face: Face, resolution: int) -> list[Box]:
     """Return the regions of one photo: the whole or a chest-up part, then a close-up if that differs enough."""
     wide = whole = (0, 0, *report.photo.size)
-    close_up = _around(face, CLOSE_UP, 1.0, whole, resolution)
+    close_up = _around(face, (0.6, 0.5), 1.0, whole, resolution)  # includes hair and the top of the shoulders
     if any(finding.verdict == CROP for finding in report.findings):
-        wide = _around(face, CHEST_UP, 0.8, whole, resolution)
+        wide = _around(face, (0.8, 2.0), 0.8, whole, resolution)  # down to the chest
     boxes = [_without(box, face, report.other_faces, resolution) for box in (wide, close_up)]
     # A close-up of at most half the area adds detail; a larger one repeats the same picture.
     return boxes if _area(boxes[1]) <= _area(boxes[0]) / 2 else boxes[:1]

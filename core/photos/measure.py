@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,6 @@ from PIL import Image
 
 from ..errors import BadConfig
 from ..faces import Face, FaceNetwork
-from .dataset import MAX_ASPECT
 from .reading import Photo
 
 
@@ -88,13 +88,12 @@ class Thresholds:
         """
         if resolution < 1:
             raise BadConfig(f"resolution = {resolution}: must be at least 1")
-        default = cls()
         reject, review, same_picture = LIKENESS_LIMITS.get(network, LIKENESS_LIMITS["sface"])
-        return replace(
-            default,
-            face_pixels_reject=default.face_pixels_reject * resolution / 1024,
-            face_pixels_review=default.face_pixels_review * resolution / 1024,
-            sharpness_side=min(default.sharpness_side, max(LEAST_SHARPNESS_SIDE, 0.4 * resolution)),
+        return cls(
+            face_pixels_reject=cls.face_pixels_reject * resolution / 1024,
+            face_pixels_review=cls.face_pixels_review * resolution / 1024,
+            # Below 48 pixels sharpness says little: detail and edges of the face are the same.
+            sharpness_side=min(cls.sharpness_side, max(48, 0.4 * resolution)),
             likeness_reject=reject,
             likeness_review=review,
             same_picture_likeness=same_picture,
@@ -107,7 +106,7 @@ class Thresholds:
         A face must be as large and sharp as in the crop that the network sees. One photo is enough, and it needs no variety.
         """
         return replace(
-            cls.for_resolution(round(REFERENCE_FACE / 0.4), network),
+            cls.for_resolution(round(112 / 0.4), network),  # SFace sees a face in a crop of 112 pixels
             photos_measured=1,
             photos_wanted=1,
             turned_wanted=0,
@@ -117,10 +116,6 @@ class Thresholds:
         )
 
 
-REFERENCE_FACE = 112
-"""The side, in pixels, of the crop of a face that SFace sees."""
-LEAST_SHARPNESS_SIDE = 48
-"""The size of a face, in pixels, below which sharpness says little: detail and edges of the face are the same."""
 LIKENESS_LIMITS = {
     "sface": (Thresholds.likeness_reject, Thresholds.likeness_review, Thresholds.same_picture_likeness),
     "dlib": (0.93, 0.95, 0.985),
@@ -168,9 +163,7 @@ def sharpness(luma: np.ndarray) -> float:
     """
     if min(luma.shape) < 3 or luma.var() == 0:
         return 0.0
-    middle = luma[1:-1, 1:-1]
-    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * middle
-    return float(laplacian.var() / luma.var())
+    return float(_laplacian(luma).var() / luma.var())
 
 
 def flatness(luma: np.ndarray) -> float:
@@ -182,9 +175,12 @@ def flatness(luma: np.ndarray) -> float:
     if min(luma.shape) < 3:
         return 0.0
     middle = luma[1:-1, 1:-1]
-    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * middle
     lit = (middle > 15) & (middle < 250)
-    return float((np.abs(laplacian[lit]) < 1).mean()) if lit.any() else 0.0
+    return float((np.abs(_laplacian(luma)[lit]) < 1).mean()) if lit.any() else 0.0
+
+
+def _laplacian(luma: np.ndarray) -> np.ndarray:
+    return luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
 
 
 def highlights(luma: np.ndarray) -> float:
@@ -205,18 +201,13 @@ def share_in_frame(image_size: tuple[int, int], face: Face) -> float:
     return max(0.0, width) * max(0.0, height) / ((right - left) * (bottom - top))
 
 
-def features_in_frame(image_size: tuple[int, int], face: Face) -> bool:
-    """Return whether both eyes, the nose and both ends of the mouth are inside the picture.
+def features_in_frame(image_size: tuple[int, int], face: Face, max_aspect: float = math.inf) -> bool:
+    """Return whether both eyes, the nose and both ends of the mouth are inside the picture, cut to at most that aspect.
 
     The detector places features that are cut off outside the picture: it did so on every ORL face cut in half.
     """
-    return bool(((face.landmarks >= 0) & (face.landmarks <= np.array(image_size))).all())
-
-
-def features_in_middle(image_size: tuple[int, int], face: Face) -> bool:
-    """Return whether the same points are in the middle of a long picture, which is all of it that `prepare` trains on."""
     size = np.array(image_size)
-    cut_off = np.maximum(0, size - MAX_ASPECT * size[::-1]) / 2
+    cut_off = np.maximum(0, size - max_aspect * size[::-1]) / 2
     return bool(((face.landmarks >= cut_off) & (face.landmarks <= size - cut_off)).all())
 
 

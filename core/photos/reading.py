@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from ..errors import BadPhoto, check_length, counted, one_line
 from ..faces import check_open
@@ -45,18 +45,13 @@ MAX_BYTES = 2**30
 MAX_REPEATS = 1_000
 """The most repeats that a folder name can set: the number in a larger one, such as `2019_Italy`, is a year."""
 
-MAX_CAPTION_BYTES = 2**20
-"""The longest caption that is read, in bytes: text encoders take a few hundred words."""
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
 """The Pillow decoders for PHOTO_SUFFIXES. Pillow picks a decoder by content, and another one runs Ghostscript."""
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*(?<!-headshots)")  # The command headshots writes its pictures there.
-_ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_SIDEWAYS = [turn for value, turn in _TURNS.items() if value > 4]
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 """The exceptions that Pillow's decoders raise on damaged files; AVIF's raises RuntimeError."""
 
@@ -295,8 +290,7 @@ def _photo_paths(
 
 def _mention_captions(files: Iterable[Path], on_warning: OnWarning) -> None:
     """Mention captions in the files of other tools, which are not read."""
-    found = [path.name for path in files if path.suffix == ".caption" or path.name == "metadata.jsonl"]
-    if found:
+    if found := [path.name for path in files if path.suffix == ".caption" or path.name == "metadata.jsonl"]:
         count = counted(len(found), "caption file is", "caption files are")
         on_warning(f"{count} not read, such as {found[0]!r}: write the caption of NAME.jpg into NAME.txt")
 
@@ -336,13 +330,14 @@ def _read_photo(path: Path, repeats: int, with_drawn: bool) -> Photo | None:
 
 
 def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
-    return (size[1], size[0]) if _turn(image) in _SIDEWAYS else size
+    is_sideways = _turn(image) in [turn for value, turn in _TURNS.items() if value > 4]
+    return (size[1], size[0]) if is_sideways else size
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the operation that makes the picture upright; None if it already is."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DAMAGED:  # The EXIF data are damaged, but the picture may be whole.
         return None
 
@@ -360,7 +355,7 @@ def _read_caption(path: Path, photo: str) -> str | None:
         return None
     try:
         named = f"{photo}: the caption {path.name}"
-        text = read_bytes(path, MAX_CAPTION_BYTES, name=named, error=BadPhoto).decode("utf-8-sig")
+        text = read_bytes(path, 2**20, name=named, error=BadPhoto).decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError  # This is UTF-16 without its mark.
         return " ".join(text.split()) or None
@@ -437,9 +432,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow clips 16-bit values to 255 on conversion instead of scaling them.
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if _is_transparent(image):
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, "white")
-        flat = Image.alpha_composite(canvas, layer).convert("RGB")
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
         flat.info = image.info
         return _to_srgb(flat)
     return _to_srgb(image.convert("RGB") if image.mode in ("P", "1") else image)
@@ -447,8 +440,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Return the picture in RGB and sRGB. Phones save Display P3 and printers CMYK, whose values mean other colours."""
-    embedded = image.info.get("icc_profile")
-    if embedded:
+    if embedded := image.info.get("icc_profile"):
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
             if not ImageCms.getProfileDescription(profile).startswith("sRGB"):

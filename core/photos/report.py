@@ -13,14 +13,13 @@ import numpy as np
 from ..errors import counted
 from ..faces import Face, FaceNetwork, likeness, mean_face
 from . import measure
+from .dataset import MAX_ASPECT
 from .measure import TURNS, MeasuredPhoto, Thresholds, measure_photo
 from .reading import Photo
 
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
-_MEASURED = ("share_in_frame", "sharpness", "highlights", "midtone", "likeness", "yaw", "pitch")
-"""The measurements in a photo's report."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ class PhotoReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report without pixels, as values for JSON."""
         face = self.face
+        measured = ("share_in_frame", "sharpness", "highlights", "midtone", "likeness", "yaw", "pitch")
         return {
             "name": self.photo.name,
             "size": list(self.photo.size),
@@ -93,7 +93,7 @@ class PhotoReport:
             "faces": self.faces,
             "face_box": None if face is None else [round(value, 1) for value in face.box],
             "face_pixels": None if face is None else round(face.size),
-            **{name: None if (value := getattr(self, name)) is None else round(value, 3) for name in _MEASURED},
+            **{name: None if (value := getattr(self, name)) is None else round(value, 3) for name in measured},
             "view": self.view,
             "framing": self.framing,
         }
@@ -236,8 +236,7 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
             first[photo.digest] = photo.name
         reports.append(PhotoReport(photo, tuple(findings), faces=0, face=None))
     usable = sum(report.verdict != REJECT for report in reports)
-    advice = _advise(usable, (), several_people=False, limits=limits)
-    return SetReport(tuple(reports), limits, None, 0, 0, advice)
+    return SetReport(tuple(reports), limits, None, 0, 0, _advise(usable, (), several_people=False, limits=limits))
 
 
 def _recognise(measured: Sequence[MeasuredPhoto], typical: np.ndarray | None) -> list[tuple[int, float | None]]:
@@ -253,14 +252,8 @@ def _recognise(measured: Sequence[MeasuredPhoto], typical: np.ndarray | None) ->
         # (candidates, photos): how alike a candidate is to the most similar face of each photo.
         best = np.stack([likeness(candidates, item.vectors).max(1) for item in with_faces], 1)
         typical = candidates[best.sum(1).argmax()]
-    chosen: list[tuple[int, float | None]] = []
-    for item in measured:
-        if item.faces:
-            alike = likeness(item.vectors, typical)
-            chosen.append((int(alike.argmax()), min(1.0, float(alike.max()))))
-        else:
-            chosen.append((0, None))
-    return chosen
+    found = [likeness(item.vectors, typical) if item.faces else None for item in measured]
+    return [(0, None) if alike is None else (int(alike.argmax()), min(1.0, float(alike.max()))) for alike in found]
 
 
 def _most_of_another(
@@ -350,7 +343,7 @@ def _judge(
         add(REVIEW, f"{pixels}; {limits.face_pixels_review:.0f} are better")
     if not measure.features_in_frame(item.photo.size, face):
         add(REJECT, "an eye, the nose or the mouth is cut off", "cut off")
-    elif not measure.features_in_middle(item.photo.size, face):
+    elif not measure.features_in_frame(item.photo.size, face, MAX_ASPECT):
         add(REJECT, "the face is outside the middle of a long picture: cut it to the part around the face", "too long")
     elif in_frame < limits.in_frame_review:
         add(REVIEW, "part of the face is outside the picture")
@@ -423,16 +416,12 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
+    turned = sum(report.view != VIEWS[0] for report in usable)
+    further_away = sum(report.framing != FRAMINGS[0] for report in usable)
     missing = [
-        (int(bool(usable) and all(report.view != VIEWS[0] for report in usable)), "facing the camera"),
-        (
-            limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable),
-            "with the head turned to the left or right",
-        ),
-        (
-            limits.chest_up_wanted - sum(report.framing != FRAMINGS[0] for report in usable),
-            "from further away, down to the chest or the waist",
-        ),
+        (int(0 < turned == len(usable)), "facing the camera"),
+        (limits.turned_wanted - turned, "with the head turned to the left or right"),
+        (limits.chest_up_wanted - further_away, "from further away, down to the chest or the waist"),
         (limits.lights_wanted - lights, "in other light"),
         (limits.backgrounds_wanted - backgrounds, "in front of another background"),
     ]

@@ -27,19 +27,19 @@ def format_report(report: SetReport, width: int | None = None) -> str:
     If a line would have more than `width` characters, the reasons are printed below their photos.
     """
     rows = [("photo", "verdict", "face", "likeness", "sharp", "view", "framing", "why")]
-    for photo in _in_order(report):
-        rows.append(
-            (
-                photo.photo.name,
-                photo.verdict,
-                "-" if photo.face is None else f"{photo.face.size:.0f} px",
-                _decimals(photo.likeness),
-                _decimals(photo.sharpness),
-                photo.view or "-",
-                photo.framing or "-",
-                "; ".join(finding.sentence for finding in photo.findings),
-            )
+    rows += [
+        (
+            photo.photo.name,
+            photo.verdict,
+            "-" if photo.face is None else f"{photo.face.size:.0f} px",
+            _decimals(photo.likeness),
+            _decimals(photo.sharpness),
+            photo.view or "-",
+            photo.framing or "-",
+            "; ".join(finding.sentence for finding in photo.findings),
         )
+        for photo in _in_order(report)
+    ]
     sizes = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     starts = ["  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=False)) for row in rows]
     lines = [f"{start}  {row[-1]}".rstrip() for start, row in zip(starts, rows, strict=True)]
@@ -67,9 +67,8 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
 
     The page contains the photos and is as personal as they are. Raises BadFile if it cannot be written.
     """
-    cards = "\n".join(
-        _card(photo) for photo in sorted(_in_order(report), key=lambda photo: -VERDICTS.index(photo.verdict))
-    )
+    worst_first = sorted(_in_order(report), key=lambda photo: -VERDICTS.index(photo.verdict))
+    cards = "\n".join(map(_card, worst_first))
     summary = "".join(f"<p>{html.escape(line)}</p>" for line in _about_the_set(report))
     write_text(path, fill_page(Path(__file__).with_name("sheet.html"), {"SUMMARY": summary, "CARDS": cards}))
 

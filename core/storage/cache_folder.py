@@ -23,8 +23,6 @@ _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
 """Matches names from `content_key`, with any ending, and the temporary files of killed processes."""
 CACHE_VERSION = "2"
 """Part of every cache key. Raise it whenever the same input would be encoded differently."""
-
-
 _INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
 """A person's own cache folder. As an argument it would pass through a dozen functions of `training`, and forgetting it in one
 of them would leave the person's data in the usual folder."""
@@ -106,10 +104,7 @@ def clear_cache() -> int:
         except OSError as error:  # The folder belongs to another user.
             failures.append(f"{folder}: cannot be read: {error.strerror or error}")
             continue
-        for path in paths:
-            if not _OURS.fullmatch(path.name):
-                continue
-            count += _delete_unused(path, failures)
+        count += sum(_delete_unused(path, failures) for path in paths if _OURS.fullmatch(path.name))
         _remove_if_empty(folder)
     _remove_if_empty(cache_folder())
     check_deleted(count, failures)

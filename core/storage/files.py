@@ -1,7 +1,4 @@
-"""Write files atomically, so that a reader never finds half of one.
-
-This module also has the helpers that create folders and read JSON.
-"""
+"""Write files atomically, so that a reader never finds half of one. Create folders, and read JSON."""
 
 import io
 import itertools
@@ -51,26 +48,24 @@ def map_file(file: BinaryIO) -> mmap.mmap | bytearray:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
+LONGEST_ON_WINDOWS = 259 - len(".01234567.tmp")
+"""The length of the longest path that can be written on Windows where long paths aren't enabled."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise BadFile for any OSError within the context, with the message that `path` cannot be written."""
     try:
         yield
     except OSError as error:
-        raise BadFile(f"{path}: cannot be written: {error.strerror or error}{_hint(path, error)}") from None
-
-
-LONGEST_ON_WINDOWS = 259 - len(".01234567.tmp")
-"""The length of the longest path that can be written on Windows where long paths aren't enabled."""
-
-
-def _hint(path: Path, error: OSError) -> str:
-    """What to do about an error on Windows whose text doesn't give the reason; empty elsewhere."""
-    if not IS_WINDOWS:
-        return ""
-    if len(os.path.abspath(path)) > LONGEST_ON_WINDOWS:
-        return f"; its path has more than {LONGEST_ON_WINDOWS} characters: choose a shorter one, or enable long paths"
-    return "; close the programs that have it open" if isinstance(error, PermissionError) else ""
+        hint = ""  # On Windows the text of an error doesn't give these reasons.
+        if IS_WINDOWS and len(os.path.abspath(path)) > LONGEST_ON_WINDOWS:
+            hint = (
+                f"; its path has more than {LONGEST_ON_WINDOWS} characters: choose a shorter one, or enable long paths"
+            )
+        elif IS_WINDOWS and isinstance(error, PermissionError):
+            hint = "; close the programs that have it open"
+        raise BadFile(f"{path}: cannot be written: {error.strerror or error}{hint}") from None
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -167,13 +162,10 @@ def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[F
         raise error(f"{name}: cannot be read: {problem.strerror or problem}") from None
 
 
-_MAX_JSON_BYTES = 64 << 20
-
-
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises BadFile when it cannot be read, is larger than 64 MiB or is not JSON."""
     try:
-        return parse_json(read_bytes(path, _MAX_JSON_BYTES))
+        return parse_json(read_bytes(path, 64 << 20))
     except ValueError as error:
         raise BadFile(f"{path}: cannot be read: {error}") from None
 
@@ -202,8 +194,8 @@ def check_replaceable(path: Path) -> Path:
 
 def check_writable(path: Path) -> None:
     """Create the file's folder. Raises BadFile when `write_file` could not write to `path`, before hours of training."""
-    place = check_replaceable(path)
     try:
+        place, _ = _resolved(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         probe = _temporary(place)
         probe.touch()

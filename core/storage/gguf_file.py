@@ -24,8 +24,6 @@ _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """The unquantised types that numpy supports too, by GGUF's names."""
 _MOST_SIDES = 16
 """Longer lists are skipped, because the only lists that are needed are the shapes of tensors."""
-_ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""The prefix of the fields that hold the original shape of each tensor that was saved as a matrix."""
 
 
 class GgufTensors(LazyTensors):
@@ -117,7 +115,7 @@ class _GgufTensor(Stored):
 
     @classmethod
     def of(cls, reader: Any, stored: Any, file: Tensor) -> "_GgufTensor":
-        field = reader.get_field(f"{_ORIGINAL_SHAPE}{stored.name}")
+        field = reader.get_field(f"comfy.gguf.orig_shape.{stored.name}")  # of a tensor that was saved as a matrix
         sides = reversed(stored.shape.tolist()) if field is None else field.contents()
         made = cls({}, stored.name, stored, tuple(int(side) for side in sides), file)
         if torch.Size(made.shape).numel() != stored.n_elements:
@@ -134,7 +132,7 @@ class _GgufTensor(Stored):
 
     def quantised(self, read: bool = True) -> QuantisedTensor | None:
         stored = self.stored
-        if not can_dequantise(stored.tensor_type.name):
+        if stored.tensor_type.name not in _BLOCKS:
             return None
         data = self.file[stored.data_offset : stored.data_offset + stored.n_bytes].reshape(stored.data.shape)
         return quantised_gguf(data if read else outline(data), stored.tensor_type.name, self.shape)
@@ -162,18 +160,13 @@ def dequantised_array(data: Any, kind: Any, shape: tuple[int, ...], name: str) -
         raise BadFile(f"{name}: is quantised as {kind.name}, which the package gguf does not support") from None
 
 
-def can_dequantise(kind: str) -> bool:
-    """Check whether this module can dequantise the quantisation with that GGUF name."""
-    return kind in _BLOCKS
-
-
 def quantised_gguf(data: Tensor, kind: str, shape: tuple[int, ...]) -> QuantisedTensor | None:
     """Return a quantised weight that torch can dequantise. `kind` is GGUF's name of the quantisation.
 
     `data` are bytes, (rows, bytes per row). The result is None for other quantisations, and for a `shape` whose rows are not
     those of `data`.
     """
-    if not can_dequantise(kind) or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
+    if kind not in _BLOCKS or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
         return None
     return QuantisedTensor((data,), partial(_dequantise, kind=kind), shape)
 
@@ -197,10 +190,6 @@ def _bits(blocks: Tensor, width: int = 1) -> Tensor:
     """Unpack numbers of `width` bits from bytes (..., n), the lowest bits of all bytes first: (..., 8 / width, n)."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=blocks.device)
     return blocks[..., None, :] >> shifts[:, None] & 2**width - 1
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[..., 2:].view(torch.int8).float()
 
 
 def _q45(blocks: Tensor, has_minimum: bool, has_fifth: bool) -> Tensor:
@@ -234,7 +223,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 _BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "Q8_0": (34, _q8_0),
+    "Q8_0": (34, lambda blocks: _half(blocks, 0) * blocks[..., 2:].view(torch.int8).float()),
     "Q4_0": (18, partial(_q45, has_minimum=False, has_fifth=False)),
     "Q4_1": (20, partial(_q45, has_minimum=True, has_fifth=False)),
     "Q5_0": (22, partial(_q45, has_minimum=False, has_fifth=True)),

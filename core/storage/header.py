@@ -8,7 +8,6 @@ import math
 import os
 import stat
 import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import BadFile
-from .plain_values import is_text
+from .plain_values import is_text, unique
 
 MAX_HEADER_BYTES = 100_000_000
 """The largest header, in bytes. The safetensors library refuses larger ones."""
@@ -50,8 +49,6 @@ _FORMATS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
     "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
 }  # fmt: skip
-
-
 _File = TypeVar("_File", bound="Header")
 
 
@@ -167,15 +164,6 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
     )
 
 
-def _unique(pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Make a dictionary of a JSON object's pairs. Raises ValueError if a name appears twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice[:80]!r} appears twice")
-    return result
-
-
 def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the entries of the tensors by name, each as a tuple of pairs, and the metadata. Raises BadFile for other JSON."""
     if header[:1] != b"{":
@@ -184,9 +172,9 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     if len(header) > MAX_HEADER_VALUES and (values := sum(map(header.count, b",[{"))) > MAX_HEADER_VALUES:
         raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
     try:
-        entries = _unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple))
+        entries = unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple), "name")
         found = entries.pop("__metadata__", None)
-        metadata = _unique(found or ()) if found is None or isinstance(found, tuple) else None
+        metadata = unique(found or (), "name") if found is None or isinstance(found, tuple) else None
     except UnicodeDecodeError:
         raise BadFile(f"{path}: damaged header: not UTF-8") from None
     except RecursionError:

@@ -11,7 +11,7 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -64,7 +64,7 @@ def is_text(text: str) -> bool:
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON. Raises ValueError with what is wrong."""
     try:
-        return json.loads(_decoded(text), object_pairs_hook=_table)
+        return json.loads(_decoded(text), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
@@ -102,11 +102,12 @@ def _decoded(text: str | bytes) -> str:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
 
 
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: Sequence[tuple[str, Any]], what: str = "field") -> dict[str, Any]:
+    """Make a dictionary of a JSON object's pairs. Raises ValueError, with `what` such a name is, if one appears twice."""
     table = dict(pairs)
     if len(table) != len(pairs):  # The json module would keep the last one of a name.
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the field {twice[:80]!r} appears twice")
+        raise ValueError(f"the {what} {twice[:80]!r} appears twice")
     return table
 
 

@@ -210,12 +210,8 @@ def storage_order(layout: Layout) -> list[str]:
 
 
 def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
-    """Build the start of a safetensors file: the header's length and the header, padded to a multiple of 8 bytes.
-
-    Equal input gives equal bytes.
-    """
-    entries: dict[str, object] = {}
-    position = 0
+    """Build the start of a safetensors file: the header's length and the header, padded to a multiple of 8 bytes."""
+    entries, position = dict[str, object](), 0
     for name in storage_order(layout):
         dtype, shape = layout[name]
         end = position + math.prod(shape) * dtype.itemsize
@@ -275,7 +271,6 @@ def write_safetensors(
     """Write a safetensors file atomically, one tensor at a time. `read` returns a tensor by its name.
 
     `path` may also be a seekable stream, such as a BytesIO.
-
     Each tensor must have the dtype and shape that `layout` states. `digests` are hashes by their keys in the metadata: they
     are updated with the stored bytes of all tensors, and written into the metadata. `on_progress(done, total)` counts
     tensors. Raises BadFile when the file cannot be written or the format does not support a dtype.

@@ -22,7 +22,6 @@ class QuantisedTensor:
     """The stored tensors: some have one row per row of the weight, and those of shape () apply to the whole weight."""
     dequantise: Dequantise
     shape: tuple[int, ...]
-    """The shape of the weight."""
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """Dequantise the weight to that dtype."""

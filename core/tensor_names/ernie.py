@@ -2,9 +2,7 @@
 
 from . import loaded_names
 from .signs import Sign
-from .table import Listing, NameTable, by_rules
-
-_of_original, _of_diffusers = by_rules()
+from .table import Listing, NameTable
 
 ERNIE_IMAGE = NameTable(
     name="ernie-image",
@@ -18,8 +16,6 @@ ERNIE_IMAGE = NameTable(
         Sign(r"^layers\.\d+\.(self_attention\.to_|mlp\.(gate_proj|up_proj|linear_fc2)$)"),
         Sign(r"^layers\.\d+\.(self_attention\.to_([qkv]|out\.0)|mlp\.(gate_proj|up_proj))$", frozenset({4096})),
     ),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
     kernel=lambda path: 1 if path == "x_embedder.proj" else None,
     listings={"ERNIE-Image": Listing("Ernie", "Apache-2.0")},
     loaded=loaded_names.ERNIE_IMAGE,

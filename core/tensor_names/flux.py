@@ -5,6 +5,7 @@ from .signs import Sign, clip_signs
 from .table import Fusion, Listing, NameTable, by_rules
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+_SINGLE_QKV = tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv")
 _QKV = (1, 1, 1)
 
 _ATTENTION = (
@@ -30,9 +31,9 @@ _ENDS = (
 )
 
 
-def _embedders(name: str, **parts: str) -> tuple[Fusion, ...]:
+def _embedders(parent: str = "", **parts: str) -> tuple[Fusion, ...]:
     return tuple(
-        Fusion(f"{original}.{layer}", (f"{name}.{part}.linear_{number}",))
+        Fusion(f"{original}.{layer}", (f"{parent}{part}.linear_{number}",))
         for original, part in parts.items()
         for number, layer in ((1, "in_layer"), (2, "out_layer"))
     )
@@ -46,20 +47,16 @@ _BLOCKS_1 = (
     Fusion("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
     Fusion("double_blocks.{}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
     Fusion("double_blocks.{}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
-    Fusion(
-        "single_blocks.{}.linear1",
-        (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
-        (1, 1, 1, 4),
-    ),
+    Fusion("single_blocks.{}.linear1", (*_SINGLE_QKV, f"{_SINGLE}.proj_mlp"), (*_QKV, 4)),
     # This rule must come after linear1's: its parts are written under the first matching name, linear1.
-    Fusion("single_blocks.{}.linear1_qkv", tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), _QKV),
+    Fusion("single_blocks.{}.linear1_qkv", _SINGLE_QKV, _QKV),
     Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
     Fusion("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
 )
 _of_original, _of_diffusers = by_rules(
     *_BLOCKS_1,
     *_embedders(
-        "time_text_embed", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
+        "time_text_embed.", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
     ),
     # Only Chroma has these two modules.
     Fusion("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
@@ -67,7 +64,7 @@ _of_original, _of_diffusers = by_rules(
     *_ENDS,
 )
 _of_original_longcat, _of_diffusers_longcat = by_rules(
-    *_BLOCKS_1, *_embedders("time_embed", time_in="timestep_embedder"), *_ENDS
+    *_BLOCKS_1, *_embedders("time_embed.", time_in="timestep_embedder"), *_ENDS
 )
 _of_original_2, _of_diffusers_2 = by_rules(
     *_ATTENTION,
@@ -80,7 +77,7 @@ _of_original_2, _of_diffusers_2 = by_rules(
     Fusion("double_stream_modulation_img.lin", ("double_stream_modulation_img.linear",)),
     Fusion("double_stream_modulation_txt.lin", ("double_stream_modulation_txt.linear",)),
     Fusion("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
-    *_embedders("time_guidance_embed", time_in="timestep_embedder", guidance_in="guidance_embedder"),
+    *_embedders("time_guidance_embed.", time_in="timestep_embedder", guidance_in="guidance_embedder"),
     *_ENDS,
 )
 _of_original_3, _of_diffusers_3 = by_rules(
@@ -108,11 +105,7 @@ _of_original_3, _of_diffusers_3 = by_rules(
     ),
     *(Fusion(f"emb_in.{of}", (f"x_embedders.{of}",)) for of in ("image", "image_cond")),
     Fusion("txt_in", ("context_embedder",)),
-    *(
-        Fusion(f"{original}.{layer}", (f"{name}.linear_{number}",))
-        for original, name in (("time_in", "timestep_embedder"), ("ref_time_in", "target_timestep_embedder"))
-        for number, layer in ((1, "in_layer"), (2, "out_layer"))
-    ),
+    *_embedders(time_in="timestep_embedder", ref_time_in="target_timestep_embedder"),
     Fusion("final_layer.image.linear", ("proj_out",)),
     Fusion("final_layer.image.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
 )
@@ -174,10 +167,7 @@ CHROMA = NameTable(
     base_versions=("chroma",),
     architecture="chroma",
     comfyui_classes=("Chroma",),
-    signs=(
-        *_SIGNS_1,
-        Sign(r"^distilled_guidance_layer\.", frozenset({64, 5120})),
-    ),
+    signs=(*_SIGNS_1, Sign(r"^distilled_guidance_layer\.", frozenset({64, 5120}))),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={"Chroma": Listing("Chroma", "Apache-2.0")},

@@ -19,10 +19,7 @@ IDEOGRAM4 = NameTable(
         # Z-Image's layers have the same names, except for the attention's output and the modulation.
         Sign(r"^layers\.\d+\."),
         Sign(r"^layers\.\d+\.(attention\.o|adaln_modulation)$"),
-        Sign(
-            r"^layers\.\d+\.(attention\.(qkv|o|to_([qkv]|out\.0))|feed_forward\.w[13])$",
-            frozenset({4608}),
-        ),
+        Sign(r"^layers\.\d+\.(attention\.(qkv|o|to_([qkv]|out\.0))|feed_forward\.w[13])$", frozenset({4608})),
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,

@@ -4,7 +4,7 @@ core/lora/readers.py uses it and lists the programs' versions.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .signs import Sign
 
@@ -14,9 +14,7 @@ class LoadedNames:
     """The LoRA names of a family that other programs load."""
 
     comfyui: frozenset[tuple[str, str]] = frozenset()
-    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths).
-
-    Empty if the tested version lacks the family."""
+    """The denoiser's names that ComfyUI loads: (scheme, "original" or "diffusers" paths). Empty if it lacks the family."""
     diffusers: frozenset[str] = frozenset()
     """The schemes that diffusers' pipelines load."""
     diffusers_paths: Mapping[str, str] = field(default_factory=dict)
@@ -46,9 +44,7 @@ class LoadedNames:
     sd_scripts: str | None = None
     """A regular expression for the denoiser's paths in Kohya names that sd-scripts loads; None if it lacks the family."""
     invokeai: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads.
-
-    Empty if InvokeAI lacks the family."""
+    """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads. Empty if it lacks it."""
     invokeai_forms: Mapping[str, str] = field(default_factory=dict)
     """The forms of tensors' names that InvokeAI loads, by scheme, where they differ from `readers.INVOKEAI_FORMS`."""
     invokeai_text: tuple[str, ...] = ()
@@ -63,9 +59,7 @@ class LoadedNames:
     """More groups of signs, by the scheme of the file's names."""
 
     others: Mapping[str, str] = field(default_factory=dict)
-    """The schemes that each program in `readers.OTHERS` loads, with a "+" if it loads CLIP's names too.
-
-    For programs that are not listed, nothing is known."""
+    """The schemes that programs in `readers.OTHERS` load, with a "+" if CLIP's names too. Of others, nothing is known."""
     others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """A regular expression, by program and scheme, for the denoiser's paths that the program does not load."""
 
@@ -88,21 +82,17 @@ _UNET_IN_OTHERS = {
     "OneTrainer": "kohya+ diffusers+ comfy+",
 }  # fmt: skip
 """The schemes that programs load for both SD1.5 and SDXL, as in `LoadedNames.others`."""
-_UNET_IN_SD_SCRIPTS = r"\.(attentions|resnets|downsamplers|upsamplers)\."
 
 
 def _invokeai_signs(context_width: int) -> tuple[tuple[Sign, ...], ...]:
-    return (
-        (Sign(r"attn2\.to_[kv]$", frozenset({context_width})),),
-        (Sign(r"self_attn\.", part="text_encoder"),),
-    )
+    return ((Sign(r"attn2\.to_[kv]$", frozenset({context_width})),), (Sign(r"self_attn\.", part="text_encoder"),))
 
 
 SD15 = LoadedNames(
     UNET_IN_COMFYUI,
     diffusers=frozenset({"kohya", "diffusers"}),
     diffusers_paths={"kohya": "diffusers"},
-    sd_scripts=_UNET_IN_SD_SCRIPTS,
+    sd_scripts=r"\.(attentions|resnets|downsamplers|upsamplers)\.",
     invokeai={("kohya", "diffusers"): ""},
     invokeai_text=("lora_te_text_model_",),
     invokeai_skips=frozenset({"kohya"}),
@@ -110,15 +100,9 @@ SD15 = LoadedNames(
     others=_UNET_IN_OTHERS | {"ai-toolkit": "kohya"},
 )
 
-SD2 = LoadedNames(
-    UNET_IN_COMFYUI,
-    diffusers=frozenset({"kohya", "diffusers"}),
-    diffusers_paths={"kohya": "diffusers"},
+SD2 = replace(
+    SD15,
     diffusers_linear=(".proj_in", ".proj_out"),
-    sd_scripts=_UNET_IN_SD_SCRIPTS,
-    invokeai={("kohya", "diffusers"): ""},
-    invokeai_text=("lora_te_text_model_",),
-    invokeai_skips=frozenset({"kohya"}),
     invokeai_signs=_invokeai_signs(1024),
     others={"A1111": "kohya+", "SD.Next": "kohya+"},
 )
@@ -148,19 +132,17 @@ SD3 = LoadedNames(
 
 _FLUX_IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare", "diffusers")}
 _ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."
-# diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
-_FLUX1_FORMS = {"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"}
-_FLUX1_TEXT_FORMS = {
-    "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
-    "comfy": "lora_down lora_down+",
-}
 FLUX1 = LoadedNames(
     _FLUX_IN_COMFYUI,
     comfyui_t5=("lora_te2_", "lora_te3_"),
     diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
     diffusers_paths={"kohya": "original", "comfy": "original"},
-    diffusers_forms=_FLUX1_FORMS,
-    diffusers_text_forms=_FLUX1_TEXT_FORMS,
+    # diffusers takes comfy names that end as in files of ComfyUI's own trainer for sd-scripts' names.
+    diffusers_forms={"diffusers": "lora_A lora_A+ lora lora+ lora_down lora_down+~", "comfy": "lora_down lora_down+"},
+    diffusers_text_forms={
+        "diffusers": "lora_A lora_A+ lora_linear_layer lora_linear_layer+",
+        "comfy": "lora_down lora_down+",
+    },
     diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((time|guidance|vector|txt|img)_in|final_layer)\b"),
     sd_scripts=_ORIGINAL_BLOCKS,
     invokeai={
@@ -185,9 +167,9 @@ FLUX1 = LoadedNames(
 
 CHROMA = LoadedNames(
     _FLUX_IN_COMFYUI,
-    diffusers=frozenset({"kohya", "diffusers", "comfy", "xlabs"}),
-    diffusers_paths={"kohya": "original", "comfy": "original"},
-    diffusers_forms=_FLUX1_FORMS,
+    diffusers=FLUX1.diffusers,
+    diffusers_paths=FLUX1.diffusers_paths,
+    diffusers_forms=FLUX1.diffusers_forms,
     diffusers_lacks=dict.fromkeys(("kohya", "comfy"), r"^((txt|img)_in|final_layer)\b"),
     diffusers_refuses=dict.fromkeys(("kohya", "comfy"), r"^distilled_guidance_layer\."),
     comfyui_t5=("lora_te1_",),
@@ -205,9 +187,7 @@ CHROMA = LoadedNames(
 
 # In diffusers only the denoiser loads LoRAs, the pipeline doesn't.
 LONGCAT_IMAGE = LoadedNames(
-    _FLUX_IN_COMFYUI,
-    comfyui_lacks=r"^time_embed\.",
-    others={"stable-diffusion.cpp": "kohya diffusers comfy"},
+    _FLUX_IN_COMFYUI, comfyui_lacks=r"^time_embed\.", others={"stable-diffusion.cpp": "kohya diffusers comfy"}
 )
 
 FLUX2 = LoadedNames(

@@ -52,10 +52,7 @@ LUMINA2 = NameTable(
     name="lumina2",
     base_versions=("lumina2", "lumina-image-2"),
     architecture="lumina-2",
-    signs=(
-        Sign(_LAYER),
-        Sign(_LUMINA_INPUTS, frozenset({2304})),
-    ),
+    signs=(Sign(_LAYER), Sign(_LUMINA_INPUTS, frozenset({2304}))),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={"Lumina 2": Listing("Lumina", "Apache-2.0")},
@@ -67,10 +64,7 @@ ZIMAGE = NameTable(
     architecture="z-image",
     comfyui_classes=("ZImage",),
     scheme="comfy",
-    signs=(
-        Sign(_LAYER),
-        Sign(_Z_IMAGE_INPUTS, frozenset({3840})),
-    ),
+    signs=(Sign(_LAYER), Sign(_Z_IMAGE_INPUTS, frozenset({3840}))),
     of_original=_of_original_z,
     of_diffusers=_of_diffusers_z,
     listings={"Z-Image": Listing("ZImageBase", "Apache-2.0", editions={"turbo": Listing("ZImageTurbo", "Apache-2.0")})},

@@ -89,13 +89,10 @@ def identify(
     """
     variants = _tables().variants
     fitting: Counter[int] = Counter()
-    having: list[tuple[tuple[str, str], frozenset[int]]] = []
-    for part, path, shape in modules:
-        having.append(((part, path), _having(part, path, shape, (part, path) in biased)))
+    having = [((part, path), _having(part, path, shape, (part, path) in biased)) for part, path, shape in modules]
     for found, count in Counter(found for _, found in having).items():
         fitting.update(dict.fromkeys(found, count))
-    whole = [variant for variant, count in fitting.items() if count == len(having)]
-    if whole:
+    if whole := [variant for variant, count in fitting.items() if count == len(having)]:
         fits = [variants[number] for number in sorted(whole)]
         families = dict.fromkeys(variant.family for variant in fits if variant.family)
         titles = tuple(dict.fromkeys(variant.title for variant in fits))

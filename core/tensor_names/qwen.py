@@ -4,8 +4,6 @@ from . import loaded_names
 from .signs import Sign
 from .table import Fusion, Listing, NameTable, by_rules
 
-_of_original, _of_diffusers = by_rules()
-
 QWEN_IMAGE = NameTable(
     name="qwen-image",
     base_versions=("qwen_image",),
@@ -16,8 +14,6 @@ QWEN_IMAGE = NameTable(
         Sign(r"^transformer_blocks\.\d+\.(img|txt)_(mlp\.net\.0\.proj|mod\.1)$", frozenset({3072})),
         Sign(r"^transformer_blocks\.\d+\.attn\.", frozenset({3072})),
     ),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
     listings={"Qwen-Image": Listing("Qwen", "Apache-2.0")},
     loaded=loaded_names.QWEN_IMAGE,
 )

@@ -25,7 +25,7 @@ class Sign:
         """Check that a module has the sign. `shape` is its weight's (out, in, ...), or None if unknown."""
         if part != self.part or not self._pattern.search(path):
             return False
-        if self.inputs is None and self.ratio is None:
+        if not self.decisive:
             return True
         if shape is None or len(shape) < 2:
             return False

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 from . import loaded_names
@@ -14,11 +15,6 @@ _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_emb
 
 def _of_original(path: str) -> Fusion | None:
     return Fusion(path, (diffusers_unet_path(path),)) if path.startswith(_ORIGINAL_ROOTS) else None
-
-
-def _of_diffusers_sd1(path: str) -> Fusion:
-    # The deepest up level of SD1.x and SD2.x has no attention.
-    return Fusion(ldm_unet_path(path, attention_above=lambda level: level > 0), (path,))
 
 
 def _kernel(path: str, linear_projections: bool) -> int | None:
@@ -37,8 +33,6 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     )
 
 
-_BLOCK_LISTS = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")
-"""The list of the blocks with attention, and the list of all blocks."""
 _SD2_TEXT_WIDTH = 1024
 """The width of SD2.x's text encoder, which distinguishes its embeddings from SD1.x's."""
 
@@ -50,7 +44,8 @@ SD15 = NameTable(
     a1111_version="SD1",
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
-    of_diffusers=_of_diffusers_sd1,
+    # The deepest up level of SD1.x and SD2.x has no attention.
+    of_diffusers=lambda path: Fusion(ldm_unet_path(path, attention_above=lambda level: level > 0), (path,)),
     listings={"SD 1.5": Listing("SD 1.5", "CreativeML Open RAIL-M")},
     loaded=loaded_names.SD15,
     kernel=partial(_kernel, linear_projections=False),
@@ -60,28 +55,24 @@ SD15 = NameTable(
     original_in_kohya=False,
     checkpoint_prefixes={"text_encoder": "cond_stage_model.transformer."},
     embedding_names={"text_encoder": "emb_params"},
-    block_lists=_BLOCK_LISTS,
+    # The blocks with attention, and all blocks.
+    block_lists=("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11"),
 )
-SD2 = NameTable(
+SD2 = replace(
+    SD15,
     name="sd2",
     base_versions=("sd_v2", "sd_2", "stable-diffusion-v2", "stable-diffusion-2"),
     architecture="stable-diffusion-v2-768-v",
+    comfyui_classes=(),
     a1111_version="SD2",
     signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers_sd1,
     listings={"SD 2": Listing("SD 2.1", "CreativeML Open RAIL++-M")},
     loaded=loaded_names.SD2,
     kernel=partial(_kernel, linear_projections=True),
     # As in SD1, sd-scripts builds SD2 with convolutions, but the original model and diffusers have Linear layers.
-    kernel_in_kohya=partial(_kernel, linear_projections=False),
-    diffusers_prefix="unet.",
-    kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
+    kernel_in_kohya=SD15.kernel,
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_h.transformer."},
-    original_in_kohya=False,
     checkpoint_prefixes={"text_encoder": "cond_stage_model.model."},
-    embedding_names={"text_encoder": "emb_params"},
-    block_lists=_BLOCK_LISTS,
 )
 SDXL = NameTable(
     name="sdxl",

@@ -54,10 +54,7 @@ class Place:
         return tuple((self.part, path) for path in parts)
 
     def rows(self, outputs: int, inputs: int) -> list[int]:
-        """Return the number of rows of each of `modules` in a weight of this size.
-
-        Raises ValueError when they do not add up.
-        """
+        """Return the number of rows of each of `modules` in a weight of this size. Raises ValueError if they don't add up."""
         if len(self.modules) == 1:
             return [outputs]
         rows = [round(size * inputs) for size in self.fusion.sizes]
@@ -94,7 +91,6 @@ class Listing:
     civitai: str
     """The name of the base model in Civitai's list."""
     licence: str
-    """The licence of the model."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The metadata of the model, by key, that replace those of the family (`NameTable.metadata_of`)."""
     editions: Mapping[str, Listing] = field(default_factory=dict)
@@ -116,18 +112,16 @@ class NameTable:
     name: str
     """The short name in code and messages, such as sd15."""
     base_versions: tuple[str, ...]
-    """The prefixes of its models' names in metadata. The first is the `ss_base_model_version` to write.
-
-    `families.model_named` compares only letters and digits."""
+    """The prefixes of its models' names in metadata, in any punctuation. The first is the `ss_base_model_version` to write."""
     architecture: str
     """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]
-    of_original: Callable[[str], Fusion | None]
-    """The fusion of a denoiser path in original naming; None for any other path."""
-    of_diffusers: Callable[[str], Fusion]
-    """The fusion that a denoiser path in diffusers naming belongs to."""
     listings: Mapping[str, Listing]
     """The listing of each published model of the family, by the model's title in the tables."""
+    of_original: Callable[[str], Fusion | None] = lambda path: None
+    """The fusion of a denoiser path in original naming; None for any other path."""
+    of_diffusers: Callable[[str], Fusion] = lambda path: Fusion(path, (path,))
+    """The fusion that a denoiser path in diffusers naming belongs to. By default, all names are alike in both namings."""
     loaded: LoadedNames = LoadedNames()
     """The names that other programs load."""
     kernel: Callable[[str], int | None] = lambda path: None
@@ -189,8 +183,7 @@ class NameTable:
     def locate(self, part: str, path: str) -> Place:
         """Return the place of a file's path in the model. The path may be in original or diffusers naming."""
         if part == "denoiser" and not is_text_path(path):
-            fusion = self.of_original(path)
-            if fusion is not None:
+            if fusion := self.of_original(path):
                 return Place(part, fusion, None)
             fusion = self.of_diffusers(path)
             return Place(part, fusion, fusion.parts.index(path))

@@ -47,12 +47,10 @@ def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callabl
     """Convert the diffusers name of a UNet module or tensor to the original one.
 
     For example, `down_blocks.1.attentions.0.proj_in` becomes `input_blocks.4.1.proj_in`.
-
     `layers_per_block` is the number of residual blocks in a down level (2 in SD1.x and SDXL). `attention_above(i)` returns
     whether up level i has attention. If it does, its upsampler is entry 2 of its block instead of entry 1.
     """
-    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
-    if match:
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path):
         side, level, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
         stride = layers_per_block + 1
         if kind == "resnets":
@@ -66,8 +64,7 @@ def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callabl
         if kind == "upsamplers":
             return f"output_blocks.{level * stride + layers_per_block}.{2 if attention_above(level) else 1}.{rest}"
         return f"output_blocks.{level * stride + index}.{slot}.{rest}"
-    match = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path)
-    if match:
+    if match := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path):
         if match[1] == "attentions":
             return f"middle_block.1.{match[3]}"
         return f"middle_block.{2 * int(match[2])}.{replace_head(match[3], _UNET_RESNET)}"
@@ -79,8 +76,7 @@ def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
     stride = layers_per_block + 1
     if path.startswith("input_blocks.0."):
         return replace_head(path, inverse(_UNET_OUTSIDE_BLOCKS))
-    match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
-    if match:
+    if match := re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path):
         number, slot, rest = int(match[2]), int(match[3]), match[4]
         if match[1] == "input":
             level, index = divmod(number - 1, stride)
@@ -89,14 +85,13 @@ def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
             side = "down"
         else:
             level, index = divmod(number, stride)
-            if slot == 2 or (slot == 1 and rest.startswith("conv.")) or (slot == 1 and rest == "conv"):
+            if slot == 2 or (slot == 1 and rest.partition(".")[0] == "conv"):
                 return f"up_blocks.{level}.upsamplers.0.{rest}"
             side = "up"
         if slot == 0:
             return f"{side}_blocks.{level}.resnets.{index}.{replace_head(rest, inverse(_UNET_RESNET))}"
         return f"{side}_blocks.{level}.attentions.{index}.{rest}"
-    match = re.match(r"middle_block\.(\d+)\.(.+)", path)
-    if match:
+    if match := re.match(r"middle_block\.(\d+)\.(.+)", path):
         if match[1] == "1":
             return f"mid_block.attentions.0.{match[2]}"
         return f"mid_block.resnets.{int(match[1]) // 2}.{replace_head(match[2], inverse(_UNET_RESNET))}"

@@ -4,7 +4,7 @@ The text encoder is T5-XXL alone.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...tensor_names.flux import CHROMA as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..spec import DENOISER_PREFIX, Component, Conditioning, Networks, stack_conditioning
+from ..spec import DENOISER_PREFIX, Conditioning, Networks, stack_conditioning
 from . import flux1
 
 TEXT = {"text_encoder": "t5xxl"}
@@ -23,16 +23,13 @@ _MODULATOR = "distilled_guidance_layer"
 _RENAMES = (*flux1.RENAMES, (rf"{_MODULATOR}\.norms\.(\d+)\.(?:scale|weight)", rf"{_MODULATOR}.norms.\1.weight"))
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels = shape(f"{_MODULATOR}.in_proj.weight")
-    config = flux1.blocks_config(tensors, flux1.ROTARY_AXES) | {
+    return flux1.blocks_config(names, shape, flux1.ROTARY_AXES) | {
         "approximator_num_channels": channels,
         "approximator_hidden_dim": width,
         "approximator_layers": count_children(names, f"{_MODULATOR}.layers"),
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
@@ -71,17 +68,11 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
 
 @transformer.without_padding  # whose mask diffusers' single blocks drop when activations are recomputed
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context = conditioning["context"].to(noisy_latents.dtype)
-    height, width = noisy_latents.shape[2:]
-    patches = denoiser(
-        transformer.cut_patches(noisy_latents),
-        encoder_hidden_states=context,
-        timestep=timesteps / 1000,
-        img_ids=transformer.grid_positions(height // 2, width // 2, noisy_latents.device),
-        txt_ids=torch.zeros(context.shape[1], 3, device=noisy_latents.device),
-        return_dict=False,
-    )[0]
-    return transformer.join_patches(patches, height, width)
+    positions = {
+        "img_ids": transformer.patch_positions(noisy_latents),
+        "txt_ids": torch.zeros(conditioning["context"].shape[1], 3, device=noisy_latents.device),
+    }
+    return transformer.predicted(denoiser, noisy_latents, timesteps, conditioning, **positions)
 
 
 CHROMA = replace(
@@ -98,7 +89,7 @@ CHROMA = replace(
     # img_in distinguishes it from Chroma Radiance, which works on pixels.
     denoiser_has=("img_in.weight", f"{_MODULATOR}.in_proj.weight", "single_blocks.0.linear1.weight"),
     lookalikes={DENOISER_PREFIX + "nerf_blocks.0.norm.scale": "Chroma Radiance"},
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, transformer.flux1_vae, _RENAMES),
     build=text.builder(build_denoiser, TEXT),
     encode_text=encode_text,
     image_conditioning=lambda *sizes: {},

@@ -4,7 +4,7 @@ The text encoder is Ministral 3 3B, and the VAE is FLUX.2's. ERNIE-Image-Turbo i
 has the same tensors, so only its name distinguishes it from the base model. Train on the base model, and draw with either.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...tensor_names.ernie import ERNIE_IMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
+from ..spec import Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
 TEXT = {"text_encoder": "ministral3_3b"}
@@ -26,10 +26,9 @@ _ATTENTION = r"layers\.\d+\.self_attention\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.mlp\.(gate_proj|up_proj|linear_fc2)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    config = {
+    return {
         "hidden_size": width,
         "num_attention_heads": width // sum(ROTARY_AXES),
         "num_layers": count_children(names, "layers"),
@@ -40,20 +39,14 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "text_in_dim": shape("text_proj.weight")[1],
         "rope_axes_dim": ROTARY_AXES,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("ErnieImageTransformer2DModel", (0, 38), config)
     attention.use_attention(denoiser, attention.StreamAttention(halves=True))
-    denoiser.pos_embed.register_forward_hook(_tables)
+    # Both tables as one (B, S, 2, D), from angles (B, S, 1, D).
+    denoiser.pos_embed.register_forward_hook(lambda _, __, angles: torch.cat(attention.tables_of_halves(angles), -2))
     return denoiser
-
-
-def _tables(_: nn.Module, __: object, angles: Tensor) -> Tensor:
-    """Build the tables (B, S, 2, D) from angles (B, S, 1, D)."""
-    return torch.cat(attention.tables_of_halves(angles), -2)
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
@@ -84,7 +77,7 @@ ERNIE_IMAGE = FamilySpec(
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
     denoiser_has=("layers.0.mlp.linear_fc2.weight", "x_embedder.proj.weight"),
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, flux2.vae),
     build=text.builder(build_denoiser, TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,

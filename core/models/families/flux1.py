@@ -4,7 +4,7 @@ FLUX.1-dev has guidance distilled into it, and takes its scale as an input. The 
 CLIP ViT-L/14.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,21 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ...tensor_names.flux import FLUX1 as NAMES
-from .. import attention, text, transformer
+from .. import attention, clip, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
+from ..spec import DENOISER_PREFIX, Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT_TOKENS = 512
 """The number of T5 tokens that FLUX.1-dev was trained with. Captions are padded to it."""
-TRAINING_GUIDANCE = 1.0
-"""The guidance scale that the distilled model gets in training.
-
-At 1 it predicts what its teacher did without guidance, so a LoRA does not undo the distillation. sd-scripts and ai-toolkit use
-1 too.
-"""
-
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
 ROTARY_AXES = (16, 56, 56)
 """The widths of the parts of an attention head that are rotated by a position's number, row and column."""
@@ -55,12 +48,11 @@ _TRANSFORMER = (
 )
 
 
-def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[str, Any]:
+def blocks_config(names: transformer.Names, shape: transformer.Shapes, axes: tuple[int, ...]) -> dict[str, Any]:
     """Return the part of the denoiser's config that follows from its blocks, which Chroma and FLUX.2 share.
 
     `axes` are the widths of the parts of an attention head, each rotated by one number of a position.
     """
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("img_in.weight")
     return {
         "in_channels": channels,
@@ -73,44 +65,44 @@ def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[
     }
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    config = blocks_config(tensors, ROTARY_AXES) | {
-        "pooled_projection_dim": transformer.shapes_of(tensors)(TEXT_WEIGHT)[1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
+    return blocks_config(names, shape, ROTARY_AXES) | {
+        "pooled_projection_dim": shape(TEXT_WEIGHT)[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in names,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES, RENAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
-def build_denoiser(config: dict[str, Any]) -> nn.Module:
-    denoiser = transformer.build("FluxTransformer2DModel", (0, 30), config)
+def build_denoiser(
+    config: dict[str, Any],
+    name: str = "FluxTransformer2DModel",
+    version: tuple[int, int] = (0, 30),
+    embedding: str = "time_text_embed",
+) -> nn.Module:
+    denoiser = transformer.build(name, version, config)
     attention.use_attention(denoiser, attention.JointAttention())
     denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
-    transformer.activate_once(denoiser)
+    transformer.activate_once(denoiser, embedding)
     return denoiser
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    return {
-        "context": text.encode_t5(encoders["text_encoder_2"], captions, TEXT_TOKENS),
-        "pooled": text.pooled_clip(encoders["text_encoder"], captions),
-    }
+    tokens = clip.token_chunks(captions, 1, clip.END)  # pooled text is that of the first 75 tokens
+    _, output = clip.encode_chunks(encoders["text_encoder"], tokens, layer=1, final_norm=True)
+    context = text.encode_t5(encoders["text_encoder_2"], captions, TEXT_TOKENS)
+    return {"context": context, "pooled": output.pooler_output}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    height, width = noisy_latents.shape[2:]
-    context = conditioning["context"].to(noisy_latents.dtype)
-    patches = denoiser(
-        transformer.cut_patches(noisy_latents),
-        encoder_hidden_states=context,
+    return transformer.predicted(
+        denoiser,
+        noisy_latents,
+        timesteps,
+        conditioning,
         pooled_projections=conditioning["pooled"].to(noisy_latents.dtype),
-        timestep=timesteps / 1000,
-        img_ids=transformer.grid_positions(height // 2, width // 2, noisy_latents.device),
-        txt_ids=torch.zeros(context.shape[1], 3, device=noisy_latents.device),
+        img_ids=transformer.patch_positions(noisy_latents),
+        txt_ids=torch.zeros(conditioning["context"].shape[1], 3, device=noisy_latents.device),
         guidance=conditioning["guidance"] if denoiser.config.guidance_embeds else None,  # pyright: ignore
-        return_dict=False,
-    )[0]
-    return transformer.join_patches(patches, height, width)
+    )
 
 
 FLUX1 = FamilySpec(
@@ -141,13 +133,15 @@ FLUX1 = FamilySpec(
     # The modulation in its blocks distinguishes it from FLUX.2 and Chroma, the pooled text from models derived from it.
     denoiser_has=(*BLOCK_WEIGHTS, TEXT_WEIGHT),
     lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, transformer.flux1_vae, RENAMES),
     build=text.builder(build_denoiser, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,
-    image_conditioning=lambda *sizes: {"guidance": torch.tensor([TRAINING_GUIDANCE])},
+    # At a guidance of 1 it predicts what its teacher did without guidance, so a LoRA does not undo the distillation.
+    # sd-scripts and ai-toolkit train with 1 too.
+    image_conditioning=lambda *sizes: {"guidance": torch.tensor([1.0])},
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from FLUX.1-dev's scheduler
+    flow_shift=linear_shift(4096, 1.15),  # from FLUX.1-dev's scheduler
     embeds_guidance=lambda config: config["guidance_embeds"],
     is_distilled=lambda config: not config["guidance_embeds"],  # schnell, distilled to four steps, takes no guidance
     training_adapter="ostris/FLUX.1-schnell-training-adapter",

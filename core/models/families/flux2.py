@@ -27,7 +27,6 @@ TEXT_TOKENS = 512
 TEXT_LAYERS = (9, 18, 27)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """The form of a chat with one question in Qwen3, with thinking turned off."""
-DEV_TEXT_LAYERS = (10, 20, 30)
 DEV_CHAT = (
     "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
@@ -48,15 +47,17 @@ _ATTENTION = (
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.ff(_context)?\.linear_(in|out)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    width, inner = transformer.shapes_of(tensors)("double_blocks.0.img_mlp.2.weight")
-    config = flux1.blocks_config(tensors, ROTARY_AXES) | {
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
+    width, inner = shape("double_blocks.0.img_mlp.2.weight")
+    return flux1.blocks_config(names, shape, ROTARY_AXES) | {
         "mlp_ratio": inner / width,
-        "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
+        "guidance_embeds": "guidance_in.in_layer.weight" in names,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     kinds = next(({"text_encoder": kind} for kind in (LARGER_TEXT, DEV_TEXT) if text.has(tensors, kind)), TEXT)
-    return {"denoiser": denoiser} | text.other_parts(tensors, vae, kinds)
+    return transformer.splitter(config_of, NAMES, kinds, vae, flux1.RENAMES)(tensors)
 
 
 def vae(tensors: Mapping[str, Tensor]) -> Component:
@@ -130,7 +131,7 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
     encoder: Any = encoders["text_encoder"]
     if encoder.config.model_type == "mistral":
         chats = [DEV_CHAT.format(caption) for caption in captions]
-        return text.encode_qwen(encoder, DEV_TEXT, chats, TEXT_TOKENS, layers=DEV_TEXT_LAYERS)
+        return text.encode_qwen(encoder, DEV_TEXT, chats, TEXT_TOKENS, layers=(10, 20, 30))
     chats = [CHAT.format(caption) for caption in captions]
     states = text.encode_qwen(
         encoder, TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, multiple=TEXT_TOKENS
@@ -153,19 +154,29 @@ def texts_at_the_end(conditioning: Conditioning) -> Tensor:
     )
 
 
-def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    height, width = noisy_latents.shape[2:]
-    context, device = texts_at_the_end(conditioning).to(noisy_latents.dtype), noisy_latents.device
+def predicted(
+    denoiser: nn.Module, latents: Tensor, timesteps: Tensor, context: Tensor, picture_scale: float = 1.0, **more: Any
+) -> Tensor:
+    """Predict with the text's states (B, L, D). `picture_scale` is the distance between a picture's rows as positions.
+
+    `more` are other arguments of diffusers' network.
+    """
+    size, device = (latents.shape[2], latents.shape[3]), latents.device
     positions = denoiser(
-        noisy_latents.flatten(2).transpose(1, 2),
-        encoder_hidden_states=context,
+        latents.flatten(2).transpose(1, 2),
+        encoder_hidden_states=context.to(latents.dtype),
         timestep=timesteps / 1000,
-        img_ids=F.pad(transformer.grid_positions(height, width, device), (0, 1)),
+        img_ids=F.pad(picture_scale * transformer.grid_positions(*size, device), (0, 1)),
         txt_ids=F.pad(torch.arange(float(context.shape[1]), device=device)[:, None], (3, 0)),
-        guidance=conditioning["guidance"] if denoiser.config.guidance_embeds else None,  # pyright: ignore
         return_dict=False,
+        **more,
     )[0]
-    return positions.transpose(1, 2).unflatten(2, (height, width))
+    return positions.transpose(1, 2).unflatten(2, size)
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    guidance = conditioning["guidance"] if denoiser.config.guidance_embeds else None  # pyright: ignore
+    return predicted(denoiser, noisy_latents, timesteps, texts_at_the_end(conditioning), guidance=guidance)
 
 
 STEPS = 50

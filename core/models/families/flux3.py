@@ -6,18 +6,17 @@ Both have additional blocks for input pictures. Here they are trained and drawn 
 loaded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...tensor_names.flux import FLUX3 as NAMES
 from .. import text, transformer
 from ..ldm import count_children
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
+from ..spec import DENOISER_PREFIX, Conditioning, FamilySpec, FewSteps, Networks
 from . import flux2
 
 TEXT = {"text_encoder": "qwen3vl_4b"}
@@ -27,12 +26,6 @@ TEXT_TOKENS = 8192
 """The most tokens of the whole chat, as in the authors' code."""
 WINDOW = 80
 """The whole chat is padded to a multiple of this many tokens. The denoiser sees the padding."""
-_PADDING_AT = 1
-"""The position of each padding token in the text encoder, as in transformers 4.57, which the model was trained with."""
-PICTURE_SCALE = 0.5
-"""The distance between a picture's rows and columns as positions."""
-SHIFT = 6.93
-"""The authors' shift of the times for pictures of all sizes."""
 
 UNUSED = r"\.image_cond\b"
 """Matches the names of all modules for input pictures."""
@@ -49,11 +42,10 @@ _ATTENTION = rf"{_BLOCK}\.attn\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.ff\.linear_(in|out)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels = shape("emb_in.image.weight")
     (head,) = shape("single_blocks.0.norm.query_norm.scale", 1)
-    config = {
+    return {
         "in_channels": channels,
         "cond_in_channels": shape("emb_in.image_cond.weight")[1],
         "num_layers": count_children(names, "txt_mode_blocks"),
@@ -66,10 +58,6 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims_rope": flux2.ROTARY_AXES,
         "flow_map": "ref_time_in.in_layer.weight" in names,
     }
-    # A file may also have projectors that the authors' training used to compare the states of blocks.
-    left_out = rf"^repa_projectors\.|{UNUSED}"
-    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out)
-    return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
@@ -80,7 +68,7 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
         TEXT_TOKENS,
         layers=TEXT_LAYERS,
         multiple=WINDOW,
-        padding_at=_PADDING_AT,
+        padding_at=1,  # as in transformers 4.57, which the model was trained with
     )
     mask = states["context_mask"]
     ends = (mask.sum(1, keepdim=True) + WINDOW - 1) // WINDOW * WINDOW
@@ -90,21 +78,10 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
 
 @transformer.without_padding  # which the denoiser can't mask
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
-    target = conditioning.get("target", timesteps)
-    height, width = noisy_latents.shape[2:]
-    positions = denoiser(
-        noisy_latents.flatten(2).transpose(1, 2),
-        encoder_hidden_states=context,
-        timestep=timesteps / 1000,
-        img_ids=F.pad(PICTURE_SCALE * transformer.grid_positions(height, width, device), (0, 1)),
-        txt_ids=F.pad(torch.arange(float(context.shape[1]), device=device)[:, None], (3, 0)),
-        # A flow map predicts the mean velocity from a time to its target. If they are equal, that is a rectified flow's
-        # velocity.
-        target_timestep=target / 1000 if denoiser.config.flow_map else None,  # pyright: ignore
-        return_dict=False,
-    )[0]
-    return positions.transpose(1, 2).unflatten(2, (height, width))
+    # A flow map predicts the mean velocity from a time to its target. If they are equal, that is a rectified flow's velocity.
+    target = conditioning.get("target", timesteps) / 1000 if denoiser.config.flow_map else None  # pyright: ignore
+    context = conditioning["context"]
+    return flux2.predicted(denoiser, noisy_latents, timesteps, context, picture_scale=0.5, target_timestep=target)
 
 
 def is_flow_map(config: dict[str, Any]) -> bool:
@@ -124,12 +101,13 @@ FLUX3 = FamilySpec(
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
     denoiser_has=("early_stream_modulations.image.lin.weight", "single_blocks.0.q_proj.weight"),
-    split=split,
+    # A file may also have projectors that the authors' training used to compare the states of blocks.
+    split=transformer.splitter(config_of, NAMES, TEXT, flux2.vae, _RENAMES, rf"^repa_projectors\.|{UNUSED}"),
     build=text.builder(partial(transformer.build, "Flux3Transformer2DModel", (0, 42)), TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=lambda positions: SHIFT,
+    flow_shift=lambda positions: 6.93,  # the authors', for pictures of all sizes
     encode_image=flux2.encode_image,
     decode_latents=flux2.decode_latents,
     is_distilled=is_flow_map,

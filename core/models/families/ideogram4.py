@@ -7,7 +7,7 @@ predicts for the negative prompt too. It was trained on captions in JSON, and al
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..spec import Component, Conditioning, FamilySpec, Networks
+from ..spec import Conditioning, FamilySpec, Networks
 from . import flux2
 
 TEXT = {"text_encoder": "qwen3vl_8b"}
@@ -33,8 +33,6 @@ ROTARY_SECTIONS = (24, 20, 20)
 """The numbers of frequencies for a position's place in the text, its row and its column."""
 PICTURE_POSITION = 65536
 """The number at which a picture's rows and columns begin, so that they differ from a text's."""
-SHIFT_1_SIDE = 512
-"""The side in pixels of the square picture whose times are not shifted."""
 
 _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
 # The modulations are not adapted, as in the other families.
@@ -67,11 +65,10 @@ _DEVIATIONS = (
 """The deviation of each channel, from the same code."""
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels = shape("input_proj.weight")
     (head,) = shape("layers.0.attention.norm_q.weight", 1)
-    config = {
+    return {
         "in_channels": channels,
         "num_layers": count_children(names, "layers"),
         "attention_head_dim": head,
@@ -82,8 +79,6 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "rope_theta": 5_000_000,
         "mrope_section": ROTARY_SECTIONS,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
@@ -158,14 +153,13 @@ def _statistics(_: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
-        [before + caption for caption in captions],
+        captions,
         TEXT_TOKENS - _ENDING_TOKENS,
         layers=TEXT_LAYERS,
-        ending=after,
+        template=TEMPLATE,
     )
     states = conditioning["context"]
     # The denoiser takes the layers' states number by number, and not layer by layer.
@@ -191,8 +185,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 
 def flow_shift(positions: int) -> float:
-    """Return the shift exp(mu), with mu derived from a picture's size by the authors' schedule."""
-    return math.sqrt(positions) * flux2.PATCH * 8 / SHIFT_1_SIDE
+    """Return the shift exp(mu), with mu derived from a picture's size by the authors' schedule: 1 for 512 px."""
+    return math.sqrt(positions) * flux2.PATCH * 8 / 512
 
 
 IDEOGRAM4 = FamilySpec(
@@ -208,7 +202,7 @@ IDEOGRAM4 = FamilySpec(
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
     denoiser_has=("embed_image_indicator.weight", "layers.0.attention.qkv.weight"),
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, flux2.vae),
     build=text.builder(build_denoiser, TEXT, vae=flux2.build_vae, last_norm=False),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,

@@ -55,14 +55,14 @@ _ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|gate|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|transformer_blocks\.\d+\.ff\.(gate|up|down)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels = shape("first.weight")
     (head,) = shape("blocks.0.attn.qknorm.qnorm.scale", 1)
+    side_axis = 6 * (head // 16)  # as in ComfyUI, for a position's row and for its column
     fusion = "txtfusion.layerwise_blocks.0"
     (text_head,) = shape(f"{fusion}.attn.qknorm.qnorm.scale", 1)
     text_width = shape(f"{fusion}.attn.wq.weight")[1]
-    config = {
+    return {
         "in_channels": channels,
         "num_layers": count_children(names, "blocks"),
         "attention_head_dim": head,
@@ -77,9 +77,16 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "text_intermediate_size": shape(f"{fusion}.mlp.gate.weight")[0],
         "num_layerwise_text_blocks": count_children(names, "txtfusion.layerwise_blocks"),
         "num_refiner_text_blocks": count_children(names, "txtfusion.refiner_blocks"),
-        "axes_dims_rope": rotary_axes(head),
+        "axes_dims_rope": (head - 2 * side_axis, side_axis, side_axis),
     }
-    plain = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
+
+
+_SPLIT = transformer.splitter(config_of, NAMES, TEXT, qwen_image.vae_component, _RENAMES)
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    parts = _SPLIT(tensors)
+    plain = parts["denoiser"]
     readers = {name: Stored(plain.tensors, name) for name in plain.tensors}
     # The original has the six modulations of a block in one row.
     tables = {
@@ -87,19 +94,13 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         for name in readers
         if name.startswith("transformer_blocks.") and name.endswith(".scale_shift_table")
     }
-    denoiser = Component(config, LazyTensors(readers | tables))
-    return {"denoiser": denoiser} | text.other_parts(tensors, qwen_image.vae_component, TEXT)
+    return parts | {"denoiser": Component(plain.config, LazyTensors(readers | tables))}
 
 
 def _in_rows(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     whole = tensors[name]
     fits = whole.numel() and whole.numel() % 6 == 0  # Loading the network reports another size.
     return whole.reshape(6, -1) if fits else whole
-
-
-def rotary_axes(head: int) -> tuple[int, int, int]:
-    """Return the widths of the parts of a head that are rotated by a position's number, row and column, as in ComfyUI."""
-    return (head - 12 * (head // 16), 6 * (head // 16), 6 * (head // 16))
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
@@ -134,33 +135,30 @@ def _in_float32(module: Any, _: object) -> None:
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    before, after = qwen_image.TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
-        [before + caption for caption in captions],
+        captions,
         qwen_image.TEMPLATE_TOKENS + TEXT_TOKENS - _ENDING_TOKENS,
         layers=TEXT_LAYERS,
-        ending=after,
+        template=qwen_image.TEMPLATE,
     )
     return {name: value[:, qwen_image.TEMPLATE_TOKENS :] for name, value in conditioning.items()}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    height, width = noisy_latents.shape[2:]
-    device, mask = noisy_latents.device, conditioning["context_mask"].bool()
-    context = conditioning["context"].to(noisy_latents.dtype)
+    mask = conditioning["context_mask"].bool()
     layers: int = denoiser.config.num_text_layers  # pyright: ignore
-    positions = transformer.grid_positions(height // 2, width // 2, device)
-    patches = denoiser(
-        transformer.cut_patches(noisy_latents),
-        encoder_hidden_states=context.unflatten(2, (layers, -1)),
-        timestep=timesteps / 1000,
+    context = conditioning["context"].unflatten(2, (layers, -1))
+    positions = transformer.patch_positions(noisy_latents)
+    return transformer.predicted(
+        denoiser,
+        noisy_latents,
+        timesteps,
+        {"context": context},
         position_ids=F.pad(positions, (0, 0, context.shape[1], 0)),  # all of the text is at 0
-        encoder_attention_mask=mask.to(device) if not mask.all() else None,
-        return_dict=False,
-    )[0]
-    return transformer.join_patches(patches, height, width)
+        encoder_attention_mask=mask.to(noisy_latents.device) if not mask.all() else None,
+    )
 
 
 KREA2 = FamilySpec(
@@ -180,7 +178,7 @@ KREA2 = FamilySpec(
     latent_shape=qwen_image.latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 6400, 1.15),  # from the authors' scheduler
+    flow_shift=linear_shift(6400, 1.15),  # from the authors' scheduler
     few_steps=FewSteps(
         8,
         shift=math.exp(1.15),

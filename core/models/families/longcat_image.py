@@ -6,18 +6,17 @@ tensors, so only a diffusers folder distinguishes Edit.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...tensor_names.flux import LONGCAT_IMAGE as NAMES
-from .. import attention, text, transformer
+from .. import text, transformer
 from ..objective import linear_shift
-from ..spec import Component, Conditioning, FamilySpec, Networks
+from ..spec import Conditioning, FamilySpec, Networks
 from . import flux1
 
 TEXT = {"text_encoder": "qwen25_7b"}
@@ -30,29 +29,16 @@ TEMPLATE = (
 """The text before a caption. What the authors add after it doesn't change the states that are used."""
 TEMPLATE_TOKENS = 36
 """The number of tokens in the template, whose states are dropped."""
-_PADDING_AT = 1
-"""The position of each padding token in the text encoder, as in transformers 4.57, which the authors use.
-
-In ComfyUI and later versions of transformers, positions continue instead.
-"""
 
 _QUOTE = r"(?:(?<![a-zA-Z])'|'(?![a-zA-Z]))"
 """A single quotation mark. An apostrophe within a word does not count."""
 _QUOTED = re.compile(rf"({_QUOTE}(?:[^']|(?<=[a-zA-Z])'(?=[a-zA-Z]))*{_QUOTE}|\"[^\"]*\"|‘[^‘’]*’|“[^“”]*”)")
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    config = flux1.blocks_config(tensors, flux1.ROTARY_AXES)
-    denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
-
-
-def build_denoiser(config: dict[str, Any]) -> nn.Module:
-    denoiser = transformer.build("LongCatImageTransformer2DModel", (0, 37), config)
-    attention.use_attention(denoiser, attention.JointAttention())
-    denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
-    transformer.activate_once(denoiser, "time_embed")
-    return denoiser
+_CONFIG_OF = partial(flux1.blocks_config, axes=flux1.ROTARY_AXES)
+_DENOISER = partial(
+    flux1.build_denoiser, name="LongCatImageTransformer2DModel", version=(0, 37), embedding="time_embed"
+)
 
 
 def pieces(caption: str) -> list[str]:
@@ -69,29 +55,20 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
         captions,
         length,
         multiple=length,
-        padding_at=_PADDING_AT,
+        padding_at=1,  # as in transformers 4.57, which the authors use; later, and in ComfyUI, positions continue instead
         pieces=pieces,
     )
     return {"context": states["context"][:, TEMPLATE_TOKENS:]}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    height, width = noisy_latents.shape[2:]
-    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
     # The first number of a position is 0 for text and 1 for pictures. Rows and columns continue from the text's length.
-    count = context.shape[1]
-    of_picture = transformer.grid_positions(height // 2, width // 2, device)
+    count = conditioning["context"].shape[1]
+    of_picture = transformer.patch_positions(noisy_latents)
     of_picture[:, 0] += 1
     of_picture[:, 1:] += count
-    patches = denoiser(
-        transformer.cut_patches(noisy_latents),
-        encoder_hidden_states=context,
-        timestep=timesteps / 1000,
-        img_ids=of_picture,
-        txt_ids=F.pad(torch.arange(float(count), device=device)[:, None].expand(-1, 2), (1, 0)),
-        return_dict=False,
-    )[0]
-    return transformer.join_patches(patches, height, width)
+    of_text = F.pad(torch.arange(float(count), device=of_picture.device)[:, None].expand(-1, 2), (1, 0))
+    return transformer.predicted(denoiser, noisy_latents, timesteps, conditioning, img_ids=of_picture, txt_ids=of_text)
 
 
 LONGCAT_IMAGE = FamilySpec(
@@ -106,10 +83,10 @@ LONGCAT_IMAGE = FamilySpec(
     in_channels=64,
     denoiser_has=flux1.BLOCK_WEIGHTS,
     denoiser_lacks=(flux1.TEXT_WEIGHT,),
-    split=split,
-    build=text.builder(build_denoiser, TEXT),
+    split=transformer.splitter(_CONFIG_OF, NAMES, TEXT, transformer.flux1_vae, flux1.RENAMES),
+    build=text.builder(_DENOISER, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from the authors' pipeline
+    flow_shift=linear_shift(4096, 1.15),  # from the authors' pipeline
 )

@@ -38,10 +38,9 @@ _ATTENTION = rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(img|txt)_mlp\.net\.(0\.proj|2)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels = shape("img_in.weight")
-    config = {
+    return {
         "in_channels": channels,
         "out_channels": channels // 4,
         "num_layers": count_children(names, "transformer_blocks"),
@@ -50,8 +49,6 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "joint_attention_dim": shape("txt_in.weight")[1],
         "axes_dims_rope": ROTARY_AXES,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, vae_component, TEXT)
 
 
 _VAE_RENAMES = (
@@ -167,15 +164,14 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     height, width = noisy_latents.shape[2:]
     mask = conditioning["context_mask"].bool()
-    patches = denoiser(
-        transformer.cut_patches(noisy_latents),
-        encoder_hidden_states=conditioning["context"].to(noisy_latents.dtype),
+    return transformer.predicted(
+        denoiser,
+        noisy_latents,
+        timesteps,
+        conditioning,
         encoder_hidden_states_mask=mask.to(noisy_latents.device) if not mask.all() else None,
-        timestep=timesteps / 1000,
         img_shapes=[(1, height // 2, width // 2)] * len(noisy_latents),
-        return_dict=False,
-    )[0]
-    return transformer.join_patches(patches, height, width)
+    )
 
 
 QWEN_IMAGE = FamilySpec(
@@ -194,12 +190,12 @@ QWEN_IMAGE = FamilySpec(
         DENOISER_PREFIX + "__index_timestep_zero__": "Qwen-Image-Edit",
         DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
     },
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, vae_component),
     build=text.builder(build_denoiser, TEXT, vae=build_vae),
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
+    flow_shift=linear_shift(8192, 0.9),  # from the authors' scheduler
     few_steps=FewSteps(8, shift=3.0, lora="lightx2v/Qwen-Image-Lightning/Qwen-Image-Lightning-8steps-V2.0.safetensors"),
     encode_image=encode_image,
     decode_latents=decode_latents,

@@ -38,11 +38,10 @@ _ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|transformer_blocks\.\d+\.img_mlp\.(gate_layer|proj|out)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels = shape("img_in.weight")
     (head,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
-    config = {
+    return {
         "in_channels": channels,
         "out_channels": shape("proj_out.weight")[0],
         "num_layers": count_children(names, "transformer_blocks"),
@@ -52,8 +51,6 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "mlp_ratio": shape("transformer_blocks.0.img_mlp.out.weight")[1] // width,
         "axes_dims_rope": qwen_image.ROTARY_AXES,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES)
-    return {"denoiser": denoiser} | text.other_parts(tensors, vae_component, TEXT)
 
 
 def diffusers_vae_path(path: str, resnets: int) -> str:
@@ -195,13 +192,12 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
-    before, after = TEMPLATE.split("{}")
     conditioning = text.encode_qwen(
         encoders["text_encoder"],
         TEXT["text_encoder"],
-        [before + (caption or " ") for caption in captions],
+        [caption or " " for caption in captions],
         SYSTEM_TOKENS + _USER_TOKENS + TEXT_TOKENS,
-        ending=after,
+        template=TEMPLATE,
     )
     return {name: value[:, SYSTEM_TOKENS:] for name, value in conditioning.items()}
 
@@ -228,12 +224,12 @@ QWEN_IMAGE_21 = FamilySpec(
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
     denoiser_has=("txt_in.text_norm.weight", "transformer_blocks.0.attn.to_q.weight"),
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, vae_component),
     build=text.builder(build_denoiser, TEXT, vae=build_vae, last_norm=False),
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
+    flow_shift=linear_shift(8192, 0.9),  # from the authors' scheduler
     encode_image=encode_image,
     decode_latents=decode_latents,
 )

@@ -4,7 +4,7 @@ The text encoders are CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL. T5 is opti
 models' own training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,30 +16,26 @@ from ...tensor_names.sd3 import SD3 as NAMES
 from .. import clip, text, transformer
 from ..ldm import count_children, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
+from ..spec import Conditioning, FamilySpec, FewSteps, Networks
 
-LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 TEXT_TOKENS = 256
 """The number of T5 tokens that captions are padded to, as in diffusers and sd-scripts."""
 CONTEXT_WIDTH = 4096
 """The width of T5-XXL. The states of CLIP are padded to it with zeros."""
-SHIFT = 3.0
-"""The authors' shift for 1024 px (arXiv:2403.03206, section 5.3.2), for all sizes as in SD3.5's scheduler and sd-scripts."""
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 HEAD_WIDTH = 64
 
-_RENAMES = (("pos_embed", "pos_embed.pos_embed"),)
+_VAE = partial(vae_component, latent_scale=1.5305, latent_shift=0.0609, quant_conv=False)
 _BLOCK = r"transformer_blocks\.\d+"
 _ATTENTION = rf"{_BLOCK}\.(attn2?\.(to_[qkv]|to_out\.0)|attn\.(add_[qkv]_proj|to_add_out))"
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     layers = count_children(names, "joint_blocks")
-    config = {
+    return {
         "patch_size": patch,
         "in_channels": channels,
         "out_channels": shape("final_layer.linear.weight")[0] // patch**2,
@@ -56,9 +52,6 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         ),
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in names else None,
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
-    vae = partial(vae_component, latent_scale=LATENT_SCALE, latent_shift=LATENT_SHIFT, quant_conv=False)
-    return {"denoiser": denoiser} | text.other_parts(tensors, vae, TEXT)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
@@ -114,11 +107,12 @@ SD3 = FamilySpec(
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=16,
     denoiser_has=("joint_blocks.0.x_block.attn.qkv.weight",),
-    split=split,
+    split=transformer.splitter(config_of, NAMES, TEXT, _VAE, renames=(("pos_embed", "pos_embed.pos_embed"),)),
     build=text.builder(build_denoiser, TEXT),
     latent_shape=transformer.patch_latent_shape,
     encode_text=encode_text,
     predict=predict,
-    flow_shift=lambda positions: SHIFT,
+    # The authors' for 1024 px (arXiv:2403.03206, section 5.3.2), for all sizes as in SD3.5's scheduler and sd-scripts.
+    flow_shift=lambda positions: 3.0,
     few_steps=FewSteps(4),
 )

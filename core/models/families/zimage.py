@@ -5,7 +5,7 @@ name distinguishes it from the base model. A LoRA trained on Turbo undoes the di
 Turbo with a training adapter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, Networks
+from ..spec import DENOISER_PREFIX, Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -28,11 +28,10 @@ _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:
     width, patch = shape("x_embedder.weight")
     heads = width // sum(ROTARY_AXES)
-    config = {
+    return {
         "in_channels": patch // 4,
         "dim": width,
         "n_layers": count_children(names, "layers"),
@@ -43,27 +42,20 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims": ROTARY_AXES,
         "axes_lens": ROTARY_LENGTHS,
     }
-    # Some files have an unused norm from Lumina 2.
-    denoiser = transformer.transformer_component(tensors, config, NAMES, left_out=r"^norm_final\.")
-    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("ZImageTransformer2DModel", (0, 36), config)
     attention.use_attention(denoiser, attention.StreamAttention())
-    denoiser.rope_embedder = _Tables(denoiser.rope_embedder)
-    return denoiser
+    rotations_of = denoiser.rope_embedder
 
-
-class _Tables:
-    """Return the tables (S, 2, D) of positions (S, 3), instead of diffusers' complex numbers."""
-
-    def __init__(self, rotations: Callable[[Tensor], Tensor]):
-        self._rotations = rotations
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        rotations = self._rotations(positions)
+    def tables_of(positions: Tensor) -> Tensor:
+        """Return the tables (S, 2, D) of positions (S, 3), instead of diffusers' complex numbers."""
+        rotations = rotations_of(positions)
         return torch.stack(attention.tables_of_pairs(rotations.real, rotations.imag), -2)
+
+    denoiser.rope_embedder = tables_of
+    return denoiser
 
 
 def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
@@ -100,7 +92,8 @@ ZIMAGE = FamilySpec(
         DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight": "Lumina 2",
         DENOISER_PREFIX + "siglip_embedder.1.weight": "Z-Image-Omni",
     },
-    split=split,
+    # Some files have an unused norm from Lumina 2.
+    split=transformer.splitter(config_of, NAMES, TEXT, transformer.flux1_vae, left_out=r"^norm_final\."),
     build=text.builder(build_denoiser, TEXT),
     latent_shape=transformer.patch_latent_shape,
     encode_text=encode_text,
