@@ -129,10 +129,7 @@ class AppliedLora:
             self._put(module_id, name, original)
 
     def swap(self) -> None:
-        """Take the LoRA off but keep its changed parameters. Call it again to put the LoRA back on.
-
-        While it is off, don't remove any LoRA that was applied before it.
-        """
+        """Take the LoRA off but keep its changes, or put it back on. Meanwhile, don't remove any LoRA applied before it."""
         for (module_id, name), other in self.originals.items():
             self.originals[module_id, name] = self._put(module_id, name, other)
 

@@ -207,10 +207,7 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
-    """Rename the tensors of entries to a scheme without changing their kind of adapter.
-
-    Raises UnmatchedKeys for a kind that the scheme cannot express.
-    """
+    """Rename the tensors of entries to a scheme. Raises UnmatchedKeys for a kind of adapter that it cannot express."""
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         if scheme == "diffusers" and entry.kind == "set":

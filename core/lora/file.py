@@ -81,10 +81,7 @@ class LoraFile(LoraNames):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
-        """Make a LoRA from tensors with a file's names. Its family is detected.
-
-        Raises UnknownFamily when they are not a LoRA, or its family is unknown.
-        """
+        """Make a LoRA from tensors with a file's names. Raises UnknownFamily unless they show a LoRA and its family."""
         family, content = recognise(types_of(tensors), metadata, name)
         return cls(family, dict(metadata), tensors, name, content)
 

@@ -34,10 +34,7 @@ def inspect_lora(path: str | os.PathLike[str], on_progress: OnProgress = silent)
 
 
 def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict[str, float | None]:
-    """Compute the Frobenius norm of each block's weight change, None if it is not finite. DoRA and OFT are left out.
-
-    `step` is called for each module.
-    """
+    """Compute the Frobenius norm of each block's change, without DoRA and OFT; None if not finite. Each module is a `step`."""
     norms: dict[str, float] = {}
     for entry in lora.entries:
         step()

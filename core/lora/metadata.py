@@ -112,18 +112,12 @@ THUMBNAIL_SIDE = 256
 
 
 def small_picture(picture: str | os.PathLike[str]) -> str:
-    """Return the picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels.
-
-    Raises BadFile when it cannot be read.
-    """
+    """Return the data URL of a JPEG of a picture, THUMBNAIL_SIDE pixels at most. Raises BadFile if it cannot be read."""
     return jpeg_url(opened_picture(picture, THUMBNAIL_SIDE), THUMBNAIL_SIDE, read_mark(picture))
 
 
 def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
-    """Open a picture: upright, RGB, without its metadata, its longer side at most `side` pixels.
-
-    Raises BadFile when it cannot be read.
-    """
+    """Open a picture: upright, RGB, no metadata, sides of at most `side` pixels. Raises BadFile when it cannot be read."""
     try:
         image = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=side).convert("RGB")
     except BadPhoto as error:

@@ -193,10 +193,7 @@ def _named_module(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) 
 
 @dataclass(frozen=True, eq=False)
 class Entry(NamedModule):
-    """One adapted module in a file, with the `name`, `scheme`, `keys` and `shapes` of a NamedModule.
-
-    `part` is the part of the family's model, e.g. "denoiser".
-    """
+    """One adapted module in a file. Other than in a NamedModule, `part` is the part of the family's model, e.g. "denoiser"."""
 
     kind: str
     """The kind of adapter, one of kinds.KINDS."""

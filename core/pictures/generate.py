@@ -129,10 +129,7 @@ class Picture:
     """The text that A1111 writes into a PNG; ComfyUI, Forge and Civitai read it too."""
 
     def save(self, path: str | os.PathLike[str], texts: Mapping[str, str] | None = None) -> None:
-        """Write a PNG, completely or not at all, with the parameters and the `texts` (text by name) in it.
-
-        Raises BadFile if it cannot be written.
-        """
+        """Write a whole PNG or nothing, with the parameters and the `texts` (by name) in it. Raises BadFile if it cannot."""
         save_png(path, self.image, {"parameters": self.parameters, **(texts or {})})
 
 
@@ -262,10 +259,7 @@ def texts_of(job: Job, base: Base) -> tuple[str, str]:
 def in_batches(
     items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
 ) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
-    """Yield the items and their texts in batches of at most `size`.
-
-    The items of a batch have equal values of `alike`, and texts of equal length.
-    """
+    """Yield items and texts in batches of at most `size`, with equal values of `alike` and texts of equal length in each."""
     groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
     for item, pair in zip(items, texts, strict=True):
         groups.setdefault((alike(item), stacked_with(pair[0])), []).append((item, pair))

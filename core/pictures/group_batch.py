@@ -41,10 +41,7 @@ class GroupReference:
     measure: str = LIKENESS
 
     def __init__(self, group: Group, photos: Mapping[str, Iterable[Image.Image]], network: FaceNetwork | None = None):
-        """Take the photos by the people's names.
-
-        Raises BadConfig unless they are of exactly these people, and the errors of `Reference`.
-        """
+        """Take photos by name. Raises the errors of `Reference`, and BadConfig unless they are of exactly these people."""
         names = [person.name for person in group.people]
         if differing := sorted({*names} ^ {*photos}):
             raise BadConfig(

@@ -144,10 +144,7 @@ def drawn_again(
     device: torch.device | None,
     model: DrawingModel | None = None,
 ) -> Iterator[tuple[_Key, Image.Image]]:
-    """Yield each cut-out's key and picture, after repeating the last `denoise` share of its job's steps.
-
-    `model` is as in `generate`.
-    """
+    """Yield each cut-out's key and picture, after its job's last `denoise` share of steps. `model` is as in `generate`."""
     # Without the number, the same prompt and seed at two sizes would be one job here.
     keys = {
         replace(job, size=part.image.size, style=str(number)): key

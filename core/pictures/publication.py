@@ -241,10 +241,7 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
 
 
 def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str, dict[str, str]]:
-    """Return the strength and settings that most of the LoRA's pictures have, else the family's usual ones.
-
-    `source` is the LoRA; None if its base model is unknown.
-    """
+    """Return the strength and settings of most of the LoRA's pictures, else the usual ones of its family, if it is known."""
     drawn = [(example.strength, example.parameters) for example in examples if example.strength and example.parameters]
     if drawn:
         usual = Counter(strength for strength, _ in drawn).most_common(1)[0][0]
@@ -258,10 +255,7 @@ def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str,
 
 
 def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]) -> None:
-    """Raise BadFile if a text in the files, read again, names a path, a photo or the user.
-
-    `pictures` has each picture's original name, for the message.
-    """
+    """Raise BadFile if a text in the files names a path, a photo or the user. `pictures` are original names, for messages."""
     metadata = SafetensorsFile.open(lora).metadata
     texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key not in cover("")]
     texts += [("the page", page.read_text(encoding="utf-8"))]
@@ -277,10 +271,7 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder that is renamed to `folder` at the end of the context, or deleted after an error.
-
-    Remains of a killed process are deleted.
-    """
+    """Make a folder that becomes `folder` after the context. It is deleted after an error, as are those of killed processes."""
     made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(folder.parent)
     with locked(folder):

@@ -141,10 +141,7 @@ def encode_prompts(
     clip_skip: int = 1,
     chunks: int | None = None,
 ) -> list[Conditioning]:
-    """Return the conditioning of each prompt, as a batch of 1 on the CPU.
-
-    The prompts are padded to `chunks` chunks of tokens; for None, to the length of the longest.
-    """
+    """Return the conditioning of each prompt, a batch of 1 on the CPU. `chunks` defaults to what the longest prompt needs."""
     if base.caption_encoder:
         return [base.caption_encoder.encode(prompt) for prompt in prompts]
     chunks = chunks or _chunks_of(prompts, encoders)

@@ -62,10 +62,7 @@ def contact_sheet(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Wrap the text into lines of at most `width` pixels, at words where possible.
-
-    Above LONGEST_NAME characters, the middle is left out.
-    """
+    """Wrap the text into lines of at most `width` pixels, without the middle of one of more than LONGEST_NAME characters."""
     half = LONGEST_NAME // 2
     text = text if len(text) <= LONGEST_NAME else f"{text[:half]} ... {text[-half:]}"
     lines = [""]

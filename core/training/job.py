@@ -228,10 +228,7 @@ def hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) 
 
 
 def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -> None:
-    """Raise BadConfig for settings that don't apply to the base model, or that it does not allow.
-
-    `adapted` means that a training adapter is used.
-    """
+    """Raise BadConfig for settings that the base model doesn't allow. `adapted` says that a training adapter is used."""
     family = base.family
     others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
     if wrong := [name for name in others if getattr(config, name) != getattr(TrainConfig, name)]:

@@ -194,10 +194,7 @@ def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint |
 
 
 class StateFile:
-    """The file that an interrupted run continues from: when it is written, and how the run is restored.
-
-    Without a path, nothing is written or restored.
-    """
+    """The file that an interrupted run continues from. Without a path, nothing is written or restored."""
 
     def __init__(self, path: Path | None, identity: Mapping[str, str], intermediate: IntermediateLoras):
         """`identity` is the result of `run_identity`. A run can only continue from a state with an equal identity."""

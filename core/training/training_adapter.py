@@ -136,10 +136,7 @@ class AttachedAdapter:
         dtype: torch.dtype,
         name: str = "training adapter",
     ):
-        """Attach the changes to the current layers, including those that a method has added.
-
-        Raises LoraMisfit with its `name` for an embedding.
-        """
+        """Attach the changes to the layers, also those of a method. Raises LoraMisfit with the `name` for an embedding."""
         self._on = True
         self._changes = {path: change.map(lambda t: t.to(device, dtype)) for path, change in changes.items()}
         layers = {path: denoiser.get_submodule(path) for path in changes}
