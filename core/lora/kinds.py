@@ -75,12 +75,9 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
         return "lokr"
     if "oft_blocks" in roles:
         return "boft" if len(shapes["oft_blocks"]) == 4 else "oft"
-    if "diff" in roles:
-        return "full"
-    if "w_norm" in roles:
-        return "norm"
-    if "set_weight" in roles:
-        return "set"
+    for kind in ("full", "norm", "set"):
+        if _FACTORS[kind][0] in roles:
+            return kind
     return "bias" if roles and roles <= {*BIAS_DIFFERENCES} else None
 
 
@@ -165,10 +162,4 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
     if kind == "lokr":
         first, second = _product(shapes, "lokr_w1", None), _product(shapes, "lokr_w2", "lokr_t2")
         return (first[0] * second[0], first[1] * second[1], *second[2:]) if first and second else None
-    if kind == "full":
-        return shapes["diff"]
-    if kind == "norm":
-        return shapes["w_norm"]
-    if kind == "set":
-        return shapes["set_weight"]
-    return None
+    return shapes[_FACTORS[kind][0]] if kind in ("full", "norm", "set") else None
