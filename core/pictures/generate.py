@@ -217,9 +217,8 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
     pairs = loras if isinstance(loras, Sequence) else [loras]  # an iterator, such as a zip, can be read only once
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LoraFile)):
-            raise BadConfig(
-                f"loras: {pair!r}: expected a list of pairs of a LoraFile, as returned by LoraFile.read(path), and a strength"
-            )
+            expected = "a list of pairs of a LoraFile, as returned by LoraFile.read(path), and a strength"
+            raise BadConfig(f"loras: {pair!r}: expected {expected}")
         lora, strength = pair
         if not isinstance(strength, Real) or not math.isfinite(strength):
             raise BadConfig(f"{lora.name}: strength = {strength!r}: must be a finite number")

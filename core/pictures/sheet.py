@@ -7,7 +7,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDEST_TITLE = 2000
 """The widest a sheet becomes for its title, in pixels: a title may be any text."""
-
 LONGEST_NAME = 400
 """The most characters shown of a row's name, which may be any text."""
 
