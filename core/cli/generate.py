@@ -101,11 +101,8 @@ def run(options: GenerateOptions) -> None:
         return
     base_name, output = _check(options)
     config = pictures.GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
-    usual = pictures.FacePass
-    face_pass = pictures.FacePass(
-        usual.below if options.face_pass is None else options.face_pass,
-        usual.denoise if options.face_denoise is None else options.face_denoise,
-    )
+    asked = {"below": options.face_pass, "denoise": options.face_denoise}
+    face_pass = pictures.FacePass(**{name: value for name, value in asked.items() if value is not None})
     group = group_from(options) if options.person else None
     loras = [(lora.LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = base_from(base_name, options.parts, options.schedule)
@@ -199,11 +196,9 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
     """Return a warning for each part of the prompts that is special syntax in A1111 and ComfyUI, such as `(word:1.3)`."""
     weights, files = r"[(\[][^()\[\]]*:\s*-?[\d.]+\s*[)\]]|\(\([^()]*\)\)", r"<(?:lora|lyco|hypernet):[^<>]*>"
     found = {match for text in texts for match in re.findall(rf"{weights}|{files}|\bBREAK\b", text)}
+    reasons = {"<": "use facelora generate --lora for the file", "B": "prompts cannot be divided"}
     return [
-        f"{match!r} is read as ordinary text: "
-        + {"<": "use facelora generate --lora for the file", "B": "prompts cannot be divided"}.get(
-            match[0], "words cannot have weights"
-        )
+        f"{match!r} is read as ordinary text: {reasons.get(match[0], 'words cannot have weights')}"
         for match in sorted(found)
     ]
 
