@@ -316,9 +316,8 @@ def group_from(options: GenerateOptions) -> "pictures.Group":
     """Return the people of --person with the regions of --region. Raises BadConfig with the option if that is not a group."""
     files = _by_name("--person", options.person, "FILE.safetensors")
     if len(files) == 1:
-        raise BadConfig(
-            f"--person {next(iter(files))}: a group needs at least two people; for one person, use --lora FILE"
-        )
+        (only,) = files
+        raise BadConfig(f"--person {only}: a group needs at least two people; for one person, use --lora FILE")
     if options.subject:
         raise BadConfig("--subject is for one person; with --person, those people are the subject of a --style-pack")
     if not (options.prompt or options.style_pack):
@@ -327,10 +326,8 @@ def group_from(options: GenerateOptions) -> "pictures.Group":
     boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM or NAME=MASK.png")
     if boxes and (differing := sorted({*files} ^ {*boxes})):
         raise BadConfig(f"--region: give one for each --person and nobody else; check {differing[0]}")
-    group = pictures.Group(
-        tuple(_member(name, file) for name, file in files.items()),
-        tuple(region_from(name, boxes[name]) for name in files) if boxes else (),
-    )
+    regions = tuple(region_from(name, boxes[name]) for name in files) if boxes else ()
+    group = pictures.Group(tuple(_member(name, file) for name, file in files.items()), regions)
     for prompt in options.prompt:
         group.check_prompt(prompt)
     return group

@@ -74,9 +74,8 @@ class AppliedLora:
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
         place = self.place(module_id)
-        self._replace(
-            module_id, name, parameter.to(place).float() + change.reshape(parameter.shape).to(place), parameter
-        )
+        changed = parameter.to(place).float() + change.reshape(parameter.shape).to(place)
+        self._replace(module_id, name, changed, parameter)
 
     @torch.no_grad()
     def add_low_rank(self, module_id: ModuleId, module: LoraModule) -> None:
@@ -246,9 +245,8 @@ def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: flo
     """Apply the changes of an entry times the factor. `inputs` is the number of input features of its weight."""
     layers = [applied.layers[module_id] for module_id in entry.modules]
     place = applied.place(entry.modules[0])
-    if entry.kind in LOW_RANK and (
-        place.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
-    ):
+    is_beside = place.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
+    if entry.kind in LOW_RANK and is_beside:
         for module_id, module in lora.low_rank_of(entry, factor):
             applied.add_low_rank(module_id, module)
     else:
@@ -262,8 +260,7 @@ def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: flo
 
 def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
     if isinstance(target, Mapping):
-        networks = {part: network for part, network in target.items() if part != "family"}
-        return target["family"], networks
+        return target["family"], {part: network for part, network in target.items() if part != "family"}
     class_name = type(target).__name__
     if class_name not in _PIPELINE_FAMILIES:
         raise LoraMisfit(f"LoRAs can't be applied to a {class_name}. Known pipelines: {', '.join(_PIPELINE_FAMILIES)}")

@@ -126,10 +126,8 @@ def convert_for(
         except UnmatchedKeys as problem:
             failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
             continue
-        objections = {reader: not_loaded_by(reader, converted.lora) for reader in asked}
-        refusing = [
-            f"{reader} does not support {next(iter(found.values()))}" for reader, found in objections.items() if found
-        ]
+        lacking = {reader: next(iter(not_loaded_by(reader, converted.lora).values()), None) for reader in asked}
+        refusing = [f"{reader} does not support {what}" for reader, what in lacking.items() if what]
         if not refusing:
             return converted
         failures.append(f"{scheme}: {' and '.join(refusing)}")
@@ -471,9 +469,7 @@ def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
     downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
     # The sum has one scale, the largest: a small one in the up matrices could make them too small for fp16.
     scale = max((module.scale for module in modules), key=abs) or 1.0
-    ups = [
-        (module.scale / scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:])
-        for module in modules
-    ]
-    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    ups = [module.scale / scale * module.up.float() for module in modules]
+    up = torch.cat([one.reshape(first.up.shape[0], -1, *first.up.shape[2:]) for one in ups], dim=1)
+    down = torch.cat(downs)
     return LoraModule(down, up, scale * down.shape[0])

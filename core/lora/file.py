@@ -145,9 +145,8 @@ class LoraFile(LoraNames):
         tensors = self.tensors_of(entry)
         largest = abs(strength) * largest_change(entry.kind, tensors)
         if not largest <= LARGEST_VALUE:
-            what = (
-                f"values up to {largest:.1g}, too large for a weight" if math.isfinite(largest) else "NaN or infinity"
-            )
+            too_large = f"values up to {largest:.1g}, too large for a weight"
+            what = too_large if math.isfinite(largest) else "NaN or infinity"
             raise UnmatchedKeys(f"{self.name}: {entry.name}: its change contains {what}")
         return tensors
 

@@ -158,10 +158,8 @@ def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
         for (part, number), keys in found.items():
             shapes = {role: types[key][1] for role, key in keys.items()}
             path = paths.get((part, number), "")
-            part_of_model = "denoiser" if part == "unet" else part
-            modules.append(
-                NamedModule(f"{part}:{number}", "numbered", part_of_model, path, kind_of(shapes), keys, shapes)
-            )
+            name, part = f"{part}:{number}", "denoiser" if part == "unet" else part
+            modules.append(NamedModule(name, "numbered", part, path, kind_of(shapes), keys, shapes))
         content = Content(claims, tuple(modules), embeddings, ())
         if all(module.kind for module in modules) and content.identity.models:
             return content

@@ -208,9 +208,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return f"{named.scheme} names of {family.name}{hint}"
     if reason := _paths_not_in_diffusers(family, named):
         return reason
-    if named.scheme in family.loaded.diffusers_lacks and re.search(
-        family.loaded.diffusers_lacks[named.scheme], named.path
-    ):
+    lacks = family.loaded.diffusers_lacks.get(named.scheme)
+    if lacks is not None and re.search(lacks, named.path):
         return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and not is_text_path(named.path):
         forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
@@ -384,8 +383,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
         return None
     if lora.unknown_keys:
         return "a file with unknown tensors"
-    skipped = [e for e in lora.entries if e.name in objections and not objections[e.name].loads]
-    for unknown in skipped:
+    for unknown in (e for e in lora.entries if e.name in objections and not objections[e.name].loads):
         is_skipped = unknown.scheme in loaded.invokeai_skips and unknown.part == "denoiser"
         if is_skipped and not isinstance(_form_not_in_invokeai(NAME_TABLES[lora.family], unknown), str):
             continue

@@ -131,10 +131,11 @@ def publish(
         write_text(made / PAGE, _page(source, path, metadata, examples))
         names = [example.photo.name for example in examples]
         _check_nothing_personal(path, made / PAGE, dict(zip(paths, names, strict=True)))
-    left_out = tuple(key for key in source.metadata if key not in metadata)
-    return Publication(
-        folder, folder / path.name, folder / PAGE, tuple(folder / picture.name for picture in paths), left_out
+    left_out, moved = (
+        tuple(key for key in source.metadata if key not in metadata),
+        tuple(folder / p.name for p in paths),
     )
+    return Publication(folder, folder / path.name, folder / PAGE, moved, left_out)
 
 
 def _file_name(title: str, lora: str) -> str:
@@ -148,11 +149,10 @@ def _file_name(title: str, lora: str) -> str:
 
 def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: OnWarning) -> Iterator[Photo]:
     for path in map(Path, pictures):
-        found = (
-            read_photos(path, repeats=False, drawn=True, on_warning=on_warning)
-            if os.path.isdir(path)
-            else read_photo_files([path], strict=True)
-        )
+        if os.path.isdir(path):
+            found = read_photos(path, repeats=False, drawn=True, on_warning=on_warning)
+        else:
+            found = read_photo_files([path], strict=True)
         yield from (photo for photo in found if photo.name != CONTACT_SHEET)
 
 
@@ -220,7 +220,12 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
     # Civitai's names for the hashes.
-    names = {"AutoV2": "autov2", "AutoV3": "autov3", "CRC32": "crc32", "BLAKE3": "blake3", "SHA256": "sha256"}
+    hashes = [
+        f"{name}: {found[name.lower()].upper()}"
+        for name in ("AutoV2", "AutoV3", "CRC32", "BLAKE3", "SHA256")
+        if name.lower() in found
+    ]
+    licences = " or ".join(dict.fromkeys(listing.licence for listing in listings))
     fields = {
         "Title": metadata["modelspec.title"],
         "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
@@ -229,12 +234,9 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
         "Trigger words": metadata.get(PHRASE_KEY, "none known"),
         "Strength": strength,
         "Settings": ", ".join(f"{name}: {value}" for name, value in settings.items()) or "unknown",
-        f"Hashes of {path.name}": "\n".join(
-            f"{name}: {found[key].upper()}" for name, key in names.items() if key in found
-        ),
-        "Licence of the base model": " or ".join(dict.fromkeys(listing.licence for listing in listings))
-        + "\n(a checkpoint based on it may have a different licence)"
-        if listings
+        f"Hashes of {path.name}": "\n".join(hashes),
+        "Licence of the base model": f"{licences}\n(a checkpoint based on it may have a different licence)"
+        if licences
         else "unknown",
     }
     return "\n".join(f"{name}\n{'-' * len(name)}\n{text}\n" for name, text in fields.items())

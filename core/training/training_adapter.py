@@ -142,10 +142,8 @@ class AttachedAdapter:
         layers = {path: denoiser.get_submodule(path) for path in changes}
         if path := next((path for path, layer in layers.items() if isinstance(layer, nn.Embedding)), None):
             raise LoraMisfit(f"the {name} changes {path}, which is an embedding. Merge it into the base model instead")
-        self._hooks = [
-            layer.register_forward_hook(partial(self._add, self._changes[path], _places(layer)))
-            for path, layer in layers.items()
-        ]
+        adding = {path: partial(self._add, self._changes[path], _places(layer)) for path, layer in layers.items()}
+        self._hooks = [layer.register_forward_hook(adding[path]) for path, layer in layers.items()]
 
     def tensors(self) -> list[Tensor]:
         """Return its tensors, which stay on the device."""
