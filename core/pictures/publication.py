@@ -131,11 +131,9 @@ def publish(
         write_text(made / PAGE, _page(source, path, metadata, examples))
         names = [example.photo.name for example in examples]
         _check_nothing_personal(path, made / PAGE, dict(zip(paths, names, strict=True)))
-    left_out, moved = (
-        tuple(key for key in source.metadata if key not in metadata),
-        tuple(folder / p.name for p in paths),
-    )
-    return Publication(folder, folder / path.name, folder / PAGE, moved, left_out)
+    left_out = tuple(key for key in source.metadata if key not in metadata)
+    published = tuple(folder / picture.name for picture in paths)
+    return Publication(folder, folder / path.name, folder / PAGE, published, left_out)
 
 
 def _file_name(title: str, lora: str) -> str:
