@@ -89,7 +89,8 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
     if kind in ("full", "norm", "set", "bias"):
         return all(shape and math.prod(shape) > 0 for shape in shapes.values())
-    for shape in (shape for role, shape in shapes.items() if role not in _BESIDE):
+    factors = [shape for role, shape in shapes.items() if role not in _BESIDE]
+    for shape in factors:
         if len(shape) not in (2, 4) or math.prod(shape) <= 0 or math.prod(shape[2:]) > LARGEST_KERNEL:
             return False
     if kind in ("lora", "locon", "dora"):

@@ -125,8 +125,10 @@ class TrainingJob:
         if not held_out:
             return None
         network = ready.network or self.faces or load_faces()
-        training, judge = [item.photo for item in ready.training], self.judge
-        second = judge and LikenessWatch(judge, faces_of(judge, training), faces_of(judge, held_out), self.config)
+        training, second = [item.photo for item in ready.training], None
+        if self.judge:
+            by_judge = [faces_of(self.judge, group) for group in (training, held_out)]
+            second = LikenessWatch(self.judge, *by_judge, self.config)
         known = ready.vectors(ready.training) if ready.network else faces_of(network, training)
         seen = faces_of(network, held_out) if self.held_out else ready.vectors(ready.held_out)
         return LikenessWatch(network, known, seen, self.config, second)
