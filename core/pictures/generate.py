@@ -63,8 +63,16 @@ class Job:
     @classmethod
     def from_style(cls, styled: StyledPrompt) -> "Job":
         """Return the job for a style pack's prompt."""
-        size, how = (styled.width, styled.height), (styled.steps, styled.guidance, styled.strength, styled.style)
-        return cls(styled.prompt, styled.seed, styled.negative, size, *how)
+        return cls(
+            styled.prompt,
+            styled.seed,
+            styled.negative,
+            (styled.width, styled.height),
+            styled.steps,
+            styled.guidance,
+            styled.strength,
+            styled.style,
+        )
 
     def on(self, base: Base) -> "Job":
         """Return the job with the steps and guidance of a distilled base model; unchanged for other base models."""
