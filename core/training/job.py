@@ -127,8 +127,8 @@ class TrainingJob:
         network = ready.network or self.faces or load_faces()
         training, second = [item.photo for item in ready.training], None
         if self.judge:
-            by_judge = [faces_of(self.judge, group) for group in (training, held_out)]
-            second = LikenessWatch(self.judge, *by_judge, self.config)
+            known, seen = (faces_of(self.judge, group) for group in (training, held_out))
+            second = LikenessWatch(self.judge, known, seen, self.config)
         known = ready.vectors(ready.training) if ready.network else faces_of(network, training)
         seen = faces_of(network, held_out) if self.held_out else ready.vectors(ready.held_out)
         return LikenessWatch(network, known, seen, self.config, second)
