@@ -47,8 +47,6 @@ GROUPS = {
 }
 """The commands and what they do, in the groups and the order of `--help`."""
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
-
-
 NVIDIA = "/dev/nvidiactl"
 """A file of NVIDIA's driver for Linux. WSL 2 doesn't have it."""
 

@@ -32,9 +32,8 @@ def threshold_from(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(
-            f"{number!r} in {text!r} is not a {'whole number' if kinds[name] is int else 'number'}"
-        )
+        what = "whole number" if kinds[name] is int else "number"
+        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is not a {what}")
     return name, value
 
 
@@ -76,12 +75,9 @@ def run(options: CheckOptions) -> int:
     given = photos.read_photos(options.photos, repeats=not drawn, drawn=drawn, on_warning=print_warning)
     network = load_faces(options.face_network) if drawn else faces_if_installed(print_warning, options.face_network)
     name = network.name if network else "sface"
-    # Without a base model, nothing is known about the size that drawn pictures need.
-    thresholds = (
-        photos.Thresholds.for_reference(name)
-        if drawn and not (options.resolution or options.base)
-        else photos.Thresholds.for_resolution(resolution, name)
-    )
+    thresholds = photos.Thresholds.for_resolution(resolution, name)
+    if drawn and not (options.resolution or options.base):  # Nothing is known about the size that drawn pictures need.
+        thresholds = photos.Thresholds.for_reference(name)
     thresholds = dataclasses.replace(thresholds, **dict(options.threshold))
     if options.like and network:
         return _choose(options, given, network, thresholds)
@@ -90,10 +86,8 @@ def run(options: CheckOptions) -> int:
         print(json.dumps(report.to_dict() | {"resolution": resolution}, indent=1))
     else:
         print(photos.format_report(report, terminal_width()))
-        chosen = options.base or options.resolution
-        print(
-            f"Judged for training at {resolution} px{'' if chosen else '. Use --base or --resolution for another size'}."
-        )
+        advice = "" if options.base or options.resolution else ". Use --base or --resolution for another size"
+        print(f"Judged for training at {resolution} px{advice}.")
     if options.sheet:
         photos.save_sheet(report, options.sheet)
     return 0 if report.enough else 1
@@ -117,19 +111,12 @@ def _choose(
         _copy(chosen, make_folder(options.output), options.overwrite)
     if options.json:
         described = [one.report.to_dict() | {"judged": one.judged, "left_out": one.reason or None} for one in found]
-        print(
-            json.dumps(
-                {"chosen": len(chosen), "second_network": second and second.name, "pictures": described}, indent=1
-            )
-        )
+        told = {"chosen": len(chosen), "second_network": second and second.name, "pictures": described}
+        print(json.dumps(told, indent=1))
     else:
         print(*found, sep="\n")
-        by = (
-            f"{network.name} and {second.name}"
-            if second
-            else f"{network.name} alone; install dlib for a second opinion"
-        )
-        print(f"{len(chosen)} of {len(found)} chosen by {by}")
+        others = f"and {second.name}" if second else "alone; install dlib for a second opinion"
+        print(f"{len(chosen)} of {len(found)} chosen by {network.name} {others}")
     photos.check_chosen(found, thresholds)
     return 0
 
@@ -142,7 +129,5 @@ def _copy(chosen: "Sequence[photos.Photo]", folder: Path, overwrite: bool) -> No
             raise BadFile(f"{path}: this file already exists; choose another output, or replace it with --overwrite")
         write_file(path, lambda file, content=content: file.write(content))
     if earlier := photos.count_photos(folder) - len(chosen):
-        print_warning(
-            f"{folder}: {counted(earlier, 'other picture')} in this folder would be trained on too. "
-            "Delete what isn't of the person"
-        )
+        others = f"{counted(earlier, 'other picture')} in this folder"
+        print_warning(f"{folder}: {others} would be trained on too. Delete what isn't of the person")

@@ -150,16 +150,13 @@ class BarProgress(AbstractContextManager["BarProgress"]):
 
     def phase(self, name: str, done: int, total: int) -> None:
         if name == SAMPLES and self._bar is not None and self._name == "training":
-            self._show_samples(self._bar, done, total)
+            now = time.monotonic()
+            if now - self._shown > 0.5 or done == total:
+                self._shown = now
+                self._bar.set_description_str("training" if done == total else f"training (samples {done / total:.0%})")
             return
         bar = self._bar_for(name, total)
         bar.update(done - bar.n)
-
-    def _show_samples(self, bar, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._shown > 0.5 or done == total:
-            self._shown = now
-            bar.set_description_str("training" if done == total else f"training (samples {done / total:.0%})")
 
     def step(self, report: "StepReport") -> None:
         bar = self._bar_for("training", report.steps)

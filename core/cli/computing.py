@@ -39,9 +39,7 @@ def show_work(ledger: "Ledger", seconds: "Mapping[str, Span]", as_json: bool) ->
         print(*_table(ledger, seconds), "Nothing was trained or drawn.", sep="\n")
         return
     described = {
-        "parts": {
-            part: {"operations": ledger.operations.get(part, 0.0), "seconds": span} for part, span in seconds.items()
-        },
+        "parts": {part: {"operations": ledger.operations.get(part, 0.0), "seconds": seconds[part]} for part in seconds},
         "operations": ledger.total,
         "seconds": total_span(seconds),
         "memory": ledger.memory,

@@ -101,11 +101,8 @@ def run(options: GenerateOptions) -> None:
         return
     base_name, output = _check(options)
     config = pictures.GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
-    usual = pictures.FacePass
-    face_pass = pictures.FacePass(
-        usual.below if options.face_pass is None else options.face_pass,
-        usual.denoise if options.face_denoise is None else options.face_denoise,
-    )
+    asked = {"below": options.face_pass, "denoise": options.face_denoise}
+    face_pass = pictures.FacePass(**{name: value for name, value in asked.items() if value is not None})
     group = group_from(options) if options.person else None
     loras = [(lora.LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = base_from(base_name, options.parts, options.schedule)
@@ -199,11 +196,9 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
     """Return a warning for each part of the prompts that is special syntax in A1111 and ComfyUI, such as `(word:1.3)`."""
     weights, files = r"[(\[][^()\[\]]*:\s*-?[\d.]+\s*[)\]]|\(\([^()]*\)\)", r"<(?:lora|lyco|hypernet):[^<>]*>"
     found = {match for text in texts for match in re.findall(rf"{weights}|{files}|\bBREAK\b", text)}
+    reasons = {"<": "use facelora generate --lora for the file", "B": "prompts cannot be divided"}
     return [
-        f"{match!r} is read as ordinary text: "
-        + {"<": "use facelora generate --lora for the file", "B": "prompts cannot be divided"}.get(
-            match[0], "words cannot have weights"
-        )
+        f"{match!r} is read as ordinary text: {reasons.get(match[0], 'words cannot have weights')}"
         for match in sorted(found)
     ]
 
@@ -321,9 +316,8 @@ def group_from(options: GenerateOptions) -> "pictures.Group":
     """Return the people of --person with the regions of --region. Raises BadConfig with the option if that is not a group."""
     files = _by_name("--person", options.person, "FILE.safetensors")
     if len(files) == 1:
-        raise BadConfig(
-            f"--person {next(iter(files))}: a group needs at least two people; for one person, use --lora FILE"
-        )
+        (only,) = files
+        raise BadConfig(f"--person {only}: a group needs at least two people; for one person, use --lora FILE")
     if options.subject:
         raise BadConfig("--subject is for one person; with --person, those people are the subject of a --style-pack")
     if not (options.prompt or options.style_pack):
@@ -332,10 +326,8 @@ def group_from(options: GenerateOptions) -> "pictures.Group":
     boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM or NAME=MASK.png")
     if boxes and (differing := sorted({*files} ^ {*boxes})):
         raise BadConfig(f"--region: give one for each --person and nobody else; check {differing[0]}")
-    group = pictures.Group(
-        tuple(_member(name, file) for name, file in files.items()),
-        tuple(region_from(name, boxes[name]) for name in files) if boxes else (),
-    )
+    regions = tuple(region_from(name, boxes[name]) for name in files) if boxes else ()
+    group = pictures.Group(tuple(_member(name, file) for name, file in files.items()), regions)
     for prompt in options.prompt:
         group.check_prompt(prompt)
     return group

@@ -42,10 +42,9 @@ def run(options: InspectOptions) -> None:
     """Print what is in the files. Raises BadFile for refused files, after all others have been printed."""
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)
+    inspect_lora = lora.inspect_header if options.fast else lora.inspect_lora
     if is_one and not options.fast:
         inspect_lora = partial(lora.inspect_lora, on_progress=progress_bar("reading"))
-    else:
-        inspect_lora = lora.inspect_header if options.fast else lora.inspect_lora
 
     def inspect(path: Path) -> dict[str, Any]:
         return _inspect_picture(path) if _is_picture(path) else inspect_lora(path)
@@ -63,9 +62,8 @@ def run(options: InspectOptions) -> None:
     if not count:
         raise BadFile(f"{first}: this folder has no .safetensors file")
     if refused:
-        raise BadFile(
-            refused[0] if is_one else f"{len(refused)} of {count} files were refused; the first: {refused[0]}"
-        )
+        several = "" if is_one else f"{len(refused)} of {count} files were refused; the first: "
+        raise BadFile(several + refused[0])
 
 
 def _is_picture(path: Path) -> bool:

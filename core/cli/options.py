@@ -120,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser, of: type) -> None:
 def _keywords(hint: Any, declared: _Declared) -> dict[str, Any]:
     if hint is bool:
         return {"help": declared.text, "action": "store_true"}
-    convert, choices, is_list = _values_of(hint)
+    convert, choices, is_list = values_of(hint)
     return {
         "help": declared.text,
         "metavar": convert.metavar if isinstance(convert, Output) else declared.metavar,
@@ -131,12 +131,12 @@ def _keywords(hint: Any, declared: _Declared) -> dict[str, Any]:
     }
 
 
-def _values_of(hint: Any) -> tuple[Any, Sequence[Any], bool]:
+def values_of(hint: Any) -> tuple[Any, Sequence[Any], bool]:
     """Return what converts the text of a value of that type, the choices for it, and whether there are several values."""
     if _has_none(hint):
         (hint,) = (one for one in get_args(hint) if one is not NoneType)
-    if is_list := get_origin(hint) is list:
-        (hint,) = get_args(hint)
+    if is_list := get_origin(hint) in (list, tuple):
+        hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         return str, get_args(hint), is_list
     return get_args(hint)[1] if get_origin(hint) is Annotated else hint, (), is_list
@@ -174,7 +174,7 @@ def given_values(options: object) -> Iterator[tuple[Any, Any]]:
         if declared is None:
             yield from given_values(value)
         elif value is not None:
-            yield _values_of(hint)[0], value
+            yield values_of(hint)[0], value
 
 
 class HelpAll(argparse.Action):

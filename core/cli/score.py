@@ -40,11 +40,8 @@ class ScoreOptions(Options):
 def run(options: ScoreOptions) -> None:
     from ..faces import check_judge, load_faces
 
-    images = [
-        photo
-        for photo in photos.read_photos(options.images, repeats=False, drawn=True, on_warning=print_warning)
-        if not _is_sheet(photo)
-    ]
+    found = photos.read_photos(options.images, repeats=False, drawn=True, on_warning=print_warning)
+    images = [photo for photo in found if not _is_sheet(photo)]
     reference = photos.read_photos(options.reference, on_warning=print_warning)
     trained = photos.read_photos(options.trained_on, on_warning=print_warning) if options.trained_on else []
     if both := {photo.digest for photo in trained} & {photo.digest for photo in reference}:

@@ -5,12 +5,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..config import TrainConfig, group_of, known_settings
 from ..errors import BadConfig
 from ..storage.files import read_bytes
 from ..storage.plain_values import parse_toml
+from .options import values_of
 from .values import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
@@ -56,27 +57,21 @@ def _add_setting(
     flag = "--" + item.name.replace("_", "-")
     names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
     text = re.sub(r"\(default: (.*)\)", lambda told: default(told[1]), item.metadata["help"])
-    common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
-    if get_origin(hint) is Literal:
-        text = f"{text} {default(item.default)}"
-        group.add_argument(*names, choices=get_args(hint), help=text, **common)
-    elif hint is bool:
+    keywords: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
+    kind, choices, is_list = values_of(hint)
+    if hint is bool:
+        keywords |= {"action": argparse.BooleanOptionalAction}
         text = f"{text} {default('yes' if item.default else 'no')}"
-        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
     elif get_origin(hint) is dict:
-        kind = _pattern_of(get_args(hint)[1])
-        group.add_argument(*names, action="append", type=kind, metavar="PATTERN=NUMBER", help=text, **common)
-    elif get_origin(hint) is tuple:
-        kind, metavar = (int, "N") if get_args(hint)[0] is int else (unicode_text, "TEXT")
-        text = f"{text}; may be repeated"
-        group.add_argument(flag.removesuffix("s"), action="append", type=kind, metavar=metavar, help=text, **common)
+        keywords |= {"action": "append", "type": _pattern_of(get_args(hint)[1]), "metavar": "PATTERN=NUMBER"}
     else:
-        kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-        if item.default is not None:
+        keywords |= {"choices": choices} if choices else {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        keywords |= {"type": unicode_text if kind is str else kind, "action": "append" if is_list else None}
+        if is_list:
+            names, text = [flag.removesuffix("s")], f"{text}; may be repeated"
+        elif item.default is not None:
             text = f"{text} {default(item.default)}"
-        metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
-        kind = unicode_text if kinds[0] is str else kinds[0]
-        group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)
+    group.add_argument(*names, help=text.replace("%", "%%"), **keywords)
 
 
 def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:

@@ -23,11 +23,8 @@ REDRAWN, PRINTED = 0.5, 60.0
 
 def planned(plan: "studio.Plan", workers: bool) -> list[str]:
     """Return the lines that describe the planned work."""
-    work, aside = plan.work, []
-    if plan.made_before:
-        aside.append(f"{len(plan.made_before)} made before")
-    if plan.refused:
-        aside.append(f"{len(plan.refused)} refused")
+    work, counts = plan.work, {"made before": len(plan.made_before), "refused": len(plan.refused)}
+    aside = [f"{count} {what}" for what, count in counts.items() if count]
     others = f" ({', '.join(aside)})" if aside else ""
     lines = [
         f"to make: {counted(work.people, 'person', 'people')}{others}: {counted(work.photos, 'photo')}, "
@@ -36,10 +33,8 @@ def planned(plan: "studio.Plan", workers: bool) -> list[str]:
     if work.people and plan.seconds is None:
         lines.append("time: known after the first person")
     elif work.people and plan.seconds is not None:
-        device = " of one worker" if workers else ""
-        lines.append(
-            f"time: about {rough_duration(plan.seconds)}{device}, based on {len(plan.earlier)} made here before"
-        )
+        time_left = f"{rough_duration(plan.seconds)}{' of one worker' if workers else ''}"
+        lines.append(f"time: about {time_left}, based on {len(plan.earlier)} made here before")
     return lines
 
 

@@ -86,11 +86,10 @@ def run(options: TrainOptions) -> None:
     read = photos.read_photos(
         options.photos, strict=options.strict, apart=options.drawn_photos, on_warning=progress.warning
     )
-    config = (
-        config_from(given)
-        if options.recipe == "none"
-        else training.recipe_config(options.recipe, base, len(read), given, progress.warning)
-    )
+    if options.recipe == "none":
+        config = config_from(given)
+    else:
+        config = training.recipe_config(options.recipe, base, len(read), given, progress.warning)
     makes = training.METHODS[config.method].makes
     if "learning_rate" in given and makes == "embedding" and not config.finds_rate:
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")

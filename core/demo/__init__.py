@@ -51,8 +51,7 @@ CONFIG = TrainConfig(
     min_snr_gamma=0.0,
     prior_prediction=0.5,
 )
-"""The demo's settings. Its learning rate is higher than a full-size model's: its base model is 200 times smaller than SD1.5's
-UNet."""
+"""The demo's settings. Its learning rate suits a base model that is 200 times smaller than SD1.5's UNet."""
 GUIDANCE = 2.5
 
 
@@ -79,8 +78,7 @@ class DemoReport:
     class_likeness_before: float
     """The mean likeness of "a photo of person", without trigger word, to the held-out photos."""
     class_likeness_after: float
-    """The mean likeness of "a photo of person" with the LoRA to the held-out photos: how much the person leaks into the
-    class."""
+    """The mean likeness of "a photo of person" with the LoRA to the held-out photos: how much the class leaks."""
     class_change: float
     """The mean absolute change of the pictures of "a photo of person" by the LoRA, in grey levels (forgetting)."""
     faces_found: dict[str, int]

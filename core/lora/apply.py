@@ -74,9 +74,8 @@ class AppliedLora:
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
         place = self.place(module_id)
-        self._replace(
-            module_id, name, parameter.to(place).float() + change.reshape(parameter.shape).to(place), parameter
-        )
+        changed = parameter.to(place).float() + change.reshape(parameter.shape).to(place)
+        self._replace(module_id, name, changed, parameter)
 
     @torch.no_grad()
     def add_low_rank(self, module_id: ModuleId, module: LoraModule) -> None:
@@ -129,10 +128,7 @@ class AppliedLora:
             self._put(module_id, name, original)
 
     def swap(self) -> None:
-        """Take the LoRA off but keep its changed parameters. Call it again to put the LoRA back on.
-
-        While it is off, don't remove any LoRA that was applied before it.
-        """
+        """Take the LoRA off but keep its changes, or put it back on. Meanwhile, don't remove any LoRA applied before it."""
         for (module_id, name), other in self.originals.items():
             self.originals[module_id, name] = self._put(module_id, name, other)
 
@@ -249,9 +245,8 @@ def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: flo
     """Apply the changes of an entry times the factor. `inputs` is the number of input features of its weight."""
     layers = [applied.layers[module_id] for module_id in entry.modules]
     place = applied.place(entry.modules[0])
-    if entry.kind in LOW_RANK and (
-        place.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
-    ):
+    is_beside = place.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
+    if entry.kind in LOW_RANK and is_beside:
         for module_id, module in lora.low_rank_of(entry, factor):
             applied.add_low_rank(module_id, module)
     else:
@@ -265,8 +260,7 @@ def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: flo
 
 def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
     if isinstance(target, Mapping):
-        networks = {part: network for part, network in target.items() if part != "family"}
-        return target["family"], networks
+        return target["family"], {part: network for part, network in target.items() if part != "family"}
     class_name = type(target).__name__
     if class_name not in _PIPELINE_FAMILIES:
         raise LoraMisfit(f"LoRAs can't be applied to a {class_name}. Known pipelines: {', '.join(_PIPELINE_FAMILIES)}")

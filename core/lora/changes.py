@@ -16,8 +16,6 @@ from .kinds import BIAS_DIFFERENCES, Shapes, needs_base, rank_of, weight_shape
 
 LARGEST_VALUE = torch.finfo(torch.float16).max
 """The largest plausible change of a value in a weight, 65504. Larger ones don't fit into 16 bits, and draw black pictures."""
-_VALUES_AT_ONCE = 1 << 20
-"""The number of values computed at once if a product has to be computed anyway."""
 Factorised = tuple[Tensor, Tensor, float]
 """The down and up matrices of a change, and their relative error, 0 to 1."""
 
@@ -216,7 +214,7 @@ def _norm_of_hadamard(first: Product, second: Product) -> float:
     positions = 1 if first.core is None else first.core.shape[2]
     widest = max(inputs, first.right.shape[0], second.right.shape[0])
     norm = 0.0
-    for rows in torch.arange(outputs).split(max(_VALUES_AT_ONCE // (widest * positions), 1)):
+    for rows in torch.arange(outputs).split(max((1 << 20) // (widest * positions), 1)):  # A million values at once.
         block = _made(first._replace(left=first.left[rows])) * _made(second._replace(left=second.left[rows]))
         norm = math.hypot(norm, block.norm().item())
     return norm
@@ -258,24 +256,19 @@ def _factorised(left: Tensor, values: Tensor, right: Tensor, total: float, shape
     return down, up, math.sqrt(missing / total) if total else 0.0
 
 
-_FULL_SVD_LIMIT = 512
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 6
-
-
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the left singular vectors (m, rank), the `rank` largest singular values and the right vectors (rank, n).
 
     The values are in descending order. Large matrices are decomposed by subspace iteration (Halko, Martinsson and Tropp,
     arXiv:0909.4061) with a fixed seed, so that the same input gives the same result.
     """
-    columns = rank + _OVERSAMPLING
-    if min(matrix.shape) <= max(_FULL_SVD_LIMIT, 2 * columns):
+    columns = rank + 16  # The vectors that are not asked for make the others accurate.
+    if min(matrix.shape) <= max(512, 2 * columns):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
     start = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(matrix @ start)[0]
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(6):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
     left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return (basis @ left)[:, :rank], values[:rank], right[:rank]

@@ -82,14 +82,12 @@ def extract_lora(
             "same"
         )
     if left_out:
-        on_warning(
-            f"left out {counted(len(left_out), 'changed tensor')} that a LoRA cannot express (biases, normalisation, "
-            f"embeddings, VAE), e.g. {left_out[0]}"
-        )
+        kinds = "biases, normalisation, embeddings, VAE"
+        which = f"{counted(len(left_out), 'changed tensor')} that a LoRA cannot express ({kinds})"
+        on_warning(f"left out {which}, e.g. {left_out[0]}")
     if alone := sorted(before.shapes.keys() ^ after.shapes.keys()):
-        on_warning(
-            f"left out {counted(len(alone), 'module')} that only one of the files has, e.g. {alone[0][1]} of {alone[0][0]}"
-        )
+        which = f"{counted(len(alone), 'module')} that only one of the files has"
+        on_warning(f"left out {which}, e.g. {alone[0][1]} of {alone[0][0]}")
     metadata = {"ss_sd_model_name": before.file.path.name}
     lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, before.names.scheme)))
     fit(lora, before.family, before.shapes).check(str(after.file.path))  # Readers of the file do the same check.
@@ -119,11 +117,8 @@ def merge_into_checkpoint(
     biases: dict[str, str] = {}
     for lora, strength in loras:
         fit(lora, base.family, base.shapes, base.biased).check(lora.name)
-        words = dict.fromkeys(word_of(lora, key) for key in lora.embedding_keys)
-        if words:
-            on_warning(
-                f"{lora.name}: left out the embeddings of {', '.join(words)}, because a checkpoint cannot hold them"
-            )
+        if words := ", ".join(dict.fromkeys(word_of(lora, key) for key in lora.embedding_keys)):
+            on_warning(f"{lora.name}: left out the embeddings of {words}, because a checkpoint cannot hold them")
         for entry in lora.entries:
             for name in dict.fromkeys(base.name_of(module) for module in entry.modules):
                 weights.setdefault(name, []).append((lora, strength, entry))

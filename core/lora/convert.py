@@ -126,10 +126,8 @@ def convert_for(
         except UnmatchedKeys as problem:
             failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
             continue
-        objections = {reader: not_loaded_by(reader, converted.lora) for reader in asked}
-        refusing = [
-            f"{reader} does not support {next(iter(found.values()))}" for reader, found in objections.items() if found
-        ]
+        lacking = {reader: next(iter(not_loaded_by(reader, converted.lora).values()), None) for reader in asked}
+        refusing = [f"{reader} does not support {what}" for reader, what in lacking.items() if what]
         if not refusing:
             return converted
         failures.append(f"{scheme}: {' and '.join(refusing)}")
@@ -207,21 +205,11 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
-    """Rename the tensors of entries to a scheme without changing their kind of adapter.
-
-    Raises UnmatchedKeys for a kind that the scheme cannot express.
-    """
+    """Rename the tensors of entries to a scheme. Raises UnmatchedKeys for a kind of adapter that it cannot express."""
     tensors: dict[str, Tensor] = {}
     for entry in entries:
-        if scheme == "diffusers" and entry.kind == "set":
-            name = name_in_scheme(family, *entry.modules[0], scheme)[0]
-            tensors[f"{name}.weight"] = lora.sound_tensors_of(entry)["set_weight"]
-            continue
-        if scheme == "diffusers" and _is_dora_of_peft(lora, entry):
-            tensors |= _dora_of_peft(lora, entry)
-            continue
-        if scheme == "diffusers" and _is_lokr_of_diffusers(entry, family):
-            tensors |= _lokr_of_diffusers(lora, entry, family)
+        if scheme == "diffusers" and (renamed := _renamed_for_diffusers(lora, family, entry)):
+            tensors |= renamed
             continue
         original = family.original_in_kohya if scheme == "kohya" else family.original_in_comfy
         fusion, index = entry.place.fusion, entry.place.index
@@ -248,26 +236,20 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
     return tensors
 
 
-def _is_dora_of_peft(lora: LoraFile, entry: Entry) -> bool:
-    """Check that an entry is a DoRA with one magnitude per output and no bias, like peft's."""
-    if entry.kind != "dora" or entry.changes_bias:
-        return False
-    shape = lora.tensors_of(entry)["dora"].shape
-    return math.prod(shape) == shape[0] == entry.shapes["up"][0]
-
-
-def _is_lokr_of_diffusers(entry: Entry, family: NameTable) -> bool:
-    """Check that an entry is a LoKr that diffusers supports: for its modules, its order of rows and this family."""
-    place = entry.place
+def _renamed_for_diffusers(lora: LoraFile, family: NameTable, entry: Entry) -> dict[str, Tensor]:
+    """Rename the tensors of a norm's new weight, a DoRA like peft's, or a LoKr that diffusers supports; empty for others."""
+    name, place = name_in_scheme(family, *entry.modules[0], "diffusers")[0], entry.place
+    found = lora.sound_tensors_of(entry)
+    if entry.kind == "set":
+        return {f"{name}.weight": found["set_weight"]}
+    if entry.kind == "dora" and not entry.changes_bias:
+        shape = found["dora"].shape  # peft's has one magnitude for each output.
+        return _dora_of_peft(lora, entry) if math.prod(shape) == shape[0] == entry.shapes["up"][0] else {}
     is_whole = place.index is None and (len(place.modules) > 1 or place.fusion.halves_swapped)
     is_plain = entry.kind == "lokr" and "dora" not in entry.keys and not entry.changes_bias
-    return is_plain and not is_whole and ("diffusers", "diffusers") in family.loaded.diffusers_lokr
-
-
-def _lokr_of_diffusers(lora: LoraFile, entry: Entry, family: NameTable) -> dict[str, Tensor]:
-    """Return the tensors of a LoKr for diffusers: without alpha, and with a whole first factor that includes the scale."""
-    name = name_in_scheme(family, *entry.modules[0], "diffusers")[0]
-    found = lora.sound_tensors_of(entry)
+    if not is_plain or is_whole or ("diffusers", "diffusers") not in family.loaded.diffusers_lokr:
+        return {}
+    # Without alpha, and with a whole first factor that includes the scale.
     scale = scale_of("lokr", found)
     if "lokr_w1" not in found:
         found["lokr_w1"] = found["lokr_w1_a"].float() @ found["lokr_w1_b"].float()
@@ -487,9 +469,7 @@ def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
     downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
     # The sum has one scale, the largest: a small one in the up matrices could make them too small for fp16.
     scale = max((module.scale for module in modules), key=abs) or 1.0
-    ups = [
-        (module.scale / scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:])
-        for module in modules
-    ]
-    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    ups = [module.scale / scale * module.up.float() for module in modules]
+    up = torch.cat([one.reshape(first.up.shape[0], -1, *first.up.shape[2:]) for one in ups], dim=1)
+    down = torch.cat(downs)
     return LoraModule(down, up, scale * down.shape[0])

@@ -45,11 +45,9 @@ class LoraFile(LoraNames):
     """A LoRA as in its file: its tensors under the file's names, and their meaning."""
 
     family: str
-    """The model family that the LoRA is for, a name in tensor_names.NAME_TABLES."""
     metadata: dict[str, str] = field(repr=False)
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
-    """The name of the LoRA in messages: the file's path, if it was read from a file."""
     found: InitVar[Content | None] = None
     """The meaning of the tensors' names, if it is known already."""
 
@@ -81,10 +79,7 @@ class LoraFile(LoraNames):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
-        """Make a LoRA from tensors with a file's names. Its family is detected.
-
-        Raises UnknownFamily when they are not a LoRA, or its family is unknown.
-        """
+        """Make a LoRA from tensors with a file's names. Raises UnknownFamily unless they show a LoRA and its family."""
         family, content = recognise(types_of(tensors), metadata, name)
         return cls(family, dict(metadata), tensors, name, content)
 
@@ -150,9 +145,8 @@ class LoraFile(LoraNames):
         tensors = self.tensors_of(entry)
         largest = abs(strength) * largest_change(entry.kind, tensors)
         if not largest <= LARGEST_VALUE:
-            what = (
-                f"values up to {largest:.1g}, too large for a weight" if math.isfinite(largest) else "NaN or infinity"
-            )
+            too_large = f"values up to {largest:.1g}, too large for a weight"
+            what = too_large if math.isfinite(largest) else "NaN or infinity"
             raise UnmatchedKeys(f"{self.name}: {entry.name}: its change contains {what}")
         return tensors
 
@@ -377,12 +371,6 @@ class Fit:
         raise LoraMisfit(f"{name}: does not fit the base model: {families}{count} keys are left over, e.g. {examples}")
 
 
-_CONTROL = (
-    "it adds inputs for a control image, which this base model does not have. ComfyUI's Load LoRA and diffusers' "
-    "FluxControlPipeline add them"
-)
-
-
 def fit(
     lora: LoraFile,
     family: str,
@@ -411,10 +399,14 @@ def fit(
         expected = [tuple(shapes[module]) for module in entry.modules]
         shape, outputs = entry.weight_shape, sum(rows for rows, *_ in expected)
         if shape is not None and not same_weight(shape, (outputs, *expected[0][1:])):
-            is_widened = entry in widened
-            if not (is_widened and widens):
-                does_not_fit = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
-                left_over[entry.name] = _CONTROL if is_widened else does_not_fit
+            if entry not in widened:
+                left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
+                continue
+            if not widens:
+                left_over[entry.name] = (
+                    "it adds inputs for a control image, which this base model does not have. ComfyUI's Load LoRA and "
+                    "diffusers' FluxControlPipeline add them"
+                )
                 continue
         if entry.bias_size is not None and entry.bias_size != outputs:
             left_over[entry.name] = f"a bias of {entry.bias_size} does not fit {outputs} outputs"

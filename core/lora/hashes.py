@@ -55,10 +55,7 @@ class _WindowHash:
 
 
 class LegacyHash(_WindowHash):
-    """A running `sshs_legacy_hash`, which hashes the file as if it had only its `ss_*` metadata.
-
-    Add the bytes of the tensors in the order that they are stored in.
-    """
+    """A running `sshs_legacy_hash`: of the header with `ss_*` metadata alone, then of the tensors added in the file's order."""
 
     def __init__(self, layout: Layout, metadata: Mapping[str, str]):
         super().__init__()

@@ -34,10 +34,7 @@ def inspect_lora(path: str | os.PathLike[str], on_progress: OnProgress = silent)
 
 
 def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict[str, float | None]:
-    """Compute the Frobenius norm of each block's weight change, None if it is not finite. DoRA and OFT are left out.
-
-    `step` is called for each module.
-    """
+    """Compute the Frobenius norm of each block's change, without DoRA and OFT; None if not finite. Each module is a `step`."""
     norms: dict[str, float] = {}
     for entry in lora.entries:
         step()
@@ -63,7 +60,6 @@ class Fault:
     text: str
 
 
-_HASH_OF_NOTHING = hashlib.sha256().hexdigest()
 SUSPICIOUS_NORM = 20.0
 """A module's change is suspicious above this multiple of the median."""
 
@@ -128,7 +124,8 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> Iterator[Faul
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
         if claimed_hash != in_fact[key]:
             text = f"{key} is {claimed_hash[:12]} in the metadata, but the file's hash is {in_fact[key][:12]}"
-            is_placeholder = claimed_hash == _HASH_OF_NOTHING  # Some tools write this before they hash the file.
+            # Some tools write the hash of nothing before they hash the file.
+            is_placeholder = claimed_hash == hashlib.sha256().hexdigest()
             yield Fault(key == "sshs_model_hash" and not is_placeholder, text)
     if lora.other_models:
         others, fit_them = " and ".join(lora.other_models), "fit" if lora.is_known else "are named like those of"

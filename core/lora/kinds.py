@@ -69,18 +69,13 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
         return "locon" if math.prod(kernel[2:]) > 1 else "lora"
     if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= roles:
         return "loha"
-    if ("lokr_w1" in roles or {"lokr_w1_a", "lokr_w1_b"} <= roles) and (
-        "lokr_w2" in roles or {"lokr_w2_a", "lokr_w2_b"} <= roles
-    ):
+    if all(f"lokr_w{n}" in roles or {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= roles for n in "12"):
         return "lokr"
     if "oft_blocks" in roles:
         return "boft" if len(shapes["oft_blocks"]) == 4 else "oft"
-    if "diff" in roles:
-        return "full"
-    if "w_norm" in roles:
-        return "norm"
-    if "set_weight" in roles:
-        return "set"
+    for kind in ("full", "norm", "set"):
+        if _FACTORS[kind][0] in roles:
+            return kind
     return "bias" if roles and roles <= {*BIAS_DIFFERENCES} else None
 
 
@@ -94,13 +89,10 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
     if kind in ("full", "norm", "set", "bias"):
         return all(shape and math.prod(shape) > 0 for shape in shapes.values())
-    tensors = {role: shape for role, shape in shapes.items() if role not in _BESIDE}
-    is_sensible = all(
-        len(shape) in (2, 4) and math.prod(shape) > 0 and math.prod(shape[2:]) <= LARGEST_KERNEL
-        for shape in tensors.values()
-    )
-    if not is_sensible:
-        return False
+    factors = [shape for role, shape in shapes.items() if role not in _BESIDE]
+    for shape in factors:
+        if len(shape) not in (2, 4) or math.prod(shape) <= 0 or math.prod(shape[2:]) > LARGEST_KERNEL:
+            return False
     if kind in ("lora", "locon", "dora"):
         rank = shapes["down"][0]
         fits = shapes["up"][1] == rank and math.prod(shapes["up"][2:]) == 1
@@ -165,10 +157,4 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
     if kind == "lokr":
         first, second = _product(shapes, "lokr_w1", None), _product(shapes, "lokr_w2", "lokr_t2")
         return (first[0] * second[0], first[1] * second[1], *second[2:]) if first and second else None
-    if kind == "full":
-        return shapes["diff"]
-    if kind == "norm":
-        return shapes["w_norm"]
-    if kind == "set":
-        return shapes["set_weight"]
-    return None
+    return shapes[_FACTORS[kind][0]] if kind in ("full", "norm", "set") else None

@@ -58,10 +58,9 @@ def edit_metadata(
     file = SafetensorsFile.open(path)
     try:
         LoraHeader.read(path)
-    except NoLora:
-        raise
-    except UnknownFamily:
-        pass  # A LoRA for an unsupported model can be edited too.
+    except UnknownFamily as error:  # A LoRA for an unsupported model can be edited too.
+        if isinstance(error, NoLora):
+            raise
     values = {
         "title": title,
         "author": author,
@@ -112,18 +111,12 @@ THUMBNAIL_SIDE = 256
 
 
 def small_picture(picture: str | os.PathLike[str]) -> str:
-    """Return the picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels.
-
-    Raises BadFile when it cannot be read.
-    """
+    """Return the data URL of a JPEG of a picture, THUMBNAIL_SIDE pixels at most. Raises BadFile if it cannot be read."""
     return jpeg_url(opened_picture(picture, THUMBNAIL_SIDE), THUMBNAIL_SIDE, read_mark(picture))
 
 
 def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
-    """Open a picture: upright, RGB, without its metadata, its longer side at most `side` pixels.
-
-    Raises BadFile when it cannot be read.
-    """
+    """Open a picture: upright, RGB, no metadata, sides of at most `side` pixels. Raises BadFile when it cannot be read."""
     try:
         image = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=side).convert("RGB")
     except BadPhoto as error:
@@ -146,8 +139,6 @@ _OTHERS = ("base_model_version", "new_sd_model_hash", "sd_model_hash", "network_
 _SETTINGS = tuple(f"ss_{name}" for name in (*SETTINGS, *_OTHERS))
 _SHARED = {*(f"modelspec.{name}" for name in _MODELSPEC), *_SETTINGS, WORD_KEY, "format"}
 """The keys to keep. All others are removed, since other programs may have written anything into them."""
-_PEFT_NUMBERS = re.compile(r"(?:.*\.)?(?:r|lora_alpha|alpha|rank_pattern|alpha_pattern|use_rslora)")
-"""The ranks and alphas in peft's configuration."""
 _PATH = re.compile(
     r"""(?<![\w/:.<>)])(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[^\s/,"']+/))[^\s,"']+|\bfile://[^\s,"']+""", re.ASCII
 )
@@ -185,8 +176,9 @@ def _scales_of_peft(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return peft's configuration without the base model's path, since only it may have the scale of the modules."""
     if PEFT_KEY not in metadata:
         return {}
+    numbers = re.compile(r"(?:.*\.)?(?:r|lora_alpha|alpha|rank_pattern|alpha_pattern|use_rslora)")
     config = json_in(metadata, PEFT_KEY, dict)
-    return {PEFT_KEY: json.dumps({key: value for key, value in config.items() if _PEFT_NUMBERS.fullmatch(key)})}
+    return {PEFT_KEY: json.dumps({key: value for key, value in config.items() if numbers.fullmatch(key)})}
 
 
 def personal_part(text: str, known: Collection[str] = ()) -> str | None:

@@ -85,10 +85,6 @@ def name_modules(
     return ComputedTensors([*makers, lambda: extra or {}])
 
 
-_SMALL = -13
-"""The exponent of the smallest maximum of a down matrix: 2^-13 leaves 11 binary digits of its fp16 values."""
-
-
 def _scaled(module: LoraModule) -> tuple[Tensor, Tensor]:
     """Return down and up with the scale multiplied into them.
 
@@ -99,7 +95,8 @@ def _scaled(module: LoraModule) -> tuple[Tensor, Tensor]:
         return module.down, module.up
     down, factor = module.down.float(), 1.0
     if 0 < abs(module.scale) < 1 and (largest := float(down.abs().max())) > 0:
-        factor = 2.0 ** min(0, max(math.frexp(module.scale)[1], _SMALL - math.frexp(largest)[1]))
+        # A matrix whose largest value is 2^-13 has 11 binary digits left in fp16.
+        factor = 2.0 ** min(0, max(math.frexp(module.scale)[1], -13 - math.frexp(largest)[1]))
     return down * factor, module.up.float() * (module.scale / factor)
 
 

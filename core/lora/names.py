@@ -62,10 +62,6 @@ _PLAIN = re.compile(r"[\w.]+")
 _BRIEF = re.compile(r"(?=.{1,200}$)(?!([^*(]*[*(]){4})([\w.^$|()]|\.\*|\\\.|\[\w+\])+")
 """Another pattern there: a regular expression with few ways to match, since one from a stranger's file may never end."""
 _T = TypeVar("_T")
-_SECOND_WIDTH = 1280
-"""The width of CLIP-G, which is the second text encoder of all its models. No other text encoder has it."""
-_FEW = 10
-"""The number of modules with unpublished names that are allowed, for small custom models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +158,8 @@ def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
         for (part, number), keys in found.items():
             shapes = {role: types[key][1] for role, key in keys.items()}
             path = paths.get((part, number), "")
-            part_of_model = "denoiser" if part == "unet" else part
-            modules.append(
-                NamedModule(f"{part}:{number}", "numbered", part_of_model, path, kind_of(shapes), keys, shapes)
-            )
+            name, part = f"{part}:{number}", "denoiser" if part == "unet" else part
+            modules.append(NamedModule(name, "numbered", part, path, kind_of(shapes), keys, shapes))
         content = Content(claims, tuple(modules), embeddings, ())
         if all(module.kind for module in modules) and content.identity.models:
             return content
@@ -182,21 +176,15 @@ def _named_module(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) 
     named = parsed[0][0]
     assert named is not None
     kind, part = None if is_complex else kind_of(shapes), named.part
-    if (
-        part == "denoiser"
-        and is_text_path(named.path)
-        and _SECOND_WIDTH in (weight_shape(kind or "", shapes) or ())[:2]
-    ):
-        part = "text_encoder_2"  # peft has one prefix for all parts.
+    # peft has one prefix for all parts. Only CLIP-G, the second text encoder of all its models, is 1280 wide.
+    if part == "denoiser" and is_text_path(named.path) and 1280 in (weight_shape(kind or "", shapes) or ())[:2]:
+        part = "text_encoder_2"
     return NamedModule(named.module_name, named.scheme, part, named.path, kind, keys, shapes)
 
 
 @dataclass(frozen=True, eq=False)
 class Entry(NamedModule):
-    """One adapted module in a file, with the `name`, `scheme`, `keys` and `shapes` of a NamedModule.
-
-    `part` is the part of the family's model, e.g. "denoiser".
-    """
+    """One adapted module in a file. Other than in a NamedModule, `part` is the part of the family's model, e.g. "denoiser"."""
 
     kind: str
     """The kind of adapter, one of kinds.KINDS."""
@@ -508,7 +496,7 @@ def _detect_family(content: Content, types: Types, name: str) -> str:
     def strange_in(family: str) -> list[str]:
         return [path for part, path, _ in modules if by_names and not is_published(family, part, path)]
 
-    most = max(len(modules) / 2, _FEW)
+    most = max(len(modules) / 2, 10)  # Small custom models may have ten modules with unpublished names.
     family = next((one for one in candidates if len(strange_in(one)) <= most), candidates[0])
     if claimed and claimed in (identity.families or candidates):
         family = claimed

@@ -91,12 +91,17 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
         nothing = Objection(f"{lora.family} at all, as far as we know")
         return Reading(len(lora.entries), dict.fromkeys((e.name for e in lora.entries), nothing), is_known=False)
-    rule = _rule_of(reader, lora)
+    rule = reader
+    if reader in _CONTROL_SIGNS and lora.types.keys() >= _CONTROL_SIGNS[reader]:
+        rule = _OF_CONTROL[reader]
+    elif reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS:
+        rule = _USO_IN_COMFYUI
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     if reader not in ("diffusers", "peft") and PEFT_KEY in lora.metadata:
         # Only these two read an alpha other than the rank from the metadata.
         scaled = [entry.name for entry in lora.entries if lora.scale_in_config(entry) not in (None, 1.0)]
-        found = dict.fromkeys(scaled, _OF_CONFIG) | found
+        reason = "peft's alpha in the metadata, and loads a different change without it"
+        found = dict.fromkeys(scaled, Objection(reason, loads=True)) | found
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
     if reader == "diffusers":
         refusal = _refusal_by_diffusers(lora)
@@ -115,16 +120,6 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     if refusal:
         found = {entry.name: Objection(refusal) for entry in lora.entries}
     return Reading(len(lora.entries), found, lora.is_known)
-
-
-_OF_CONFIG = Objection("peft's alpha in the metadata, and loads a different change without it", loads=True)
-
-
-def _rule_of(reader: str, lora: LoraNames) -> str:
-    """The name of the rule, one of _RULES, by which a program loads the modules of a LoRA."""
-    if reader in _CONTROL_SIGNS and lora.types.keys() >= _CONTROL_SIGNS[reader]:
-        return _OF_CONTROL[reader]
-    return _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
 
 
 def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
@@ -176,8 +171,6 @@ _CONTROL_SIGNS = {
 }
 """The tensors by which programs recognise FLUX.1's control LoRAs with the model's own names."""
 _OF_CONTROL = {program: f"a control LoRA in {program}" for program in _CONTROL_SIGNS}
-_CONTROL_MODULES = 464
-"""The number of modules that diffusers expects in such a file, without the two for guidance."""
 _USO_KEY = re.compile(r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
 _USO_IN_COMFYUI = "USO's file in ComfyUI"
 _KNOWING_LINEAR1_QKV = {("ComfyUI", "comfy"), (_USO_IN_COMFYUI, "xlabs"), ("diffusers", "xlabs")}
@@ -215,9 +208,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return f"{named.scheme} names of {family.name}{hint}"
     if reason := _paths_not_in_diffusers(family, named):
         return reason
-    if named.scheme in family.loaded.diffusers_lacks and re.search(
-        family.loaded.diffusers_lacks[named.scheme], named.path
-    ):
+    lacks = family.loaded.diffusers_lacks.get(named.scheme)
+    if lacks is not None and re.search(lacks, named.path):
         return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and not is_text_path(named.path):
         forms = family.loaded.diffusers_forms.get(named.scheme, FORMS.get(named.scheme))
@@ -356,7 +348,8 @@ def _refusal_by_diffusers(lora: LoraNames) -> str | None:
     """Return the reason why diffusers refuses a whole file; None if it doesn't."""
     loaded = NAME_TABLES[lora.family].loaded
     if lora.types.keys() >= _CONTROL_SIGNS["diffusers"]:
-        return None if len(lora.entries) >= _CONTROL_MODULES else "a control LoRA without some of its modules"
+        # It expects so many modules, without the two for guidance.
+        return None if len(lora.entries) >= 464 else "a control LoRA without some of its modules"
     for scheme, stacks in loaded.diffusers_blocks.items():
         paths = {module.path for module in lora.content.modules if module.scheme == scheme}
         for stack, expected in stacks.items():
@@ -390,8 +383,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
         return None
     if lora.unknown_keys:
         return "a file with unknown tensors"
-    skipped = [e for e in lora.entries if e.name in objections and not objections[e.name].loads]
-    for unknown in skipped:
+    for unknown in (e for e in lora.entries if e.name in objections and not objections[e.name].loads):
         is_skipped = unknown.scheme in loaded.invokeai_skips and unknown.part == "denoiser"
         if is_skipped and not isinstance(_form_not_in_invokeai(NAME_TABLES[lora.family], unknown), str):
             continue

@@ -17,9 +17,6 @@ from .headshot import Headshot
 SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
 """The SFace likeness above which a picture mostly shows the same person, and below which mostly someone else."""
 
-
-VARIATIONS = 4
-"""How many pictures the command for similar ones draws: the picture itself, and others with the next seeds."""
 Models = Callable[[Job], Sequence[str]]
 """Returns the `facelora generate` options for a job's base model and LoRAs, or none."""
 
@@ -83,13 +80,8 @@ def _card(shot: Headshot, compared: bool, models: Models, measure: str) -> str:
 def _command(shot: Headshot, models: Sequence[str]) -> str:
     """Return a shell command that draws the picture again, and variations of it with other seeds."""
     job = shot.job
-    settings = {
-        "prompt": job.prompt,
-        "negative": job.negative,
-        "seed": job.seed,
-        "count": VARIATIONS,
-        "steps": job.steps,
-    }
+    # The picture itself, and three others with the next seeds.
+    settings = {"prompt": job.prompt, "negative": job.negative, "seed": job.seed, "count": 4, "steps": job.steps}
     settings |= {"guidance": f"{job.guidance:g}", "output": f"more/{shot.path.stem}"}
     if job.size:
         settings["size"] = f"{job.size[0]}x{job.size[1]}"

@@ -129,10 +129,7 @@ class Picture:
     """The text that A1111 writes into a PNG; ComfyUI, Forge and Civitai read it too."""
 
     def save(self, path: str | os.PathLike[str], texts: Mapping[str, str] | None = None) -> None:
-        """Write a PNG, completely or not at all, with the parameters and the `texts` (text by name) in it.
-
-        Raises BadFile if it cannot be written.
-        """
+        """Write a whole PNG or nothing, with the parameters and the `texts` (by name) in it. Raises BadFile if it cannot."""
         save_png(path, self.image, {"parameters": self.parameters, **(texts or {})})
 
 
@@ -220,9 +217,8 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
     pairs = loras if isinstance(loras, Sequence) else [loras]  # an iterator, such as a zip, can be read only once
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LoraFile)):
-            raise BadConfig(
-                f"loras: {pair!r}: expected a list of pairs of a LoraFile, as returned by LoraFile.read(path), and a strength"
-            )
+            expected = "a list of pairs of a LoraFile, as returned by LoraFile.read(path), and a strength"
+            raise BadConfig(f"loras: {pair!r}: expected {expected}")
         lora, strength = pair
         if not isinstance(strength, Real) or not math.isfinite(strength):
             raise BadConfig(f"{lora.name}: strength = {strength!r}: must be a finite number")
@@ -262,10 +258,7 @@ def texts_of(job: Job, base: Base) -> tuple[str, str]:
 def in_batches(
     items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
 ) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
-    """Yield the items and their texts in batches of at most `size`.
-
-    The items of a batch have equal values of `alike`, and texts of equal length.
-    """
+    """Yield items and texts in batches of at most `size`, with equal values of `alike` and texts of equal length in each."""
     groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
     for item, pair in zip(items, texts, strict=True):
         groups.setdefault((alike(item), stacked_with(pair[0])), []).append((item, pair))

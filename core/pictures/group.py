@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..device import explained_memory_error
 from ..errors import BadConfig, LoraMisfit, one_line
-from ..lora.apply import AppliedLora
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.spec import Pair
@@ -45,8 +44,6 @@ RelativeBox = tuple[float, float, float, float]
 """A part of a picture: left, top, right and bottom as shares of its width and height, 0 to 1."""
 FEATHER = 0.2
 """The share of a region's shorter side over which it fades into the scene."""
-PORTRAIT = 0.75
-"""The width of a person's region over the base model's resolution, in pictures without a given size."""
 MOST_PEOPLE = 8
 _NAME = re.compile(r"\{([^{}]*)\}")
 _LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
@@ -198,15 +195,13 @@ class Group:
         It is for a base model of that resolution, with picture sides that are multiples of `multiple`.
         """
         narrowest = min(right - left for left, _, right, _ in self.boxes)
-        width, of_all = max(resolution, PORTRAIT * resolution / narrowest), multiple * len(self.people)
+        # A portrait is three quarters as wide as the base model's square.
+        width, of_all = max(resolution, 0.75 * resolution / narrowest), multiple * len(self.people)
         # People side by side then have regions of equal width.
         return round(width / of_all) * of_all, resolution // multiple * multiple
 
     def regions(self, size: tuple[int, int], multiple: int) -> list[tuple[int, int, int, int]]:
-        """Return each person's region, (left, top, right, bottom) in pixels, all multiples of `multiple`.
-
-        Boxes are rounded; boxes around masks are enlarged.
-        """
+        """Return each person's region in pixels, in multiples of `multiple`: boxes rounded, boxes around masks enlarged."""
         regions = []
         for person, place, box in zip(self.people, self.layout, self.boxes, strict=True):
             roundings = (math.floor, math.floor, math.ceil, math.ceil) if isinstance(place, Mask) else (round,) * 4
@@ -355,16 +350,6 @@ def _encode(
     return {job: [model.encoded(*one) for one in ones] for job, ones in texts.items()}
 
 
-@contextmanager
-def _switched_on(lora: AppliedLora) -> Iterator[None]:
-    """Apply the LoRA within the context."""
-    lora.swap()
-    try:
-        yield
-    finally:
-        lora.swap()
-
-
 def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job) -> Prediction:
     assert job.size is not None
     base, (device, dtype) = model.base, model.place
@@ -385,8 +370,11 @@ def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job)
         blended = weights[-1] * scene(latents, timestep, following) if has_scene else torch.zeros_like(latents)
         for weight, own, lora, (left, top, right, bottom) in zip(weights, others, model.at_hand, cells, strict=False):
             part = (..., slice(top, bottom), slice(left, right))
-            with _switched_on(lora):
+            lora.swap()
+            try:
                 blended[part] += weight[part] * own(latents[part], timestep, following)
+            finally:
+                lora.swap()
         return blended
 
     return predict

@@ -41,10 +41,7 @@ class GroupReference:
     measure: str = LIKENESS
 
     def __init__(self, group: Group, photos: Mapping[str, Iterable[Image.Image]], network: FaceNetwork | None = None):
-        """Take the photos by the people's names.
-
-        Raises BadConfig unless they are of exactly these people, and the errors of `Reference`.
-        """
+        """Take photos by name. Raises the errors of `Reference`, and BadConfig unless they are of exactly these people."""
         names = [person.name for person in group.people]
         if differing := sorted({*names} ^ {*photos}):
             raise BadConfig(
@@ -53,7 +50,8 @@ class GroupReference:
         self.group = group
         self.people: list[Reference] = []
         for name in names:
-            self.people.append(Reference.on(photos[name], network or (self.people[0].network if self.people else None)))
+            self.people.append(Reference.on(photos[name], network))
+            network = self.people[0].network
         self.network: FaceNetwork = self.people[0].network
 
     def find(self, image: Image.Image) -> list[FoundFace | None]:
@@ -61,10 +59,8 @@ class GroupReference:
         faces = self.network.detect(image)
         alike = [reference.of_faces(image, faces) for reference in self.people]
         places = assign_faces(faces, self.group.regions(image.size, 1), alike)
-        return [
-            None if index is None else FoundFace(faces[index], alike[number][index])
-            for number, index in enumerate(places)
-        ]
+        found = zip(places, alike, strict=True)
+        return [None if index is None else FoundFace(faces[index], scores[index]) for index, scores in found]
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """Return the likeness of the least alike person in each picture; None if someone's face is missing."""
@@ -84,10 +80,8 @@ def assign_faces(
     middles = [((face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2) for face in faces]
     by_size = sorted(range(len(faces)), key=lambda number: -faces[number].size)
     for person, (left, top, right, bottom) in enumerate(regions):
-        inside = (
-            n for n in by_size if n not in places and left <= middles[n][0] < right and top <= middles[n][1] < bottom
-        )
-        places[person] = next(inside, None)
+        inside = (n for n in by_size if left <= middles[n][0] < right and top <= middles[n][1] < bottom)
+        places[person] = next((n for n in inside if n not in places), None)
     pairs = [(alike[person][n], person, n) for person in range(len(regions)) for n in range(len(faces))]
     for score, person, number in sorted(pairs, reverse=True):
         if score >= SOMEONE_ELSE and places[person] is None and number not in places:
@@ -125,8 +119,8 @@ def redraw_faces(
     redrawn.
     """
     group = reference.group
-    found = {key: reference.find(image) for key, (_, image) in pictures.items()}
     images = {key: image for key, (_, image) in pictures.items()}
+    found = {key: reference.find(image) for key, image in images.items()}
     before: dict[_Key, float] = {}
     for number, person in enumerate(group.people):
         own = [*loras, (person.lora, person.strength)]
@@ -188,8 +182,8 @@ def make_group_pictures(
     config = config or GenerateConfig()
     check_group(base, group, jobs, loras, config)
     people = None if reference is None else GroupReference(group, reference)
-    compared_with = 0 if people is None else len(group.people)
-    batch = _GroupBatch(base, loras, config, device, on_progress or silent, silent, people, compared_with, group)
+    count = 0 if people is None else len(group.people)
+    batch = _GroupBatch(base, loras, config, device, on_progress or silent, silent, people, count, group)
     return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
 
 
@@ -198,8 +192,7 @@ class _GroupBatch(Batch):
     group: Group
 
     def model(self, jobs: Sequence[Job]) -> DrawingModel:
-        config = self.config
-        return DrawingModel(self.base, config.precision, config.clip_skip, self.device, keeps_originals=True)
+        return DrawingModel(self.base, self.config.precision, self.config.clip_skip, self.device, keeps_originals=True)
 
     def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, model=model)
@@ -225,9 +218,8 @@ class _GroupBatch(Batch):
     def model_options(self, folder: Path, job: Job) -> list[str]:
         """Return the options as for one person's batch; none if regions are masks, since their files are unknown."""
         people, named = self.group.people, super().model_options(folder, job)
-        if any(isinstance(place, Mask) for place in self.group.layout) or not named:
-            return []
-        if not all(Path(one.lora.name).is_file() for one in people):
+        are_files = all(Path(one.lora.name).is_file() for one in people)
+        if not named or not are_files or any(isinstance(place, Mask) for place in self.group.layout):
             return []
         for one in people:
             named.append(f"--person={one.name}={lora_option(one.lora, one.strength * job.strength, folder)}")

@@ -58,8 +58,6 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 FACE_SHARES = (0.4, 0.85)
 """The smallest and largest share of its cut-out that a face fills, as a ratio of the square roots of the areas."""
-MASK_SHARE = 1.25
-"""The axes of the blended ellipse as a multiple of the face's box: includes hairline and chin."""
 FEATHER = 0.12
 """The blur of the mask's edge: its standard deviation as a share of the face's size."""
 
@@ -144,21 +142,15 @@ def drawn_again(
     device: torch.device | None,
     model: DrawingModel | None = None,
 ) -> Iterator[tuple[_Key, Image.Image]]:
-    """Yield each cut-out's key and picture, after repeating the last `denoise` share of its job's steps.
-
-    `model` is as in `generate`.
-    """
-    # Without the number, the same prompt and seed at two sizes would be one job here.
-    keys = {
-        replace(job, size=part.image.size, style=str(number)): key
-        for number, (key, (job, part)) in enumerate(parts.items())
-    }
-    starts = {job: parts[key][1].image for job, key in keys.items()}
+    """Yield each cut-out's key and picture, after its job's last `denoise` share of steps. `model` is as in `generate`."""
+    keys, starts = {}, {}
+    for number, (key, (job, part)) in enumerate(parts.items()):
+        # Without the number, the same prompt and seed at two sizes would be one job here.
+        job = replace(job, size=part.image.size, style=str(number))
+        keys[job], starts[job] = key, part.image
     if keys:
-        for picture in generate(
-            base, loras, list(keys), config, starts=starts, denoise=denoise, device=device, model=model
-        ):
-            yield keys[picture.job], picture.image
+        drawn = generate(base, loras, list(keys), config, starts=starts, denoise=denoise, device=device, model=model)
+        yield from ((keys[picture.job], picture.image) for picture in drawn)
 
 
 def blend(picture: Image.Image, part: CutOut, drawn: Image.Image) -> Image.Image:
@@ -167,7 +159,7 @@ def blend(picture: Image.Image, part: CutOut, drawn: Image.Image) -> Image.Image
     small = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
     mask = Image.new("L", picture.size)
     x0, y0, x1, y1 = part.face.box
-    grow_x, grow_y = ((MASK_SHARE - 1) / 2 * side for side in (x1 - x0, y1 - y0))
+    grow_x, grow_y = (side / 8 for side in (x1 - x0, y1 - y0))  # With hairline and chin.
     ImageDraw.Draw(mask).ellipse((x0 - grow_x, y0 - grow_y, x1 + grow_x, y1 + grow_y), fill=255)
     mask = mask.filter(ImageFilter.GaussianBlur(FEATHER * part.face.size))
     result = picture.copy()

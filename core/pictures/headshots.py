@@ -60,8 +60,6 @@ COLUMNS = 10
 """The number of pictures in a row of the contact sheet."""
 TILE = 256
 """The height of a picture on the contact sheet, in pixels."""
-_PACKAGE = Path(os.path.abspath(__file__)).parents[1]
-"""The folder of the package. Commands call a base model in it by the name of its folder."""
 
 
 def make_headshots(
@@ -98,10 +96,8 @@ def make_headshots(
     check_keep(keep, reference is not None)
     person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    compared_with = 0 if person is None else 1
-    batch = Batch(
-        base, loras, config or GenerateConfig(), device, on_progress or silent, check_cancelled, person, compared_with
-    )
+    config, on_progress = config or GenerateConfig(), on_progress or silent
+    batch = Batch(base, loras, config, device, on_progress, check_cancelled, person, 0 if person is None else 1)
     return batch.make(jobs, folder, face_pass or FacePass(), keep)
 
 
@@ -145,9 +141,8 @@ class Batch:
         folder = make_folder(folder)
         for job, count in Counter(jobs).items():
             if count > 1:
-                raise BadConfig(
-                    f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; use different seeds"
-                )
+                same = f"{count} pictures of {job.prompt!r} with seed {job.seed}"
+                raise BadConfig(f"{same} would be the same; use different seeds")
         paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
         person = self.person
         with locked(folder / OVERVIEW):
@@ -160,25 +155,21 @@ class Batch:
                     chosen = list(paths)
                     if isinstance(person, Reference):
                         chosen = most_alike(paths, found, person)[: max(redrawn_of(len(paths)), keep or 0)]
-                    found = {job: found[job] for job in chosen}
-                    left = {job: paths[job] for job, one in found.items() if one is None or one.settings != face_pass}
-                    self.improve_faces(left, face_pass, person, model)
+                    left = [job for job in chosen if (one := found[job]) is None or one.settings != face_pass]
+                    self.improve_faces({job: paths[job] for job in left}, face_pass, person, model)
             shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
             if person:
                 shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
             if person or (folder / KEPT).is_dir():
                 _fill_kept(shots, folder / KEPT, ranked=person is not None)
-            measure = self.person.measure if self.person else LIKENESS
+            measure = person.measure if person else LIKENESS
             _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder), measure)
             return shots
 
     def model(self, jobs: Sequence[Job]) -> DrawingModel:
         """Return the networks for all passes on the pictures of these jobs."""
-        strengths = {job.strength for job in jobs}
-        config = self.config
-        return DrawingModel(
-            self.base, config.precision, config.clip_skip, self.device, keeps_originals=len(strengths) > 1
-        )
+        keeps_originals = len({job.strength for job in jobs}) > 1
+        return DrawingModel(self.base, self.config.precision, self.config.clip_skip, self.device, keeps_originals)
 
     def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
@@ -193,13 +184,11 @@ class Batch:
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass, model: DrawingModel) -> None:
         """Draw pictures that are missing or were made differently, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
-        done = len(paths) - len(missing)
-        if missing:
-            for picture in self.draw(missing, model):
-                set_aside(paths[picture.job])
-                picture.save(paths[picture.job])
-                done += 1
-                self.on_progress(PICTURES, done, len(paths))
+        drawn = self.draw(missing, model) if missing else ()
+        for done, picture in enumerate(drawn, start=len(paths) - len(missing) + 1):
+            set_aside(paths[picture.job])
+            picture.save(paths[picture.job])
+            self.on_progress(PICTURES, done, len(paths))
 
     def _is_there(self, job: Job, path: Path, face_pass: FacePass) -> bool:
         """Return whether the job's picture is at its path, or was in the folder `earlier` beside it and has been moved back."""
@@ -253,15 +242,14 @@ class Batch:
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
         """Return the `facelora generate` options for a job's models, for the folder's page; none unless all are files."""
-        loras = [lora for lora, _ in self.loras]
         named = _base_options(self.base, folder)
-        if not named or not all(Path(lora.name).is_file() for lora in loras):
+        if not named or not all(Path(lora.name).is_file() for lora, _ in self.loras):
             return []
         if self.config.sampler:
             named.append(f"--sampler={self.config.sampler}")
         if self.config.clip_skip > 1:
             named.append(f"--clip-skip={self.config.clip_skip}")
-        used = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
+        used = (lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras)
         return [*named, *(f"--lora={lora}" for lora in used)]
 
 
@@ -382,8 +370,8 @@ def _named(path: Path, folder: Path) -> str:
     This is the path relative to the folder if the file is in or below it, its folder's name for a base model of this package,
     else its own name.
     """
-    path, folder = (Path(os.path.abspath(one)) for one in (path, folder))
-    if path.is_relative_to(_PACKAGE):
+    path, folder, here = (Path(os.path.abspath(one)) for one in (path, folder, __file__))
+    if path.is_relative_to(here.parents[1]):
         return path.parent.name
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
@@ -392,7 +380,11 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models
     compared, summary = people > 0, batch_summary(shots, people, measure)
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
-    described = [asdict(shot.job) | _findings(shot) | {"models": models(shot.job)} for shot in shots]
+    described = []
+    for shot in shots:
+        face_pass = asdict(shot.face_pass) | {"kept": shot.face_pass.kept} if shot.face_pass else None
+        found = {"file": shot.path.name, "likeness": shot.likeness, "kept": shot.kept, "face_pass": face_pass}
+        described.append(asdict(shot.job) | found | {"models": models(shot.job)})
     if not _is_overview(folder / OVERVIEW):  # Then files of these names are not ours.
         for name in (OVERVIEW, GALLERY, CONTACT_SHEET):
             set_aside(folder / name)
@@ -425,22 +417,15 @@ def batch_summary(shots: Sequence[Headshot], people: int = 0, measure: str = LIK
     """
     kept = [shot for shot in shots if shot.kept]
     best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
-    if not kept:
-        none = ""
-        if best is not None:
-            none = f", none alike enough: the best {measure} is {best:.2f}, and the same person needs {SAME_PERSON}"
-        elif people:
-            none = f", none with {'a face' if people == 1 else 'a face of everyone'}"
-        return f"{counted(len(shots), 'picture')}{none}"
-    return (
-        f"{counted(len(shots), 'picture')}, the {len(kept)} most alike kept: "
-        f"mean {measure} {mean_likeness(kept):.2f}, or {mean_likeness(shots):.2f} for all"
-    )
-
-
-def _findings(shot: Headshot) -> dict:
-    face_pass = asdict(shot.face_pass) | {"kept": shot.face_pass.kept} if shot.face_pass else None
-    return {"file": shot.path.name, "likeness": shot.likeness, "kept": shot.kept, "face_pass": face_pass}
+    found = ""
+    if kept:
+        means = f"{mean_likeness(kept):.2f}, or {mean_likeness(shots):.2f} for all"
+        found = f", the {len(kept)} most alike kept: mean {measure} {means}"
+    elif best is not None:
+        found = f", none alike enough: the best {measure} is {best:.2f}, and the same person needs {SAME_PERSON}"
+    elif people:
+        found = f", none with {'a face' if people == 1 else 'a face of everyone'}"
+    return f"{counted(len(shots), 'picture')}{found}"
 
 
 def _tile(path: Path) -> Image.Image:

@@ -132,9 +132,8 @@ def publish(
         names = [example.photo.name for example in examples]
         _check_nothing_personal(path, made / PAGE, dict(zip(paths, names, strict=True)))
     left_out = tuple(key for key in source.metadata if key not in metadata)
-    return Publication(
-        folder, folder / path.name, folder / PAGE, tuple(folder / picture.name for picture in paths), left_out
-    )
+    published = tuple(folder / picture.name for picture in paths)
+    return Publication(folder, folder / path.name, folder / PAGE, published, left_out)
 
 
 def _file_name(title: str, lora: str) -> str:
@@ -148,11 +147,10 @@ def _file_name(title: str, lora: str) -> str:
 
 def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: OnWarning) -> Iterator[Photo]:
     for path in map(Path, pictures):
-        found = (
-            read_photos(path, repeats=False, drawn=True, on_warning=on_warning)
-            if os.path.isdir(path)
-            else read_photo_files([path], strict=True)
-        )
+        if os.path.isdir(path):
+            found = read_photos(path, repeats=False, drawn=True, on_warning=on_warning)
+        else:
+            found = read_photo_files([path], strict=True)
         yield from (photo for photo in found if photo.name != CONTACT_SHEET)
 
 
@@ -220,7 +218,12 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
     # Civitai's names for the hashes.
-    names = {"AutoV2": "autov2", "AutoV3": "autov3", "CRC32": "crc32", "BLAKE3": "blake3", "SHA256": "sha256"}
+    hashes = [
+        f"{name}: {found[name.lower()].upper()}"
+        for name in ("AutoV2", "AutoV3", "CRC32", "BLAKE3", "SHA256")
+        if name.lower() in found
+    ]
+    licences = " or ".join(dict.fromkeys(listing.licence for listing in listings))
     fields = {
         "Title": metadata["modelspec.title"],
         "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
@@ -229,22 +232,16 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
         "Trigger words": metadata.get(PHRASE_KEY, "none known"),
         "Strength": strength,
         "Settings": ", ".join(f"{name}: {value}" for name, value in settings.items()) or "unknown",
-        f"Hashes of {path.name}": "\n".join(
-            f"{name}: {found[key].upper()}" for name, key in names.items() if key in found
-        ),
-        "Licence of the base model": " or ".join(dict.fromkeys(listing.licence for listing in listings))
-        + "\n(a checkpoint based on it may have a different licence)"
-        if listings
+        f"Hashes of {path.name}": "\n".join(hashes),
+        "Licence of the base model": f"{licences}\n(a checkpoint based on it may have a different licence)"
+        if licences
         else "unknown",
     }
     return "\n".join(f"{name}\n{'-' * len(name)}\n{text}\n" for name, text in fields.items())
 
 
 def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str, dict[str, str]]:
-    """Return the strength and settings that most of the LoRA's pictures have, else the family's usual ones.
-
-    `source` is the LoRA; None if its base model is unknown.
-    """
+    """Return the strength and settings of most of the LoRA's pictures, else the usual ones of its family, if it is known."""
     drawn = [(example.strength, example.parameters) for example in examples if example.strength and example.parameters]
     if drawn:
         usual = Counter(strength for strength, _ in drawn).most_common(1)[0][0]
@@ -258,10 +255,7 @@ def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str,
 
 
 def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]) -> None:
-    """Raise BadFile if a text in the files, read again, names a path, a photo or the user.
-
-    `pictures` has each picture's original name, for the message.
-    """
+    """Raise BadFile if a text in the files names a path, a photo or the user. `pictures` are original names, for messages."""
     metadata = SafetensorsFile.open(lora).metadata
     texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key not in cover("")]
     texts += [("the page", page.read_text(encoding="utf-8"))]
@@ -277,10 +271,7 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder that is renamed to `folder` at the end of the context, or deleted after an error.
-
-    Remains of a killed process are deleted.
-    """
+    """Make a folder that becomes `folder` after the context. It is deleted after an error, as are those of killed processes."""
     made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(folder.parent)
     with locked(folder):

@@ -22,8 +22,6 @@ from ..models.packages import import_diffusers
 from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
 from ..progress import OnProgress
 
-MOST_LEADING = 150
-"""The largest number of sampling steps for the "leading" spacing of SD's own configs."""
 ENCODED_TOGETHER = 16
 """The number of texts that are encoded together."""
 
@@ -116,9 +114,9 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
         shift = schedule.shift_for(latents)
         settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     else:
-        # Leading steps are a whole number of timesteps apart, so many of them would start far below pure noise. Distilled
-        # models draw from pure noise, at evenly spaced timesteps.
-        from_noise = base.zero_terminal_snr or base.few_steps or steps > MOST_LEADING
+        # The leading steps of SD's own configs are a whole number of timesteps apart, so many of them would start far below
+        # pure noise. Distilled models draw from pure noise, at evenly spaced timesteps.
+        from_noise = base.zero_terminal_snr or base.few_steps or steps > 150
         settings = {
             "beta_start": 0.00085,
             "beta_end": 0.012,
@@ -141,10 +139,7 @@ def encode_prompts(
     clip_skip: int = 1,
     chunks: int | None = None,
 ) -> list[Conditioning]:
-    """Return the conditioning of each prompt, as a batch of 1 on the CPU.
-
-    The prompts are padded to `chunks` chunks of tokens; for None, to the length of the longest.
-    """
+    """Return the conditioning of each prompt, a batch of 1 on the CPU. `chunks` defaults to what the longest prompt needs."""
     if base.caption_encoder:
         return [base.caption_encoder.encode(prompt) for prompt in prompts]
     chunks = chunks or _chunks_of(prompts, encoders)

@@ -7,7 +7,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDEST_TITLE = 2000
 """The widest a sheet becomes for its title, in pixels: a title may be any text."""
-
 LONGEST_NAME = 400
 """The most characters shown of a row's name, which may be any text."""
 
@@ -62,10 +61,7 @@ def contact_sheet(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Wrap the text into lines of at most `width` pixels, at words where possible.
-
-    Above LONGEST_NAME characters, the middle is left out.
-    """
+    """Wrap the text into lines of at most `width` pixels, without the middle of one of more than LONGEST_NAME characters."""
     half = LONGEST_NAME // 2
     text = text if len(text) <= LONGEST_NAME else f"{text[:half]} ... {text[-half:]}"
     lines = [""]

@@ -48,8 +48,7 @@ UNKNOWN = ("#cdd0d3", "#a9adb1")
 
 def style_picture(style: Style) -> str:
     """Draw an SVG picture of HEIGHT pixels: a featureless figure in the style's frame, surroundings and light."""
-    wording = style.tags or style.sentences
-    assert wording is not None, "a style has at least one wording"
+    wording = style.prompts.get("tags") or style.prompts["sentences"]
     first = {axis: values[0] for axis, values in style.axes.items()}
     prompt = re.sub(r"\{(\w+)\}", lambda axis: first.get(axis[1], ""), wording.prompt).lower()
     coloured = prompt.replace("black and white", "")

@@ -138,10 +138,8 @@ class AdaptedModel:
     @contextlib.contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Put these values into the adapter, and turn dropout off, within the context."""
-        parameters = self.adapter.parameters()
-        before = {
-            name: parameter.detach().clone() for name, parameter in parameters.items() if parameter is not values[name]
-        }
+        replaced = {name: one for name, one in self.adapter.parameters().items() if one is not values[name]}
+        before = {name: parameter.detach().clone() for name, parameter in replaced.items()}
         self.set_training(False)
         try:
             self.put({name: values[name] for name in before})
@@ -172,9 +170,8 @@ class AdaptedModel:
             if self.encoders:
                 text = self.encode_text(captions, cache.chunks)
             else:
-                text = placed(
-                    stack_conditioning([cache.text[caption] for caption in captions]), self.device, self.dtype
-                )
+                texts = stack_conditioning([cache.text[caption] for caption in captions])
+                text = placed(texts, self.device, self.dtype)
             conditioning = text | on_device(stack_conditioning([image.conditioning] * count), self.device)
             self.predict(torch.stack([image.mean] * count).to(self.device), timesteps, conditioning)
 

@@ -145,12 +145,10 @@ def _encode_images(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     vae_print = base.fingerprint("vae")
     scale = [base.components["vae"].config.get(name) for name in ("scaling_factor", "shift_factor")]
-    keys = [
-        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print, scale)
-        for image in images
-    ]
-    vae, results = None, []
-    for index, (image, key) in enumerate(zip(images, keys, strict=True)):
+    vae, results, keys = None, [], []
+    for index, image in enumerate(images):
+        key = content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print, scale)
+        keys.append(key)
         found = _read("latents", key)
         if not found:
             # Always in fp32, since SDXL's VAE overflows in fp16 and encoding takes only seconds.

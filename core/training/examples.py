@@ -81,7 +81,6 @@ class Examples:
         return Pass("pictures", *self.noised(pictures, generator), self.conditioning(pictures, captions), masks)
 
     def _prior_pass(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Pass:
-        """Build a pass of prior prediction. Both models see the same noisy training pictures."""
         noised = self.noised(pictures, generator)
         captions = [picture.class_caption for picture in pictures]
         frozen = None

@@ -53,10 +53,8 @@ class IntermediateLoras:
     @property
     def face_networks(self) -> list[str]:
         """The names of the face networks that measure likeness, the judge's last. Empty if likeness isn't measured."""
-        if self._selection is None:
-            return []
-        watch = self._selection.watch
-        return [each.network.name for each in (watch, watch.judge) if each]
+        watch = self._selection and self._selection.watch
+        return [each.network.name for each in (watch, watch.judge) if each] if watch else []
 
     @property
     def likeness(self) -> LikenessPoint | None:
@@ -71,13 +69,8 @@ class IntermediateLoras:
         if self._samples is None or self._selection is None:
             return
         shots = self._selection.watch.base_shots
-        key = content_key(
-            "base pictures",
-            shots,
-            self._samples.drawn_as,
-            self.run.model.memory.plan.weights,
-            self._inputs.base.identity,
-        )
+        weights = self.run.model.memory.plan.weights
+        key = content_key("base pictures", shots, self._samples.drawn_as, weights, self._inputs.base.identity)
         with cache_in(None):  # not in a personal cache: these pictures show nobody
             folder = made_folder("base", key)
         paths = [folder / f"{number:02d}.png" for number in range(len(shots))]

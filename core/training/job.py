@@ -31,10 +31,6 @@ TRAINING_VERSION = "2"
 """A part of every job's key. Raise it when the same inputs would train differently."""
 DEFAULT_NETWORK = "sface"
 """The face network that a key doesn't name."""
-_OF_NOISE = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")
-"""The settings that apply only to models with a noise schedule, such as Stable Diffusion."""
-_OF_FLOWS = ("timestep_sampling", "timestep_shift")
-"""The settings that apply only to rectified flows."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +125,10 @@ class TrainingJob:
         if not held_out:
             return None
         network = ready.network or self.faces or load_faces()
-        training = [item.photo for item in ready.training]
-        second = None
+        training, second = [item.photo for item in ready.training], None
         if self.judge:
-            second = LikenessWatch(
-                self.judge, faces_of(self.judge, training), faces_of(self.judge, held_out), self.config
-            )
+            known, seen = (faces_of(self.judge, group) for group in (training, held_out))
+            second = LikenessWatch(self.judge, known, seen, self.config)
         known = ready.vectors(ready.training) if ready.network else faces_of(network, training)
         seen = faces_of(network, held_out) if self.held_out else ready.vectors(ready.held_out)
         return LikenessWatch(network, known, seen, self.config, second)
@@ -228,14 +222,13 @@ def hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) 
 
 
 def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -> None:
-    """Raise BadConfig for settings that don't apply to the base model, or that it does not allow.
-
-    `adapted` means that a training adapter is used.
-    """
+    """Raise BadConfig for settings that the base model doesn't allow. `adapted` says that a training adapter is used."""
     family = base.family
-    others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
+    kind, others = "not a rectified flow", ("timestep_sampling", "timestep_shift")
+    if not family.predicts_noise:
+        kind = "a rectified flow"
+        others = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")
     if wrong := [name for name in others if getattr(config, name) != getattr(TrainConfig, name)]:
-        kind = "not a rectified flow" if family.predicts_noise else "a rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and does not have this setting. Leave it out")
     package = METHODS[config.method].package
     if package and find_spec(package) is None:

@@ -46,14 +46,10 @@ TOLERANCE = 0.015
 
 For comparison, SFace's cosine moves by 0.01 when a photo is recompressed.
 """
-SURE_FACE = 56
-"""The face size in pixels below which likeness is unreliable: half of SFace's input. ORL's faces have 72 and more."""
 FACE_SIDE = 640
 """The shorter side, in pixels, of photos when faces are searched for. Smaller JPEGs decode faster."""
 PATIENCE = 3
 """The number of measurements without an improvement after which likeness counts as flat."""
-LEAK_LIMIT = 0.5
-"""The leakage, as a share of `LikenessWatch.scale`, above which the class counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class Score:
             return cls(image, None, None, None, "no face", judged)
         yaw, _ = pose(face)
         doubts = []
-        if face.size < SURE_FACE:
+        if face.size < 56:  # Half of SFace's input.
             doubts.append(f"face of {face.size:.0f} px")
         if abs(yaw) >= Thresholds().side:
             doubts.append("side view")
@@ -219,12 +215,10 @@ class LikenessWatch:
         self.judge = judge
         self._training, self._held_out = _seen(training), _seen(held_out)
         person = mean_face(self._held_out)
-        if person is None:
-            which = counted(len(held_out), "photo")
-            raise BadPhoto(f"no face was found in the {which} held out, so likeness cannot be measured")
-        if not len(self._training):
-            which = counted(len(training), "photo")
-            raise BadPhoto(f"no face was found in the {which} trained on, so likeness cannot be measured")
+        if person is None or not len(self._training):
+            photos, use = (held_out, "held out") if person is None else (training, "trained on")
+            which = f"{counted(len(photos), 'photo')} {use}"
+            raise BadPhoto(f"no face was found in the {which}, so likeness cannot be measured")
         self._person = person
         of_person, self._of_class, of_nobody = pictures_at_a_look(config)
         subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
@@ -242,11 +236,8 @@ class LikenessWatch:
         """The likeness of the training photos themselves, which a perfect LoRA would reach."""
         nearest = likeness(self._training, self._training)
         np.fill_diagonal(nearest, -1)
-        self.own_copying: float = (
-            float(np.mean(nearest.max(axis=1) - likeness(self._training, self._held_out).max(axis=1)))
-            if len(nearest) > 1
-            else 0.0
-        )
+        copied = nearest.max(axis=1) - likeness(self._training, self._held_out).max(axis=1)
+        self.own_copying: float = float(np.mean(copied)) if len(nearest) > 1 else 0.0
         """How much each training photo appears copied from the others, which counts as no copying. 0 for a single photo."""
         self._base: Sequence[Image.Image] = ()
         self._base_class = 0.0
@@ -314,7 +305,7 @@ class LikenessWatch:
         first = next(i for i, point in enumerate(points) if point.likeness >= best.likeness - TOLERANCE * self.scale)
         if len(points) - 1 - first >= PATIENCE:
             return f"likeness has not risen since step {points[first].step}"
-        limit = LEAK_LIMIT * self.scale
+        limit = 0.5 * self.scale  # of leakage, above which the class counts as lost
         if len(points) > 1 and min(point.leakage for point in points[-2:]) > limit:
             return f"pictures without the trigger word look like the person too (leakage above {limit:.2f})"
         return None
@@ -422,12 +413,10 @@ def _unpacked(values: Mapping[str, Any]) -> LikenessPoint:
     return LikenessPoint(**{**values, **tuples, **judged})
 
 
-_DESCRIBED = ("step", "likeness", "copying", "copy_paste", "leakage", "drift", "merged")
-
-
 def _described(point: LikenessPoint) -> dict[str, Any]:
     """Return the point's numbers, rounded, without those of single pictures."""
-    values = {name: getattr(point, name) for name in _DESCRIBED}
+    names = ("step", "likeness", "copying", "copy_paste", "leakage", "drift", "merged")
+    values = {name: getattr(point, name) for name in names}
     described = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
     return described | ({"judged": _described(point.judged)} if point.judged else {})
 

@@ -32,9 +32,6 @@ from .state import read_state
 from .step import Run
 from .training_adapter import TrainingAdapter
 
-CHECK_EVERY = 10
-"""Steps between two checks that the loss is finite. Each check waits for the device."""
-
 
 def train_lora(
     cache: LatentCache,
@@ -85,7 +82,7 @@ def train_lora(
             with state.saved_when_cancelled():
                 loss = accumulate_within_memory(run, callbacks.on_warning)
             run.update(loss)
-            if run.step % CHECK_EVERY == 0 or run.step == config.steps:
+            if run.step % 10 == 0 or run.step == config.steps:  # Each check waits for the device.
                 run.check_finite()
             try:
                 with state.saved_when_cancelled():
@@ -143,10 +140,8 @@ def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
 def _possible(inputs: TrainingInputs, on_warning: OnWarning) -> TrainingInputs:
     """Return the inputs without products in 8 bits if weights would be rounded for them in vain."""
     config = inputs.config
-    wanted = (
-        config.eight_bit_products == "on" and METHODS[config.method].freezes_weights and not inputs.base.is_quantised
-    )
-    if not wanted or has_int8_products(inputs.device, inputs.dtype):
+    rounds = METHODS[config.method].freezes_weights and not inputs.base.is_quantised
+    if config.eight_bit_products != "on" or not rounds or has_int8_products(inputs.device, inputs.dtype):
         return inputs
     on_warning("eight_bit_products: not possible here (this device has no products of int8 weights). They are off")
     return replace(inputs, config=replace(config, eight_bit_products="off"))
@@ -194,10 +189,7 @@ def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint |
 
 
 class StateFile:
-    """The file that an interrupted run continues from: when it is written, and how the run is restored.
-
-    Without a path, nothing is written or restored.
-    """
+    """The file that an interrupted run continues from. Without a path, nothing is written or restored."""
 
     def __init__(self, path: Path | None, identity: Mapping[str, str], intermediate: IntermediateLoras):
         """`identity` is the result of `run_identity`. A run can only continue from a state with an equal identity."""

@@ -28,7 +28,6 @@ from ..models.memory_plan import RESERVE, MemoryCount, MemoryPlan, allocated, fi
 from ..progress import OnWarning
 from ..storage.stored import LazyTensors, QuantisedTensor, Stored, quantised_in
 from .adapted_model import AdaptedModel, memory_plans
-from .encode import LatentCache
 from .inputs import TrainingInputs
 from .methods import METHODS, trains_text
 from .methods.lora import LoraAdapter
@@ -67,7 +66,11 @@ class StepPrediction:
 
     def __init__(self, inputs: TrainingInputs, each_block: bool = False):
         device, dtype = inputs.device, inputs.dtype
-        self._beside = 0 if device.type == "cpu" else _bytes_of(inputs.cache)
+        self._beside = 0
+        if device.type != "cpu":
+            of_images = [(one.mean, one.deviation, one.mask, one.conditioning) for one in inputs.cache.images]
+            leaves = tree_leaves([of_images, inputs.cache.text])
+            self._beside = sum(leaf.nbytes for leaf in leaves if leaf is not None)
         for change in inputs.adapter.changes.values() if inputs.adapter else ():
             self._beside += sum(allocated(part.numel() * dtype.itemsize, device) for part in change.tensors())
         self._mode = FakeMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
@@ -248,11 +251,6 @@ class _Empty(Stored):
 
     def quantised(self, read: bool = True) -> QuantisedTensor | None:
         return self.stored and self.stored.map(lambda part: torch.empty(part.shape, dtype=part.dtype))
-
-
-def _bytes_of(cache: LatentCache) -> int:
-    of_images = [(image.mean, image.deviation, image.mask, image.conditioning) for image in cache.images]
-    return sum(leaf.nbytes for leaf in tree_leaves([of_images, cache.text]) if leaf is not None)
 
 
 def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:

@@ -21,13 +21,10 @@ from .inputs import TrainingInputs
 from .methods import peak_rate
 
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
 """The key for the precision of quantised frozen weights. Quantising them changes the LoRA a little."""
 PRODUCTS_KEY = "facelora.products"
 """The key for the precision of products with frozen weights, if it is lower than that of the training run."""
-
-
 _NOT_OURS: dict[str, Any] = {
     "ss_adaptive_noise_scale": None,
     "ss_caption_dropout_every_n_epochs": 0,
@@ -108,7 +105,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base.family.architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.implementation_version": IMPLEMENTATION,
+        "modelspec.implementation_version": "comfyui-facelora",
         "modelspec.title": phrase,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(finished_at)),

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,14 +20,6 @@ from .run_files import RunFiles
 from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size
 
 
-@contextmanager
-def _same_warning_filters() -> Iterator[None]:
-    """Restore the program's warning filters after the context: libraries that are imported in it add their own."""
-    with warnings.catch_warnings():
-        yield
-
-
-@_same_warning_filters()
 def run_job(
     job: TrainingJob,
     files: RunFiles | None = None,
@@ -45,8 +36,9 @@ def run_job(
     if job.adapter:
         job = replace(job, base=job.base.as_distilled())
     base, config = job.base, job.config
-    # Memory is released for whatever needs it next: drawing, another person, ComfyUI's next node.
-    with deterministic_if(config.deterministic), released_memory():
+    # Memory is released for whatever needs it next: drawing, another person, ComfyUI's next node. Libraries that are imported
+    # here add warning filters, which must not stay.
+    with warnings.catch_warnings(), deterministic_if(config.deterministic), released_memory():
         device = usable_device(device)
         for hint in hints(base, config, job.adapter is not None, device):
             callbacks.on_warning(hint)

@@ -63,16 +63,6 @@ def _digest_of(header: Mapping[str, str], layout: Layout) -> Digest:
     return hashlib.sha256(json.dumps([dict(header), described], sort_keys=True).encode())
 
 
-def _check_digest(file: SafetensorsFile) -> None:
-    """Raise BadFile when a file has changed since it was written. Version 0.1.0 wrote no digest."""
-    written = file.metadata.get(_DIGEST)
-    digest = _digest_of({key: text for key, text in file.metadata.items() if key != _DIGEST}, file.layout)
-    for name in storage_order(file.layout) if written else ():
-        digest.update(tensor_bytes(file[name]))
-    if written not in (None, digest.hexdigest()):
-        raise BadFile(f"{file.path}: the file is damaged, since its checksum doesn't match; {_BEGIN_ANEW}")
-
-
 def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     """Read the saved state. Raises BadConfig when it is from a run with another identity, BadFile when it is damaged."""
     try:
@@ -86,7 +76,12 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
         raise BadFile(f"{path}: is not the state of a training run ({error})") from None
     if version != STATE_VERSION:
         raise BadConfig(f"{path}: was saved by another version of this program, so it can't be resumed; {_BEGIN_ANEW}")
-    _check_digest(file)
+    written = file.metadata.get(_DIGEST)  # Version 0.1.0 wrote none.
+    digest = _digest_of({key: text for key, text in file.metadata.items() if key != _DIGEST}, file.layout)
+    for name in storage_order(file.layout) if written else ():
+        digest.update(tensor_bytes(file[name]))
+    if written not in (None, digest.hexdigest()):
+        raise BadFile(f"{path}: the file is damaged, since its checksum doesn't match; {_BEGIN_ANEW}")
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
         raise BadConfig(
@@ -183,9 +178,8 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten nested dictionaries, which bitsandbytes uses, by joining their keys with "/"."""
     flat = {}
     for name, value in entries.items():
-        flat |= (
-            {f"{name}/{inner}": v for inner, v in _flat(value).items()} if isinstance(value, Mapping) else {name: value}
-        )
+        inner = _flat(value) if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}/{key}": v for key, v in inner.items()}
     return flat
 
 

@@ -35,10 +35,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass
 class RunFolder:
-    """A run's folder in the cache folder: its loss history, its samples and, while it is unfinished, its files.
-
-    What is read from a missing folder is empty.
-    """
+    """A run's folder in the cache: loss history, samples and, until the run ends, its files. A missing one reads as empty."""
 
     path: Path
     _history: Curve = field(default_factory=list)

@@ -136,19 +136,14 @@ class AttachedAdapter:
         dtype: torch.dtype,
         name: str = "training adapter",
     ):
-        """Attach the changes to the current layers, including those that a method has added.
-
-        Raises LoraMisfit with its `name` for an embedding.
-        """
+        """Attach the changes to the layers, also those of a method. Raises LoraMisfit with the `name` for an embedding."""
         self._on = True
         self._changes = {path: change.map(lambda t: t.to(device, dtype)) for path, change in changes.items()}
         layers = {path: denoiser.get_submodule(path) for path in changes}
         if path := next((path for path, layer in layers.items() if isinstance(layer, nn.Embedding)), None):
             raise LoraMisfit(f"the {name} changes {path}, which is an embedding. Merge it into the base model instead")
-        self._hooks = [
-            layer.register_forward_hook(partial(self._add, self._changes[path], _places(layer)))
-            for path, layer in layers.items()
-        ]
+        adding = {path: partial(self._add, self._changes[path], _places(layer)) for path, layer in layers.items()}
+        self._hooks = [layer.register_forward_hook(adding[path]) for path, layer in layers.items()]
 
     def tensors(self) -> list[Tensor]:
         """Return its tensors, which stay on the device."""

@@ -27,8 +27,6 @@ from ...tensor_names import ModuleId, blocks_in_a_level
 from ...tensor_names.unet import inverse, ldm_unet_path
 from .method import Adapter, Checkpoint, Method, Trained, refuse_settings_of_lora, target_modules
 
-_PLAIN_BYTES = 8
-"""The bytes of a float32 weight and its gradient."""
 _GIB = 2**30
 
 
@@ -86,9 +84,8 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
             "method 'dreambooth': a checkpoint of a UNet whose levels have unlike blocks cannot be written. Use 'lora'"
         )
     if continue_from is not None:
-        raise LoraMisfit(
-            f"{continue_from.name}: method 'dreambooth' continues from a checkpoint. Use that as base model"
-        )
+        advice = "method 'dreambooth' continues from a checkpoint. Use that as base model"
+        raise LoraMisfit(f"{continue_from.name}: {advice}")
     refuse_settings_of_lora(config)
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
     if (free := free_memory(parameters[0].device)) is not None:
@@ -110,8 +107,7 @@ def check_memory(count: int, config: OptimizerSettings, free: int, originals: in
 
     `originals` is the number of bytes kept per weight for its original value.
     """
-
-    per_weight = _PLAIN_BYTES + (4 if config.ema_decay else 0) + originals
+    per_weight = 4 + 4 + (4 if config.ema_decay else 0) + originals  # a float32 weight, its gradient and its average
     needed = {name: count * (per_weight + kind.state_bytes) for name, kind in OPTIMIZERS.items()}
     if needed[config.optimizer] <= free:
         return
@@ -124,18 +120,14 @@ def check_memory(count: int, config: OptimizerSettings, free: int, originals: in
 
 
 def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
-    """Approximate the change of the weights by a LoRA of the configured rank on linear layers and convolutions.
-
-    The changes of norms and biases are left out.
-    """
+    """Approximate the change of linear layers and convolutions, not of norms and biases, by a LoRA of the settings' rank."""
     trained = load_base(file.tensors).components
     networks = {}
     for part in ("denoiser", *(base.family.text_encoders if config.text_encoder_lr else ())):
         networks[part] = base.family.build_empty(part, base.components[part].config)
     modules: dict[ModuleId, LoraModule] = {}
-    for (part, path), (rank, _) in target_modules(
-        base.family, replace(config, targets="transformer+conv"), networks
-    ).items():
+    targets = target_modules(base.family, replace(config, targets="transformer+conv"), networks)
+    for (part, path), (rank, _) in targets.items():
         before, after = (parts[part].tensors[f"{path}.weight"].float() for parts in (base.components, trained))
         if (change := after - before).any():
             down, up, _ = factorise(change, rank, path)

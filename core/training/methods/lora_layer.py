@@ -122,9 +122,7 @@ class SharedInput:
         bases: list[Any] = [layer.base_layer for layer in layers]
         weights = [quantised_of(base) for base in bases]
         biases = [base.bias for base in bases]
-        forms = [
-            (layer.scale, weight.dequantise, len(weight.parts)) for layer, weight in zip(layers, weights, strict=True)
-        ]
+        forms = [(layer.scale, one.dequantise, len(one.parts)) for layer, one in zip(layers, weights, strict=True)]
         parts = [part for weight in weights for part in weight.parts]
         return _AdaptedLinears.apply(x, forms, down, *ups, *biases, *parts)
 
@@ -167,10 +165,8 @@ class _AdaptedLinears(torch.autograd.Function):
             gradient, up = gradient.flatten(0, -2), ups[number]
             summed = number > 0 and len(down) == up.shape[1]  # the layers share one matrix A
             add_product(low_gradients[number], gradient, up, beta=int(summed), alpha=scale)  # s g B
-            up_gradient = torch.empty_like(up)
-            up_gradients.append(
-                add_product(up_gradient, gradient.t(), parts[number], beta=0, alpha=scale)
-            )  # s g^T (A x)
+            up_gradient = add_product(torch.empty_like(up), gradient.t(), parts[number], beta=0, alpha=scale)
+            up_gradients.append(up_gradient)  # s g^T (A x)
             if ctx.needs_input_grad[0]:  # g W, summed over the layers
                 x_gradient = times(gradient, dequantise, weights[number], x_gradient)
         low_gradient = low_gradient.flatten(0, -2)

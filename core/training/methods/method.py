@@ -130,10 +130,7 @@ class Method:
     """
 
     def peak_rate(self, config: OptimizerSettings) -> float:
-        """Return the peak learning rate of a run: the configured one, or else the method's default.
-
-        For textual inversion it is the rate of the vectors.
-        """
+        """Return a run's peak learning rate: that of the vectors in textual inversion, else the configured or default one."""
         if config.finds_rate:
             return config.found_rate_factor
         if self.makes == "embedding":
@@ -185,10 +182,8 @@ def target_modules(
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name):
             if not any(name_matches(pattern, path) for _, path in result):
-                example = next(iter(result))[1]
-                raise BadConfig(
-                    f"{name}: {pattern!r} matches none of the {len(result)} adapted modules, e.g. {example}"
-                )
+                modules = f"{len(result)} adapted modules, e.g. {next(iter(result))[1]}"
+                raise BadConfig(f"{name}: {pattern!r} matches none of the {modules}")
     return result
 
 
