@@ -1,7 +1,5 @@
-"""Prints how the house stands: circles of imports, imports that point to a higher storey, long functions, broad excepts,
-what a new model family touches, and what is written twice.
-
-    python tools/house.py
+"""Read the house from its sources: circles of imports, imports that point to a higher storey, long functions, what a new model
+family touches, and what is written twice. `tests/test_house.py` checks it.
 
 The sources are read, not run. An import inside a function counts like one at the top of its file, and one for type
 checkers like one that runs.
@@ -32,6 +30,10 @@ STOREYS: tuple[tuple[str, ...], ...] = (
 FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.")
 """Where families may be known by name."""
 MOST_LINES, MOST_BRANCHES = 80, 25
+"""What a function may have."""
+SAME_LINES, MOST_REPEATS = 6, 16
+"""How many lines in a row make a repeat, and how many repeats there may be, those of the tests among them."""
+_BRANCHES = 80, 25
 """What a function may have."""
 SAME_LINES, MOST_REPEATS = 6, 16
 """How many lines in a row make a repeat, and how many repeats there may be, those of the tests among them."""
@@ -177,17 +179,6 @@ def _branches(function: ast.AST) -> int:
     return sum(isinstance(node, _BRANCHES) for node in ast.walk(function))
 
 
-def broad_excepts(modules: Mapping[str, ast.Module]) -> list[tuple[str, int]]:
-    """(module, line) of each `except` that catches every error."""
-    return [
-        (module, node.lineno)
-        for module, tree in modules.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ExceptHandler)
-        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
-    ]
-
-
 def families_of(modules: Mapping[str, ast.Module]) -> dict[str, str]:
     """Short name of each family -> name of the constant that is its NameTable."""
     return {
@@ -275,45 +266,3 @@ def repeats(files: Mapping[str, list[tuple[int, str]]]) -> list[Repeat]:
         Repeat(first, files[first][i][0], second, files[second][j][0])
         for (first, i), (second, j) in filter(begins, pairs)
     )
-
-
-def main() -> None:
-    modules = read_sources()
-    imports = imports_of(modules)
-    at_top = sorted(name for name in modules if name.startswith("core.") and name.count(".") == 1)
-    _print("modules at the top of core/", [name.removeprefix("core.") for name in at_top], shown=0)
-    _print("circles of modules", [", ".join(c) for c in circles((one.importer, one.imported) for one in imports)])
-    _print("circles of rooms", [", ".join(circle) for circle in room_circles(imports)])
-    _print(
-        "imports upward",
-        [f"{_arrow(one)} ({room_of(one.importer)} -> {room_of(one.imported)})" for one in upward(imports)],
-    )
-    _print("imports inside functions", [_arrow(one) for one in imports if one.late])
-    functions = functions_of(modules)
-    longest = [f"{f.lines} lines: {f.module}.{f.name}" for f in functions[:SHOWN]]
-    _print(f"longest of {len(functions)} functions", longest)
-    branching = sorted((f for f in functions if f.branches > MOST_BRANCHES), key=lambda f: -f.branches)
-    _print(
-        f"functions with more than {MOST_BRANCHES} branches",
-        [f"{f.branches} branches: {f.module}.{f.name}" for f in branching],
-    )
-    _print("excepts that catch every error", [f"{module}:{line}" for module, line in broad_excepts(modules)])
-    repeated = [f"{r.first}:{r.first_line} and {r.second}:{r.second_line}" for r in repeats(read_lines())]
-    _print(f"pairs of places with the same {SAME_LINES} lines", repeated)
-    _print("source files that a new family touches", max(touched_by_family(modules).values(), key=len))
-    misplaced = misplaced_mentions(modules)
-    _print("families named elsewhere", [f"{one.module}:{one.line} names {one.family}" for one in misplaced])
-
-
-def _arrow(one: Import) -> str:
-    return f"{one.importer}:{one.line} imports {one.imported.removesuffix('.__init__')}"
-
-
-def _print(title: str, items: list[str], shown: int | None = None) -> None:
-    print(f"{title}: {len(items)}")
-    for item in items[:shown]:
-        print(f"    {item}")
-
-
-if __name__ == "__main__":
-    main()
