@@ -33,7 +33,6 @@ def usable_threads(root: Path = Path("/")) -> Threads:
 
     It is the smallest of the processors that the process may run on, their physical cores, and the cores that its control group
     allows (cgroup v1 and v2).
-
     `root` is the folder that contains `proc` and `sys`.
     """
     quotas = (Threads(max(1, int(quota)), f"its control group may use {quota:g} cores") for quota in _quotas(root))

@@ -20,10 +20,8 @@ from .plain_values import parse_json
 
 EARLIER = "earlier"
 """The folder that `set_aside` moves files to."""
-
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Linux's MAP_NORESERVE, which Python's mmap module only defines since version 3.13."""
-
 IS_WINDOWS = sys.platform == "win32"
 MOST_READ, MOST_READ_ON_WINDOWS = 64 << 20, 512 << 20
 """Files of up to this many bytes are read, not mapped, so that another program can't truncate them while they are in use. On

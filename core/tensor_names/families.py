@@ -56,7 +56,6 @@ def families_of(
     """Return the names of the families with the most signs among the modules; empty if no sign matches.
 
     Each module is (part, path, shape of the weight). `among` restricts the families; None means all.
-
     Families share text encoders, so their signs only break ties between families that fit equally without them.
     """
     scores = {name: [0, 0, 0, 0] for name in NAME_TABLES if among is None or name in among}

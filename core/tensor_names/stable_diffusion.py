@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 from . import loaded_names
@@ -58,21 +57,26 @@ SD15 = NameTable(
     # The blocks with attention, and all blocks.
     block_lists=("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11"),
 )
-SD2 = replace(
-    SD15,
+SD2 = NameTable(
     name="sd2",
     base_versions=("sd_v2", "sd_2", "stable-diffusion-v2", "stable-diffusion-2"),
     architecture="stable-diffusion-v2-768-v",
-    comfyui_classes=(),
     a1111_version="SD2",
     signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
+    of_original=SD15.of_original,
+    of_diffusers=SD15.of_diffusers,
     listings={"SD 2": Listing("SD 2.1", "CreativeML Open RAIL++-M")},
     loaded=loaded_names.SD2,
     kernel=partial(_kernel, linear_projections=True),
     # As in SD1, sd-scripts builds SD2 with convolutions, but the original model and diffusers have Linear layers.
     kernel_in_kohya=SD15.kernel,
+    diffusers_prefix="unet.",
+    kohya_prefixes=SD15.kohya_prefixes,
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_h.transformer."},
+    original_in_kohya=False,
     checkpoint_prefixes={"text_encoder": "cond_stage_model.model."},
+    embedding_names=SD15.embedding_names,
+    block_lists=SD15.block_lists,
 )
 SDXL = NameTable(
     name="sdxl",

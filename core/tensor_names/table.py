@@ -217,7 +217,6 @@ def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[
 
     A path without a rule has the same name in both namings.
     """
-
     originals = [(rule.original, rule) for rule in rules]
     diffusers = [(part, rule) for rule in rules for part in rule.parts]
 
