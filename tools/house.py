@@ -33,12 +33,6 @@ MOST_LINES, MOST_BRANCHES = 80, 25
 """What a function may have."""
 SAME_LINES, MOST_REPEATS = 6, 16
 """How many lines in a row make a repeat, and how many repeats there may be, those of the tests among them."""
-_BRANCHES = 80, 25
-"""What a function may have."""
-SAME_LINES, MOST_REPEATS = 6, 16
-"""How many lines in a row make a repeat, and how many repeats there may be, those of the tests among them."""
-SHOWN = 8
-"""Longest functions that are listed."""
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.BoolOp, ast.match_case)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

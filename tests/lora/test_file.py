@@ -10,6 +10,7 @@ import torch
 from core.errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile, fit
 from core.lora.modules import LoraModule
+from core.tensor_names import parse_key
 from tests.tensor_names.test_keys import kohya_names
 
 
@@ -340,3 +341,23 @@ def test_a_lora_goes_through_memory_as_it_goes_through_a_file(tmp_path):
     assert back.tensors.keys() == lora.tensors.keys()
     with pytest.raises(BadFile, match="upload: not a valid safetensors file"):
         LoraFile.from_bytes(b"PK\x03\x04" * 9, "upload")
+
+
+def test_a_missing_alpha_means_alpha_equals_rank():
+    tensors = kohya_tensors(some("sd15"), rank=4)
+    module_name = next(iter(tensors)).removesuffix(".lora_down.weight")
+    del tensors[f"{module_name}.alpha"]
+    named = parse_key(f"{module_name}.alpha")
+    assert named is not None
+    assert LoraFile.from_tensors(tensors, {}).modules()[named.part, named.path].scale == 1.0
+
+
+def test_factors_in_8_bits_are_split_and_fused_like_others():
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    tensors = {key: t.to(torch.float8_e4m3fn) for key, t in kohya_tensors({name: [3 * 1536, 1536]}).items()}
+    lora = LoraFile.from_tensors(tensors, {})
+    there = LoraFile.from_modules("sd3", lora.modules(), {}, "diffusers")
+    back = LoraFile.from_modules("sd3", there.modules(), {}, "kohya")
+    assert back.tensors[f"{name}.lora_down.weight"].shape == (2, 1536)
+    for module_id, module in back.modules().items():
+        assert torch.equal(module.delta(), lora.modules()[module_id].delta())

@@ -747,3 +747,12 @@ def test_small_and_trained_layers_stay_as_they_are():
     network = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(300, 300))
     quantise_weights(network, CPU)
     assert [type(layer) for layer in network] == [nn.Linear, nn.Linear]
+
+
+def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, cache, monkeypatch):
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.model.memory.plan.weights == "full")
+    saved: dict[int, LoraFile] = {}
+    config = replace(CONFIG, save_every=2)
+    callbacks = Callbacks(on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
+    last = train_lora(cache, base, config, device=CPU, callbacks=callbacks)
+    assert WEIGHTS_KEY not in saved[2].metadata and last.metadata[WEIGHTS_KEY] == "8 bits"

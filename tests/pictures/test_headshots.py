@@ -867,3 +867,19 @@ def test_a_prompt_beyond_77_tokens_is_reported_and_drawn(tmp_path: Path, capsys:
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     assert "style 'Wall'" in (warning := capsys.readouterr().err) and "it is encoded in several chunks" in warning
     assert len(times(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
+def test_a_new_face_that_is_less_like_the_person_is_not_taken(base, tmp_path: Path) -> None:
+    photos = person_photos(36)  # whom the base has never seen
+    job = Job("a photo of person", 3, size=(160, 200), steps=5, guidance=2.5)
+    path = small_face(base, job, tmp_path, photos[0])
+    before = Image.open(path).convert("RGB").tobytes()
+    settings = FacePass(below=0.6, denoise=1.0)
+    (shot,) = make_headshots(base, [], [job], tmp_path, reference=photos, face_pass=settings)
+    assert shot.face_pass is not None and not shot.face_pass.kept
+    assert shot.likeness == shot.face_pass.before
+    assert Image.open(path).convert("RGB").tobytes() == before
+    first = times(tmp_path)
+    make_headshots(base, [], [job], tmp_path, reference=photos, face_pass=settings)
+    assert times(tmp_path) == first  # tried once

@@ -313,7 +313,6 @@ def test_a_cluster_that_loses_a_worker_and_a_node_makes_everybody_once_and_as_on
 
 
 @WITHOUT_RAY
-@pytest.mark.slow
 def test_a_person_whose_worker_dies_three_times_fails_and_the_others_go_on(tmp_path, cluster):
     command, output = studio(tmp_path, people=3), tmp_path / "out"
     (tmp_path / "people" / "p01" / "person.toml").write_text('agreed = true\nstyle_pack = "none"')
@@ -334,10 +333,12 @@ def test_a_person_whose_worker_dies_three_times_fails_and_the_others_go_on(tmp_p
 
 
 @WITHOUT_RAY
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "words"),
-    [(False, "base.safetensors: cannot be read: No such file"), (True, "its base model is a different one")],
+    [
+        (False, "base.safetensors: cannot be read: No such file"),
+        pytest.param(True, "its base model is a different one", marks=pytest.mark.slow),
+    ],
 )
 def test_workers_that_cannot_open_the_base_model_end_the_command(tmp_path, other, words):
     """As on machines where nothing, or another base model, has this path."""

@@ -1,23 +1,28 @@
 """Full DreamBooth: every weight, held to memory, written as a checkpoint that is read again, and as a LoRA."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from PIL import Image
 
 from core.config import TrainConfig
 from core.errors import OutOfMemory
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
-from core.training.callbacks import Callbacks
+from core.training.callbacks import NO_CALLBACKS, Callbacks
 from core.training.inputs import TrainingInputs
+from core.training.intermediate_loras import IntermediateLoras
 from core.training.loop import train_lora
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import files_beside
 from core.training.methods.dreambooth import check_memory
+from core.training.samples import Samples
 from core.training.step import Run
 from tests.tooling import nothing_fits
 
@@ -127,3 +132,20 @@ def test_what_memory_cannot_hold_is_refused_with_what_would_do():
         check_memory(sdxl, CONFIG, free=24 * 2**30)
     with pytest.raises(OutOfMemory, match=r"8\.0 GiB are free\. method 'lora'"):
         check_memory(sdxl, CONFIG, free=8 * 2**30)
+
+
+def test_the_base_models_pictures_show_its_own_weights_in_a_resumed_run_with_an_average(bases, caches):
+    run = Run(TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], replace(CONFIG, ema_decay=0.9)))
+    run.train_step()
+    name, original = next(iter(bases["sd15"].components["denoiser"].tensors.items()))
+    drawn_with: list[torch.Tensor] = []
+
+    def sampler(denoiser, encoders, shots):
+        drawn_with.append(run.parameters[f"denoiser.{name}"].detach().clone())
+        return [Image.new("RGB", (8, 8)) for _ in shots]
+
+    watch: Any = SimpleNamespace(base_shots=[("a photo of person", 1)], set_base_pictures=lambda images: None)
+    inputs = TrainingInputs.on(CPU, caches["sd15"], bases["sd15"], run.config)
+    looks = IntermediateLoras(run, inputs, Samples(sampler, watch=watch), NO_CALLBACKS, {})
+    looks.set_base_pictures()
+    assert torch.equal(drawn_with[0], original)

@@ -29,7 +29,7 @@ from core.training.drawing import Drawing
 from core.training.identity import run_identity
 from core.training.inputs import TrainingInputs
 from core.training.loop import train_lora
-from core.training.samples import build_draw_shots
+from core.training.samples import build_draw_shots, make_class_images
 from core.training.step import Run
 from core.training.store import train
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
@@ -368,3 +368,14 @@ def test_an_order_with_it_draws_as_a_distilled_model(base, tmp_path):
     plain = Order("anna", CONFIG, pack, count=1)
     adapted = replace(plain, training_adapter=TrainingAdapter.open(random_lora(base), base))
     assert [order.jobs(base)[0].steps for order in (plain, adapted)] == [base.family.steps, 8]
+
+
+def test_class_images_are_drawn_without_the_speed_lora(base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "core.training.samples.generate", lambda base, _, jobs, **__: seen.append((base, jobs)) or iter(())
+    )
+    faster = speedy_job(base, tmp_path, "one").base
+    with pytest.raises(FileNotFoundError):  # Nothing was drawn.
+        make_class_images(faster, "person", 1, resolution=64, device=CPU)
+    assert seen[0][0].speed_lora is None and (seen[0][1][0].steps, faster.steps) == (base.steps, 2)
