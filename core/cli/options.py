@@ -13,10 +13,9 @@ import argparse
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 
-from .values import Output
+from .values import Output, has_none, values_of
 
 T = TypeVar("T")
 
@@ -113,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser, of: type) -> None:
             keywords = _keywords(hint, declared)
             if hint is not bool:
                 default = [] if declared.default is None and get_origin(hint) is list else declared.default
-                keywords |= {"default": default, "required": default is None and not _has_none(hint)}
+                keywords |= {"default": default, "required": default is None and not has_none(hint)}
             place.add_argument(flag, dest=name, **keywords)
 
 
@@ -129,21 +128,6 @@ def _keywords(hint: Any, declared: _Declared) -> dict[str, Any]:
         "nargs": declared.nargs if is_list else None,
         "action": "append" if is_list and not declared.nargs else None,
     }
-
-
-def values_of(hint: Any) -> tuple[Any, Sequence[Any], bool]:
-    """Return what converts the text of a value of that type, the choices for it, and whether there are several values."""
-    if _has_none(hint):
-        (hint,) = (one for one in get_args(hint) if one is not NoneType)
-    if is_list := get_origin(hint) in (list, tuple):
-        hint = get_args(hint)[0]
-    if get_origin(hint) is Literal:
-        return str, get_args(hint), is_list
-    return get_args(hint)[1] if get_origin(hint) is Annotated else hint, (), is_list
-
-
-def _has_none(hint: Any) -> bool:
-    return get_origin(hint) in (Union, UnionType)
 
 
 def _fields(of: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -11,8 +11,7 @@ from ..config import TrainConfig, group_of, known_settings
 from ..errors import BadConfig
 from ..storage.files import read_bytes
 from ..storage.plain_values import parse_toml
-from .options import values_of
-from .values import unicode_text
+from .values import unicode_text, values_of
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """The settings for how the base model predicts, which are needed to load it."""

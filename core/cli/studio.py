@@ -3,11 +3,12 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .. import lora, studio  # Their modules load only when a name is used.
+from .. import lora, models, studio  # Their modules load only when a name is used.
 from ..errors import BadConfig
 from ..progress import READING
 from .common import JsonProgress, packs_for, progress_bar
@@ -82,11 +83,10 @@ def _make_all(options: StudioOptions) -> int:
     before = studio.plan_people(people, base, options.output, terms, device)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
     callbacks = shown(progress, stop, within_steps=True)
-    chosen = {person.style_pack or terms.style_pack for person in people} & terms.packs.keys()
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
     for line in (
         *found.problems,
-        *(line for name in sorted(chosen) for line in unread_in_pack(terms.packs[name], base)),
+        *_unread(people, terms, base),
         *(refused if options.dry_run else ()),
         *few_steps_hint(drawn_on or base, remedy="rename the file"),
         *speed_hint(drawn_on or (base.as_distilled() if terms.training_adapter else base), {}),
@@ -118,3 +118,9 @@ def _make_all(options: StudioOptions) -> int:
     if not options.json:
         print(f"report: {options.output / 'report.html'}")
     return 1 if failed else 0
+
+
+def _unread(people: Sequence["studio.Person"], terms: "studio.Terms", base: "models.Base") -> list[str]:
+    """Return a warning for each part of the people's style packs that is special syntax in other programs."""
+    chosen = {person.style_pack or terms.style_pack for person in people} & terms.packs.keys()
+    return [line for name in sorted(chosen) for line in unread_in_pack(terms.packs[name], base)]

@@ -1,9 +1,11 @@
 """The types of the values that options take: inputs, outputs and text. Importing this doesn't load torch."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from ..storage.plain_values import is_text
 
@@ -62,3 +64,18 @@ LoraOutput = Annotated[Path, WrittenFile("FILE.safetensors")]
 HtmlOutput = Annotated[Path, WrittenFile("FILE.html")]
 PngOutput = Annotated[Path, WrittenFile("FILE.png")]
 LoraEdited = Annotated[Path, EditedFile("FILE")]
+
+
+def values_of(hint: Any) -> tuple[Any, Sequence[Any], bool]:
+    """Return what converts the text of a value of that type, the choices for it, and whether there are several values."""
+    if has_none(hint):
+        (hint,) = (one for one in get_args(hint) if one is not NoneType)
+    if is_list := get_origin(hint) in (list, tuple):
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        return str, get_args(hint), is_list
+    return get_args(hint)[1] if get_origin(hint) is Annotated else hint, (), is_list
+
+
+def has_none(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)

@@ -91,11 +91,7 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
         nothing = Objection(f"{lora.family} at all, as far as we know")
         return Reading(len(lora.entries), dict.fromkeys((e.name for e in lora.entries), nothing), is_known=False)
-    rule = reader
-    if reader in _CONTROL_SIGNS and lora.types.keys() >= _CONTROL_SIGNS[reader]:
-        rule = _OF_CONTROL[reader]
-    elif reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS:
-        rule = _USO_IN_COMFYUI
+    rule = _rule_of(reader, lora)
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     if reader not in ("diffusers", "peft") and PEFT_KEY in lora.metadata:
         # Only these two read an alpha other than the rank from the metadata.
@@ -120,6 +116,13 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     if refusal:
         found = {entry.name: Objection(refusal) for entry in lora.entries}
     return Reading(len(lora.entries), found, lora.is_known)
+
+
+def _rule_of(reader: str, lora: LoraNames) -> str:
+    """Return the name of the rule, one of _RULES, by which a program loads the modules of a LoRA."""
+    if reader in _CONTROL_SIGNS and lora.types.keys() >= _CONTROL_SIGNS[reader]:
+        return _OF_CONTROL[reader]
+    return _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
 
 
 def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
