@@ -17,7 +17,6 @@ from tests.comfyui.setup_comfyui import COMFYUI, PYTHON
 from tests.random_models import random_cache
 from tests.tooling import RandomTensors, original_shapes, write_photos
 
-pytestmark = pytest.mark.comfyui
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=2, precision="fp32", resolution=64)
 # One level is enough: ComfyUI's trainer asks for no more of the model than what it is.

@@ -14,8 +14,6 @@ from core.studio import Result
 from core.studio.report import write_report
 from tests.tooling import command_options
 
-pytestmark = pytest.mark.browser
-
 
 def models(job: Job) -> list[str]:
     return ["--base=../it's a base.safetensors", f"--lora=anna.safetensors:{job.strength:g}"]

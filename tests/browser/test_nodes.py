@@ -11,8 +11,6 @@ from tests.tooling import write_photos
 from tools.page_pictures import write_drawn_photos
 from tools.workflows import BUILD, SD15, SDXL
 
-pytestmark = pytest.mark.browser
-
 PHOTOS, STYLES, TRAIN = "FaceLoRALoadPhotos", "FaceLoRAStylePack", "FaceLoRATrain"
 
 

@@ -12,8 +12,6 @@ from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
 from tools.workflows import BUILD, FOLDER, SD15, WORKFLOWS
 
-pytestmark = pytest.mark.browser
-
 STATUS = ".facelora-status"
 ENDLESS = 20_000
 """Steps of a training that nobody waits for the end of."""

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 from playwright.sync_api import Locator
 
 from tests.tooling import write_photos
@@ -11,8 +10,6 @@ from tools.workflows import BUILD
 from .page import ComfyPage
 from .test_nodes import PHOTOS
 from .test_panel import STATUS, is_idle, train_node, wait_for_step
-
-pytestmark = pytest.mark.browser
 
 
 def question(page: ComfyPage) -> Locator:

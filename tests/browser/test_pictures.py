@@ -11,8 +11,6 @@ from core import GenerateConfig, Job, LoraFile, load_base
 from core.demo import BASE_FILE
 from core.pictures.generate import Picture, parameters_text
 
-pytestmark = pytest.mark.browser
-
 OPEN_FILE = """async ([name, data]) => {
     const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))
     await window.app.handleFile(new File([bytes], name, { type: "image/png" }))

@@ -10,7 +10,7 @@ from tools.workflows import BUILD
 from .page import ComfyPage, prepare
 from .test_panel import STATUS, is_idle, status, train_node, wait_for_step
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 LISTEN = """() => {
     window.heard = []

@@ -22,8 +22,6 @@ from tools.workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subg
 
 from .page import ComfyPage, drop_files, prepare
 
-pytestmark = pytest.mark.browser
-
 # What a CPU can do in a minute.
 QUICK: dict[str, dict[str, Any]] = {
     "FaceLoRATrain": {"resolution": 64, "steps": 2, "samples": 1},

@@ -12,8 +12,6 @@ from core.storage.safetensors_file import save_safetensors
 
 from .graphs import BASE, drawing, node, training
 
-pytestmark = pytest.mark.comfyui
-
 STRENGTHS = {"strength_model": 1.0, "strength_clip": 1.0}
 ROUNDING = 2
 """Grey levels by which a picture may differ where 16-bit weights were summed in another order."""

@@ -31,7 +31,6 @@ MODELS = [name for name, family in FAMILIES.items() if family.flow_shift and fam
 TEXTS = ["chroma", "zimage", "qwen-image", "krea2", "ideogram4"]
 """Families whose texts keep their length, so that a mask says what is padding."""
 QWEN_TOKENIZER, T5_TOKENIZER = (COMFYUI / "comfy" / "text_encoders" / f"{name}_tokenizer" for name in ("qwen25", "t5"))
-pytestmark = pytest.mark.comfyui
 
 
 @pytest.fixture(scope="module")

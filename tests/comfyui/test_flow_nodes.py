@@ -25,8 +25,6 @@ from .lora_changes import (
     run_comfyui,
 )
 
-pytestmark = pytest.mark.comfyui
-
 
 def loaders(family: str) -> dict[str, Node]:
     return {

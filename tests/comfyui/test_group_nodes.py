@@ -22,8 +22,6 @@ from tests.tooling import mostly_slow
 from .graphs import BASE, Node, drawing, node
 from .test_flow_nodes import LINKS, loaders
 
-pytestmark = pytest.mark.comfyui
-
 PROMPT = "a photo of {anna} and {ben}"
 SIZE = (128, 96)
 """The picture's in latents times 8, as ComfyUI counts."""

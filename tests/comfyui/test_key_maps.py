@@ -12,7 +12,7 @@ from tools.model_tables import OUTPUT, whole
 
 from .scripts import printed_by
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 TABLES = json.loads(OUTPUT.read_text())
 MODELS = {

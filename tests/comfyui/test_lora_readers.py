@@ -45,7 +45,7 @@ from .lora_changes import (
     text_of_peft,
 )
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
 # Prefix, and whether the rest is flattened, of the schemes that are only read.

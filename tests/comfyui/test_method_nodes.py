@@ -15,8 +15,6 @@ from core.training.methods.dreambooth import original_tensors
 
 from .graphs import BASE, drawing, node, training
 
-pytestmark = pytest.mark.comfyui
-
 STRENGTH = 0.6
 
 

@@ -23,8 +23,6 @@ from .lora_changes import EXACT, family_of, probe, run_comfyui
 from .real_widths import COMFY_SD15
 from .scripts import printed_by
 
-pytestmark = pytest.mark.comfyui
-
 CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
 BLOCK = "mid_block.attentions.0."

@@ -20,8 +20,6 @@ from tests.tooling import write_photos
 
 from .graphs import BASE, drawing, load_photos, node, training
 
-pytestmark = pytest.mark.comfyui
-
 STYLES = {
     "pack": "corporate", "styles": "", "subject": "sks person", "count": 3, "first_seed": 5, "family": "sd15",
     "resolution": 128,

@@ -12,8 +12,6 @@ from tests.tooling import write_photos
 from .graphs import drawing, load_photos, node, training
 from .test_train_node import APPLY, CONNECTED, loras
 
-pytestmark = pytest.mark.comfyui
-
 
 def headshots_of(server, name: str, photos: list[str], **changes) -> dict:
     """The graph of photos to headshots on dropped photos."""

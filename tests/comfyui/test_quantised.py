@@ -19,7 +19,6 @@ from .graphs import node
 from .scripts import printed_by
 from .test_flow_nodes import loaders, picture, training_of
 
-pytestmark = pytest.mark.comfyui
 CPU = torch.device("cpu")
 
 

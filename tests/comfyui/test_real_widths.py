@@ -9,7 +9,7 @@ from .graphs import drawing, node, training
 from .real_widths import COMFY_SD15, COMFY_SDXL
 from .server import running_server
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 PARTS = {"sd15": {"denoiser", "text_encoder"}, "sdxl": {"denoiser", "text_encoder", "text_encoder_2"}}
 

@@ -1,9 +1,5 @@
 """ComfyUI itself, as the other tests use it."""
 
-import pytest
-
-pytestmark = pytest.mark.comfyui
-
 
 def test_comfyui_draws_a_picture_with_the_random_checkpoint(server):
     graph = {

@@ -8,8 +8,6 @@ import pytest
 
 from lab.soak.pages import ask_often
 
-pytestmark = pytest.mark.comfyui
-
 
 def test_odd_requests_are_answered_and_leave_no_traceback(server):
     mark = server.mark()

@@ -13,8 +13,6 @@ from .server import PACK, TEST_PACK, running_server
 from .setup_comfyui import COMFYUI, PYTHON
 from .test_train_node import ENDLESS, stop, training_state, wait_for
 
-pytestmark = pytest.mark.comfyui
-
 NEIGHBOUR = """
 import os, sys
 sys.path.insert(0, os.path.dirname(__file__))

@@ -9,8 +9,6 @@ import pytest
 from tools import node_texts, wording
 from tools.node_texts import HELP, LANGUAGES, LOCALES, WORDS, english, inputs, node_infos, page, tables
 
-pytestmark = pytest.mark.comfyui
-
 NODES = sorted(file.stem for file in HELP.glob("*.md"))
 
 

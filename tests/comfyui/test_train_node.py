@@ -26,8 +26,6 @@ from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 from .graphs import BASE, drawing, load_photos, node, training
 
-pytestmark = pytest.mark.comfyui
-
 
 def loras(server):
     return server.folder / "models" / "loras"

@@ -9,8 +9,6 @@ from tests.tooling import write_photos
 from .graphs import load_photos
 from .server import running_server
 
-pytestmark = pytest.mark.comfyui
-
 
 @pytest.fixture(scope="module")
 def users(tmp_path_factory):

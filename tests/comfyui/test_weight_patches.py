@@ -2,12 +2,8 @@
 
 import subprocess
 
-import pytest
-
 from .server import PACK
 from .setup_comfyui import COMFYUI, PYTHON
-
-pytestmark = pytest.mark.comfyui
 
 SCRIPT = """
 import importlib, sys, types
