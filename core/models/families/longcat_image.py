@@ -29,6 +29,11 @@ TEMPLATE = (
 """The text before a caption. What the authors add after it doesn't change the states that are used."""
 TEMPLATE_TOKENS = 36
 """The number of tokens in the template, whose states are dropped."""
+_PADDING_AT = 1
+"""The position of each padding token in the text encoder, as in transformers 4.57, which the authors use.
+
+In ComfyUI and later versions of transformers, positions continue instead.
+"""
 
 _QUOTE = r"(?:(?<![a-zA-Z])'|'(?![a-zA-Z]))"
 """A single quotation mark. An apostrophe within a word does not count."""
@@ -55,7 +60,7 @@ def encode_text(encoders: Networks, captions: Sequence[str], clip_skip: int, chu
         captions,
         length,
         multiple=length,
-        padding_at=1,  # as in transformers 4.57, which the authors use; later, and in ComfyUI, positions continue instead
+        padding_at=_PADDING_AT,
         pieces=pieces,
     )
     return {"context": states["context"][:, TEMPLATE_TOKENS:]}
