@@ -170,7 +170,7 @@ def _outputs() -> list[Any]:
 
 def listed(chosen: NodeStyles, vary: int, variation_seed: int) -> list[StyledPrompt]:
     """Return the list of the node for another subject and family. Raises BadStylePack for an unknown pack or style."""
-    return _alike(chosen.prompts(find_packs(), "", next(iter(FAMILY_DEFAULTS))), vary, variation_seed)
+    return _alike(chosen.prompts(find_packs(), "person", next(iter(FAMILY_DEFAULTS))), vary, variation_seed)
 
 
 def add_routes() -> None:

@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 
 from core.cli.common import JsonProgress
-from core.config import TrainConfig
+from core.config import OPTIMIZERS, TrainConfig
 from core.device import deterministic_if
 from core.errors import BadConfig, BadFile, TrainingDiverged
 from core.lora.file import LoraFile
@@ -298,9 +298,11 @@ def test_the_running_average_is_what_is_saved(bases, caches):
     assert not torch.equal(run.trained()[name], run.parameters[name])
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "prodigy"])
-def test_other_optimizers_learn(bases, caches, optimizer):
-    config = replace(PLAIN, optimizer=optimizer, learning_rate=None if optimizer == "prodigy" else 1e-3)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns(bases, caches, optimizer):
+    if package := OPTIMIZERS[optimizer].package:
+        pytest.importorskip(package)
+    config = replace(PLAIN, optimizer=optimizer, learning_rate=None if OPTIMIZERS[optimizer].finds_rate else 1e-3)
     run = Run(TrainingInputs.on(CPU, person_only(caches["sd15"]), bases["sd15"], config))
     for _ in range(3):
         run.train_step()
