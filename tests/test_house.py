@@ -88,7 +88,7 @@ def test_every_module_has_a_room(sources):
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/add-a-family.md", "CONTRIBUTING.md"])
 def test_what_a_page_about_the_source_names_is_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:core|nodes|tests|tools|lab|web|docs|locales|workflows)/[\w./-]*)`", text))
+    named = set(re.findall(r"`((?:core|nodes|tests|tools|lab|web|docs|locales|workflows)/(?!\.)[\w./-]*)`", text))
     assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
     for name, path in re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", text):
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{path} has no {name}"
