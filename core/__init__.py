@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .pictures import contact_sheet as contact_sheet
     from .pictures.generate import GenerateConfig as GenerateConfig
     from .pictures.generate import Job as Job
+    from .pictures.generate import PictureJob as PictureJob
     from .pictures.generate import generate as generate
     from .storage import clear_cache as clear_cache
     from .training import Callbacks as Callbacks

@@ -29,7 +29,7 @@ from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.storage.files import write_text
 from core.training import train
 from core.training.callbacks import Callbacks, StepReport
@@ -160,7 +160,7 @@ def judged_by(judge: Judge, base: Base, config: TrainConfig) -> Callable[[LoraFi
 
     def draw(prompt: str, lora: LoraFile | None) -> list[Image.Image]:
         loras = [] if lora is None else [(lora, 1.0)]
-        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in SEEDS]
+        jobs = [PictureJob(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in SEEDS]
         return [picture.image for picture in generate(base, loras, jobs, GenerateConfig(batch_size=len(jobs)))]
 
     subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)

@@ -31,7 +31,7 @@ from core.faces import FaceNetwork, embed_images, likeness, load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos.captions import class_caption, default_caption
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.training.likeness import picture_change
 from tools.tables import table, write_tables
 
@@ -151,7 +151,7 @@ def by_base(prompt: str) -> list[Image.Image]:
 
 
 def draw(prompt: str, lora: LoraFile | None, seeds: Sequence[int] = SEEDS) -> list[Image.Image]:
-    jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in seeds]
+    jobs = [PictureJob(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in seeds]
     loras = [] if lora is None else [(lora, 1.0)]
     return [p.image for p in generate(load_base(BASE_FILE), loras, jobs, GenerateConfig(batch_size=len(SEEDS)))]
 

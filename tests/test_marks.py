@@ -13,7 +13,7 @@ from core.demo import BASE_FILE
 from core.lora import LoraFile, edit_metadata, write_sidecars
 from core.models.opening import load_base
 from core.photos import read_photos
-from core.pictures.generate import Job, Picture
+from core.pictures.generate import Picture, PictureJob
 from core.pictures.headshot import FaceOutcome
 from core.pictures.headshots import make_headshots, save_outcome
 from core.pictures.publication import publish
@@ -28,7 +28,7 @@ from tests.pictures.test_publication import write_lora
 from tests.tooling import random_lora, write_photos
 
 MARK, PARTLY = ((kind, f"FaceLoRA {__version__}") for kind in (DRAWN, PARTLY_DRAWN))
-JOB = Job("a photo of person", 1, size=(64, 80), steps=1, guidance=1.0)
+JOB = PictureJob("a photo of person", 1, size=(64, 80), steps=1, guidance=1.0)
 TRAINING = TrainConfig(
     steps=1,
     rank=2,

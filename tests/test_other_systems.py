@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import Callbacks, Job, LoraFile, TrainConfig, generate, load_base, train
+from core import Callbacks, LoraFile, PictureJob, TrainConfig, generate, load_base, train
 from core.cli import main
 from core.cli.common import BarProgress, split_strength
 from core.errors import BadFile
@@ -184,4 +184,4 @@ def test_training_and_drawing_need_no_dtype_that_apple_gpus_lack(tmp_path, small
     lora = LoraFile.read(tmp_path / "face.safetensors")
     with AsOnMps():
         train(tmp_path / "photos", base, config, output=tmp_path / "again.safetensors")
-        assert len(list(generate(base, [(lora, 1.0)], [Job("sks person", 1, size=(32, 32), steps=2)]))) == 1
+        assert len(list(generate(base, [(lora, 1.0)], [PictureJob("sks person", 1, size=(32, 32), steps=2)]))) == 1

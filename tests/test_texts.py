@@ -10,7 +10,7 @@ from core.config import TrainConfig
 from core.errors import BadConfig, BadPhoto, BadStylePack, FaceLoraError
 from core.lora.metadata import personal_part
 from core.photos import Photo, read_photos
-from core.pictures import Job, Subject, find_style_packs
+from core.pictures import PictureJob, Subject, find_style_packs
 from core.studio import Order
 from tests.tooling import write_quick_pack
 
@@ -25,8 +25,8 @@ LONG = "a" * 4001
         (lambda: Photo.from_image(Image.new("RGB", (64, 64)), "me", LONG), BadPhoto, "me: its caption"),
         (lambda: TrainConfig(trigger_word=LONG), BadConfig, "trigger_word"),
         (lambda: TrainConfig(sample_every=1, sample_prompts=(LONG,)), BadConfig, "sample_prompts"),
-        (lambda: Job(LONG, 1), BadConfig, "prompt"),
-        (lambda: Job("a", 1, LONG), BadConfig, "negative"),
+        (lambda: PictureJob(LONG, 1), BadConfig, "prompt"),
+        (lambda: PictureJob("a", 1, LONG), BadConfig, "negative"),
     ],
     ids=["caption", "trigger word", "sample prompt", "prompt", "negative"],
 )

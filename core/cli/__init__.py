@@ -78,8 +78,10 @@ def _answered(function: Callable[[], int | None]) -> int:
         from .common import end_bars
 
         end_bars()
-        said = str(error) if isinstance(error, FaceLoraError) else "stopped"
-        print(f"facelora: {said.replace('anyway: check_photos = false', 'anyway: --no-check-photos')}", file=sys.stderr)
+        message = str(error) if isinstance(error, FaceLoraError) else "stopped"
+        print(
+            f"facelora: {message.replace('anyway: check_photos = false', 'anyway: --no-check-photos')}", file=sys.stderr
+        )
     except BrokenPipeError:
         pass
     return 1

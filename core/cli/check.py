@@ -111,8 +111,8 @@ def _choose(
         _copy(chosen, make_folder(options.output), options.overwrite)
     if options.json:
         described = [one.report.to_dict() | {"judged": one.judged, "left_out": one.reason or None} for one in found]
-        told = {"chosen": len(chosen), "second_network": second and second.name, "pictures": described}
-        print(json.dumps(told, indent=1))
+        summary = {"chosen": len(chosen), "second_network": second and second.name, "pictures": described}
+        print(json.dumps(summary, indent=1))
     else:
         print(*found, sep="\n")
         others = f"and {second.name}" if second else "alone; install dlib for a second opinion"

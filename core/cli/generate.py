@@ -183,9 +183,9 @@ def few_steps_hint(
         return []
     if base.speed_lora:
         name = base.speed_lora.path
-        said = f"{name.name}: its name gives no number of steps, so pictures are drawn {' '.join(left.values())}"
+        message = f"{name.name}: its name gives no number of steps, so pictures are drawn {' '.join(left.values())}"
         unsaid = base.few_steps is base.family.few_steps
-        return [f"{said}; to change that, rename it, such as to {name.stem}_4step.safetensors"] if unsaid else []
+        return [f"{message}; to change that, rename it, such as to {name.stem}_4step.safetensors"] if unsaid else []
     return [
         f"{base.name}: its name says that it was distilled to a few steps, so it draws {' '.join(left.values())}; "
         "if that is wrong, " + (remedy or f"set {' and '.join(left)}")
@@ -229,7 +229,7 @@ def trigger_phrase(loras: Loras) -> str | None:
     return next((phrase for file, _ in loras for phrase in lora.trigger_phrases(file.metadata)), None)
 
 
-def prompt_jobs(options: GenerateOptions, base: "models.Base", loras: Loras) -> list["pictures.Job"]:
+def prompt_jobs(options: GenerateOptions, base: "models.Base", loras: Loras) -> list["pictures.PictureJob"]:
     if options.style or options.subject or options.style_folder:
         raise BadConfig("--style, --subject and --style-folder require --style-pack")
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
@@ -242,10 +242,10 @@ def prompt_jobs(options: GenerateOptions, base: "models.Base", loras: Loras) -> 
     steps = base.steps if options.steps is None else options.steps
     guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count only adds pictures, without renumbering any.
-    # A Job checks the first seed, which is as given.
+    # A PictureJob checks the first seed, which is as given.
     seeds = [options.seed, *((options.seed + number) % 2**64 for number in range(1, options.count))]
     return [
-        pictures.Job(prompt, seed, options.negative, options.size, steps, guidance)
+        pictures.PictureJob(prompt, seed, options.negative, options.size, steps, guidance)
         for seed in seeds
         for prompt in prompts
     ]
@@ -258,7 +258,7 @@ def pack_jobs(
     loras: Loras,
     on_warning: OnWarning,
     group: "pictures.Group | None" = None,
-) -> list["pictures.Job"]:
+) -> list["pictures.PictureJob"]:
     """Return the jobs of a style pack. For a group, the list of names is the subject, and the size is the group's."""
     if options.prompt:
         raise BadConfig("--prompt and --style-pack are both given; use only one")
@@ -284,7 +284,7 @@ def pack_jobs(
             steps=job.steps if options.steps is None else options.steps,
             guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for job in (pictures.Job.from_style(prompt).on(base) for prompt in styled)
+        for job in (pictures.PictureJob.from_style(prompt).on(base) for prompt in styled)
     ]
 
 

@@ -129,8 +129,8 @@ def run(options: HeadshotsOptions) -> int:
     summary = pictures.batch_summary(outcome.shots, people, outcome.measure)
     if options.json:
         kept = [str(shot.path) for shot in outcome.shots if shot.kept]
-        told = {"photos": outcome.report.headline, "lora": str(made), "summary": summary, "kept": kept}
-        print(json.dumps(told | {"advice": list(outcome.advice)}))
+        result = {"photos": outcome.report.headline, "lora": str(made), "summary": summary, "kept": kept}
+        print(json.dumps(result | {"advice": list(outcome.advice)}))
     else:
         print(summary, *outcome.advice, f"LoRA: {made}", f"gallery: {gallery}", sep="\n")
     return 1 if outcome.advice else 0

@@ -93,8 +93,8 @@ def run(options: TrainOptions) -> None:
     makes = training.METHODS[config.method].makes
     if "learning_rate" in given and makes == "embedding" and not config.finds_rate:
         progress.warning(f"learning_rate only affects a denoiser; for the vectors of {config.method}, set embedding_lr")
-    looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
-    if options.face_network and not looks:
+    uses_faces = config.hold_out or config.check_photos or config.face_crops or config.face_masks
+    if options.face_network and not uses_faces:
         raise BadConfig("--face-network has no effect with --no-check-photos: leave it out")
     if options.judge and not config.hold_out:
         raise BadConfig("--judge requires held-out photos: set --hold-out")

@@ -21,7 +21,7 @@ from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
 from ..lora.file import LoraFile
 from ..models.opening import DEMO_FILE, load_base
 from ..photos import Photo
-from ..pictures.generate import GenerateConfig, Job, generate
+from ..pictures.generate import GenerateConfig, PictureJob, generate
 from ..pictures.sheet import contact_sheet
 from ..storage.drawn import PARTLY_DRAWN, save_png
 from ..storage.files import make_folder, write_text
@@ -135,7 +135,7 @@ def run(
     lora = LoraFile.read(lora_path)
 
     def pictures(prompt: str, loras: Sequence[tuple[LoraFile, float]]) -> list[Image.Image]:
-        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE) for seed in range(1, PICTURES + 1)]
+        jobs = [PictureJob(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE) for seed in range(1, PICTURES + 1)]
         return [picture.image for picture in generate(base, loras, jobs, GenerateConfig(batch_size=PICTURES))]
 
     subject, subject_class = f"a photo of {config.trigger_word} {config.class_word}", f"a photo of {config.class_word}"

@@ -117,8 +117,8 @@ def _verify_names(lora: LoraFile) -> Iterator[Fault]:
 def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> Iterator[Fault]:
     for key, right in lora.true_metadata.items():
         if key in lora.base_metadata and right != lora.metadata[key]:
-            said = f"its metadata say {lora.metadata[key]!r} ({key})"
-            yield Fault(False, f"{said}, but its tensors are for {right} ({lora.family})")
+            claim = f"its metadata say {lora.metadata[key]!r} ({key})"
+            yield Fault(False, f"{claim}, but its tensors are for {right} ({lora.family})")
     in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
     for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")

@@ -320,9 +320,9 @@ class LoraNames:
         metadata, claims = dict(self.metadata), claims_of(self.metadata)
         for key in self.base_metadata.keys() & claims.keys():
             right = self.base_metadata[key]
-            said, slash, kind = metadata[key].partition("/")
+            value, slash, kind = metadata[key].partition("/")
             is_told = key in NAME_TABLES[self.family].metadata_keys_of_models and self.identity.verdict == "certain"
-            if claims[key] != self.family or (is_told and plain_name(said) != plain_name(right)):
+            if claims[key] != self.family or (is_told and plain_name(value) != plain_name(right)):
                 metadata[key] = right + slash + kind
         return metadata
 

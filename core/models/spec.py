@@ -259,8 +259,8 @@ class FamilySpec:
 
     def few_steps_named(self, name: str) -> FewSteps | None:
         """Return how a distilled model of that name draws. Some names, such as `sdxl_lightning_4step`, give the steps."""
-        said = re.search(r"(?<!\d)([1-9]|1[0-6])[-_ ]?step", name, re.IGNORECASE)
-        return replace(self.few_steps, steps=int(said[1])) if self.few_steps and said else self.few_steps
+        steps = re.search(r"(?<!\d)([1-9]|1[0-6])[-_ ]?step", name, re.IGNORECASE)
+        return replace(self.few_steps, steps=int(steps[1])) if self.few_steps and steps else self.few_steps
 
     @property
     def base_model_version(self) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .generate import GenerateConfig as GenerateConfig
     from .generate import Job as Job
     from .generate import Picture as Picture
+    from .generate import PictureJob as PictureJob
     from .group import Group as Group
     from .group import GroupMember as GroupMember
     from .group import Mask as Mask

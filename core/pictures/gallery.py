@@ -11,13 +11,13 @@ from pathlib import Path
 from ..faces import LIKENESS
 from ..photos import Thresholds
 from ..storage.files import fill_page
-from .generate import Job
+from .generate import PictureJob
 from .headshot import Headshot
 
 SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
 """The SFace likeness above which a picture mostly shows the same person, and below which mostly someone else."""
 
-Models = Callable[[Job], Sequence[str]]
+Models = Callable[[PictureJob], Sequence[str]]
 """Returns the `facelora generate` options for a job's base model and LoRAs, or none."""
 
 

@@ -44,7 +44,7 @@ _Item = TypeVar("_Item", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Job:
+class PictureJob:
     """One picture to draw."""
 
     prompt: str
@@ -61,7 +61,7 @@ class Job:
     """The name of the style that the prompt comes from, if any."""
 
     @classmethod
-    def from_style(cls, styled: StyledPrompt) -> "Job":
+    def from_style(cls, styled: StyledPrompt) -> "PictureJob":
         """Return the job for a style pack's prompt."""
         return cls(
             styled.prompt,
@@ -74,7 +74,7 @@ class Job:
             styled.style,
         )
 
-    def on(self, base: Base) -> "Job":
+    def on(self, base: Base) -> "PictureJob":
         """Return the job with the steps and guidance of a distilled base model; unchanged for other base models."""
         return replace(self, steps=base.steps, guidance=base.guidance) if base.few_steps else self
 
@@ -97,6 +97,10 @@ class Job:
         if self.size is not None and min(self.size) < SMALLEST_SIDE:
             width, height = self.size
             raise BadConfig(f"size {width}x{height}: width and height must be at least {SMALLEST_SIDE}")
+
+
+Job = PictureJob
+"""Its name before 0.2, which scripts may still import."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Picture:
     """A generated picture, and what is needed to make it again."""
 
     image: Image.Image
-    job: Job
+    job: PictureJob
     parameters: str
     """The text that A1111 writes into a PNG; ComfyUI, Forge and Civitai read it too."""
 
@@ -136,10 +140,10 @@ class Picture:
 def generate(
     base: Base,
     loras: Sequence[tuple[LoraFile, float]],
-    jobs: Sequence[Job],
+    jobs: Sequence[PictureJob],
     config: GenerateConfig | None = None,
     *,
-    starts: Mapping[Job, Image.Image] | None = None,
+    starts: Mapping[PictureJob, Image.Image] | None = None,
     denoise: float = 1.0,
     device: torch.device | str | None = None,
     model: DrawingModel | None = None,
@@ -158,8 +162,10 @@ def generate(
     """
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
-    if isinstance(jobs, Job) or not all(isinstance(job, Job) for job in jobs):
-        raise BadConfig(f"jobs = {jobs!r}: expected a list of Job, such as [Job('a photo of sks person', seed=1)]")
+    if isinstance(jobs, PictureJob) or not all(isinstance(job, PictureJob) for job in jobs):
+        raise BadConfig(
+            f"jobs = {jobs!r}: expected a list of PictureJob, such as [PictureJob('a photo of sks person', seed=1)]"
+        )
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     starts = _checked_starts(base, jobs, starts, denoise) if starts else None
     groups = by_strength(jobs)
@@ -179,7 +185,7 @@ def generate(
                 group, texts, config.batch_size, lambda job: (job.size, job.steps, job.guidance)
             ):
 
-                def draw(part: Sequence[tuple[Job, Pair]], first: Job = batch[0]) -> list[Image.Image]:
+                def draw(part: Sequence[tuple[PictureJob, Pair]], first: PictureJob = batch[0]) -> list[Image.Image]:
                     assert first.size is not None
                     begin = encode_pictures(base, model.vae, [starts[job] for job, _ in part]) if starts else None
                     latents = sample_latents(
@@ -229,8 +235,8 @@ def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: G
 
 
 def _checked_starts(
-    base: Base, jobs: Sequence[Job], starts: Mapping[Job, Image.Image], denoise: float
-) -> dict[Job, Image.Image]:
+    base: Base, jobs: Sequence[PictureJob], starts: Mapping[PictureJob, Image.Image], denoise: float
+) -> dict[PictureJob, Image.Image]:
     """Return the pictures to redraw, in RGB, by the jobs with sizes. Raises BadConfig where one is missing or doesn't fit."""
     if not 0 < denoise <= 1:
         raise BadConfig(f"denoise = {denoise}: must be above 0, up to 1")
@@ -242,15 +248,15 @@ def _checked_starts(
     return found
 
 
-def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
+def by_strength(jobs: Sequence[PictureJob]) -> dict[float, list[PictureJob]]:
     """Group the jobs by their LoRA strength."""
-    groups: dict[float, list[Job]] = {}
+    groups: dict[float, list[PictureJob]] = {}
     for job in jobs:
         groups.setdefault(job.strength, []).append(job)
     return groups
 
 
-def texts_of(job: Job, base: Base) -> tuple[str, str]:
+def texts_of(job: PictureJob, base: Base) -> tuple[str, str]:
     """Return the prompt and the negative prompt; "" replaces an unused negative prompt, so that its length doesn't matter."""
     return job.prompt, job.negative if predictions_per_step(base, job.guidance) == 2 else ""
 
@@ -271,7 +277,7 @@ def in_batches(
 def parameters_text(
     base: Base,
     loras: Sequence[tuple[LoraFile, float]],
-    job: Job,
+    job: PictureJob,
     config: GenerateConfig,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:

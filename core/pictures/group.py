@@ -27,8 +27,8 @@ from ..progress import OnProgress
 from .drawing_model import AppliedAt, DrawingModel, Texts
 from .generate import (
     GenerateConfig,
-    Job,
     Picture,
+    PictureJob,
     applied_at,
     by_strength,
     check_drawing,
@@ -250,7 +250,7 @@ def _ramp(start: int, end: int, side: int, feather: float) -> Tensor:
 def generate_group(
     base: Base,
     group: Group,
-    jobs: Sequence[Job],
+    jobs: Sequence[PictureJob],
     config: GenerateConfig | None = None,
     *,
     loras: Sequence[tuple[LoraFile, float]] = (),
@@ -281,7 +281,7 @@ def generate_group(
             )
             for job in some:
 
-                def draw(job: Job = job) -> list[Image.Image]:
+                def draw(job: PictureJob = job) -> list[Image.Image]:
                     assert job.size is not None
                     predict = _blended(model, group, encoded[job], job)
                     sampling = Sampling(job.size, job.steps, config.sampler, on_step=on_step)
@@ -292,7 +292,11 @@ def generate_group(
 
 
 def check_group(
-    base: Base, group: Group, jobs: Sequence[Job], loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig
+    base: Base,
+    group: Group,
+    jobs: Sequence[PictureJob],
+    loras: Sequence[tuple[LoraFile, float]],
+    config: GenerateConfig,
 ) -> None:
     """Raise the errors of `generate_group` for invalid arguments, before anything is loaded."""
     check_drawing(base, loras, config)
@@ -308,13 +312,13 @@ def check_group(
         group.regions(sized(base, group, job).size or (0, 0), base.size_multiple)
 
 
-def sized(base: Base, group: Group, job: Job) -> Job:
+def sized(base: Base, group: Group, job: PictureJob) -> PictureJob:
     """Return the job with a size that the base model can draw; without a size, with the group's own."""
     return replace(job, size=checked_size(base, job.size or group.size(base.resolution, base.size_multiple)))
 
 
 def group_parameters(
-    base: Base, group: Group, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig
+    base: Base, group: Group, loras: Sequence[tuple[LoraFile, float]], job: PictureJob, config: GenerateConfig
 ) -> str:
     """Return the text that A1111 uses to describe the picture, with everyone's words and LoRA.
 
@@ -336,9 +340,9 @@ def shows_several(parameters: Parameters) -> bool:
 
 
 def _encode(
-    model: DrawingModel, group: Group, loras: Sequence[tuple[LoraFile, float]], jobs: Sequence[Job]
-) -> dict[Job, list[Pair]]:
-    texts: dict[Job, list[tuple[AppliedAt, Texts]]] = {}
+    model: DrawingModel, group: Group, loras: Sequence[tuple[LoraFile, float]], jobs: Sequence[PictureJob]
+) -> dict[PictureJob, list[Pair]]:
+    texts: dict[PictureJob, list[tuple[AppliedAt, Texts]]] = {}
     wanted: dict[AppliedAt, set[Texts]] = {}
     for job in jobs:
         for person in (None, *group.people):
@@ -350,7 +354,7 @@ def _encode(
     return {job: [model.encoded(*one) for one in ones] for job, ones in texts.items()}
 
 
-def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: Job) -> Prediction:
+def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: PictureJob) -> Prediction:
     assert job.size is not None
     base, (device, dtype) = model.base, model.place
     regions = group.regions(job.size, base.size_multiple)

@@ -16,7 +16,7 @@ from ..models.base import Base
 from ..progress import OnPhase, OnProgress, silent
 from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, SOMEONE_ELSE
-from .generate import GenerateConfig, Job, Picture
+from .generate import GenerateConfig, Picture, PictureJob
 from .group import Group, Mask, check_group, generate_group, group_parameters, sized
 from .headshot import CutOut, FaceOutcome, FacePass, Headshot, blend, cut_out, drawn_again, face_share
 from .headshots import Batch, Compared, check_keep, lora_option, read_picture, save_outcome
@@ -102,7 +102,7 @@ class GroupFaces:
 def redraw_faces(
     base: Base,
     reference: GroupReference,
-    pictures: Mapping[_Key, tuple[Job, Image.Image]],
+    pictures: Mapping[_Key, tuple[PictureJob, Image.Image]],
     config: GenerateConfig,
     face_pass: FacePass,
     *,
@@ -125,7 +125,7 @@ def redraw_faces(
     for number, person in enumerate(group.people):
         own = [*loras, (person.lora, person.strength)]
         for attempt in range(TRIES):
-            parts: dict[_Key, tuple[Job, CutOut]] = {}
+            parts: dict[_Key, tuple[PictureJob, CutOut]] = {}
             for key, (job, _) in pictures.items():
                 seen = found[key][number]
                 small = attempt == 0 and seen is not None and face_pass.wants(seen.face, base.resolution)
@@ -162,7 +162,7 @@ def _part_of(base: Base, reference: GroupReference, number: int, image: Image.Im
 def make_group_pictures(
     base: Base,
     group: Group,
-    jobs: Sequence[Job],
+    jobs: Sequence[PictureJob],
     folder: str | os.PathLike[str],
     config: GenerateConfig | None = None,
     *,
@@ -191,17 +191,17 @@ def make_group_pictures(
 class _GroupBatch(Batch):
     group: Group
 
-    def model(self, jobs: Sequence[Job]) -> DrawingModel:
+    def model(self, jobs: Sequence[PictureJob]) -> DrawingModel:
         return DrawingModel(self.base, self.config.precision, self.config.clip_skip, self.device, keeps_originals=True)
 
-    def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
+    def draw(self, jobs: Sequence[PictureJob], model: DrawingModel) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, model=model)
 
-    def key(self, job: Job) -> str:
+    def key(self, job: PictureJob) -> str:
         return group_parameters(self.base, self.group, self.loras, job, self.config)
 
     def improve_faces(
-        self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared, model: DrawingModel
+        self, paths: Mapping[PictureJob, Path], face_pass: FacePass, person: Compared, model: DrawingModel
     ) -> None:
         """Redraw faces that are small or not alike, and write the outcome into each picture."""
         assert isinstance(person, GroupReference)
@@ -215,7 +215,7 @@ class _GroupBatch(Batch):
             outcome = FaceOutcome(face_pass.below, face_pass.denoise, faces.before, faces.after, taken)
             save_outcome(paths[job], job, faces.image, outcome)
 
-    def model_options(self, folder: Path, job: Job) -> list[str]:
+    def model_options(self, folder: Path, job: PictureJob) -> list[str]:
         """Return the options as for one person's batch; none if regions are masks, since their files are unknown."""
         people, named = self.group.people, super().model_options(folder, job)
         are_files = all(Path(one.lora.name).is_file() for one in people)

@@ -13,7 +13,7 @@ from ..faces import Face, Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from .drawing_model import DrawingModel
-from .generate import GenerateConfig, Job, generate
+from .generate import GenerateConfig, PictureJob, generate
 from .sizes import size_near
 
 
@@ -46,7 +46,7 @@ class Headshot:
     """A picture of a batch of headshots."""
 
     path: Path
-    job: Job
+    job: PictureJob
     likeness: float | None = None
     """The cosine to the person's photos; None without a reference, or without a face in the picture."""
     kept: bool = False
@@ -136,7 +136,7 @@ def cut_out(
 def drawn_again(
     base: Base,
     loras: Sequence[tuple[LoraFile, float]],
-    parts: Mapping[_Key, tuple[Job, CutOut]],
+    parts: Mapping[_Key, tuple[PictureJob, CutOut]],
     config: GenerateConfig,
     denoise: float,
     device: torch.device | None,

@@ -36,7 +36,7 @@ from ..storage.locks import locked
 from ..storage.plain_values import parse_json, read_as
 from .drawing_model import DrawingModel
 from .gallery import SAME_PERSON, Models, gallery_page
-from .generate import GenerateConfig, Job, Picture, generate, parameters_text
+from .generate import GenerateConfig, Picture, PictureJob, generate, parameters_text
 from .headshot import (
     CutOut,
     FaceOutcome,
@@ -65,7 +65,7 @@ TILE = 256
 def make_headshots(
     base: Base,
     loras: Sequence[tuple[LoraFile, float]],
-    jobs: Sequence[Job],
+    jobs: Sequence[PictureJob],
     folder: str | os.PathLike[str],
     config: GenerateConfig | None = None,
     *,
@@ -135,7 +135,7 @@ class Batch:
     """The number of people that a picture is compared with."""
 
     def make(
-        self, jobs: Sequence[Job], folder: str | os.PathLike[str], face_pass: FacePass, keep: int | None
+        self, jobs: Sequence[PictureJob], folder: str | os.PathLike[str], face_pass: FacePass, keep: int | None
     ) -> list[Headshot]:
         """Make the pictures of the jobs in the folder, as described in `make_headshots`; the jobs have sizes."""
         folder = make_folder(folder)
@@ -166,22 +166,22 @@ class Batch:
             _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder), measure)
             return shots
 
-    def model(self, jobs: Sequence[Job]) -> DrawingModel:
+    def model(self, jobs: Sequence[PictureJob]) -> DrawingModel:
         """Return the networks for all passes on the pictures of these jobs."""
         keeps_originals = len({job.strength for job in jobs}) > 1
         return DrawingModel(self.base, self.config.precision, self.config.clip_skip, self.device, keeps_originals)
 
-    def draw(self, jobs: Sequence[Job], model: DrawingModel) -> Iterator[Picture]:
+    def draw(self, jobs: Sequence[PictureJob], model: DrawingModel) -> Iterator[Picture]:
         """Draw the pictures of the jobs."""
         return generate(
             self.base, self.loras, jobs, self.config, model=model, on_step=lambda *_: self.check_cancelled()
         )
 
-    def key(self, job: Job) -> str:
+    def key(self, job: PictureJob) -> str:
         """Return the key of a job's picture, equal when the same would be drawn: the parameters that are written into it."""
         return parameters_text(self.base, self.loras, job, self.config)
 
-    def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass, model: DrawingModel) -> None:
+    def draw_missing(self, paths: dict[PictureJob, Path], face_pass: FacePass, model: DrawingModel) -> None:
         """Draw pictures that are missing or were made differently, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
         drawn = self.draw(missing, model) if missing else ()
@@ -190,7 +190,7 @@ class Batch:
             picture.save(paths[picture.job])
             self.on_progress(PICTURES, done, len(paths))
 
-    def _is_there(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+    def _is_there(self, job: PictureJob, path: Path, face_pass: FacePass) -> bool:
         """Return whether the job's picture is at its path, or was in the folder `earlier` beside it and has been moved back."""
         if self._is_made(job, path, face_pass):
             return True
@@ -203,7 +203,7 @@ class Batch:
             earlier.rename(path)
         return True
 
-    def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+    def _is_made(self, job: PictureJob, path: Path, face_pass: FacePass) -> bool:
         if not path.is_file():  # Opening a pipe of that name would wait forever.
             return False
         try:
@@ -217,11 +217,11 @@ class Batch:
         return same and (outcome is None or not outcome.kept or outcome.settings == face_pass)
 
     def improve_faces(
-        self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared, model: DrawingModel
+        self, paths: Mapping[PictureJob, Path], face_pass: FacePass, person: Compared, model: DrawingModel
     ) -> None:
         """Redraw small faces, and write the outcome into each picture, even into pictures that didn't change."""
         assert isinstance(person, Reference)
-        parts: dict[Path, tuple[Job, CutOut]] = {}
+        parts: dict[Path, tuple[PictureJob, CutOut]] = {}
         for job, path in paths.items():
             image = read_picture(path)
             faces = person.network.detect(image)
@@ -240,7 +240,7 @@ class Batch:
             save_outcome(path, job, second if outcome.kept else first, outcome)
             self.on_progress("faces", done, len(parts))
 
-    def model_options(self, folder: Path, job: Job) -> list[str]:
+    def model_options(self, folder: Path, job: PictureJob) -> list[str]:
         """Return the `facelora generate` options for a job's models, for the folder's page; none unless all are files."""
         named = _base_options(self.base, folder)
         if not named or not all(Path(lora.name).is_file() for lora, _ in self.loras):
@@ -270,7 +270,7 @@ def _is_drawn_with(lora: str, path: Path) -> bool:
         return False
 
 
-def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome) -> None:
+def save_outcome(path: Path, job: PictureJob, image: Image.Image, outcome: FaceOutcome) -> None:
     """Replace a picture with the result of its face pass, and write the outcome into it."""
     with Image.open(path) as first:
         parameters = first.info["parameters"]
@@ -295,10 +295,12 @@ def read_picture(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def most_alike(paths: Mapping[Job, Path], redrawn: Mapping[Job, FaceOutcome | None], person: Reference) -> list[Job]:
+def most_alike(
+    paths: Mapping[PictureJob, Path], redrawn: Mapping[PictureJob, FaceOutcome | None], person: Reference
+) -> list[PictureJob]:
     """Return the jobs in the order of their pictures' likeness before the face pass, those without a face last."""
 
-    def before(job: Job) -> float:
+    def before(job: PictureJob) -> float:
         outcome = redrawn[job]
         score = outcome.before if outcome else person.likeness([read_picture(paths[job])])[0]
         return -2 if score is None else score

@@ -83,8 +83,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
             whole = torch.frombuffer(map_file(file), dtype=torch.uint8)
         tensors = GgufTensors({tensor.name: _GgufTensor.of(reader, tensor, whole) for tensor in reader.tensors})
         tensors.path, tensors.content = path, whole
-        said = reader.get_field("general.architecture")
-        tensors.architecture = "" if said is None else str(said.contents())
+        architecture = reader.get_field("general.architecture")
+        tensors.architecture = "" if architecture is None else str(architecture.contents())
         return tensors
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -12,7 +12,7 @@ from ..errors import FaceLoraError
 from ..models.base import Base
 from ..photos import Photo
 from ..photos.captions import default_caption
-from ..pictures.generate import Job
+from ..pictures.generate import PictureJob
 from ..storage.safetensors_file import SafetensorsFile
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import TrainingJob
@@ -53,7 +53,7 @@ class Forecast:
 
     def span(self, config: TrainConfig, photos: int, pictures: int) -> Span:
         """Return the least and the most seconds of training on a number of photos and drawing pictures of the person."""
-        job = Job(default_caption(config.trigger_word, config.class_word), 1).on(self.base)
+        job = PictureJob(default_caption(config.trigger_word, config.class_word), 1).on(self.base)
         ledger = self.shared.ledger([self.photo] * photos, config, [job] * pictures, redraws_faces=False)
         spans = ledger.seconds(self.speed).values()
         return sum(least for least, _ in spans), sum(most for _, most in spans)

@@ -15,14 +15,14 @@ from ..models.text import blank_caption
 from ..photos import Dataset, Photo, bucket_sizes
 from ..photos.captions import class_caption, default_caption
 from ..photos.dataset import Size
-from ..pictures.generate import Job, texts_of
+from ..pictures.generate import PictureJob, texts_of
 from ..pictures.headshot import FacePass, redrawn_of
 from ..pictures.sizes import checked_size, size_near
 from ..progress import silent
 from ..training.encode import EncodedImage, LatentCache, without_trigger
 from ..training.inputs import TrainingInputs
 from ..training.job import dataset_of
-from ..training.likeness import NEUTRAL_PROMPTS, pictures_at_a_look
+from ..training.likeness import NEUTRAL_PROMPTS, pictures_per_measurement
 from ..training.memory_prediction import choose_plan, predicted_memory
 from ..training.methods import trains_text
 from ..training.samples import sample_shots, sample_size, sampling_steps
@@ -129,7 +129,7 @@ class Basis:
         self,
         photos: Sequence[Photo],
         config: TrainConfig,
-        jobs: Sequence[Job] = (),
+        jobs: Sequence[PictureJob] = (),
         class_photos: int = 0,
         redraws_faces: bool = True,
     ) -> Ledger:
@@ -175,7 +175,7 @@ class Basis:
         """The most bytes that training uses at once."""
         return predicted_memory(self.inputs, self.plan)
 
-    def _copied(self, config: TrainConfig, jobs: Sequence[Job]) -> dict[str, float]:
+    def _copied(self, config: TrainConfig, jobs: Sequence[PictureJob]) -> dict[str, float]:
         """Return the bytes of blocks brought in. A pass with gradients brings them in twice."""
         whole = stored = self._weights["denoiser"]
         if self.plan.weights == "8 bits":
@@ -237,7 +237,7 @@ def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Datase
     return dataset_of(photos[config.hold_out :] or photos, base, config)
 
 
-def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job]) -> set[str]:
+def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[PictureJob]) -> set[str]:
     """Return all texts to encode; no training captions if they are encoded again in each step."""
     drawn = {text for job in jobs for text in texts_of(job, base)}
     if trains_text(config):
@@ -247,7 +247,7 @@ def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job
         captions |= {without_trigger(caption, config) for caption in captions}
     shown = {prompt for prompt, _ in sample_shots(config)} if config.sample_every else set()
     measured = (
-        {class_caption(config.class_word), *NEUTRAL_PROMPTS[: pictures_at_a_look(config)[2]]}
+        {class_caption(config.class_word), *NEUTRAL_PROMPTS[: pictures_per_measurement(config)[2]]}
         if config.hold_out
         else set()
     )
@@ -266,15 +266,17 @@ def _while_training(
     shown = config.steps // config.sample_every * len(sample_shots(config)) * picture
     if not config.hold_out:
         return 0.0, shown, 0
-    of_person, of_class, of_nobody = pictures_at_a_look(config)
-    looks = math.ceil(config.steps / config.sample_every)  # Likeness is measured after the last step too.
-    looks += bool(config.merge_best) and looks > 1
-    pictures = looks * of_person + (looks + 1) * (of_class + of_nobody)  # The base model draws the latter two once.
+    of_person, of_class, of_nobody = pictures_per_measurement(config)
+    measurements = math.ceil(config.steps / config.sample_every)  # Likeness is measured after the last step too.
+    measurements += bool(config.merge_best) and measurements > 1
+    pictures = measurements * of_person + (measurements + 1) * (
+        of_class + of_nobody
+    )  # The base model draws the latter two once.
     # The sample with the usual prompt is one of the likeness pictures.
     return pictures * picture, shown if config.sample_prompts else 0.0, pictures
 
 
-def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, float]:
+def _drawn(passes: Passes, base: Base, jobs: Sequence[PictureJob]) -> tuple[float, float]:
     """Return the operations of the jobs, and of a face pass on the half of their pictures that can have one."""
     headshots = faces = 0.0
     for job in jobs:
@@ -286,6 +288,6 @@ def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, floa
     return headshots, faces * _share_redrawn(jobs)
 
 
-def _share_redrawn(jobs: Sequence[Job]) -> float:
+def _share_redrawn(jobs: Sequence[PictureJob]) -> float:
     """Return the largest share of the pictures whose faces are redrawn."""
     return redrawn_of(len(jobs)) / max(1, len(jobs))

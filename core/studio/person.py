@@ -18,7 +18,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos import Photo, Ready, SetReport
 from ..pictures.gallery import SAME_PERSON
-from ..pictures.generate import GenerateConfig, Job
+from ..pictures.generate import GenerateConfig, PictureJob
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
@@ -71,12 +71,13 @@ class Order:
         others += [f"drawn: {drawn}"] if drawn else []
         return content_key("studio", repr(self.config), self.jobs(base), photos, base.identity, *others)
 
-    def jobs(self, base: Base) -> list[Job]:
+    def jobs(self, base: Base) -> list[PictureJob]:
         """Return the pictures to draw, in rounds over the styles of the pack."""
         base, subject = self.drawn_on or self.on(base), Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
         return [
-            replace(job, size=self.size or job.size) for job in (Job.from_style(prompt).on(base) for prompt in prompts)
+            replace(job, size=self.size or job.size)
+            for job in (PictureJob.from_style(prompt).on(base) for prompt in prompts)
         ]
 
 

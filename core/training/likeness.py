@@ -181,7 +181,7 @@ class Figures:
         )
 
 
-def pictures_at_a_look(config: LikenessSettings) -> tuple[int, int, int]:
+def pictures_per_measurement(config: LikenessSettings) -> tuple[int, int, int]:
     """Return how many pictures are drawn per measurement: of the trigger word, of the class, and of NEUTRAL_PROMPTS.
 
     Likeness chooses the intermediate LoRA. The other two only stop a run that leaks, so half as many pictures are enough.
@@ -220,7 +220,7 @@ class LikenessWatch:
             which = f"{counted(len(photos), 'photo')} {use}"
             raise BadPhoto(f"no face was found in the {which}, so likeness cannot be measured")
         self._person = person
-        of_person, self._of_class, of_nobody = pictures_at_a_look(config)
+        of_person, self._of_class, of_nobody = pictures_per_measurement(config)
         subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
         self.base_shots: list[tuple[str, int]] = [
             *((of_class, config.seed + number) for number in range(self._of_class)),

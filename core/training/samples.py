@@ -16,7 +16,7 @@ from ..models.spec import Pair
 from ..photos import Photo, bucket_sizes
 from ..photos.captions import class_caption, default_caption
 from ..photos.reading import DAMAGED
-from ..pictures.generate import Job, generate, in_batches
+from ..pictures.generate import PictureJob, generate, in_batches
 from ..pictures.sampling import decode_latents, encode_pairs, load_vae, sample_latents
 from ..pictures.sizes import checked_size
 from ..progress import OnProgress, silent
@@ -133,7 +133,7 @@ def make_class_images(
     folder = made_folder("class", content_key("class images", prompt, size, steps, guidance, base.identity))
     paths = [folder / f"{index:05d}.png" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not is_whole(path)]
-    jobs = [Job(prompt, index, size=size, steps=steps, guidance=guidance) for index in missing]
+    jobs = [PictureJob(prompt, index, size=size, steps=steps, guidance=guidance) for index in missing]
     pictures = generate(base, [], jobs, device=device)
     for done, picture in enumerate(pictures if missing else (), start=1):
         picture.save(paths[picture.job.seed])

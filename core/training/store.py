@@ -163,8 +163,8 @@ def train(
     settings = known_settings(settings)
     config = config and replace(config, **settings)
     if not isinstance(base, Base):
-        said = config or TrainConfig(**settings)
-        base = load_base(base, prediction_type=said.prediction_type, zero_terminal_snr=said.zero_terminal_snr)
+        wanted = config or TrainConfig(**settings)
+        base = load_base(base, prediction_type=wanted.prediction_type, zero_terminal_snr=wanted.zero_terminal_snr)
     if output is not None:
         RunFiles(Path(output)).check(base)
     if config is None:

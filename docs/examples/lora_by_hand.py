@@ -14,9 +14,9 @@ import sys
 import torch
 from facelora import (
     Base,
-    Job,
     LoraFile,
     LoraModule,
+    PictureJob,
     TrainConfig,
     contact_sheet,
     encode,
@@ -107,7 +107,7 @@ def main(photos: str, source: str) -> None:
     config = TrainConfig(trigger_word="sks", class_word="person")
     lora = train_by_hand(encoded_photos(photos, base, config, device), base, config, device)
     lora.save("by_hand.safetensors")
-    jobs = [Job("a photo of sks person", seed) for seed in range(1, 5)]
+    jobs = [PictureJob("a photo of sks person", seed) for seed in range(1, 5)]
     before, after = ([p.image for p in generate(base, loras, jobs)] for loras in ([], [(lora, 1.0)]))
     contact_sheet([("without the LoRA", before), ("with the LoRA", after)]).save("by_hand.png")
 

@@ -25,7 +25,7 @@ from core.errors import FaceLoraError
 from core.faces import Face
 from core.lora.file import LoraFile
 from core.models.memory_plan import PLANS, MemoryPlan, drawing_plan
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.headshot import cut_out, drawn_again
 from core.training.callbacks import Callbacks, StepReport
 from core.training.inputs import TrainingInputs
@@ -93,7 +93,7 @@ def two_people(case: Case, photos: Path, folder: Path, pictures: int = 20) -> tu
             for person in ("first", "second"):
                 lora = train(photos, base, case.config(), output=folder / f"{person}.safetensors", device=DEVICE)
                 assert isinstance(lora, LoraFile)
-                jobs = [Job("a photo of sks person", seed, size=(64, 64), steps=2) for seed in range(pictures)]
+                jobs = [PictureJob("a photo of sks person", seed, size=(64, 64), steps=2) for seed in range(pictures)]
                 config = GenerateConfig(batch_size=4)
                 drawn = [picture.image for picture in generate(base, [(lora, 1.0)], jobs, config, device=DEVICE)]
                 face = Face((20, 20, 28, 28), np.zeros((5, 2)), 1.0)

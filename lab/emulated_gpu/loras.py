@@ -16,7 +16,7 @@ from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.models.base import Base
 from core.pictures import DrawingModel, Group, GroupMember, generate_group
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.headshot import cut_out, drawn_again
 from core.training.methods import METHODS
 from lab.emulated_gpu.trials import Case
@@ -126,7 +126,8 @@ def loaded_for_headshots(case: Case) -> tuple[list[str], list[tuple[int, int]]]:
     base = case.base()
     lora, size = random_lora(base), (64, 64)
     jobs = [
-        Job("a photo", seed, size=size, steps=1, strength=strength) for seed, strength in enumerate((1.0, 0.5, 0.5))
+        PictureJob("a photo", seed, size=size, steps=1, strength=strength)
+        for seed, strength in enumerate((1.0, 0.5, 0.5))
     ]
     config, copied = GenerateConfig(precision="bf16"), []
     with (
@@ -160,7 +161,7 @@ def loaded_for_a_group(case: Case, people: int) -> tuple[list[str], int]:
     base = case.base()
     names = ["anna", "ben", "carl"][:people]
     group = Group(tuple(GroupMember(n, random_lora(base, seed=at), f"{n} person") for at, n in enumerate(names)))
-    job = Job(group.listed, 1, size=(64 * people, 64), steps=1)
+    job = PictureJob(group.listed, 1, size=(64 * people, 64), steps=1)
     with (
         fake_cuda() as card,
         loads() as found,
@@ -204,7 +205,7 @@ def left_after_drawing(case: Case, end: str) -> tuple[str, int, int, int]:
             card.total = card.live
 
     base = case.base()
-    loras, jobs = [(random_lora(base), 1.0)], [Job("a photo", 1, size=(64, 64), steps=2)]
+    loras, jobs = [(random_lora(base), 1.0)], [PictureJob("a photo", 1, size=(64, 64), steps=2)]
     with fake_cuda() as card, patch.object(memory_plan, "WEIGHTS_IN_DRAWING", 0.0):
         kept: BaseException | None = None
         try:

@@ -26,7 +26,7 @@ from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
 from core.models.quantised import dequantise_fp8
 from core.models.quantised_layers import InEightBits, linear, times, times_scale
 from core.models.spec import Component
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
 from core.training.callbacks import Callbacks, StepReport
 from core.training.drawing import Drawing
@@ -254,7 +254,7 @@ def generated(case: Case, jobs: int = 2, room: float = memory_plan.WEIGHTS_IN_DR
         loaded: list[MemorySaver] = []
         adopt = MemorySaver.adopt
         with patch.object(MemorySaver, "adopt", lambda saver, plan: (loaded.append(saver), adopt(saver, plan))[1]):
-            wanted = [Job("a photo", seed, size=(64, 64), steps=2) for seed in range(jobs)]
+            wanted = [PictureJob("a photo", seed, size=(64, 64), steps=2) for seed in range(jobs)]
             changed = r"transformer_blocks\..+" if case.form else ".*"
             loras = [(random_lora(base, changed), 1.0)] if case.form or case.adapted else []
             pictures = list(generate(base, loras, wanted, GenerateConfig(batch_size=jobs)))

@@ -17,7 +17,7 @@ from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.models.memory_plan import PLANS, MemoryPlan
 from core.models.quantised_layers import InEightBits, linear, times
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.headshot import FacePass
 from core.storage.files import write_text
 from core.storage.stored import Dequantise, QuantisedTensor
@@ -164,7 +164,7 @@ def _headshots(session: Session, unit: Unit, redrawn: bool = False) -> tuple[flo
     """Time the second of two pictures that are drawn, or redrawn as in the face pass. The first one includes loading."""
     base, lora = session.sdxl, _lora(session)
     steps = 4 if session.small else base.steps
-    jobs = [Job(CAPTION, seed, size=unit.drawn, steps=steps, guidance=base.guidance) for seed in range(2)]
+    jobs = [PictureJob(CAPTION, seed, size=unit.drawn, steps=steps, guidance=base.guidance) for seed in range(2)]
     starts = {job: Image.new("RGB", unit.drawn) for job in jobs} if redrawn else None
     denoise = FacePass().denoise if redrawn else 1.0
     config = GenerateConfig(precision=session.config().precision)

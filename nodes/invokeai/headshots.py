@@ -24,7 +24,7 @@ from ...core.device import within_free_memory
 from ...core.errors import counted
 from ...core.lora.file import LoraFile
 from ...core.models.base import Base
-from ...core.pictures.generate import Job
+from ...core.pictures.generate import PictureJob
 from ...core.pictures.headshot import Headshot
 from ...core.pictures.headshots import make_headshots, read_picture
 from ...core.progress import READING
@@ -72,7 +72,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         progress = NodeProgress(context)
         base, (lora, phrase) = base_of(context, self.model), lora_of(context, self.lora)
         base = replace(base, resolution=self.resolution or base.resolution)  # the resolution for redrawing small faces
-        jobs = [Job.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
+        jobs = [PictureJob.from_style(prompt).on(base) for prompt in self.prompts(base, phrase)]
         shots = self._draw(base, lora, jobs, context, progress)
         shots = shots[::-1]  # the page shows the last of a result, and the gallery new pictures first
         names = [self._save(shot, context) for shot in shots]
@@ -84,7 +84,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
         )
 
     def _draw(
-        self, base: Base, lora: LoraFile, jobs: list[Job], context: InvocationContext, progress: NodeProgress
+        self, base: Base, lora: LoraFile, jobs: list[PictureJob], context: InvocationContext, progress: NodeProgress
     ) -> list[Headshot]:
         """Draw the pictures into a folder of the cache. Returns them with the highest likeness first."""
         base.compute_hashes(partial(progress.phase, READING))

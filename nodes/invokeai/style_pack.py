@@ -16,7 +16,7 @@ from invokeai.invocation_api import (
 )
 
 from ...core.models.base import Base
-from ...core.pictures.generate import Job
+from ...core.pictures.generate import PictureJob
 from ...core.pictures.style_pack import MOST_PICTURES, FoundPacks, StyledPrompt, find_style_packs
 from ..settings import NodeStyles
 from . import services
@@ -102,7 +102,7 @@ class HeadshotStylePackInvocation(StylesInvocation):
         base = base_of(context, self.model)
         prompts = self.prompts(base, self.subject.strip())
         one = prompts[self.number % len(prompts)]
-        job = Job.from_style(one).on(base)  # A model that was distilled to a few steps has its own.
+        job = PictureJob.from_style(one).on(base)  # A model that was distilled to a few steps has its own.
         return HeadshotStylePackOutput(
             prompt=one.prompt,
             negative_prompt=one.negative,

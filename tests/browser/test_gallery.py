@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core import Job
+from core import PictureJob
 from core.pictures.gallery import gallery_page
 from core.pictures.headshot import FaceOutcome, Headshot
 from core.studio import Result
@@ -15,7 +15,7 @@ from core.studio.report import write_report
 from tests.tooling import command_options
 
 
-def models(job: Job) -> list[str]:
+def models(job: PictureJob) -> list[str]:
     return ["--base=../it's a base.safetensors", f"--lora=anna.safetensors:{job.strength:g}"]
 
 
@@ -25,7 +25,7 @@ def gallery(browser, tmp_path: Path):
     for number, (style, score) in enumerate([("Office", 0.61), ("Park", 0.5), ("Office", 0.3), ("Park", None)]):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (64, 80), (40 * number, 90, 120)).save(path)
-        job = Job(f"a <b>photo</b> in {style}", number, "blurry", (64, 80), style=style)
+        job = PictureJob(f"a <b>photo</b> in {style}", number, "blurry", (64, 80), style=style)
         outcome = FaceOutcome(0.25, 0.35, 0.41, 0.5) if number == 1 else None
         shots.append(Headshot(path, job, score, kept=number < 2, face_pass=outcome))
     (tmp_path / "gallery.html").write_text(gallery_page(shots, "4 pictures", compared=True, models=models), "utf-8")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core import GenerateConfig, Job, LoraFile, load_base
+from core import GenerateConfig, LoraFile, PictureJob, load_base
 from core.demo import BASE_FILE
 from core.pictures.generate import Picture, parameters_text
 
@@ -23,7 +23,7 @@ def test_prompt_seed_sampler_and_lora_are_read_from_a_picture(page, server, tmp_
     tensors = {f"{name}.lora_down.weight": torch.zeros(2, 64), f"{name}.lora_up.weight": torch.zeros(64, 2)}
     path = server.folder / "models" / "loras" / "zoe.safetensors"
     LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"}).save(path)
-    job = Job("a photo of sks person, late sun", 7, negative, (64, 128), steps=2, guidance=3.5, strength=0.5)
+    job = PictureJob("a photo of sks person, late sun", 7, negative, (64, 128), steps=2, guidance=3.5, strength=0.5)
     text = parameters_text(load_base(BASE_FILE), [(LoraFile.read(path), 0.8)], job, GenerateConfig())
     Picture(Image.new("RGB", (64, 128)), job, text).save(tmp_path / "a.png")
 

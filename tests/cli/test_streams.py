@@ -11,7 +11,7 @@ from core.cli import main
 from core.demo import BASE_FILE
 from core.errors import BadFile
 from core.models import load_base
-from core.pictures import Job, make_headshots
+from core.pictures import PictureJob, make_headshots
 from core.storage.cache_folder import cache_folder
 from core.studio import Terms, forget, make_people
 from tests.kills import become_nobody, child, open_folder, where_forks_work
@@ -135,7 +135,7 @@ def test_scripts_are_told_of_an_output_that_may_not_be_entered(mode):
             for function in (
                 lambda: forget("anna", output),
                 lambda: list(make_people([], base, output, Terms({}, "none"))),
-                lambda: make_headshots(base, [], [Job("a", 1)], output),
+                lambda: make_headshots(base, [], [PictureJob("a", 1)], output),
             ):
                 with pytest.raises(BadFile, match=r"out: cannot be (read|written): Permission denied"):
                     function()

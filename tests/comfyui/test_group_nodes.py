@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import core.pictures.group as group_module
-from core import Job, LoraFile, LoraModule, load_base
+from core import LoraFile, LoraModule, PictureJob, load_base
 from core.models.base import Base
 from core.pictures import Group, GroupMember, Mask, generate_group, publish
 from core.pictures.sampling import Sampling
@@ -132,7 +132,7 @@ def test_ksampler_draws_the_picture_of_generate_group(family, masked, server, pe
 
     base = replace(base, family=replace(base.family, image_conditioning=as_comfyui))
     monkeypatch.setattr(group_module, "denoised", by_euler)
-    job = Job(PROMPT, 3, "blurry", (SIZE[0] // 8 * pixels, SIZE[1] // 8 * pixels), 2, 3.0)
+    job = PictureJob(PROMPT, 3, "blurry", (SIZE[0] // 8 * pixels, SIZE[1] // 8 * pixels), 2, 3.0)
     (ours,) = generate_group(base, Group(people[family], boxes), [job])
     assert distance(server.drawn(result), ours.image) <= 2
     swapped = Group(

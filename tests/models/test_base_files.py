@@ -28,7 +28,7 @@ from core.models import Base, ldm, load_base, text
 from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.quantised_layers import QuantisedLinear
-from core.pictures.generate import Job, generate
+from core.pictures.generate import PictureJob, generate
 from core.storage.safetensors_file import save_safetensors
 from tests.models.family_parts import in_original_names
 from tests.models.quantised_weights import stored
@@ -306,7 +306,7 @@ def test_pictures_are_drawn_with_a_dequantised_t5_where_a_lora_needs_it(parts, t
     asked, load = [], Base.load_text_encoders
     monkeypatch.setattr(Base, "load_text_encoders", lambda *given: asked.append(given[3]) or load(*given))
     assert list(
-        generate(base, [(lora, 1.0)], [Job("a photo", seed=1, size=(64, 64), steps=1)], device=CPU)
+        generate(base, [(lora, 1.0)], [PictureJob("a photo", seed=1, size=(64, 64), steps=1)], device=CPU)
     ) and asked == [stays]
 
 

@@ -22,7 +22,7 @@ from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS
 from core.models.objective import FlowSchedule
 from core.models.spec import on_device, stack_conditioning
-from core.pictures.generate import Job, generate
+from core.pictures.generate import PictureJob, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.encode import LatentCache
@@ -244,7 +244,7 @@ def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_fol
     # diffusers' pipeline for LongCat-Image loads no LoRAs.
     assert bool(not_loaded_by("diffusers", lora)) == (family == "longcat-image")
     assert any(key.endswith(".alpha") for key in lora.tensors) == (base.names.scheme == "kohya")
-    job = Job("a photo of sks person", seed=1, steps=2, guidance=2.0)
+    job = PictureJob("a photo of sks person", seed=1, steps=2, guidance=2.0)
     (plain,), (changed,) = (list(generate(base, loras, [job], device=CPU)) for loras in ([], [(lora, 1.0)]))
     assert plain.image.tobytes() != changed.image.tobytes()
     assert len(list((tmp_path / "me-samples").iterdir())) == 1
@@ -351,7 +351,7 @@ def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
 )
 def test_a_model_distilled_by_its_name_draws_in_few_steps(bases, family, name, steps, shift):
     base = replace(bases[family], name=name)
-    asked = Job("a photo", seed=1, steps=33, guidance=2.5)
+    asked = PictureJob("a photo", seed=1, steps=33, guidance=2.5)
     job, spec = asked.on(base), base.family
     assert job == (replace(asked, steps=steps, guidance=1.0) if steps else asked)
     assert (base.steps, base.guidance) == ((steps, 1.0) if steps else (spec.steps, spec.guidance))

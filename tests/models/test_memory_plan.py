@@ -38,7 +38,7 @@ from core.models.memory_plan import (
 )
 from core.models.quantised_layers import QuantisedConv2d, QuantisedLinear, quantise_weights, to_int8
 from core.models.selective import is_kept
-from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
 from core.training.drawing import Drawing
@@ -523,7 +523,7 @@ def test_pictures_are_the_same_wherever_the_denoiser_is(kind, base, monkeypatch)
     lora = LoraFile.from_modules(base.family.name, {("denoiser", module): change}, {})
     side = 8 * base.latent_shape.pixels
     drawing = [
-        Job("a photo", seed, size=(side, side), steps=2, guidance=1.0, strength=s)
+        PictureJob("a photo", seed, size=(side, side), steps=2, guidance=1.0, strength=s)
         for s in (1.0, 0.0)
         for seed in (1, 2)
     ]

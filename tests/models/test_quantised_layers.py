@@ -15,7 +15,7 @@ from core.lora.modules import LoraModule
 from core.models import load_base
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.quantised_layers import QuantisedConv2d, QuantisedLayer, QuantisedLinear
-from core.pictures.generate import Job, generate
+from core.pictures.generate import PictureJob, generate
 from core.storage.stored import quantised_in
 from core.training.adapted_model import memory_plans
 from core.training.inputs import TrainingInputs
@@ -142,7 +142,7 @@ def test_pictures_of_quantised_weights_with_loras_are_those_of_wide_ones(monkeyp
         return denoiser, memory
 
     monkeypatch.setattr(drawing_model, "load_denoiser", loaded)
-    jobs = [Job("a photo of sks", seed=1, size=(64, 64), steps=2)]
+    jobs = [PictureJob("a photo of sks", seed=1, size=(64, 64), steps=2)]
 
     def draw(base, loras):
         return [np.array(picture.image, np.int16) for picture in generate(base, loras, jobs, device=CPU)]

@@ -16,7 +16,7 @@ from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES
-from core.pictures.generate import Job, generate
+from core.pictures.generate import PictureJob, generate
 from tests.models.family_parts import (
     assert_diffusers_loads_whole,
     error_of,
@@ -258,6 +258,6 @@ def test_pictures_are_drawn_through_its_own_vae_without_a_second_prediction():
         return FAMILY.predict(*given)
 
     base = replace(base, family=replace(FAMILY, predict=counted))
-    job = Job("a photo of sks person", seed=1, steps=2, guidance=base.guidance, size=(64, 32))
+    job = PictureJob("a photo of sks person", seed=1, steps=2, guidance=base.guidance, size=(64, 32))
     (shot,) = generate(base, [], [job], device=CPU)
     assert shot.image.size == (64, 32) and shot.image.mode == "RGB" and len(calls) == 2

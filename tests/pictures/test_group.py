@@ -12,7 +12,7 @@ from PIL import Image
 import core.pictures.drawing_model as drawing_model
 import core.pictures.group as group_module
 import core.pictures.group_batch as faces_module
-from core import GenerateConfig, Job, LoraFile, LoraModule, generate, load_base
+from core import GenerateConfig, LoraFile, LoraModule, PictureJob, generate, load_base
 from core.cli import main
 from core.cli.generate import region_from
 from core.demo import BASE_FILE
@@ -59,7 +59,7 @@ def lora(seed: int, phrase: str = "") -> LoraFile:
 
 ANNA, BEN = GroupMember("anna", lora(1), "sks woman"), GroupMember("ben", lora(2), "ohwx man")
 COUPLE = Group((ANNA, BEN))
-JOB = Job(PROMPT, 3, size=(128, 80), steps=1, guidance=1.0)
+JOB = PictureJob(PROMPT, 3, size=(128, 80), steps=1, guidance=1.0)
 
 
 # Words
@@ -194,7 +194,7 @@ def test_a_picture_whose_size_nobody_has_said_is_wide_enough_for_all(base) -> No
 
 
 def test_one_person_who_fills_the_picture_is_drawn_as_without_a_group(base) -> None:
-    job = Job("a photo of {anna}", 3, size=(64, 80), steps=2, guidance=2.5)
+    job = PictureJob("a photo of {anna}", 3, size=(64, 80), steps=2, guidance=2.5)
     (alone,) = generate(base, [(ANNA.lora, 0.8)], [replace(job, prompt="a photo of sks woman")])
     (grouped,) = generate_group(base, Group((replace(ANNA, strength=0.8),)), [job])
     # With SSE4.1 or AVX2, one or two of 15,360 values round to the other grey level.
@@ -210,12 +210,12 @@ def test_so_is_one_on_a_flow_family_and_two_fit_beside_each_other() -> None:
     outputs, inputs = flow.load("denoiser", CPU, torch.float32).get_parameter(f"{path}.weight").shape
     change = LoraModule(torch.ones(1, inputs), torch.linspace(-1, 1, outputs)[:, None], 1.0, None)
     anna = replace(ANNA, lora=LoraFile.from_modules("zimage", {("denoiser", path): change}, {}))
-    job = Job("{anna}", 1, size=(16, 16), steps=2, guidance=1.0)
+    job = PictureJob("{anna}", 1, size=(16, 16), steps=2, guidance=1.0)
     (alone,) = generate(flow, [(anna.lora, 1.0)], [replace(job, prompt="sks woman")], config, device=CPU)
     (grouped,) = generate_group(flow, Group((anna,)), [job], config, device=CPU)
     assert np.array_equal(np.asarray(alone.image), np.asarray(grouped.image))
     both = Group((anna, replace(anna, name="ben")))
-    (two,) = generate_group(flow, both, [Job("{anna} and {ben}", 1, size=(32, 16), steps=2)], config, device=CPU)
+    (two,) = generate_group(flow, both, [PictureJob("{anna} and {ben}", 1, size=(32, 16), steps=2)], config, device=CPU)
     assert two.image.size == (32, 16)
 
 

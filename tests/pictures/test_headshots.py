@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from core import GenerateConfig, Job, LoraFile, load_base
+from core import GenerateConfig, LoraFile, PictureJob, load_base
 from core.cli import main
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
@@ -52,8 +52,8 @@ def base():
     return load_base(BASE_FILE)
 
 
-def jobs(count: int) -> list[Job]:
-    return [Job("a photo of person", seed, size=(64, 80), steps=1, guidance=1.0) for seed in range(count)]
+def jobs(count: int) -> list[PictureJob]:
+    return [PictureJob("a photo of person", seed, size=(64, 80), steps=1, guidance=1.0) for seed in range(count)]
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -74,7 +74,9 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch(base, tmp_path: 
 
 
 def test_a_picture_does_not_depend_on_longer_texts_in_its_batch(base) -> None:
-    short, long = (Job(f"a photo of person{', red bricks' * count}", 1, size=(64, 80), steps=2) for count in (0, 40))
+    short, long = (
+        PictureJob(f"a photo of person{', red bricks' * count}", 1, size=(64, 80), steps=2) for count in (0, 40)
+    )
     unread = replace(short, guidance=1.0)
     given = [short, long, replace(short, negative=long.prompt), unread, replace(unread, negative=long.prompt)]
     together = {picture.job: picture.image for picture in generate(base, [], given, GenerateConfig(batch_size=5))}
@@ -189,7 +191,7 @@ def test_a_picture_that_was_made_otherwise_is_set_aside_and_comes_back(base, tmp
     (foreign := tmp_path / "001-0.png").write_bytes(b"somebody's")
     made, drawn = [], []
     for prompt in ("a photo of person", "a drawing of person", "a photo of person", "a drawing of person"):
-        job = Job(prompt, 0, size=(64, 80), steps=1)
+        job = PictureJob(prompt, 0, size=(64, 80), steps=1)
         make_headshots(
             base, [], [job], tmp_path, on_progress=lambda phase, *_, prompt=prompt: drawn.append((phase, prompt))
         )
@@ -211,7 +213,9 @@ def test_what_others_write_as_face_pass_is_not_taken_for_ours(base, said, tmp_pa
 
 def test_jobs_that_differ_in_their_size_are_pictures_of_their_own(base, tmp_path: Path) -> None:
     sizes = [(64, 80), (80, 64)]
-    shots = make_headshots(base, [], [Job("a photo of person", 1, size=size, steps=1) for size in sizes], str(tmp_path))
+    shots = make_headshots(
+        base, [], [PictureJob("a photo of person", 1, size=size, steps=1) for size in sizes], str(tmp_path)
+    )
     assert [Image.open(shot.path).size for shot in shots] == sizes
 
 
@@ -276,7 +280,7 @@ def test_a1111_reads_back_what_was_drawn_however_the_files_are_called(base, tmp_
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
     lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"}, name='sks, the "woman".safetensors')
     odd = replace(base, name='mix: "A", fp16.safetensors')
-    job = Job("a photo of sks woman,\n(smiling:1.2)", 2**40, "blurry,\nugly", (64, 80), 20, 4.5, strength=0.5)
+    job = PictureJob("a photo of sks woman,\n(smiling:1.2)", 2**40, "blurry,\nugly", (64, 80), 20, 4.5, strength=0.5)
     text = parameters_text(odd, [(lora, 0.75)], job, GenerateConfig("euler_ancestral", clip_skip=2))
     prompt, negative, settings = read_as_a1111_does(text)
     assert prompt == f'{job.prompt} <lora:sks, the "woman":0.375>' and negative == job.negative
@@ -296,7 +300,7 @@ def test_a1111_reads_back_what_was_drawn_however_the_files_are_called(base, tmp_
     ],
 )
 def test_guidance_and_negative_prompt_are_said_as_they_are_taken(family, guidance, negative, said) -> None:
-    job = Job("a photo", 1, "blurry", guidance=guidance)
+    job = PictureJob("a photo", 1, "blurry", guidance=guidance)
     _, read, settings = read_as_a1111_does(parameters_text(small_flow_base(family), [], job, GenerateConfig()))
     assert read == negative
     assert {name: value for name, value in settings.items() if "CFG" in name} == said
@@ -313,7 +317,9 @@ def loads(monkeypatch) -> list[str]:
 
 def test_batches_with_one_model_load_it_once_and_draw_the_same(base, loads: list[str]) -> None:
     loras = [(random_lora(base), 0.5)]
-    given = [Job("a photo", 1, size=(64, 80), steps=2, guidance=1.0, strength=strength) for strength in (0.5, 1.0)]
+    given = [
+        PictureJob("a photo", 1, size=(64, 80), steps=2, guidance=1.0, strength=strength) for strength in (0.5, 1.0)
+    ]
     start = Image.new("RGB", (64, 80), (90, 120, 150))
     starts = dict.fromkeys(given, start)
     apart = [*generate(base, loras, given), *generate(base, loras, given, starts=starts, denoise=0.5)]
@@ -331,7 +337,9 @@ def test_batches_with_one_model_load_it_once_and_draw_the_same(base, loads: list
 
 def test_a_model_changed_for_good_is_loaded_again_when_needed(base, loads: list[str]) -> None:
     loras = [(random_lora(base), 0.5)]
-    given = [Job("a photo", 1, size=(64, 80), steps=1, guidance=1.0, strength=strength) for strength in (0.5, 1.0)]
+    given = [
+        PictureJob("a photo", 1, size=(64, 80), steps=1, guidance=1.0, strength=strength) for strength in (0.5, 1.0)
+    ]
     with DrawingModel(base) as model:
         drawn = [next(generate(base, loras, [job], model=model)).image.tobytes() for job in given]
     assert loads.count("denoiser") == 2
@@ -339,7 +347,7 @@ def test_a_model_changed_for_good_is_loaded_again_when_needed(base, loads: list[
 
 
 def test_nothing_is_left_of_a_lora_that_could_not_be_applied_for_good(base) -> None:
-    job, lora = Job("a photo", 1, size=(64, 80), steps=1, guidance=1.0), random_lora(base)
+    job, lora = PictureJob("a photo", 1, size=(64, 80), steps=1, guidance=1.0), random_lora(base)
     last = [name for name in lora.tensors if name.endswith("lora_B.weight")][-1]
     broken = {name: lora.tensors[name] * (math.nan if name == last else 1) for name in lora.tensors}
     with DrawingModel(base) as model:
@@ -351,7 +359,7 @@ def test_nothing_is_left_of_a_lora_that_could_not_be_applied_for_good(base) -> N
 
 
 def test_a_batch_and_its_face_pass_load_one_model(base, tmp_path: Path, loads: list[str]) -> None:
-    drawn, missing = (Job("a photo of person", seed, size=(160, 200), steps=2, guidance=1.0) for seed in (1, 2))
+    drawn, missing = (PictureJob("a photo of person", seed, size=(160, 200), steps=2, guidance=1.0) for seed in (1, 2))
     photos = person_photos(36)
     small_face(base, drawn, tmp_path, photos[0])
     shots = make_headshots(base, [], [drawn, missing], tmp_path, reference=photos[:2], face_pass=FacePass(below=0.6))
@@ -359,7 +367,7 @@ def test_a_batch_and_its_face_pass_load_one_model(base, tmp_path: Path, loads: l
 
 
 def test_a_picture_of_another_embedding_is_made_again(base, tmp_path: Path) -> None:
-    job = Job("a photo of face", 1, size=(64, 80), steps=1)
+    job = PictureJob("a photo of face", 1, size=(64, 80), steps=1)
     pictures = []
     for value in (0.1, 3.0):
         metadata = {"ss_base_model_version": "sd_v1"}
@@ -411,7 +419,7 @@ def test_another_kind_of_prediction_makes_another_picture(tmp_path: Path) -> Non
 
 
 def test_text_beyond_ascii_survives_in_the_png(tmp_path: Path) -> None:
-    picture = Picture(Image.new("RGB", (8, 8)), Job("x", 1), "Zoë à Zürich\nNegative prompt: \nSteps: 1")
+    picture = Picture(Image.new("RGB", (8, 8)), PictureJob("x", 1), "Zoë à Zürich\nNegative prompt: \nSteps: 1")
     picture.save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").info["parameters"] == picture.parameters
     assert "Zoë à Zürich".encode() in (tmp_path / "a.png").read_bytes()  # as UTF-8, which ComfyUI expects
@@ -428,7 +436,7 @@ def test_a_long_row_of_a_sheet_goes_on_below() -> None:
 # Ranked and kept
 
 
-def batch_with_faces(base, folder: Path) -> list[Job]:
+def batch_with_faces(base, folder: Path) -> list[PictureJob]:
     """Five jobs whose pictures are there as if they had been drawn: four people and one without a face."""
     made = [*(person_photos(person)[3].convert("RGB").resize((64, 80)) for person in (1, 2, 4, 1)), None]
     for number, (job, image) in enumerate(zip(jobs(5), made, strict=True), start=1):
@@ -469,7 +477,7 @@ def test_pictures_of_somebody_else_are_not_kept(base, tmp_path: Path) -> None:
 
 
 def test_where_no_picture_has_a_face_the_line_on_the_batch_says_so(base, tmp_path: Path, capsys) -> None:
-    job = Job("a photo of person", 1, size=(64, 80), steps=1, guidance=1.0)
+    job = PictureJob("a photo of person", 1, size=(64, 80), steps=1, guidance=1.0)
     write_photos(tmp_path / "photos", count=1, person=1)
     picture = Picture(Image.new("RGB", (64, 80)), job, parameters_text(base, [], job, GenerateConfig()))
     command = ["generate", "--base", "demo", "--prompt", job.prompt, "--count", "1", "--steps", "1", "--guidance", "1"]
@@ -625,7 +633,7 @@ def test_face_pass_settings_that_cannot_work_are_refused(wrong) -> None:
         FacePass(**wrong)
 
 
-def small_face(base, job: Job, folder: Path, photo: Image.Image, number: int = 1) -> Path:
+def small_face(base, job: PictureJob, folder: Path, photo: Image.Image, number: int = 1) -> Path:
     """The job's picture as if it had been drawn: the photo small on grey."""
     picture = Image.new("RGB", job.size or (0, 0), (120, 120, 120))
     picture.paste(photo.convert("RGB").resize((40, 50), Image.Resampling.LANCZOS), (60, 50))
@@ -636,11 +644,11 @@ def small_face(base, job: Job, folder: Path, photo: Image.Image, number: int = 1
 
 
 def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: Path) -> None:
-    drawn = Job("a photo of person", 3, size=(64, 80), steps=3, guidance=2.5)
+    drawn = PictureJob("a photo of person", 3, size=(64, 80), steps=3, guidance=2.5)
     while not Reference.on([person_photos(1)[0]]).network.detect(person := next(generate(base, [], [drawn])).image):
-        drawn = Job(drawn.prompt, drawn.seed + 1, size=drawn.size, steps=3, guidance=2.5)
+        drawn = PictureJob(drawn.prompt, drawn.seed + 1, size=drawn.size, steps=3, guidance=2.5)
     # To draw the whole of the face anew from the same seed makes the person that the base draws there: the reference.
-    job = Job(drawn.prompt, drawn.seed, size=(160, 200), steps=3, guidance=2.5)
+    job = PictureJob(drawn.prompt, drawn.seed, size=(160, 200), steps=3, guidance=2.5)
     path = small_face(base, job, tmp_path, person_photos(2)[0])
     before = np.asarray(Image.open(path), int)
     settings = FacePass(below=0.6, denoise=1.0)
@@ -661,7 +669,7 @@ def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: P
 
 
 def test_only_faces_of_the_more_alike_half_are_drawn_again(base, tmp_path: Path) -> None:
-    jobs = [Job("a photo of person", seed, size=(160, 200), steps=1, guidance=1.0) for seed in range(5)]
+    jobs = [PictureJob("a photo of person", seed, size=(160, 200), steps=1, guidance=1.0) for seed in range(5)]
     shown = [person_photos(2)[0], person_photos(36)[0], person_photos(3)[0], person_photos(36)[1], person_photos(4)[0]]
     for number, (job, photo) in enumerate(zip(jobs, shown, strict=True), start=1):
         small_face(base, job, tmp_path, photo, number)
@@ -697,7 +705,7 @@ def test_a_picture_of_nan_is_refused_instead_of_drawn_black(base, tmp_path: Path
 
 
 def test_numpys_integers_are_seeds_and_what_is_not_loaded_is_named(base) -> None:
-    job = Job("a photo", np.int64(3), size=(64, 80), steps=1, guidance=1.0)  # pyright: ignore[reportArgumentType]
+    job = PictureJob("a photo", np.int64(3), size=(64, 80), steps=1, guidance=1.0)  # pyright: ignore[reportArgumentType]
     (picture,) = generate(base, [], [job])
     assert picture.job.seed == 3 and type(picture.job.seed) is int
     for wrong in (["me.safetensors"], [("me.safetensors", 1.0)]):
@@ -733,7 +741,7 @@ def test_lightning_and_hyper_draw_in_a_few_even_steps_from_pure_noise(
 ) -> None:
     base = replace(load_base(request.getfixturevalue(f"small_{model}")), name=f"{name}.safetensors")
     distilled = steps is not None
-    job = Job("a photo", 1, steps=30, guidance=7.0).on(base)
+    job = PictureJob("a photo", 1, steps=30, guidance=7.0).on(base)
     assert (job.steps, job.guidance) == ((steps, 1.0) if distilled else (30, 7.0))
     times = build_sampler(None, base, 8, torch.zeros(1, 4, 8, 8)).timesteps.tolist()
     assert (times == [999, 874, 749, 624, 499, 374, 249, 124]) == distilled  # Those of SDXL-Lightning's authors.
@@ -746,7 +754,7 @@ def test_lightning_and_hyper_draw_in_a_few_even_steps_from_pure_noise(
 @pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "dpmpp_2m_sde_karras"))
 def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
     photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)
-    job = Job("a photo of person", 1, size=(64, 80), steps=10, guidance=1)
+    job = PictureJob("a photo of person", 1, size=(64, 80), steps=10, guidance=1)
 
     def distance(denoise: float) -> float:
         config = GenerateConfig(sampler)
@@ -757,7 +765,7 @@ def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) 
 
 
 def test_a_picture_to_redraw_belongs_to_its_job_and_has_its_size(base) -> None:
-    job, photo = Job("a photo of person", 1, steps=1, guidance=1), Image.new("L", (72, 72))
+    job, photo = PictureJob("a photo of person", 1, steps=1, guidance=1), Image.new("L", (72, 72))
     (picture,) = generate(base, [], [job], starts={job: photo}, denoise=0.5)
     assert picture.job.size == photo.size
     with pytest.raises(BadConfig, match="starts: 'a photo of person' with seed 1 needs a picture of 72x72 pixels"):
@@ -845,7 +853,7 @@ def test_names_of_packs_and_styles_cannot_write_to_the_terminal(
 )
 def test_a_job_that_makes_no_picture_is_refused(wrong, said) -> None:
     with pytest.raises(BadConfig, match=f"^{said}"):
-        Job(**{"prompt": "a photo", "seed": 1, **wrong})
+        PictureJob(**{"prompt": "a photo", "seed": 1, **wrong})
 
 
 def test_a_second_batch_into_one_folder_is_refused(base, tmp_path: Path) -> None:
@@ -872,7 +880,7 @@ def test_a_prompt_beyond_77_tokens_is_reported_and_drawn(tmp_path: Path, capsys:
 @pytest.mark.slow
 def test_a_new_face_that_is_less_like_the_person_is_not_taken(base, tmp_path: Path) -> None:
     photos = person_photos(36)  # whom the base has never seen
-    job = Job("a photo of person", 3, size=(160, 200), steps=5, guidance=2.5)
+    job = PictureJob("a photo of person", 3, size=(160, 200), steps=5, guidance=2.5)
     path = small_face(base, job, tmp_path, photos[0])
     before = Image.open(path).convert("RGB").tobytes()
     settings = FacePass(below=0.6, denoise=1.0)

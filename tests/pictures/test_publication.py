@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from core import GenerateConfig, Job, LoraFile, TrainConfig, generate, load_base, train
+from core import GenerateConfig, LoraFile, PictureJob, TrainConfig, generate, load_base, train
 from core.cli import main
 from core.errors import BadConfig, BadFile, BadPhoto
 from core.lora import convert_lora, inspect_lora
@@ -68,7 +68,7 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
     path, base = tmp_path / "jane_doe.safetensors", load_base(small_sd15)
     config = TrainConfig(steps=1, rank=2, resolution=64, check_photos=False)
     train(photo_folder, base, config, output=path)
-    lora, job = LoraFile.read(path), Job("studio headshot of sks person", 3, "blurry", (64, 64), 2, 4.5)
+    lora, job = LoraFile.read(path), PictureJob("studio headshot of sks person", 3, "blurry", (64, 64), 2, 4.5)
     drawn = next(iter(generate(base, [(lora, 0.9)], [job], GenerateConfig("euler_ancestral"))))
     drawn.save(tmp_path / "jane-1.png", {"face_pass": "{}"})
     pictures = ["--pictures", str(tmp_path / "jane-1.png")]
@@ -106,7 +106,7 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
 @pytest.mark.parametrize("name", ["x>JaneDoe", "x: ab, JaneDoe", "x<lora:JaneDoe>", "x\nJaneDoe:2"])
 def test_no_part_of_a_loras_odd_file_name_gets_out_with_a_picture(small_sd15, tmp_path, name):
     path, base = write_lora(tmp_path / f"{name}.safetensors"), load_base(small_sd15)
-    job = Job("sks person", 1, "", (64, 64), 1)
+    job = PictureJob("sks person", 1, "", (64, 64), 1)
     text = parameters_text(base, [(LoraFile.read(path), 0.9)], job, GenerateConfig())
     Picture(Image.new("RGB", (64, 64)), job, text).save(tmp_path / "ours.png")
     publish_agreed(path, tmp_path / "out", [tmp_path / "ours.png"])
@@ -279,9 +279,9 @@ def test_a_picture_of_several_people_is_no_example_of_ones_lora(small_sd15, tmp_
     }
     for name, group in groups.items():
         said = group_parameters(
-            base, group, [], Job(" and ".join(f"{{{one.name}}}" for one in group.people), 1), GenerateConfig()
+            base, group, [], PictureJob(" and ".join(f"{{{one.name}}}" for one in group.people), 1), GenerateConfig()
         )
-        Picture(Image.new("RGB", (64, 64)), Job("", 1), said).save(folder / f"{name}.png")
+        Picture(Image.new("RGB", (64, 64)), PictureJob("", 1), said).save(folder / f"{name}.png")
     told = []
     made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
     assert told == ["couple.png: left out: its parameters show several people, but the LoRA is of one person"]

@@ -28,7 +28,7 @@ from core.models.memory_plan import PLANS, MemoryPlan, count_flops
 from core.models.spec import Component
 from core.photos import Photo, prepare, read_photos
 from core.pictures import find_style_packs, with_speed_lora
-from core.pictures.generate import Job, generate
+from core.pictures.generate import PictureJob, generate
 from core.pictures.headshot import FacePass
 from core.storage.cache_folder import cache_in
 from core.studio import (
@@ -92,7 +92,7 @@ def base() -> Base:
     return load_base(BASE_FILE)
 
 
-def expected(photos: Sequence[Photo], base: Base, config: TrainConfig, jobs: Sequence[Job] = ()) -> Ledger:
+def expected(photos: Sequence[Photo], base: Base, config: TrainConfig, jobs: Sequence[PictureJob] = ()) -> Ledger:
     return basis(photos, base, config, CPU).ledger(photos, config, jobs)
 
 
@@ -150,7 +150,7 @@ def test_every_method_is_counted_as_it_is_done(photos, base, tmp_path, method):
 
 
 def test_a_face_pass_is_counted_as_it_is_drawn(photos, base):
-    job = Job("a photo of sks person", 1, size=(64, 64), steps=10, guidance=4.0)
+    job = PictureJob("a photo of sks person", 1, size=(64, 64), steps=10, guidance=4.0)
     size = base.resolution // base.size_multiple * base.size_multiple
     part = replace(job, size=(size, size))
     start = {part: Image.new("RGB", (size, size))}
@@ -188,7 +188,7 @@ def test_a_training_adapter_takes_memory_and_work_in_steps_alone(photos, base):
     modules = {("denoiser", path): LoraModule(torch.ones(512, columns), torch.ones(rows, 512), 1.0)}
     adapter = TrainingAdapter.open(LoraFile.from_modules("sd15", modules, {}, names=base.names), base)
     plain, adapted = (
-        basis(photos, base, PLAIN, CPU, one).ledger(photos, PLAIN, [Job("a", 1)]) for one in (None, adapter)
+        basis(photos, base, PLAIN, CPU, one).ledger(photos, PLAIN, [PictureJob("a", 1)]) for one in (None, adapter)
     )
     assert adapted.memory > plain.memory
     assert adapted.operations["training"] > 1.01 * plain.operations["training"]
@@ -197,7 +197,7 @@ def test_a_training_adapter_takes_memory_and_work_in_steps_alone(photos, base):
 
 
 def test_weights_brought_in_and_loaded_and_pictures_looked_at_take_time(photos, base):
-    jobs = [Job("a", seed, steps=10) for seed in (1, 2)]
+    jobs = [PictureJob("a", seed, steps=10) for seed in (1, 2)]
     config = replace(PLAIN, prior_prediction=0.5)
     shared = basis(photos, base, config, CPU)
     weights = {part: base.weight_bytes(part, torch.float32, as_stored=True) for part in base.components}
@@ -216,7 +216,7 @@ def test_weights_brought_in_and_loaded_and_pictures_looked_at_take_time(photos, 
 def test_a_forecast_without_photos_is_the_time_of_a_job_on_square_ones(base):
     config = replace(PLAIN, **LIKENESS)
     square = [Photo.from_image(Image.new("RGB", (64, 64)), "square")] * 8
-    jobs = [Job("a photo of sks person", 1)] * 3
+    jobs = [PictureJob("a photo of sks person", 1)] * 3
     forecast = Forecast.on(base, replace(config, steps=1), CPU)
     assert forecast.span(config, 8, 3)[0] and base.file and base.file._memory is None, "the file is closed"
     spans = basis(square, base, config, CPU).ledger(square, config, jobs, redraws_faces=False).seconds(forecast.speed)

@@ -19,7 +19,7 @@ from core.config import TrainConfig
 from core.errors import BadFile, BadPhoto, OutOfMemory
 from core.models import Base, load_base
 from core.photos import Photo, prepare, read_photos
-from core.pictures.generate import Job, Picture, generate
+from core.pictures.generate import Picture, PictureJob, generate
 from core.storage.cache_folder import cache_folder, clear_cache, content_key, made_folder
 from core.storage.files import write_text
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
@@ -259,7 +259,7 @@ def test_class_images_are_drawn_as_suits_the_family(base):
     )
     assert first.digest == again.digest != other.digest
     family = base.family
-    job = Job("a photo of person", 0, size=(32, 32), steps=family.steps, guidance=family.guidance)
+    job = PictureJob("a photo of person", 0, size=(32, 32), steps=family.steps, guidance=family.guidance)
     (picture,) = generate(base, [], [job], device=CPU)
     assert first.image().tobytes() == picture.image.tobytes()
 
@@ -278,7 +278,7 @@ def test_a_lack_of_memory_is_explained_where_photos_are_encoded_and_pictures_dra
 
     for change, use in (
         ({"encode_image": full}, partial(encode, dataset, config=CONFIG, device=CPU)),
-        ({"predict": full}, lambda base: list(generate(base, [], [Job("a photo", 1, size=(64, 64))]))),
+        ({"predict": full}, lambda base: list(generate(base, [], [PictureJob("a photo", 1, size=(64, 64))]))),
     ):
         with pytest.raises(OutOfMemory, match=r"enough memory \(CUDA .* or the device cpu"):
             use(base=replace(base, family=replace(base.family, **change)))

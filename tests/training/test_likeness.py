@@ -43,7 +43,7 @@ from core.training.likeness import (
     LikenessWatch,
     Selection,
     faces_of,
-    pictures_at_a_look,
+    pictures_per_measurement,
 )
 from core.training.samples import build_draw_shots, sample_size
 from core.training.store import train
@@ -355,7 +355,7 @@ def test_the_base_models_pictures_are_drawn_once_for_all_people(train_on, drawn,
 
 @pytest.mark.parametrize(("pictures", "at_a_look"), [(1, (1, 1, 1)), (4, (4, 2, 2)), (8, (8, 4, 3))])
 def test_a_look_has_half_as_many_pictures_without_the_person(pictures, at_a_look):
-    assert pictures_at_a_look(replace(CONFIG, likeness_pictures=pictures)) == at_a_look
+    assert pictures_per_measurement(replace(CONFIG, likeness_pictures=pictures)) == at_a_look
 
 
 @pytest.mark.slow
