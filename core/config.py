@@ -325,9 +325,10 @@ class LikenessSettings(Settings):
     sample_guidance: float | None = option(
         None, "Guidance, the CFG scale, of the sample images (default: what suits the base model)", 0, 100
     )
-    sample_steps: int = option(
-        20,
-        "Sampling steps of the sample images. A base model distilled to a few steps takes no more than those",
+    sample_steps: int | None = option(
+        None,
+        "Sampling steps of the sample images (default: 20, for rectified flows 25). A base model distilled to a few "
+        "steps takes no more than those",
         1,
         1000,
     )

@@ -94,18 +94,26 @@ class FlowSchedule:
     """
 
     shift: Callable[[int], float]
-    """A function that returns s for the number of the denoiser's positions in a picture."""
+    """A function that returns the s to draw with for the number of the denoiser's positions in a picture."""
     positions_side: int
     """The number of latents along a side of a position."""
+    training_shift: Callable[[int], float]
+    """The same for the s to train with. Authors fit theirs to few sampling steps, which may start far into the noise."""
 
     def to(self, device: torch.device) -> "FlowSchedule":
         return self
 
-    def shift_for(self, latents: Tensor, config: LossSettings | None = None) -> float:
-        """Return the shift s for latents (B, C, H, W): that of the settings, else the family's."""
-        if config is not None and config.timestep_shift is not None:
-            return config.timestep_shift
-        return self.shift(latents.shape[2] * latents.shape[3] // self.positions_side**2)
+    def shift_for(self, latents: Tensor) -> float:
+        """Return the shift s to draw latents (B, C, H, W) with."""
+        return self.shift(self._positions(latents))
+
+    def training_shift_for(self, latents: Tensor, config: LossSettings) -> float:
+        """Return the shift s to train with on latents (B, C, H, W): that of the settings, else the family's."""
+        set_shift = config.timestep_shift
+        return self.training_shift(self._positions(latents)) if set_shift is None else set_shift
+
+    def _positions(self, latents: Tensor) -> int:
+        return latents.shape[2] * latents.shape[3] // self.positions_side**2
 
     def draw_timesteps(self, latents: Tensor, config: LossSettings, generator: torch.Generator) -> Tensor:
         """Draw a timestep (B,) for each of the latents, float32 in the range of the settings.
@@ -119,7 +127,7 @@ class FlowSchedule:
         else:
             normal = torch.randn(len(latents), generator=generator, device=latents.device)
             times = torch.sigmoid(normal + config.timestep_bias)
-        times = shift_times(times, self.shift_for(latents, config))
+        times = shift_times(times, self.training_shift_for(latents, config))
         return config.timestep_min + times * (config.timestep_max + 1 - config.timestep_min)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -136,7 +144,7 @@ class FlowSchedule:
         return torch.ones_like(timesteps)
 
     def sampling_times(self, steps: int, latents: Tensor) -> Tensor:
-        """Return the times (steps + 1,) from 1 to 0 for sampling these latents, evenly spaced, then shifted as in training."""
+        """Return the times (steps + 1,) from 1 to 0 for sampling these latents, evenly spaced, then shifted."""
         return shift_times(torch.linspace(1, 0, steps + 1, device=latents.device), self.shift_for(latents))
 
 

@@ -138,6 +138,10 @@ class FamilySpec:
     """The side of the square that the published models were trained at, in pixels."""
     size_multiple: int = 16
     """The widths and heights of their training pictures are multiples of this number of pixels."""
+    smallest_picture: int = 0
+    """The side, in pixels, of the smallest square that its models draw well. 0: no limit is known."""
+    draws_slowly: bool = False
+    """Whether a good picture takes its undistilled models about 50 steps, more than anybody waits for while training."""
     wording: Literal["tags", "sentences"] = "sentences"
     """The form of good prompts."""
     guidance: float
@@ -197,6 +201,8 @@ class FamilySpec:
 
     None means that the family predicts noise or velocity on SD's schedule.
     """
+    training_shift: Callable[[int], float] | None = None
+    """The shift to train with, if it isn't that to draw with."""
     encode_image: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = encode_kl
     """Encodes (VAE, pixels (B, 3, H, W) in [-1, 1]) to the mean and deviation of the denoiser's latents (B, C, h, w)."""
     decode_latents: Callable[[nn.Module, Tensor], Tensor] = decode_kl
@@ -318,7 +324,8 @@ class FamilySpec:
     ) -> Schedule:
         """Return the noise schedule of a model with these components. It also defines what the model predicts."""
         if self.flow_shift is not None:
-            return FlowSchedule(self.flow_shift, self.latent_shape(components).positions_side)
+            side = self.latent_shape(components).positions_side
+            return FlowSchedule(self.flow_shift, side, self.training_shift or self.flow_shift)
         assert prediction_type != "flow"
         return NoiseSchedule.scaled_linear(prediction_type, zero_terminal_snr)
 

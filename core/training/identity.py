@@ -10,6 +10,8 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..lora.hashes import model_hash
+from ..models.base import Base
+from ..models.objective import FlowSchedule
 from .inputs import TrainingInputs
 from .methods import peak_rate
 
@@ -50,6 +52,14 @@ def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, 
     return {name: value for name, value in settings.items() if name not in names}
 
 
+def own_training_shift(base: Base) -> str | None:
+    """Return the shift that the family trains with at 256 and 4,096 positions, if it isn't the one that it draws with."""
+    schedule = base.schedule()
+    if not isinstance(schedule, FlowSchedule) or schedule.training_shift is schedule.shift:
+        return None
+    return " to ".join(f"{schedule.training_shift(positions):g}" for positions in (256, 4096))
+
+
 def run_identity(inputs: TrainingInputs, face_networks: Sequence[str] = ()) -> dict[str, str]:
     """Describe the settings, photos and base model of a run, each as a text that is equal when they are equal.
 
@@ -61,6 +71,8 @@ def run_identity(inputs: TrainingInputs, face_networks: Sequence[str] = ()) -> d
         settings["face_network"] = ", ".join(face_networks)
         if base.speed_lora:
             settings["speed_lora"] = base.speed_lora_sha256
+    if config.timestep_shift is None and (shift := own_training_shift(base)):
+        settings["timestep_shift"] = shift
     settings["precision"] = str(inputs.dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # a constant rate doesn't depend on the number of steps, so a resumed run may have more

@@ -111,7 +111,9 @@ class IntermediateLoras:
     def is_enough(self) -> bool:
         """Return whether the settings allow the run to end early and more steps would not help."""
         selection = self._selection
-        return bool(selection and self.config.stop_early and selection.watch.enough(selection.points))
+        if not (selection and selection.points and self.config.stop_early):
+            return False
+        return bool(not selection.why_not_to_choose(self._inputs.base) and selection.watch.enough(selection.points))
 
     def measure_last(self) -> None:
         """Measure the candidates that exist only when the run ends: the last LoRA, and the average of the best ones."""
@@ -134,7 +136,12 @@ class IntermediateLoras:
         run, selection = self.run, self._selection
         if selection is None:
             return self._file(run.trained(), run.step)
-        kept, values = selection.choose() if self.config.keep == "best" else (selection.points[-1], run.trained())
+        kept, values = next(point for point in reversed(selection.points) if not point.merged), run.trained()
+        if self.config.keep == "best":
+            if reason := selection.why_not_to_choose(self._inputs.base):
+                self._callbacks.on_warning(f"likeness chose no step, so the last is kept: {reason}")
+            else:
+                kept, values = selection.choose()
         if self._callbacks.on_save and self.config.save_every and (kept.merged or kept.step < run.step):
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
         if self._callbacks.on_measured:

@@ -21,7 +21,7 @@ from ..models.clip import load_tokenizer
 from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
-from .identity import settings_of_the_file
+from .identity import own_training_shift, settings_of_the_file
 from .likeness import LikenessWatch, faces_of
 from .methods import METHODS
 from .recipes import ENOUGH, MEASURED
@@ -103,6 +103,7 @@ class TrainingJob:
             others.append(f"faces: {network_key(network)}")
         if self.ready.drawn:
             others.append(f"drawn: {len(self.ready.drawn)}")
+        others += filter(None, [self.config.timestep_shift is None and own_training_shift(self.base)])
         if self.held_out or self.judge:
             judge = self.judge and network_key(self.judge)
             others += [[photo.fingerprint for photo in self.held_out], judge]
@@ -205,15 +206,20 @@ def _undone(base: Base) -> str:
     return (
         ", and training on it undoes that. Train on the undistilled model, or use a training adapter (training_adapter"
         + (f"; the usual one is {usual}" if usual else "")
-        + "). If one is already merged into the model, set allow_distilled"
+        + "). If one is already merged into the model, or it isn't distilled, set allow_distilled"
     )
+
+
+def _named_distilled(base: Base, config: TrainConfig, adapted: bool) -> bool:
+    """Whether only the base model's name tells that training would undo its distillation."""
+    return base.family.is_named_distilled(base.name) and not (adapted or config.allow_distilled)
 
 
 def hints(base: Base, config: TrainConfig, adapted: bool, device: torch.device) -> Iterator[str]:
     """Yield warnings about the trigger word, the base model, the precision and the device to give before training."""
     if of_trigger := trigger_hint(config.trigger_word, load_tokenizer()):
         yield of_trigger
-    if base.family.is_named_distilled(base.name) and not (adapted or config.allow_distilled):
+    if base.family.predicts_noise and _named_distilled(base, config, adapted):
         yield f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}"
     if config.precision == "fp16" and base.family.overflows_in_fp16:
         yield f"precision fp16: values of {base.family.title} overflow in it. Use auto, bf16 or fp32"
@@ -239,6 +245,8 @@ def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -
         )
     if base.is_distilled and not (config.allow_distilled or adapted):
         raise BadConfig(f"{base.name}: was distilled to a few steps{_undone(base)}")
+    if not family.predicts_noise and _named_distilled(base, config, adapted):
+        raise BadConfig(f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}")
     if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
         raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here. Leave it at 0")
     multiple = base.size_multiple

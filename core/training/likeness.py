@@ -31,6 +31,7 @@ from ..faces import (
     likeness_to_rest,
     mean_face,
 )
+from ..models.base import Base
 from ..photos import Photo, Thresholds
 from ..photos.captions import class_caption, default_caption
 from ..photos.measure import pose
@@ -48,6 +49,8 @@ For comparison, SFace's cosine moves by 0.01 when a photo is recompressed.
 """
 FACE_SIDE = 640
 """The shorter side, in pixels, of photos when faces are searched for. Smaller JPEGs decode faster."""
+FACES_NEEDED = 0.75
+"""The share of an intermediate LoRA's pictures in which a face must be found, for likeness to choose it."""
 PATIENCE = 3
 """The number of measurements without an improvement after which likeness counts as flat."""
 
@@ -73,6 +76,11 @@ class LikenessPoint:
     """MultiID-Bench's measure of copying (`faces.copy_paste`), averaged over pictures with a face; 1 is a copy."""
     judged: LikenessPoint | None = None
     """The same pictures measured by the watch's judge, or None without a judge."""
+
+    @property
+    def faces(self) -> int:
+        """The number of trigger-word pictures in which a face was found."""
+        return sum(score != 0 for score in self.scores)
 
 
 @dataclass(frozen=True)
@@ -334,6 +342,15 @@ class Selection:
         self._values[len(self.points)] = {name: value.detach().cpu().clone() for name, value in values.items()}
         self.points.append(point)
         self._values = {index: self._values[index] for index in self._ranked()[:MAX_CANDIDATES]}
+
+    def why_not_to_choose(self, base: Base) -> str | None:
+        """Return why the pictures of that base model are too poor for choosing or ending by likeness, or None."""
+        if base.family.draws_slowly and not base.few_steps:
+            return f"{base.name} draws well only in many steps. Add a speed LoRA to choose by likeness"
+        best = max(self.points, key=lambda point: point.likeness)
+        if best.faces < FACES_NEEDED * len(best.scores):
+            return f"a face was found in only {best.faces} of {len(best.scores)} pictures"
+        return None
 
     def has(self, step: int) -> bool:
         """Return whether the intermediate LoRA at that step was measured."""

@@ -1,7 +1,8 @@
 """The settings of each recipe for a base model and a number of photos.
 
 The length and the learning rate are starting points from other projects, not measurements of this one. Each family has its
-own, in its file in core/models/families/. The settings shared by all recipes were measured: see docs/likeness.md.
+own, in its file in core/models/families/. The settings shared by all recipes were measured on the demo's base model: see
+docs/likeness.md.
 """
 
 import math
@@ -15,7 +16,8 @@ from ..models.base import Base
 from ..models.recipe import RECIPES, Recipe, read_recipes
 from ..photos import Thresholds
 from ..progress import OnWarning, silent
-from .methods import METHODS
+from .methods import METHODS, peak_rate
+from .optimizer import learning_rate_factor
 
 COMMON = {"prior_prediction": 0.5}
 """The settings of every recipe: prior prediction keeps the class from turning into the person."""
@@ -24,7 +26,7 @@ MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
 
 The best intermediate LoRA is kept, and training stops early when more steps don't help or the class is lost.
 """
-FEWER_PICTURES: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
+FEWER_PICTURES: dict[str, Any] = {"likeness_pictures": 4}
 """The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""
 ENOUGH = Thresholds.photos_measured
 """With this many usable photos or more, some are held out."""
@@ -83,13 +85,15 @@ def recipe_settings(
         # Textual inversion changes no network, so no other prompt can turn into the person.
         **(COMMON if method.makes != "embedding" else {}),
         **(measured if given.get("hold_out", _can_hold_out(photos, given, on_warning)) else {}),
-        "steps": math.ceil(recipe.photos / seen),
+        "steps": math.ceil(recipe.seen(photos) / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
         "learning_rate": (None if checked.finds_rate else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")),
         **(recipe.settings or {}),
         **given,
     }
+    if recipe.warmup and not checked.finds_rate:
+        settings.setdefault("warmup_steps", math.floor(recipe.warmup * settings["steps"]))
     if settings.get("alpha") and "alpha" not in given:
         settings["alpha"] *= checked.rank / recipe.rank
     if settings.get("hold_out"):
@@ -100,6 +104,19 @@ def recipe_settings(
 def steps_between(steps: int, samples: int = MEASUREMENTS) -> int:
     """Return the `sample_every` with which samples are drawn so many times in a training run."""
     return max(1, math.ceil(steps / samples))
+
+
+def travel(config: TrainConfig) -> float:
+    """Return how far weights can move: alpha / rank times the sum of all steps' learning rates, as AdamW takes them.
+
+    It compares settings of equal methods, and says nothing about likeness. With a small alpha / rank s, the weights move up to
+    1 / sqrt(s) times as far.
+    """
+    scale = config.alpha_for(config.rank) / (config.rank**0.5 if config.rslora else config.rank)
+    some = range(0, config.steps, math.ceil(config.steps / 1000))
+    return (
+        scale * peak_rate(config) * config.steps * sum(learning_rate_factor(step, config) for step in some) / len(some)
+    )
 
 
 def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: OnWarning) -> bool:

@@ -17,7 +17,7 @@ from .loop import train_lora
 from .methods import trains_text
 from .methods.method import Trained
 from .run_files import RunFiles
-from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size
+from .samples import Samples, build_draw_shots, make_class_images, sample_shots, sample_size, sampling_steps
 
 
 def run_job(
@@ -93,6 +93,12 @@ def _prepared(
     size = sample_size(base, size)
     draw = build_draw_shots(base, config, cache.prompts, device, size, callbacks.progress(SAMPLES))
     dtype = base.device_and_dtype(config.precision, device)[1]
-    settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
+    settings = (
+        sampling_steps(base, config),
+        config.sample_guidance,
+        config.clip_skip,
+        config.method,
+        trains_text(config),
+    )
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
     return cache, Samples(draw, shots, watch, drawn_as)

@@ -49,7 +49,9 @@ class Samples:
 
 def sample_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
     """Return the (width, height) of samples, in pixels, for training on photos of that size."""
-    scale = min(1.0, max(SAMPLE_SCALE, SMALLEST_SAMPLE / math.sqrt(size[0] * size[1])))
+    side = math.sqrt(size[0] * size[1])
+    scale = min(1.0, max(SAMPLE_SCALE, SMALLEST_SAMPLE / side))
+    scale = max(scale, min(base.family.smallest_picture, base.resolution) / side)
     width, height = (max(1, round(scale * side / base.size_multiple)) * base.size_multiple for side in size)
     return width, height
 
@@ -103,7 +105,8 @@ def build_draw_shots(
 
 def sampling_steps(base: Base, config: LikenessSettings) -> int:
     """Return the number of sampling steps for a picture drawn during a training run."""
-    return min(config.sample_steps, base.steps) if base.few_steps else config.sample_steps
+    steps = config.sample_steps or (20 if base.family.predicts_noise else 25)
+    return min(steps, base.steps) if base.few_steps else steps
 
 
 def sample_shots(config: TrainConfig) -> list[Shot]:

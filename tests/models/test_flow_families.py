@@ -2,6 +2,8 @@
 
 import math
 import re
+import statistics
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -298,7 +300,9 @@ def test_sampling_follows_a_known_flow_to_its_picture(bases, sampler):
 
 
 def test_times_are_shifted_as_the_authors_of_flux1_shift_them():
-    schedule = FlowSchedule(FAMILIES["flux1"].flow_shift, positions_side=2)  # pyright: ignore
+    shift = FAMILIES["flux1"].flow_shift
+    assert shift
+    schedule = FlowSchedule(shift, 2, shift)
     # Black Forest Labs: mu is 0.5 at 256 positions (a picture of 256 px) and 1.15 at 4096 (1024 px).
     for side, mu in ((32, 0.5), (128, 1.15)):
         times = schedule.sampling_times(4, torch.zeros(1, 16, side, side))
@@ -308,7 +312,7 @@ def test_times_are_shifted_as_the_authors_of_flux1_shift_them():
 
 @pytest.mark.parametrize(("sampling", "median"), [("auto", 0.5), ("uniform", 0.5)])
 def test_times_are_drawn_with_the_shift_and_within_the_range(sampling, median):
-    schedule = FlowSchedule(lambda positions: 3.0, positions_side=2)
+    schedule = FlowSchedule(lambda positions: 9.0, 2, lambda positions: 3.0)
     config = TrainConfig(timestep_sampling=sampling, timestep_min=100, timestep_max=899)
     latents = torch.zeros(20_000, 1, 2, 2)
     drawn = schedule.draw_timesteps(latents, config, torch.Generator().manual_seed(1))
@@ -317,6 +321,46 @@ def test_times_are_drawn_with_the_shift_and_within_the_range(sampling, median):
     assert drawn.median().item() == pytest.approx(100 + 800 * shifted, abs=10)
     unshifted = schedule.draw_timesteps(latents, replace(config, timestep_shift=1.0), torch.Generator().manual_seed(1))
     assert unshifted.median().item() == pytest.approx(100 + 800 * median, abs=10)
+
+
+def flux1_line(positions: int) -> float:
+    """Black Forest Labs' shift for FLUX.1, with which OneTrainer and musubi-tuner train FLUX.2 too."""
+    return math.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (positions - 256))
+
+
+SHIFTS_OF_OTHERS: dict[str, Callable[[int], float]] = {
+    "flux1": flux1_line,
+    "flux2": flux1_line,
+    "longcat-image": flux1_line,
+    "chroma": lambda positions: 1.0,
+    "sd3": lambda positions: 3.0,
+    "flux3": lambda positions: 3.0,
+    "zimage": lambda positions: 2.0,
+    "ernie-image": lambda positions: 2.0,
+    "qwen-image": lambda positions: math.exp(0.5 + (0.9 - 0.5) / (8192 - 256) * (positions - 256)),
+    "qwen-image-21": lambda positions: math.exp(0.5 + (0.9 - 0.5) / (8192 - 256) * (positions - 256)),
+    "krea2": lambda positions: math.exp(0.5 + (1.15 - 0.5) / (6400 - 256) * (positions - 256)),
+    "ideogram4": lambda positions: math.sqrt(positions) / 32,
+}
+"""The shift that each family is trained with: other trainers', or the authors' for drawing where it leaves enough pictures."""
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.predicts_noise])
+@pytest.mark.parametrize("side", [512, 1024])
+def test_enough_steps_of_training_see_more_picture_than_noise(bases, family, side):
+    schedule, positions = bases[family].schedule(), (side // 16) ** 2
+    assert isinstance(schedule, FlowSchedule)
+    shift = SHIFTS_OF_OTHERS[family](positions)
+    assert schedule.training_shift(positions) == pytest.approx(shift)
+    across = side // 16 * schedule.positions_side
+    latents = torch.zeros(1, 1, across, across).expand(50_000, -1, -1, -1)
+    times = schedule.draw_timesteps(latents, TrainConfig(), torch.Generator().manual_seed(1)) / 1000
+    share = (times < 0.5).float().mean().item()
+    # A logit-normal time is shifted by log(s).
+    normal = statistics.NormalDist(math.log(shift))
+    assert share == pytest.approx(normal.cdf(0), abs=0.01) and share > 0.1
+    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    assert quartiles == pytest.approx([1 / (1 + math.exp(-normal.inv_cdf(q))) for q in (0.25, 0.5, 0.75)], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -358,9 +402,13 @@ def test_a_model_distilled_by_its_name_draws_in_few_steps(bases, family, name, s
     for latents in (torch.zeros(1, 16, 32, 32), torch.zeros(1, 16, 128, 96)):
         expected = base.schedule().shift_for(latents) if shift is None else shift
         assert base.sampling_schedule().shift_for(latents) == pytest.approx(expected)
-    warning, drawn_as_others = "".join(hints(base, TrainConfig(), False, CPU)), ("chroma-flash", "flux1-dev-turbo")
-    said = f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
-    assert warning.startswith(said) if steps or name.startswith(drawn_as_others) else not warning
+    if steps or name.startswith(("chroma-flash", "flux1-dev-turbo")):
+        said = f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
+        with pytest.raises(BadConfig, match=re.escape(said)):
+            check_base_options(base, TrainConfig())
+        check_base_options(base, TrainConfig(), adapted=True)
+    elif not base.is_distilled:
+        check_base_options(base, TrainConfig())
     assert not [*hints(base, TrainConfig(allow_distilled=True), False, CPU)]
 
 

@@ -31,6 +31,7 @@ from core.faces import (
 )
 from core.lora.file import LoraFile
 from core.models import Base, load_base
+from core.models.families import FAMILIES
 from core.photos import Photo, Thresholds, make_ready
 from core.storage.cache_folder import cache_in, clear_cache, made_folder
 from core.training.callbacks import Callbacks
@@ -45,7 +46,7 @@ from core.training.likeness import (
     faces_of,
     pictures_per_measurement,
 )
-from core.training.samples import build_draw_shots, sample_size
+from core.training.samples import build_draw_shots, sample_size, sampling_steps
 from core.training.store import train
 from tests.tooling import random_lora, save_mean_colour, write_photos
 
@@ -275,8 +276,9 @@ def test_what_repeats_a_photo_is_judged_by_the_networks_own_limit():
     assert len(kept) == 3 and len(out) == 2
 
 
-def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, train_on):
+def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, train_on, monkeypatch):
     # At this rate every pair of steps spoils more of the pictures: the last checkpoint cannot be the one to keep.
+    monkeypatch.setattr("core.training.likeness.FACES_NEEDED", 0)
     config = replace(CONFIG, steps=4, learning_rate=0.1, save_every=2, save_precision="fp32", likeness_pictures=1)
     seen = []
     callbacks = Callbacks(on_step=lambda report: seen.append(report.likeness))
@@ -292,6 +294,24 @@ def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, train_o
     saved = {step: LoraFile.read(tmp_path / f"a-step{step:06d}.safetensors").tensors for step in (2, 4)}
     same = [step for step, tensors in saved.items() if all(torch.equal(tensors[n], lora.tensors[n]) for n in tensors)]
     assert same == [kept["step"]]
+
+
+def test_pictures_without_a_face_choose_no_step(train_on):
+    config = replace(CONFIG, steps=4, learning_rate=0.1, likeness_pictures=1, stop_early=True)
+    warnings: list[str] = []
+    lora = train_on(config, callbacks=Callbacks(on_warning=warnings.append))
+    assert lora.metadata["ss_steps"] == "4" and json.loads(lora.metadata[LIKENESS_KEY])["kept"] == 1
+    assert [line for line in warnings if "a face was found in only 0 of 1 pictures" in line]
+
+
+def test_a_model_that_draws_slowly_chooses_a_step_only_with_a_speed_lora(watch, base):
+    slow = replace(base, family=replace(base.family, draws_slowly=True))
+    selection = Selection(watch)
+    selection.add(point(1, 0.5, 0.6), {})
+    assert selection.why_not_to_choose(base) is None
+    assert "Add a speed LoRA" in (selection.why_not_to_choose(slow) or "")
+    fast = replace(slow, says_distilled=True)
+    assert fast.few_steps and selection.why_not_to_choose(fast) is None
 
 
 @pytest.mark.slow
@@ -576,3 +596,17 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
 def test_samples_are_smaller_than_large_photos(photos, samples, base):
     """Three quarters of the sides, but not below the 512 pixels that every base model draws."""
     assert sample_size(replace(base, family=replace(base.family, size_multiple=8)), photos) == samples
+
+
+@pytest.mark.parametrize(("photos", "samples"), [(512, 768), (768, 768), (1024, 768), (1280, 960)])
+def test_samples_are_as_large_as_the_model_needs(photos, samples, base):
+    sdxl = replace(base, resolution=1024, family=replace(FAMILIES["sdxl"], size_multiple=8))
+    assert sample_size(sdxl, (photos, photos)) == (samples, samples)
+
+
+@pytest.mark.parametrize(("family", "steps"), [("sd15", 20), ("sdxl", 20), ("flux1", 25), ("zimage", 25)])
+def test_samples_take_the_steps_that_the_model_needs(family, steps, base):
+    other = replace(base, name="base", family=replace(FAMILIES[family], is_distilled=lambda config: False))
+    assert sampling_steps(other, TrainConfig()) == steps
+    assert sampling_steps(other, TrainConfig(sample_steps=7)) == 7
+    assert sampling_steps(replace(other, says_distilled=True), TrainConfig()) <= 8

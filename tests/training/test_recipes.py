@@ -19,8 +19,9 @@ from core.photos import read_photos
 from core.training import LIKENESS_KEY, Callbacks, train
 from core.training.job import TrainingJob
 from core.training.methods import peak_rate
-from core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_config, recipe_settings, recipes_of
+from core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_config, recipe_settings, recipes_of, travel
 from core.training.store import LoraFolders, find_or_train
+from lab.anchors import travel_of_others
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 SD15, SDXL = FAMILIES["sd15"].recipes, FAMILIES["sdxl"].recipes
@@ -39,12 +40,52 @@ def test_every_family_has_every_recipe_and_a_run_takes_it(family):
     assert photos == sorted(photos)
 
 
-@pytest.mark.parametrize("family", ["flux1", "flux2", "zimage", "krea2", "qwen-image"])
-def test_a_large_model_sees_as_many_photos_as_people_show_it_at_home(family):
-    """512 px as in OneTrainer's presets, and no more photos than Replicate's trainer for FLUX.1 takes, half of them here."""
-    for name in ("fast", "balanced"):
-        settings = recipe_settings(name, FAMILIES[family].recipes)
-        assert settings["resolution"] == 512 and settings["steps"] * settings["batch_size"] <= 500
+@pytest.mark.parametrize(
+    ("family", "name", "steps"),
+    [
+        ("sd15", "balanced", {8: 800, 12: 960, 15: 1200, 40: 1200}),
+        ("sdxl", "fast", {8: 500, 22: 550, 40: 600}),
+        ("zimage", "fast", {8: 350, 15: 375, 20: 500, 40: 600}),
+        ("zimage", "balanced", {8: 500, 15: 750, 20: 1000, 40: 1000}),
+        ("zimage", "best", {8: 2400, 40: 2400}),
+    ],
+)
+def test_more_photos_take_more_steps_within_bounds(family, name, steps):
+    recipes = FAMILIES[family].recipes
+    assert {count: recipe_settings(name, recipes, photos=count)["steps"] for count in steps} == steps
+
+
+def test_a_high_rate_rises_first():
+    assert recipe_settings("balanced", SD15)["warmup_steps"] == 40 and "warmup_steps" not in recipe_settings(
+        "best", SD15
+    )
+    assert recipe_settings("balanced", SD15, {"warmup_steps": 3})["warmup_steps"] == 3
+    assert "warmup_steps" not in recipe_settings("balanced", SD15, {"optimizer": "prodigy"})
+    config_from(recipe_settings("fast", SD15, {"steps": 1}))  # even the shortest run has none that is too long
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_moves_weights_as_far_as_other_trainers_do(family, recipe):
+    """Between half of the least and twice the most, for 15 photos; another one says why."""
+    config = config_from(recipe_settings(recipe, FAMILIES[family].recipes, photos=15))
+    least, most = travel_of_others(family)
+    assert FAMILIES[family].recipes[recipe].reason or least / 2 <= travel(config) <= 2 * most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_longer_recipe_moves_weights_farther(family):
+    fast, balanced, _ = (config_from(recipe_settings(name, FAMILIES[family].recipes, photos=15)) for name in RECIPES)
+    assert travel(fast) < travel(balanced)
+
+
+def test_travel_adds_up_the_rates_times_the_scale():
+    plain = TrainConfig(steps=100, learning_rate=1e-3, rank=16)
+    assert travel(plain) == pytest.approx(0.1)
+    assert travel(replace(plain, alpha=4.0)) == pytest.approx(0.025)
+    assert travel(replace(plain, schedule="linear")) == pytest.approx(0.05, rel=0.02)
+    assert travel(replace(plain, rank=64, alpha=16.0, rslora=True)) == pytest.approx(0.2)
+    assert travel(replace(plain, steps=10_000_000)) == pytest.approx(1e4)  # in no time
 
 
 def test_a_larger_batch_means_fewer_steps_at_a_higher_rate():
@@ -69,7 +110,7 @@ def test_what_is_given_wins():
 
 def test_another_method_has_the_rate_that_suits_it():
     lora, dreambooth = (recipe_settings("fast", SD15, {"method": method}) for method in ("lora", "dreambooth"))
-    assert (lora["learning_rate"], dreambooth["learning_rate"]) == (1e-4, 1e-5)
+    assert (lora["learning_rate"], dreambooth["learning_rate"]) == (2e-4, 1e-5)
 
 
 def test_prodigy_finds_the_rate_by_itself():
@@ -105,8 +146,9 @@ def test_where_the_networks_stay_frozen_nothing_holds_the_class():
 
 
 def test_alpha_stays_the_same_share_of_another_rank():
-    assert recipe_settings("balanced", SD15, {"rank": 8})["alpha"] == 4
-    assert recipe_settings("balanced", SD15, {"rank": 8, "alpha": 2.0})["alpha"] == 2
+    half = {"best": replace(SD15["best"], settings={"alpha": 16.0})}
+    assert recipe_settings("best", half, {"rank": 8})["alpha"] == 4
+    assert recipe_settings("best", half, {"rank": 8, "alpha": 2.0})["alpha"] == 2
 
 
 @pytest.mark.parametrize(
@@ -169,6 +211,9 @@ def test_the_recipe_none_is_train_config(tmp_path, photo_folder):
         (json.dumps({"fast": OWN | {"steps": 3}}), "steps"),
         (json.dumps({"fast": OWN | {"photos": 1e400}}), "expected int"),
         (json.dumps({"fast": OWN | {"rate": "quick"}}), "expected float"),
+        (json.dumps({"fast": OWN | {"views": 5, "most": 3}}), "most at least photos"),
+        (json.dumps({"fast": OWN | {"views": 5, "most": 10**12}}), "steps"),
+        (json.dumps({"fast": OWN | {"warmup": 0.9}}), "warmup"),
         (json.dumps({"fast": OWN | {"settings": {"magic": 1}}}), "magic"),
         (json.dumps({"fast": OWN | {"settings": {"memory_limit": 1.0}}}), "memory_limit"),
         (json.dumps({"fast": OWN | {"settings": {"prior_prediction": 2.0}}}), "prior_prediction"),

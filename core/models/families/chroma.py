@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...tensor_names.flux import CHROMA as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
+from ..recipe import STARTING_POINTS, Recipe
 from ..spec import DENOISER_PREFIX, Conditioning, Networks, stack_conditioning
 from . import flux1
 
@@ -81,6 +82,8 @@ CHROMA = replace(
     title="Chroma",
     guidance=5.0,  # diffusers' default, as are the steps
     steps=35,
+    # SimpleTuner takes 2e-4, and 1e-4 if that diverges; ai-toolkit 2,000 steps at 1e-4. It isn't distilled as FLUX.1-dev is.
+    recipes={**STARTING_POINTS, "best": Recipe(2000, 1e-4, 32)},
     pipeline_class="ChromaPipeline",
     other_pipelines=(),
     text_encoders=TEXT,
@@ -94,6 +97,7 @@ CHROMA = replace(
     encode_text=encode_text,
     image_conditioning=lambda *sizes: {},
     predict=predict,
+    training_shift=lambda positions: 1.0,  # sd-scripts doesn't shift it either
     embeds_guidance=lambda config: False,
     is_distilled=lambda config: False,
     distilled_names="flash",

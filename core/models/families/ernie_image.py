@@ -83,6 +83,7 @@ ERNIE_IMAGE = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=lambda positions: 3.0,  # that of ComfyUI and ai-toolkit
+    training_shift=lambda positions: 2.0,  # as for Z-Image
     few_steps=FewSteps(8, model="baidu/ERNIE-Image-Turbo"),
     encode_image=flux2.encode_image,
     decode_latents=flux2.decode_latents,

@@ -15,7 +15,7 @@ from ...tensor_names.flux import FLUX1 as NAMES
 from .. import attention, clip, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
-from ..recipe import Recipe
+from ..recipe import Recipe, short, usual
 from ..spec import DENOISER_PREFIX, Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT_TOKENS = 512
@@ -111,10 +111,9 @@ FLUX1 = FamilySpec(
     guidance=3.5,  # diffusers' default, as are the steps
     steps=28,
     recipes={
-        # Replicate's trainer: 1,000 steps of one photo at 4e-4, 512 to 1024 px. Likeness often peaks at about 250 steps
-        # (kohya_ss issue 2701). ai-toolkit, for `best`: 2,000 at 1e-4. For Chroma too.
-        "fast": Recipe(300, 4e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(500, 4e-4, 16, settings={"resolution": 512}),
+        # Replicate's trainer: 1,000 steps of one photo at 4e-4, 512 to 1024 px. ai-toolkit, for `best`: 2,000 at 1e-4.
+        "fast": short(4e-4, 16, resolution=512),
+        "balanced": usual(4e-4, 16, resolution=512),
         "best": Recipe(1600, 2e-4, 32),
     },
     pipeline_class="FluxPipeline",

@@ -18,7 +18,7 @@ from ...storage.stored import LazyTensors, Stored
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import kl_pixels, shapes_in, vae_component
-from ..recipe import STARTING_POINTS, Recipe
+from ..recipe import Recipe, short, usual
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Networks
 from . import flux1
 
@@ -195,8 +195,12 @@ FLUX2 = FamilySpec(
     title="FLUX.2",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=STEPS,
-    # OneTrainer trains klein at 512 px too, Fizgig on 225 to 300 of 15 photos at 2e-4 to 4e-4. `best` is as in ai-toolkit.
-    recipes={**STARTING_POINTS, "best": Recipe(2400, 5e-5, 64)},
+    # A workshop on faces takes rank 32 and 2e-4 for klein 4B; ai-toolkit and musubi-tuner 1e-4 for larger ones too.
+    recipes={
+        "fast": short(1.5e-4, 32, resolution=512),
+        "balanced": usual(1.5e-4, 32, resolution=512),
+        "best": Recipe(2400, 1e-4, 32),
+    },
     pipeline_class="Flux2KleinPipeline",
     other_pipelines=("Flux2Pipeline",),
     other_folders=("Flux2Pipeline",),
@@ -214,6 +218,8 @@ FLUX2 = FamilySpec(
     image_conditioning=flux1.FLUX1.image_conditioning,  # the guidance input of dev during training
     predict=predict,
     flow_shift=flow_shift,
+    # That of OneTrainer and musubi-tuner. With the authors', 4 % of the steps would have less noise than picture.
+    training_shift=flux1.FLUX1.flow_shift,
     encode_image=encode_image,
     decode_latents=decode_latents,
     embeds_guidance=flux1.FLUX1.embeds_guidance,

@@ -8,6 +8,7 @@ predicts for the negative prompt too. It was trained on captions in JSON, and al
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
+from ..recipe import STARTING_POINTS, short, usual
 from ..spec import Conditioning, FamilySpec, Networks
 from . import flux2
 
@@ -184,6 +186,9 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     return -channels.unflatten(2, size)  # the denoiser's velocity is from noise to picture
 
 
+_SLOW = "Half the usual rate: none was found that somebody has tried on it."
+
+
 def flow_shift(positions: int) -> float:
     """Return the shift exp(mu), with mu derived from a picture's size by the authors' schedule: 1 for 512 px."""
     return math.sqrt(positions) * flux2.PATCH * 8 / 512
@@ -196,6 +201,11 @@ IDEOGRAM4 = FamilySpec(
     resolution=1024,  # that of most drawn pictures; it was trained for 256 to 2048
     guidance=7.0,  # the authors', as are the steps
     steps=20,
+    recipes={
+        "fast": replace(short(1e-4, 16, resolution=512), reason=_SLOW),
+        "balanced": replace(usual(1e-4, 16, resolution=512), reason=_SLOW),
+        "best": STARTING_POINTS["best"],
+    },
     pipeline_class="Ideogram4Pipeline",
     text_encoders=TEXT,
     context_from={"text_encoder": len(TEXT_LAYERS)},

@@ -19,6 +19,7 @@ from ...tensor_names.krea import KREA2 as NAMES
 from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
+from ..recipe import STARTING_POINTS, short, usual
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, Networks
 from . import qwen_image
 
@@ -167,6 +168,13 @@ KREA2 = FamilySpec(
     # diffusers' default, as are the steps. diffusers writes 4.5, which is added to a guidance of 1.
     guidance=5.5,
     steps=28,
+    draws_slowly=True,  # Krea advises 52 steps
+    # diffusers' example takes rank 32 and 3e-4, and calls up to 7e-4 good; fal takes 5e-4.
+    recipes={
+        "fast": short(4e-4, 32, resolution=512),
+        "balanced": usual(3e-4, 32, resolution=512),
+        "best": STARTING_POINTS["best"],
+    },
     pipeline_class="Krea2Pipeline",
     text_encoders=TEXT,
     context_from={"text_encoder": len(TEXT_LAYERS)},

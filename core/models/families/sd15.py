@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...tensor_names.stable_diffusion import SD15 as NAMES
 from .. import clip, ldm, text
-from ..recipe import Recipe
+from ..recipe import Recipe, short, usual
 from ..spec import Component, Conditioning, FamilySpec, Networks
 
 TEXT = {"text_encoder": "clip_l"}
@@ -42,12 +42,12 @@ SD15 = FamilySpec(
     guidance=6.0,  # a little less than the usual 7.5, which makes skin look hard
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
-        # As in diffusers' DreamBooth LoRA: 1e-4 for one photo. For `balanced`, a rate that falls linearly from twice that takes
-        # four fifths of its 1,000 photos to the same likeness (docs/likeness.md). For `best`, sd-scripts' usual rank 32,
-        # alpha 16 and 1e-4 at batch 4, for longer.
-        "fast": Recipe(500, 1e-4, 16),
-        "balanced": Recipe(800, 2e-4, 32, settings={"alpha": 16.0, "schedule": "linear"}),
-        "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0}),
+        # diffusers trains at a constant 1e-4. A rate that falls linearly from twice that took four fifths of the photos to the
+        # same likeness on the demo's base model (docs/likeness.md). For `best`, sd-scripts' usual rank 32 and 1e-4 at batch 4,
+        # for longer.
+        "fast": short(2e-4, 16, least=500, schedule="linear"),
+        "balanced": usual(2e-4, 32, least=800, most=1200, views=80, schedule="linear"),
+        "best": Recipe(4000, 5e-5, 32, batch_size=4),
     },
     pipeline_class="StableDiffusionPipeline",
     other_pipelines=(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...tensor_names.sd3 import SD3 as NAMES
 from .. import clip, text, transformer
 from ..ldm import count_children, vae_component
-from ..recipe import Recipe
+from ..recipe import Recipe, short, usual
 from ..spec import Conditioning, FamilySpec, FewSteps, Networks
 
 TEXT_TOKENS = 256
@@ -93,10 +93,10 @@ SD3 = FamilySpec(
     guidance=4.5,  # from SD3.5 Medium's model card, as are the steps
     steps=40,
     recipes={
-        # Ranks as usual for SD3.5 in sd-scripts, 32 to 64.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 768}),
-        "balanced": Recipe(1000, 1e-4, 32, settings={"resolution": 768}),
-        "best": Recipe(2000, 1e-4, 64),
+        # diffusers takes 1e-4 at 1024 px and 4e-4 at 512 px, ai-toolkit 1e-4.
+        "fast": short(2e-4, 32, least=500, resolution=768),
+        "balanced": usual(2e-4, 32, resolution=768),
+        "best": Recipe(2000, 1e-4, 32),
     },
     pipeline_class="StableDiffusion3Pipeline",
     text_encoders=TEXT,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...tensor_names.stable_diffusion import SDXL as NAMES
 from .. import clip, ldm, text
-from ..recipe import Recipe
+from ..recipe import Recipe, short, usual
 from ..spec import Component, Conditioning, FamilySpec, Networks
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -58,15 +58,15 @@ SDXL = FamilySpec(
     names=NAMES,
     title="Stable Diffusion XL",
     size_multiple=64,
+    smallest_picture=768,  # github.com/Stability-AI/generative-models, issue 98
     wording="tags",
     guidance=5.0,  # diffusers' default
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
-        # As in diffusers' DreamBooth LoRA, 1e-4 for one photo. Replicate's SDXL trainer sees 4,000 photos at 512 px, Eden's
-        # face preset 1,440 at 512 px. 800 at 768 px are in between, at a rate that falls linearly from twice as much (see
-        # SD1.5). For `best`, sd-scripts' usual 1e-4 at batch 4, for longer.
-        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(800, 2e-4, 32, settings={"resolution": 768, "schedule": "linear"}),
+        # As for SD1.5, at 768 px as in Replicate's trainer: at 512 px its pictures break. `best` has sd-scripts' usual 1e-4 at
+        # batch 4, for longer.
+        "fast": short(2e-4, 16, least=500, resolution=768, schedule="linear"),
+        "balanced": usual(2e-4, 32, least=800, most=1200, views=80, resolution=768, schedule="linear"),
         "best": Recipe(4000, 5e-5, 32, batch_size=4),
     },
     pipeline_class="StableDiffusionXLPipeline",

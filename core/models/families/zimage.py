@@ -82,6 +82,7 @@ ZIMAGE = FamilySpec(
     overflows_in_fp16=True,
     guidance=5.0,  # diffusers' default, as are the steps
     steps=50,
+    draws_slowly=True,
     pipeline_class="ZImagePipeline",
     text_encoders=TEXT,
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
@@ -100,6 +101,7 @@ ZIMAGE = FamilySpec(
     predict=predict,
     # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
+    training_shift=lambda positions: 2.0,  # between musubi-tuner's users, who don't shift, and the authors
     training_adapter="ostris/zimage_turbo_training_adapter",
     few_steps=FewSteps(8, model="Tongyi-MAI/Z-Image-Turbo"),
 )

@@ -190,6 +190,6 @@ METHOD = Method(
     attach,
     extra_files={"lora": lora_beside},
     makes="checkpoint",
-    rate_factor=0.1,
+    rate_factor=0.05,
     freezes_weights=False,
 )

@@ -194,7 +194,7 @@ LOHA = Method(
 LOKR = Method(
     "LoKr, a Kronecker product (arXiv:2309.14859)",
     partial(_attach, kind="lokr"),
-    rate_factor=3.0,
+    rate_factor=1.0,
     joins_modules=False,
     package="peft",
 )
