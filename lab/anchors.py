@@ -40,13 +40,17 @@ def travel_of_others(family: str) -> tuple[float, float]:
     return min(values), max(values)
 
 
+def _rate(rate: float) -> str:
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
 def others() -> str:
     """The table of the other trainers."""
     rows = [
         (
             ", ".join(FAMILIES[name].title for name in row["families"][:3]) + (" and others" if row["families"][3:] else ""),
             f"{row['trainer']} ({row['source']})", f"{row['rank']}, {row['alpha']:g}" if row["rank"] else "equal",
-            f"{row['rate']:g}" + ("" if row["schedule"] == "constant" else f", {row['schedule']}"),
+            _rate(row["rate"]) + ("" if row["schedule"] == "constant" else f", {row['schedule']}"),
             f"{row['steps']:,} × {row['batch']}", row["pixels"] or "–", f"{row['travel']:.3f}",
             f"{row['steps'] * row['batch'] / row['photos']:.0f}" if row["photos"] else "–",
         )
@@ -65,7 +69,7 @@ def ours() -> str:
             note = f". {reason}" if reason else ""
             cells = (
                 recipe, f"{config.rank}, {config.alpha_for(config.rank):g}",
-                f"{config.learning_rate:g}" + ("" if config.schedule == "constant" else f", {config.schedule}"),
+                _rate(config.learning_rate or 0.0) + ("" if config.schedule == "constant" else f", {config.schedule}"),
                 f"{config.steps:,} × {config.batch_size}", str(config.resolution or family.resolution),
                 f"{travel(config):.3f}", f"{config.steps * config.batch_size / PHOTOS:.0f}", f"{least:.2f}–{most:.2f}{note}",
             )  # fmt: skip

@@ -37,7 +37,8 @@ WORDS: dict[str, dict[str, str]] = {
         "measured value": "`{}` if likeness is measured, else `{}`",
         "cheap value": "`{}` with fast and balanced if likeness is measured, else `{}`",
         "clip_skip": "from CLIP Set Last Layer",
-        "recipes intro": "What `recipe` sets for each base model. Inputs and `settings` override these values.\n",
+        "recipes intro": "What `recipe` sets for each base model. More photos take more steps, within the bounds shown. Inputs and `settings` "
+        "override these values.\n",
         "common": "All recipes also set {}.\n",
         "measured": "If there are {enough} or more usable photos and the face networks are installed, recipes set {measured}. "
         "Likeness is then measured whenever samples are drawn: as often as `samples`, or {times} times if that is 0. `fast` "
@@ -57,7 +58,7 @@ WORDS: dict[str, dict[str, str]] = {
         "measured value": "测量相似度时为 `{}`，否则为 `{}`",
         "cheap value": "`fast` 和 `balanced` 测量相似度时为 `{}`，否则为 `{}`",
         "clip_skip": "来自 CLIP Set Last Layer",
-        "recipes intro": "下表是 `recipe` 为各个基础模型设定的值。输入和 `settings` 优先于这些值。\n",
+        "recipes intro": "下表是 `recipe` 为各个基础模型设定的值。照片越多，步数越多，但不超出所示范围。输入和 `settings` 优先于这些值。\n",
         "common": "所有预设还会设定 {}。\n",
         "measured": "如果可用的照片达到 {enough} 张，并且安装了人脸识别网络，预设还会设定 {measured}。"
         "每次生成样图时都会测量相似度，次数由 `samples` 决定，`samples` 为 0 时测量 {times} 次。"
@@ -172,8 +173,13 @@ def _recipes(words: Mapping[str, str]) -> list[str]:
 
 def _recipe(name: str, recipes: Mapping[str, Any], words: Mapping[str, str]) -> tuple[str, ...]:
     """Return the cells of a recipe after the base model."""
-    chosen = recipe_settings(name, recipes, {"sample_every": 0})
-    steps, batch, rate = chosen["steps"], chosen["batch_size"], f"{chosen['learning_rate']:.0e}".replace("e-0", "e-")
+    chosen, most = (recipe_settings(name, recipes, {"sample_every": 0}, photos) for photos in (1, 1000))
+    bounds = dict.fromkeys(str(one["steps"]) for one in (chosen, most))  # with few and with many photos
+    steps, batch, rate = (
+        "–".join(bounds),
+        chosen["batch_size"],
+        f"{chosen['learning_rate']:.1e}".replace(".0e", "e").replace("e-0", "e-"),
+    )
     rate += f", {chosen['schedule']}" if "schedule" in chosen else ""
     side = f"{chosen['resolution']} px" if "resolution" in chosen else words["base"]
     return name, f"{steps} × {batch}", f"{chosen['rank']}", f"{chosen.get('alpha', chosen['rank']):g}", rate, side

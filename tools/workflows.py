@@ -143,7 +143,7 @@ def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     )  # fmt: skip
 
 
-def apply(base: Base, key: str = "apply", strength: float = 0.8, **links: str) -> Node:
+def apply(base: Base, key: str = "apply", strength: float = 1.0, **links: str) -> Node:
     return Node(
         key, "FaceLoRAApply", {"lora_name": CONNECTED, "strength_model": strength, "strength_clip": strength},
         base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=420,

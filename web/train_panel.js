@@ -203,7 +203,7 @@ class Panel {
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const own = Object.fromEntries(this.node.widgets.filter(({ name, value }) => name === "settings" || typeof value === "number")
       .map(({ name, value }) => [name, value]))
-    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, ...own })))
+    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, photos: photosOf(this.node), ...own })))
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
     const { error, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
     if (this.state || asked !== this.asked) return

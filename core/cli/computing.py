@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..config import TrainConfig
     from ..models.base import Base
     from ..studio import Ledger, Span
 
@@ -33,10 +34,23 @@ def named_or_best(name: str | None) -> "torch.device":
     return best_device() if name is None else named_device(name)
 
 
-def show_work(ledger: "Ledger", seconds: "Mapping[str, Span]", as_json: bool) -> None:
-    """Print the work of a job part by part, and how long each part takes, from the least to the most."""
+def show_work(
+    ledger: "Ledger", seconds: "Mapping[str, Span]", as_json: bool, config: "TrainConfig | None" = None, photos: int = 0
+) -> None:
+    """Print the work of a job part by part, and how long each part takes, from the least to the most.
+
+    With the settings and the number of photos of one person, also print how often a photo is seen, and the travel.
+    """
+    from ..training.recipes import travel
+
+    goes = {}
+    if config and photos:
+        views = config.steps * config.batch_size * config.accumulation / photos
+        goes = {"views": round(views, 1), "travel": round(travel(config), 4)}
     if not as_json:
-        print(*_table(ledger, seconds), "Nothing was trained or drawn.", sep="\n")
+        line = "Each photo is seen {views:.0f} times. Travel, alpha / rank times the sum of the learning rates: {travel:.3f}"
+        lines = [line.format(**goes)] if goes else []
+        print(*_table(ledger, seconds), *lines, "Nothing was trained or drawn.", sep="\n")
         return
     described = {
         "parts": {part: {"operations": ledger.operations.get(part, 0.0), "seconds": seconds[part]} for part in seconds},
@@ -44,6 +58,7 @@ def show_work(ledger: "Ledger", seconds: "Mapping[str, Span]", as_json: bool) ->
         "seconds": total_span(seconds),
         "memory": ledger.memory,
         "memory_plan": str(ledger.plan),
+        **goes,
     }
     print(json.dumps(described))
 

@@ -148,7 +148,8 @@ def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
     device, used = device_from(options.device), job.ready.photos
     shared = studio.basis(used, job.base, job.config, device, job.adapter)
     ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))
-    show_work(ledger, ledger.seconds(studio.speed_of(job.base, device, job.config.precision)), options.json)
+    seconds = ledger.seconds(studio.speed_of(job.base, device, job.config.precision))
+    show_work(ledger, seconds, options.json, job.config, len(used))
 
 
 def drawn_from(folder: Path | None, progress: Progress, strict: bool = False) -> "Sequence[photos.Photo]":

@@ -89,7 +89,7 @@ class Style:
     framing: Literal["close-up", "head-and-shoulders", "chest-up", "waist-up", "full-length"] = "head-and-shoulders"
     aspect: Literal["1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9"] = "4:5"
     """The aspect of the pictures, as "width:height"."""
-    strength: Annotated[float, Range(0, 2)] = 0.8
+    strength: Annotated[float, Range(0, 2)] = 1.0
     """The suggested strength of the LoRA."""
     axes: Mapping[_Axis, tuple[Annotated[str, Form(r"^(?=[\s\S]*\S)[^{}]*\Z", "a text without braces")], ...]] = field(
         default_factory=dict

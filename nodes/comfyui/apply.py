@@ -47,13 +47,13 @@ class ApplyLora(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength_model",
-                    default=0.8, min=-10.0, max=10.0, step=0.05,
+                    default=1.0, min=-10.0, max=10.0, step=0.05,
                     tooltip="How strongly the LoRA changes MODEL. 1 is the strength it was trained at. Lower it if the "
                     "prompt's style is lost, raise it if the likeness is too weak.",
                 ),
                 io.Float.Input(
                     "strength_clip",
-                    default=0.8, min=-10.0, max=10.0, step=0.05,
+                    default=1.0, min=-10.0, max=10.0, step=0.05,
                     tooltip="How strongly the LoRA changes CLIP. It has no effect if CLIP is not connected or the LoRA "
                     "doesn't change the text encoder.",
                 ),

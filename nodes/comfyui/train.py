@@ -420,6 +420,11 @@ class Watch:
             self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], SAMPLE_SIDE))
 
 
+def _count(asked: Mapping[str, str], name: str) -> int:
+    """Return a number in a query, 0 to 1000; 0 if it is missing. Raises ValueError for something else."""
+    return min(max(int(asked.get(name) or 0), 0), 1000)
+
+
 def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     """Return the least and the most seconds that each recipe takes with the node's inputs; {} for an unknown base model.
 
@@ -429,7 +434,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     if base is None:
         return {}
     settings, recipes = NodeSettings.read(asked), base.family.recipes
-    photos, pictures = (min(max(int(asked.get(name) or 0), 0), 1000) for name in ("photos", "pictures"))
+    photos, pictures = (_count(asked, name) for name in ("photos", "pictures"))
     # What only decides how long a run is changes no pass.
     balanced, path = replace(settings, recipe="balanced", training_seed=1).config(recipes), Path(base.files[0].path)
     passes = replace(balanced, steps=1, sample_every=1)
@@ -445,7 +450,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
 def add_routes() -> None:
     """Add two routes for the node's inputs and a base model, by its file's name in a loader.
 
-    - GET /facelora/recipe?name=NAME&base=FILE&steps=...: what the inputs set.
+    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&steps=...: what the inputs set.
     - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
       It returns {} if that is unknown, and null while a prompt runs.
     """
@@ -466,7 +471,7 @@ def add_routes() -> None:
             return web.json_response({})
         try:
             settings = replace(NodeSettings.read(request.query), recipe=request.query.get("name", ""))
-            config = settings.config(base.family.recipes)
+            config = settings.config(base.family.recipes, _count(request.query, "photos") or ENOUGH)
         except (BadConfig, ValueError) as problem:
             return web.json_response({"error": str(problem)}, status=400)
         shown = {"steps": config.steps, "batch_size": config.batch_size, "rank": config.rank}

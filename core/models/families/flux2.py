@@ -218,7 +218,7 @@ FLUX2 = FamilySpec(
     image_conditioning=flux1.FLUX1.image_conditioning,  # the guidance input of dev during training
     predict=predict,
     flow_shift=flow_shift,
-    # That of OneTrainer and musubi-tuner. With the authors', 4 % of the steps would have less noise than picture.
+    # That of OneTrainer and musubi-tuner. With the authors', 4 % of the steps would see more picture than noise.
     training_shift=flux1.FLUX1.flow_shift,
     encode_image=encode_image,
     decode_latents=decode_latents,

@@ -108,7 +108,7 @@ FLUX3 = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=lambda positions: 6.93,  # the authors', for pictures of all sizes
-    # No trainer's was found. With the authors', 3 % of the steps would have less noise than picture.
+    # No trainer's was found. With the authors', 3 % of the steps would see more picture than noise.
     training_shift=lambda positions: 3.0,
     encode_image=flux2.encode_image,
     decode_latents=flux2.decode_latents,
