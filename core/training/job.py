@@ -27,7 +27,7 @@ from .methods import METHODS
 from .recipes import ENOUGH, MEASURED
 from .training_adapter import TrainingAdapter
 
-TRAINING_VERSION = "2"
+TRAINING_VERSION = "3"
 """A part of every job's key. Raise it when the same inputs would train differently."""
 DEFAULT_NETWORK = "sface"
 """The face network that a key doesn't name."""
