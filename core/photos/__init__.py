@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .reading import read_photos as read_photos
     from .ready import Ready as Ready
     from .ready import make_ready as make_ready
+    from .ready import usual_hold_out as usual_hold_out
     from .report import REJECT as REJECT
     from .report import PhotoReport as PhotoReport
     from .report import SetReport as SetReport

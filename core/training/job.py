@@ -18,13 +18,13 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint
+from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
 from .identity import settings_of_the_file
 from .likeness import LikenessWatch, faces_of
 from .methods import METHODS
-from .recipes import ENOUGH, MEASURED
+from .recipes import ENOUGH
 from .training_adapter import TrainingAdapter
 
 TRAINING_VERSION = "3"
@@ -88,8 +88,9 @@ class TrainingJob:
         if start is not None:
             fitting(start, base)
         ready = ready_for(photos, base, config, held_out, faces, on_warning, drawn=drawn_photos)
-        if config.hold_out and not (held_out or ready.held_out):
-            config = replace(config, hold_out=0, stop_early=False, merge_best=0)
+        if config.hold_out and not held_out:
+            without = {} if ready.held_out else {"stop_early": False, "merge_best": 0}
+            config = replace(config, hold_out=min(config.hold_out, len(ready.held_out)), **without)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 
     @cached_property
@@ -162,9 +163,7 @@ def ready_for(
         faces = load_faces()
     elif faces is None and (config.check_photos or to_rank):
         faces = faces_if_installed(on_warning)
-    # A recipe holds some out from this number of photos on.
-    enough = len(photos) >= ENOUGH
-    by_itself = not held_out and config.hold_out == (MEASURED["hold_out"] if enough else 0)
+    by_itself = not held_out and config.hold_out == usual_hold_out(len(photos))  # as a recipe does
     return make_ready(
         photos,
         faces,
