@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -16,6 +17,10 @@ from .report import CROP, FRAMINGS, PhotoReport, SetReport, framing
 
 MASK_SIDE = 1024
 """The long side of a drawn mask, in pixels: finer than any latent."""
+SMALL_FACE, CROPPED_UP_TO = 1 / 3, 768
+"""The height of the median face, as a share of the photo's, and the training resolution: below both, close-ups are added."""
+FEW_LATENTS = 24
+"""The height of a face in latents below which it is hardly learned: 192 pixels in most families. An estimate."""
 
 
 def face_regions(
@@ -54,6 +59,19 @@ def face_regions(
         return f"{text}, {captioner(image.crop((left, top, right, bottom)))}"
 
     return regions
+
+
+def face_height(photos: Sequence[PhotoReport]) -> float:
+    """Return the median height of the person's face as a share of the photo's height; 1 if no photo shows a face."""
+    heights = [(item.face.box[3] - item.face.box[1]) / item.photo.size[1] for item in photos if item.face]
+    return median(heights or [1.0])
+
+
+def suggests_crops(photos: Sequence[PhotoReport], resolution: int) -> bool:
+    """Return whether faces are too small for training at a resolution, in pixels, and a photo has room for a close-up."""
+    if resolution > CROPPED_UP_TO or face_height(photos) >= SMALL_FACE:
+        return False
+    return any(item.face and len(_boxes(item, item.face, resolution)) > 1 for item in photos)
 
 
 def with_masks(

@@ -43,6 +43,7 @@ def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, 
     # The photos that pass a check are compared themselves, so the setting has its value without a check (False). This keeps
     # earlier keys valid.
     settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
+    settings["face_crops"] = bool(config.face_crops)  # TrainingJob.of has decided
     if not config.more_resolutions:  # earlier versions don't have this setting
         del settings["more_resolutions"]
     # Asking for products in 8 bits rounds the weights.

@@ -18,7 +18,20 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
+from ..photos import (
+    FEW_LATENTS,
+    Dataset,
+    Photo,
+    Ready,
+    Region,
+    Thresholds,
+    face_height,
+    make_ready,
+    prepare,
+    suggests_crops,
+    trigger_hint,
+    usual_hold_out,
+)
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
 from .identity import settings_of_the_file
@@ -73,7 +86,8 @@ class TrainingJob:
         """Check the settings, the starting LoRA and the photos, and return the job of those that can be used.
 
         Only the photos that are used affect the training and the key, so a set without rejected photos has the same key with
-        and without a check. Settings that depend on likeness are turned off when no photo could be held out. Raises BadConfig
+        and without a check. Settings that depend on likeness are turned off when no photo could be held out. If `face_crops`
+        is None, the size of the faces decides, and `on_warning` is told when it turns them on. Raises BadConfig
         for settings that don't suit the base model or contradict the photos, LoraMisfit for a LoRA that doesn't fit, and
         BadPhoto without enough photos.
         """
@@ -91,6 +105,8 @@ class TrainingJob:
         if config.hold_out and not held_out:
             without = {} if ready.held_out else {"stop_early": False, "merge_best": 0}
             config = replace(config, hold_out=min(config.hold_out, len(ready.held_out)), **without)
+        if config.face_crops is None:
+            config = replace(config, face_crops=_adds_crops(ready, base, config, on_warning))
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 
     @cached_property
@@ -174,6 +190,18 @@ def ready_for(
         drawn=drawn,
         on_warning=on_warning,
     )
+
+
+def _adds_crops(ready: Ready, base: Base, config: TrainConfig, on_warning: OnWarning) -> bool:
+    """Return whether the faces are so small that close-ups help. `on_warning` is told if they do, or if faces are too small."""
+    side = config.resolution or base.resolution
+    latents = round(face_height(ready.training) * side / base.latent_shape.pixels)
+    small = f"at {side} px, the face is only {latents} latents high in most photos"
+    if adds := suggests_crops(ready.training, side):
+        on_warning(f"{small}: close-ups of it are trained on too. face_crops = false leaves them out")
+    elif latents < FEW_LATENTS and base.is_large:
+        on_warning(f"{small}, and {FEW_LATENTS} are better. Add close-ups, or raise the resolution")
+    return adds
 
 
 def dataset_of(

@@ -200,6 +200,43 @@ def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos
         TrainingJob.of(found, base, config, drawn_photos=twins)
 
 
+def far_away(photo: Photo) -> Photo:
+    """The photo in the middle of a large wall."""
+    wall = Image.new("RGB", (1024, 1024), (120, 130, 140))
+    wall.paste(photo.image().resize((230, 280)), (397, 372))
+    return Photo.from_image(wall, photo.name)
+
+
+def test_close_ups_of_small_faces_are_trained_on_unless_the_settings_decide(photos, monkeypatch):
+    base, near = load_base(BASE_FILE), [photo for photo in read_photos(photos) if photo.name != "friend.png"]
+    far, warnings = [far_away(photo) for photo in near], []
+
+    def job(given: list[Photo], **settings) -> TrainingJob:
+        warnings.clear()
+        return TrainingJob.of(given, base, replace(CONFIG, **settings), on_warning=warnings.append)
+
+    def says_so() -> bool:
+        return any("close-ups of it are trained on too. face_crops = false" in text for text in warnings)
+
+    asked, refused = job(far, face_crops=True), job(far, face_crops=False)
+    assert not says_so()
+    assert job(far).key == asked.key != refused.key and says_so()
+    assert job(near).key == job(near, face_crops=False).key and not says_so()
+    assert not job(far, resolution=832).config.face_crops and not says_so()
+    monkeypatch.setattr("core.training.job.faces_if_installed", lambda *_: None)
+    assert job(far).config.face_crops is False
+
+
+def test_the_check_tells_how_large_faces_are_in_training(photos, tmp_path, capsys):
+    (far := tmp_path / "far").mkdir()
+    for photo in read_photos(photos):
+        far_away(photo).image().save(far / photo.name)
+    main(["check", str(far), "--resolution", "512"])
+    assert "In most photos the face is about 16 latents high: training adds close-ups" in capsys.readouterr().out
+    main(["check", str(far), "--resolution", "1024"])
+    assert "is about 33 latents high.\n" in capsys.readouterr().out
+
+
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
     (photos / "copy.png").write_bytes((photos / "1.png").read_bytes())
     found = importlib.util.find_spec
