@@ -27,14 +27,18 @@ if TYPE_CHECKING:
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
     from .modules import name_kinds as name_kinds
+    from .movement import movement_of as movement_of
     from .names import WORD_KEY as WORD_KEY
     from .names import Entry as Entry
     from .names import LoraHeader as LoraHeader
     from .names import trigger_phrases as trigger_phrases
     from .names import trigger_words as trigger_words
     from .names import word_of as word_of
+    from .report import MOVEMENT_KEY as MOVEMENT_KEY
+    from .report import doubt_of_movement as doubt_of_movement
     from .report import format_inspection as format_inspection
     from .report import format_line as format_line
+    from .report import format_movement as format_movement
     from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
     from .sidecars import write_sidecars as write_sidecars
