@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import lora, models, photos, storage  # Their modules load only when a name is used.
-from ..errors import BadConfig, BadFile, BadPhoto, one_line
+from ..errors import BadFile, BadPhoto, one_line
 from .common import progress_bar
 from .options import Options, argument, option
 from .values import InputName, InputPath
@@ -45,18 +45,14 @@ def run(options: InspectOptions) -> None:
     """Print what is in the files. Raises BadFile for refused files, after all others have been printed."""
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)
-    if options.base and options.fast:
-        raise BadConfig("--base reads tensors: leave out --fast")
     base = models.load_base(options.base) if options.base else None
     inspect_lora = lora.inspect_header if options.fast else lora.inspect_lora
     if is_one and not options.fast:
         inspect_lora = partial(lora.inspect_lora, on_progress=progress_bar("reading"))
 
     def inspect(path: Path) -> dict[str, Any]:
-        if _is_picture(path):
-            return _inspect_picture(path)
-        moves = {"movement": lora.movement_of(lora.LoraFile.read(path), base)} if base else {}
-        return inspect_lora(path) | moves
+        moves = {"movement": lora.movement_of(lora.LoraFile.read(path), base)} if base and not _is_picture(path) else {}
+        return _inspect_picture(path) if _is_picture(path) else inspect_lora(path) | moves
 
     if is_one and not options.json:
         report = inspect(Path(first))

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from .hashes import model_hash as model_hash
     from .inspect import Fault as Fault
     from .inspect import inspect_lora as inspect_lora
+    from .inspect import movement_of as movement_of
     from .inspect import verify_lora as verify_lora
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
     from .modules import name_kinds as name_kinds
-    from .movement import movement_of as movement_of
     from .names import WORD_KEY as WORD_KEY
     from .names import Entry as Entry
     from .names import LoraHeader as LoraHeader

@@ -35,7 +35,7 @@ _MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "licen
 _SHOWN_CHARACTERS = 200
 MOVEMENT_KEY = "facelora.movement"
 """The metadata key of a trained LoRA's `movement_of`, as JSON."""
-LEAST_MOVEMENT, MOST_MOVEMENT = 0.003, 0.1
+USUAL_MOVEMENT = 0.003, 0.1
 """The usual range of the median movement on full-size models. An estimate: LoRAs of real people have 0.01 to 0.02."""
 
 
@@ -214,11 +214,10 @@ def format_movement(movement: Mapping[str, Any] | None) -> str:
 
 def doubt_of_movement(movement: Mapping[str, Any] | None) -> str:
     """Return a sentence about a median movement that is unusual on a full-size model; "" for others."""
-    if movement is None or LEAST_MOVEMENT <= movement["median"] <= MOST_MOVEMENT:
-        return ""
-    if movement["median"] < LEAST_MOVEMENT:
-        return f"less than {LEAST_MOVEMENT:.1%}: on a full-size model it hardly changes a picture. Train longer"
-    return f"more than {MOST_MOVEMENT:.0%}: on a full-size model it damages pictures. Train less, or at a lower rate"
+    (least, most), share = USUAL_MOVEMENT, movement["median"] if movement else USUAL_MOVEMENT[0]
+    if share < least:
+        return f"less than {least:.1%}: on a full-size model it hardly changes a picture. Train longer"
+    return f"more than {most:.0%}: on a full-size model it damages pictures. Train less" if share > most else ""
 
 
 def _family(report: Mapping[str, Any]) -> str:

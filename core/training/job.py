@@ -18,20 +18,8 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import (
-    FEW_LATENTS,
-    Dataset,
-    Photo,
-    Ready,
-    Region,
-    Thresholds,
-    face_height,
-    make_ready,
-    prepare,
-    suggests_crops,
-    trigger_hint,
-    usual_hold_out,
-)
+from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
+from ..photos.crops import about_small_faces, suggests_crops
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
 from .identity import settings_of_the_file
@@ -106,7 +94,11 @@ class TrainingJob:
             without = {} if ready.held_out else {"stop_early": False, "merge_best": 0}
             config = replace(config, hold_out=min(config.hold_out, len(ready.held_out)), **without)
         if config.face_crops is None:
-            config = replace(config, face_crops=_adds_crops(ready, base, config, on_warning))
+            side = config.resolution or base.resolution
+            config = replace(config, face_crops=suggests_crops(ready.training, side))
+            if config.face_crops or base.is_large:
+                about = about_small_faces(ready.training, side, base.latent_shape.pixels)
+                about and on_warning(about)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 
     @cached_property
@@ -190,18 +182,6 @@ def ready_for(
         drawn=drawn,
         on_warning=on_warning,
     )
-
-
-def _adds_crops(ready: Ready, base: Base, config: TrainConfig, on_warning: OnWarning) -> bool:
-    """Return whether the faces are so small that close-ups help. `on_warning` is told if they do, or if faces are too small."""
-    side = config.resolution or base.resolution
-    latents = round(face_height(ready.training) * side / base.latent_shape.pixels)
-    small = f"at {side} px, the face is only {latents} latents high in most photos"
-    if adds := suggests_crops(ready.training, side):
-        on_warning(f"{small}: close-ups of it are trained on too. face_crops = false leaves them out")
-    elif latents < FEW_LATENTS and base.is_large:
-        on_warning(f"{small}, and {FEW_LATENTS} are better. Add close-ups, or raise the resolution")
-    return adds
 
 
 def dataset_of(

@@ -49,7 +49,6 @@ def test_the_movement_is_the_norm_of_the_change_as_a_share_of_the_weight(base, l
     assert f"moves         {format_movement(moved)}" in said and "more than 10%" in said
     assert main(["inspect", str(path), "--base", "demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["movement"] == moved
-    assert main(["inspect", str(path), "--base", "demo", "--fast"]) == 1
 
 
 def test_what_cannot_be_told_is_not_told(base, lora):
