@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .captions import trigger_hint as trigger_hint
     from .crops import about_small_faces as about_small_faces
     from .crops import face_regions as face_regions
-    from .crops import suggests_crops as suggests_crops
     from .crops import with_masks as with_masks
     from .dataset import Dataset as Dataset
     from .dataset import Region as Region

@@ -31,7 +31,7 @@ from .training_adapter import TrainingAdapter
 TRAINING_VERSION = "3"
 """A part of every job's key. Raise it when the same inputs would train differently."""
 DEFAULT_NETWORK = "sface"
-"""The face network that a key doesn't name."""
+"""The face network of keys, and of thresholds, if none is used."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +96,25 @@ class TrainingJob:
         if config.face_crops is None:
             side = config.resolution or base.resolution
             config = replace(config, face_crops=suggests_crops(ready.training, side))
-            if config.face_crops or base.is_large:
-                about = about_small_faces(ready.training, side, base.latent_shape.pixels)
-                about and on_warning(about)
+            about = about_small_faces(ready.training, side, base.latent_shape.pixels)
+            if about and (config.face_crops or base.is_large):
+                on_warning(about)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 
     @cached_property
     def key(self) -> str:
         """A hash that is equal when the same tensors would be trained, whatever the files are called."""
         settings = json.dumps(settings_of_the_file(self.config), sort_keys=True)
-        photos = [[photo.fingerprint for photo in group] for group in (self.ready.photos, self.class_photos)]
+        photos = [
+            [photo.fingerprint for photo in group] for group in (self.ready.photos, self.class_photos, self.held_out)
+        ]
         start = model_hash(self.start.tensors) if self.start else None
-        others: list[object] = [self.adapter.digest] if self.adapter else []
-        if (network := self.ready.network or self.faces) and network_key(network) != DEFAULT_NETWORK:
-            others.append(f"faces: {network_key(network)}")
-        if self.ready.drawn:
-            others.append(f"drawn: {len(self.ready.drawn)}")
-        if self.held_out or self.judge:
-            judge = self.judge and network_key(self.judge)
-            others += [[photo.fingerprint for photo in self.held_out], judge]
+        adapter, judge = self.adapter and self.adapter.digest, self.judge and network_key(self.judge)
+        network = self.ready.network or self.faces
+        faces = network_key(network) if network else DEFAULT_NETWORK
         # A speed LoRA changes the pictures that measure likeness. A LoRA that was chosen by others is as good.
-        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.trained_identity, *others)
+        trained = (settings, photos, len(self.ready.drawn), start, self.base.trained_identity, adapter)
+        return content_key("lora", TRAINING_VERSION, *trained, faces, judge)
 
     @property
     def makes(self) -> str:
