@@ -73,10 +73,11 @@ def about_small_faces(photos: Sequence[PhotoReport], resolution: int, latent: in
 
     `latent` is the side of a latent in pixels, which most families share.
     """
-    latents, then = round(_height(photos) * resolution / latent), ""
+    height, then = _height(photos), ""
+    latents = round(height * resolution / latent)
     if suggests_crops(photos, resolution):
         then = "training adds close-ups of it (face_crops = false leaves them out)"
-    elif latents < FEW_LATENTS:
+    elif height < SMALL_FACE and latents < FEW_LATENTS:
         then = f"{FEW_LATENTS} are better. Add close-ups, or raise the resolution"
     return then and f"in most photos the face is only {latents} latents high at {resolution} px: {then}"
 
