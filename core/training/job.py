@@ -104,9 +104,8 @@ class TrainingJob:
     def key(self) -> str:
         """A hash that is equal when the same tensors would be trained, whatever the files are called."""
         settings = json.dumps(settings_of_the_file(self.config), sort_keys=True)
-        photos = [
-            [photo.fingerprint for photo in group] for group in (self.ready.photos, self.class_photos, self.held_out)
-        ]
+        groups = (self.ready.photos, self.class_photos, self.held_out)
+        photos = [[photo.fingerprint for photo in group] for group in groups]
         start = model_hash(self.start.tensors) if self.start else None
         adapter, judge = self.adapter and self.adapter.digest, self.judge and network_key(self.judge)
         network = self.ready.network or self.faces
