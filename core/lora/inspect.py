@@ -73,10 +73,10 @@ def movement_of(lora: LoraFile, base: Base) -> dict[str, Any] | None:
             weights = [norm(*module) for module in entry.modules]
             if all(weights):
                 shares[entry.name] = change_norm(entry.kind, lora.tensors_of(entry)) / math.hypot(*weights)
-    if not math.isfinite(sum(shares.values())):
+    if not (shares and math.isfinite(sum(shares.values()))):
         return None
-    layer = max(shares, key=lambda name: shares[name], default=None)
-    return layer and {"median": median(shares.values()), "largest": shares[layer], "layer": layer}
+    layer = max(shares, key=lambda name: shares[name])
+    return {"median": round(median(shares.values()), 6), "largest": round(shares[layer], 6), "layer": layer}
 
 
 @dataclass(frozen=True)
