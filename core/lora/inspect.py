@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import torch
+
 from ..errors import LoraMisfit, counted
 from ..models.base import Base
 from ..progress import OnProgress, silent, steps
@@ -64,8 +66,8 @@ def movement_of(lora: LoraFile, base: Base) -> dict[str, Any] | None:
         raise LoraMisfit(f"{lora.name}: is for {lora.family}, but {base.name} is {base.family.name}")
 
     def norm(part: str, path: str) -> float:
-        tensors = base.components[part].tensors if part in base.components else {}
-        return tensors[f"{path}.weight"].float().norm().item() if f"{path}.weight" in tensors else 0.0
+        weight = base.components[part].tensors.get(f"{path}.weight") if part in base.components else None
+        return 0.0 if weight is None else torch.linalg.vector_norm(weight.float()).item()
 
     shares: dict[str, float] = {}
     for entry in lora.entries:
