@@ -154,7 +154,9 @@ class PhotoSettings(Settings):
     check_photos: bool = option(
         True, "Leave out photos that the photo check rejects (facelora check). If off, train on all of them"
     )
-    face_crops: bool = option(False, "Also train on close-ups of the face without other people")
+    face_crops: bool | None = option(
+        None, "Also train on close-ups of the face without other people (default: if faces are small)"
+    )
     face_masks: bool = option(False, "Draw masks, so that the loss counts the person more than the background")
     flip: bool = option(False, "Also train on mirrored photos. This costs likeness, because faces are asymmetric")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from core.config import TrainConfig
 from core.models.families import FAMILIES
+from core.photos.ready import TWO_HELD_OUT
 from core.tensor_names import NAME_TABLES
 from core.training.recipes import COMMON, ENOUGH, FEWER_PICTURES, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
 from tests.comfyui.server import PACK, ComfyServer, running_server
@@ -37,12 +38,12 @@ WORDS: dict[str, dict[str, str]] = {
         "measured value": "`{}` if likeness is measured, else `{}`",
         "cheap value": "`{}` with fast and balanced if likeness is measured, else `{}`",
         "clip_skip": "from CLIP Set Last Layer",
-        "recipes intro": "What `recipe` sets for each base model. More photos take more steps, within the bounds shown. Inputs and `settings` "
-        "override these values.\n",
+        "recipes intro": "What `recipe` sets for each base model. More photos take more steps, within the bounds "
+        "shown. Inputs and `settings` override these values.\n",
         "common": "All recipes also set {}.\n",
-        "measured": "If there are {enough} or more usable photos and the face networks are installed, recipes set {measured}. "
-        "Likeness is then measured whenever samples are drawn: as often as `samples`, or {times} times if that is 0. `fast` "
-        "and `balanced` also set {cheap}.\n",
+        "measured": "If there are {enough} or more usable photos and the face networks are installed, recipes set "
+        "`hold_out = 1`, or `2` from {two} photos on, and {measured}. Likeness is then measured whenever samples are drawn: as "
+        "often as `samples`, or {times} times if that is 0. `fast` and `balanced` also set {cheap}.\n",
         "settings intro": "`settings` takes these settings as lines of TOML, such as `text_encoder_lr = 1e-5`. If the default "
         "is from an input or the recipe, a line in `settings` overrides it.\n",
     },
@@ -58,9 +59,11 @@ WORDS: dict[str, dict[str, str]] = {
         "measured value": "测量相似度时为 `{}`，否则为 `{}`",
         "cheap value": "`fast` 和 `balanced` 测量相似度时为 `{}`，否则为 `{}`",
         "clip_skip": "来自 CLIP Set Last Layer",
-        "recipes intro": "下表是 `recipe` 为各个基础模型设定的值。照片越多，步数越多，但不超出所示范围。输入和 `settings` 优先于这些值。\n",
+        "recipes intro": "下表是 `recipe` 为各个基础模型设定的值。照片越多，步数越多，但不超出所示范围。"
+        "输入和 `settings` 优先于这些值。\n",
         "common": "所有预设还会设定 {}。\n",
-        "measured": "如果可用的照片达到 {enough} 张，并且安装了人脸识别网络，预设还会设定 {measured}。"
+        "measured": "如果可用的照片达到 {enough} 张，并且安装了人脸识别网络，"
+        "预设还会设定 `hold_out = 1`（达到 {two} 张时为 `2`）、{measured}。"
         "每次生成样图时都会测量相似度，次数由 `samples` 决定，`samples` 为 0 时测量 {times} 次。"
         "`fast` 和 `balanced` 另外设定 {cheap}。\n",
         "settings intro": "`settings` 使用 TOML 格式，每行一项，例如 `text_encoder_lr = 1e-5`。"
@@ -166,8 +169,9 @@ def _recipes(words: Mapping[str, str]) -> list[str]:
     lines = [words["recipes"], words["recipes intro"], words["recipe"], "|---|---|---|---|---|---|---|"]
     lines += [_row(words["list"].join(titles), *row) for rows, titles in groups.items() for row in rows]
     measured = words["measured"].format(
-        enough=ENOUGH, measured=_lines(MEASURED, words), times=MEASUREMENTS, cheap=_lines(FEWER_PICTURES, words)
-    )
+        enough=ENOUGH, two=TWO_HELD_OUT, measured=_lines(MEASURED, words), times=MEASUREMENTS,
+        cheap=_lines(FEWER_PICTURES, words),
+    )  # fmt: skip
     return [*lines, "", words["common"].format(_lines(COMMON, words)), measured.rstrip("\n")]
 
 
@@ -208,6 +212,8 @@ def _settings(words: Mapping[str, str], language: str) -> list[str]:
             default = words["from input"].format(FROM_INPUTS[name])
         elif name == "clip_skip":
             default = words["clip_skip"]
+        elif name == "hold_out":
+            default = words["measured value"].format(f"1`{words['or']}`2", setting.default)
         elif name in MEASURED:
             default = words["measured value"].format(_toml(MEASURED[name]), _toml(setting.default))
         elif name in FEWER_PICTURES:

@@ -88,6 +88,8 @@ def run(options: CheckOptions) -> int:
         print(photos.format_report(report, terminal_width()))
         advice = "" if options.base or options.resolution else ". Use --base or --resolution for another size"
         print(f"Judged for training at {resolution} px{advice}.")
+        if about := photos.about_small_faces(report.usable, resolution):
+            print(f"{about[0].upper()}{about[1:]}.")
     if options.sheet:
         photos.save_sheet(report, options.sheet)
     return 0 if report.enough else 1

@@ -58,9 +58,9 @@ def _add_setting(
     text = re.sub(r"\(default: (.*)\)", lambda told: default(told[1]), item.metadata["help"])
     keywords: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
     kind, choices, is_list = values_of(hint)
-    if hint is bool:
+    if kind is bool:
         keywords |= {"action": argparse.BooleanOptionalAction}
-        text = f"{text} {default('yes' if item.default else 'no')}"
+        text += f" {default('yes' if item.default else 'no')}" if item.default is not None else ""
     elif get_origin(hint) is dict:
         keywords |= {"action": "append", "type": _pattern_of(get_args(hint)[1]), "metavar": "PATTERN=NUMBER"}
     else:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption
     from .captions import trigger_hint as trigger_hint
+    from .crops import about_small_faces as about_small_faces
     from .crops import face_regions as face_regions
     from .crops import with_masks as with_masks
     from .dataset import Dataset as Dataset
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .reading import read_photos as read_photos
     from .ready import Ready as Ready
     from .ready import make_ready as make_ready
+    from .ready import usual_hold_out as usual_hold_out
     from .report import REJECT as REJECT
     from .report import PhotoReport as PhotoReport
     from .report import SetReport as SetReport

@@ -11,12 +11,15 @@ import numpy as np
 from ..errors import BadPhoto, counted
 from ..faces import LIKENESS, TO_TRAINED_ON, FaceNetwork, Reference, likeness, mean_face
 from ..progress import OnWarning, silent
-from .measure import Thresholds, hash_distance
+from .alike import is_repeat
+from .measure import Thresholds
 from .reading import Photo
 from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
 
 MIN_TRAINING_PHOTOS = 3
 """The number of photos that must remain to train on when others are held out."""
+TWO_HELD_OUT = 12
+"""With this many usable photos or more, two are held out instead of one."""
 SWITCH = "check_photos = false"
 """The setting that the error names if too few photos can be used. An interface replaces it by its own name."""
 
@@ -79,6 +82,11 @@ class Ready:
         return Reference(self.network, [one for one, _ in seen], [share for _, share in seen], len(self.used), measure)
 
 
+def usual_hold_out(usable: int) -> int:
+    """Return how many of the usable photos to hold out: none below 8, one below 12, else two."""
+    return (usable >= Thresholds.photos_measured) + (usable >= TWO_HELD_OUT)
+
+
 def make_ready(
     photos: Sequence[Photo],
     network: FaceNetwork | None,
@@ -93,10 +101,11 @@ def make_ready(
     """Check the photos once with the network; without one, `check` only looks at their size and light.
 
     With `check`, photos that the report rejects are left out, and `on_warning` is told of each. `hold_out` photos are held
-    out: those nearest to the person's mean face. Near-copies of other photos are never held out, since the copy would be
-    trained on. With `at_least`, none is held out if fewer than that many photos are usable or suitable, and `on_warning` is
-    told why, and which photo to add. `drawn` pictures are compared with the photos, and only checked with a network. Raises
-    BadPhoto if too few photos are usable, or too few can be held out.
+    out: typical ones, but not the one nearest to the person's mean face, which teaches the most. Near-copies of other
+    photos are never held out, since the copy would be trained on. With `at_least`, at most `usual_hold_out` are, and none if
+    fewer than that many photos are usable or suitable: `on_warning` is told why, and which photo to add. `drawn` pictures are
+    compared with the photos, and only checked with a network. Raises BadPhoto if too few photos are usable, or too few can be
+    held out.
     """
     report = check_photos(photos, network, thresholds) if check or network else unseen(photos, thresholds)
     used = report.usable if check else report.photos
@@ -109,6 +118,7 @@ def make_ready(
         if rejected:
             on_warning(f"photos: {report.headline}")
     held_out: tuple[PhotoReport, ...] = ()
+    hold_out = min(hold_out, usual_hold_out(len(used))) if at_least else hold_out
     if len(used) < at_least:
         few = counted(len(used), "photo is", "photos are")
         most = f" What would help most: {report.wishes[0]}." if report.wishes else ""
@@ -147,28 +157,24 @@ def _alike(
 
 
 def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tuple[PhotoReport, ...]:
-    """Return the `count` photos nearest to the person's mean face that don't repeat another, in the order of `used`."""
+    """Return `count` photos, in the order of `used`: those nearest to the person's mean face that don't repeat another.
+
+    The nearest of all is left to train on, unless the others are too few.
+    """
     seen = [item for item in used if item.vector is not None]
-    fit: list[PhotoReport] = []
-    if seen:
-        vectors = np.stack([item.vector for item in seen if item.vector is not None])
-        centre = mean_face(vectors)
-        assert centre is not None
-        alike = likeness(vectors, vectors) >= limits.same_picture_likeness
-        hashes = [item.hash for item in seen if item.hash is not None]
+    centre = mean_face(np.stack([item.vector for item in seen if item.vector is not None])) if seen else None
 
-        def repeats_another(i: int) -> bool:
-            return any(
-                alike[i, j] and hash_distance(hashes[i], other) <= limits.similar_picture
-                for j, other in enumerate(hashes)
-                if j != i
-            )
+    def is_single(item: PhotoReport) -> bool:
+        return not any(is_repeat(item, other, limits) for other in seen if other is not item)
 
-        nearest = np.argsort(-likeness(vectors, centre[None])[:, 0])
-        fit = [seen[i] for i in nearest if not repeats_another(i)]
+    def distance(item: PhotoReport) -> float:
+        assert item.vector is not None and centre is not None
+        return -float(likeness(item.vector[None], centre[None])[0, 0])
+
+    fit = sorted(filter(is_single, seen), key=distance)
     if len(fit) < count or len(used) - count < MIN_TRAINING_PHOTOS:
         raise BadPhoto(
             f"hold_out = {count}: {len(fit)} of {len(used)} photos show a face and repeat no other, and "
             f"{MIN_TRAINING_PHOTOS} must remain to train on. Hold out fewer (0 for none) or add photos"
         )
-    return tuple(item for item in used if item in fit[:count])
+    return tuple(item for item in used if item in fit[: count + 1][-count:])

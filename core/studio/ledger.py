@@ -143,7 +143,8 @@ class Basis:
 
         classes, side = config.class_images or class_photos, config.resolution or base.resolution
         square = min(bucket_sizes(side, base.size_multiple), key=lambda size: abs(size[0] - size[1]))
-        pictures = config.steps * config.batch_size * config.accumulation
+        batches = sum(math.ceil(count / config.batch_size) for count in counts.values())
+        pictures = config.steps * config.accumulation * sum(counts.values()) / batches
         # With class images, each pass on photos has another pass beside it.
         own, prior = pictures * (2 if classes else 1), pictures * config.prior_prediction
         train = usual(passes.train)

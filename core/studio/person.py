@@ -144,7 +144,8 @@ def train_and_draw(
     drawn_on, jobs = order.drawn_on or base, order.jobs(base)
     if order.drawn_on:
         check_drawn_on(drawn_on, base)
-    job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter)
+    warn = callbacks.on_warning
+    job = TrainingJob.of(ready, base, order.config, adapter=order.training_adapter, on_warning=warn)
     destination = LoraFolders(order.name, [folder], sets_aside=True, agreed=order.agreed)
     trained = find_or_train(job, destination, device=device, callbacks=callbacks)
     callbacks.on_phase(PICTURES, 0, len(jobs))  # Training has ended, though no picture is drawn yet.

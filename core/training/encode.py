@@ -252,8 +252,7 @@ def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
 class Batches:
     """The pictures of each forward pass. They depend only on the seed and the pass number, so no state has to be saved.
 
-    An epoch contains every picture `repeats` times, in batches of one latent shape each. A batch that would be too small is
-    filled up from the start of its bucket.
+    An epoch contains every picture `repeats` times, in batches of one latent shape each. The last of a shape may be smaller.
     """
 
     def __init__(self, images: Sequence[EncodedImage], batch_size: int, seed: int):
@@ -263,22 +262,25 @@ class Batches:
         for index, image in enumerate(images):
             self.buckets.setdefault(tuple(image.mean.shape), []).extend([index] * image.repeats)
         self.per_epoch: int = sum(-(-len(indices) // batch_size) for indices in self.buckets.values())
+        self._mean_size: float = sum(map(len, self.buckets.values())) / self.per_epoch
         self._epoch, self._order = -1, []
 
     def at(self, number: int) -> list[int]:
-        """Return the indices of the `batch_size` pictures in forward pass `number`, counted from 0."""
+        """Return the indices of the pictures in forward pass `number`, counted from 0: at most `batch_size`."""
         epoch, position = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
         return self._order[position]
+
+    def share(self, number: int) -> float:
+        """Return the factor on the mean loss of forward pass `number` with which every picture of an epoch counts alike."""
+        return len(self.at(number)) / self._mean_size
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         order = random.Random(f"{self.seed}/{epoch}")
         batches = []
         for indices in self.buckets.values():
             indices = order.sample(indices, len(indices))
-            while len(indices) % self.batch_size:
-                indices += indices[: self.batch_size - len(indices) % self.batch_size]
             batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         order.shuffle(batches)
         return batches

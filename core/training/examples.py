@@ -31,6 +31,12 @@ class Pass:
     masks: Tensor | None = None
     frozen_conditioning: Conditioning | None = None
     """The frozen model's conditioning if it differs, which happens in prior prediction with trained text encoders."""
+    share: float = 1.0
+    """The factor on the mean loss: the number of pictures, divided by its mean over the passes of an epoch."""
+
+
+EMPTY_PRIOR = 0.25
+"""The fraction of the passes of prior prediction with an empty caption, whose prediction guidance subtracts when drawing."""
 
 
 class Examples:
@@ -60,16 +66,17 @@ class Examples:
         """Yield the inputs of each loss in forward pass `number`, one by one so that only one graph is in memory."""
         config = self.config
         generator = self.generator("noise", number)
-        pictures = [self.images[index] for index in self.batches.at(number)]
+        pictures, share = [self.images[index] for index in self.batches.at(number)], self.batches.share(number)
         if random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction:
-            yield self._prior_pass(pictures, self.generator("prior", number))
+            yield replace(self._prior_pass(pictures, number), share=share)
         dropped = random.Random(f"{config.seed}/dropout/{number}")
         captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
-        yield self.picture_pass(pictures, captions, generator)
+        yield replace(self.picture_pass(pictures, captions, generator), share=share)
         if self.class_batches:
             pictures = [self.class_images[index] for index in self.class_batches.at(number)]
             captions = [picture.caption for picture in pictures]
-            yield replace(self.picture_pass(pictures, captions, self.generator("class", number)), kind="class pictures")
+            made = self.picture_pass(pictures, captions, self.generator("class", number))
+            yield replace(made, kind="class pictures", share=self.class_batches.share(number))
 
     def picture_pass(
         self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
@@ -80,9 +87,10 @@ class Examples:
             masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
         return Pass("pictures", *self.noised(pictures, generator), self.conditioning(pictures, captions), masks)
 
-    def _prior_pass(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Pass:
-        noised = self.noised(pictures, generator)
-        captions = [picture.class_caption for picture in pictures]
+    def _prior_pass(self, pictures: Sequence[EncodedImage], number: int) -> Pass:
+        noised = self.noised(pictures, self.generator("prior", number))
+        is_empty = random.Random(f"{self.config.seed}/empty/{number}").random() < EMPTY_PRIOR
+        captions = ["" if is_empty else picture.class_caption for picture in pictures]
         frozen = None
         if self.model.encoders:
             with torch.no_grad(), self.model.adapter.disabled():

@@ -10,8 +10,6 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..lora.hashes import model_hash
-from ..models.base import Base
-from ..models.objective import FlowSchedule
 from .inputs import TrainingInputs
 from .methods import peak_rate
 
@@ -42,22 +40,11 @@ def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]
 
 
 def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    # The photos that pass a check are compared themselves, so the setting has its value without a check (False). This keeps
-    # earlier keys valid.
+    # The photos that pass a check are compared themselves, so the setting has its value without a check (False).
     settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
-    if not config.more_resolutions:  # earlier versions don't have this setting
-        del settings["more_resolutions"]
     # Asking for products in 8 bits rounds the weights.
     names = tuple(name for name in names if name != "eight_bit_products" or config.eight_bit_products != "on")
     return {name: value for name, value in settings.items() if name not in names}
-
-
-def own_training_shift(base: Base) -> str | None:
-    """Return the shift that the family trains with at 256 and 4,096 positions, if it isn't the one that it draws with."""
-    schedule = base.schedule()
-    if not isinstance(schedule, FlowSchedule) or schedule.training_shift is schedule.shift:
-        return None
-    return " to ".join(f"{schedule.training_shift(positions):g}" for positions in (256, 4096))
 
 
 def run_identity(inputs: TrainingInputs, face_networks: Sequence[str] = ()) -> dict[str, str]:
@@ -71,8 +58,6 @@ def run_identity(inputs: TrainingInputs, face_networks: Sequence[str] = ()) -> d
         settings["face_network"] = ", ".join(face_networks)
         if base.speed_lora:
             settings["speed_lora"] = base.speed_lora_sha256
-    if config.timestep_shift is None and (shift := own_training_shift(base)):
-        settings["timestep_shift"] = shift
     settings["precision"] = str(inputs.dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # a constant rate doesn't depend on the number of steps, so a resumed run may have more

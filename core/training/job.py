@@ -18,19 +18,20 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint
+from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
+from ..photos.crops import about_small_faces, suggests_crops
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
-from .identity import own_training_shift, settings_of_the_file
+from .identity import settings_of_the_file
 from .likeness import LikenessWatch, faces_of
 from .methods import METHODS
-from .recipes import ENOUGH, MEASURED
+from .recipes import ENOUGH
 from .training_adapter import TrainingAdapter
 
-TRAINING_VERSION = "2"
+TRAINING_VERSION = "3"
 """A part of every job's key. Raise it when the same inputs would train differently."""
 DEFAULT_NETWORK = "sface"
-"""The face network that a key doesn't name."""
+"""The face network of keys, and of thresholds, if none is used."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class TrainingJob:
         """Check the settings, the starting LoRA and the photos, and return the job of those that can be used.
 
         Only the photos that are used affect the training and the key, so a set without rejected photos has the same key with
-        and without a check. Settings that depend on likeness are turned off when no photo could be held out. Raises BadConfig
+        and without a check. Settings that depend on likeness are turned off when no photo could be held out. If `face_crops`
+        is None, the size of the faces decides, and `on_warning` is told when it turns them on. Raises BadConfig
         for settings that don't suit the base model or contradict the photos, LoraMisfit for a LoRA that doesn't fit, and
         BadPhoto without enough photos.
         """
@@ -88,27 +90,29 @@ class TrainingJob:
         if start is not None:
             fitting(start, base)
         ready = ready_for(photos, base, config, held_out, faces, on_warning, drawn=drawn_photos)
-        if config.hold_out and not (held_out or ready.held_out):
-            config = replace(config, hold_out=0, stop_early=False, merge_best=0)
+        if config.hold_out and not held_out:
+            without = {} if ready.held_out else {"stop_early": False, "merge_best": 0}
+            config = replace(config, hold_out=min(config.hold_out, len(ready.held_out)), **without)
+        if config.face_crops is None:
+            side = config.resolution or base.resolution
+            config = replace(config, face_crops=suggests_crops(ready.training, side))
+            if about := about_small_faces(ready.training, side, base.latent_shape.pixels):
+                on_warning(about)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 
     @cached_property
     def key(self) -> str:
         """A hash that is equal when the same tensors would be trained, whatever the files are called."""
         settings = json.dumps(settings_of_the_file(self.config), sort_keys=True)
-        photos = [[photo.fingerprint for photo in group] for group in (self.ready.photos, self.class_photos)]
+        groups = (self.ready.photos, self.class_photos, self.held_out)
+        photos = [[photo.fingerprint for photo in group] for group in groups]
         start = model_hash(self.start.tensors) if self.start else None
-        others: list[object] = [self.adapter.digest] if self.adapter else []
-        if (network := self.ready.network or self.faces) and network_key(network) != DEFAULT_NETWORK:
-            others.append(f"faces: {network_key(network)}")
-        if self.ready.drawn:
-            others.append(f"drawn: {len(self.ready.drawn)}")
-        others += filter(None, [self.config.timestep_shift is None and own_training_shift(self.base)])
-        if self.held_out or self.judge:
-            judge = self.judge and network_key(self.judge)
-            others += [[photo.fingerprint for photo in self.held_out], judge]
+        adapter, judge = self.adapter and self.adapter.digest, self.judge and network_key(self.judge)
+        network = self.ready.network or self.faces
+        faces = network_key(network) if network else DEFAULT_NETWORK
         # A speed LoRA changes the pictures that measure likeness. A LoRA that was chosen by others is as good.
-        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.trained_identity, *others)
+        trained = (settings, photos, len(self.ready.drawn), start, self.base.trained_identity, adapter)
+        return content_key("lora", TRAINING_VERSION, *trained, faces, judge)
 
     @property
     def makes(self) -> str:
@@ -163,9 +167,7 @@ def ready_for(
         faces = load_faces()
     elif faces is None and (config.check_photos or to_rank):
         faces = faces_if_installed(on_warning)
-    # A recipe holds some out from this number of photos on.
-    enough = len(photos) >= ENOUGH
-    by_itself = not held_out and config.hold_out == (MEASURED["hold_out"] if enough else 0)
+    by_itself = not held_out and config.hold_out == usual_hold_out(len(photos))  # as a recipe does
     return make_ready(
         photos,
         faces,

@@ -14,15 +14,15 @@ from ..errors import BadConfig
 from ..faces import why_no_faces
 from ..models.base import Base
 from ..models.recipe import RECIPES, Recipe, read_recipes
-from ..photos import Thresholds
+from ..photos import Thresholds, usual_hold_out
 from ..progress import OnWarning, silent
 from .methods import METHODS, peak_rate
 from .optimizer import learning_rate_factor
 
 COMMON = {"prior_prediction": 0.5}
 """The settings of every recipe: prior prediction keeps the class from turning into the person."""
-MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
-"""The settings of every recipe when photos can be held out.
+MEASURED: dict[str, Any] = {"stop_early": True}
+"""The settings of every recipe, besides `hold_out`, when photos can be held out.
 
 The best intermediate LoRA is kept, and training stops early when more steps don't help or the class is lost.
 """
@@ -80,7 +80,7 @@ def recipe_settings(
     used |= {name: given[name] for name in (*used, "accumulation", "method", "optimizer") if name in given}
     checked = TrainConfig(**used)
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
-    measured = MEASURED if name == "best" else MEASURED | FEWER_PICTURES
+    measured = {"hold_out": usual_hold_out(photos)} | MEASURED | ({} if name == "best" else FEWER_PICTURES)
     settings = {
         # Textual inversion changes no network, so no other prompt can turn into the person.
         **(COMMON if method.makes != "embedding" else {}),

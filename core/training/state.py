@@ -26,7 +26,8 @@ from ..storage.safetensors_file import (
 )
 from .step import Run
 
-STATE_VERSION = "1"
+STATE_VERSION = "2"
+"""A part of every state. Raise it when the same inputs would train differently, as job.TRAINING_VERSION."""
 _BEGIN_ANEW = "delete it, or start over with restart"
 
 
@@ -76,11 +77,10 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
         raise BadFile(f"{path}: is not the state of a training run ({error})") from None
     if version != STATE_VERSION:
         raise BadConfig(f"{path}: was saved by another version of this program, so it can't be resumed; {_BEGIN_ANEW}")
-    written = file.metadata.get(_DIGEST)  # Version 0.1.0 wrote none.
     digest = _digest_of({key: text for key, text in file.metadata.items() if key != _DIGEST}, file.layout)
-    for name in storage_order(file.layout) if written else ():
+    for name in storage_order(file.layout):
         digest.update(tensor_bytes(file[name]))
-    if written not in (None, digest.hexdigest()):
+    if file.metadata.get(_DIGEST) != digest.hexdigest():
         raise BadFile(f"{path}: the file is damaged, since its checksum doesn't match; {_BEGIN_ANEW}")
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:

@@ -2,7 +2,8 @@
 
     x_t   = add_noise(x_0, noise, t)                         a picture's latents with noise of a drawn timestep
     loss  = mean(weight(t) * |model(x_t, t, text) - target|²)   target: the noise, or noise - x_0 (arXiv:2403.03206)
-          + prior_loss_weight * |model(x_t, t, class text) - frozen model(x_t, t, class text)|²   on some passes
+          + prior_loss_weight * mean(weight(t) * |model(x_t, t, class text) - frozen model(x_t, t, class text)|²)
+                                                                                                 on some passes
     A, B  = optimizer(A, B, gradient of loss)                with model(x) = W x + scale * B A x in each layer
 
 What is around it has modules of its own: `Examples` draws what a pass sees, `AdaptedModel` holds the networks and their memory,
@@ -84,9 +85,9 @@ class Run:
         # The target comes last: during the forward pass it would only take memory.
         target = schedule.target(inputs.latents, inputs.noise, inputs.timesteps) if frozen is None else frozen
         losses = sample_losses(prediction, target, inputs.masks, config)
-        if frozen is None:
-            losses = losses * schedule.loss_weights(inputs.timesteps, config)
-        return losses.mean() if inputs.kind == "pictures" else config.prior_loss_weight * losses.mean()
+        losses = losses * schedule.loss_weights(inputs.timesteps, config)
+        weight = 1.0 if inputs.kind == "pictures" else config.prior_loss_weight
+        return inputs.share * weight * losses.mean()
 
     def update(self, loss: Tensor) -> None:
         """Update the adapter with the accumulated gradients of that loss, and count the step."""

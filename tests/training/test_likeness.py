@@ -248,6 +248,9 @@ def test_typical_photos_are_held_out_but_never_one_of_a_pair(network):
     twins = [Photo.from_image(photo.image().resize((184, 224)), f"copy-{photo.name}") for photo in out]
     _, others = held_out([*photos, *twins], 2, network)
     assert not {p.name for p in others} & {p.name for p in (*out, *twins)}
+    vectors = embed_images(network, [photo.image() for photo in photos])
+    nearest = photos[int((vectors @ vectors.mean(0)).argmax())]
+    assert nearest in kept, "the most typical photo teaches most"
     with pytest.raises(BadPhoto, match="hold_out = 8"):
         held_out(photos, 8, network)
 

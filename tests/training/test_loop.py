@@ -186,6 +186,30 @@ def test_prior_prediction_holds_the_class_caption_to_the_frozen_model(bases, cac
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in run.parameters.values())
 
 
+def test_photos_and_prior_are_weighted_alike(bases, caches):
+    """By min-SNR, of which gamma 5 lowers the weight of the early timesteps."""
+    losses = {}
+    for gamma in (0.0, 5.0):
+        config = replace(PLAIN, prior_prediction=1.0, min_snr_gamma=gamma, timestep_min=50, timestep_max=50)
+        run = started_run(person_only(caches["sd15"]), bases["sd15"], config)
+        losses[gamma] = [run.loss_of(inputs).item() for inputs in run.examples.passes(0)]
+        weight = run.examples.schedule.loss_weights(torch.tensor([50]), config).item()
+    assert weight < 0.5 and losses[5.0] == pytest.approx([weight * loss for loss in losses[0.0]], rel=1e-3)
+
+
+def test_a_quarter_of_the_prior_passes_has_an_empty_caption(bases, caches):
+    """It depends on the seed and the pass alone, so a resumed run has the same."""
+    run = started_run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, prior_prediction=1.0))
+    empty = run.examples.text[""]["context"]
+
+    def is_empty(number: int) -> bool:
+        prior, _ = run.examples.passes(number)
+        return torch.equal(prior.conditioning["context"], empty)
+
+    found = [is_empty(number) for number in range(400)]
+    assert 75 <= sum(found) <= 125 and [is_empty(number) for number in reversed(range(20))] == found[:20][::-1]
+
+
 def test_a_masked_picture_counts_inside_its_mask(bases, caches):
     mask = torch.zeros(1, 16, 16)
     mask[:, 4:9, 5:12] = 1
@@ -249,11 +273,12 @@ def test_each_picture_comes_as_often_as_it_is_repeated_in_batches_of_one_shape(b
     images += [encoded_image(base, f"w{i}", "", i, mean=wide, deviation=wide) for i in range(2)]
     batches = Batches(images, batch_size=3, seed=1)
     epoch = [batches.at(number) for number in range(batches.per_epoch)]
-    assert all(len(batch) == 3 and len({images[i].mean.shape for i in batch}) == 1 for batch in epoch)
+    assert all(len({images[i].mean.shape for i in batch}) == 1 for batch in epoch)
+    assert sorted(map(len, epoch)) == [2, 3, 3, 3, 3], "no copies fill a batch up"
     seen = [index for batch in epoch for index in batch]
-    assert sum(1 for index in seen if index < 6) == 12  # 1 + 2 + 3 + 1 + 2 + 3
-    assert all(seen.count(index) == 1 + index % 3 for index in range(6))
-    assert {6, 7} <= set(seen)
+    assert [seen.count(index) for index in range(8)] == [1, 2, 3, 1, 2, 3, 1, 1]
+    shares = [batches.share(number) / len(batches.at(number)) for number in range(batches.per_epoch)]
+    assert shares == [pytest.approx(5 / 14)] * 5, "a picture counts as much in a small batch"
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch_alone(bases):

@@ -17,7 +17,7 @@ from core.errors import BadConfig, BadPhoto
 from core.faces import LIKENESS, TO_TRAINED_ON, load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
-from core.photos import Photo, Thresholds, make_ready, read_photos
+from core.photos import Photo, Thresholds, make_ready, read_photos, usual_hold_out
 from core.storage.drawn import save_png
 from core.training import Callbacks, LoraFolders, TrainingJob, find_or_train, train
 from core.training.job import ready_for
@@ -161,17 +161,19 @@ def test_photos_without_one_person_stop_before_the_training(photos, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "kept"), [(7, 2, 2), (8, 1, 1), (8, 3, 3), (8, 2, 0), (9, 2, 2)], ids=lambda value: str(value)
+    ("count", "asked", "kept"),
+    [(7, 2, 2), (8, 2, 2), (8, 3, 3), (8, 1, 0), (9, 1, 1), (12, 2, 1), (13, 2, 2), (12, 3, 3)],
+    ids=str,
 )
 def test_photos_are_held_out_where_enough_are_left(count, asked, kept, monkeypatch):
-    """Of each set one photo is rejected. From 8 photos on recipes hold 2 out by themselves."""
+    """Of each set one photo is rejected. Recipes hold one out from 8 photos on, and two from 12 on."""
     pictures = [
         Photo.from_image(Image.new("RGB", (99, 99), (200, 9 * number, 0)), f"{number}.png") for number in range(count)
     ]
     pictures[-1] = replace(pictures[0], name="copy.png")
     monkeypatch.setattr("core.photos.ready._typical", lambda used, count, limits: tuple(used[:count]))
     warnings: list[str] = []
-    at_least = 8 if asked == 2 and count >= 8 else 0  # as `ready_for` does
+    at_least = 8 if asked == usual_hold_out(count) else 0  # as `ready_for` does
     ready = make_ready(
         pictures, None, Thresholds(face_pixels_reject=9), check=True, hold_out=asked, at_least=at_least,
         on_warning=warnings.append,
@@ -179,23 +181,64 @@ def test_photos_are_held_out_where_enough_are_left(count, asked, kept, monkeypat
     assert len(ready.used) == count - 1 and len(ready.held_out) == kept
     config = replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True)
     config = TrainingJob.of(ready, load_base(BASE_FILE), config).config
-    assert config.stop_early == bool(kept) and any("likeness is not measured" in text for text in warnings) == (
-        not kept
-    )
+    assert (config.hold_out, config.stop_early) == (kept, bool(kept)) and any(
+        "likeness is not measured" in text for text in warnings
+    ) == (not kept)
 
 
 def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos):
     """One picture eight times over, which nobody has checked."""
     twins = [replace(read_photos(photos)[0], name=f"{number}.png") for number in range(8)]
     network, base, warnings = load_faces(), load_base(BASE_FILE), []
-    config = replace(CONFIG, check_photos=False, hold_out=2, sample_every=1)
+    config = replace(CONFIG, check_photos=False, hold_out=1, sample_every=1)
     found = ready_for(twins, base, config, faces=network, on_warning=warnings.append)
     assert len(found.training) == 8 and not TrainingJob.of(found, base, config).config.hold_out
-    assert "hold_out = 2: 0 of 8 photos show a face" in warnings[0] and "likeness is not measured" in warnings[0]
+    assert "hold_out = 1: 0 of 8 photos show a face" in warnings[0] and "likeness is not measured" in warnings[0]
     with pytest.raises(BadPhoto, match="hold_out = 3: 0 of 8 photos show a face"):
         ready_for(twins, base, replace(config, hold_out=3), faces=network, on_warning=warnings.append)
     with pytest.raises(BadConfig, match="beside photos that are already checked"):
         TrainingJob.of(found, base, config, drawn_photos=twins)
+
+
+def far_away(photo: Photo) -> Photo:
+    """The photo in the middle of a large wall."""
+    wall = Image.new("RGB", (1024, 1024), (120, 130, 140))
+    wall.paste(photo.image().resize((230, 280)), (397, 372))
+    return Photo.from_image(wall, photo.name)
+
+
+def test_close_ups_of_small_faces_are_trained_on_unless_the_settings_decide(photos, monkeypatch):
+    base, near = load_base(BASE_FILE), [photo for photo in read_photos(photos) if photo.name != "friend.png"]
+    far, warnings = [far_away(photo) for photo in near], []
+
+    def job(given: list[Photo], **settings) -> TrainingJob:
+        warnings.clear()
+        return TrainingJob.of(given, base, replace(CONFIG, **settings), on_warning=warnings.append)
+
+    def says_so() -> bool:
+        return any("training adds close-ups of it (face_crops = false" in text for text in warnings)
+
+    asked, refused = job(far, face_crops=True), job(far, face_crops=False)
+    assert not says_so()
+    assert job(far).key == asked.key != refused.key and says_so()
+    assert job(near).key == job(near, face_crops=False).key and not says_so()
+    assert not job(far, resolution=832).config.face_crops and not says_so()
+    monkeypatch.setattr("core.training.job.faces_if_installed", lambda *_: None)
+    assert job(far).config.face_crops is False
+
+
+def test_the_check_tells_how_large_faces_are_in_training(photos, tmp_path, capsys):
+    (far := tmp_path / "far").mkdir()
+    for photo in read_photos(photos):
+        far_away(photo).image().save(far / photo.name)
+    main(["check", str(far), "--resolution", "512"])
+    assert (
+        "In most photos the face is only 16 latents high at 512 px: training adds close-ups" in capsys.readouterr().out
+    )
+    main(["check", str(far), "--resolution", "784"])
+    assert re.search(r"only 2\d latents high at 784 px: 24 are better. Add close-ups", capsys.readouterr().out)
+    main(["check", str(far), "--resolution", "1024"])
+    assert "latents" not in capsys.readouterr().out
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):

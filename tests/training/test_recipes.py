@@ -35,7 +35,7 @@ def test_every_family_has_every_recipe_and_a_run_takes_it(family):
     photos = []
     for name in RECIPES:
         config = config_from(recipe_settings(name, FAMILIES[family].recipes))
-        assert (config.prior_prediction > 0, config.hold_out, config.stop_early) == (True, 2, True)
+        assert (config.prior_prediction > 0, config.hold_out, config.stop_early) == (True, 1, True)
         photos.append(config.steps * config.batch_size)
     assert photos == sorted(photos)
 
@@ -122,7 +122,7 @@ def test_from_eight_photos_on_two_are_held_out_and_measured_a_few_times():
         ENOUGH == 8 and not {"hold_out", "stop_early", "sample_every"} & recipe_settings("best", SD15, photos=7).keys()
     )
     settings = recipe_settings("best", SD15, photos=8)
-    assert settings["hold_out"] == 2 and settings["steps"] // settings["sample_every"] == MEASUREMENTS
+    assert settings["hold_out"] == 1 and settings["steps"] // settings["sample_every"] == MEASUREMENTS
 
 
 def test_what_is_asked_of_the_held_out_photos_wins():
@@ -187,7 +187,7 @@ def test_without_settings_the_bases_own_recipe_is_trained(tmp_path):
     train(photos, base, output=second)
     one, other = LoraFile.read(first), LoraFile.read(second)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    assert (one.metadata["ss_network_dim"], one.metadata["ss_num_train_images"]) == ("3", "6")
+    assert (one.metadata["ss_network_dim"], one.metadata["ss_num_train_images"]) == ("3", "7")
     assert one.metadata[LIKENESS_KEY] == other.metadata[LIKENESS_KEY]
 
 
