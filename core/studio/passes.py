@@ -22,7 +22,7 @@ from ..photos.dataset import Size
 from ..pictures.sampling import predictions_per_step
 from ..storage.files import read_json
 from ..storage.stored import dtype_and_shape
-from ..training.methods import trains_text
+from ..training.methods import METHODS, trains_text
 from ..training.training_adapter import TrainingAdapter
 
 FILE = Path(__file__).with_name("passes.json")
@@ -74,7 +74,9 @@ class Passes:
         changes = training_adapter.changes.values() if training_adapter else ()
         # The adapter's own weights never change, so they only take a prediction's products and those of its gradients.
         beside = 2 * sum(part.numel() for change in changes for part in change.tensors()) / weights_of(base, "denoiser")
-        added, texts = _ADDED[config.method], 3 * caption if trains_text(config) else 0.0
+        added = _ADDED[config.method]
+        # A pass back through frozen weights takes one product, through trained ones two.
+        texts = (2 if METHODS[config.method].freezes_weights else 3) * caption if trains_text(config) else 0.0
 
         def train(size: Size) -> float:
             lora, adapted = config.rank * added.lora, added.adapted
@@ -85,7 +87,7 @@ class Passes:
         return cls(
             functools.partial(of_denoiser, "predict"),
             train,
-            functools.partial(of_denoiser, "recompute"),
+            lambda size: of_denoiser("recompute", size) + config.rank * added.lora * of_denoiser("lora", size) / 3,
             functools.partial(of_vae, "encode"),
             functools.partial(of_vae, "decode"),
             caption,

@@ -124,6 +124,9 @@ def test_a_training_run_is_counted_as_it_is_done(plain, counted):
 def test_each_part_of_a_training_run_is_counted_as_it_is_done(photos, base, plain, counted, part):
     more = expected(photos, base, replace(PLAIN, **VARIED[part]))
     added = counted(part) - counted()
+    if part == "recomputation":  # which is told to 2 % of the pass that it is a part of
+        assert more.total == pytest.approx(counted(part), rel=0.02)
+        return
     assert more.total - plain.total == pytest.approx(added, rel=0.03)
     if part == "class images":  # which are trained on too
         added = count_flops(lambda: make_class_images(base, "person", 2, resolution=PLAIN.resolution, device=CPU))

@@ -351,7 +351,7 @@ def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, meth
         replace(PLAIN, optimizer="prodigy", text_encoder_lr=PLAIN.embedding_lr)
 
 
-@pytest.mark.parametrize("method, rate", [("lora", 1e-4), ("loha", 1.5e-5), ("dreambooth", 1e-5), ("oft", 3e-5)])
+@pytest.mark.parametrize("method, rate", [("lora", 1e-4), ("loha", 1.5e-5), ("dreambooth", 5e-6), ("oft", 3e-5)])
 def test_a_method_that_is_told_no_learning_rate_has_the_one_that_suits_it(bases, caches, method, rate):
     base, cache, config = bases["sd15"], person_only(caches["sd15"]), TrainConfig(method=method, rank=4, steps=1)
     run = Run(TrainingInputs.on(CPU, cache, base, config))
