@@ -83,26 +83,16 @@ def run(options: CheckOptions) -> int:
         return _choose(options, given, network, thresholds)
     report = photos.check_photos(given, network, thresholds)
     if options.json:
-        faces = {"resolution": resolution, "face_height": round(photos.face_height(report.usable), 3)}
-        print(json.dumps(report.to_dict() | faces, indent=1))
+        print(json.dumps(report.to_dict() | {"resolution": resolution}, indent=1))
     else:
         print(photos.format_report(report, terminal_width()))
         advice = "" if options.base or options.resolution else ". Use --base or --resolution for another size"
         print(f"Judged for training at {resolution} px{advice}.")
-        if report.usable and network:
-            print(_about_faces(report.usable, resolution))
+        if about := photos.about_small_faces(report.usable, resolution):
+            print(f"{about[0].upper()}{about[1:]}.")
     if options.sheet:
         photos.save_sheet(report, options.sheet)
     return 0 if report.enough else 1
-
-
-def _about_faces(usable: "Sequence[photos.PhotoReport]", resolution: int) -> str:
-    """Return how high the median face is in latents, of 8 pixels in most families, and what follows."""
-    latents = round(photos.face_height(usable) * resolution / 8)
-    then = f", and {photos.FEW_LATENTS} are better: add close-ups" if latents < photos.FEW_LATENTS else ""
-    if photos.suggests_crops(usable, resolution):
-        then = ": training adds close-ups (face_crops)"
-    return f"In most photos the face is about {latents} latents high{then}."
 
 
 def _choose(

@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from .captions import class_caption as class_caption
     from .captions import default_caption as default_caption
     from .captions import trigger_hint as trigger_hint
-    from .crops import FEW_LATENTS as FEW_LATENTS
-    from .crops import face_height as face_height
+    from .crops import about_small_faces as about_small_faces
     from .crops import face_regions as face_regions
-    from .crops import suggests_crops as suggests_crops
     from .crops import with_masks as with_masks
     from .dataset import Dataset as Dataset
     from .dataset import Region as Region

@@ -116,7 +116,7 @@ def _without_repeats(found: Sequence[Candidate], real: Sequence[PhotoReport], li
         one = found[index]
         if one.reason:
             continue
-        repeated = next((item for item in kept if _is_repeat(one.report, item, limits)), None)
+        repeated = next((item for item in kept if is_repeat(one.report, item, limits)), None)
         if repeated is None:
             kept.append(one.report)
         else:
@@ -125,7 +125,8 @@ def _without_repeats(found: Sequence[Candidate], real: Sequence[PhotoReport], li
     return result
 
 
-def _is_repeat(a: PhotoReport, b: PhotoReport, limits: Thresholds) -> bool:
+def is_repeat(a: PhotoReport, b: PhotoReport, limits: Thresholds) -> bool:
+    """Return whether two pictures are nearly the same."""
     if a.hash is None or b.hash is None or a.vector is None or b.vector is None:
         return False
     alike = float(likeness(a.vector[None], b.vector[None])[0, 0])

@@ -61,17 +61,30 @@ def face_regions(
     return regions
 
 
-def face_height(photos: Sequence[PhotoReport]) -> float:
-    """Return the median height of the person's face as a share of the photo's height; 1 if no photo shows a face."""
-    heights = [(item.face.box[3] - item.face.box[1]) / item.photo.size[1] for item in photos if item.face]
-    return median(heights or [1.0])
-
-
 def suggests_crops(photos: Sequence[PhotoReport], resolution: int) -> bool:
     """Return whether faces are too small for training at a resolution, in pixels, and a photo has room for a close-up."""
-    if resolution > CROPPED_UP_TO or face_height(photos) >= SMALL_FACE:
+    if resolution > CROPPED_UP_TO or _height(photos) >= SMALL_FACE:
         return False
     return any(item.face and len(_boxes(item, item.face, resolution)) > 1 for item in photos)
+
+
+def about_small_faces(photos: Sequence[PhotoReport], resolution: int, latent: int = 8) -> str:
+    """Return a sentence if training at a resolution adds close-ups, or if faces are too small for it; else "".
+
+    `latent` is the side of a latent in pixels, which most families share.
+    """
+    height, then = _height(photos), ""
+    latents = round(height * resolution / latent)
+    if suggests_crops(photos, resolution):
+        then = "training adds close-ups of it (face_crops = false leaves them out)"
+    elif height < SMALL_FACE and latents < FEW_LATENTS:
+        then = f"{FEW_LATENTS} are better. Add close-ups, or raise the resolution"
+    return then and f"in most photos the face is only {latents} latents high at {resolution} px: {then}"
+
+
+def _height(photos: Sequence[PhotoReport]) -> float:
+    """Return the median height of the person's face as a share of the photo's; 1 if no photo shows a face."""
+    return median([(r.face.box[3] - r.face.box[1]) / r.photo.size[1] for r in photos if r.face] or [1.0])
 
 
 def with_masks(

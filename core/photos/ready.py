@@ -11,7 +11,8 @@ import numpy as np
 from ..errors import BadPhoto, counted
 from ..faces import LIKENESS, TO_TRAINED_ON, FaceNetwork, Reference, likeness, mean_face
 from ..progress import OnWarning, silent
-from .measure import Thresholds, hash_distance
+from .alike import is_repeat
+from .measure import Thresholds
 from .reading import Photo
 from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
 
@@ -161,23 +162,16 @@ def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tup
     The nearest of all is left to train on, unless the others are too few.
     """
     seen = [item for item in used if item.vector is not None]
-    fit: list[PhotoReport] = []
-    if seen:
-        vectors = np.stack([item.vector for item in seen if item.vector is not None])
-        centre = mean_face(vectors)
-        assert centre is not None
-        alike = likeness(vectors, vectors) >= limits.same_picture_likeness
-        hashes = [item.hash for item in seen if item.hash is not None]
+    centre = mean_face(np.stack([item.vector for item in seen if item.vector is not None])) if seen else None
 
-        def repeats_another(i: int) -> bool:
-            return any(
-                alike[i, j] and hash_distance(hashes[i], other) <= limits.similar_picture
-                for j, other in enumerate(hashes)
-                if j != i
-            )
+    def is_single(item: PhotoReport) -> bool:
+        return not any(is_repeat(item, other, limits) for other in seen if other is not item)
 
-        nearest = np.argsort(-likeness(vectors, centre[None])[:, 0])
-        fit = [seen[i] for i in nearest if not repeats_another(i)]
+    def distance(item: PhotoReport) -> float:
+        assert item.vector is not None and centre is not None
+        return -float(likeness(item.vector[None], centre[None])[0, 0])
+
+    fit = sorted(filter(is_single, seen), key=distance)
     if len(fit) < count or len(used) - count < MIN_TRAINING_PHOTOS:
         raise BadPhoto(
             f"hold_out = {count}: {len(fit)} of {len(used)} photos show a face and repeat no other, and "

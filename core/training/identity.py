@@ -40,12 +40,8 @@ def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]
 
 
 def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    # The photos that pass a check are compared themselves, so the setting has its value without a check (False). This keeps
-    # earlier keys valid.
+    # The photos that pass a check are compared themselves, so the setting has its value without a check (False).
     settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
-    settings["face_crops"] = bool(config.face_crops)  # TrainingJob.of has decided
-    if not config.more_resolutions:  # earlier versions don't have this setting
-        del settings["more_resolutions"]
     # Asking for products in 8 bits rounds the weights.
     names = tuple(name for name in names if name != "eight_bit_products" or config.eight_bit_products != "on")
     return {name: value for name, value in settings.items() if name not in names}

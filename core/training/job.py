@@ -18,20 +18,8 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import (
-    FEW_LATENTS,
-    Dataset,
-    Photo,
-    Ready,
-    Region,
-    Thresholds,
-    face_height,
-    make_ready,
-    prepare,
-    suggests_crops,
-    trigger_hint,
-    usual_hold_out,
-)
+from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
+from ..photos.crops import about_small_faces, suggests_crops
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
 from .identity import settings_of_the_file
@@ -43,7 +31,7 @@ from .training_adapter import TrainingAdapter
 TRAINING_VERSION = "3"
 """A part of every job's key. Raise it when the same inputs would train differently."""
 DEFAULT_NETWORK = "sface"
-"""The face network that a key doesn't name."""
+"""The face network of keys, and of thresholds, if none is used."""
 
 
 @dataclass(frozen=True)
@@ -106,25 +94,25 @@ class TrainingJob:
             without = {} if ready.held_out else {"stop_early": False, "merge_best": 0}
             config = replace(config, hold_out=min(config.hold_out, len(ready.held_out)), **without)
         if config.face_crops is None:
-            config = replace(config, face_crops=_adds_crops(ready, base, config, on_warning))
+            side = config.resolution or base.resolution
+            config = replace(config, face_crops=suggests_crops(ready.training, side))
+            if about := about_small_faces(ready.training, side, base.latent_shape.pixels):
+                on_warning(about)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 
     @cached_property
     def key(self) -> str:
         """A hash that is equal when the same tensors would be trained, whatever the files are called."""
         settings = json.dumps(settings_of_the_file(self.config), sort_keys=True)
-        photos = [[photo.fingerprint for photo in group] for group in (self.ready.photos, self.class_photos)]
+        groups = (self.ready.photos, self.class_photos, self.held_out)
+        photos = [[photo.fingerprint for photo in group] for group in groups]
         start = model_hash(self.start.tensors) if self.start else None
-        others: list[object] = [self.adapter.digest] if self.adapter else []
-        if (network := self.ready.network or self.faces) and network_key(network) != DEFAULT_NETWORK:
-            others.append(f"faces: {network_key(network)}")
-        if self.ready.drawn:
-            others.append(f"drawn: {len(self.ready.drawn)}")
-        if self.held_out or self.judge:
-            judge = self.judge and network_key(self.judge)
-            others += [[photo.fingerprint for photo in self.held_out], judge]
+        adapter, judge = self.adapter and self.adapter.digest, self.judge and network_key(self.judge)
+        network = self.ready.network or self.faces
+        faces = network_key(network) if network else DEFAULT_NETWORK
         # A speed LoRA changes the pictures that measure likeness. A LoRA that was chosen by others is as good.
-        return content_key("lora", TRAINING_VERSION, settings, photos, start, self.base.trained_identity, *others)
+        trained = (settings, photos, len(self.ready.drawn), start, self.base.trained_identity, adapter)
+        return content_key("lora", TRAINING_VERSION, *trained, faces, judge)
 
     @property
     def makes(self) -> str:
@@ -190,18 +178,6 @@ def ready_for(
         drawn=drawn,
         on_warning=on_warning,
     )
-
-
-def _adds_crops(ready: Ready, base: Base, config: TrainConfig, on_warning: OnWarning) -> bool:
-    """Return whether the faces are so small that close-ups help. `on_warning` is told if they do, or if faces are too small."""
-    side = config.resolution or base.resolution
-    latents = round(face_height(ready.training) * side / base.latent_shape.pixels)
-    small = f"at {side} px, the face is only {latents} latents high in most photos"
-    if adds := suggests_crops(ready.training, side):
-        on_warning(f"{small}: close-ups of it are trained on too. face_crops = false leaves them out")
-    elif latents < FEW_LATENTS and base.is_large:
-        on_warning(f"{small}, and {FEW_LATENTS} are better. Add close-ups, or raise the resolution")
-    return adds
 
 
 def dataset_of(

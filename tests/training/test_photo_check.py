@@ -216,7 +216,7 @@ def test_close_ups_of_small_faces_are_trained_on_unless_the_settings_decide(phot
         return TrainingJob.of(given, base, replace(CONFIG, **settings), on_warning=warnings.append)
 
     def says_so() -> bool:
-        return any("close-ups of it are trained on too. face_crops = false" in text for text in warnings)
+        return any("training adds close-ups of it (face_crops = false" in text for text in warnings)
 
     asked, refused = job(far, face_crops=True), job(far, face_crops=False)
     assert not says_so()
@@ -232,9 +232,13 @@ def test_the_check_tells_how_large_faces_are_in_training(photos, tmp_path, capsy
     for photo in read_photos(photos):
         far_away(photo).image().save(far / photo.name)
     main(["check", str(far), "--resolution", "512"])
-    assert "In most photos the face is about 16 latents high: training adds close-ups" in capsys.readouterr().out
+    assert (
+        "In most photos the face is only 16 latents high at 512 px: training adds close-ups" in capsys.readouterr().out
+    )
+    main(["check", str(far), "--resolution", "784"])
+    assert re.search(r"only 2\d latents high at 784 px: 24 are better. Add close-ups", capsys.readouterr().out)
     main(["check", str(far), "--resolution", "1024"])
-    assert "is about 33 latents high.\n" in capsys.readouterr().out
+    assert "latents" not in capsys.readouterr().out
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):

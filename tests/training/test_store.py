@@ -543,9 +543,8 @@ def test_all_that_changes_the_file_changes_the_key(job, base):
     assert renamed.key(base) == keys["a LoRA to go on from"]
 
 
-def test_a_setting_that_earlier_versions_did_not_have_leaves_their_keys_as_they_were(job):
-    assert "more_resolutions" not in settings_of_the_file(job.config)
-    rounded = settings_of_the_file(replace(job.config, eight_bit_products="on"))  # its weights are rounded
+def test_what_only_saves_memory_leaves_the_key_unless_it_rounds_the_weights(job):
+    rounded = settings_of_the_file(replace(job.config, eight_bit_products="on"))
     assert rounded != settings_of_the_file(job.config) == settings_of_the_file(replace(job.config, memory_limit=8.0))
 
 
