@@ -10,17 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import lora, photos, storage  # Their modules load only when a name is used.
+from .. import lora, models, photos, storage  # Their modules load only when a name is used.
 from ..errors import BadFile, BadPhoto, one_line
 from .common import progress_bar
 from .options import Options, argument, option
-from .values import InputPath
+from .values import InputName, InputPath
 
 
 @dataclass(frozen=True)
 class InspectOptions(Options):
     files: list[InputPath] = argument(
         "A LoRA or a picture. Several files, or a folder of LoRAs, print one line each", "FILE|FOLDER"
+    )
+    base: InputName | None = option(
+        "Base model of the LoRA: checkpoint file, diffusers folder, hub id, or demo. Also print how far it moves the weights"
     )
     fast: bool = option("Read no tensors. The norms of the blocks are left out")
     json: bool = option("Print everything as JSON")
@@ -42,12 +45,14 @@ def run(options: InspectOptions) -> None:
     """Print what is in the files. Raises BadFile for refused files, after all others have been printed."""
     first, *others = options.files
     is_one = not others and not os.path.isdir(first)
+    base = models.load_base(options.base) if options.base else None
     inspect_lora = lora.inspect_header if options.fast else lora.inspect_lora
     if is_one and not options.fast:
         inspect_lora = partial(lora.inspect_lora, on_progress=progress_bar("reading"))
 
     def inspect(path: Path) -> dict[str, Any]:
-        return _inspect_picture(path) if _is_picture(path) else inspect_lora(path)
+        moves = {"movement": lora.movement_of(lora.LoraFile.read(path), base)} if base and not _is_picture(path) else {}
+        return _inspect_picture(path) if _is_picture(path) else inspect_lora(path) | moves
 
     if is_one and not options.json:
         report = inspect(Path(first))

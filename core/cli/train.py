@@ -138,6 +138,8 @@ def _end(options: TrainOptions, config: TrainConfig, found: bool) -> None:
             print("already trained from the same photos and settings; use --restart to train it again")
         kind = f"rank {config.rank}" if makes == "lora" else makes
         print(f"{options.output}  ({size / 1e6:.1f} MB, {kind}); use it in a prompt: a photo of {trigger}")
+        if lora.MOVEMENT_KEY in metadata:
+            print(f"it moves {lora.format_movement(json.loads(metadata[lora.MOVEMENT_KEY]))}")
         if training.LIKENESS_KEY in metadata:
             print(format_likeness(json.loads(metadata[training.LIKENESS_KEY])))
         else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .hashes import model_hash as model_hash
     from .inspect import Fault as Fault
     from .inspect import inspect_lora as inspect_lora
+    from .inspect import movement_of as movement_of
     from .inspect import verify_lora as verify_lora
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     from .names import trigger_phrases as trigger_phrases
     from .names import trigger_words as trigger_words
     from .names import word_of as word_of
+    from .report import MOVEMENT_KEY as MOVEMENT_KEY
+    from .report import doubt_of_movement as doubt_of_movement
     from .report import format_inspection as format_inspection
     from .report import format_line as format_line
+    from .report import format_movement as format_movement
     from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
     from .sidecars import write_sidecars as write_sidecars

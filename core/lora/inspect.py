@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from ..errors import counted
+from ..errors import LoraMisfit, counted
+from ..models.base import Base
 from ..progress import OnProgress, silent, steps
 from ..tensor_names import NAME_TABLES
 from .base_weights import BaseWeights
@@ -49,6 +51,32 @@ def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict
         block: round(norms[block], 6) if math.isfinite(norms[block]) else None
         for block in sorted(norms, key=lambda name: [(w, int(n or 0)) for w, n in re.findall(r"(\D+)(\d*)", name)])
     }
+
+
+def movement_of(lora: LoraFile, base: Base) -> dict[str, Any] | None:
+    """Return the `median` of |dW| / |W| over the LoRA's layers, and the `largest` one with the name of its `layer`.
+
+    The norms are Frobenius norms, and dW is the change at strength 1. For a LoRA, |s B A|² = s² trace(BᵀB AAᵀ) takes only
+    products of r x r. Each weight is read once. Layers that the base model doesn't have, and those whose change depends on the
+    weight (DoRA, OFT), are left out. Returns None if none is left. Raises LoraMisfit for a LoRA of another family.
+    """
+    if lora.family != base.family.name:
+        raise LoraMisfit(f"{lora.name}: is for {lora.family}, but {base.name} is {base.family.name}")
+
+    def norm(part: str, path: str) -> float:
+        weight = base.components[part].tensors.get(f"{path}.weight") if part in base.components else None
+        return 0.0 if weight is None else change_norm("full", {"diff": weight})
+
+    shares: dict[str, float] = {}
+    for entry in lora.entries:
+        if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
+            weights = [norm(*module) for module in entry.modules]
+            if all(weights):
+                shares[entry.name] = change_norm(entry.kind, lora.tensors_of(entry)) / math.hypot(*weights)
+    if not (shares and math.isfinite(sum(shares.values()))):
+        return None
+    layer = max(shares, key=lambda name: shares[name])
+    return {"median": round(median(shares.values()), 6), "largest": round(shares[layer], 6), "layer": layer}
 
 
 @dataclass(frozen=True)

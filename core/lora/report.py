@@ -33,6 +33,10 @@ SETTINGS = {
 """The training settings to show: labels by `ss_*` keys without that prefix."""
 _MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "license", "usage_hint", "date")
 _SHOWN_CHARACTERS = 200
+MOVEMENT_KEY = "facelora.movement"
+"""The metadata key of a trained LoRA's `movement_of`, as JSON."""
+USUAL_MOVEMENT = 0.003, 0.1
+"""The usual range of the median movement on full-size models. An estimate: LoRAs of real people have 0.01 to 0.02."""
 
 
 def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -182,6 +186,9 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     for title, section in (("base", "base_model"), ("about", "about"), ("training", "training"), ("hashes", "hashes")):
         rows = report.get(section) or {}
         lines += [f"  {title if first else '':<13} {key}: {_short(value)}" for first, key, value in _rows(rows)]
+    if "movement" in report:
+        moved = report["movement"]
+        lines += [f"  {'moves':<13} {text}" for text in (format_movement(moved), doubt_of_movement(moved)) if text]
     norms = report.get("norms") or {}
     largest = max((norm for norm in norms.values() if norm is not None), default=0.0) or 1.0
     for first, block, norm in _rows(norms):
@@ -196,6 +203,21 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         readers.setdefault(_loads(reading), []).append(reader)
     lines += [f"  {'loads' if first else '':<13} {', '.join(names)}: {text}" for first, text, names in _rows(readers)]
     return "\n".join(map(one_line, lines))
+
+
+def format_movement(movement: Mapping[str, Any] | None) -> str:
+    """Format a result of `movement_of` as readable text."""
+    if movement is None:
+        return "not known, since its changes depend on the weights or are not finite"
+    return f"{movement['median']:.2%} of the weights (median), {movement['layer']} the most: {movement['largest']:.2%}"
+
+
+def doubt_of_movement(movement: Mapping[str, Any] | None) -> str:
+    """Return a sentence about a median movement that is unusual on a full-size model; "" for others."""
+    (least, most), share = USUAL_MOVEMENT, movement["median"] if movement else USUAL_MOVEMENT[0]
+    if share < least:
+        return f"less than {least:.1%}: on a full-size model it hardly changes a picture. Train longer"
+    return f"more than {most:.0%}: on a full-size model it damages pictures. Train less" if share > most else ""
 
 
 def _family(report: Mapping[str, Any]) -> str:

@@ -68,9 +68,7 @@ class Examples:
         generator = self.generator("noise", number)
         pictures, share = [self.images[index] for index in self.batches.at(number)], self.batches.share(number)
         if random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction:
-            is_empty = random.Random(f"{config.seed}/empty/{number}").random() < EMPTY_PRIOR
-            captions = ["" if is_empty else picture.class_caption for picture in pictures]
-            yield replace(self._prior_pass(pictures, captions, self.generator("prior", number)), share=share)
+            yield replace(self._prior_pass(pictures, number), share=share)
         dropped = random.Random(f"{config.seed}/dropout/{number}")
         captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
         yield replace(self.picture_pass(pictures, captions, generator), share=share)
@@ -89,10 +87,10 @@ class Examples:
             masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
         return Pass("pictures", *self.noised(pictures, generator), self.conditioning(pictures, captions), masks)
 
-    def _prior_pass(
-        self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
-    ) -> Pass:
-        noised = self.noised(pictures, generator)
+    def _prior_pass(self, pictures: Sequence[EncodedImage], number: int) -> Pass:
+        noised = self.noised(pictures, self.generator("prior", number))
+        is_empty = random.Random(f"{self.config.seed}/empty/{number}").random() < EMPTY_PRIOR
+        captions = ["" if is_empty else picture.class_caption for picture in pictures]
         frozen = None
         if self.model.encoders:
             with torch.no_grad(), self.model.adapter.disabled():

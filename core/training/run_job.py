@@ -1,5 +1,6 @@
 """Run a training job from its photos to its LoRA."""
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..device import deterministic_if, released_memory, usable_device
+from ..lora import MOVEMENT_KEY, LoraFile, doubt_of_movement, format_movement, movement_of
 from ..photos import Photo, face_regions, with_masks
 from ..progress import LOADING, READING, SAMPLES
 from .callbacks import NO_CALLBACKS, Callbacks
@@ -58,6 +60,10 @@ def run_job(
             extra_metadata={"ss_output_name": files.output.stem} if files else None,
             callbacks=files.written_by(callbacks, config) if files else callbacks,
         )  # fmt: skip
+    if isinstance(lora, LoraFile) and (movement := movement_of(lora, base)):
+        metadata = {MOVEMENT_KEY: json.dumps(movement)} | dict(metadata or {})
+        if base.is_large and (doubt := doubt_of_movement(movement)):
+            callbacks.on_warning(f"the LoRA moves {format_movement(movement)}. That is {doubt}")
     if metadata:
         lora = lora.with_metadata({**lora.metadata, **metadata})
     if files:
