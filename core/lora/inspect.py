@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
-
 from ..errors import LoraMisfit, counted
 from ..models.base import Base
 from ..progress import OnProgress, silent, steps
@@ -67,7 +65,7 @@ def movement_of(lora: LoraFile, base: Base) -> dict[str, Any] | None:
 
     def norm(part: str, path: str) -> float:
         weight = base.components[part].tensors.get(f"{path}.weight") if part in base.components else None
-        return 0.0 if weight is None else torch.linalg.vector_norm(weight.float()).item()
+        return 0.0 if weight is None else change_norm("full", {"diff": weight})
 
     shares: dict[str, float] = {}
     for entry in lora.entries:
