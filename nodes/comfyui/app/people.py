@@ -8,23 +8,22 @@ A training run that is repeated under another name makes a copy of its LoRA, whi
 import hashlib
 import io
 import json
-import re
 import secrets
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import folder_paths
 from PIL import Image
 
-from ....core.errors import BadConfig, BadFile, InUse
+from ....core.errors import BadConfig, BadFile, FaceLoraError, InUse
 from ....core.lora.embeddings import embedding_files
 from ....core.lora.file import LoraFile
-from ....core.lora.sidecars import SIDECARS
+from ....core.lora.sidecars import sidecars_of, taken_by
 from ....core.photos.reading import DAMAGED, MASK_ENDING
 from ....core.storage.cache_folder import cache_folder, content_key, made_folder
 from ....core.storage.drawn import DRAWN, jpeg_url
@@ -33,7 +32,7 @@ from ....core.storage.locks import locked
 from ....core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ....core.training.encode import forget_latents
 from ....core.training.store import lora_path
-from ....core.training.trained_file import files_of, forget_run
+from ....core.training.trained_file import files_of, forget_run, without_step
 from ..folders import embedding_name, write_embedding
 from .dropped import delete_dropped, folders_of, own_root, photos_in
 from .runs import DONE, STOPPED
@@ -48,8 +47,6 @@ UNTRAINED = "untrained"
 """The phase of dropped photos that no training run has."""
 PUBLIC = ("key", "name", "begun", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
-_STEP = re.compile(r"-step\d{6,}(-\d+)?$")
-"""The end of the name of a step's LoRA."""
 
 
 class People:
@@ -61,7 +58,7 @@ class People:
 
     def key_of(self, user: str | None, job: str, name: str) -> str:
         """Return the key of the user's record of a training run, by its job's key, under a name."""
-        records = [record for record in _all() if record["user"] == user and _job(record) == job]
+        records = [one for one in map(self._settled, _all()) if one["user"] == user and _job(one) == job]
         known = next((record["key"] for record in records if record["name"] == name), "")
         return known or (secrets.token_hex(32) if records else job)
 
@@ -74,12 +71,13 @@ class People:
                 self._live.discard(key)
             if facts.get("phase") == RUNNING:
                 self._live.add(key)
-            record = (
-                {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _record_in(_file(user, key)) | facts
-            )
             with suppress(BadFile):  # Training continues on a full disk.
-                made_folder("panels")
-                write_text(_file(user, key), json.dumps(record))
+                self._write(user, key, facts)
+
+    def _write(self, user: str, key: str, facts: Record) -> None:
+        made_folder("panels")
+        before = {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _record_in(_file(user, key))
+        write_text(_file(user, key), json.dumps(before | facts))
 
     def add_headshots(
         self,
@@ -115,7 +113,7 @@ class People:
         `prompts` are the ids of those that run now.
         """
         live = set(self._live)
-        everyone = _all()
+        everyone = list(map(self._settled, _all()))
         records = [record for record in everyone if user is not None and record["user"] == user]
         live |= self._live  # a run may begin or end while the records are read
         shown = []
@@ -184,10 +182,20 @@ class People:
         with self._lock:
             record = self._at_rest(user, key, prompts)
             others, deleted = _others(record), list[str]()
+            loras = _loras(record, others)
+            gone = [
+                *(file for path in loras for file in sidecars_of(path)),
+                *_embeddings(loras, _files_of(record)),
+                *loras,
+            ]
             for name in _own_headshots(record, others):
                 (Path(folder_paths.get_output_directory()) / name).unlink()
                 deleted.append(f"output/{name}")
-            deleted += _delete_loras(_loras(record, others), record["name"])
+            with suppress(InUse), locked(_output(record)):
+                pass  # this deletes the lock file that a killed server left
+            for file in gone:
+                file.unlink()
+                deleted.append(file.name)
             if all(_job(other) != _job(record) for other in others):
                 forget_run(_job(record))
             kept = {digest for other in others for digest in other["digests"]}
@@ -208,34 +216,61 @@ class People:
         """Rename a training run of the user, its LoRAs and their sidecars, and return the new name, with their folder.
 
         `renamed` is called with the old and the new name, and the headshots by name below the output folder.
-        Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
+        Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have. InUse means that a training
+        run is about to write a LoRA of this name. Nothing has changed then. `_settled` ends it if the server is killed.
         """
         with self._lock:
             record = self._at_rest(user, key, prompts)
             new, old = Path(lora_path(name)).name, _stem(record)
+            if without_step(Path(f"{new}.safetensors")) != new:
+                raise BadConfig(
+                    f"name {new!r}: intermediate LoRAs have such names. Choose one without -step and a number"
+                )
+            moves = _moves(record, new)
+            for path, target in moves.items():
+                LoraFile.read(path)  # raises for a damaged file
+                if taken := taken_by(target):
+                    raise BadConfig(f"{taken.name}: another LoRA has this name. Choose another one")
             full = str(PurePosixPath(record["name"]).with_name(new))  # in the same folder below that of LoRAs
-            named = [path for path in _loras(record, _others(record)) if _STEP.sub("", path.stem) == old]
-            targets = {path: path.with_name(new + path.name.removeprefix(old)) for path in named}
-            if taken := next((target.name for target in targets.values() if target.exists()), ""):
-                raise BadConfig(f"{taken}: another LoRA has this name. Choose another one")
-            for path, target in targets.items():
-                file = SafetensorsFile.open(path)
-                copy_with_metadata(file, target, {**file.metadata, "ss_output_name": new})
-                del file  # Windows can't delete a file that is still open
-                for beside in filter(Path.is_file, map(path.with_suffix, SIDECARS)):
-                    beside.rename(target.with_name(target.stem + beside.name.removeprefix(path.stem)))
-                write_embedding(target)
-                _delete_loras([path], old)
-            graph = record.get("graph")
-            for node in _nodes(graph or {}):
-                is_own = str(node.get("id")) == record["run"]["node"].rpartition(":")[2]
-                if is_own and node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
-                    node["widgets_values"][0] = full
+            renaming = {str(path): str(target) for path, target in moves.items()}
+            with ExitStack() as held:
+                for folder in {path.parent for path in moves}:
+                    held.enter_context(locked(folder / f"{new}.safetensors"))
+                self._write(record["user"], key, {"renaming": renaming})
+                try:
+                    for path, target in moves.items():
+                        file = SafetensorsFile.open(path)
+                        copy_with_metadata(file, target, {**file.metadata, "ss_output_name": new})
+                        del file  # Windows can't delete a file that is still open
+                        write_embedding(target)
+                    facts = {"file": f"{new}.safetensors"} if record.get("file") else {}
+                    self._write(record["user"], key, facts | {"name": full, "graph": _renamed_in(record, full)})
+                finally:
+                    self._settled(_record_of(user, key))
             renamed(old, new, record["headshots"])
-            self.note(
-                user, key, name=full, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {})
-            )
             return full
+
+    def _settled(self, record: Record) -> Record:
+        """Return the record after a rename is ended, if one is noted in it: also one during which the server was killed."""
+        if not record.get("renaming"):
+            return record
+        with self._lock, suppress(BadFile, OSError):
+            if (record := _record_of(record["user"], record["key"])).get("renaming"):
+                self._end_rename(record)
+        return _record_of(record["user"], record["key"])
+
+    def _end_rename(self, record: Record) -> None:
+        """Delete the LoRAs under their old names if the record has its new name, else those under the new names."""
+        made = _files_of(record)
+        moves = [(Path(source), Path(target)) for source, target in record["renaming"].items()]
+        is_renamed = all(without_step(target) == _stem(record) for _, target in moves)
+        gone = [one for one in (source if is_renamed else target for source, target in moves) if one in made]
+        for source, target in moves if is_renamed else ():
+            for beside in sidecars_of(source):
+                beside.rename(target.with_name(target.stem + beside.name.removeprefix(source.stem)))
+        for file in (*_embeddings(gone, made), *gone):
+            file.unlink()
+        self._write(record["user"], record["key"], {"renaming": {}})
 
     def delete_photos(self, user: str | None, names: Collection[str], queued: Collection[str]) -> list[str]:
         """Delete dropped photos of the user, by name below the input folder. Return what was deleted.
@@ -253,7 +288,7 @@ class People:
 
     def _at_rest(self, user: str | None, key: str, prompts: Collection[str]) -> Record:
         """Return a record of the user. Raises BadConfig if there is none, or if its prompt is one of the running `prompts`."""
-        record = _record_of(user, key)
+        record = self._settled(_record_of(user, key))
         if not record:
             raise BadConfig("you have no such training run. Reload the list")
         if key in self._live:
@@ -280,6 +315,16 @@ def digest_of(name: str) -> str:
     root = Path(folder_paths.get_output_directory()).resolve()
     path = (root / name).resolve()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
+
+
+def _renamed_in(record: Record, name: str) -> Any:
+    """Return the graph of a record with that name in the node that trained."""
+    graph = record.get("graph")
+    for node in _nodes(graph or {}):
+        is_own = str(node.get("id")) == record["run"]["node"].rpartition(":")[2]
+        if is_own and node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
+            node["widgets_values"][0] = name
+    return graph
 
 
 def _nodes(graph: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -318,36 +363,45 @@ def _folders(record: Record, others: Collection[Record], queued: Collection[str]
 def _loras(record: Record, others: Collection[Record]) -> list[Path]:
     """Return the LoRAs of the record in the folders of LoRAs and of Save Face LoRA, without those of other records."""
     rivals = [other for other in others if _job(other) == _job(record)]
-    folders = [*folder_paths.get_folder_paths("loras"), Path(folder_paths.get_output_directory()) / "loras"]
-    files, own = files_of(_job(record), [Path(folder) for folder in folders]), _stem(record)
+    own = _stem(record)
     if any(_stem(other) == own for other in rivals):  # of another user
         return []
-    return [path for path in files if not rivals or _STEP.sub("", path.stem) == own]
+    return [path for path in _files_of(record) if not rivals or without_step(path) == own]
+
+
+def _files_of(record: Record) -> list[Path]:
+    """Return all LoRAs of the record's job. Records of other names may have some of them."""
+    folders = [*folder_paths.get_folder_paths("loras"), Path(folder_paths.get_output_directory()) / "loras"]
+    output = _output(record) if record.get("file") else None
+    return files_of(_job(record), output, list(map(Path, folders)))
+
+
+def _moves(record: Record, new: str) -> dict[Path, Path]:
+    """Return where each LoRA with the name of the record is moved to when it gets a new name."""
+    old, paths = _stem(record), _loras(record, _others(record))
+    return {path: path.with_name(new + path.name.removeprefix(old)) for path in paths if without_step(path) == old}
+
+
+def _output(record: Record) -> Path:
+    """Return the path that Train Face LoRA gave to the record's LoRA, or would give to it."""
+    name = PurePosixPath(record["name"]).with_name(f"{_stem(record)}.safetensors")
+    return Path(folder_paths.get_folder_paths("loras")[0]) / name
 
 
 def _stem(record: Record) -> str:
     """Return the name of the record's LoRA, which has a number if another one has the name of the person."""
-    return _STEP.sub("", Path(record.get("file") or f"{record['name']}.safetensors").stem)
+    return without_step(Path(record.get("file") or f"{record['name']}.safetensors"))
 
 
-def _delete_loras(paths: Sequence[Path], name: str) -> list[str]:
-    """Delete LoRAs, with their sidecars and embeddings.
-
-    Files that are found through another one are deleted before it, so that a second attempt finds what is left of them.
-    """
-    with suppress(InUse), locked(Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"):
-        pass  # this deletes the lock file that a killed server left
+def _embeddings(gone: Collection[Path], made: Collection[Path]) -> list[Path]:
+    """Return the files of the embeddings of some of a job's LoRAs that no other has. Those of damaged ones are unknown."""
     words = Path(folder_paths.get_folder_paths("embeddings")[0])
-    deleted = []
-    for path in reversed(paths):
-        lora = LoraFile.read(path)
-        names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
-        del lora  # Windows can't delete a file that is still open
-        for file in (*map(path.with_suffix, SIDECARS), *(words / name for name in names), path):
-            if file.is_file():
-                file.unlink()
-                deleted.append(file.name)
-    return deleted
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for path in made:
+        with suppress(FaceLoraError):
+            lora = LoraFile.read(path)
+            names[path in gone] |= {embedding_name(lora, embedding) for embedding in embedding_files(lora).values()}
+    return list(filter(Path.is_file, (words / f"{name}.safetensors" for name in sorted(names[True] - names[False]))))
 
 
 def _file(user: str | None, key: str) -> Path:
