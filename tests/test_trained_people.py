@@ -201,7 +201,7 @@ def test_a_name_that_a_training_run_is_about_to_write_is_refused(comfy, people):
     training.start()
     held.wait()
     try:
-        with pytest.raises(module_of(people).InUse, match="Bea.safetensors: another process is writing this file"):
+        with pytest.raises(module_of(people).InUse, match=r"Bea.safetensors: another process is writing this file"):
             rename(people, anna, "Bea")
     finally:
         done.set()
@@ -339,6 +339,44 @@ def test_a_mask_is_deleted_with_its_photo(comfy, people, dropped):
         "photo 01-masklabel.png", "photo 01.png")]  # fmt: skip
 
 
+def test_a_mask_of_a_photo_that_a_training_run_has_is_not_deleted(comfy, people, dropped):
+    name = dropped.add("default", "Anna", "", "a.png", photo(1, comfy))
+    mask = dropped.add("default", "Anna", "photos/Anna", "a-masklabel.png", photo(2, comfy))
+    assert people.delete_photos("default", [mask], [name]) == [], "a waiting prompt loads it"
+    trained(comfy, people, "Anna", photos=(name,))
+    assert people.delete_photos("default", [mask], ()) == []
+    assert dropped.photos_in("photos/Anna") == ["photo 01.png", "photo 01-masklabel.png"]
+
+
+def test_photos_below_a_folder_that_a_waiting_prompt_loads_are_not_deleted(comfy, people, dropped):
+    name = dropped.add("default", "Anna", "", "a.png", photo(1, comfy))
+    anna = trained(comfy, people, "Anna", photos=(name,))
+    assert people.files_to_delete("default", anna, ["photos"])["photos"] == 0
+    people.delete("default", anna, (), ["photos"])
+    assert people.delete_photos("default", [name], ["photos"]) == []
+    assert people.delete_photos("default", [name], ["photo"]) == [f"input/{name}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a\0.png", "\ud800.png", f"photo {'9' * 5000}.png", "../../Anna.png", "photo 01"]
+)
+def test_names_of_photos_that_anyone_may_upload_are_ignored(comfy, people, dropped, name):
+    mine = dropped.add("default", "Anna", "", "a.png", photo(1, comfy))
+    (comfy / "input" / "photos" / "Anna" / ".names.json").write_text(
+        json.dumps({"photo 01.png": "a.png", name: "b.png"})
+    )
+    (row,) = people.of("default", ())
+    assert row["files"] == [mine]
+    assert dropped.add("default", "Anna", "photos/Anna", "c.png", photo(3, comfy)) == "photos/Anna/photo 02.png"
+
+
+@pytest.mark.parametrize(
+    "folder", ["photos/" + "f" * 300, "photos/a\0b", "photos/..", "photos/", "photos//Anna", "/etc"]
+)
+def test_a_folder_that_cannot_be_one_of_dropped_photos_is_not_used(comfy, dropped, folder):
+    assert dropped.add("default", "Anna", folder, "a\0.png", photo(1, comfy)) == "photos/Anna/photo 01.png"
+
+
 def test_a_photo_that_is_added_while_others_are_deleted_is_listed(comfy, dropped, monkeypatch):
     mine = [dropped.add("default", "Anna", folder, f"{number}.png", photo(number, comfy))
             for number, folder in ((1, ""), (2, "photos/Anna"))]  # fmt: skip
@@ -450,17 +488,44 @@ def test_a_renamed_run_stays_in_its_folder_of_loras(comfy, people):
     assert listed(people) == ["family/Bea"], "Run would make a copy under another name"
 
 
-def test_the_server_remembers_a_limited_number_of_headshots_and_training_runs(comfy, monkeypatch):
-    """However many prompts have ended."""
+@pytest.fixture
+def queue(comfy, monkeypatch) -> MagicMock:
+    """ComfyUI's queue, for the modules that need a server."""
     server, queue = MagicMock(), MagicMock(currently_running={})
     server.PromptServer.instance.prompt_queue, server.PromptServer.instance.sockets = queue, {}
     for name in ("aiohttp", "comfy_execution.utils", "nodes", "pack.nodes.comfyui.style_pack"):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     monkeypatch.setitem(sys.modules, "server", server)
+    return queue
+
+
+def test_photos_of_waiting_prompts_are_found_however_they_are_written(comfy, queue):
+    def load(folder: object, pictures: object) -> dict[str, object]:
+        return {"class_type": "FaceLoRALoadPhotos", "inputs": {"folder": folder, "pictures": pictures}}
+
+    text = {"class_type": "PrimitiveString", "inputs": {"value": "photos/gina/photo 01.png"}}
+    graph = {"1": load("photos//fred", "./photos/ben/photo 01.png\n\0\n../x"), "2": {"class_type": "FaceLoRALoadPhotos"},
+             "3": load(".", ["5", 0]), "4": {"class_type": ["a"]}, "5": text, "6": None,
+             "7": {"class_type": "a", "inputs": []}}  # fmt: skip
+    (comfy / "input" / "photos" / "fred").mkdir(parents=True)
+    (comfy / "input" / "link").symlink_to("photos/fred")
+    module = nodes_module.__wrapped__("app.prompts")
+    for graph_, found in (
+        (graph, {"photos/fred", "photos/ben/photo 01.png", "photos/gina/photo 01.png"}),
+        ({"1": load("link", "x" * 300)}, {"photos/fred"}),
+    ):
+        queue.get_current_queue_volatile = lambda graph=graph_: ([], [(1, "p", graph, {}, [])])
+        assert module.queued_photos() == found
+    for odd in ([], {"prompt": []}, {"prompt": graph}, {"prompt": {"1": {"class_type": []}}}):
+        assert module.aim(odd) is odd
+
+
+def test_the_server_remembers_a_limited_number_of_headshots_and_training_runs(comfy, queue, monkeypatch):
+    """However many prompts have ended."""
     module = nodes_module.__wrapped__("app.state")
     monkeypatch.setattr(module, "MOST_PICTURES", 5)
     monkeypatch.setattr(module, "MOST_RUNS", 3)
-    app = module.App(server.PromptServer.instance)
+    app = module.App(sys.modules["server"].PromptServer.instance)
     app.watch_ends()
     for number in range(20):
         graph = {

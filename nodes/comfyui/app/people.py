@@ -8,6 +8,7 @@ A training run that is repeated under another name makes a copy of its LoRA, whi
 import hashlib
 import io
 import json
+import os
 import secrets
 import threading
 import time
@@ -34,7 +35,7 @@ from ....core.training.encode import forget_latents
 from ....core.training.store import lora_path
 from ....core.training.trained_file import files_of, forget_run, without_step
 from ..folders import embedding_name, write_embedding
-from .dropped import delete_dropped, folders_of, own_root, photos_in
+from .dropped import delete_dropped, folders_of, own_root, photos_in, stem_of
 from .runs import DONE, STOPPED
 
 Record = dict[str, Any]
@@ -278,10 +279,10 @@ class People:
         Photos of a training run are kept, and `queued` photos and folders.
         """
         with self._lock:
-            used = {photo for record in _all() for photo in record["photos"]} | {*queued}
+            used = {stem_of(name) for name in (*queued, *(name for record in _all() for name in record["photos"]))}
             folders: dict[str, set[str]] = {}
-            for folder, _, name in (name.rpartition("/") for name in names if name not in used):
-                if folder not in queued:
+            for folder, _, name in (name.rpartition("/") for name in names if stem_of(name) not in used):
+                if not any(f"{folder}/".startswith(f"{one}/") for one in queued):
                     folders.setdefault(folder, set()).add(name)
             own = folders.keys() & set(folders_of(user)) if user is not None else ()
             return [f"input/{name}" for folder in sorted(own) for name in delete_dropped(folder, folders[folder])]
@@ -313,8 +314,8 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
 def digest_of(name: str) -> str:
     """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    path = (root / name).resolve()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
+    path = Path(os.path.realpath(root / name))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and os.path.isfile(path) else ""
 
 
 def _renamed_in(record: Record, name: str) -> Any:
@@ -357,7 +358,8 @@ def _folders(record: Record, others: Collection[Record], queued: Collection[str]
     used, root = [*queued, *(photo for other in others for photo in other["photos"])], own_root(record["user"])
     folders = sorted({name.rpartition("/")[0] for name in record["photos"]})
     own = [folder for folder in folders if folder.rpartition("/")[0] == root]
-    return [folder for folder in own if not any(f"{name}/".startswith(f"{folder}/") for name in used)]
+    kept = [f"{name}/" for name in used]
+    return [one for one in own if not any(f"{one}/".startswith(name) or name.startswith(f"{one}/") for name in kept)]
 
 
 def _loras(record: Record, others: Collection[Record]) -> list[Path]:
