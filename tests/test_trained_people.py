@@ -297,6 +297,42 @@ def test_damaged_loras_of_a_person_are_deleted_and_others_stay(comfy, people, si
     assert sorted(folder.rglob("*.safetensors")) == sorted(others)
 
 
+def test_a_lora_in_two_folders_of_loras_is_renamed_and_deleted_once(comfy, people):
+    anna, folder = trained(comfy, people, "Anna"), comfy / "output" / "loras"
+    folder.symlink_to(comfy / "models" / "loras")
+    rename(people, anna, "Bea")
+    assert people.delete("default", anna, (), ())[1] == ["Bea.safetensors"]
+
+
+def test_a_person_without_a_lora_gets_no_name_of_another_one(comfy, people):
+    anna, _ = trained(comfy, people, "Anna"), trained(comfy, people, "Ben", job="b" * 64)
+    (comfy / "models" / "loras" / "Anna.safetensors").unlink()
+    with pytest.raises(module_of(people).BadConfig, match=r"Ben.safetensors: another LoRA has this name"):
+        rename(people, anna, "Ben")
+    assert rename(people, anna, "Bea") == "Bea"
+
+
+@pytest.mark.parametrize(
+    "change", [{"photos": [None]}, {"headshots": None}, {"run": {}}, {"name": 5}, {"begun": "a"}, []]
+)
+def test_a_damaged_record_breaks_no_other(comfy, people, change):
+    trained(comfy, people, "Anna"), trained(comfy, people, "Ben")
+    file = next(file for file in (comfy / "cache" / "panels").iterdir() if '"Ben"' in file.read_text())
+    file.write_text(json.dumps(change and json.loads(file.read_text()) | change))
+    assert listed(people) == ["Anna"]
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [[], "a", {"nodes": None}, {"definitions": []}, {"nodes": [None, {"id": 5}], "definitions": {"subgraphs": [None]}},
+     {"nodes": [{"id": 5, "type": "FaceLoRATrain", "widgets_values": odd} for odd in ("a", {}, [], None)]}],
+)  # fmt: skip
+def test_a_person_whose_graph_is_odd_is_renamed(comfy, people, graph):
+    anna = trained(comfy, people, "Anna")
+    people.note("default", anna, graph=graph)
+    assert rename(people, anna, "Bea") == "Bea" and people.graph_of("default", anna) == graph
+
+
 def test_a_record_without_a_job_deletes_no_lora(comfy, people):
     anna = trained(comfy, people, "Anna")
     people.note("default", anna, job="", file=None)

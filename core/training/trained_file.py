@@ -203,7 +203,8 @@ def has_key(path: Path, key: str, makes: str = "lora") -> bool:
 def files_of(key: str, output: Path | None, folders: Sequence[Path]) -> list[Path]:
     """Return the files that a job has made in and below the folders: its LoRA and intermediate LoRAs, by their keys.
 
-    A damaged file, which has no key, is the job's if it has the name of `output` or of its intermediate LoRAs.
+    A damaged file, which has no key, is the job's if it has the name of `output` or of its intermediate LoRAs. A file that is
+    found twice, in folders in each other or through a link, is returned once.
     """
 
     def is_ours(path: Path) -> bool:
@@ -212,7 +213,7 @@ def files_of(key: str, output: Path | None, folders: Sequence[Path]) -> list[Pat
         except FaceLoraError:
             return output is not None and path.with_stem(without_step(path)) == output
 
-    return list(filter(is_ours, lora_files(folders)))
+    return list({os.path.realpath(path): path for path in filter(is_ours, lora_files(folders))}.values())
 
 
 def without_step(path: Path) -> str:

@@ -61,7 +61,17 @@ def test_the_check_follows_no_link_out_of_the_input_folder(server):
     for folder, words in {"": "whole input folder", ".": "whole input folder", "inside": "inside/out.png: not in ComfyUI",
                           "out": "not in ComfyUI", "loop": "doesn't exist"}.items():  # fmt: skip
         assert words in server.post("/facelora/check", {"folder": folder})["error"]
-    assert "no photos" in server.post("/facelora/check", {})["error"]
+    caption = server.folder / "input" / "photos" / "anna" / "photo 01.txt"
+    caption.symlink_to(secret := server.folder / "secret.txt")
+    secret.write_text("a secret")
+    for answer in (
+        server.post("/facelora/check", {"folder": "photos/anna"}),
+        server.post("/facelora/check", {"pictures": "photos/anna/photo 01.png"}),
+        server.send("PUT", "/facelora/caption", {"name": "photos/anna/photo 01.png", "caption": "changed"}),
+    ):
+        assert "not in ComfyUI's input folder" in answer["error"]
+    caption.unlink()
+    assert secret.read_text() == "a secret" and "no photos" in server.post("/facelora/check", {})["error"]
 
 
 def test_people_are_listed_renamed_and_deleted_among_odd_files(server):

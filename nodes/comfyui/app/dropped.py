@@ -191,7 +191,8 @@ def _is_own(folder: str, user: str | None) -> bool:
     is_name = (
         word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word) and len(os.fsencode(word)) < 256
     )
-    return root == own_root(user) and is_name and ((path / NAMES).exists() or not path.exists())
+    is_free = is_name and ((path / NAMES).exists() or not path.exists()) and not path.is_symlink()
+    return root == own_root(user) and is_free
 
 
 def _folder_for(user: str | None, person: str, content: bytes) -> str:

@@ -153,9 +153,9 @@ class People:
         folders = {name.rpartition("/")[0] for name in names}
         with zipfile.ZipFile(data, "w") as archive:
             for name in names:  # ComfyUI numbers the pictures of each folder from 1
-                archive.write(
-                    Path(folder_paths.get_output_directory()) / name, Path(name).name if len(folders) == 1 else name
-                )
+                with suppress(OSError):  # deleted meanwhile
+                    file = Path(folder_paths.get_output_directory()) / name
+                    archive.write(file, file.name if len(folders) == 1 else name)
         return _stem(record) if record else "headshots", data.getvalue()
 
     def files_to_delete(self, user: str | None, key: str, queued: Collection[str]) -> Record:
@@ -190,7 +190,7 @@ class People:
                 *loras,
             ]
             for name in _own_headshots(record, others):
-                (Path(folder_paths.get_output_directory()) / name).unlink()
+                (Path(folder_paths.get_output_directory()) / name).unlink(missing_ok=True)
                 deleted.append(f"output/{name}")
             with suppress(InUse), locked(_output(record)):
                 pass  # this deletes the lock file that a killed server left
@@ -228,10 +228,12 @@ class People:
                     f"name {new!r}: intermediate LoRAs have such names. Choose one without -step and a number"
                 )
             moves = _moves(record, new)
-            for path, target in moves.items():
+            for path in moves:
                 LoraFile.read(path)  # raises for a damaged file
-                if taken := taken_by(target):
-                    raise BadConfig(f"{taken.name}: another LoRA has this name. Choose another one")
+            if taken := next(
+                filter(None, map(taken_by, (*moves.values(), _output(record).with_name(f"{new}.safetensors")))), None
+            ):
+                raise BadConfig(f"{taken.name}: another LoRA has this name. Choose another one")
             full = str(PurePosixPath(record["name"]).with_name(new))  # in the same folder below that of LoRAs
             renaming = {str(path): str(target) for path, target in moves.items()}
             with ExitStack() as held:
@@ -321,17 +323,22 @@ def digest_of(name: str) -> str:
 def _renamed_in(record: Record, name: str) -> Any:
     """Return the graph of a record with that name in the node that trained."""
     graph = record.get("graph")
-    for node in _nodes(graph or {}):
-        is_own = str(node.get("id")) == record["run"]["node"].rpartition(":")[2]
-        if is_own and node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
-            node["widgets_values"][0] = name
+    for node in _nodes(graph):
+        match node:
+            case {"id": number, "type": "FaceLoRATrain", "widgets_values": [_, *_] as values}:
+                if str(number) == record["run"]["node"].rpartition(":")[2]:
+                    values[0] = name
     return graph
 
 
-def _nodes(graph: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _nodes(graph: object) -> list[Any]:
     """Return the nodes of a page's graph and of its subgraphs."""
-    subgraphs = graph.get("definitions", {}).get("subgraphs", ())
-    return [node for one in (graph, *subgraphs) for node in one.get("nodes", ())]
+    graphs = [graph]
+    match graph:
+        case {"definitions": {"subgraphs": list(subgraphs)}}:
+            graphs += subgraphs
+    lists = [one["nodes"] for one in graphs if isinstance(one, dict) and isinstance(one.get("nodes"), list)]
+    return [node for nodes in lists for node in nodes]
 
 
 def _others(record: Record) -> list[Record]:
@@ -416,9 +423,12 @@ def _record_of(user: str | None, key: str) -> Record:
 
 def _record_in(file: Path) -> Record:
     with suppress(BadFile):
-        record = read_json(file)
-        if isinstance(record, Mapping) and {"user", "key", "begun", "run", "photos", "digests"} <= record.keys():
-            return dict(record)
+        match read_json(file):
+            case {"user": str(), "key": str(), "name": str(), "begun": int() | float(), "photos": list(photos),
+                  "digests": list(digests), "headshots": dict(headshots),
+                  "run": {"prompt": str(), "workflow": _, "node": str()}} as record:  # fmt: skip
+                if all(isinstance(one, str) for one in (*photos, *digests, *headshots.values())):
+                    return record
     return {}
 
 

@@ -137,7 +137,7 @@ def chosen_files(folder: str, pictures: str, user: str | None) -> Iterator[tuple
         if not picture.is_file():
             raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder. Add it again, or remove it")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
-        yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
+        yield from ((file.name, file) for file in (picture, *companions) if path_of(str(file)).is_file())
 
 
 def _is_left_out(folder: str, pictures: str, user: str | None) -> bool:
@@ -182,10 +182,11 @@ def write_caption(name: str, text: str, user: str | None) -> None:
     if not path.is_file() or path.suffix.lower() not in PHOTO_SUFFIXES:
         raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder")
     check_length(f"{path.name}: its caption", text, BadPhoto)
+    file = path_of(str(path.with_suffix(".txt")))  # raises for a link out of the input folder
     if text:
-        write_text(path.with_suffix(".txt"), text)
+        write_text(file, text)
     else:
-        path.with_suffix(".txt").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def with_own_names(checked: CheckedPhotos) -> dict[str, Any]:
