@@ -178,8 +178,6 @@ def _read_page(path: Path) -> str:
     return path.read_text("utf-8")
 
 
-MOST_NAME = 200
-"""The most bytes in the name of a LoRA. File systems allow 255, which its temporary files and intermediate LoRAs need."""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """The names that no file or folder can have on Windows, with any ending."""
 

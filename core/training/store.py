@@ -31,7 +31,7 @@ from ..models.opening import load_base
 from ..photos import Photo, PhotoLike, Ready, as_photo, check_agreed, read_photos
 from ..progress import READING, OnWarning, silent
 from ..storage.cache_folder import made_folder
-from ..storage.files import EARLIER, MOST_NAME, RESERVED, check_writable, remove_leftovers, set_aside, writing
+from ..storage.files import EARLIER, RESERVED, check_writable, remove_leftovers, set_aside, writing
 from ..storage.locks import locked
 from ..storage.plain_values import is_text
 from ..storage.safetensors_file import SafetensorsFile, check_metadata, copy_with_metadata
@@ -49,6 +49,8 @@ LOSS_INTERVAL = 0.5
 """Seconds between two reads of the loss. Each read waits for the device."""
 SAVE_INTERVAL = 10.0
 """Seconds between two saves of the history. If the process is killed, later entries are lost."""
+_MOST_NAME = 200
+"""The most bytes in the name of a LoRA. File systems allow 255, which its temporary files and intermediate LoRAs need."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,8 @@ def lora_path(name: str) -> str:
     Raises BadConfig for a name that leads out of the folder or that some operating system does not allow.
     """
     parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
-    if any(len(part.encode("utf-8", "replace")) > MOST_NAME for part in parts):
-        raise BadConfig(
-            f"name {name[:40]!r}...: give a name of at most {MOST_NAME} letters, fewer if they are not Latin"
-        )
+    if any(len(part.encode("utf-8", "replace")) > _MOST_NAME for part in parts):
+        raise BadConfig(f"name {name[:40]!r}...: give at most {_MOST_NAME} letters, fewer if they are not Latin")
     is_wrong = any(part.strip() in ("", ".", "..") or RESERVED.fullmatch(part) for part in parts) or not is_text(name)
     if is_wrong or re.search(r'[<>:"|?*\x00-\x1f]', name):
         raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the folder of LoRAs")

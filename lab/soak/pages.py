@@ -55,7 +55,7 @@ def ask(address: str, draw: Random) -> tuple[int, str]:
     key = draw.choice((*KEYS.values(), *KEYS.values(), "0", "\0", "é" * 300, "..", "\ud800"))
     route = route.replace("KEY", urllib.parse.quote(key, safe="", errors="surrogatepass"))
     query = {draw.choice((*names, "x", "\0")): _word(draw) for _ in range(draw.randrange(4))}
-    path = f"{route}?{urllib.parse.urlencode(query, errors='surrogatepass')}"
+    path = f"{route}?{urllib.parse.urlencode(query, errors='surrogatepass')}"[:8000]  # aiohttp logs longer ones
     if draw.random() < 0.1:
         path = urllib.parse.quote(damaged_bytes(path.encode(), draw)[:6000], safe="/?=&%") or "/"
         path = path if path.startswith("/facelora/") else "/facelora/"

@@ -9,6 +9,8 @@ import pytest
 
 from lab.soak.pages import KEYS, ask_often, furnish
 
+from .graphs import load_photos
+
 
 def test_odd_requests_are_answered_and_leave_no_traceback(server):
     mark = server.mark()
@@ -39,6 +41,8 @@ FOLDER = b'--a\r\nContent-Disposition: form-data; name="folder"\r\n\r\nphotos/%s
         ("check", json.dumps({"folder": "anna", "resolution": math.inf}).encode(), "text/plain", 400, "send"),
         ("check", json.dumps({"folder": "anna", "resolution": 10**400}).encode(), "text/plain", 200, "verdict"),
         ("stop", DEEP, "application/json", 400, "send a JSON object with prompt and node"),
+        ("stop", b'{"prompt": "p", "node": null}', "application/json", 400, "send a JSON object"),
+        ("stop", b'{"prompt": "p", "node": 5}', "application/json", 404, "no training run in node 5 of prompt p"),
         ("stop", b"{}", "application/json; charset=none", 400, "send a JSON object"),
         ("photos", b"", MULTIPART, 400, "send a form"),
         ("photos", b"--a\r\nodd\x19\r\n\r\n\r\n--a--\r\n", MULTIPART, 400, "send a form"),
@@ -71,6 +75,7 @@ def test_the_check_follows_no_link_out_of_the_input_folder(server):
     ):
         assert "not in ComfyUI's input folder" in answer["error"]
     caption.unlink()
+    assert "5: this folder doesn't exist" in server.error({"photos": load_photos(5)})
     assert secret.read_text() == "a secret" and "no photos" in server.post("/facelora/check", {})["error"]
 
 
@@ -78,7 +83,7 @@ def test_people_are_listed_renamed_and_deleted_among_odd_files(server):
     theirs = {path: path.read_bytes() for path in furnish(server.folder)}
     address = {name: f"/facelora/people/{key}" for name, key in KEYS.items()}
     assert {*KEYS, "kept"} <= {one["name"] for one in server.get("/facelora/people")}
-    for name in ("maria", "anna-step000100", "b" * 250):
+    for name in ("maria", "anna-step000100", "b" * 250, None, ["bea"]):
         assert "error" in server.send("PATCH", address["anna"], {"name": name})
     assert server.send("PATCH", address["anna"], {"name": "bea"}) == {"name": "bea"}
     deleted = [sorted(server.delete(address[name])["deleted"]) for name in ("anna", "carl")]

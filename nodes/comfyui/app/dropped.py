@@ -45,7 +45,7 @@ def path_of(name: str) -> Path:
     """
     root = input_folder()
     try:
-        path = Path(os.path.realpath(root / name))
+        path = Path(os.path.realpath(root / str(name)))  # A graph may give a number.
         path.exists()
     except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
         raise BadPhoto(f"{name[:80]!r}: not a valid file name ({problem.args[-1]})") from None
@@ -188,11 +188,9 @@ def _photo_number(stem: str, ending: str, names: dict[str, str]) -> int:
 def _is_own(folder: str, user: str | None) -> bool:
     root, _, word = folder.rpartition("/")
     path = input_folder() / folder
-    is_name = (
-        word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word) and len(os.fsencode(word)) < 256
-    )
-    is_free = is_name and ((path / NAMES).exists() or not path.exists()) and not path.is_symlink()
-    return root == own_root(user) and is_free
+    is_name = word.strip(" .") == word != "" and not _NOT_IN_NAMES.search(word) and len(os.fsencode(word)) < 256
+    is_own = root == own_root(user) and is_name and not path.is_symlink()
+    return is_own and ((path / NAMES).exists() or not path.exists())
 
 
 def _folder_for(user: str | None, person: str, content: bytes) -> str:

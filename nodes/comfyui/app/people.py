@@ -184,11 +184,8 @@ class People:
             record = self._at_rest(user, key, prompts)
             others, deleted = _others(record), list[str]()
             loras = _loras(record, others)
-            gone = [
-                *(file for path in loras for file in sidecars_of(path)),
-                *_embeddings(loras, _files_of(record)),
-                *loras,
-            ]
+            beside = [file for path in loras for file in sidecars_of(path)]
+            gone = [*beside, *_embeddings(loras, _files_of(record)), *loras]
             for name in _own_headshots(record, others):
                 (Path(folder_paths.get_output_directory()) / name).unlink(missing_ok=True)
                 deleted.append(f"output/{name}")
@@ -224,15 +221,12 @@ class People:
             record = self._at_rest(user, key, prompts)
             new, old = Path(lora_path(name)).name, _stem(record)
             if without_step(Path(f"{new}.safetensors")) != new:
-                raise BadConfig(
-                    f"name {new!r}: intermediate LoRAs have such names. Choose one without -step and a number"
-                )
+                raise BadConfig(f"name {new!r}: intermediate LoRAs have such names. Leave out -step and the number")
             moves = _moves(record, new)
             for path in moves:
                 LoraFile.read(path)  # raises for a damaged file
-            if taken := next(
-                filter(None, map(taken_by, (*moves.values(), _output(record).with_name(f"{new}.safetensors")))), None
-            ):
+            targets = [*moves.values(), _output(record).with_name(f"{new}.safetensors")]
+            if taken := next(filter(None, map(taken_by, targets)), None):
                 raise BadConfig(f"{taken.name}: another LoRA has this name. Choose another one")
             full = str(PurePosixPath(record["name"]).with_name(new))  # in the same folder below that of LoRAs
             renaming = {str(path): str(target) for path, target in moves.items()}

@@ -4,9 +4,9 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from urllib.parse import quote
 
@@ -59,14 +59,17 @@ def add_routes() -> None:
     _add_help_route(server)
 
 
-async def _sent(request: web.Request, fields: Mapping[str, Callable[[Any], Any]]) -> list[Any]:
+async def _sent(request: web.Request, **fields: type | UnionType) -> list[Any]:
     """Return these fields of the JSON object in a request, each of its type. The answer to a request without them is 400."""
     try:
         given = parse_json(await request.read())
-        return [kind(given[name]) for name, kind in fields.items()]
-    except (KeyError, RecursionError, TypeError, ValueError):
-        answer = {"error": f"send a JSON object with {' and '.join(fields)}"}
-        raise web.HTTPBadRequest(text=json.dumps(answer), content_type="application/json") from None
+        values = [given[name] for name in fields]
+        if all(map(isinstance, values, fields.values())):
+            return values
+    except (KeyError, TypeError, ValueError):
+        pass
+    answer = {"error": f"send a JSON object with {' and '.join(fields)}"}
+    raise web.HTTPBadRequest(text=json.dumps(answer), content_type="application/json")
 
 
 def _add_run_routes(server: PromptServer) -> None:
@@ -84,8 +87,8 @@ def _add_run_routes(server: PromptServer) -> None:
     async def stop(request: web.Request) -> web.Response:
         if request.content_type != "application/json":  # a form on a page of another site can send other types
             return web.json_response({"error": "send JSON, as application/json"}, status=415)
-        prompt, node = await _sent(request, {"prompt": str, "node": str})
-        run = app().runs.stop(user_of(request), prompt, node)
+        prompt, node = await _sent(request, prompt=str, node=str | int)
+        run = app().runs.stop(user_of(request), prompt, str(node))
         if run is None:
             return web.json_response(
                 {"error": f"you have no training run in node {node} of prompt {prompt}"}, status=404
@@ -113,7 +116,7 @@ def _add_people_routes(server: PromptServer) -> None:
     @routes.patch("/facelora/people/{key}")
     async def rename(request: web.Request) -> web.Response:
         user, key = user_of(request), request.match_info["key"]
-        (name,) = await _sent(request, {"name": str})
+        (name,) = await _sent(request, name=str)
         try:
             named = await asyncio.to_thread(records.rename, user, key, name, app().running(), renamed)
         except FaceLoraError as problem:
@@ -187,14 +190,14 @@ def _add_photo_routes(server: PromptServer) -> None:
 
     @routes.delete("/facelora/photos")
     async def delete(request: web.Request) -> web.Response:
-        (names,) = await _sent(request, {"names": list})
+        (names,) = await _sent(request, names=list)
         user, chosen = user_of(request), [name for name in names if isinstance(name, str)]
         deleted = await asyncio.to_thread(app().people.delete_photos, user, chosen, queued_photos())
         return web.json_response({"deleted": deleted})
 
     @routes.put("/facelora/caption")
     async def caption(request: web.Request) -> web.Response:
-        name, given = await _sent(request, {"name": str, "caption": str})
+        name, given = await _sent(request, name=str, caption=str)
         text = " ".join(given.replace("\0", " ").split())
         try:
             await asyncio.to_thread(write_caption, name, text, user_of(request))
