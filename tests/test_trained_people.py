@@ -316,7 +316,8 @@ def test_a_person_without_a_lora_gets_no_name_of_another_one(comfy, people):
     "change", [{"photos": [None]}, {"headshots": None}, {"run": {}}, {"name": 5}, {"begun": "a"}, []]
 )
 def test_a_damaged_record_breaks_no_other(comfy, people, change):
-    trained(comfy, people, "Anna"), trained(comfy, people, "Ben")
+    for name in ("Anna", "Ben"):
+        trained(comfy, people, name)
     file = next(file for file in (comfy / "cache" / "panels").iterdir() if '"Ben"' in file.read_text())
     file.write_text(json.dumps(change and json.loads(file.read_text()) | change))
     assert listed(people) == ["Anna"]

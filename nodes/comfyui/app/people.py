@@ -319,8 +319,8 @@ def _renamed_in(record: Record, name: str) -> Any:
     graph = record.get("graph")
     for node in _nodes(graph):
         match node:
-            case {"id": number, "type": "FaceLoRATrain", "widgets_values": [_, *_] as values}:
-                if str(number) == record["run"]["node"].rpartition(":")[2]:
+            case {"id": number, "type": "FaceLoRATrain", "widgets_values": list(values)}:
+                if values and str(number) == record["run"]["node"].rpartition(":")[2]:
                     values[0] = name
     return graph
 

@@ -69,7 +69,7 @@ class Prompt:
         keys, nodes = list(trains), []
         for key in keys:  # which grows
             node, inputs = self.graph.get(key, {}), []
-            for name, value in sorted(node["inputs"].items() if node else ()):
+            for name, value in sorted(node.get("inputs", {}).items()):
                 if _is_link(value):
                     keys += [value[0]] if value[0] not in keys else []
                     value = (keys.index(value[0]), value[1])
@@ -161,7 +161,7 @@ def aim(queued: Any) -> Any:
 
 
 def _nodes_in(graph: object) -> dict[str, Any]:
-    """Return the nodes of a prompt that have a type, with inputs. ComfyUI only checks those that are executed."""
+    """Return the nodes of a prompt that have a type, with inputs. ComfyUI only checks the nodes that it will run."""
     nodes = graph.items() if isinstance(graph, dict) else ()
     return {
         key: node if isinstance(node.get("inputs"), dict) else node | {"inputs": {}}
