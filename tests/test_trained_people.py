@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import signal
 import sys
 import threading
 import types
@@ -12,8 +14,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from core.lora.file import KEY, LoraFile
+from core.storage.locks import locked
+from core.storage.safetensors_file import SafetensorsFile
+from tests.kills import child, die_at_change, where_forks_work
 from tests.tooling import nodes_module
 
 MODULE = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
@@ -126,15 +132,213 @@ def test_a_training_run_and_its_loras_are_renamed_without_a_copy(comfy, people):
     assert people.files_to_delete("default", other, ())["loras"] == ["Ben.safetensors"]
 
 
-def test_the_saved_steps_of_a_renamed_run_are_deleted_with_it(comfy, people):
-    anna, folder = trained(comfy, people, "Anna"), comfy / "models" / "loras"
-    lora = LoraFile.read(folder / "Anna.safetensors")
-    LoraFile.from_tensors(dict(lora.tensors), {"ss_output_name": "Anna"}).save(folder / "Anna-step000001.safetensors")
-    people.rename("default", anna, "Bea", (), lambda *names: None)
+def rename(people, key: str, name: str) -> str:
+    return people.rename("default", key, name, (), lambda *names: None)
+
+
+def lora_folder(comfy: Path) -> dict[str, bytes]:
+    """The files beside the LoRAs, by name."""
+    return {path.name: path.read_bytes() for path in sorted((comfy / "models" / "loras").iterdir())}
+
+
+def test_step_files_of_other_trainers_stay(comfy, people):
+    anna, folder = trained(comfy, people, "Anna", steps=(1,)), comfy / "models" / "loras"
+    other = LoraFile.read(folder / "Anna.safetensors").with_metadata({"ss_output_name": "Anna"})
+    for name in ("Anna-step00000500", "Anna-step000002"):
+        other.save(folder / f"{name}.safetensors")
+    save_file({"unknown": torch.zeros(1)}, folder / "Anna-step000003.safetensors", {"ss_output_name": "Anna"})
+    before = lora_folder(comfy)
+    assert rename(people, anna, "Bea") == "Bea"
     assert sorted(people.files_to_delete("default", anna, ())["loras"]) == [
-        "Bea-step000001.safetensors",
-        "Bea.safetensors",
-    ]
+        "Bea-step000001.safetensors", "Bea.safetensors",
+    ]  # fmt: skip
+    people.delete("default", anna, (), ())
+    theirs = [f"Anna-step{step}.safetensors" for step in ("00000500", "000002", "000003")]
+    assert lora_folder(comfy) == {name: before[name] for name in theirs}
+
+
+@pytest.mark.parametrize("file", ["Maria.json", "Maria.preview.png", "Maria.pt", "Maria-step000080.json"])
+def test_a_rename_replaces_no_file_of_another_lora(comfy, people, file):
+    anna = trained(comfy, people, "Anna", steps=(80,))
+    for name in ("Anna.json", "Anna.preview.png", "Anna-step000080.json", file):
+        (comfy / "models" / "loras" / name).write_text(name)
+    before = lora_folder(comfy)
+    with pytest.raises(module_of(people).BadConfig, match=f"^{file}: another LoRA has this name"):
+        rename(people, anna, "Maria")
+    assert lora_folder(comfy) == before and listed(people) == ["Anna"]
+
+
+def test_the_sidecars_of_another_lora_of_the_name_are_not_deleted(comfy, people):
+    anna = trained(comfy, people, "Anna")
+    for name in ("Anna.pt", "Anna.json"):
+        (comfy / "models" / "loras" / name).write_text(name)
+    people.delete("default", anna, (), ())
+    assert [*lora_folder(comfy)] == ["Anna.json", "Anna.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Anna-step000100", "intermediate LoRAs have such names"), ("b" * 250, "at most 200"), ("ä" * 101, "at most 200"),
+     ("\ud800", "give a file name")],
+)  # fmt: skip
+def test_a_name_that_confuses_or_cannot_be_written_is_refused(comfy, people, name, words):
+    anna = trained(comfy, people, "Anna")
+    with pytest.raises(module_of(people).BadConfig, match=words) as refused:
+        rename(people, anna, name)
+    assert len(str(refused.value)) < 200 and loras(comfy) == ["Anna"] and listed(people) == ["Anna"]
+
+
+def test_a_name_that_a_training_run_is_about_to_write_is_refused(comfy, people):
+    anna, before = trained(comfy, people, "Anna"), lora_folder(comfy)
+    held, done = threading.Event(), threading.Event()
+
+    def train() -> None:
+        with locked(comfy / "models" / "loras" / "Bea.safetensors"):
+            held.set()
+            done.wait()
+
+    training = threading.Thread(target=train)
+    training.start()
+    held.wait()
+    try:
+        with pytest.raises(module_of(people).InUse, match=r"Bea.safetensors: another process is writing this file"):
+            rename(people, anna, "Bea")
+    finally:
+        done.set()
+        training.join()
+    assert lora_folder(comfy) == before and listed(people) == ["Anna"]
+
+
+def with_word(comfy: Path, people) -> str:
+    """The key of the record of Anna, whose LoRAs have a word of their own and sidecars."""
+    key, folder = trained(comfy, people, "Anna", steps=(80, 90)), comfy / "models" / "loras"
+    for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        lora = LoraFile.read(path)
+        word = {"bundle_emb.sks.string_to_param.*": torch.full((2, 64), float(number))}
+        LoraFile.from_tensors({**lora.tensors, **word}, lora.metadata).save(path)
+        module_of(people).write_embedding(path)
+        for ending in (".json", ".preview.png"):
+            path.with_suffix(ending).write_text(path.stem)
+    (comfy / "models" / "loras" / "Annabel.json").write_text("of somebody else")
+    return key
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix not in (".lock", ".tmp"))
+
+
+@where_forks_work
+def test_a_rename_that_is_killed_is_whole_or_not_at_all(comfy, people):
+    folders = [comfy / "models" / name for name in ("loras", "embeddings")]
+    key = with_word(comfy, people)
+    before = [names_of(folder) for folder in folders]
+    after = [[name.replace("Anna", "Bea") if "Annabel" not in name else name for name in names] for names in before]
+    backup = shutil.copytree(comfy, comfy.parent / "backup")
+    ends, number = set[str](), 0
+    while True:
+        number += 1
+        status = child(lambda number=number: die_at_change(number) or bool(rename(people, key, "Bea")))
+        assert status in (1, -signal.SIGKILL)
+        (name,) = listed(people)  # the next look
+        ends.add(name)
+        found = [names_of(folder) for folder in folders]
+        assert found == ([sorted(names) for names in after] if name == "Bea" else before), number
+        assert (comfy / "models" / "loras" / f"{name}-step000080.json").read_text() == "Anna-step000080"
+        written = LoraFile.read(comfy / "models" / "loras" / f"{name}.safetensors").metadata.get(
+            "ss_output_name", "Anna"
+        )
+        assert written == name
+        if status == 1:
+            break
+        shutil.rmtree(comfy)
+        shutil.copytree(backup, comfy)
+    assert ends == {"Anna", "Bea"} and number > 15
+
+
+def test_a_rename_for_which_the_disk_is_too_small_changes_nothing(comfy, people, monkeypatch):
+    key = with_word(comfy, people)
+    folders = [comfy / "models" / name for name in ("loras", "embeddings")]
+    before, copy = [names_of(folder) for folder in folders], module_of(people).copy_with_metadata
+
+    def fill(file: SafetensorsFile, path: Path, metadata: dict[str, str]) -> None:
+        if "step" in path.name:
+            raise module_of(people).BadFile(f"{path}: cannot be written: No space left on device")
+        copy(file, path, metadata)
+
+    monkeypatch.setattr(module_of(people), "copy_with_metadata", fill)
+    with pytest.raises(module_of(people).BadFile, match="No space left"):
+        rename(people, key, "Bea")
+    assert [names_of(folder) for folder in folders] == before and listed(people) == ["Anna"]
+
+
+def test_a_new_name_whose_embedding_has_the_same_name_keeps_it(comfy, people):
+    key = with_word(comfy, people)
+    rename(people, key, "Anna B")
+    before = names_of(comfy / "models" / "embeddings")
+    rename(people, key, "Anna_B")
+    assert names_of(comfy / "models" / "embeddings") == before and len(before) == 3
+
+
+@pytest.mark.parametrize("size", [5, 100, -8])
+def test_damaged_loras_of_a_person_are_deleted_and_others_stay(comfy, people, size):
+    anna, folder = trained(comfy, people, "Anna", steps=(80,)), comfy / "models" / "loras"
+    for name in ("Anna", "Anna-step000080"):
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+    (folder / "others").mkdir()
+    others = [folder / name for name in ("Annabel.safetensors", "others/Anna.safetensors")]
+    for path in others:
+        path.write_bytes(b"damaged")
+    with pytest.raises(module_of(people).BadFile, match=r"Anna(-step000080)?.safetensors: "):
+        rename(people, anna, "Bea")
+    named = ["Anna-step000080.safetensors", "Anna.safetensors"]
+    assert sorted(people.files_to_delete("default", anna, ())["loras"]) == named
+    assert sorted(people.delete("default", anna, (), ())[1]) == named
+    assert sorted(folder.rglob("*.safetensors")) == sorted(others)
+
+
+def test_a_lora_in_two_folders_of_loras_is_renamed_and_deleted_once(comfy, people):
+    anna, folder = trained(comfy, people, "Anna"), comfy / "output" / "loras"
+    folder.symlink_to(comfy / "models" / "loras")
+    rename(people, anna, "Bea")
+    assert people.delete("default", anna, (), ())[1] == ["Bea.safetensors"]
+
+
+def test_a_person_without_a_lora_gets_no_name_of_another_one(comfy, people):
+    anna, _ = trained(comfy, people, "Anna"), trained(comfy, people, "Ben", job="b" * 64)
+    (comfy / "models" / "loras" / "Anna.safetensors").unlink()
+    with pytest.raises(module_of(people).BadConfig, match=r"Ben.safetensors: another LoRA has this name"):
+        rename(people, anna, "Ben")
+    assert rename(people, anna, "Bea") == "Bea"
+
+
+@pytest.mark.parametrize(
+    "change", [{"photos": [None]}, {"headshots": None}, {"run": {}}, {"name": 5}, {"begun": "a"}, []]
+)
+def test_a_damaged_record_breaks_no_other(comfy, people, change):
+    for name in ("Anna", "Ben"):
+        trained(comfy, people, name)
+    file = next(file for file in (comfy / "cache" / "panels").iterdir() if '"Ben"' in file.read_text())
+    file.write_text(json.dumps(change and json.loads(file.read_text()) | change))
+    assert listed(people) == ["Anna"]
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [[], "a", {"nodes": None}, {"definitions": []}, {"nodes": [None, {"id": 5}], "definitions": {"subgraphs": [None]}},
+     {"nodes": [{"id": 5, "type": "FaceLoRATrain", "widgets_values": odd} for odd in ("a", {}, [], None)]}],
+)  # fmt: skip
+def test_a_person_whose_graph_is_odd_is_renamed(comfy, people, graph):
+    anna = trained(comfy, people, "Anna")
+    people.note("default", anna, graph=graph)
+    assert rename(people, anna, "Bea") == "Bea" and people.graph_of("default", anna) == graph
+
+
+def test_a_record_without_a_job_deletes_no_lora(comfy, people):
+    anna = trained(comfy, people, "Anna")
+    people.note("default", anna, job="", file=None)
+    people.delete("default", anna, (), ())
+    assert loras(comfy) == ["Anna"]
 
 
 def test_the_same_name_again_is_the_same_row(comfy, people):
@@ -170,6 +374,44 @@ def test_a_mask_is_deleted_with_its_photo(comfy, people, dropped):
     dropped.add("default", "only", "photos/only", "a-masklabel.png", photo(2, comfy))
     assert sorted(people.delete_photos("default", [name], ())) == [f"input/photos/only/{file}" for file in (
         "photo 01-masklabel.png", "photo 01.png")]  # fmt: skip
+
+
+def test_a_mask_of_a_photo_that_a_training_run_has_is_not_deleted(comfy, people, dropped):
+    name = dropped.add("default", "Anna", "", "a.png", photo(1, comfy))
+    mask = dropped.add("default", "Anna", "photos/Anna", "a-masklabel.png", photo(2, comfy))
+    assert people.delete_photos("default", [mask], [name]) == [], "a waiting prompt loads it"
+    trained(comfy, people, "Anna", photos=(name,))
+    assert people.delete_photos("default", [mask], ()) == []
+    assert dropped.photos_in("photos/Anna") == ["photo 01.png", "photo 01-masklabel.png"]
+
+
+def test_photos_below_a_folder_that_a_waiting_prompt_loads_are_not_deleted(comfy, people, dropped):
+    name = dropped.add("default", "Anna", "", "a.png", photo(1, comfy))
+    anna = trained(comfy, people, "Anna", photos=(name,))
+    assert people.files_to_delete("default", anna, ["photos"])["photos"] == 0
+    people.delete("default", anna, (), ["photos"])
+    assert people.delete_photos("default", [name], ["photos"]) == []
+    assert people.delete_photos("default", [name], ["photo"]) == [f"input/{name}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a\0.png", "\ud800.png", f"photo {'9' * 5000}.png", "../../Anna.png", "photo 01"]
+)
+def test_names_of_photos_that_anyone_may_upload_are_ignored(comfy, people, dropped, name):
+    mine = dropped.add("default", "Anna", "", "a.png", photo(1, comfy))
+    (comfy / "input" / "photos" / "Anna" / ".names.json").write_text(
+        json.dumps({"photo 01.png": "a.png", name: "b.png"})
+    )
+    (row,) = people.of("default", ())
+    assert row["files"] == [mine]
+    assert dropped.add("default", "Anna", "photos/Anna", "c.png", photo(3, comfy)) == "photos/Anna/photo 02.png"
+
+
+@pytest.mark.parametrize(
+    "folder", ["photos/" + "f" * 300, "photos/a\0b", "photos/..", "photos/", "photos//Anna", "/etc"]
+)
+def test_a_folder_that_cannot_be_one_of_dropped_photos_is_not_used(comfy, dropped, folder):
+    assert dropped.add("default", "Anna", folder, "a\0.png", photo(1, comfy)) == "photos/Anna/photo 01.png"
 
 
 def test_a_photo_that_is_added_while_others_are_deleted_is_listed(comfy, dropped, monkeypatch):
@@ -283,17 +525,44 @@ def test_a_renamed_run_stays_in_its_folder_of_loras(comfy, people):
     assert listed(people) == ["family/Bea"], "Run would make a copy under another name"
 
 
-def test_the_server_remembers_a_limited_number_of_headshots_and_training_runs(comfy, monkeypatch):
-    """However many prompts have ended."""
+@pytest.fixture
+def queue(comfy, monkeypatch) -> MagicMock:
+    """ComfyUI's queue, for the modules that need a server."""
     server, queue = MagicMock(), MagicMock(currently_running={})
     server.PromptServer.instance.prompt_queue, server.PromptServer.instance.sockets = queue, {}
     for name in ("aiohttp", "comfy_execution.utils", "nodes", "pack.nodes.comfyui.style_pack"):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     monkeypatch.setitem(sys.modules, "server", server)
+    return queue
+
+
+def test_photos_of_waiting_prompts_are_found_however_they_are_written(comfy, queue):
+    def load(folder: object, pictures: object) -> dict[str, object]:
+        return {"class_type": "FaceLoRALoadPhotos", "inputs": {"folder": folder, "pictures": pictures}}
+
+    text = {"class_type": "PrimitiveString", "inputs": {"value": "photos/gina/photo 01.png"}}
+    graph = {"1": load("photos//fred", "./photos/ben/photo 01.png\n\0\n../x"), "2": {"class_type": "FaceLoRALoadPhotos"},
+             "3": load(".", ["5", 0]), "4": {"class_type": ["a"]}, "5": text, "6": None,
+             "7": {"class_type": "a", "inputs": []}}  # fmt: skip
+    (comfy / "input" / "photos" / "fred").mkdir(parents=True)
+    (comfy / "input" / "link").symlink_to("photos/fred")
+    module = nodes_module.__wrapped__("app.prompts")
+    for graph_, found in (
+        (graph, {"photos/fred", "photos/ben/photo 01.png", "photos/gina/photo 01.png"}),
+        ({"1": load("link", "x" * 300)}, {"photos/fred"}),
+    ):
+        queue.get_current_queue_volatile = lambda graph=graph_: ([], [(1, "p", graph, {}, [])])
+        assert module.queued_photos() == found
+    for odd in ([], {"prompt": []}, {"prompt": graph}, {"prompt": {"1": {"class_type": []}}}):
+        assert module.aim(odd) is odd
+
+
+def test_the_server_remembers_a_limited_number_of_headshots_and_training_runs(comfy, queue, monkeypatch):
+    """However many prompts have ended."""
     module = nodes_module.__wrapped__("app.state")
     monkeypatch.setattr(module, "MOST_PICTURES", 5)
     monkeypatch.setattr(module, "MOST_RUNS", 3)
-    app = module.App(server.PromptServer.instance)
+    app = module.App(sys.modules["server"].PromptServer.instance)
     app.watch_ends()
     for number in range(20):
         graph = {

@@ -24,6 +24,19 @@ _PICTURES = (".png", ".preview.png")
 """InvokeAI only reads the first, Stability Matrix the second. All others accept either."""
 SIDECARS = (*_TEXTS, *_PICTURES)
 """The endings of the files beside a LoRA, instead of its own."""
+_MODELS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl")
+"""The endings of models, whose sidecars have the same names."""
+
+
+def sidecars_of(path: Path) -> list[Path]:
+    """Return the files beside a LoRA that belong to it; none if they may belong to another model of that name."""
+    is_alone = not any(os.path.lexists(path.with_suffix(one)) for one in _MODELS if one != path.suffix)
+    return [file for file in map(path.with_suffix, SIDECARS) if is_alone and file.is_file()]
+
+
+def taken_by(path: Path) -> Path | None:
+    """Return the first model or sidecar with the name of a LoRA that is to be written to `path`; None if the name is free."""
+    return next((file for file in map(path.with_suffix, (*_MODELS, *SIDECARS)) if os.path.lexists(file)), None)
 
 
 def write_sidecars(

@@ -33,6 +33,7 @@ from ..progress import READING, OnWarning, silent
 from ..storage.cache_folder import made_folder
 from ..storage.files import EARLIER, RESERVED, check_writable, remove_leftovers, set_aside, writing
 from ..storage.locks import locked
+from ..storage.plain_values import is_text
 from ..storage.safetensors_file import SafetensorsFile, check_metadata, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .job import TrainingJob
@@ -48,6 +49,8 @@ LOSS_INTERVAL = 0.5
 """Seconds between two reads of the loss. Each read waits for the device."""
 SAVE_INTERVAL = 10.0
 """Seconds between two saves of the history. If the process is killed, later entries are lost."""
+_MOST_NAME = 200
+"""The most bytes in the name of a LoRA. File systems allow 255, which its temporary files and intermediate LoRAs need."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,10 @@ def lora_path(name: str) -> str:
     Raises BadConfig for a name that leads out of the folder or that some operating system does not allow.
     """
     parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
-    if any(part.strip() in ("", ".", "..") or RESERVED.fullmatch(part) for part in parts) or re.search(
-        r'[<>:"|?*\x00-\x1f]', name
-    ):
+    if any(len(part.encode("utf-8", "replace")) > _MOST_NAME for part in parts):
+        raise BadConfig(f"name {name[:40]!r}...: give at most {_MOST_NAME} letters, fewer if they are not Latin")
+    is_wrong = any(part.strip() in ("", ".", "..") or RESERVED.fullmatch(part) for part in parts) or not is_text(name)
+    if is_wrong or re.search(r'[<>:"|?*\x00-\x1f]', name):
         raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the folder of LoRAs")
     return "/".join(parts)
 
@@ -269,7 +273,7 @@ def find_or_train(
                 metadata = lora.metadata | {KEY: job.key, "ss_output_name": path.stem} | agreed
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
                 del before, lora  # Windows can't delete a file that is still open
-                _clear(run.files, path, agreed)
+                _clear(run.files, path, job.key, agreed)
         run.set_made(LoraFile.read(path))
     return TrainedFile(path, run, found)
 
@@ -351,17 +355,18 @@ def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
     return None
 
 
-def _clear(files: RunFiles, path: Path, agreed: Mapping[str, str]) -> None:
+def _clear(files: RunFiles, path: Path, key: str, agreed: Mapping[str, str]) -> None:
     """Delete the output of a run, which is now the LoRA at `path`, and move its intermediate LoRAs beside that.
 
-    `agreed` is added to their metadata.
+    The job's key with their step is added to their metadata, and `agreed`.
     """
     files.output.unlink(missing_ok=True)
     files.beside("embedding").unlink(missing_ok=True)
     for one in files.intermediate():
         file = SafetensorsFile.open(one)
-        target = path.with_name(path.stem + one.name.removeprefix(files.output.stem))
-        copy_with_metadata(file, target, {**file.metadata, "ss_output_name": path.stem, **agreed})
+        step = one.stem.removeprefix(files.output.stem)
+        metadata = {**file.metadata, KEY: key + step, "ss_output_name": path.stem, **agreed}
+        copy_with_metadata(file, path.with_name(path.stem + step + one.suffix), metadata)
         one.unlink()
 
 

@@ -200,23 +200,29 @@ def has_key(path: Path, key: str, makes: str = "lora") -> bool:
         return False
 
 
-def files_of(key: str, folders: Sequence[Path]) -> list[Path]:
-    """The files that a job has made, by its key, in and below the folders: the LoRA, and its steps beside it."""
-    found = {path: metadata_of(path) for path in lora_files(folders)}
-    mine = [path for path, metadata in found.items() if metadata.get(KEY, "").startswith(key)]
-    names = {(path.parent, path.stem) for path in mine}
-    steps = [
-        path
-        for path, metadata in found.items()
-        if path not in mine
-        and re.search(r"-step\d{6,}$", path.stem)
-        and (path.parent, metadata.get("ss_output_name")) in names
-    ]
-    return mine + steps
+def files_of(key: str, output: Path | None, folders: Sequence[Path]) -> list[Path]:
+    """Return the files that a job has made in and below the folders: its LoRA and intermediate LoRAs, by their keys.
+
+    A damaged file, which has no key, is the job's if it has the name of `output` or of its intermediate LoRAs. A file that is
+    found twice, in folders in each other or through a link, is returned once.
+    """
+
+    def is_ours(path: Path) -> bool:
+        try:
+            return SafetensorsFile.open(path).metadata.get(KEY, "").partition("-step")[0] == key != ""
+        except FaceLoraError:
+            return output is not None and path.with_stem(without_step(path)) == output
+
+    return list({os.path.realpath(path): path for path in filter(is_ours, lora_files(folders))}.values())
+
+
+def without_step(path: Path) -> str:
+    """Return the stem of a LoRA's name, without what the names of intermediate LoRAs and their copies end with."""
+    return re.sub(r"-step\d{6,}(-\d+)?$", "", path.stem)
 
 
 def forget_run(key: str) -> None:
-    """Deletes the run's folder of a job, by its key: its state, samples, history and measured steps."""
+    """Delete the run's folder of a job, by its key: its state, samples, history and measured steps."""
     shutil.rmtree(RunFolder.of(key).path, ignore_errors=True)
 
 

@@ -139,7 +139,8 @@ def test_photos_that_a_waiting_run_needs_are_not_deleted(server, tmp_path):
     )
     long["sampler"]["inputs"]["steps"] = 10_000
     server.queue(long)
-    server.queue(headshots_of(server, "wilma-again", [*photos, dropped], training_seed=67))
+    waiting = headshots_of(server, "wilma-again", [f"./{name.replace('/', '//')}" for name in (*photos, dropped)])
+    server.queue(waiting | {"unused": {"class_type": "FaceLoRALoadPhotos"}})
     assert server.get(f"/facelora/people/{record['key']}/files")["photos"] == 0
     said = server.delete(f"/facelora/people/{record['key']}")["deleted"]
     assert "wilma.safetensors" in said and not any(name.startswith("input/") for name in said)

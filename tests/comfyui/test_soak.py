@@ -1,21 +1,97 @@
 """Odd requests to the pages' routes."""
 
+import json
 import math
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 
-from lab.soak.pages import ask_often
+from lab.soak.pages import KEYS, ask_often, furnish
+
+from .graphs import load_photos
 
 
 def test_odd_requests_are_answered_and_leave_no_traceback(server):
     mark = server.mark()
     statuses, faults = ask_often(server.url, server.folder / "input" / "soak", "make test", 300)
     assert faults == []
-    assert "send" in server.post("/facelora/check", {"folder": "anna", "resolution": math.inf})["error"]
-    broken = Request(server.url + "/facelora/photos", b"", {"Content-Type": "multipart/form-data; boundary=a"})
-    with pytest.raises(HTTPError, match="400"):
-        urlopen(broken)
-    assert statuses[200] > 30 < statuses[404]
+    assert statuses[200] > 60 and statuses[400] > 10 < statuses[404]
     assert "Traceback" not in server.log(mark)
+
+
+def status_of(server, path: str, body: bytes, kind: str, **headers: str) -> tuple[int, str]:
+    try:
+        with urlopen(Request(server.url + path, body, {"Content-Type": kind} | headers)) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
+
+
+DEEP = b"[" * 50_000 + b"]" * 50_000
+MULTIPART = "multipart/form-data; boundary=a"
+FILE = b'--a\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n\r\n--a--\r\n'
+FOLDER = b'--a\r\nContent-Disposition: form-data; name="folder"\r\n\r\nphotos/%s\r\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "status", "words"),
+    [
+        ("check", DEEP, "application/json", 400, "send"),
+        ("check", json.dumps({"folder": "anna", "resolution": math.inf}).encode(), "text/plain", 400, "send"),
+        ("check", json.dumps({"folder": "anna", "resolution": 10**400}).encode(), "text/plain", 200, "verdict"),
+        ("stop", DEEP, "application/json", 400, "send a JSON object with prompt and node"),
+        ("stop", b'{"prompt": "p", "node": null}', "application/json", 400, "send a JSON object"),
+        ("stop", b'{"prompt": "p", "node": 5}', "application/json", 404, "no training run in node 5 of prompt p"),
+        ("stop", b"{}", "application/json; charset=none", 400, "send a JSON object"),
+        ("photos", b"", MULTIPART, 400, "send a form"),
+        ("photos", b"--a\r\nodd\x19\r\n\r\n\r\n--a--\r\n", MULTIPART, 400, "send a form"),
+        ("photos", FILE % b"a\0.png", MULTIPART, 400, "send a form"),
+        ("photos", FOLDER % (b"f" * 300) + FILE % b"a.png", MULTIPART, 200, "a.png: "),
+    ],
+)
+def test_a_request_that_no_page_sends_is_refused(server, path, body, kind, status, words):
+    mark = server.mark()
+    given, text = status_of(server, f"/facelora/{path}", body, kind)
+    assert (given, words in text, "Traceback" in server.log(mark)) == (status, True, False), text
+
+
+def test_a_page_in_a_sandbox_may_not_add_photos(server):
+    assert status_of(server, "/facelora/photos", FILE % b"a.png", MULTIPART, Origin="null")[0] == 403
+
+
+def test_the_check_follows_no_link_out_of_the_input_folder(server):
+    list(furnish(server.folder))
+    for folder, words in {"": "whole input folder", ".": "whole input folder", "inside": "inside/out.png: not in ComfyUI",
+                          "out": "not in ComfyUI", "loop": "doesn't exist"}.items():  # fmt: skip
+        assert words in server.post("/facelora/check", {"folder": folder})["error"]
+    caption = server.folder / "input" / "photos" / "anna" / "photo 01.txt"
+    caption.symlink_to(secret := server.folder / "secret.txt")
+    secret.write_text("a secret")
+    for answer in (
+        server.post("/facelora/check", {"folder": "photos/anna"}),
+        server.post("/facelora/check", {"pictures": "photos/anna/photo 01.png"}),
+        server.send("PUT", "/facelora/caption", {"name": "photos/anna/photo 01.png", "caption": "changed"}),
+    ):
+        assert "not in ComfyUI's input folder" in answer["error"]
+    caption.unlink()
+    assert "5: this folder doesn't exist" in server.error(
+        {"photos": load_photos() | {"inputs": load_photos()["inputs"] | {"folder": 5}}}
+    )
+    assert secret.read_text() == "a secret" and "no photos" in server.post("/facelora/check", {})["error"]
+
+
+def test_people_are_listed_renamed_and_deleted_among_odd_files(server):
+    theirs = {path: path.read_bytes() for path in furnish(server.folder)}
+    address = {name: f"/facelora/people/{key}" for name, key in KEYS.items()}
+    assert {*KEYS, "kept"} <= {one["name"] for one in server.get("/facelora/people")}
+    for name in ("maria", "anna-step000100", "b" * 250, None, ["bea"]):
+        assert "error" in server.send("PATCH", address["anna"], {"name": name})
+    assert server.send("PATCH", address["anna"], {"name": "bea"}) == {"name": "bea"}
+    deleted = [sorted(server.delete(address[name])["deleted"]) for name in ("anna", "carl")]
+    files = [[f"{name}-step000100.safetensors", f"{name}.safetensors"] for name in ("bea", "carl")]
+    assert deleted == files
+    mask = server.send("DELETE", "/facelora/photos", {"names": ["photos/kept/photo 01-masklabel.png"]})
+    assert mask == {"deleted": []} and all(path.read_bytes() == data for path, data in theirs.items())
+    server.delete(address["ben"])
+    server.delete(f"/facelora/people/{'f' * 64}")

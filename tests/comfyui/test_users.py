@@ -49,6 +49,8 @@ def test_a_thumbnail_and_a_verdict_are_served_to_the_photos_user_alone(users, dr
     )
     assert anna.read(address)
     assert len(anna.post("/facelora/check", asked)["photos"]) == 1
+    for folder in (".", "./", "", "photos", "photos/", "for-all/.."):
+        assert "photos" not in anna.post("/facelora/check", {"folder": folder})
     for other in others:
         for disguise in (address, address.replace("photos/", "for-all/../photos/")):
             with pytest.raises(HTTPError, match="404"):

@@ -38,7 +38,7 @@ from core.training.job import TrainingJob
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
 from core.training.store import LoraFolders, find_or_train
-from core.training.trained_file import Curve, RunFolder, TrainedFile, drawn_sample, has_key
+from core.training.trained_file import Curve, RunFolder, TrainedFile, drawn_sample, files_of, has_key
 from tests.tooling import held_elsewhere, save_mean_colour, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
@@ -622,6 +622,7 @@ def test_checkpoints_on_the_way_are_files_beside_it(job, base, loras):
     ]  # fmt: skip
     steps = [LoraFile.read(path).metadata["ss_steps"] for path in sorted(loras.glob("anna-2*"))]
     assert steps == ["2", "4", "6"]
+    assert files_of(made.run.path.name, None, [loras]) == sorted(loras.glob("anna-2*")), "by their keys"
     assert files(made.run.path) == ["history.json", "made.txt"]
 
 

@@ -7,6 +7,7 @@ are saved beside the photos, and are sent only to their user's pages.
 # pyright: reportMissingImports=false
 
 import json
+import os
 import re
 import secrets
 import threading
@@ -30,11 +31,27 @@ NAMES = ".names.json"
 _changing = threading.Lock()
 """Held while a photo is added or photos are deleted, so that two pages don't write the same number or list of names."""
 _NOT_IN_NAMES = re.compile(r'[<>:"|?*\\/\x00-\x1f]')
-_NUMBER = re.compile(r"photo (\d+)")
+_NUMBER = re.compile(r"photo (\d{2,6})")
 
 
 def input_folder() -> Path:
     return Path(folder_paths.get_input_directory()).resolve()
+
+
+def path_of(name: str) -> Path:
+    """Return the path of a folder or file, by its name below the input folder, with all links resolved.
+
+    Raises BadPhoto for a path elsewhere and for an impossible name.
+    """
+    root = input_folder()
+    try:
+        path = Path(os.path.realpath(root / str(name)))  # A graph may give a number.
+        path.exists()
+    except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
+        raise BadPhoto(f"{name[:80]!r}: not a valid file name ({problem.args[-1]})") from None
+    if not path.is_relative_to(root):
+        raise BadPhoto(f"{name}: not in ComfyUI's input folder. Copy it there first")
+    return path
 
 
 def own_root(user: str | None) -> str:
@@ -73,9 +90,9 @@ def own_name(name: str) -> str:
 
 def _own_names(folder: Path) -> dict[str, str]:
     with suppress(BadFile, AttributeError):
-        # Anyone who may upload pictures may upload this file too, so a name may lead out of the folder.
-        named = read_json(folder / NAMES).items()
-        return {name: own for name, own in named if Path(name).name == name and isinstance(own, str)}
+        # Anyone who may upload pictures may upload this file too, so only names that `add` gives count.
+        named = {name: own for name, own in read_json(folder / NAMES).items() if isinstance(own, str)}
+        return {name: own for name, own in named.items() if _NUMBER.fullmatch(stem_of(name)) and _split(name)[1]}
     return {}
 
 
@@ -99,8 +116,8 @@ def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[s
     """
     with _changing:
         path, own = input_folder() / folder, photos_in(folder)
-        stems = {_split(name)[0] for name in own if photos is None or name in photos}
-        gone = [name for name in own if _split(name)[0] in stems]
+        stems = {stem_of(name) for name in own if photos is None or name in photos}
+        gone = [name for name in own if stem_of(name) in stems]
         for name in gone:
             (path / name).unlink()
             (path / name).with_suffix(".txt").unlink(missing_ok=True)
@@ -147,6 +164,11 @@ def add(user: str | None, person: str, folder: str, file_name: str, content: byt
         return f"{folder}/{name}"
 
 
+def stem_of(name: str) -> str:
+    """Return the name of a photo or its mask without the ending. Both have the same."""
+    return _split(name)[0]
+
+
 def _split(file_name: str) -> tuple[str, str]:
     """Return the name and the ending of a photo or mask. For other files, the ending is empty."""
     ending = next((end for end in (MASK_ENDING, *PHOTO_SUFFIXES) if file_name.lower().endswith(end)), "")
@@ -166,8 +188,9 @@ def _photo_number(stem: str, ending: str, names: dict[str, str]) -> int:
 def _is_own(folder: str, user: str | None) -> bool:
     root, _, word = folder.rpartition("/")
     path = input_folder() / folder
-    is_name = word != "" and word.strip(" .") == word and not _NOT_IN_NAMES.search(word)
-    return root == own_root(user) and is_name and ((path / NAMES).exists() or not path.exists())
+    is_name = word.strip(" .") == word != "" and not _NOT_IN_NAMES.search(word) and len(os.fsencode(word)) < 256
+    is_own = root == own_root(user) and is_name and not path.is_symlink()
+    return is_own and ((path / NAMES).exists() or not path.exists())
 
 
 def _folder_for(user: str | None, person: str, content: bytes) -> str:

@@ -8,23 +8,23 @@ A training run that is repeated under another name makes a copy of its LoRA, whi
 import hashlib
 import io
 import json
-import re
+import os
 import secrets
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import folder_paths
 from PIL import Image
 
-from ....core.errors import BadConfig, BadFile, InUse
+from ....core.errors import BadConfig, BadFile, FaceLoraError, InUse
 from ....core.lora.embeddings import embedding_files
 from ....core.lora.file import LoraFile
-from ....core.lora.sidecars import SIDECARS
+from ....core.lora.sidecars import sidecars_of, taken_by
 from ....core.photos.reading import DAMAGED, MASK_ENDING
 from ....core.storage.cache_folder import cache_folder, content_key, made_folder
 from ....core.storage.drawn import DRAWN, jpeg_url
@@ -33,9 +33,9 @@ from ....core.storage.locks import locked
 from ....core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ....core.training.encode import forget_latents
 from ....core.training.store import lora_path
-from ....core.training.trained_file import files_of, forget_run
+from ....core.training.trained_file import files_of, forget_run, without_step
 from ..folders import embedding_name, write_embedding
-from .dropped import delete_dropped, folders_of, own_root, photos_in
+from .dropped import delete_dropped, folders_of, own_root, photos_in, stem_of
 from .runs import DONE, STOPPED
 
 Record = dict[str, Any]
@@ -48,8 +48,6 @@ UNTRAINED = "untrained"
 """The phase of dropped photos that no training run has."""
 PUBLIC = ("key", "name", "begun", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
-_STEP = re.compile(r"-step\d{6,}(-\d+)?$")
-"""The end of the name of a step's LoRA."""
 
 
 class People:
@@ -61,7 +59,7 @@ class People:
 
     def key_of(self, user: str | None, job: str, name: str) -> str:
         """Return the key of the user's record of a training run, by its job's key, under a name."""
-        records = [record for record in _all() if record["user"] == user and _job(record) == job]
+        records = [one for one in map(self._settled, _all()) if one["user"] == user and _job(one) == job]
         known = next((record["key"] for record in records if record["name"] == name), "")
         return known or (secrets.token_hex(32) if records else job)
 
@@ -74,12 +72,13 @@ class People:
                 self._live.discard(key)
             if facts.get("phase") == RUNNING:
                 self._live.add(key)
-            record = (
-                {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _record_in(_file(user, key)) | facts
-            )
             with suppress(BadFile):  # Training continues on a full disk.
-                made_folder("panels")
-                write_text(_file(user, key), json.dumps(record))
+                self._write(user, key, facts)
+
+    def _write(self, user: str, key: str, facts: Record) -> None:
+        made_folder("panels")
+        before = {"user": user, "key": key, "begun": time.time(), "headshots": {}} | _record_in(_file(user, key))
+        write_text(_file(user, key), json.dumps(before | facts))
 
     def add_headshots(
         self,
@@ -115,7 +114,7 @@ class People:
         `prompts` are the ids of those that run now.
         """
         live = set(self._live)
-        everyone = _all()
+        everyone = list(map(self._settled, _all()))
         records = [record for record in everyone if user is not None and record["user"] == user]
         live |= self._live  # a run may begin or end while the records are read
         shown = []
@@ -154,9 +153,9 @@ class People:
         folders = {name.rpartition("/")[0] for name in names}
         with zipfile.ZipFile(data, "w") as archive:
             for name in names:  # ComfyUI numbers the pictures of each folder from 1
-                archive.write(
-                    Path(folder_paths.get_output_directory()) / name, Path(name).name if len(folders) == 1 else name
-                )
+                with suppress(OSError):  # deleted meanwhile
+                    file = Path(folder_paths.get_output_directory()) / name
+                    archive.write(file, file.name if len(folders) == 1 else name)
         return _stem(record) if record else "headshots", data.getvalue()
 
     def files_to_delete(self, user: str | None, key: str, queued: Collection[str]) -> Record:
@@ -184,10 +183,17 @@ class People:
         with self._lock:
             record = self._at_rest(user, key, prompts)
             others, deleted = _others(record), list[str]()
+            loras = _loras(record, others)
+            beside = [file for path in loras for file in sidecars_of(path)]
+            gone = [*beside, *_embeddings(loras, _files_of(record)), *loras]
             for name in _own_headshots(record, others):
-                (Path(folder_paths.get_output_directory()) / name).unlink()
+                (Path(folder_paths.get_output_directory()) / name).unlink(missing_ok=True)
                 deleted.append(f"output/{name}")
-            deleted += _delete_loras(_loras(record, others), record["name"])
+            with suppress(InUse), locked(_output(record)):
+                pass  # this deletes the lock file that a killed server left
+            for file in gone:
+                file.unlink()
+                deleted.append(file.name)
             if all(_job(other) != _job(record) for other in others):
                 forget_run(_job(record))
             kept = {digest for other in others for digest in other["digests"]}
@@ -208,34 +214,60 @@ class People:
         """Rename a training run of the user, its LoRAs and their sidecars, and return the new name, with their folder.
 
         `renamed` is called with the old and the new name, and the headshots by name below the output folder.
-        Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have.
+        Raises BadConfig as `delete` does, and for a name that is taken or that files cannot have. InUse means that a training
+        run is about to write a LoRA of this name. Nothing has changed then. `_settled` ends it if the server is killed.
         """
         with self._lock:
             record = self._at_rest(user, key, prompts)
             new, old = Path(lora_path(name)).name, _stem(record)
+            if without_step(Path(f"{new}.safetensors")) != new:
+                raise BadConfig(f"name {new!r}: intermediate LoRAs have such names. Leave out -step and the number")
+            moves = _moves(record, new)
+            for path in moves:
+                LoraFile.read(path)  # raises for a damaged file
+            targets = [*moves.values(), _output(record).with_name(f"{new}.safetensors")]
+            if taken := next(filter(None, map(taken_by, targets)), None):
+                raise BadConfig(f"{taken.name}: another LoRA has this name. Choose another one")
             full = str(PurePosixPath(record["name"]).with_name(new))  # in the same folder below that of LoRAs
-            named = [path for path in _loras(record, _others(record)) if _STEP.sub("", path.stem) == old]
-            targets = {path: path.with_name(new + path.name.removeprefix(old)) for path in named}
-            if taken := next((target.name for target in targets.values() if target.exists()), ""):
-                raise BadConfig(f"{taken}: another LoRA has this name. Choose another one")
-            for path, target in targets.items():
-                file = SafetensorsFile.open(path)
-                copy_with_metadata(file, target, {**file.metadata, "ss_output_name": new})
-                del file  # Windows can't delete a file that is still open
-                for beside in filter(Path.is_file, map(path.with_suffix, SIDECARS)):
-                    beside.rename(target.with_name(target.stem + beside.name.removeprefix(path.stem)))
-                write_embedding(target)
-                _delete_loras([path], old)
-            graph = record.get("graph")
-            for node in _nodes(graph or {}):
-                is_own = str(node.get("id")) == record["run"]["node"].rpartition(":")[2]
-                if is_own and node.get("type") == "FaceLoRATrain" and node.get("widgets_values"):
-                    node["widgets_values"][0] = full
+            renaming = {str(path): str(target) for path, target in moves.items()}
+            with ExitStack() as held:
+                for folder in {path.parent for path in moves}:
+                    held.enter_context(locked(folder / f"{new}.safetensors"))
+                self._write(record["user"], key, {"renaming": renaming})
+                try:
+                    for path, target in moves.items():
+                        file = SafetensorsFile.open(path)
+                        copy_with_metadata(file, target, {**file.metadata, "ss_output_name": new})
+                        del file  # Windows can't delete a file that is still open
+                        write_embedding(target)
+                    facts = {"file": f"{new}.safetensors"} if record.get("file") else {}
+                    self._write(record["user"], key, facts | {"name": full, "graph": _renamed_in(record, full)})
+                finally:
+                    self._settled(_record_of(user, key))
             renamed(old, new, record["headshots"])
-            self.note(
-                user, key, name=full, graph=graph, **({"file": f"{new}.safetensors"} if record.get("file") else {})
-            )
             return full
+
+    def _settled(self, record: Record) -> Record:
+        """Return the record after a rename is ended, if one is noted in it: also one during which the server was killed."""
+        if not record.get("renaming"):
+            return record
+        with self._lock, suppress(BadFile, OSError):
+            if (record := _record_of(record["user"], record["key"])).get("renaming"):
+                self._end_rename(record)
+        return _record_of(record["user"], record["key"])
+
+    def _end_rename(self, record: Record) -> None:
+        """Delete the LoRAs under their old names if the record has its new name, else those under the new names."""
+        made = _files_of(record)
+        moves = [(Path(source), Path(target)) for source, target in record["renaming"].items()]
+        is_renamed = all(without_step(target) == _stem(record) for _, target in moves)
+        gone = [one for one in (source if is_renamed else target for source, target in moves) if one in made]
+        for source, target in moves if is_renamed else ():
+            for beside in sidecars_of(source):
+                beside.rename(target.with_name(target.stem + beside.name.removeprefix(source.stem)))
+        for file in (*_embeddings(gone, made), *gone):
+            file.unlink()
+        self._write(record["user"], record["key"], {"renaming": {}})
 
     def delete_photos(self, user: str | None, names: Collection[str], queued: Collection[str]) -> list[str]:
         """Delete dropped photos of the user, by name below the input folder. Return what was deleted.
@@ -243,17 +275,17 @@ class People:
         Photos of a training run are kept, and `queued` photos and folders.
         """
         with self._lock:
-            used = {photo for record in _all() for photo in record["photos"]} | {*queued}
+            used = {stem_of(name) for name in (*queued, *(name for record in _all() for name in record["photos"]))}
             folders: dict[str, set[str]] = {}
-            for folder, _, name in (name.rpartition("/") for name in names if name not in used):
-                if folder not in queued:
+            for folder, _, name in (name.rpartition("/") for name in names if stem_of(name) not in used):
+                if not any(f"{folder}/".startswith(f"{one}/") for one in queued):
                     folders.setdefault(folder, set()).add(name)
             own = folders.keys() & set(folders_of(user)) if user is not None else ()
             return [f"input/{name}" for folder in sorted(own) for name in delete_dropped(folder, folders[folder])]
 
     def _at_rest(self, user: str | None, key: str, prompts: Collection[str]) -> Record:
         """Return a record of the user. Raises BadConfig if there is none, or if its prompt is one of the running `prompts`."""
-        record = _record_of(user, key)
+        record = self._settled(_record_of(user, key))
         if not record:
             raise BadConfig("you have no such training run. Reload the list")
         if key in self._live:
@@ -278,14 +310,29 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
 def digest_of(name: str) -> str:
     """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    path = (root / name).resolve()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and path.is_file() else ""
+    path = Path(os.path.realpath(root / name))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and os.path.isfile(path) else ""
 
 
-def _nodes(graph: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _renamed_in(record: Record, name: str) -> Any:
+    """Return the graph of a record with that name in the node that trained."""
+    graph = record.get("graph")
+    for node in _nodes(graph):
+        match node:
+            case {"id": number, "type": "FaceLoRATrain", "widgets_values": list(values)}:
+                if values and str(number) == record["run"]["node"].rpartition(":")[2]:
+                    values[0] = name
+    return graph
+
+
+def _nodes(graph: object) -> list[Any]:
     """Return the nodes of a page's graph and of its subgraphs."""
-    subgraphs = graph.get("definitions", {}).get("subgraphs", ())
-    return [node for one in (graph, *subgraphs) for node in one.get("nodes", ())]
+    graphs = [graph]
+    match graph:
+        case {"definitions": {"subgraphs": list(subgraphs)}}:
+            graphs += subgraphs
+    lists = [one["nodes"] for one in graphs if isinstance(one, dict) and isinstance(one.get("nodes"), list)]
+    return [node for nodes in lists for node in nodes]
 
 
 def _others(record: Record) -> list[Record]:
@@ -312,42 +359,52 @@ def _folders(record: Record, others: Collection[Record], queued: Collection[str]
     used, root = [*queued, *(photo for other in others for photo in other["photos"])], own_root(record["user"])
     folders = sorted({name.rpartition("/")[0] for name in record["photos"]})
     own = [folder for folder in folders if folder.rpartition("/")[0] == root]
-    return [folder for folder in own if not any(f"{name}/".startswith(f"{folder}/") for name in used)]
+    kept = [f"{name}/" for name in used]
+    return [one for one in own if not any(f"{one}/".startswith(name) or name.startswith(f"{one}/") for name in kept)]
 
 
 def _loras(record: Record, others: Collection[Record]) -> list[Path]:
     """Return the LoRAs of the record in the folders of LoRAs and of Save Face LoRA, without those of other records."""
     rivals = [other for other in others if _job(other) == _job(record)]
-    folders = [*folder_paths.get_folder_paths("loras"), Path(folder_paths.get_output_directory()) / "loras"]
-    files, own = files_of(_job(record), [Path(folder) for folder in folders]), _stem(record)
+    own = _stem(record)
     if any(_stem(other) == own for other in rivals):  # of another user
         return []
-    return [path for path in files if not rivals or _STEP.sub("", path.stem) == own]
+    return [path for path in _files_of(record) if not rivals or without_step(path) == own]
+
+
+def _files_of(record: Record) -> list[Path]:
+    """Return all LoRAs of the record's job. Records of other names may have some of them."""
+    folders = [*folder_paths.get_folder_paths("loras"), Path(folder_paths.get_output_directory()) / "loras"]
+    output = _output(record) if record.get("file") else None
+    return files_of(_job(record), output, list(map(Path, folders)))
+
+
+def _moves(record: Record, new: str) -> dict[Path, Path]:
+    """Return where each LoRA with the name of the record is moved to when it gets a new name."""
+    old, paths = _stem(record), _loras(record, _others(record))
+    return {path: path.with_name(new + path.name.removeprefix(old)) for path in paths if without_step(path) == old}
+
+
+def _output(record: Record) -> Path:
+    """Return the path that Train Face LoRA gave to the record's LoRA, or would give to it."""
+    name = PurePosixPath(record["name"]).with_name(f"{_stem(record)}.safetensors")
+    return Path(folder_paths.get_folder_paths("loras")[0]) / name
 
 
 def _stem(record: Record) -> str:
     """Return the name of the record's LoRA, which has a number if another one has the name of the person."""
-    return _STEP.sub("", Path(record.get("file") or f"{record['name']}.safetensors").stem)
+    return without_step(Path(record.get("file") or f"{record['name']}.safetensors"))
 
 
-def _delete_loras(paths: Sequence[Path], name: str) -> list[str]:
-    """Delete LoRAs, with their sidecars and embeddings.
-
-    Files that are found through another one are deleted before it, so that a second attempt finds what is left of them.
-    """
-    with suppress(InUse), locked(Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"):
-        pass  # this deletes the lock file that a killed server left
+def _embeddings(gone: Collection[Path], made: Collection[Path]) -> list[Path]:
+    """Return the files of the embeddings of some of a job's LoRAs that no other has. Those of damaged ones are unknown."""
     words = Path(folder_paths.get_folder_paths("embeddings")[0])
-    deleted = []
-    for path in reversed(paths):
-        lora = LoraFile.read(path)
-        names = [f"{embedding_name(lora, embedding)}.safetensors" for embedding in embedding_files(lora).values()]
-        del lora  # Windows can't delete a file that is still open
-        for file in (*map(path.with_suffix, SIDECARS), *(words / name for name in names), path):
-            if file.is_file():
-                file.unlink()
-                deleted.append(file.name)
-    return deleted
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for path in made:
+        with suppress(FaceLoraError):
+            lora = LoraFile.read(path)
+            names[path in gone] |= {embedding_name(lora, embedding) for embedding in embedding_files(lora).values()}
+    return list(filter(Path.is_file, (words / f"{name}.safetensors" for name in sorted(names[True] - names[False]))))
 
 
 def _file(user: str | None, key: str) -> Path:
@@ -360,9 +417,12 @@ def _record_of(user: str | None, key: str) -> Record:
 
 def _record_in(file: Path) -> Record:
     with suppress(BadFile):
-        record = read_json(file)
-        if isinstance(record, Mapping) and {"user", "key", "begun", "run", "photos", "digests"} <= record.keys():
-            return dict(record)
+        match read_json(file):
+            case {"user": str(), "key": str(), "name": str(), "begun": int() | float(), "photos": list(photos),
+                  "digests": list(digests), "headshots": dict(headshots),
+                  "run": {"prompt": str(), "workflow": _, "node": str()}} as record:  # fmt: skip
+                if all(isinstance(one, str) for one in (*photos, *digests, *headshots.values())):
+                    return record
     return {}
 
 

@@ -17,7 +17,7 @@ from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
 from ....core.photos.report import CROP, REJECT, REVIEW, USE
 from ....core.storage.files import write_text
 from ..folders import without_server_paths
-from .dropped import NAMES, input_folder, is_hidden, own_name
+from .dropped import NAMES, input_folder, is_hidden, own_name, path_of
 
 THUMBNAIL_SIDE = 160
 """Longest side of a thumbnail in the node, in pixels."""
@@ -123,14 +123,21 @@ def chosen_files(folder: str, pictures: str, user: str | None) -> Iterator[tuple
         path = _path(folder, user)
         if not path.is_dir():
             raise BadPhoto(f"{folder}: this folder doesn't exist in ComfyUI's input folder. Choose another one")
-        files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != NAMES)
-        yield from ((str(file.relative_to(path)), file) for file in files)
+        if path == input_folder():
+            raise BadPhoto(f"folder {folder!r}: this is ComfyUI's whole input folder. Choose a folder in it")
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(input_folder()).as_posix()
+            # `_path` raises for a link out of the input folder.
+            if file.is_symlink() and file.exists() and not _path(name, user).exists():
+                raise BadPhoto(f"{name}: this link leads to another user's photos. Remove it")
+            if file.is_file() and file.name != NAMES:
+                yield str(file.relative_to(path)), file
     for name in _names(pictures):
         picture = _path(name, user)
         if not picture.is_file():
             raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder. Add it again, or remove it")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
-        yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
+        yield from ((file.name, file) for file in (picture, *companions) if path_of(str(file)).is_file())
 
 
 def _is_left_out(folder: str, pictures: str, user: str | None) -> bool:
@@ -143,14 +150,7 @@ def _path(name: str, user: str | None) -> Path:
 
     For another user's dropped photo, the path does not exist. Raises BadPhoto for a path elsewhere or an impossible name.
     """
-    root = input_folder()
-    try:
-        path = (root / name).resolve()
-        path.exists()
-    except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
-        raise BadPhoto(f"{name[:80]!r}: not a valid file name ({problem})") from None
-    if not path.is_relative_to(root):
-        raise BadPhoto(f"{name}: not in ComfyUI's input folder. Copy it there first")
+    path, root = path_of(name), input_folder()
     return root / HIDDEN if is_hidden(path.relative_to(root).as_posix(), user) else path
 
 
@@ -182,10 +182,11 @@ def write_caption(name: str, text: str, user: str | None) -> None:
     if not path.is_file() or path.suffix.lower() not in PHOTO_SUFFIXES:
         raise BadPhoto(f"{name}: this picture doesn't exist in ComfyUI's input folder")
     check_length(f"{path.name}: its caption", text, BadPhoto)
+    file = path_of(str(path.with_suffix(".txt")))  # raises for a link out of the input folder
     if text:
-        write_text(path.with_suffix(".txt"), text)
+        write_text(file, text)
     else:
-        path.with_suffix(".txt").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def with_own_names(checked: CheckedPhotos) -> dict[str, Any]:

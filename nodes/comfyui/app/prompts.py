@@ -14,11 +14,12 @@ from server import PromptServer
 
 from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 
-from ....core.errors import FaceLoraError
+from ....core.errors import BadPhoto, FaceLoraError
 from ....core.pictures.style_pack import StyledPrompt
 from ....core.storage.cache_folder import content_key
 from ...settings import NodeStyles
 from ..style_pack import NOT_VARIED, listed
+from .dropped import input_folder, path_of
 from .users import USER
 
 LOAD_PHOTOS, TRAIN, LIKENESS = "FaceLoRALoadPhotos", "FaceLoRATrain", "FaceLoRALikeness"
@@ -31,8 +32,13 @@ class Prompt:
 
     id: str
     graph: Mapping[str, Any]
-    """ComfyUI's API format: the id of a node -> its class_type and inputs."""
+    """ComfyUI's API format: the id of a node -> its class_type and inputs. All nodes have both."""
     extra: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, item: Sequence[Any]) -> "Prompt":
+        """Return the prompt of an item of ComfyUI's queue."""
+        return cls(item[1], _nodes_in(item[2]), item[3])
 
     @property
     def user(self) -> str | None:
@@ -92,7 +98,7 @@ class Prompt:
 
 
 def running_prompts() -> list[Prompt]:
-    return [Prompt(*item[1:4]) for item in list(PromptServer.instance.prompt_queue.currently_running.values())]
+    return [Prompt.of(item) for item in list(PromptServer.instance.prompt_queue.currently_running.values())]
 
 
 def running_prompt() -> Prompt:
@@ -115,11 +121,16 @@ def running_use(names: Sequence[str]) -> str:
 def queued_photos() -> set[str]:
     """Return the photos and folders that running and waiting prompts load, by name below the input folder."""
     running, waiting = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    prompts = [Prompt(*item[1:4]) for item in (*running, *waiting)]
-    loads = [prompt.graph[key]["inputs"] for prompt in prompts for key in prompt.nodes_of(LOAD_PHOTOS)]
-    return {
-        name.strip() for one in loads for text in ("folder", "pictures") for name in str(one.get(text)).splitlines()
-    }
+    names, shown = set[str](), set[str]()
+    for prompt in map(Prompt.of, (*running, *waiting)):
+        for load in prompt.nodes_of(LOAD_PHOTOS):  # Its names may come from other nodes.
+            for key in {load} | {source for source, _ in links(prompt.graph, load)}:
+                texts = prompt.graph.get(key, {"inputs": {}})["inputs"].values()
+                names |= {name.strip() for text in texts if isinstance(text, str) for name in text.splitlines()}
+    for name in names:
+        with suppress(BadPhoto):
+            shown.add(path_of(name).relative_to(input_folder()).as_posix())
+    return shown - {"."}
 
 
 def waiting_runs(user: str | None) -> list[dict[str, Any]]:
@@ -127,28 +138,36 @@ def waiting_runs(user: str | None) -> list[dict[str, Any]]:
     running, queued = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     shown = []
     for ahead, item in enumerate(sorted(queued, key=itemgetter(0)), len(running)):
-        prompt = Prompt(*item[1:4])
+        prompt = Prompt.of(item)
         place = {"prompt": prompt.id, "workflow": prompt.workflow, "phase": "waiting", "ahead": ahead}
         shown += [place | {"node": key} for key in prompt.nodes_of(TRAIN) if user is not None and prompt.user == user]
     return shown
 
 
-def aim(queued: dict[str, Any]) -> dict[str, Any]:
+def aim(queued: Any) -> Any:
     """Remove a prompt's targets that other targets depend on, so that it is refused if none of those can be made.
 
     Train Face LoRA is a target itself. ComfyUI would run it, and leave out the headshots if their style is invalid.
     """
-    graph = queued.get("prompt")
-    if not isinstance(graph, dict) or "partial_execution_targets" in queued:
+    if not isinstance(queued, dict) or "partial_execution_targets" in queued:
         return queued
-    kinds = {
-        key: NODE_CLASS_MAPPINGS.get(node.get("class_type")) for key, node in graph.items() if isinstance(node, dict)
-    }
+    graph = _nodes_in(queued.get("prompt"))
+    kinds = {key: NODE_CLASS_MAPPINGS.get(node["class_type"]) for key, node in graph.items()}
     outputs = {key for key, kind in kinds.items() if getattr(kind, "OUTPUT_NODE", False)}
     before = {source for key in outputs for source, _ in links(graph, key)}
     if any(graph[key]["class_type"] in (LOAD_PHOTOS, TRAIN) for key in outputs & before):
         queued["partial_execution_targets"] = sorted(outputs - before)
     return queued
+
+
+def _nodes_in(graph: object) -> dict[str, Any]:
+    """Return the nodes of a prompt that have a type, with inputs. ComfyUI only checks the nodes that it will run."""
+    nodes = graph.items() if isinstance(graph, dict) else ()
+    return {
+        key: node if isinstance(node.get("inputs"), dict) else node | {"inputs": {}}
+        for key, node in nodes
+        if isinstance(node, dict) and isinstance(node.get("class_type"), str)
+    }
 
 
 def links(graph: Mapping[str, Any], key: str) -> set[tuple[str, int]]:
@@ -171,4 +190,7 @@ def _is_link(value: object) -> bool:
 
 
 def _is_saved(image: object) -> bool:
-    return isinstance(image, dict) and image.get("type") == "output"
+    match image:
+        case {"type": "output", "filename": str(), "subfolder": str()}:
+            return True
+    return False

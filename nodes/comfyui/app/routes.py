@@ -4,14 +4,15 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from urllib.parse import quote
 
 import folder_paths
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from comfy.model_management import get_torch_device
 from server import PromptServer
 
@@ -19,15 +20,27 @@ from nodes import EXTENSION_WEB_DIRS  # pyright: ignore  # those of ComfyUI
 
 from ....core.doctor import examine, format_doctor
 from ....core.errors import BadConfig, BadFile, BadPhoto, FaceLoraError
+from ....core.storage.plain_values import parse_json
 from ..folders import opened, refusal, without_server_paths
 from ..save import renamed
 from . import dropped
-from .photos import DEFAULT_RESOLUTION, PHOTOS, USES, read_checked, thumbnail, with_own_names, write_caption
+from .photos import (
+    DEFAULT_RESOLUTION,
+    NO_FOLDER,
+    PHOTOS,
+    USES,
+    read_checked,
+    thumbnail,
+    with_own_names,
+    write_caption,
+)
 from .prompts import aim, queued_photos, waiting_runs
 from .runs import QueuedRun
 from .state import app
 from .users import note_user, sign, user_of
 
+MOST_PIXELS = 16384
+"""The highest resolution that photos are checked for."""
 WEB = Path(__file__).resolve().parents[3] / "web"
 
 
@@ -46,14 +59,17 @@ def add_routes() -> None:
     _add_help_route(server)
 
 
-async def _sent(request: web.Request, fields: Mapping[str, Callable[[Any], Any]]) -> list[Any]:
+async def _sent(request: web.Request, **fields: type | UnionType) -> list[Any]:
     """Return these fields of the JSON object in a request, each of its type. The answer to a request without them is 400."""
     try:
-        given = await request.json()
-        return [kind(given[name]) for name, kind in fields.items()]
+        given = parse_json(await request.read())
+        values = [given[name] for name in fields]
+        if all(map(isinstance, values, fields.values())):
+            return values
     except (KeyError, TypeError, ValueError):
-        answer = {"error": f"send a JSON object with {' and '.join(fields)}"}
-        raise web.HTTPBadRequest(text=json.dumps(answer), content_type="application/json") from None
+        pass
+    answer = {"error": f"send a JSON object with {' and '.join(fields)}"}
+    raise web.HTTPBadRequest(text=json.dumps(answer), content_type="application/json")
 
 
 def _add_run_routes(server: PromptServer) -> None:
@@ -71,8 +87,8 @@ def _add_run_routes(server: PromptServer) -> None:
     async def stop(request: web.Request) -> web.Response:
         if request.content_type != "application/json":  # a form on a page of another site can send other types
             return web.json_response({"error": "send JSON, as application/json"}, status=415)
-        prompt, node = await _sent(request, {"prompt": str, "node": str})
-        run = app().runs.stop(user_of(request), prompt, node)
+        prompt, node = await _sent(request, prompt=str, node=str | int)
+        run = app().runs.stop(user_of(request), prompt, str(node))
         if run is None:
             return web.json_response(
                 {"error": f"you have no training run in node {node} of prompt {prompt}"}, status=404
@@ -100,7 +116,7 @@ def _add_people_routes(server: PromptServer) -> None:
     @routes.patch("/facelora/people/{key}")
     async def rename(request: web.Request) -> web.Response:
         user, key = user_of(request), request.match_info["key"]
-        (name,) = await _sent(request, {"name": str})
+        (name,) = await _sent(request, name=str)
         try:
             named = await asyncio.to_thread(records.rename, user, key, name, app().running(), renamed)
         except FaceLoraError as problem:
@@ -155,9 +171,11 @@ def _add_photo_routes(server: PromptServer) -> None:
 
     @routes.post("/facelora/photos")
     async def add(request: web.Request) -> web.Response:
+        if request.headers.get("Origin") == "null":  # a page in a sandbox, of any site
+            return web.json_response({"error": "this page may not add photos"}, status=403)
         user = user_of(request)
         form: Any = {}
-        with suppress(ValueError):  # not a form
+        with suppress(AssertionError, HttpProcessingError, LookupError, RuntimeError, ValueError):  # not a form
             form = await request.post()
         if user is None or not isinstance(file := form.get("file"), web.FileField):
             return web.json_response({"error": "send a form with the fields person, folder and file"}, status=400)
@@ -172,14 +190,14 @@ def _add_photo_routes(server: PromptServer) -> None:
 
     @routes.delete("/facelora/photos")
     async def delete(request: web.Request) -> web.Response:
-        (names,) = await _sent(request, {"names": list})
-        user, chosen = user_of(request), [str(name) for name in names]
+        (names,) = await _sent(request, names=list)
+        user, chosen = user_of(request), [name for name in names if isinstance(name, str)]
         deleted = await asyncio.to_thread(app().people.delete_photos, user, chosen, queued_photos())
         return web.json_response({"deleted": deleted})
 
     @routes.put("/facelora/caption")
     async def caption(request: web.Request) -> web.Response:
-        name, given = await _sent(request, {"name": str, "caption": str})
+        name, given = await _sent(request, name=str, caption=str)
         text = " ".join(given.replace("\0", " ").split())
         try:
             await asyncio.to_thread(write_caption, name, text, user_of(request))
@@ -191,10 +209,10 @@ def _add_photo_routes(server: PromptServer) -> None:
     async def check(request: web.Request) -> web.Response:
         user = user_of(request)
         try:
-            asked = await request.json()
+            asked = {"folder": NO_FOLDER} | parse_json(await request.read())
             folder, pictures, base = (str(asked.get(name, "")) for name in ("folder", "pictures", "base"))
-            given, use = int(asked.get("resolution", 0)), str(asked.get("use", PHOTOS))
-        except (AttributeError, OverflowError, TypeError, ValueError):
+            given, use = min(max(int(asked.get("resolution", 0)), 0), MOST_PIXELS), str(asked.get("use", PHOTOS))
+        except (OverflowError, RecursionError, TypeError, ValueError):
             return web.json_response({"error": 'send {"folder", "pictures", "base", "resolution", "use"}'}, status=400)
         try:
             model = None if given else await asyncio.to_thread(opened, base)

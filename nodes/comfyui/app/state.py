@@ -126,7 +126,7 @@ class App:
         done = queue.task_done
 
         def task_done(item_id: int, history_result: Mapping[str, Any], *rest: Any, **named: Any) -> None:
-            prompt = Prompt(*queue.currently_running[item_id][1:4])
+            prompt = Prompt.of(queue.currently_running[item_id])
             with _never_raising():  # before the prompt counts as done: whoever waits for it asks for its headshots next
                 self.note_headshots(prompt, history_result.get("outputs", {}))
             done(item_id, history_result, *rest, **named)

@@ -37,9 +37,8 @@ async def note_user(
     return await handler(request)
 
 
-def sign(queued: dict[str, Any]) -> dict[str, Any]:
+def sign(queued: Any) -> Any:
     """Add the user to a queued prompt, because ComfyUI doesn't record who queued it."""
-    match queued.setdefault("extra_data", {}):
-        case dict(extra):
-            extra[USER] = asking_user()
+    if isinstance(queued, dict) and isinstance(extra := queued.setdefault("extra_data", {}), dict):
+        extra[USER] = asking_user()
     return queued
