@@ -35,10 +35,6 @@ class Pass:
     """The factor on the mean loss: the number of pictures, divided by its mean over the passes of an epoch."""
 
 
-EMPTY_PRIOR = 0.25
-"""The fraction of the passes of prior prediction with an empty caption, whose prediction guidance subtracts when drawing."""
-
-
 class Examples:
     """The encoded photos and captions on the device, and the random draws of each forward pass.
 
@@ -68,7 +64,7 @@ class Examples:
         generator = self.generator("noise", number)
         pictures, share = [self.images[index] for index in self.batches.at(number)], self.batches.share(number)
         if random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction:
-            yield replace(self._prior_pass(pictures, number), share=share)
+            yield replace(self._prior_pass(pictures, self.generator("prior", number)), share=share)
         dropped = random.Random(f"{config.seed}/dropout/{number}")
         captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
         yield replace(self.picture_pass(pictures, captions, generator), share=share)
@@ -87,10 +83,9 @@ class Examples:
             masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
         return Pass("pictures", *self.noised(pictures, generator), self.conditioning(pictures, captions), masks)
 
-    def _prior_pass(self, pictures: Sequence[EncodedImage], number: int) -> Pass:
-        noised = self.noised(pictures, self.generator("prior", number))
-        is_empty = random.Random(f"{self.config.seed}/empty/{number}").random() < EMPTY_PRIOR
-        captions = ["" if is_empty else picture.class_caption for picture in pictures]
+    def _prior_pass(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Pass:
+        noised = self.noised(pictures, generator)
+        captions = [picture.class_caption for picture in pictures]
         frozen = None
         if self.model.encoders:
             with torch.no_grad(), self.model.adapter.disabled():

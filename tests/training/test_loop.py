@@ -197,19 +197,6 @@ def test_photos_and_prior_are_weighted_alike(bases, caches):
     assert weight < 0.5 and losses[5.0] == pytest.approx([weight * loss for loss in losses[0.0]], rel=1e-3)
 
 
-def test_a_quarter_of_the_prior_passes_has_an_empty_caption(bases, caches):
-    """It depends on the seed and the pass alone, so a resumed run has the same."""
-    run = started_run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, prior_prediction=1.0))
-    empty = run.examples.text[""]["context"]
-
-    def is_empty(number: int) -> bool:
-        prior, _ = run.examples.passes(number)
-        return torch.equal(prior.conditioning["context"], empty)
-
-    found = [is_empty(number) for number in range(400)]
-    assert 75 <= sum(found) <= 125 and [is_empty(number) for number in reversed(range(20))] == found[:20][::-1]
-
-
 def test_a_masked_picture_counts_inside_its_mask(bases, caches):
     mask = torch.zeros(1, 16, 16)
     mask[:, 4:9, 5:12] = 1
