@@ -227,7 +227,7 @@ def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of
 def test_the_settings_of_a_recipe_are_shown_before_training(page):
     page.run(BUILD, train_node(seed=21, steps=0, resolution=0))
     for recipe, does in (
-        ("fast", "500 steps × 1, rank 16, learning rate 1e-4"),
+        ("fast", "500 steps × 1, rank 16, learning rate 2e-4"),
         ("balanced", "800 steps × 1, rank 32, learning rate 2e-4"),
     ):
         page.set_widgets({"FaceLoRATrain": {"recipe": recipe}})
