@@ -25,7 +25,7 @@ from core.studio.passes import Passes
 from core.studio.speed import speed_of
 from core.training.drawing import Drawing
 from core.training.recipes import FEWER_PICTURES
-from core.training.samples import SAMPLE_BATCH, build_draw_shots, sample_size
+from core.training.samples import SAMPLE_BATCH, build_draw_shots, sample_size, sampling_steps
 from core.training.step import Run
 from lab.bench import matmul
 from lab.gpu.agreement import eight_bit_weight
@@ -197,7 +197,7 @@ def _likeness(session: Session, unit: Unit) -> tuple[float, float]:
         drawing.draw(draw, [(CAPTION, seed) for seed in range(SAMPLE_BATCH)], lambda _: None)
 
     look()
-    picture = unit.passes.draw(base, size, config.sample_steps, base.guidance)
+    picture = unit.passes.draw(base, size, sampling_steps(base, config), base.guidance)
     return seconds(look, session.device)[0], SAMPLE_BATCH * picture
 
 
