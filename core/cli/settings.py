@@ -16,8 +16,8 @@ from .values import unicode_text, values_of
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """The settings for how the base model predicts, which are needed to load it."""
 OF_RECIPES = (
-    "rank", "alpha", "resolution", "steps", "batch_size", "learning_rate", "schedule", "prior_prediction", "sample_every",
-    "sample_steps", "hold_out", "likeness_pictures", "stop_early",
+    "rank", "resolution", "steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "prior_prediction",
+    "sample_every", "hold_out", "likeness_pictures", "stop_early",
 )  # fmt: skip
 """The settings that the families' recipes set."""
 MAX_FILE_BYTES = 2**20

@@ -190,7 +190,7 @@ def personal_part(text: str, known: Collection[str] = ()) -> str | None:
     without_links = _LINK.sub("", text)
     for what, pattern in (("the path", _PATH), ("the file name", _PHOTO)):
         if found := pattern.search(without_links):
-            return f"{what} {found[0]!r}"
+            return f"{what} {found[0][:80]!r}"
     users = {os.path.basename(os.path.expanduser("~"))}
     with suppress(KeyError, OSError, ImportError):  # A computer may not know its user.
         users.add(getpass.getuser())

@@ -127,9 +127,9 @@ class Group:
         names = [person.name for person in self.people]
         for name in names:
             if not name or re.search(r"[{}\s]", name):
-                raise BadConfig(f"person {name!r}: a name must be one word without braces")
+                raise BadConfig(f"person {name[:80]!r}: a name must be one word without braces")
             if names.count(name) > 1:
-                raise BadConfig(f"person {name!r} is given twice")
+                raise BadConfig(f"person {name[:80]!r} is given twice")
         if not 1 <= len(names) <= MOST_PEOPLE:
             raise BadConfig(f"{len(names)} people: a picture can have 1 to {MOST_PEOPLE}")
         if not self.layout:
@@ -158,9 +158,9 @@ class Group:
         known, named = [person.name for person in self.people], _NAME.findall(prompt)
         for name in named:
             if name not in known:
-                raise BadConfig(f"prompt {prompt!r}: {{{name}}} is not in the group; use {_in_braces(known)}")
+                raise BadConfig(f"prompt {prompt[:80]!r}: {{{name[:80]}}} is not in the group; use {_in_braces(known)}")
         if missing := [name for name in known if name not in named]:
-            raise BadConfig(f"prompt {prompt!r}: {_in_braces(missing)} is missing; name everyone in the prompt")
+            raise BadConfig(f"prompt {prompt[:80]!r}: {_in_braces(missing)} is missing; name everyone in the prompt")
 
     def scene_words(self, prompt: str) -> str:
         """Return the prompt for the surroundings: each name is replaced with the person's class words."""

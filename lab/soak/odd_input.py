@@ -1,19 +1,26 @@
 """Trials with input that is whole but odd: values of options, names of files, TOML, texts, sizes and numbers of people."""
 
+import io
+import json
 import os
+import struct
+import zlib
 from random import Random
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from core.cli.command import command_parser
 from core.cli.values import WrittenFile, WrittenFolder
 from core.config import config_from, parse_toml
 from core.models import load_base
+from core.models.recipe import RECIPES, RECIPES_KEY
 from core.photos import prepare, read_photos
 from core.pictures import find_style_packs
+from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from core.studio import Terms, make_people, plan_people, read_people
 
+from .damage import ODD
 from .desk import Desk, names_in, run
 
 VALUES = (
@@ -138,3 +145,76 @@ def many_people(desk: Desk, draw: Random) -> None:
     assert not plan_people(everyone, base, output, terms).to_make
     results = list(make_people(everyone, base, output, terms, device=torch.device("cpu")))
     assert len(results) == len(rows) - 1 and {result.status for result in results} == {"failed"}
+
+
+def greedy_file(desk: Desk, draw: Random) -> None:
+    """A GGUF file, a header or a picture that claims more than it has, or has more beside its content than anyone reads."""
+    size = int(10 ** draw.uniform(1, 7))
+    count, name, items = draw.choice((1, size, 2**40)), struct.pack("<Q", draw.choice((1, size, 2**30))), bytes(size)
+    deep = struct.pack("<IQ", 9, 1) * (size // 12)  # a list in a list
+    gguf = draw.choice((name, struct.pack("<QcI", 1, b"a", 9) + deep, struct.pack("<QcIIQ", 1, b"a", 9, 8, count), b""))
+    head = b"GGUF" + struct.pack("<IQQ", 3, *draw.sample((count, 0), 2))
+    header = draw.choice(
+        (b'{"a":' + b"[" * size, b'{"__metadata__":{"a":"' + b"x" * size + b'"}}', b'{"a":' + b"1" * size)
+    )
+    png, jpg = desk.pictures["png"], desk.pictures["jpg"]
+    text = draw.choice((b"iTXta" + bytes(5), b"prVt", b"eXIfII*\0")) + bytes(draw.choice((0, size)))
+    part = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    at, segment = draw.choice((33, len(png) - 12)), draw.choice((b"\xff", b"\xff\xe1\xff\x02Exif\0\0" + bytes(65_274)))
+    files = {
+        "a.gguf": head + gguf + items, "a.safetensors": struct.pack("<Q", len(header)) + header,
+        "photos/a.png": png[:at] + part * draw.choice((1, 3, size // len(part))) + png[at:],
+        "photos/a.jpg": jpg[:2] + segment * (3 * size // len(segment)) + jpg[2:],
+    }  # fmt: skip
+    path = desk.put(*draw.choice(list(files.items())))
+    run(*{
+        ".gguf": ["train", desk.photos, "--base", path, "--output", desk.room / "out.safetensors", "--dry-run"],
+        ".safetensors": ["inspect", path, *draw.choice(([], ["--fast"]))],
+    }.get(path.suffix, draw.choice((["inspect", path], ["check", path.parent]))))  # fmt: skip
+
+
+def long_parameters(desk: Desk, draw: Random) -> None:
+    """A picture to publish whose parameters are long and repeat what their patterns look for."""
+    times = int(10 ** draw.uniform(0, 5))
+    odd = draw.choice((" ", "<lora:", ":1", "<lora:a>:1", "1", "a: ", ", ", ": f", "<", "a: {", "\\", "/a")) * times
+    start = draw.choice(("", "<lora:", "<lora:a:", "Steps: 1, Lora hashes: "))
+    info = PngImagePlugin.PngInfo()
+    settings = draw.choice(("", f", Lora hashes: {json.dumps('a: 12, ' + odd)}", f", Regions: {odd}"))
+    info.add_text("parameters", f"{start}{odd}\nNegative prompt: \nSteps: 1{settings}")
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "png", pnginfo=info)
+    picture, lora = desk.put("a.png", stream.getvalue()), desk.put("a.safetensors", desk.loras[0])
+    run("publish", lora, "--pictures", picture, "--agreed", "--title", "a", "--output", desk.room / "out")
+
+
+def odd_recipe(desk: Desk, draw: Random) -> None:
+    """A base model whose recipes are absurd: the family's are taken instead, with a warning, or they are kept within limits."""
+    values = (*ODD, 10**12, 10**9, 10**400, 1e-300, 1e300)
+    recipe = {"photos": 10, "rate": 1e-3, "rank": 4, "settings": {}}
+    owner = draw.choice((recipe, recipe["settings"]))
+    names = ("photos", "rate", "rank", "batch_size", "resolution", "alpha", "warmup_steps", "class_images", "x" * 5000)
+    owner[draw.choice(names)] = draw.choice(values)
+    base, text = SafetensorsFile.open(desk.base), json.dumps({draw.choice(RECIPES): recipe})
+    copy_with_metadata(base, desk.room / "base.safetensors", {**base.metadata, RECIPES_KEY: text})
+    output = desk.room / "out.safetensors"
+    command = ["train", desk.photos, "--base", desk.room / "base.safetensors", "--output", output, "--recipe", "fast"]
+    run(*command, "--no-check-photos", "--device", "cpu", "--dry-run")
+
+
+def odd_place(desk: Desk, draw: Random) -> None:
+    """An output that is one of the folders that are read, in one of them, or leads there: no photo is changed."""
+    photos = {name: desk.put(f"{name}/1.png", desk.pictures["png"]).parent for name in ("drawn", "real")}
+    (desk.room / "link").symlink_to(photos["real"])
+    (desk.room / "out").mkdir()
+    (desk.room / "out/1.png").symlink_to(photos["real"] / "1.png")
+    places = ("drawn", "real", "link", "real/1.png", "real/inside", "link/inside", "out")
+    output, model = desk.room / draw.choice(places), ["--base", desk.base, "--device", "cpu", "--dry-run"]
+    run(*draw.choice((
+        ["check", photos["drawn"], "--like", photos["real"], "--output", output],
+        ["headshots", photos["real"], "--output", output, *model, "--no-check-photos"],
+        ["headshots", photos["real"], "--output", output, "--drawn-photos", photos["drawn"], *model, "--no-check-photos"],
+        ["publish", desk.loras[0], "--agreed", "--title", "a", "--output", output],
+    )))  # fmt: skip
+    assert all((folder / "1.png").read_bytes() == desk.pictures["png"] for folder in photos.values()), (
+        "a photo is changed"
+    )

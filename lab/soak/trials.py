@@ -40,7 +40,18 @@ from tests.tooling import nodes_module
 
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
 from .desk import Desk, cache_in, check_written, names_in, run, same, tensors_of
-from .odd_input import long_text, many_people, odd_name, odd_option, odd_size, odd_toml
+from .odd_input import (
+    greedy_file,
+    long_parameters,
+    long_text,
+    many_people,
+    odd_name,
+    odd_option,
+    odd_place,
+    odd_recipe,
+    odd_size,
+    odd_toml,
+)
 from .surroundings import (
     another_user,
     closed_streams,
@@ -688,6 +699,8 @@ TRIALS: dict[str, Kind] = {
     "full_disk": Kind(full_disk, 20), "closed_folder": Kind(closed_folder, 10), "cleared_cache": Kind(cleared_cache, 10),
     "odd_option": Kind(odd_option, 150, 1), "odd_name": Kind(odd_name, 60, 1), "odd_toml": Kind(odd_toml, 60, 1),
     "long_text": Kind(long_text, 30, 1), "odd_size": Kind(odd_size, 10, 1), "many_people": Kind(many_people, 5, 1),
+    "greedy_file": Kind(greedy_file, 60, 1), "long_parameters": Kind(long_parameters, 60, 1),
+    "odd_recipe": Kind(odd_recipe, 20, 1), "odd_place": Kind(odd_place, 20, 1),
     "killed_forget": Kind(killed_forget, 20), "killed_report": Kind(killed_report, 10), "killed_studio": Kind(killed_studio, 2),
     "full_disk_forget": Kind(full_disk_forget, 10), "another_user": Kind(another_user, 15),
     "closed_streams": Kind(closed_streams, 10), "two_at_once": Kind(two_at_once, 8), "two_trainings": Kind(two_trainings, 2),

@@ -93,6 +93,7 @@ def test_of_three_in_a_list_one_is_left() -> None:
     [
         ((ANNA, replace(BEN, name="anna")), (), "person 'anna' is given twice"),
         ((ANNA, replace(BEN, name="{ben}")), (), "person '{ben}': a name must be one word without braces"),
+        ((ANNA, replace(BEN, name="{" * 900)), (), f"person '{'{' * 80}': a name must be one word without braces"),
         ((), (), f"0 people: a picture can have 1 to {MOST_PEOPLE}"),
         ((ANNA, BEN), side_by_side(3), "3 regions for 2 people: give one for each person"),
         ((ANNA, BEN), ((0, 0, 0.5, 1), (0.7, 0, 0.6, 1)), "region of ben: 0.7,0,0.6,1: must be left,top,right,bottom"),

@@ -181,6 +181,7 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
         ("from /home/jane/photos", "the path '/home/jane/photos'"),
         ("from D:\\faces\\jane", r"the path 'D:\\faces\\jane'"),
         ("like ~/x", "the path '~/x'"),
+        (f"like ~/{'x' * 900}", f"the path '~/{'x' * 78}'"),
         ("like Anna 2.HEIC", "the file name '2.HEIC'"),
         ("by JaneDoe77!", "the name of this computer's user, 'janedoe77'"),
     ],

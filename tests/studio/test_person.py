@@ -301,7 +301,7 @@ def test_a_speed_lora_is_for_the_pictures_only(desk, capsys):
     main([*command, "--speed-lora", str(speed), "--output", str(folder / "out")])
     assert LoraFile.read(folder / "out" / "sks.safetensors").model_hash == lora.model_hash
     drawn = drawn_as(folder / "out")
-    assert "<lora:sks:0.8> <lora:lightning_2step_lora:1>" in drawn and "Steps: 2, Sampler: Euler" in drawn
+    assert "<lora:sks:1> <lora:lightning_2step_lora:1>" in drawn and "Steps: 2, Sampler: Euler" in drawn
     assert "CFG scale: 1," in drawn and "--speed-lora=lightning" in (folder / "out" / "gallery.html").read_text()
     assert "gives no number of steps" not in capsys.readouterr().err
     unsaid = shutil.copy(speed, folder / "fast.safetensors")
