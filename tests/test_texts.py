@@ -68,5 +68,5 @@ def test_a_message_is_short_whatever_it_quotes():
 def test_a_long_word_is_searched_for_a_photos_name_in_linear_time():
     begun = time.process_time()
     assert personal_part("a" * 200_000, ["a"]) is None
-    assert personal_part(f"see {'a' * 200_000}.jpg") == f"the file name '{'a' * 200_000}.jpg'"
+    assert personal_part(f"see {'a' * 200_000}.jpg") == f"the file name '{'a' * 80}'"
     assert time.process_time() - begun < 3
