@@ -477,7 +477,7 @@ def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         name = raw.replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
-            raise BadConfig(f"unknown setting {raw!r}; did you mean {', '.join(near)}?")
+            raise BadConfig(f"unknown setting {raw[:80]!r}; did you mean {', '.join(near)}?")
         if name in cleaned:
             raise BadConfig(f"{name} is set twice, also as {name.replace('_', '-')}: remove one of them")
         cleaned[name] = tuple(value) if isinstance(value, list) else value

@@ -10,9 +10,10 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -21,7 +22,7 @@ from ..errors import BadPhoto, check_length, counted, one_line
 from ..faces import check_open
 from ..progress import OnWarning
 from ..storage.drawn import is_our_drawing
-from ..storage.files import read_bytes
+from ..storage.files import opened_file, read_bytes
 
 HEIF_SUFFIXES = (".heic", ".heif")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
@@ -41,6 +42,12 @@ MAX_SIDE = 65_535
 """The longest side in pixels that is read: JPEG's own limit."""
 MAX_BYTES = 2**30
 """The largest file that is read: larger than 178 uncompressed megapixels at 16 bits."""
+
+_MAX_METADATA, _PIECE, _CALL = 2**24, 2**16, 32
+"""The most bytes of a picture that are read beside its pixels, the largest pieces in which Pillow reads pixels, and how many
+bytes each call counts for: a file can have millions of empty parts."""
+_MAX_WHOLE = 2**28
+"""The largest file in a format that Pillow reads as a whole, with its metadata."""
 
 MAX_REPEATS = 1_000
 """The most repeats that a folder name can set: the number in a larger one, such as `2019_Italy`, is a year."""
@@ -306,27 +313,31 @@ def _is_photo_file(path: Path) -> bool:
 def _read_photo(path: Path, repeats: int, with_drawn: bool) -> Photo | None:
     """Read the photo with its caption and mask; None for a picture that this program has drawn, unless `with_drawn`."""
     name = one_line(path.name)  # It may contain terminal commands or invalid UTF-8.
-    content = _read_bytes(path)
-    with _opened(name, content) as image:
-        full_size = image.size
-        # Decode once, as cheaply as possible, so that a truncated file is found now and not during training.
-        reduced = image.draft("RGB", (1, 1))
-        image.load()
-        if is_our_drawing(image) and not with_drawn:
-            return None
-        size = _upright(full_size if reduced else image.size, image)  # TIFF files are turned upright on loading.
+    with _opened_file(path) as file:
+        with _opened(name, file) as image:
+            full_size = image.size
+            # Decode once, as cheaply as possible, so that a truncated file is found now and not during training.
+            reduced = image.draft("RGB", (1, 1))
+            image.load()
+            if is_our_drawing(image) and not with_drawn:
+                return None
+            size = _upright(full_size if reduced else image.size, image)  # TIFF files are turned upright on loading.
+        file.seek(0)
+        digest = hashlib.sha256()
+        while piece := file.read(2**20):
+            digest.update(piece)
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
     if os.path.isfile(mask_path):  # The name may be too long for the file system.
-        with _opened(f"{name}: the mask {mask_path.name}", _read_bytes(mask_path)) as mask:
+        with _opened_file(mask_path) as file, _opened(f"{name}: the mask {mask_path.name}", file) as mask:
             mask.load()
             mask_size = _upright(mask.size, mask)
         if mask_size != size:
             raise BadPhoto(f"{mask_path.name}: the mask has {_times(mask_size)} pixels, but its photo {_times(size)}")
     else:
         mask_path = None
-    digest = hashlib.sha256(content).hexdigest()
-    return Photo(name, size, _read_caption(path.with_suffix(".txt"), name), repeats, digest, path, mask_path)
+    caption = _read_caption(path.with_suffix(".txt"), name)
+    return Photo(name, size, caption, repeats, digest.hexdigest(), path, mask_path)
 
 
 def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
@@ -342,8 +353,13 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def _opened_file(path: Path) -> AbstractContextManager[BinaryIO]:
+    return opened_file(path, MAX_BYTES, name=path.name, error=BadPhoto)
+
+
 def _read_bytes(path: Path) -> bytes:
-    return read_bytes(path, MAX_BYTES, name=path.name, error=BadPhoto)
+    with _opened_file(path) as file:
+        return file.read()
 
 
 def _content(source: Path | Image.Image) -> bytes | Image.Image:
@@ -363,18 +379,42 @@ def _read_caption(path: Path, photo: str) -> str | None:
         raise BadPhoto(f"{photo}: the caption {path.name} is not UTF-8 text; save it as UTF-8") from problem
 
 
+class _Sparing:
+    """A picture's file for Pillow, which would read everything in it. Raises BadPhoto for too much beside the pixels."""
+
+    def __init__(self, name: str, file: BinaryIO):
+        self._name, self._file, self._left = name, file, _MAX_METADATA
+        self.seek, self.tell, self.is_open = file.seek, file.tell, False
+        self._size = file.seek(0, io.SEEK_END)
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 and not self.is_open and self._size > _MAX_WHOLE:
+            raise BadPhoto(f"{self._name}: the file is larger than {_MAX_WHOLE >> 20} MiB, the maximum for its format")
+        found = self._file.read(size)
+        # Nothing but metadata is read until the picture is open.
+        self._left -= _CALL + (len(found) if size > _PIECE or (size > 0 and not self.is_open) else 0)
+        if self._left < 0:
+            raise BadPhoto(
+                f"{self._name}: it has more than {_MAX_METADATA >> 20} MiB of metadata; save it without them"
+            )
+        return found
+
+
 @contextmanager
-def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
+def _opened(name: str, source: bytes | BinaryIO | Image.Image) -> Iterator[Image.Image]:
     """Open a picture, without decoding it; any failure inside the context raises BadPhoto.
 
-    `source` is the content of the file with that name, or a picture in memory.
+    `source` is the file with that name or its content, or a picture in memory.
     """
     if isinstance(source, Image.Image):
         check_open(name, source)
         _refuse_float_pixels(name, source)
         yield source
         return
-    if name.lower().endswith(HEIF_SUFFIXES) or source[4:11] == b"ftyphei":  # Some programs rename HEIC files to .jpg.
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    if (
+        name.lower().endswith(HEIF_SUFFIXES) or file.read(12)[4:11] == b"ftyphei"
+    ):  # Some programs rename HEIC files to .jpg.
         try:
             import pillow_heif
         except ImportError as problem:
@@ -386,7 +426,9 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
             warnings.filterwarnings("ignore", module=r"PIL\.")
             Image.init()
             formats = [name for name in _FORMATS if name in Image.OPEN]  # This Pillow may lack some.
-            with Image.open(io.BytesIO(source), formats=formats) as image:
+            sparing = _Sparing(name, file)
+            with Image.open(cast(BinaryIO, sparing), formats=formats) as image:
+                sparing.is_open = True
                 if max(image.size) > MAX_SIDE:
                     raise BadPhoto(f"{name}: {_times(image.size)} pixels; at most {MAX_SIDE} per side can be read")
                 most = _MANY_COPIES.get(str(image.format), MAX_PIXELS)

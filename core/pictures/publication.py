@@ -44,9 +44,11 @@ _SETTINGS = (
 _ADVICE = ("Model", "Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
 _GROUP_IN_GRAPH = '"FaceLoRAGroup"'
 """The text in the graph of a picture that ComfyUI has drawn of several people: the type of our node, which is fixed."""
-_OTHER_TAG = r"<lora:(?:[^<]*?:-?[\d.]+(?::[^<>]*)?|[^<>]*)>"
+_MOST_PARAMETERS = 50_000
+"""The most characters of a picture's parameters. The patterns below limit the length of names, so they take linear time."""
+_OTHER_TAG = r"<lora:(?:[^<]{0,255}?:-?[\d.]{1,20}(?::[^<>]{0,255})?|[^<>]*)>"
 """Matches the tag of an unknown LoRA up to its strength, since a file's name may contain `>`."""
-_LORA_HASH = re.compile(r"(.+?): (?:0x)?([0-9a-fA-F]+)(?:, |$)")
+_LORA_HASH = re.compile(r"(?:^|(?<=, ))(.{1,255}?): (?:0x)?([0-9a-fA-F]{1,64})(?:, |$)")
 _KINDS = {"lora": "LORA", "dora": "DoRA"}
 """Civitai's types for kinds of adapters; all other kinds are LyCORIS there."""
 
@@ -163,6 +165,11 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) ->
             graph = "".join(str(image.info.get(name, "")) for name in ("prompt", "workflow"))
     except DAMAGED:
         text, recorded, graph = None, False, ""
+    if isinstance(text, str) and len(text) > _MOST_PARAMETERS:
+        on_warning(
+            f"{photo.name}: left out: its parameters have {len(text):,} characters, more than {_MOST_PARAMETERS:,}"
+        )
+        return None
     parameters = Parameters.read(text) if isinstance(text, str) else None
     if parameters is None and not recorded:  # The mark of drawn pictures is not enough: sheets and covers have it too.
         on_warning(f"{photo.name}: left out: it may be a photo or show other people, since no prompt or graph is in it")
@@ -186,7 +193,7 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) ->
 def _tags(stems: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern of the tags of LoRAs in a prompt. Its groups are one of these names, if it is one, and the strength."""
     known = "|".join(map(re.escape, sorted(stems, key=len, reverse=True)))
-    return re.compile(rf"\s*(?:<lora:({known or '(?!)'})(?::(-?[\d.]+)?[^<>]*)?>|{_OTHER_TAG})")
+    return re.compile(rf"(?<!\s)\s*(?:<lora:({known or '(?!)'})(?::(-?[\d.]{{1,20}})?[^<>]*)?>|{_OTHER_TAG})")
 
 
 def _comment(image: Image.Image) -> str:

@@ -34,9 +34,9 @@ _PNG_KEY, _JPEG_KEY = "XML:com.adobe.xmp", b"http://ns.adobe.com/xap/1.0/\0"
 """The names under which PNG and JPEG files have XMP."""
 MARK_KEYS = {"xmp", _PNG_KEY}
 """The names under which Pillow has the mark of an opened PNG."""
-# Programs write a property as an attribute, as an element, or as an element with a resource.
-_TYPE = re.compile(rf"DigitalSourceType[^<]{{0,40}}?{re.escape(_VOCABULARY)}(\w+)")
-_TOOL = re.compile(r"""CreatorTool(?:\s*=\s*["']|>)([^<>"']*)""")
+# Programs write a property as an attribute, as an element, or as an element with a resource. Only its start is shown.
+_TYPE = re.compile(rf"DigitalSourceType[^<]{{0,40}}?{re.escape(_VOCABULARY)}(\w{{1,100}})")
+_TOOL = re.compile(r"""CreatorTool(?:\s*=\s*["']|>)([^<>"']{0,200})""")
 PROGRAM_TEXTS = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
 """The names under which A1111, ComfyUI and InvokeAI write into the PNG files that they draw."""
 

@@ -140,8 +140,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
-def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile) -> bytes:
-    """Read a regular file of at most `limit` bytes.
+@contextmanager
+def opened_file(
+    path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile
+) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `limit` bytes to read it.
 
     Raises `error` for any other file, since a pipe may wait forever and a device may never end. `name` is the file's name in
     the message; None means its path.
@@ -155,9 +158,15 @@ def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[F
                 raise error(f"{name}: is not a regular file")
             if about.st_size > limit:
                 raise error(f"{name}: the file is larger than {limit >> 20} MiB, the maximum")
-            return file.read(about.st_size)  # read() allocates as many bytes as it is asked for.
+            yield file
     except OSError as problem:
         raise error(f"{name}: cannot be read: {problem.strerror or problem}") from None
+
+
+def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile) -> bytes:
+    """Read a file that `opened_file` opens."""
+    with opened_file(path, limit, name=name, error=error) as file:
+        return file.read(os.fstat(file.fileno()).st_size)  # read() allocates as many bytes as it is asked for.
 
 
 def read_json(path: Path) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import BadFile, MissingPackage
 from ..progress import silent
 from .files import map_file
+from .header import MAX_NAME
 from .safetensors_file import CHUNK_BYTES, sha256_of, tensor_bytes
 from .stored import LazyTensors, QuantisedTensor, Stored, outline
 
@@ -24,6 +25,8 @@ _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """The unquantised types that numpy supports too, by GGUF's names."""
 _MOST_SIDES = 16
 """Longer lists are skipped, because the only lists that are needed are the shapes of tensors."""
+_MOST_VALUES, _TEXTS_PER_VALUE = 50_000, 64
+"""The most values in a header that are read, eight for each tensor. Skipping a list of so many texts takes as long as one."""
 
 
 class GgufTensors(LazyTensors):
@@ -60,18 +63,38 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
             raise BadFile(f"{path}: is not a regular file")
 
         class Reader(gguf.GGUFReader):
+            left = _MOST_VALUES
+
+            def _spend(self, values: int) -> None:
+                self.left -= values
+                if self.left < 0:
+                    raise ValueError(f"its header has more than {_MOST_VALUES:,} values")
+
             def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+                self._spend(1)
+                if dtype is np.uint64 and count > _MOST_SIDES:
+                    raise ValueError(f"a tensor has {count:,} sides (limit {_MOST_SIDES})")
                 # Past the end of the file numpy returns too few values, and the package would loop over missing arrays.
                 found = super()._get(offset, dtype, count, *order, **named)
                 if len(found) < count:
                     raise ValueError("the file is truncated")
                 return found
 
+            def _get_str(self, offset: int) -> Any:
+                if (size := self._get(offset, np.uint64)[0]) > MAX_NAME:
+                    raise ValueError(f"a name has {size:,} bytes (limit {MAX_NAME:,})")
+                return super()._get_str(offset)
+
             def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+                if raw_type == gguf.GGUFValueType.STRING and (size := self._get(orig_offs, np.uint64)[0]) > MAX_NAME:
+                    return 8 + int(size), [], [], [gguf.GGUFValueType.STRING]  # such as a whole tokenizer
                 # The package would create one array for each of a tokenizer's hundreds of thousands of words and numbers.
-                if raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I":
+                if raw_type == gguf.GGUFValueType.ARRAY:
                     (kind,), (count,) = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-                    if count > _MOST_SIDES and kind == gguf.GGUFValueType.STRING:
+                    if kind == gguf.GGUFValueType.ARRAY:
+                        raise ValueError("its header has lists of lists")
+                    if count > _MOST_SIDES and kind == gguf.GGUFValueType.STRING and self.byte_order == "I":
+                        self._spend(int(count) // _TEXTS_PER_VALUE)
                         size = _size_of_texts(self.data[orig_offs + 12 :].data, int(count))
                         return 12 + size, [], [], [gguf.GGUFValueType.ARRAY]
                     if count > _MOST_SIDES and (number := self.gguf_scalar_to_np.get(kind)):

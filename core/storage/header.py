@@ -76,10 +76,9 @@ class Header:
                 size = os.fstat(file.fileno()).st_size
                 start = file.read(8)
                 header_size = _header_size(path, start, size)
-                header = file.read(header_size)
+                entries, metadata = parse_header(path, file.read(header_size))
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
-        entries, metadata = parse_header(path, header)
         return cls(path, metadata, *_checked(path, entries, first_byte=8 + header_size, file_size=size), size)
 
     @cached_property
@@ -171,8 +170,11 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     # Commas and brackets limit the number of JSON values. Only a long header can have so many.
     if len(header) > MAX_HEADER_VALUES and (values := sum(map(header.count, b",[{"))) > MAX_HEADER_VALUES:
         raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
+    may_be_wrong = b"\\u" in header  # UTF-8 has no surrogates; only escapes can be unpaired ones.
     try:
-        entries = unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple), "name")
+        text = header.decode("utf-8")
+        del header  # It may have 100 MB.
+        entries = unique(json.loads(text, object_pairs_hook=tuple), "name")
         found = entries.pop("__metadata__", None)
         metadata = unique(found or (), "name") if found is None or isinstance(found, tuple) else None
     except UnicodeDecodeError:
@@ -183,9 +185,8 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
         raise BadFile(f"{path}: damaged header: {error}") from None
     if metadata is None or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
-    texts = (*entries, *metadata, *metadata.values())
-    if not is_text("".join(texts)):
-        wrong = next(text for text in texts if not is_text(text))
+    texts = (*entries, *metadata, *metadata.values()) if may_be_wrong else ()
+    if wrong := next((text for text in texts if not is_text(text)), None):
         raise BadFile(f"{path}: damaged header: {wrong[:80]!r} is not valid Unicode")
     return entries, metadata
 

@@ -38,10 +38,10 @@ class Range:
         if isinstance(value, str | bool):
             return
         if self.whole and value % 1:
-            raise BadConfig(f"{name} = {value}: must be a whole number")
+            raise BadConfig(f"{name} = {_SHOWN.repr(value)}: must be a whole number")
         if self.low is not None and not self.low <= value <= self.high:
             allowed = f"at least {self.low}" if self.high == math.inf else f"between {self.low} and {self.high}"
-            raise BadConfig(f"{name} = {value}: must be {allowed}")
+            raise BadConfig(f"{name} = {_SHOWN.repr(value)}: must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read_as(kind: type[_T], values: Any, where: str = "") -> _T:
         raise BadConfig(f"{where and f'{where} = '}{_SHOWN.repr(values)}: expected a table")
     hints, required = _fields(kind)
     faults = [f"the field {name!r} is missing" for name in required if name not in values]
-    faults += [f"unknown field {name!r}; known: {', '.join(hints)}" for name in values if name not in hints]
+    faults += [f"unknown field {_SHOWN.repr(name)}; known: {', '.join(hints)}" for name in values if name not in hints]
     if faults:
         raise BadConfig(f"{where and f'{where}: '}{'; '.join(faults)}")
     at = f"{where}." if where else ""
@@ -171,6 +171,6 @@ def read_value(name: str, value: Any, hint: Any, rule: Range | Form | None = Non
 
 def _check_plain(name: str, value: Any) -> None:
     if isinstance(value, str) and not is_text(value):
-        raise BadConfig(f"{name} = {value!a}: contains an invalid character (an unpaired surrogate)")
+        raise BadConfig(f"{name} = {_SHOWN.repr(value)}: contains an invalid character (an unpaired surrogate)")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{name} = {value}: must be finite")

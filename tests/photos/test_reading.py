@@ -317,6 +317,41 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
         read_photos(tmp_path, strict=True)
 
 
+def with_metadata(kind: str, size: int) -> bytes:
+    """A picture of that format with a large or endless part beside its pixels, or after them."""
+    data, blank = io.BytesIO(), bytes(size)
+    if kind == "tiff":
+        picture().save(data, kind, tiffinfo={700: blank})
+        return data.getvalue()
+    picture().save(data, "png" if kind.startswith("png") else "jpeg")
+    whole = data.getvalue()
+    texts = {"png": b"iTXt" + b"a" + bytes(5) + blank, "png end": b"prVt" + blank, "png empty": b"prVt"}
+    if text := texts.get(kind):
+        part = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+        at = len(whole) - 12 if kind == "png end" else 33
+        return whole[:at] + part * (size // 64 if kind == "png empty" else 1) + whole[at:]
+    segment = {"jpeg": b"\xff\xe1\xff\x02Exif\0\0" + bytes(65_274), "jpeg padding": b"\xff" * 1000}[kind]
+    return whole[:2] + segment * (size // len(segment)) + whole[2:]
+
+
+@pytest.mark.parametrize("kind", ["png", "png end", "png empty", "jpeg", "jpeg padding", "tiff"])
+def test_too_much_metadata_is_refused_before_it_is_read(tmp_path, kind):
+    suffix = {"tiff": "tif"}.get(kind, kind[:4].strip())
+    (tmp_path / f"a.{suffix}").write_bytes(with_metadata(kind, 2**25))
+    fault = rf"a\.{suffix}: it has more than 16 MiB of metadata; save it without them"
+    with pytest.raises(BadPhoto, match=fault):
+        read_photos(tmp_path, strict=True)
+    (tmp_path / f"a.{suffix}").write_bytes(with_metadata(kind, 2**17))
+    assert only_photo(tmp_path).image().size == picture().size
+
+
+def test_a_webp_that_is_larger_than_its_pixels_can_be_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_MAX_WHOLE", 2**20)
+    picture().save(tmp_path / "a.webp", xmp=bytes(2**20))
+    with pytest.raises(BadPhoto, match=r"a\.webp: the file is larger than 1 MiB, the maximum for its format"):
+        read_photos(tmp_path, strict=True)
+
+
 def test_a_108_megapixel_photo_is_read_without_a_warning(tmp_path, recwarn):
     Image.new("L", (12_000, 9_000)).save(tmp_path / "large.jpg")
     assert only_photo(tmp_path).size == (12_000, 9_000)

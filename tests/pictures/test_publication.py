@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -288,6 +289,25 @@ def test_a_picture_of_several_people_is_no_example_of_ones_lora(small_sd15, tmp_
     (picture,) = made.pictures
     assert Parameters.read(Image.open(picture).info["parameters"]).prompt.startswith("sks person <lora:")  # pyright: ignore
     assert "ohwx" not in made.page.read_text()
+
+
+@pytest.mark.clock
+@pytest.mark.parametrize(
+    ("prompt", "hashes"),
+    [(" " * 30_000, ""), ("<lora:" + ":1" * 15_000, ""), ("<lora:a:" + "1" * 30_000, "a: 12"), ("x", "a: " * 10_000)],
+)
+def test_hostile_parameters_do_not_make_publishing_slow(tmp_path, prompt, hashes):
+    picture = write_picture(tmp_path / "a.png", f"x{prompt}x", **({"Lora hashes": hashes} if hashes else {}))
+    path, began = write_lora(tmp_path / "a.safetensors", 768, 1280), time.process_time()
+    publish_agreed(path, tmp_path / "out", [picture], on_warning=[].append)
+    assert time.process_time() - began < 3  # 0.1 to 0.3 seconds, and 4 to 20 with unlimited names
+
+
+def test_a_picture_with_very_long_parameters_is_left_out(tmp_path):
+    path, told = write_lora(tmp_path / "a.safetensors", 768, 1280), []
+    picture = write_picture(tmp_path / "a.png", "x" * 60_000)
+    assert not publish_agreed(path, tmp_path / "out", [picture], on_warning=told.append).pictures
+    assert told == ["a.png: left out: its parameters have 60,081 characters, more than 50,000"]
 
 
 def test_alphas_in_pefts_configuration_stay_without_the_path_in_it(tmp_path):

@@ -60,6 +60,14 @@ def test_a_mark_in_another_programs_words_is_read(words, tmp_path):
         assert mark_of(image) == DRAWN
 
 
+def test_only_the_start_of_a_long_mark_is_read(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    address = f"http://cv.iptc.org/newscodes/digitalsourcetype/{'a' * 9000}"
+    info.add_itxt("XML:com.adobe.xmp", f'<a DigitalSourceType="{address}" CreatorTool="{"b" * 9000}"/>')
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert inspect_mark(tmp_path / "a.png") == {"digital_source_type": "a" * 100, "creator_tool": "b" * 200}
+
+
 @pytest.mark.parametrize("name", ["parameters", "prompt", "invokeai_metadata"])
 def test_a_picture_without_the_mark_is_drawn_if_a_program_that_draws_recorded_itself(name, tmp_path):
     save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), {name: "{}"}, mark=None)

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import struct
 import sys
 
 import gguf
@@ -105,6 +107,31 @@ def test_a_damaged_file_is_refused_or_read(path, tmp_path):
             assert str(error).startswith(f"{tmp_path / 'damaged.gguf'}: ")
             outcomes["refused"] += 1
     assert sum(outcomes.values()) == 120 and min(outcomes.values()) > 20
+
+
+def gguf_header(tensors: int, fields: int, *parts: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
+
+
+_A, _LIST = struct.pack("<Qc", 1, b"a"), 9  # a name, and the number of the type of lists
+_NAMED = [struct.pack("<Q7sIIQ", 7, b"%07d" % number, 0, 0, 0) for number in range(20_000)]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (gguf_header(0, 1, _A, struct.pack("<I", _LIST), struct.pack("<IQ", _LIST, 1) * 20_000), "has lists of lists"),
+        (gguf_header(0, 1, struct.pack("<Q", 2**21), bytes(2**21)), "a name has 2,097,152 bytes (limit 1,000)"),
+        (gguf_header(1, 0, struct.pack("<Q", 2**21), bytes(2**21)), "a name has 2,097,152 bytes (limit 1,000)"),
+        (gguf_header(1, 0, _A, struct.pack("<I", 2**20), bytes(2**24)), "a tensor has 1,048,576 sides (limit 16)"),
+        (gguf_header(2**40, 0, *_NAMED), "its header has more than 50,000 values"),
+        (gguf_header(0, 1, _A, struct.pack("<IIQ", _LIST, 8, 2**23), bytes(2**26)), "more than 50,000 values"),
+    ],
+)  # fmt: skip
+def test_a_small_file_that_claims_much_is_refused_at_once(tmp_path, content, fault):
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(BadFile, match=rf"a\.gguf: cannot be read as GGUF: .*{re.escape(fault)}"):
+        open_gguf(tmp_path / "a.gguf")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are not in the file system here")

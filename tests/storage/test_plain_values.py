@@ -51,6 +51,9 @@ def test_a_table_becomes_a_dataclass_with_others_in_it():
         ({"name": "a", "sizes": {"b": 2.5}}, "pack.sizes: b = 2.5: must be a whole number"),
         ({"name": "a", "on": 1}, "pack.on = 1: expected bool"),
         ({"name": "a" * 1000, "on": "b" * 1000}, r"pack.on = 'b+\.\.\.b+': expected bool"),
+        ({"name": "a", "inner": {"size": 10**400}}, r"pack.inner.size = 1.{3,50}: must be between 0 and 2"),
+        ({"name": "\ud800" * 1000}, r"pack.name = .{3,200}: contains an invalid character"),
+        ({"name": "a", "b" * 1000: 1}, r"pack: unknown field .{3,200}; known: "),
     ],
 )
 def test_a_fault_is_named_with_the_field_the_value_and_the_choices(values, fault):
