@@ -59,7 +59,7 @@ test-ci: types setup-test
 # Full-size models, many killed runs, all files in all programs; then what measures time and memory, with nothing beside it.
 test-slow: $(addprefix test-slow-,$(SLOW))
 
-test-slow-invokeai test-slow-rest: setup-slow
+test-slow-comfyui test-slow-invokeai test-slow-rest: setup-slow
 $(addprefix test-slow-,$(SLOW)): setup-test
 	$(if $(SLOW_$(@:test-slow-%=%)),$(PYTEST) -m "slow and not clock" --hypothesis-profile random $(SLOW_$(@:test-slow-%=%)),\
 		$(RUN) -m pytest -m clock)
