@@ -44,8 +44,10 @@ MAX_BYTES = 2**30
 """The largest file that is read: larger than 178 uncompressed megapixels at 16 bits."""
 
 _MAX_METADATA, _PIECE, _CALL = 2**24, 2**16, 32
-"""The most bytes of a picture that are read beside its pixels, the largest pieces in which Pillow reads pixels, and how many
-bytes each call counts for: a file can have millions of empty parts."""
+"""The most bytes of a picture that are read beside its pixels, and the largest pieces in which Pillow reads pixels.
+
+A call counts for at least the last number of bytes, since a file can have millions of empty parts.
+"""
 _MAX_WHOLE = 2**28
 """The largest file in a format that Pillow reads as a whole, with its metadata."""
 
