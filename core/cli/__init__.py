@@ -78,10 +78,8 @@ def _answered(function: Callable[[], int | None]) -> int:
         from .common import end_bars
 
         end_bars()
-        message = str(error) if isinstance(error, FaceLoraError) else "stopped"
-        print(
-            f"facelora: {message.replace('anyway: check_photos = false', 'anyway: --no-check-photos')}", file=sys.stderr
-        )
+        text = str(error) if isinstance(error, FaceLoraError) else "stopped"
+        print(f"facelora: {text.replace('anyway: check_photos = false', 'anyway: --no-check-photos')}", file=sys.stderr)
     except BrokenPipeError:
         pass
     return 1

@@ -44,8 +44,8 @@ MAX_BYTES = 2**30
 """The largest file that is read: larger than 178 uncompressed megapixels at 16 bits."""
 
 _MAX_METADATA, _PIECE, _CALL = 2**24, 2**16, 32
-"""The most bytes that are read beside a picture's pixels, and the largest pieces in which Pillow reads pixels. Each call counts
-for some bytes too, since a file can have millions of empty parts."""
+"""The most bytes of a picture that are read beside its pixels, and the largest pieces in which Pillow reads pixels. Each call
+counts for the last number at least, since a file can have millions of empty parts."""
 _MAX_WHOLE = 2**28
 """The largest file in a format that Pillow reads as a whole, with its metadata."""
 
@@ -394,9 +394,8 @@ class _Sparing:
         # Nothing but metadata is read until the picture is open.
         self._left -= _CALL + (len(found) if size > _PIECE or (size > 0 and not self.is_open) else 0)
         if self._left < 0:
-            raise BadPhoto(
-                f"{self._name}: it has more than {_MAX_METADATA >> 20} MiB of metadata; save it without them"
-            )
+            limit = f"{_MAX_METADATA >> 20} MiB"
+            raise BadPhoto(f"{self._name}: it has more than {limit} of metadata; save it without them")
         return found
 
 
@@ -412,9 +411,8 @@ def _opened(name: str, source: bytes | BinaryIO | Image.Image) -> Iterator[Image
         yield source
         return
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    if (
-        name.lower().endswith(HEIF_SUFFIXES) or file.read(12)[4:11] == b"ftyphei"
-    ):  # Some programs rename HEIC files to .jpg.
+    # Some programs rename HEIC files to .jpg.
+    if name.lower().endswith(HEIF_SUFFIXES) or file.read(12)[4:11] == b"ftyphei":
         try:
             import pillow_heif
         except ImportError as problem:

@@ -163,9 +163,7 @@ def generate(
     config = config or GenerateConfig()
     check_drawing(base, loras, config)
     if isinstance(jobs, PictureJob) or not all(isinstance(job, PictureJob) for job in jobs):
-        raise BadConfig(
-            f"jobs = {jobs!r}: expected a list of PictureJob, such as [PictureJob('a photo of sks person', seed=1)]"
-        )
+        raise BadConfig(f"jobs = {jobs!r}: expected a list of PictureJob, such as [PictureJob('a photo', seed=1)]")
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     starts = _checked_starts(base, jobs, starts, denoise) if starts else None
     groups = by_strength(jobs)

@@ -42,6 +42,7 @@ from .sizes import checked_size
 
 RelativeBox = tuple[float, float, float, float]
 """A part of a picture: left, top, right and bottom as shares of its width and height, 0 to 1."""
+_Loras = Sequence[tuple[LoraFile, float]]
 FEATHER = 0.2
 """The share of a region's shorter side over which it fades into the scene."""
 MOST_PEOPLE = 8
@@ -291,13 +292,7 @@ def generate_group(
                 yield Picture(image, job, group_parameters(base, group, loras, job, config))
 
 
-def check_group(
-    base: Base,
-    group: Group,
-    jobs: Sequence[PictureJob],
-    loras: Sequence[tuple[LoraFile, float]],
-    config: GenerateConfig,
-) -> None:
+def check_group(base: Base, group: Group, jobs: Sequence[PictureJob], loras: _Loras, config: GenerateConfig) -> None:
     """Raise the errors of `generate_group` for invalid arguments, before anything is loaded."""
     check_drawing(base, loras, config)
     check_drawing(base, [(person.lora, person.strength) for person in group.people], config)
@@ -317,9 +312,7 @@ def sized(base: Base, group: Group, job: PictureJob) -> PictureJob:
     return replace(job, size=checked_size(base, job.size or group.size(base.resolution, base.size_multiple)))
 
 
-def group_parameters(
-    base: Base, group: Group, loras: Sequence[tuple[LoraFile, float]], job: PictureJob, config: GenerateConfig
-) -> str:
+def group_parameters(base: Base, group: Group, loras: _Loras, job: PictureJob, config: GenerateConfig) -> str:
     """Return the text that A1111 uses to describe the picture, with everyone's words and LoRA.
 
     A1111 draws a different picture from it, since it adds the LoRAs up. Our own setting `Regions` describes the regions. The
@@ -340,7 +333,7 @@ def shows_several(parameters: Parameters) -> bool:
 
 
 def _encode(
-    model: DrawingModel, group: Group, loras: Sequence[tuple[LoraFile, float]], jobs: Sequence[PictureJob]
+    model: DrawingModel, group: Group, loras: _Loras, jobs: Sequence[PictureJob]
 ) -> dict[PictureJob, list[Pair]]:
     texts: dict[PictureJob, list[tuple[AppliedAt, Texts]]] = {}
     wanted: dict[AppliedAt, set[Texts]] = {}

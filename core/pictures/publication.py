@@ -166,9 +166,8 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: OnWarning) ->
     except DAMAGED:
         text, recorded, graph = None, False, ""
     if isinstance(text, str) and len(text) > _MOST_PARAMETERS:
-        on_warning(
-            f"{photo.name}: left out: its parameters have {len(text):,} characters, more than {_MOST_PARAMETERS:,}"
-        )
+        size = f"{len(text):,} characters, more than {_MOST_PARAMETERS:,}"
+        on_warning(f"{photo.name}: left out: its parameters have {size}")
         return None
     parameters = Parameters.read(text) if isinstance(text, str) else None
     if parameters is None and not recorded:  # The mark of drawn pictures is not enough: sheets and covers have it too.

@@ -75,10 +75,8 @@ class Order:
         """Return the pictures to draw, in rounds over the styles of the pack."""
         base, subject = self.drawn_on or self.on(base), Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
-        return [
-            replace(job, size=self.size or job.size)
-            for job in (PictureJob.from_style(prompt).on(base) for prompt in prompts)
-        ]
+        jobs = [PictureJob.from_style(prompt).on(base) for prompt in prompts]
+        return [replace(job, size=self.size or job.size) for job in jobs]
 
 
 @dataclass(frozen=True)

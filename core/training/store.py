@@ -266,9 +266,8 @@ def find_or_train(
                 lora = before or _kept_while_running(job, run, device, on_point, callbacks)
                 if destination.sets_aside:
                     _set_lora_aside(path)
-                    lora = (
-                        _trained_before(run, destination.folders) or lora
-                    )  # which may have been read from a file now moved
+                    # It may have been read from a file now moved.
+                    lora = _trained_before(run, destination.folders) or lora
                 agreed = {SUBJECT_KEY: AGREED} if destination.agreed else {}
                 metadata = lora.metadata | {KEY: job.key, "ss_output_name": path.stem} | agreed
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
@@ -282,11 +281,8 @@ def _in_file(
     job: TrainingJob, destination: OutputFile, device: torch.device | str | None, callbacks: Callbacks
 ) -> TrainedFile:
     """Find or train the job at one path."""
-    files, metadata, found = (
-        RunFiles(destination.path),
-        {**destination.metadata, KEY: job.key},
-        is_trained(job, destination),
-    )
+    files, found = RunFiles(destination.path), is_trained(job, destination)
+    metadata = {**destination.metadata, KEY: job.key}
     if not found:
         with files.held(job, destination.resume, destination.restart):
             run_job(job, files, resume=destination.resume, device=device, metadata=metadata, callbacks=callbacks)
@@ -349,9 +345,8 @@ def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
     if found := with_tensors(run.made(), folders):
         return found
     with suppress(FaceLoraError):
-        return LoraFile.read(
-            run.files.output
-        )  # not written into the LoRA folder, for example because the disk was full
+        # It was not written into the LoRA folder, for example because the disk was full.
+        return LoraFile.read(run.files.output)
     return None
 
 

@@ -75,9 +75,9 @@ def test_the_check_follows_no_link_out_of_the_input_folder(server):
     ):
         assert "not in ComfyUI's input folder" in answer["error"]
     caption.unlink()
-    assert "5: this folder doesn't exist" in server.error(
-        {"photos": load_photos() | {"inputs": load_photos()["inputs"] | {"folder": 5}}}
-    )
+    for folder, words in {5: "5: this folder doesn't exist", 10**300: "not a valid file name"}.items():
+        graph = {"photos": load_photos() | {"inputs": load_photos()["inputs"] | {"folder": folder}}}
+        assert words in server.error(graph)
     assert secret.read_text() == "a secret" and "no photos" in server.post("/facelora/check", {})["error"]
 
 

@@ -43,9 +43,9 @@ def path_of(name: str) -> Path:
 
     Raises BadPhoto for a path elsewhere and for an impossible name.
     """
-    root = input_folder()
+    root, name = input_folder(), str(name)  # A graph may give a number.
     try:
-        path = Path(os.path.realpath(root / str(name)))  # A graph may give a number.
+        path = Path(os.path.realpath(root / name))
         path.exists()
     except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
         raise BadPhoto(f"{name[:80]!r}: not a valid file name ({problem.args[-1]})") from None
