@@ -43,7 +43,7 @@ MAX_SIDE = 65_535
 MAX_BYTES = 2**30
 """The largest file that is read: larger than 178 uncompressed megapixels at 16 bits."""
 
-_MAX_METADATA, _PIECE, _CALL = 2**24, 2**16, 32
+_MAX_METADATA, _PIECE, _CALL = 2**24, 2**16, 48
 """The most bytes of a picture that are read beside its pixels, and the largest pieces in which Pillow reads pixels. Each call
 counts for the last number at least, since a file can have millions of empty parts."""
 _MAX_WHOLE = 2**28

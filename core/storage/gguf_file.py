@@ -25,7 +25,7 @@ _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """The unquantised types that numpy supports too, by GGUF's names."""
 _MOST_SIDES = 16
 """Longer lists are skipped, because the only lists that are needed are the shapes of tensors."""
-_MOST_VALUES, _TEXTS_PER_VALUE = 50_000, 64
+_MOST_VALUES, _TEXTS_PER_VALUE = 40_000, 64
 """The most values in a header that are read, eight for each tensor. Skipping a list of so many texts takes as long as one."""
 
 
