@@ -103,7 +103,7 @@ class Step:
 
 def cached(base: Base, case: Case):
     shape = (base.latent_shape.channels, case.latents, case.latents)
-    kinds = (False, False, True) if case.config().class_images else (False, False)
+    kinds = (False, False, True, True) if case.config().class_images else (False, False)
     return encoded_cache(
         base,
         [
