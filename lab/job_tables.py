@@ -41,7 +41,7 @@ PHOTOS, HEADSHOTS, PACK = 15, 20, "corporate"
 DISTILLED = {
     "SD1.5": "SD1.5, with Hyper-SD's LoRA", "SDXL": "SDXL, with SDXL-Lightning's LoRA",
     "FLUX.1-dev": "FLUX.1-dev, drawn on FLUX.1-schnell", "FLUX.2 klein 4B": "FLUX.2 klein 4B, drawn on the distilled one",
-    "Z-Image": "Z-Image, drawn on Z-Image-Turbo", "Qwen-Image": "Qwen-Image, with Qwen-Image-Lightning's LoRA",
+    "Z-Image": "Z-Image-Turbo, with its training adapter", "Qwen-Image": "Qwen-Image, with Qwen-Image-Lightning's LoRA",
     "Krea 2": "Krea 2, with Krea 2 Turbo's LoRA", "ERNIE-Image": "ERNIE-Image, drawn on ERNIE-Image-Turbo",
 }  # fmt: skip
 """How pictures are drawn in a few steps. A speed LoRA draws those that measure likeness too."""
@@ -75,7 +75,7 @@ def ledgers(name: str) -> Found:
     base = with_vae(name)
     loaded = replace(base, components={**base.components, **text_encoders(base)})
     drawn_on = {name: base} | ({DISTILLED[name]: base.as_distilled()} if name in DISTILLED else {})
-    measured_on = {title: loaded.as_distilled() if "LoRA" in title else loaded for title in drawn_on}
+    measured_on = {title: loaded if "drawn on" in title or title == name else loaded.as_distilled() for title in drawn_on}
     found: Found = {title: {recipe: {} for recipe in RECIPES} for title in drawn_on}
 
     @functools.cache

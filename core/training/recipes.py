@@ -89,6 +89,7 @@ def recipe_settings(
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
         "learning_rate": (None if checked.finds_rate else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")),
+        **({} if checked.finds_rate else method.recipe),
         **(recipe.settings or {}),
         **given,
     }

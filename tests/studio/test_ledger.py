@@ -410,7 +410,7 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
             "the speed LoRA krea2_turbo_lora_rank_64_bf16.safetensors (Hugging Face: Comfy-Org/Krea-2)",
             "--speed-lora",
         ),
-        ("Z-Image", "the distilled model Z-Image-Turbo (Hugging Face: Tongyi-MAI/Z-Image-Turbo)", "--draw-on"),
+        ("ERNIE-Image", "the distilled model ERNIE-Image-Turbo (Hugging Face: baidu/ERNIE-Image-Turbo)", "--draw-on"),
     ],
 )
 def test_before_a_job_the_file_that_would_let_it_draw_faster_is_named_with_what_it_saves(name, known, option):
@@ -428,7 +428,7 @@ def test_before_a_job_the_file_that_would_let_it_draw_faster_is_named_with_what_
 
 
 def test_a_small_model_or_one_without_a_known_file_is_told_of_none(base):
-    assert speed_hint(base, {}) == speed_hint(with_vae("FLUX.2 dev"), {}) == []
+    assert speed_hint(base, {}) == speed_hint(with_vae("FLUX.2 dev"), {}) == speed_hint(with_vae("Z-Image"), {}) == []
 
 
 def test_whole_jobs_of_published_models_are_counted_at_their_own_resolution():

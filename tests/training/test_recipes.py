@@ -111,6 +111,9 @@ def test_what_is_given_wins():
 def test_another_method_has_the_rate_that_suits_it():
     lora, dreambooth = (recipe_settings("fast", SD15, {"method": method}) for method in ("lora", "dreambooth"))
     assert (lora["learning_rate"], dreambooth["learning_rate"]) == (2e-4, 1e-5)
+    vectors = recipe_settings("fast", SD15, {"method": "pivotal"})
+    assert vectors["embedding_lr"] == 1e-3 and "embedding_lr" not in lora
+    config_from(recipe_settings("fast", SD15, {"method": "pivotal", "optimizer": "prodigy"}))
 
 
 def test_prodigy_finds_the_rate_by_itself():

@@ -117,6 +117,8 @@ class Method:
     """The type of the trained file."""
     rate_factor: float = 1.0
     """The factor on a LoRA's learning rate that suits this method."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings that recipes use for this method."""
     freezes_weights: bool = True
     """Whether the networks' own weights stay frozen, so that a memory plan may quantise or offload them."""
     package: str | None = None

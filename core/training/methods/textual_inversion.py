@@ -145,4 +145,5 @@ PIVOTAL = Method(
     attach_pivotal,
     trains_text=lambda config: True,
     extra_files={"embedding": embedding_beside},
+    recipe={"embedding_lr": 1e-3},  # Eden's rate for faces
 )
