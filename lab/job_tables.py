@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -27,7 +28,7 @@ from core.models.spec import Component
 from core.photos import Photo
 from core.pictures import find_style_packs
 from core.studio import PARTS, Order, Span, Speed
-from core.studio.ledger import Basis, Ledger
+from core.studio.ledger import Basis
 from core.studio.passes import Passes
 from core.training.adapted_model import memory_plans
 from core.training.inputs import TrainingInputs
@@ -47,8 +48,17 @@ DISTILLED = {
 """How pictures are drawn in a few steps. A speed LoRA draws those that measure likeness too."""
 Seconds = dict[str, Span]
 """How long each part of a job takes, from the least to the most."""
-Found = dict[str, dict[str, dict[str, tuple[Ledger, Seconds]]]]
-"""The work of a job and its time, by model, recipe and card."""
+
+
+class Counted(NamedTuple):
+    total: float
+    """Operations of the whole job."""
+    plan: MemoryPlan
+    seconds: Seconds
+
+
+Found = dict[str, dict[str, dict[str, Counted]]]
+"""What was counted, by model, recipe and card."""
 SHOWN = ("SD1.5", "SDXL", "FLUX.1-dev", "Z-Image", "Krea 2")
 """The models whose parts have columns."""
 
@@ -75,7 +85,9 @@ def ledgers(name: str) -> Found:
     base = with_vae(name)
     loaded = replace(base, components={**base.components, **text_encoders(base)})
     drawn_on = {name: base} | ({DISTILLED[name]: base.as_distilled()} if name in DISTILLED else {})
-    measured_on = {title: loaded if "drawn on" in title or title == name else loaded.as_distilled() for title in drawn_on}
+    measured_on = {
+        title: loaded if "drawn on" in title or title == name else loaded.as_distilled() for title in drawn_on
+    }
     found: Found = {title: {recipe: {} for recipe in RECIPES} for title in drawn_on}
 
     @functools.cache
@@ -105,7 +117,7 @@ def ledgers(name: str) -> Found:
                 for title, drawing in drawn_on.items():
                     jobs = replace(order, drawn_on=drawing).jobs(base)
                     ledger = replace(shared, base=measured_on[title]).ledger(photos, config, jobs)
-                    found[title][recipe][card.name] = ledger, ledger.seconds(speed)
+                    found[title][recipe][card.name] = Counted(ledger.total, ledger.plan, ledger.seconds(speed))
     return found
 
 
@@ -123,17 +135,17 @@ def tables(found: Found) -> dict[str, str]:
     """The tables by name: the parts of jobs on one card, and the sums on all cards, also of drawing on distilled models."""
     (card,) = (card for card in CARDS if card.memory == 12)
     shown = {name: found[name]["balanced"][card.name] for name in SHOWN if name in found}
-    rows = [[part, *(hours(seconds[part]) for _, seconds in shown.values())] for part in PARTS]
+    rows = [[part, *(hours(one.seconds[part]) for one in shown.values())] for part in PARTS]
     rows = [row for row in rows if set(row[1:]) != {"0 min"}]
     rows += [
-        ["all", *(hours(whole(seconds)) for _, seconds in shown.values())],
-        ["TFLOP", *(f"{one.total / 1e12:,.0f}" for one, _ in shown.values())],
-        ["memory plan", *(column(one.plan) for one, _ in shown.values())],
+        ["all", *(hours(whole(one.seconds)) for one in shown.values())],
+        ["TFLOP", *(f"{one.total / 1e12:,.0f}" for one in shown.values())],
+        ["memory plan", *(column(one.plan) for one in shown.values())],
     ]
 
-    def sums(recipes: Mapping[str, Mapping[str, tuple[Ledger, Seconds]]], card: Card) -> str:
+    def sums(recipes: Mapping[str, Mapping[str, Counted]], card: Card) -> str:
         there = [recipes[recipe].get(card.name) for recipe in RECIPES]
-        return ", ".join(hours(whole(one[1])) if one else "–" for one in there)
+        return ", ".join(hours(whole(one.seconds)) if one else "–" for one in there)
 
     jobs = {name: [sums(recipes, card) for card in CARDS] for name, recipes in found.items()}
     head = [", ".join(RECIPES), *(card.name for card in CARDS)]
@@ -156,8 +168,7 @@ def main() -> None:
     if options.json:
         values = {
             name: {
-                recipe: {card: seconds for card, (_, seconds) in on_cards.items()}
-                for recipe, on_cards in recipes.items()
+                recipe: {card: one.seconds for card, one in on_cards.items()} for recipe, on_cards in recipes.items()
             }
             for name, recipes in found.items()
         }
