@@ -167,11 +167,6 @@ class NameTable:
         own = found[0] if len(found) == 1 else {}
         return {"ss_base_model_version": self.base_versions[0], "modelspec.architecture": self.architecture, **own}
 
-    @property
-    def metadata_keys_of_models(self) -> frozenset[str]:
-        """The metadata keys that distinguish the published models of the family."""
-        return frozenset(key for listing in self.listings.values() for key in listing.metadata)
-
     def for_other_blocks(self) -> NameTable:
         """Return the names for a UNet whose levels don't have PUBLISHED_BLOCKS residual blocks each.
 
