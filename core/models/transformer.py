@@ -75,6 +75,8 @@ def transformer_component(
             continue
         path, _, kind = short.rpartition(".")
         fusion = keys.of_original(path)
+        if kind == "scale" and (norm := fusion or keys.of_original(short)):  # the weight of a norm
+            fusion, kind = norm, "weight"
         if fusion and len(fusion.parts) == 1 and not fusion.halves_swapped:
             readers[f"{fusion.parts[0]}.{kind}"] = read
         elif fusion is None or kind not in ("weight", "bias") or f"{path}.weight" not in stored:
