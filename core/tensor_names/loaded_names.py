@@ -265,7 +265,7 @@ ZIMAGE = LoadedNames(
     invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
     invokeai_forms=dict.fromkeys(("diffusers", "comfy"), _ALL_FORMS_WHOLE),
     others=dict.fromkeys(("SD.Next", "stable-diffusion.cpp", "mflux", "musubi-tuner"), _ALL_SCHEMES)
-    | dict.fromkeys(("OneTrainer", "ai-toolkit"), "diffusers comfy"),
+    | {"OneTrainer": "diffusers comfy", "ai-toolkit": "diffusers comfy"},
     others_lack={
         ("stable-diffusion.cpp", "kohya"): r"feed_forward",
         ("mflux", "kohya"): r"attention",
