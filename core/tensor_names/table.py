@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from .loaded_names import LoadedNames
 from .signs import Sign
@@ -207,8 +207,13 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
 
 
-def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:
-    """Make the functions `of_original` and `of_diffusers` of a family from rules. "{}" in a rule matches a number.
+class _ByRules(TypedDict):
+    of_original: Callable[[str], Fusion | None]
+    of_diffusers: Callable[[str], Fusion]
+
+
+def by_rules(*rules: Fusion) -> _ByRules:
+    """Make these two arguments of a family's NameTable from rules. "{}" in a rule matches a number.
 
     A path without a rule has the same name in both namings.
     """
@@ -231,4 +236,4 @@ def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[
     def of_diffusers(path: str) -> Fusion:
         return find(path, diffusers) or Fusion(path, (path,))
 
-    return of_original, of_diffusers
+    return {"of_original": of_original, "of_diffusers": of_diffusers}
