@@ -358,7 +358,6 @@ def region_from(name: str, text: str) -> "pictures.RelativeBox | pictures.Mask":
 
 
 def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:
-    """Return the values by name for an option given as NAME=VALUE."""
     values: dict[str, str] = {}
     for text in given:
         name, _, value = text.partition("=")

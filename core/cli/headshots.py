@@ -10,23 +10,12 @@ from typing import Any, ClassVar, TypeVar
 from .. import lora, models, photos, pictures, studio, training  # Their modules load only when a name is used.
 from ..config import RecipeName, TrainConfig
 from ..errors import BadConfig
+from . import shared_options
 from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
 from .computing import device_from, show_work, speed_hint, work_in_short
 from .generate import few_steps_hint, unread_syntax
 from .options import Options, argument, below, option, settings
 from .settings import SCHEDULE, schedule_from, settings_from
-from .shared_options import (
-    BASE,
-    DEVICE,
-    DRAWN_PHOTOS,
-    DRY_RUN,
-    SEED,
-    SIDECARS,
-    SPEED_LORA,
-    STYLE_FOLDER,
-    TRAINING_ADAPTER,
-    BaseParts,
-)
 from .train import StopOnSignal, drawn_from, shown, training_adapter_from
 from .values import Folder, InputName, InputPath
 
@@ -40,19 +29,19 @@ class OrderOptions:
     """What to train and to draw, for one person or many."""
 
     style_pack: str | None = option("Style pack. `facelora generate --style-pack list` lists them", "NAME")
-    style_folder: list[InputPath] = STYLE_FOLDER
+    style_folder: list[InputPath] = shared_options.STYLE_FOLDER
     count: int | None = option("Pictures to draw (default: 20)")
-    seed: int = SEED
+    seed: int = shared_options.SEED
     recipe: RecipeName = option(
         "Preset for a quick, normal or thorough training run (default: balanced)", default="balanced"
     )
     config: InputPath | None = option("File with other settings of the training run", "FILE.toml")
-    training_adapter: InputPath | None = TRAINING_ADAPTER
+    training_adapter: InputPath | None = shared_options.TRAINING_ADAPTER
     draw_on: InputName | None = option(
         "Base model to draw on, instead of the one trained on: another of its family, such as SDXL-Lightning", "BASE"
     )
-    speed_lora: InputPath | None = SPEED_LORA
-    sidecars: bool = SIDECARS
+    speed_lora: InputPath | None = shared_options.SPEED_LORA
+    sidecars: bool = shared_options.SIDECARS
     given: dict[str, Any] = settings(("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
 
 
@@ -60,16 +49,16 @@ class OrderOptions:
 class HeadshotsOptions(Options):
     usage: ClassVar[str | None] = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
     photos: InputPath = argument("Folder of 10 to 20 photos of one person", "PHOTOS")
-    base: InputName = BASE
-    parts: BaseParts = below()
+    base: InputName = shared_options.BASE
+    parts: shared_options.BaseParts = below()
     output: Folder | None = option(
         "Folder for the LoRA, the pictures and their page. Existing ones are not made again (default: PHOTOS-headshots)"
     )
-    drawn_photos: InputPath | None = DRAWN_PHOTOS
+    drawn_photos: InputPath | None = shared_options.DRAWN_PHOTOS
     order: OrderOptions = below()
     yes: bool = option("Ask no questions")
-    dry_run: bool = DRY_RUN
-    device: str | None = DEVICE
+    dry_run: bool = shared_options.DRY_RUN
+    device: str | None = shared_options.DEVICE
     json: bool = option("Print one JSON object per report, and ask no questions")
 
 
@@ -152,7 +141,7 @@ def _remember_speed(
 
 
 def bases_from(
-    name: str, parts: BaseParts, asked: OrderOptions, given: Mapping[str, Any]
+    name: str, parts: shared_options.BaseParts, asked: OrderOptions, given: Mapping[str, Any]
 ) -> tuple["models.Base", "models.Base | None"]:
     """Return the base model to train on, and another one to draw on, if given. Raises a FaceLoraError unless they fit."""
     schedule = schedule_from(given)

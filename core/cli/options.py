@@ -62,9 +62,9 @@ class _Settings:
     only: Collection[str] | None
 
 
-def argument(text: str, metavar: str | None = None, *, choices: Collection[str] | None = None) -> Any:
+def argument(text: str, metavar: str | None = None) -> Any:
     """Declare a positional argument: for a list, one or more."""
-    return _Declared(text, metavar, choices, "+", is_positional=True)
+    return _Declared(text, metavar, None, "+", is_positional=True)
 
 
 def option(

@@ -16,22 +16,11 @@ from ..errors import BadConfig, BadFile, FaceLoraError
 from ..progress import READING
 from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import write_text
+from . import shared_options
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from, show_work
 from .options import OneOf, Options, argument, below, option, settings
 from .settings import schedule_from, settings_from
-from .shared_options import (
-    BASE,
-    DEVICE,
-    DRAWN_PHOTOS,
-    DRY_RUN,
-    FACE_NETWORK_HELP,
-    JUDGE,
-    SIDECARS,
-    SPEED_LORA,
-    TRAINING_ADAPTER,
-    BaseParts,
-)
 from .values import InputName, InputPath, LoraOutput
 
 UNFINISHED = OneOf()
@@ -47,14 +36,14 @@ class TrainOptions(Options):
         "--resolution", "--memory-limit", "--dry-run", "--resume", "--restart",
     )  # fmt: skip
     photos: InputPath = argument("Folder of photos (jpg, png, webp, heic, ...)", "PHOTOS")
-    base: InputName = BASE
-    parts: BaseParts = below()
+    base: InputName = shared_options.BASE
+    parts: shared_options.BaseParts = below()
     output: LoraOutput = option("LoRA to write")
     class_photos: InputPath | None = option("Photos of the class, for prior preservation", "DIR")
-    drawn_photos: InputPath | None = DRAWN_PHOTOS
+    drawn_photos: InputPath | None = shared_options.DRAWN_PHOTOS
     continue_from: InputPath | None = option("LoRA to continue from", "FILE")
-    training_adapter: InputPath | None = TRAINING_ADAPTER
-    speed_lora: InputPath | None = SPEED_LORA
+    training_adapter: InputPath | None = shared_options.TRAINING_ADAPTER
+    speed_lora: InputPath | None = shared_options.SPEED_LORA
     config: InputPath | None = option("File with settings. Options override it", "FILE.toml")
     recipe: Literal["none", RecipeName] = option(
         "Preset for a quick, normal or thorough training run. Options and the config file override it. none uses the "
@@ -64,11 +53,11 @@ class TrainOptions(Options):
     resume: bool = option("Continue from the saved state of the same training run, if there is one", one_of=UNFINISHED)
     restart: bool = option("Start again, and replace any saved state or LoRA", one_of=UNFINISHED)
     strict: bool = option("Fail on a photo that cannot be read, instead of skipping it")
-    sidecars: bool = SIDECARS
-    face_network: str | None = option(FACE_NETWORK_HELP, "NAME|FILE.onnx")
-    judge: str | None = JUDGE
-    dry_run: bool = DRY_RUN
-    device: str | None = DEVICE
+    sidecars: bool = shared_options.SIDECARS
+    face_network: str | None = option(shared_options.FACE_NETWORK_HELP, "NAME|FILE.onnx")
+    judge: str | None = shared_options.JUDGE
+    dry_run: bool = shared_options.DRY_RUN
+    device: str | None = shared_options.DEVICE
     json: bool = option("Print one JSON object per report instead of a progress bar")
     given: dict[str, Any] = settings()
 

@@ -40,7 +40,6 @@ class _WindowHash:
         self._position = 0
 
     def update(self, data: bytes | memoryview) -> None:
-        """Add the next bytes of the file."""
         self._digest.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
         self._position += len(data)
 
@@ -50,7 +49,6 @@ class _WindowHash:
         return self._position >= self._END
 
     def hexdigest(self) -> str:
-        """Return the hash of the bytes so far: 8 hex digits."""
         return self._digest.hexdigest()[:8]
 
 

@@ -318,10 +318,11 @@ class LoraNames:
     def true_metadata(self) -> dict[str, str]:
         """The metadata, with the base model corrected if they name another family or another published model."""
         metadata, claims = dict(self.metadata), claims_of(self.metadata)
+        of_models = {key for one in NAME_TABLES[self.family].listings.values() for key in one.metadata}
         for key in self.base_metadata.keys() & claims.keys():
             right = self.base_metadata[key]
             value, slash, kind = metadata[key].partition("/")
-            is_told = key in NAME_TABLES[self.family].metadata_keys_of_models and self.identity.verdict == "certain"
+            is_told = key in of_models and self.identity.verdict == "certain"
             if claims[key] != self.family or (is_told and plain_name(value) != plain_name(right)):
                 metadata[key] = right + slash + kind
         return metadata

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .memory_plan import MemoryCount, allocated, blocks_of
 from .selective import is_kept
-from .spec import replace_module
 
 
 class StandIn(nn.Module):
@@ -57,7 +56,7 @@ def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
         kind = tuple((marks(paths[module]), _structure(path, module)) for path, module in block.named_modules())
         first = firsts.setdefault(kind, block)
         if first is not block:
-            replace_module(network, paths[block], StandIn(first))
+            network.set_submodule(paths[block], StandIn(first))
 
 
 class AlikeBlocks:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import BadConfig, LoraMisfit
 from ..storage.stored import LazyTensors, Stored
 from .ldm import count_children, shapes_in
-from .spec import Component, replace_module
+from .spec import Component
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -145,7 +145,7 @@ def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
     if not isinstance(table, WordEmbedding):
         assert isinstance(table, nn.Embedding)
         table = WordEmbedding(table)
-        replace_module(encoder, _TOKEN_EMBEDDING, table)
+        encoder.set_submodule(_TOKEN_EMBEDDING, table)
     width = table.table.embedding_dim
     if vectors.shape[1] != width:
         raise LoraMisfit(
@@ -161,7 +161,7 @@ def remove_words(encoder: nn.Module) -> None:
     """Remove all words that `add_word` added to the encoder."""
     table = token_table(encoder)
     if isinstance(table, WordEmbedding):
-        replace_module(encoder, _TOKEN_EMBEDDING, table.table)
+        encoder.set_submodule(_TOKEN_EMBEDDING, table.table)
 
 
 def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bool) -> tuple[Tensor, Any]:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .cpu_matmul import faster_products, has_faster_products, linear, matmul
+from ..storage.stored import as_stored
+from .cpu_matmul import faster_products, has_faster_products, matmul
+from .quantised_layers import FrozenLinear
 
 _LARGE_WEIGHT = 10_000_000
 """The number of weights above which oneDNN, which computes torch's convolutions, rearranges a weight in each call."""
@@ -75,7 +76,6 @@ class FrozenLayers:
 
 
 def _forward_of(layer: nn.Module, convolutions: bool) -> Callable[[Tensor], Tensor] | None:
-    """Return the faster form of a layer, or None if it has none."""
     if type(layer) is nn.Linear and not layer.weight.requires_grad and has_faster_products():
         return partial(_linear, layer)
     if not convolutions or type(layer) is not nn.Conv2d or layer.weight.requires_grad:
@@ -92,21 +92,8 @@ def _forward_of(layer: nn.Module, convolutions: bool) -> Callable[[Tensor], Tens
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled("cpu") or (layer.bias is not None and layer.bias.requires_grad):
         return nn.Linear.forward(layer, x)
-    output: Tensor = _FrozenLinear.apply(x, layer.weight, layer.bias)
+    output: Tensor = FrozenLinear.apply(x, as_stored, layer.bias, layer.weight)
     return output
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (weight,) = ctx.saved_tensors
-        return linear(gradients[0], weight.t()), None, None
 
 
 def _with_one_product(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnknownFamily, UnmatchedKeys
 from ..storage.stored import LazyTensors, Stored, shape_of, stored_under
 from ..tensor_names.unet import diffusers_unet_path, inverse, ldm_unet_path, replace_head
+from .attention import heads, mixed
 from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, FewSteps, LatentShape
 
@@ -238,12 +238,9 @@ class UnetAttention:
     ) -> Tensor:
         assert attention_mask is None and attention.rescale_output_factor == 1 and not attention.residual_connection
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for layer, x in ((attention.to_q, hidden_states), (attention.to_k, context), (attention.to_v, context))
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return attention.to_out[1](attention.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        (query,) = heads(hidden_states, attention.heads, attention.to_q)
+        key, value = heads(context, attention.heads, attention.to_k, attention.to_v)
+        return attention.to_out[1](attention.to_out[0](mixed(query, key, value)))
 
 
 def build_vae(config: dict[str, Any]) -> nn.Module:

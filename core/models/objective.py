@@ -107,11 +107,6 @@ class FlowSchedule:
         """Return the shift s to draw latents (B, C, H, W) with."""
         return self.shift(self._positions(latents))
 
-    def training_shift_for(self, latents: Tensor, config: LossSettings) -> float:
-        """Return the shift s to train with on latents (B, C, H, W): that of the settings, else the family's."""
-        set_shift = config.timestep_shift
-        return self.training_shift(self._positions(latents)) if set_shift is None else set_shift
-
     def _positions(self, latents: Tensor) -> int:
         return latents.shape[2] * latents.shape[3] // self.positions_side**2
 
@@ -127,7 +122,8 @@ class FlowSchedule:
         else:
             normal = torch.randn(len(latents), generator=generator, device=latents.device)
             times = torch.sigmoid(normal + config.timestep_bias)
-        times = shift_times(times, self.training_shift_for(latents, config))
+        shift = config.timestep_shift
+        times = shift_times(times, self.training_shift(self._positions(latents)) if shift is None else shift)
         return config.timestep_min + times * (config.timestep_max + 1 - config.timestep_min)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

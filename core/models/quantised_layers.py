@@ -143,7 +143,7 @@ class QuantisedLinear(QuantisedLayer, nn.Linear):  # pyright: ignore[reportIncom
 
     def forward(self, input: Tensor) -> Tensor:
         x, weight = as_under_autocast(input), self.quantised
-        y = _Linear.apply(x, weight.dequantise, self.bias, *weight.parts)
+        y = FrozenLinear.apply(x, weight.dequantise, self.bias, *weight.parts)
         for change in self.changes:  # beside the weight, since adding it to the weight takes longer than the product
             y = y + change.times(x)
         return y
@@ -204,8 +204,8 @@ def as_under_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if autocast else x
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer that dequantises its weight again for the backward pass, instead of keeping it dequantised.
+class FrozenLinear(torch.autograd.Function):
+    """A linear layer that dequantises its frozen weight again for the backward pass, instead of keeping it dequantised.
 
     Its arguments are the input, the function that dequantises the weight, the bias, and the weight's parts. They don't have
     their own names: if there are as many arguments as names, torch.compile assumes that the context was left out.

@@ -2,17 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
-from ..config import (
-    LossSettings,
-    MethodSettings,
-    OptimizerSettings,
-    PhotoSettings,
-    PriorSettings,
-    config_from,
-    known_settings,
-)
+from ..config import GROUPS, config_from, known_settings
 from ..errors import BadConfig
 from ..storage.plain_values import parse_json, read_as
 
@@ -20,7 +13,7 @@ RECIPES = ("fast", "balanced", "best")
 """The recipes that every family has, from the shortest to the longest."""
 RECIPES_KEY = "facelora.recipes"
 """The key of a base model's own recipes in its metadata: JSON with the fields of a Recipe by the recipe's name."""
-_ITS_GROUPS = (MethodSettings, PhotoSettings, OptimizerSettings, LossSettings, PriorSettings)
+_ITS_GROUPS = ("method", "photos", "optimizer", "loss", "prior preservation")
 """The groups of settings allowed in such a recipe. Those of the person, the base, the machine and the output are not."""
 _DERIVED = ("steps", "learning_rate", "rank", "batch_size", "accumulation", "method", "optimizer")
 """Settings of these groups that follow from a Recipe's other fields, or that these depend on."""
@@ -52,19 +45,14 @@ class Recipe:
         return min(max(self.photos, self.views * photos), self.most) if self.views else self.photos
 
 
-def short(rate: float, rank: int, least: int = 350, most: int = 600, **settings: Any) -> Recipe:
-    """Return a recipe `fast`: each photo is seen 25 times, about as often as in Astria's trainer and Fizgig's presets."""
-    return Recipe(least, rate, rank, settings=settings, views=25, most=most, warmup=_warmup(rate))
-
-
 def usual(rate: float, rank: int, least: int = 500, most: int = 1000, views: int = 50, **settings: Any) -> Recipe:
     """Return a recipe `balanced`. Guides for faces ask for 50 to 120 views of each photo."""
-    return Recipe(least, rate, rank, settings=settings, views=views, most=most, warmup=_warmup(rate))
+    warmup = 0.05 if rate > 1e-4 else 0.0
+    return Recipe(least, rate, rank, settings=settings, views=views, most=most, warmup=warmup)
 
 
-def _warmup(rate: float) -> float:
-    return 0.05 if rate > 1e-4 else 0.0
-
+short = partial(usual, least=350, most=600, views=25)
+"""Returns a recipe `fast`: each photo is seen 25 times, about as often as in Astria's trainer and Fizgig's presets."""
 
 STARTING_POINTS: Mapping[str, Recipe] = {
     "fast": replace(short(2e-4, 16, resolution=512), reason="Half the length of balanced, for a first look."),
@@ -95,7 +83,7 @@ def read_recipes(text: str) -> dict[str, Recipe]:
 def _read_recipe(name: str, values: Any) -> Recipe:
     recipe = read_as(Recipe, values, f"recipe {name!r}")
     settings = known_settings(recipe.settings or {})
-    allowed = {item.name for group in _ITS_GROUPS for item in fields(group)} - {*_DERIVED}
+    allowed = {item.name for title in _ITS_GROUPS for item in fields(GROUPS[title])} - {*_DERIVED}
     if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
         raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: not allowed in a recipe")
     if recipe.views < 0 or (recipe.views and recipe.most < recipe.photos) or not 0 <= recipe.warmup <= 0.5:

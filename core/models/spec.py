@@ -339,12 +339,6 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module of a network at a path by `module`."""
-    parent, _, name = path.rpartition(".")
-    setattr(network.get_submodule(parent), name, module)
-
-
 def materialise(
     module: nn.Module,
     tensors: Mapping[str, Tensor],

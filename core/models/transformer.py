@@ -75,6 +75,8 @@ def transformer_component(
             continue
         path, _, kind = short.rpartition(".")
         fusion = keys.of_original(path)
+        if kind == "scale" and (norm := fusion or keys.of_original(short)):  # the weight of a norm
+            fusion, kind = norm, "weight"
         if fusion and len(fusion.parts) == 1 and not fusion.halves_swapped:
             readers[f"{fusion.parts[0]}.{kind}"] = read
         elif fusion is None or kind not in ("weight", "bias") or f"{path}.weight" not in stored:
@@ -218,28 +220,19 @@ def targets(attention: str, transformer: str) -> dict[str, str]:
     return {"attention": attention, "transformer": transformer, "transformer+conv": transformer}
 
 
-def cut_patches(latents: Tensor) -> Tensor:
-    """Cut latents (B, C, H, W) into positions (B, H/2 * W/2, 4 C) of two by two latents, channel by channel."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
-    """Join positions (B, H/2 * W/2, 4 C) to latents (B, C, H, W), the inverse of `cut_patches`."""
-    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
-
-
 def predicted(
     denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, **more: Any
 ) -> Tensor:
     """Predict with a diffusers network that takes two by two latents as one position. `more` are its other arguments."""
-    patches = denoiser(
-        cut_patches(latents),
+    patches = F.pixel_unshuffle(latents, 2)  # (B, 4 C, H/2, W/2)
+    positions = denoiser(
+        patches.flatten(2).transpose(1, 2),
         encoder_hidden_states=conditioning["context"].to(latents.dtype),
         timestep=timesteps / 1000,
         return_dict=False,
         **more,
     )[0]
-    return join_patches(patches, *latents.shape[2:])
+    return F.pixel_shuffle(positions.transpose(1, 2).unflatten(2, patches.shape[2:]), 2)
 
 
 def patch_positions(latents: Tensor) -> Tensor:

@@ -178,7 +178,6 @@ def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> B
     """
 
     def keeps(part: Box) -> bool:
-        """Return whether `part` is large enough, and contains as much of the face as `box` does."""
         is_large = min(part[2] - part[0], part[3] - part[1]) >= resolution / 2
         starts = part[0] <= max(face.box[0], box[0]) and part[1] <= max(face.box[1], box[1])
         return is_large and starts and part[2] >= min(face.box[2], box[2]) and part[3] >= min(face.box[3], box[3])

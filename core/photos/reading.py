@@ -269,7 +269,6 @@ def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, with_drawn: bool
 def _photo_paths(
     folder: Path, repeats: bool, on_warning: OnWarning, apart: Path | None = None
 ) -> Iterator[tuple[Path, int]]:
-    """Yield the path and the repeats of every file that looks like a photo."""
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in entries:
         if _is_photo_file(path):

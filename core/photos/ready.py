@@ -110,12 +110,10 @@ def make_ready(
     report = check_photos(photos, network, thresholds) if check or network else unseen(photos, thresholds)
     used = report.usable if check else report.photos
     if check:
-        rejected = [item for item in report.photos if item.verdict == REJECT]
-        for item in rejected:
-            on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
+        _tell_rejected(report, on_warning)
         if not report.enough:
             raise BadPhoto(f"{report.headline}. To train on all photos anyway: {SWITCH}")
-        if rejected:
+        if len(used) < len(report.photos):
             on_warning(f"photos: {report.headline}")
     held_out: tuple[PhotoReport, ...] = ()
     hold_out = min(hold_out, usual_hold_out(len(used))) if at_least else hold_out
@@ -133,9 +131,8 @@ def make_ready(
             if not at_least:
                 raise
             on_warning(f"no photo is held out, and likeness is not measured: {problem}")
-    return Ready(
-        report, network, used, held_out, _alike(drawn, used, network if check else None, thresholds, on_warning)
-    )
+    alike = _alike(drawn, used, network if check else None, thresholds, on_warning)
+    return Ready(report, network, used, held_out, alike)
 
 
 def _alike(
@@ -150,10 +147,14 @@ def _alike(
     if network is None or not vectors:
         return unseen(drawn, limits).photos
     report = check_photos(drawn, network, limits, like=np.stack(vectors))
+    _tell_rejected(report, on_warning)
+    return report.usable
+
+
+def _tell_rejected(report: SetReport, on_warning: OnWarning) -> None:
     for item in report.photos:
         if item.verdict == REJECT:
             on_warning(f"{item.photo.name} is left out: {'; '.join(f.sentence for f in item.findings)}")
-    return report.usable
 
 
 def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tuple[PhotoReport, ...]:

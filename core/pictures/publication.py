@@ -68,8 +68,6 @@ class Publication:
 
 @dataclass(frozen=True)
 class _Example:
-    """A picture to publish."""
-
     photo: Photo
     parameters: Parameters | None
     """What it was drawn from, without people's names; None if the file doesn't record it."""

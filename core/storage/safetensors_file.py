@@ -99,6 +99,8 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(shape)
 
+    __getitem__ = tensor
+
     def close(self) -> None:
         """Let go of the file until a tensor is read again. Tensors that have been read stay valid."""
         self._memory = None
@@ -116,9 +118,6 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
                 file.seek(8 + struct.unpack("<Q", file.read(8))[0])
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes

@@ -92,7 +92,6 @@ def _totals(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _in_words(totals: Mapping[str, Any]) -> str:
-    """Return a sentence on the costs of people made in this run."""
     if not (made := totals["made"]):
         return ""
     shares = ", ".join(f"{phase} {taken / (totals['seconds'] or 1):.0%}" for phase, taken in totals["phases"].items())

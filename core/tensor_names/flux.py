@@ -53,7 +53,7 @@ _BLOCKS_1 = (
     Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
     Fusion("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
 )
-_of_original, _of_diffusers = by_rules(
+_RULES = by_rules(
     *_BLOCKS_1,
     *_embedders(
         "time_text_embed.", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
@@ -63,10 +63,8 @@ _of_original, _of_diffusers = by_rules(
     Fusion("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
     *_ENDS,
 )
-_of_original_longcat, _of_diffusers_longcat = by_rules(
-    *_BLOCKS_1, *_embedders("time_embed.", time_in="timestep_embedder"), *_ENDS
-)
-_of_original_2, _of_diffusers_2 = by_rules(
+_RULES_LONGCAT = by_rules(*_BLOCKS_1, *_embedders("time_embed.", time_in="timestep_embedder"), *_ENDS)
+_RULES_2 = by_rules(
     *_ATTENTION,
     Fusion("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.linear_in",)),
     Fusion("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.linear_out",)),
@@ -80,7 +78,7 @@ _of_original_2, _of_diffusers_2 = by_rules(
     *_embedders("time_guidance_embed.", time_in="timestep_embedder", guidance_in="guidance_embedder"),
     *_ENDS,
 )
-_of_original_3, _of_diffusers_3 = by_rules(
+_RULES_3 = by_rules(
     *(
         Fusion(f"{original}.{name}", (f"{block}.{new_name}",))
         for original, block in (
@@ -140,8 +138,7 @@ FLUX1 = NameTable(
         Sign(r"^(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear$", _WIDTH_1),
         *clip_signs(768),
     ),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
+    **_RULES,
     listings={
         "FLUX.1": Listing(
             "Flux.1 D",
@@ -168,8 +165,7 @@ CHROMA = NameTable(
     architecture="chroma",
     comfyui_classes=("Chroma",),
     signs=(*_SIGNS_1, Sign(r"^distilled_guidance_layer\.", frozenset({64, 5120}))),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
+    **_RULES,
     listings={"Chroma": Listing("Chroma", "Apache-2.0")},
     loaded=loaded_names.CHROMA,
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
@@ -191,8 +187,7 @@ LONGCAT_IMAGE = NameTable(
         Sign(r"^((double|transformer)_blocks\.9|single_(transformer_)?blocks\.19)\.", _WIDTH_1),
         Sign(r"^(txt_in|context_embedder)$", frozenset({3584})),
     ),
-    of_original=_of_original_longcat,
-    of_diffusers=_of_diffusers_longcat,
+    **_RULES_LONGCAT,
     # We don't know of an entry for it in Civitai's list.
     listings={"LongCat-Image": Listing("Other", "Apache-2.0")},
     loaded=loaded_names.LONGCAT_IMAGE,
@@ -220,8 +215,7 @@ FLUX2 = NameTable(
         Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.linear_in$", _WIDTHS_2, ratio=6),
         Sign(r"^(double_stream_modulation_(img|txt)|single_stream_modulation)\.", _WIDTHS_2),
     ),
-    of_original=_of_original_2,
-    of_diffusers=_of_diffusers_2,
+    **_RULES_2,
     listings={
         "FLUX.2 dev": Listing("Flux.2 D", "FLUX Non-Commercial License"),
         "FLUX.2 klein 4B": _klein("4b", "Apache-2.0"),
@@ -241,8 +235,7 @@ FLUX3 = NameTable(
         Sign(rf"^{_BLOCKS_3}\.(mlp_in|ff\.linear_in)$", _WIDTH_1, ratio=6),
         Sign(r"^(early|single)_stream_modulations\.", _WIDTH_1),
     ),
-    of_original=_of_original_3,
-    of_diffusers=_of_diffusers_3,
+    **_RULES_3,
     # We don't know of an entry for it in Civitai's list.
     listings={"FLUX.3 Klein": Listing("Other", "FLUX Kommunity License")},
     loaded=loaded_names.FLUX3,

@@ -4,7 +4,7 @@ from . import loaded_names
 from .signs import Sign
 from .table import Fusion, Listing, NameTable, by_rules
 
-_of_original, _of_diffusers = by_rules(
+_RULES = by_rules(
     Fusion("layers.{}.attention.qkv", tuple(f"layers.{{}}.attention.to_{x}" for x in "qkv"), (1, 1, 1)),
     Fusion("layers.{}.attention.o", ("layers.{}.attention.to_out.0",)),
 )
@@ -21,8 +21,7 @@ IDEOGRAM4 = NameTable(
         Sign(r"^layers\.\d+\.(attention\.o|adaln_modulation)$"),
         Sign(r"^layers\.\d+\.(attention\.(qkv|o|to_([qkv]|out\.0))|feed_forward\.w[13])$", frozenset({4608})),
     ),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
+    **_RULES,
     listings={"Ideogram 4": Listing("Ideogram 4.0", "Ideogram Non-Commercial Model Agreement")},
     loaded=loaded_names.IDEOGRAM4,
 )

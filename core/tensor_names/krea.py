@@ -16,7 +16,7 @@ _LAYERS = {
     "prenorm.scale": "norm1", "postnorm.scale": "norm2",
     "attn.qknorm.qnorm.scale": "attn.norm_q", "attn.qknorm.knorm.scale": "attn.norm_k",
 }  # fmt: skip
-_of_original, _of_diffusers = by_rules(
+_RULES = by_rules(
     *(
         Fusion(f"{block}.{layer}", (f"{new_block}.{new_layer}",))
         for block, new_block in _BLOCKS.items()
@@ -52,8 +52,7 @@ KREA2 = NameTable(
         Sign(_WIDE, _WIDTH),
         Sign(r"^(blocks\.\d+\.attn\.w|transformer_blocks\.\d+\.attn\.to_)[kv]$", _WIDTH, ratio=1 / 4),
     ),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
+    **_RULES,
     listings={"Krea 2": Listing("Krea 2", "Krea 2 Community License")},
     loaded=loaded_names.KREA2,
 )

@@ -74,6 +74,7 @@ TRANSFORMER_IN_COMFYUI = frozenset(
 """The names that ComfyUI loads for every transformer, as in `LoadedNames.comfyui`; families may add more."""
 
 
+_ALL_SCHEMES = "kohya diffusers comfy"
 _ALL_FORMS = "lora_A lora_A+ lora_down lora_down+ named named+"
 _ALL_FORMS_WHOLE = "lora_A lora_A+~ lora_down lora_down+ named named+~"
 
@@ -175,19 +176,14 @@ CHROMA = LoadedNames(
     comfyui_t5=("lora_te1_",),
     comfyui_lacks=r"^distilled_guidance_layer\.",
     sd_scripts=_ORIGINAL_BLOCKS,
-    others={
-        "Forge": "kohya comfy",
-        "SD.Next": "kohya diffusers comfy",
-        "stable-diffusion.cpp": "kohya diffusers comfy",
-        "OneTrainer": "diffusers",
-        "ai-toolkit": "comfy",
-    },
+    others=dict.fromkeys(("SD.Next", "stable-diffusion.cpp"), _ALL_SCHEMES)
+    | {"Forge": "kohya comfy", "OneTrainer": "diffusers", "ai-toolkit": "comfy"},
     others_lack={("OneTrainer", "diffusers"): r"^(?!transformer_blocks|single_transformer_blocks)"},
 )
 
 # In diffusers only the denoiser loads LoRAs, the pipeline doesn't.
 LONGCAT_IMAGE = LoadedNames(
-    _FLUX_IN_COMFYUI, comfyui_lacks=r"^time_embed\.", others={"stable-diffusion.cpp": "kohya diffusers comfy"}
+    _FLUX_IN_COMFYUI, comfyui_lacks=r"^time_embed\.", others={"stable-diffusion.cpp": _ALL_SCHEMES}
 )
 
 FLUX2 = LoadedNames(
@@ -227,7 +223,7 @@ FLUX2 = LoadedNames(
         }
     ),
     others={
-        "SD.Next": "kohya diffusers comfy",
+        "SD.Next": _ALL_SCHEMES,
         "stable-diffusion.cpp": "kohya comfy",
         "mflux": "diffusers",
         "OneTrainer": "diffusers",
@@ -268,14 +264,8 @@ ZIMAGE = LoadedNames(
     diffusers_lokr_with_alpha=frozenset({"bare"}),
     invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
     invokeai_forms=dict.fromkeys(("diffusers", "comfy"), _ALL_FORMS_WHOLE),
-    others={
-        "SD.Next": "kohya diffusers comfy",
-        "stable-diffusion.cpp": "kohya diffusers comfy",
-        "mflux": "kohya diffusers comfy",
-        "OneTrainer": "diffusers comfy",
-        "ai-toolkit": "diffusers comfy",
-        "musubi-tuner": "kohya diffusers comfy",
-    },
+    others=dict.fromkeys(("SD.Next", "stable-diffusion.cpp", "mflux", "musubi-tuner"), _ALL_SCHEMES)
+    | {"OneTrainer": "diffusers comfy", "ai-toolkit": "diffusers comfy"},
     others_lack={
         ("stable-diffusion.cpp", "kohya"): r"feed_forward",
         ("mflux", "kohya"): r"attention",
@@ -295,14 +285,8 @@ QWEN_IMAGE = LoadedNames(
     },
     invokeai_forms=dict.fromkeys(("diffusers", "bare"), _ALL_FORMS_WHOLE),
     invokeai_skips=frozenset({"kohya"}),
-    others={
-        "SD.Next": "kohya diffusers comfy",
-        "stable-diffusion.cpp": "kohya diffusers comfy",
-        "mflux": "kohya comfy",
-        "OneTrainer": "kohya diffusers comfy",
-        "ai-toolkit": "diffusers comfy",
-        "musubi-tuner": "kohya",
-    },
+    others=dict.fromkeys(("SD.Next", "stable-diffusion.cpp", "OneTrainer"), _ALL_SCHEMES)
+    | {"mflux": "kohya comfy", "ai-toolkit": "diffusers comfy", "musubi-tuner": "kohya"},
 )
 
 QWEN_IMAGE_21 = LoadedNames(
@@ -320,34 +304,21 @@ KREA2 = LoadedNames(
     diffusers_forms={"comfy": "lora_A"},
     comfyui_lacks="norm",
     invokeai={
-        ("kohya", "original"): _NO_NORM,
-        ("invokeai", "original"): _NO_NORM,
-        ("comfy", "original"): _NO_NORM,
-        ("diffusers", "diffusers"): _NO_NORM,
-        ("bare", "diffusers"): _NO_NORM,
+        **{(scheme, "original"): _NO_NORM for scheme in ("kohya", "invokeai", "comfy")},
+        **{(scheme, "diffusers"): _NO_NORM for scheme in ("diffusers", "bare")},
     },
     invokeai_forms=dict.fromkeys(("kohya", "invokeai", "comfy", "diffusers", "bare"), _ALL_FORMS),
     invokeai_signs=((Sign(r"^(txtfusion|text_fusion)\.|^time_mod_proj$"),),),
     invokeai_signs_in={"comfy": ((Sign(r"\.attn\.wq$"), Sign(r"\.attn\.gate$")),)},
-    others={
-        "SD.Next": "kohya diffusers comfy",
-        "stable-diffusion.cpp": "kohya diffusers comfy",
-        "mflux": "kohya diffusers comfy",
-        "OneTrainer": "kohya diffusers comfy",
-        "ai-toolkit": "comfy",
-        "musubi-tuner": "kohya comfy",
-    },
+    others=dict.fromkeys(("SD.Next", "stable-diffusion.cpp", "mflux", "OneTrainer"), _ALL_SCHEMES)
+    | {"ai-toolkit": "comfy", "musubi-tuner": "kohya comfy"},
 )
 
 ERNIE_IMAGE = LoadedNames(
     frozenset({("kohya", "diffusers"), ("comfy", "diffusers"), ("diffusers", "diffusers")}),
     diffusers=frozenset({"diffusers", "comfy", "peft"}),
-    others={
-        "SD.Next": "kohya diffusers comfy",
-        "stable-diffusion.cpp": "diffusers comfy",
-        "mflux": "kohya diffusers comfy",
-        "ai-toolkit": "comfy",
-    },
+    others=dict.fromkeys(("SD.Next", "mflux"), _ALL_SCHEMES)
+    | {"stable-diffusion.cpp": "diffusers comfy", "ai-toolkit": "comfy"},
 )
 
 _IDEOGRAM4_LAYERS = r"layers\.\d+\.(attention\.(qkv|o)|feed_forward\.w[123]|adaln_modulation)"
@@ -358,7 +329,7 @@ IDEOGRAM4 = LoadedNames(
     diffusers_forms={"comfy": "lora_A lora_A+ lora_down lora_down+"},
     # diffusers refuses the whole file if it has any other module.
     diffusers_refuses={"comfy": rf"^(?!{_IDEOGRAM4_LAYERS}$)"},
-    others={"mflux": "kohya diffusers comfy", "musubi-tuner": "kohya"},
+    others={"mflux": _ALL_SCHEMES, "musubi-tuner": "kohya"},
     others_lack={
         ("mflux", "kohya"): r"^(?!layers\.\d+\.adaln_modulation$)",
         ("mflux", "diffusers"): rf"attention|^(?!{_IDEOGRAM4_LAYERS}$|{_IDEOGRAM4_ENDS})",

@@ -29,7 +29,7 @@ def _z_image_layer(stack: str) -> tuple[Fusion, ...]:
     )
 
 
-_of_original, _of_diffusers = by_rules(
+_RULES = by_rules(
     *(rule for stack in _STACKS for rule in _lumina_layer(stack)),
     Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear_1",)),
     Fusion("final_layer.linear", ("norm_out.linear_2",)),
@@ -37,7 +37,7 @@ _of_original, _of_diffusers = by_rules(
     Fusion("t_embedder.mlp.0", ("time_caption_embed.timestep_embedder.linear_1",)),
     Fusion("t_embedder.mlp.2", ("time_caption_embed.timestep_embedder.linear_2",)),
 )
-_of_original_z, _of_diffusers_z = by_rules(
+_RULES_Z = by_rules(
     *(rule for stack in _STACKS for rule in _z_image_layer(stack)),
     # "2-1" means patches of two by two latents in one frame.
     Fusion("final_layer.linear", ("all_final_layer.2-1.linear",)),
@@ -53,8 +53,7 @@ LUMINA2 = NameTable(
     base_versions=("lumina2", "lumina-image-2"),
     architecture="lumina-2",
     signs=(Sign(_LAYER), Sign(_LUMINA_INPUTS, frozenset({2304}))),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
+    **_RULES,
     listings={"Lumina 2": Listing("Lumina", "Apache-2.0")},
     loaded=loaded_names.LUMINA2,
 )
@@ -65,8 +64,7 @@ ZIMAGE = NameTable(
     comfyui_classes=("ZImage",),
     scheme="comfy",
     signs=(Sign(_LAYER), Sign(_Z_IMAGE_INPUTS, frozenset({3840}))),
-    of_original=_of_original_z,
-    of_diffusers=_of_diffusers_z,
+    **_RULES_Z,
     listings={"Z-Image": Listing("ZImageBase", "Apache-2.0", editions={"turbo": Listing("ZImageTurbo", "Apache-2.0")})},
     loaded=loaded_names.ZIMAGE,
     # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".

@@ -19,7 +19,7 @@ QWEN_IMAGE = NameTable(
 )
 
 # ComfyUI fuses two layers of an MLP, the gate first. They are separate in LoRAs and in the published model.
-_of_original_21, _of_diffusers_21 = by_rules(
+_RULES_21 = by_rules(
     Fusion(
         "transformer_blocks.{}.img_mlp.gate_up",
         ("transformer_blocks.{}.img_mlp.gate_layer", "transformer_blocks.{}.img_mlp.proj"),
@@ -40,8 +40,7 @@ QWEN_IMAGE_21 = NameTable(
         # FLUX.2 klein 9B has layers of these names and shapes in its eight blocks.
         Sign(r"^transformer_blocks\.([89]|[12]\d|3[01])\.attn\.to_([qkv]|out\.0)$", _WIDTH_21, ratio=1),
     ),
-    of_original=_of_original_21,
-    of_diffusers=_of_diffusers_21,
+    **_RULES_21,
     original_in_kohya=False,
     original_in_comfy=False,
     # Civitai's list has no entry for it.

@@ -8,7 +8,7 @@ _BLOCK = "transformer_blocks.{}"
 _JOINT = "joint_blocks.{}"
 _QKV = (1, 1, 1)
 
-_of_original, _of_diffusers = by_rules(
+_RULES = by_rules(
     Fusion(f"{_JOINT}.x_block.attn.qkv", tuple(f"{_BLOCK}.attn.to_{x}" for x in "qkv"), _QKV),
     Fusion(f"{_JOINT}.context_block.attn.qkv", tuple(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"), _QKV),
     Fusion(f"{_JOINT}.x_block.attn2.qkv", tuple(f"{_BLOCK}.attn2.to_{x}" for x in "qkv"), _QKV),
@@ -48,8 +48,7 @@ SD3 = NameTable(
         *clip_signs(768),
         CLIP_G_SIGN,
     ),
-    of_original=_of_original,
-    of_diffusers=_of_diffusers,
+    **_RULES,
     kernel=lambda path: 2 if path == "pos_embed.proj" else None,
     listings={
         "SD3": Listing("SD 3", _LICENCE),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from .loaded_names import LoadedNames
 from .signs import Sign
@@ -167,11 +167,6 @@ class NameTable:
         own = found[0] if len(found) == 1 else {}
         return {"ss_base_model_version": self.base_versions[0], "modelspec.architecture": self.architecture, **own}
 
-    @property
-    def metadata_keys_of_models(self) -> frozenset[str]:
-        """The metadata keys that distinguish the published models of the family."""
-        return frozenset(key for listing in self.listings.values() for key in listing.metadata)
-
     def for_other_blocks(self) -> NameTable:
         """Return the names for a UNet whose levels don't have PUBLISHED_BLOCKS residual blocks each.
 
@@ -212,8 +207,13 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
 
 
-def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:
-    """Make the functions `of_original` and `of_diffusers` of a family from rules. "{}" in a rule matches a number.
+class _ByRules(TypedDict):
+    of_original: Callable[[str], Fusion | None]
+    of_diffusers: Callable[[str], Fusion]
+
+
+def by_rules(*rules: Fusion) -> _ByRules:
+    """Make these two arguments of a family's NameTable from rules. "{}" in a rule matches a number.
 
     A path without a rule has the same name in both namings.
     """
@@ -236,4 +236,4 @@ def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[
     def of_diffusers(path: str) -> Fusion:
         return find(path, diffusers) or Fusion(path, (path,))
 
-    return of_original, of_diffusers
+    return {"of_original": of_original, "of_diffusers": of_diffusers}

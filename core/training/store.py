@@ -280,7 +280,6 @@ def find_or_train(
 def _in_file(
     job: TrainingJob, destination: OutputFile, device: torch.device | str | None, callbacks: Callbacks
 ) -> TrainedFile:
-    """Find or train the job at one path."""
     files, found = RunFiles(destination.path), is_trained(job, destination)
     metadata = {**destination.metadata, KEY: job.key}
     if not found:

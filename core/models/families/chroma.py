@@ -21,7 +21,7 @@ from . import flux1
 TEXT = {"text_encoder": "t5xxl"}
 TEXT_TOKENS = 512
 _MODULATOR = "distilled_guidance_layer"
-_RENAMES = (*flux1.RENAMES, (rf"{_MODULATOR}\.norms\.(\d+)\.(?:scale|weight)", rf"{_MODULATOR}.norms.\1.weight"))
+_RENAMES = ((rf"{_MODULATOR}\.norms\.(\d+)\.scale", rf"{_MODULATOR}.norms.\1.weight"),)
 
 
 def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, Any]:

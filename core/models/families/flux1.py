@@ -33,12 +33,6 @@ BLOCK_WEIGHTS = (
 TEXT_WEIGHT = "vector_in.in_layer.weight"
 """A tensor of the pooled text's embedding."""
 
-_NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
-RENAMES = (
-    (rf"double_blocks\.(\d+)\.img_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_\2.weight"),
-    (rf"double_blocks\.(\d+)\.txt_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
-    (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
-)
 _BLOCK, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 _ATTENTION = (
     rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|{_SINGLE}\.(attn\.to_[qkv]|proj_mlp|proj_out)"
@@ -132,7 +126,7 @@ FLUX1 = FamilySpec(
     # The modulation in its blocks distinguishes it from FLUX.2 and Chroma, the pooled text from models derived from it.
     denoiser_has=(*BLOCK_WEIGHTS, TEXT_WEIGHT),
     lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
-    split=transformer.splitter(config_of, NAMES, TEXT, transformer.flux1_vae, RENAMES),
+    split=transformer.splitter(config_of, NAMES, TEXT, transformer.flux1_vae),
     build=text.builder(build_denoiser, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,

@@ -57,7 +57,7 @@ def config_of(names: transformer.Names, shape: transformer.Shapes) -> dict[str, 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     kinds = next(({"text_encoder": kind} for kind in (LARGER_TEXT, DEV_TEXT) if text.has(tensors, kind)), TEXT)
-    return transformer.splitter(config_of, NAMES, kinds, vae, flux1.RENAMES)(tensors)
+    return transformer.splitter(config_of, NAMES, kinds, vae)(tensors)
 
 
 def vae(tensors: Mapping[str, Tensor]) -> Component:

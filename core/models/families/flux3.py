@@ -30,12 +30,6 @@ WINDOW = 80
 UNUSED = r"\.image_cond\b"
 """Matches the names of all modules for input pictures."""
 
-_NORM = r"norm\.(q|k)(?:uery|ey)_norm\.scale"
-_RENAMES = (
-    (rf"content_mode_blocks\.image\.(\d+)\.{_NORM}", r"mode_blocks.image.\1.attn.norm_\2.weight"),
-    (rf"txt_mode_blocks\.(\d+)\.{_NORM}", r"txt_mode_blocks.\1.attn.norm_\2.weight"),
-    (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
-)
 _BLOCK = r"(mode_blocks\.image|txt_mode_blocks|single_transformer_blocks)\.\d+"
 _ATTENTION = rf"{_BLOCK}\.attn\.to_([qkv]|out\.0)"
 # All blocks of a kind share one modulation, which is not adapted, like those of the other families.
@@ -102,7 +96,7 @@ FLUX3 = FamilySpec(
     in_channels=128,
     denoiser_has=("early_stream_modulations.image.lin.weight", "single_blocks.0.q_proj.weight"),
     # A file may also have projectors that the authors' training used to compare the states of blocks.
-    split=transformer.splitter(config_of, NAMES, TEXT, flux2.vae, _RENAMES, rf"^repa_projectors\.|{UNUSED}"),
+    split=transformer.splitter(config_of, NAMES, TEXT, flux2.vae, left_out=rf"^repa_projectors\.|{UNUSED}"),
     build=text.builder(partial(transformer.build, "Flux3Transformer2DModel", (0, 42)), TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,

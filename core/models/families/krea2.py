@@ -34,22 +34,6 @@ TEXT_TOKENS = 512
 _RENAMES = (
     (r"blocks\.(\d+)\.mod\.lin", r"transformer_blocks.\1.scale_shift_table"),
     (r"last\.modulation\.lin", "final_layer.scale_shift_table"),
-    (r"last\.norm\.scale", "final_layer.norm.weight"),
-    (r"txtmlp\.0\.scale", "txt_in.norm.weight"),
-    *(
-        (rf"{block}blocks\.(\d+)\.{norm}\.scale", rf"{new_block}blocks.\1.{new_norm}.weight")
-        for block, new_block in (
-            ("", "transformer_"),
-            (r"txtfusion\.layerwise_", "text_fusion.layerwise_"),
-            (r"txtfusion\.refiner_", "text_fusion.refiner_"),
-        )
-        for norm, new_norm in (
-            ("prenorm", "norm1"),
-            ("postnorm", "norm2"),
-            (r"attn\.qknorm\.qnorm", "attn.norm_q"),
-            (r"attn\.qknorm\.knorm", "attn.norm_k"),
-        )
-    ),
 )
 _ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|gate|out\.0)"
 # The layers that read the text, and those of the time, are not adapted, as in the other families.

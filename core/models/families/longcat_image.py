@@ -88,7 +88,7 @@ LONGCAT_IMAGE = FamilySpec(
     in_channels=64,
     denoiser_has=flux1.BLOCK_WEIGHTS,
     denoiser_lacks=(flux1.TEXT_WEIGHT,),
-    split=transformer.splitter(_CONFIG_OF, NAMES, TEXT, transformer.flux1_vae, flux1.RENAMES),
+    split=transformer.splitter(_CONFIG_OF, NAMES, TEXT, transformer.flux1_vae),
     build=text.builder(_DENOISER, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,

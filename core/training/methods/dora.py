@@ -18,7 +18,7 @@ from ...errors import LoraMisfit
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_kinds, scheme_of_kinds
 from ...models.base import Base
-from ...models.spec import FamilySpec, Networks, replace_module
+from ...models.spec import FamilySpec, Networks
 from ...tensor_names import NAME_TABLES, ModuleId
 from .lora import LoraAdapter, attach_layers
 from .lora_layer import LoraLayer
@@ -112,7 +112,7 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
     lora = attach_layers(networks, family, config, targets, scheme_of_kinds(NAME_TABLES[family.name], targets))
     magnitudes = {module: MagnitudeLayer(layer) for module, layer in lora.layers.items()}
     for (part, path), layer in magnitudes.items():
-        replace_module(networks[part], path, layer)
+        networks[part].set_submodule(path, layer)
     dora = DoraAdapter(networks, lora.layers, lora.shared, magnitudes=magnitudes)
     if continue_from is not None:
         dora.load_file(continue_from)

@@ -10,7 +10,7 @@ from ...config import TrainConfig
 from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...lora.kinds import UNBOUND
-from ...models.spec import FamilySpec, Networks, replace_module
+from ...models.spec import FamilySpec, Networks
 from .lycoris import LycorisAdapter
 from .method import Adapter, Method, target_modules
 
@@ -61,7 +61,7 @@ def attach(networks: Networks, family: FamilySpec, config: TrainConfig, continue
         if size == 1:
             raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which blocks of 2 to {rank} don't divide evenly")
         layers[part, path] = RotatedLayer(layer, size)
-        replace_module(networks[part], path, layers[part, path])
+        networks[part].set_submodule(path, layers[part, path])
     # In this kind, alpha is a bound on the rotation and not a scale.
     adapter = LycorisAdapter(
         networks, "oft", layers, dict.fromkeys(layers, UNBOUND), {"algo": "diag-oft"},
