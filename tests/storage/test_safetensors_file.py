@@ -145,7 +145,7 @@ def test_a_file_larger_than_memory_is_read_where_it_is_asked(tmp_path):
         (b'{"error": "no access"}', "this is text, not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
         (raw(b"{}")[:9], "truncated: the header needs 10 bytes"),
-        (struct.pack("<Q", 100_000_001) + b"{}", "claims a header of 100000001 bytes"),
+        (struct.pack("<Q", 2**24 + 1) + b"{}" + bytes(2**24), "claims a header of 16777217 bytes"),
         (raw(b"[1, 2]"), "does not start with '{'"),
         (raw(b'{"a": }'), "damaged header: Expecting value"),
         (raw(b'{"\xff": 1}'), "not UTF-8"),
@@ -189,14 +189,14 @@ def test_a_damaged_or_foreign_file_is_refused_with_the_reason(content, message, 
         b'{"a":[' + b"[]," * 2_000_000 + b"[]]}",
         b'{"a":[' + b"{}," * 2_000_000 + b"{}]}",
         b'{"a":{"dtype":"F32","shape":[' + b"999," * 2_000_000 + b"1]}}",
-        b'{"__metadata__":{' + b'"a":"",' * 1_000_000 + b'"b":""}}',
+        b'{"__metadata__":{' + b'"a":"",' * 80_000 + b'"b":""}}',
     ],
     ids=["lists", "objects", "numbers", "texts"],
 )
 def test_a_header_of_millions_of_small_values_is_refused_before_it_is_read(header, tmp_path):
     (tmp_path / "a").write_bytes(raw(header))
     tracemalloc.start()
-    with pytest.raises(BadFile, match="commas and brackets"):
+    with pytest.raises(BadFile, match="commas and brackets|quotes"):
         SafetensorsFile.open(tmp_path / "a")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
