@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -66,10 +67,12 @@ class SaveHeadshots(io.ComfyNode):
             key = filename_prefix, lora_name, content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
             known, digest = app().saved.get(key, (None, ""))
             if known is None or digest_of(_below_output(known)) != digest:
-                name = f"{stem.replace('%batch_num%', str(number))}_{counter:05}_.png"
-                counter += 1
-                save_png(Path(folder) / name, image, texts)
-                known = ui.SavedResult(name, subfolder, io.FolderType.output)
+                name = stem.replace("%batch_num%", str(number))
+                # ComfyUI counts from 1 each time if the prefix contains %batch_num% or ends with a slash.
+                while os.path.exists(path := Path(folder, f"{name}_{counter:05}_.png")):
+                    counter += 1
+                save_png(path, image, texts)
+                known, counter = ui.SavedResult(path.name, subfolder, io.FolderType.output), counter + 1
                 app().saved[key] = known, digest_of(_below_output(known))
             saved.append(known)
         return io.NodeOutput(images, ui=ui.SavedImages(saved))
