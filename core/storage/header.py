@@ -20,8 +20,8 @@ from .plain_values import is_text, unique
 
 MAX_HEADER_BYTES = 2**24
 """The largest header, in bytes. Real files have a few million at most, and each byte can take ten in memory."""
-MAX_HEADER_VALUES = {"commas and brackets": 1_000_000, "quotes": 300_000}
-"""The most characters that begin or end values. A tensor has ten quotes, and a text can take hundreds of bytes in memory."""
+MAX_HEADER_VALUES, MAX_HEADER_QUOTES = 1_000_000, 300_000
+"""The most commas and brackets, and quotes, in a header. A tensor has ten quotes, and a text can take hundreds of bytes."""
 MAX_NAME = 1000
 """The most characters in a tensor's name. Names in real models have at most 200."""
 MAX_DIMENSIONS = 16
@@ -167,16 +167,16 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     """Return the entries of the tensors by name, each as a tuple of pairs, and the metadata. Raises BadFile for other JSON."""
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    # A text that is JSON itself has escaped quotes.
-    counts = sum(map(header.count, b",[{")), header.count(b'"') - header.count(b'\\"')
-    for found, (what, most) in zip(counts, MAX_HEADER_VALUES.items(), strict=True):
-        if found > most:
-            raise BadFile(f"{path}: its header has {found} {what} (limit {most})")
+    values, quotes = (
+        sum(map(header.count, b",[{")),
+        header.count(b'"') - header.count(b'\\"'),
+    )  # JSON in texts is escaped
+    if values > MAX_HEADER_VALUES or quotes > MAX_HEADER_QUOTES:
+        limits = f"limits {MAX_HEADER_VALUES} and {MAX_HEADER_QUOTES}"
+        raise BadFile(f"{path}: its header has {values} commas and brackets, and {quotes} quotes ({limits})")
     may_be_wrong = b"\\u" in header  # UTF-8 has no surrogates; only escapes can be unpaired ones.
     try:
-        text = header.decode("utf-8")
-        del header
-        entries = unique(json.loads(text, object_pairs_hook=tuple), "name")
+        entries = unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple), "name")
         found = entries.pop("__metadata__", None)
         metadata = unique(found or (), "name") if found is None or isinstance(found, tuple) else None
     except UnicodeDecodeError:

@@ -56,12 +56,9 @@ class SaveHeadshots(io.ComfyNode):
     def execute(cls, images, filename_prefix, lora_name="") -> io.NodeOutput:
         graph = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         texts = {} if args.disable_metadata else {name: json.dumps(value) for name, value in graph.items()}
-        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors")),
-            folder_paths.get_output_directory(),
-            images.shape[2],
-            images.shape[1],
-        )
+        prefix = filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors"))
+        place, size = folder_paths.get_output_directory(), (images.shape[2], images.shape[1])
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, place, *size)
         saved = []
         for number, image in enumerate(pictures(images)):
             key = filename_prefix, lora_name, content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())

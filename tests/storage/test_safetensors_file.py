@@ -196,7 +196,7 @@ def test_a_damaged_or_foreign_file_is_refused_with_the_reason(content, message, 
 def test_a_header_of_millions_of_small_values_is_refused_before_it_is_read(header, tmp_path):
     (tmp_path / "a").write_bytes(raw(header))
     tracemalloc.start()
-    with pytest.raises(BadFile, match=r"commas and brackets|quotes"):
+    with pytest.raises(BadFile, match="commas and brackets"):
         SafetensorsFile.open(tmp_path / "a")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

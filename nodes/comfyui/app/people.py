@@ -98,10 +98,7 @@ class People:
         # Any headshot is better than none if likeness is unknown, but not one without a face (-1).
         likeness = {name: -0.99 if score is None else score for name, score in scores.items()}
         styled = {name: [*style, likeness[name]] for name, style in styles.items()}
-        facts: Record = {
-            "headshots": record["headshots"] | dict(digests),
-            "styles": record.get("styles", {}) | styled,
-        }
+        facts: Record = {"headshots": record["headshots"] | dict(digests), "styles": record.get("styles", {}) | styled}
         best = max(likeness, key=lambda name: likeness[name])
         if likeness[best] > record.get("shown_likeness", -1.0):
             with suppress(*DAMAGED), Image.open(Path(folder_paths.get_output_directory()) / best) as image:
