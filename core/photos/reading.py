@@ -382,7 +382,7 @@ class _Sparing:
     """A picture's file for Pillow, which would read everything in it. Raises BadPhoto for too much beside the pixels."""
 
     def __init__(self, name: str, file: BinaryIO):
-        self._name, self._file, self._left = name, file, _MAX_METADATA
+        self._name, self._file, self._left, self._exif = name, file, _MAX_METADATA, 0
         self.seek, self.tell, self.is_open = file.seek, file.tell, False
         self._size = file.seek(0, io.SEEK_END)
 
@@ -392,9 +392,12 @@ class _Sparing:
         found = self._file.read(size)
         # Nothing but metadata is read until the picture is open.
         self._left -= _CALL + (len(found) if size > _PIECE or (size > 0 and not self.is_open) else 0)
+        if found.startswith(b"Exif\0\0"):  # Pillow copies the parts of a JPEG's EXIF data again for each new one.
+            self._exif += len(found)
+            self._left -= self._exif
         if self._left < 0:
-            limit = f"{_MAX_METADATA >> 20} MiB"
-            raise BadPhoto(f"{self._name}: it has more than {limit} of metadata; save it without them")
+            limit = f"{_MAX_METADATA >> 20} MiB of metadata, or EXIF data in many parts"
+            raise BadPhoto(f"{self._name}: it has more than {limit}; save it without them")
         return found
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDEST_TITLE = 2000
-"""The widest a sheet becomes for its title, in pixels: a title may be any text."""
+WIDEST = 2000
+"""The widest that a sheet becomes for its title, and a picture on a sheet, in pixels: both can be of any width."""
 LONGEST_NAME = 400
 """The most characters shown of a row's name, which may be any text."""
 
@@ -22,20 +22,20 @@ def contact_sheet(
     """Return one picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
 
     Rows of more than `columns` images are wrapped, as are names wider than the sheet. The sheet is as wide as its title, up to
-    WIDEST_TITLE pixels.
+    WIDEST pixels.
     """
     font, small, large = (ImageFont.load_default(size) for size in (18, 13, 22))
     gap, line = 8, 26
 
     def scaled(image: Image.Image) -> Image.Image:
-        width = max(1, round(image.width * tile / image.height))
+        width = min(max(1, round(image.width * tile / image.height)), WIDEST)
         return image.convert("RGB").resize((width, tile), Image.Resampling.LANCZOS)
 
     tiles = [[scaled(image) for image in images] for _, images in rows]
     lines = [[row[start : start + columns] for start in range(0, len(row) or 1, columns)] for row in tiles]
     titled = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((gap, 0), title, font=large)[2]
     rows_width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320])
-    width = max(rows_width, min(math.ceil(titled), WIDEST_TITLE)) + gap
+    width = max(rows_width, min(math.ceil(titled), WIDEST)) + gap
     step = tile + gap + (20 if labels else 0)
     names = [_wrapped(name, font, width - 2 * gap) for name, _ in rows]
     height = (line + 10 if title else 0) + sum(map(len, names)) * line + sum(map(len, lines)) * step + gap

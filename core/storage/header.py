@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, TypeVar
 from ..errors import BadFile
 from .plain_values import is_text, unique
 
-MAX_HEADER_BYTES = 100_000_000
-"""The largest header, in bytes. The safetensors library refuses larger ones."""
-MAX_HEADER_VALUES = 1_000_000
-"""The most commas and brackets in a header. Real files have far fewer, and three bytes of JSON can take a hundred in memory."""
+MAX_HEADER_BYTES = 2**24
+"""The largest header, in bytes. Real files have a few million at most, and each byte can take ten in memory."""
+MAX_HEADER_VALUES, MAX_HEADER_QUOTES = 1_000_000, 300_000
+"""The most commas and brackets, and quotes, in a header. A tensor has ten quotes, and a text can take hundreds of bytes."""
 MAX_NAME = 1000
 """The most characters in a tensor's name. Names in real models have at most 200."""
 MAX_DIMENSIONS = 16
@@ -167,14 +167,16 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     """Return the entries of the tensors by name, each as a tuple of pairs, and the metadata. Raises BadFile for other JSON."""
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    # Commas and brackets limit the number of JSON values. Only a long header can have so many.
-    if len(header) > MAX_HEADER_VALUES and (values := sum(map(header.count, b",[{"))) > MAX_HEADER_VALUES:
-        raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
+    values, quotes = (
+        sum(map(header.count, b",[{")),
+        header.count(b'"') - header.count(b'\\"'),
+    )  # JSON in texts is escaped
+    if values > MAX_HEADER_VALUES or quotes > MAX_HEADER_QUOTES:
+        limits = f"limits {MAX_HEADER_VALUES} and {MAX_HEADER_QUOTES}"
+        raise BadFile(f"{path}: its header has {values} commas and brackets, and {quotes} quotes ({limits})")
     may_be_wrong = b"\\u" in header  # UTF-8 has no surrogates; only escapes can be unpaired ones.
     try:
-        text = header.decode("utf-8")
-        del header  # It may have 100 MB.
-        entries = unique(json.loads(text, object_pairs_hook=tuple), "name")
+        entries = unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple), "name")
         found = entries.pop("__metadata__", None)
         metadata = unique(found or (), "name") if found is None or isinstance(found, tuple) else None
     except UnicodeDecodeError:

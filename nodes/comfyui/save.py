@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -55,21 +56,20 @@ class SaveHeadshots(io.ComfyNode):
     def execute(cls, images, filename_prefix, lora_name="") -> io.NodeOutput:
         graph = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         texts = {} if args.disable_metadata else {name: json.dumps(value) for name, value in graph.items()}
-        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors")),
-            folder_paths.get_output_directory(),
-            images.shape[2],
-            images.shape[1],
-        )
+        prefix = filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors"))
+        place, size = folder_paths.get_output_directory(), (images.shape[2], images.shape[1])
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, place, *size)
         saved = []
         for number, image in enumerate(pictures(images)):
             key = filename_prefix, lora_name, content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
             known, digest = app().saved.get(key, (None, ""))
             if known is None or digest_of(_below_output(known)) != digest:
-                name = f"{stem.replace('%batch_num%', str(number))}_{counter:05}_.png"
-                counter += 1
-                save_png(Path(folder) / name, image, texts)
-                known = ui.SavedResult(name, subfolder, io.FolderType.output)
+                name = stem.replace("%batch_num%", str(number))
+                # ComfyUI counts from 1 each time if the prefix contains %batch_num% or ends with a slash.
+                while os.path.exists(path := Path(folder, f"{name}_{counter:05}_.png")):
+                    counter += 1
+                save_png(path, image, texts)
+                known, counter = ui.SavedResult(path.name, subfolder, io.FolderType.output), counter + 1
                 app().saved[key] = known, digest_of(_below_output(known))
             saved.append(known)
         return io.NodeOutput(images, ui=ui.SavedImages(saved))

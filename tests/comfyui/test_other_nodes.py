@@ -494,6 +494,15 @@ def test_saved_headshots_are_marked_and_contain_the_graph_as_save_image_writes_i
             assert {name: ours.info[name] for name in ("prompt", "workflow")} == theirs.info
 
 
+@pytest.mark.parametrize("prefix", ["apart/%batch_num%", "apart/a/"])
+def test_no_headshot_is_saved_over_another(server, prefix):
+    colours = [node("EmptyImage", width=64, height=64, batch_size=1, color=colour) for colour in (0, 255)]
+    saved = node("FaceLoRASaveHeadshots", images=["picture", 0], filename_prefix=prefix)
+    results = [server.result({"picture": one, "saved": saved}) for one in colours]
+    first, second = (result.outputs["saved"]["images"][0]["filename"] for result in results)
+    assert first != second
+
+
 def test_a_single_photo_of_several_people_is_refused_before_training_and_before_pictures_of_them_are_drawn(server):
     (server.folder / "input" / "pair").mkdir()
     ONLY_PHOTO["two people"][0]().save(server.folder / "input" / "pair" / "two.png")

@@ -1,12 +1,17 @@
 """Odd requests to the pages' routes."""
 
+import hashlib
+import io
 import json
 import math
+import os
+import zipfile
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 
+from core.storage.cache_folder import content_key
 from lab.soak.pages import KEYS, ask_often, furnish
 
 from .graphs import load_photos
@@ -79,6 +84,29 @@ def test_the_check_follows_no_link_out_of_the_input_folder(server):
         graph = {"photos": load_photos() | {"inputs": load_photos()["inputs"] | {"folder": folder}}}
         assert words in server.error(graph)
     assert secret.read_text() == "a secret" and "no photos" in server.post("/facelora/check", {})["error"]
+
+
+def test_headshots_are_downloaded_whatever_their_names_and_times_are_and_whatever_the_record_contains(server):
+    list(furnish(server.folder))
+    files = [server.folder / "output" / os.fsdecode(name) for name in (b"old.png", b"\x80.png")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(file.name.encode("utf-8", "replace"))
+    os.utime(files[0], (0, 0))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    panel = server.folder / "cache" / "panels" / f"{content_key('person', 'default', KEYS['anna'])}.json"
+    record, address = json.loads(panel.read_text()), f"/facelora/people/{KEYS['anna']}"
+    record["headshots"] = digests | dict.fromkeys(("a\0b", "\ud800", "x" * 300, "../secret"), "0")
+    panel.write_text(json.dumps(record | {"styles": {"old.png": ["corporate", "plain", 0.5]}}))
+    with zipfile.ZipFile(io.BytesIO(server.read(f"{address}/headshots"))) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {"old.png": b"old.png", "?.png": b"?.png"}
+    assert [one["name"] for one in server.get(f"{address}/styles")] == ["old.png"]
+    for odd in ({"styles": 5}, {"styles": {"old.png": "x"}}, {"renaming": "x"}, {"file": 5}, {"name": "."}):
+        panel.write_text(json.dumps(record | odd))
+        for path in ("/facelora/people", address, f"{address}/styles", f"{address}/files", f"{address}/headshots"):
+            server.read(path)  # raises for an answer of 500
+    for file in files:
+        file.unlink()
 
 
 def test_people_are_listed_renamed_and_deleted_among_odd_files(server):

@@ -330,19 +330,27 @@ def with_metadata(kind: str, size: int) -> bytes:
         part = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
         at = len(whole) - 12 if kind == "png end" else 33
         return whole[:at] + part * (size // 64 if kind == "png empty" else 1) + whole[at:]
-    segment = {"jpeg": b"\xff\xe1\xff\x02Exif\0\0" + bytes(65_274), "jpeg padding": b"\xff" * 1000}[kind]
+    segment = {"jpeg": b"\xff\xe1\xff\x02Exif\0\0" + bytes(65_274), "jpeg parts": b"\xff\xe1\0\x80Exif\0\0" + bytes(120),
+               "jpeg other": b"\xff\xe1\xff\x02http" + bytes(65_276), "jpeg padding": b"\xff" * 1000}[kind]  # fmt: skip
     return whole[:2] + segment * (size // len(segment)) + whole[2:]
 
 
-@pytest.mark.parametrize("kind", ["png", "png end", "png empty", "jpeg", "jpeg padding", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "png end", "png empty", "jpeg", "jpeg other", "jpeg padding", "tiff"])
 def test_too_much_metadata_is_refused_before_it_is_read(tmp_path, kind):
     suffix = {"tiff": "tif"}.get(kind, kind[:4].strip())
     (tmp_path / f"a.{suffix}").write_bytes(with_metadata(kind, 2**25))
-    fault = rf"a\.{suffix}: it has more than 16 MiB of metadata; save it without them"
+    fault = rf"a\.{suffix}: it has more than 16 MiB of metadata, or EXIF data in many parts; save it without them"
     with pytest.raises(BadPhoto, match=fault):
         read_photos(tmp_path, strict=True)
     (tmp_path / f"a.{suffix}").write_bytes(with_metadata(kind, 2**17))
     assert only_photo(tmp_path).image().size == picture().size
+
+
+@pytest.mark.parametrize(("kind", "size"), [("jpeg", 2**22), ("jpeg parts", 2**20)])
+def test_exif_data_in_many_parts_are_refused_since_pillow_copies_them_for_each(tmp_path, kind, size):
+    (tmp_path / "a.jpg").write_bytes(with_metadata(kind, size))
+    with pytest.raises(BadPhoto, match=r"EXIF data in many parts"):
+        read_photos(tmp_path, strict=True)
 
 
 def test_a_webp_that_is_larger_than_its_pixels_can_be_is_refused(tmp_path, monkeypatch):

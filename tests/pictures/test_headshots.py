@@ -431,6 +431,7 @@ def test_a_long_row_of_a_sheet_goes_on_below() -> None:
     labelled = contact_sheet([("a", tiles)], tile=40, columns=2, labels=[["1", "2", "3"]])
     assert wrapped.height == one.height + 48 and labelled.height == one.height + 48 + 2 * 20
     assert wrapped.getpixel((20, one.height + 20)) == (0, 0, 255)
+    assert contact_sheet([("a", [Image.new("RGB", (1000, 1))])], tile=40).width < 2100, "one is not 40,000 pixels wide"
 
 
 # Ranked and kept

@@ -98,10 +98,7 @@ class People:
         # Any headshot is better than none if likeness is unknown, but not one without a face (-1).
         likeness = {name: -0.99 if score is None else score for name, score in scores.items()}
         styled = {name: [*style, likeness[name]] for name, style in styles.items()}
-        facts: Record = {
-            "headshots": record["headshots"] | dict(digests),
-            "styles": record.get("styles", {}) | styled,
-        }
+        facts: Record = {"headshots": record["headshots"] | dict(digests), "styles": record.get("styles", {}) | styled}
         best = max(likeness, key=lambda name: likeness[name])
         if likeness[best] > record.get("shown_likeness", -1.0):
             with suppress(*DAMAGED), Image.open(Path(folder_paths.get_output_directory()) / best) as image:
@@ -136,27 +133,26 @@ class People:
 
     def styles_of(self, user: str | None, key: str) -> list[dict[str, str]]:
         """Return the headshot of each style with the highest likeness: its pack, style, and name below the output folder."""
-        record, best = (
-            _record_of(user, key),
-            dict[tuple[str, str], tuple[float, str]](),
-        )
+        record, best = _record_of(user, key), dict[tuple[str, str], tuple[float, str]]()
         for name in _headshots(record) if record.get("styles") else ():
-            if name in record["styles"]:
-                pack, style, likeness = record["styles"][name]
-                best[pack, style] = max(best.get((pack, style), (-1.0, "")), (likeness, name))
+            match record["styles"].get(name):
+                case [str(pack), str(style), int() | float() as likeness]:
+                    best[pack, style] = max(best.get((pack, style), (-1.0, "")), (likeness, name))
         return [{"pack": pack, "style": style, "name": name} for (pack, style), (_, name) in best.items() if name]
 
-    def headshots_zip(self, user: str | None, key: str) -> tuple[str, bytes]:
+    def headshots_zip(self, user: str | None, key: str) -> tuple[str, io.BytesIO]:
         """Return the name of a training run of the user, and a ZIP file of its headshots."""
         record, data = _record_of(user, key), io.BytesIO()
         names = _headshots(record) if record else []
         folders = {name.rpartition("/")[0] for name in names}
-        with zipfile.ZipFile(data, "w") as archive:
+        with zipfile.ZipFile(data, "w", strict_timestamps=False) as archive:  # A ZIP file knows no time before 1980.
             for name in names:  # ComfyUI numbers the pictures of each folder from 1
                 with suppress(OSError):  # deleted meanwhile
                     file = Path(folder_paths.get_output_directory()) / name
-                    archive.write(file, file.name if len(folders) == 1 else name)
-        return _stem(record) if record else "headshots", data.getvalue()
+                    shown = file.name if len(folders) == 1 else name
+                    archive.write(file, shown.encode("utf-8", "replace").decode())
+        data.seek(0)
+        return _stem(record) if record else "headshots", data
 
     def files_to_delete(self, user: str | None, key: str, queued: Collection[str]) -> Record:
         """Return what `delete` would delete: the names of LoRAs, and how many headshots and dropped photos."""
@@ -310,8 +306,11 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
 def digest_of(name: str) -> str:
     """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    path = Path(os.path.realpath(root / name))
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_relative_to(root) and os.path.isfile(path) else ""
+    with suppress(OSError, ValueError):  # a file that may not be read, or a name that no file can have
+        path = Path(os.path.realpath(root / name))
+        if path.is_relative_to(root) and path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    return ""
 
 
 def _renamed_in(record: Record, name: str) -> Any:
@@ -418,10 +417,13 @@ def _record_of(user: str | None, key: str) -> Record:
 def _record_in(file: Path) -> Record:
     with suppress(BadFile):
         match read_json(file):
-            case {"user": str(), "key": str(), "name": str(), "begun": int() | float(), "photos": list(photos),
+            case {"user": str(), "key": str(), "name": str(name), "begun": int() | float(), "photos": list(photos),
                   "digests": list(digests), "headshots": dict(headshots),
                   "run": {"prompt": str(), "workflow": _, "node": str()}} as record:  # fmt: skip
-                if all(isinstance(one, str) for one in (*photos, *digests, *headshots.values())):
+                texts = *photos, *digests, *headshots.values(), record.get("file", "")
+                tables = [record.get(field, {}) for field in ("styles", "renaming")]
+                fits = all(isinstance(one, str) for one in texts) and all(isinstance(one, dict) for one in tables)
+                if fits and PurePosixPath(name).name:
                     return record
     return {}
 
