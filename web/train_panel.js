@@ -9,6 +9,7 @@ import {
 import { lacking, missingFiles, photosOf } from "./missing.js"
 import { More, recipeText, spanText } from "./more.js"
 import { DELETED, RENAMED, showPeople } from "./people.js"
+import { OldApp } from "./upgrade.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
@@ -131,6 +132,7 @@ class Panel {
     this.download = make("button", "facelora-download", say("Download all headshots"))
     this.download.addEventListener("click", () => download(this.state.person))
     this.after = make("div", "facelora-row", this.download)
+    this.old = new OldApp()
     this.takes = make("div", "facelora-line facelora-quiet")
     this.lacks = make("div", "facelora-line facelora-warning")
     this.warning = make("div", "facelora-warning")
@@ -138,7 +140,7 @@ class Panel {
     this.ends = make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel))
     this.root = make("div", "facelora-panel",
       make("div", "facelora-row", this.status, this.people, this.machine), this.ends,
-      this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
+      this.old.root, this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
@@ -197,6 +199,7 @@ class Panel {
   /** Shows the recipe's numbers for the base model, and which files are missing, until a training run is shown. */
   async explain() {
     this.base = baseOf(this.node)
+    this.old.show(this.more.nodes())
     if (!this.state) this.missing.hidden = !missingFiles(this.missing)
     const lacks = lacking(this.node)
     this.lacks.textContent = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
