@@ -437,7 +437,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     photos, pictures = (_count(asked, name) for name in ("photos", "pictures"))
     # What only decides how long a run is changes no pass.
     balanced, path = replace(settings, recipe="balanced", training_seed=1).config(recipes), Path(base.files[0].path)
-    passes = replace(balanced, steps=1, sample_every=1)
+    passes = replace(balanced, steps=1, sample_every=1, warmup_steps=0)
     key = content_key(path, path.stat().st_mtime_ns, passes)
     forecast = _forecasts.get(key) or studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
     _forecasts.clear()
