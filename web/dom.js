@@ -20,9 +20,12 @@ const MARGIN = 4
 // say
 const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles", more: "More" }
 
+const elements = new WeakSet()
+
 /** Adds an element to a node. It is not saved or queued. `height` returns the pixels that it needs now. */
 export function addElement(node, name, element, height) {
   const room = () => height() + 2 * MARGIN
+  elements.add(element)
   const widget = node.addDOMWidget(name, `facelora_${name}`, element, {
     serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: room, getMaxHeight: room,
   })
@@ -80,6 +83,23 @@ export function baseOf(node) {
   if (!model) return ""
   return BASES.map((name) => widgetOf(model, name)?.value).find(Boolean) ?? baseOf(model)
 }
+
+/** Puts elements back where the app shows them. */
+const putBack = new MutationObserver((changes) => {
+  for (const { target, removedNodes } of changes)
+    for (const element of removedNodes)
+      if (elements.has(element) && element.isConnected && !element.checkVisibility() && target.isConnected) target.append(element)
+})
+
+app.registerExtension({
+  name: "facelora.elements",
+  /** If two tabs have the same graph, as of two people, ComfyUI's hidden canvas takes the elements of the second from its app mode. */
+  afterConfigureGraph() {
+    if (!isApp()) return
+    putBack.observe(document.body, { childList: true, subtree: true })
+    setTimeout(() => putBack.disconnect(), 2000)
+  },
+})
 
 app.registerExtension({
   name: "facelora.bases",

@@ -16,6 +16,7 @@ app.registerExtension({
     }
     after(node, "onConnectionsChange", () => requestAnimationFrame(label)) // the frontend adds an input after this
     after(node, "onConfigure", label)
+    after(node, "onSerialize", ({ inputs }) => inputs.forEach((input) => input.name.startsWith("people.") && delete input.label))
     label()
   },
 })

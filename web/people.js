@@ -9,6 +9,11 @@ import { say } from "./words.js"
 const UNTRAINED = "untrained" // the phase of dropped photos without a training run
 // say
 const PHASES = { running: "training", drawing: "drawing headshots", stopped: "stopped", failed: "failed", done: "done" }
+// say
+const LOST = { restored: "{} is missing. Run restores it in seconds", trained: "{} is missing. Run trains it again",
+  outdated: "{} was trained by an older version. Run trains it again" }
+/** What Run does about a LoRA that it can't use. */
+export const lostText = ({ lost, file }) => say(LOST[lost], file)
 /** The event that tells the widgets the key and the new name of a training run. */
 export const RENAMED = "facelora.renamed"
 /** The event that tells the widgets the names of deleted files. */
@@ -60,7 +65,7 @@ function row(person, root, leave) {
   const likeness = make("div", `facelora-says-${VERDICTS[person.likeness_word] ?? "nothing"}`)
   if (person.likeness != null) likeness.textContent = say("likeness {}: {}", person.likeness.toFixed(2), say(person.likeness_word))
   const facts = make("div", "facelora-facts", make("b", "", nameOf(person)), likeness,
-    make("div", "facelora-quiet", `${say(PHASES[person.phase])} · ${date}`))
+    make("div", "facelora-quiet", `${person.lost ? lostText(person) : say(PHASES[person.phase])} · ${date}`))
   const open = make("button", "", say("Open"))
   open.disabled = !person.can_open
   if (open.disabled) open.title = say("This training run was queued without a workflow.")

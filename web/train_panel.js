@@ -8,7 +8,8 @@ import {
 } from "./dom.js"
 import { lacking, missingFiles, photosOf } from "./missing.js"
 import { More, recipeText, spanText } from "./more.js"
-import { DELETED, RENAMED, showPeople } from "./people.js"
+import { DELETED, RENAMED, lostText, showPeople } from "./people.js"
+import { OldApp } from "./upgrade.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
@@ -55,6 +56,7 @@ function duration(seconds) {
 }
 
 function statusText(state) {
+  if (state.lost) return lostText(state)
   if (state.stopping && state.phase === STEPPING) return say("stopping after step {}", state.step ?? 1)
   if (state.phase === DONE) {
     const more = state.ended ? "" : say("the rest of the workflow is running")
@@ -131,6 +133,7 @@ class Panel {
     this.download = make("button", "facelora-download", say("Download all headshots"))
     this.download.addEventListener("click", () => download(this.state.person))
     this.after = make("div", "facelora-row", this.download)
+    this.old = new OldApp()
     this.takes = make("div", "facelora-line facelora-quiet")
     this.lacks = make("div", "facelora-line facelora-warning")
     this.warning = make("div", "facelora-warning")
@@ -138,7 +141,7 @@ class Panel {
     this.ends = make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel))
     this.root = make("div", "facelora-panel",
       make("div", "facelora-row", this.status, this.people, this.machine), this.ends,
-      this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
+      this.old.root, this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
@@ -180,7 +183,8 @@ class Panel {
 
   /** Shows what the next training run does instead of one that has ended: the inputs have changed since. */
   changed() {
-    const { phase, prompt, ended } = this.state ?? {}
+    const { phase, prompt, ended } = this.state ?? (this.lost || {})
+    this.lost = false
     if (prompt && ENDED.has(phase) && (phase !== DONE || ended)) {
       putAway(prompt, true)
       this.rest()
@@ -197,9 +201,10 @@ class Panel {
   /** Shows the recipe's numbers for the base model, and which files are missing, until a training run is shown. */
   async explain() {
     this.base = baseOf(this.node)
+    this.old.show(this.more.nodes())
     if (!this.state) this.missing.hidden = !missingFiles(this.missing)
     const lacks = lacking(this.node)
-    this.lacks.textContent = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
+    this.lacks.textContent = [this.lost && lostText(this.lost), lacks.length && say("Still needed: {}", lacks.join(say(", ")))].filter(Boolean).join(". ")
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const own = Object.fromEntries(this.node.widgets.filter(({ name, value }) => name === "settings" || typeof value === "number")
       .map(({ name, value }) => [name, value]))
@@ -412,8 +417,15 @@ const isOf = (panel, { workflow, node }) => workflow === rootGraph()?.id && pane
 function refresh(panel) {
   const own = (state) => isOf(panel, state)
   const state = [...states.values()].findLast((state) => own(state) && !away.has(state.prompt)), next = waiting.find(own)
-  const isOver = !state || (ENDED.has(state.phase) && (state.phase !== DONE || state.ended))
+  const isLost = state?.lost === "trained"
+  const isOver = !state || isLost || (ENDED.has(state.phase) && (state.phase !== DONE || state.ended))
+  const wasLost = panel.lost
+  panel.lost = isLost && state
   if (next && isOver) panel.show(next)
+  else if (isLost) {
+    if (panel.state || !wasLost) panel.rest()
+    if (!wasLost) panel.explain()
+  }
   else if (state) panel.show(state)
   else if (panel.state?.phase === WAITING) {
     panel.rest()
@@ -464,6 +476,7 @@ app.registerExtension({
     })
     setInterval(() => panels.forEach((panel) => panel.tick()), 1000)
     api.addEventListener("reconnected", readStates)
+    addEventListener("focus", readStates) // files may have been deleted
     api.addEventListener("status", () => {
       if (known !== api.clientId) readStates()
       readWaiting()

@@ -17,6 +17,9 @@ const ZH = {
   "stopped": "已停止",
   "failed": "失败",
   "done": "已完成",
+  "{} is missing. Run restores it in seconds": "缺少文件 {}。再次运行，几秒内即可恢复",
+  "{} is missing. Run trains it again": "缺少文件 {}。再次运行会重新训练",
+  "{} was trained by an older version. Run trains it again": "{} 由旧版本训练。再次运行会重新训练",
   "Open": "打开",
   "Close": "关闭",
   "Delete": "删除",
@@ -88,6 +91,10 @@ const ZH = {
   "a class word": "类别词",
   "Use step": "选用第几步的 LoRA",
   "Likeness {}. The next run outputs this step's LoRA, without training again": "相似度 {}。下次运行会直接输出这一步的 LoRA，不会重新训练",
+  // Workflows of older versions
+  "It replaces Save Image in this workflow of an older version: it saves each headshot once, and marks it as drawn.": "它取代了这个旧版工作流中的“保存图像”节点：每张形象照只保存一次，并标记为由程序生成。",
+  "This app is from an older version.": "此应用来自旧版本。",
+  "Open today's app with these values": "用这些值打开新版应用",
   // Load Face Photos
   "Add photos": "添加照片",
   "You can also drop or paste photos": "也可以直接拖入或粘贴照片",
@@ -141,6 +148,8 @@ const ZH = {
   "Photos": "照片",
   "Styles": "风格",
 }
+
+export const inChinese = (text) => ZH[text]
 
 /** The text in the user's language. The values replace its {}, in their order. */
 export function say(text, ...values) {

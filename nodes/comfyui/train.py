@@ -5,7 +5,9 @@
 import asyncio
 import logging
 import math
+import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +26,7 @@ from PIL import Image
 from server import PromptServer
 
 from ...core import studio  # Its modules are loaded when they are used.
-from ...core.config import config_from, typed_settings
+from ...core.config import TrainConfig, config_from, typed_settings
 from ...core.device import within_free_memory
 from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ...core.lora.file import LoraFile
@@ -35,6 +37,8 @@ from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
+from ...core.training.methods import peak_rate
+from ...core.training.optimizer import learning_rate_factor
 from ...core.training.recipes import ENOUGH, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
@@ -286,13 +290,14 @@ def _make(
         device = comfy.model_management.get_torch_device()
         with within_quota(), within_free_memory(device):
             made = studio.timed_training(
-                job, place, device=device, on_history=watch.history, on_point=watch.point, callbacks=callbacks
+                job, place, device=device, on_history=partial(watch.history, job.config), on_point=watch.point, callbacks=callbacks
             )
         _forecasts.clear()  # The run has told how fast this machine is.
         watch.show(checkpoints=_choices(made))
         likeness = dict(made.likenesses()).get(made.kept_step())
         word = None if likeness is None else likeness_word(likeness)
         kept = {"file": made.path.name, "likeness": likeness, "likeness_word": word}
+        _keep(made)
         if checkpoint:
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
@@ -309,6 +314,17 @@ def _make(
         _ended(run, key, STOPPED)
         raise
     return made
+
+
+def _keep(made: TrainedFile) -> None:
+    """Give the LoRA a second name in the run's folder. If the first is deleted, the next run copies it from there."""
+    kept = made.run.files.output
+    kept.unlink(missing_ok=True)
+    with suppress(OSError):
+        try:
+            os.link(made.path, kept)
+        except OSError:  # on another disk, or one without links
+            shutil.copyfile(made.path, kept)
 
 
 def _ended(run: QueuedRun, key: str | None, phase: str) -> None:
@@ -380,8 +396,11 @@ class Watch:
             self._logged = time.monotonic()
             logging.info(one_line(f"Train Face LoRA: {self._name}: {text}"))
 
-    def history(self, points: Sequence[tuple[int, float]]) -> None:
-        self.show(history=list(points))
+    def history(self, config: TrainConfig, points: Sequence[tuple[int, float]]) -> None:
+        """Show the loss of steps from earlier calls, and the learning rates that the settings gave them."""
+        peak = peak_rate(config)
+        rates = [(step, peak * learning_rate_factor(step - 1, config)) for step, _ in points]
+        self.show(history=list(points), learning_rates=rates)
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -437,7 +456,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     photos, pictures = (_count(asked, name) for name in ("photos", "pictures"))
     # What only decides how long a run is changes no pass.
     balanced, path = replace(settings, recipe="balanced", training_seed=1).config(recipes), Path(base.files[0].path)
-    passes = replace(balanced, steps=1, warmup_steps=0, sample_every=1)
+    passes = replace(balanced, steps=1, sample_every=1, warmup_steps=0)
     key = content_key(path, path.stat().st_mtime_ns, passes)
     forecast = _forecasts.get(key) or studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
     _forecasts.clear()

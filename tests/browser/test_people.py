@@ -54,6 +54,36 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     other.close()
 
 
+def test_a_lora_that_was_deleted_on_disk_is_told_with_what_run_does_and_restored_in_seconds(page, server):
+    page.run(BUILD, train_node(seed=65, name="vera", steps=20, samples=0, settings=""))
+    trained = server.wait(page.queue())
+    assert trained.status == "success"
+    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('done: vera')")
+    file = server.folder / "models" / "loras" / "vera.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    page.run("() => window.dispatchEvent(new Event('focus'))")
+    page.wait_for(f"() => document.querySelector('{STATUS}').textContent === "
+                  "'vera.safetensors is missing. Run restores it in seconds'")  # fmt: skip
+    page.page.locator(".facelora-all").click()
+    page.page.locator(".facelora-person", has_text="vera.safetensors is missing. Run restores it in seconds").wait_for()
+    page.page.keyboard.press("Escape")
+    restored = server.wait(page.queue())
+    assert restored.status == "success" and "steps" not in restored.log
+    assert file.read_bytes() == before
+    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('done: vera')")
+
+    file.unlink()
+    for kept in (server.folder / "cache" / "runs").glob("*/lora.safetensors"):  # which older versions didn't keep
+        kept.unlink()
+    page.reload()
+    page.page.get_by_text("vera.safetensors is missing. Run trains it again").wait_for()
+    page.page.get_by_text(re.compile("^Takes .* on this machine$")).wait_for()
+    page.set_widgets({"FaceLoRATrain": {"class_word": "woman"}})
+    page.page.get_by_text("vera.safetensors is missing").wait_for(state="detached")
+    assert page.complaints() == []
+
+
 def test_the_question_before_deleting_an_unfinished_run_states_that_no_lora_was_made(page, server):
     page.run(BUILD, train_node(seed=62, name="robin", samples=0, settings=""))
     prompt_id = page.queue()

@@ -324,9 +324,7 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
 
 def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
     app = workflow_file(NAMES[0])
-    labels = [
-        node_input.get("label") for node in app["nodes"] for node_input in node["inputs"] if "widget" in node_input
-    ]
+    labels = labels_of(app)
     site.post("/settings/Comfy.Locale", "zh")
     try:
         page.reload()
@@ -334,9 +332,25 @@ def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
         page.open(app, NAMES[0])
         page.page.get_by_text("形象照数量").wait_for()
         page.page.locator(".facelora-more summary").click()
-        assert [label for label in filter(None, labels) if page.page.get_by_text(label, exact=True).count()] == []
+        assert [label for label in labels if page.page.get_by_text(label, exact=True).count()] == []
+        assert labels_of(page.saved()) == labels_of(app), "a shared file has no Chinese labels"
     finally:
         site.post("/settings/Comfy.Locale", "en")
+    page.reload()
+    page.clear()
+    page.open(json.loads(json.dumps(app).replace('"How many headshots"', '"形象照数量"')), "of an older version")
+    page.page.get_by_text("How many headshots").wait_for()
+
+
+def labels_of(graph: dict[str, Any]) -> list[str]:
+    return sorted(one["label"] for node in graph["nodes"] for one in node["inputs"] if one.get("widget") and "label" in one)
+
+
+def test_two_tabs_with_the_same_app_both_show_it(page):
+    for name in ("one", "two"):
+        page.open(workflow_file(NAMES[0]) | {"id": "11111111-2222-3333-4444-555555555555"}, name)
+        page.page.locator(".facelora-style:visible").first.wait_for()
+        assert page.page.locator(".facelora-status").is_visible()
 
 
 @pytest.mark.slow

@@ -232,3 +232,16 @@ def test_a_lora_that_is_deleted_twice_is_made_again_twice(server):
         made.unlink()
         server.result(graph)
         assert made.exists()
+
+
+def test_what_an_older_version_trained_is_told_to_be_trained_again(server):
+    """The record was written before TRAINING_VERSION 3, without its picture here."""
+    (file,) = Path(__file__).with_name("saved_earlier").iterdir()
+    shutil.copy(file, server.folder / "cache" / "panels")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    for is_there, lost in ((False, "trained"), (True, "outdated")):
+        if is_there:
+            shutil.copy(next(loras(server).glob("*.safetensors")), loras(server) / record["file"])
+        (shown,) = [one for one in server.get("/facelora/people") if one["key"] == record["key"]]
+        assert (shown["name"], shown["phase"], shown["lost"]) == ("of-an-older-version", "done", lost)
+    server.delete(f"/facelora/people/{record['key']}")

@@ -32,8 +32,9 @@ from ....core.storage.files import read_json, write_text
 from ....core.storage.locks import locked
 from ....core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ....core.training.encode import forget_latents
+from ....core.training.job import TRAINING_VERSION
 from ....core.training.store import lora_path
-from ....core.training.trained_file import files_of, forget_run, without_step
+from ....core.training.trained_file import RunFolder, files_of, forget_run, with_tensors, without_step
 from ..folders import embedding_name, write_embedding
 from .dropped import delete_dropped, folders_of, own_root, photos_in, stem_of
 from .runs import DONE, STOPPED
@@ -46,6 +47,11 @@ DRAWING = "drawing"
 """The phase of a finished training run whose prompt still runs, for example to draw headshots."""
 UNTRAINED = "untrained"
 """The phase of dropped photos that no training run has."""
+RESTORED, TRAINED, OUTDATED = "restored", "trained", "outdated"
+"""What the next run does about a LoRA that was deleted or moved: it is copied from a kept file, or trained again.
+
+One that an older version has trained in another way is OUTDATED, and trained again too.
+"""
 PUBLIC = ("key", "name", "begun", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
 
@@ -124,8 +130,13 @@ class People:
             counts = {"photos": len(record["photos"]), "headshots": len(record["headshots"])}
             picture = record.get("headshot", record.get("picture"))
             others = {"phase": phase, "can_open": record.get("graph") is not None, "picture": picture}
+            others["lost"] = _lost(record)
             shown.append({name: record.get(name) for name in PUBLIC} | counts | others)
         return shown + ([] if user is None else _untrained(user, everyone))
+
+    def lost(self, user: str | None, key: str) -> str | None:
+        """Return what the next run does about a finished LoRA of the user that it can't use: RESTORED, TRAINED or OUTDATED."""
+        return _lost(_record_of(user, key))
 
     def graph_of(self, user: str | None, key: str) -> Any:
         """Return the page's graph that a training run of the user was queued with; None if there is none."""
@@ -360,6 +371,16 @@ def _folders(record: Record, others: Collection[Record], queued: Collection[str]
     own = [folder for folder in folders if folder.rpartition("/")[0] == root]
     kept = [f"{name}/" for name in used]
     return [one for one in own if not any(f"{one}/".startswith(name) or name.startswith(f"{one}/") for name in kept)]
+
+
+def _lost(record: Record) -> str | None:
+    if record.get("phase") != DONE or not record.get("file"):
+        return None
+    if os.path.lexists(_output(record)):
+        return None if record.get("training") == TRAINING_VERSION else OUTDATED
+    run = RunFolder.of(_job(record))
+    folders = list(map(Path, folder_paths.get_folder_paths("loras")))
+    return RESTORED if run.files.output.exists() or with_tensors(run.made(), folders) else TRAINED
 
 
 def _loras(record: Record, others: Collection[Record]) -> list[Path]:

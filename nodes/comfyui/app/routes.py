@@ -77,7 +77,9 @@ def _add_run_routes(server: PromptServer) -> None:
     async def training(request: web.Request) -> web.Response:
         user = user_of(request)
         app().open_page(request.query.get("client"), user)
-        return web.json_response(app().runs.of(user))
+        states = app().runs.of(user)
+        lost = [app().people.lost(user, state.get("person", "")) for state in states]
+        return web.json_response([state | {"lost": one} for state, one in zip(states, lost, strict=True)])
 
     @server.routes.get("/facelora/waiting")
     async def waiting(request: web.Request) -> web.Response:

@@ -15,6 +15,7 @@ from server import PromptServer
 
 from ....core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ....core.progress import READING
+from ....core.training.job import TRAINING_VERSION
 from ..style_pack import NOT_VARIED
 from .people import RUNNING, People, digest_of
 from .prompts import Prompt, running_prompt, running_prompts
@@ -100,7 +101,7 @@ class App:
         """Begin the record of a training run under a name, by its job's key, with the graph of its page. Return its key."""
         prompt, key = running_prompt(), self.people.key_of(run.user, job, name)
         place = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node}
-        facts |= {"job": job, "name": name, "graph": prompt.page, "run": place}
+        facts |= {"job": job, "name": name, "graph": prompt.page, "run": place, "training": TRAINING_VERSION}
         self.people.note(run.user, key, phase=RUNNING, begun=time.time(), **facts)
         if prompt.training:
             self._trained[prompt.training] = (run, key)
