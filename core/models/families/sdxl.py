@@ -64,8 +64,8 @@ SDXL = FamilySpec(
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
         # As for SD1.5, at 768 px as in Replicate's trainer: at 512 px its pictures break. `best` has sd-scripts' usual 1e-4 at
-        # batch 4, for longer.
-        "fast": short(2e-4, 16, least=500, resolution=768, schedule="linear"),
+        # batch 4, for longer. `fast` is as long as 20 minutes of an RTX 3060 allow for a job with a speed LoRA.
+        "fast": short(2e-4, 16, least=450, resolution=768, schedule="linear"),
         "balanced": usual(2e-4, 32, least=800, most=1200, views=80, resolution=768, schedule="linear"),
         "best": Recipe(4000, 5e-5, 32, batch_size=4),
     },
