@@ -99,8 +99,7 @@ def load_base(
         raise type(error)(f"{name}{beside}: {error}") from None
     _check_layers(name, components)
     if tokenizer is not None:
-        own = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
-        if kind := next(own, family.tokenizer):
+        if kind := _tokenizer_kind(family, tensors):
             text.load_tokenizer(os.fspath(tokenizer), kind)
         for part in family.text_encoders:
             if part in components:
@@ -222,6 +221,11 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
             f"this is {kinds.get(str(channels), 'an unknown variant')} (its denoiser takes {channels} channels), "
             "which is not supported. Train on the model that it was made from"
         )
+
+
+def _tokenizer_kind(family: FamilySpec, tensors: Mapping[str, Tensor]) -> str | None:
+    read = (kind for kind in family.text_kinds if text.has(tensors, kind) and not kind.startswith("clip"))
+    return next(read, family.tokenizer)
 
 
 def _check_layers(name: str, components: Mapping[str, Component]) -> None:
