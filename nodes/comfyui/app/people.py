@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import threading
 import time
@@ -150,7 +151,7 @@ class People:
                 with suppress(OSError):  # deleted meanwhile
                     file = Path(folder_paths.get_output_directory()) / name
                     shown = file.name if len(folders) == 1 else name
-                    archive.write(file, shown.encode("utf-8", "replace").decode())
+                    archive.write(file, re.sub(r'[<>:"|?*\\\ud800-\udfff]', "_", shown))  # Windows can't have these.
         data.seek(0)
         return _stem(record) if record else "headshots", data
 
