@@ -421,7 +421,7 @@ def _record_in(file: Path) -> Record:
             case {"user": str(), "key": str(), "name": str(name), "begun": int() | float(), "photos": list(photos),
                   "digests": list(digests), "headshots": dict(headshots),
                   "run": {"prompt": str(), "workflow": _, "node": str()}} as record:  # fmt: skip
-                texts = *photos, *digests, *headshots.values(), record.get("file", "")
+                texts = *photos, *digests, *headshots.values(), record.get("file") or ""
                 tables = [record.get(field, {}) for field in ("styles", "renaming")]
                 fits = all(isinstance(one, str) for one in texts) and all(isinstance(one, dict) for one in tables)
                 if fits and PurePosixPath(name).name:
