@@ -170,8 +170,7 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     # A text that is JSON itself has escaped quotes.
     values, quotes = sum(map(header.count, b",[{")), header.count(b'"') - header.count(b'\\"')
     if values > MAX_HEADER_VALUES or quotes > MAX_HEADER_QUOTES:
-        limits = f"limits {MAX_HEADER_VALUES} and {MAX_HEADER_QUOTES}"
-        raise BadFile(f"{path}: its header has {values} commas and brackets, and {quotes} quotes ({limits})")
+        raise BadFile(f"{path}: its header has too many values: {values} commas and brackets, and {quotes} quotes")
     may_be_wrong = b"\\u" in header  # UTF-8 has no surrogates; only escapes can be unpaired ones.
     try:
         entries = unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple), "name")

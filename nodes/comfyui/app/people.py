@@ -307,9 +307,9 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
 def digest_of(name: str) -> str:
     """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    with suppress(OSError, ValueError):  # a file that may not be read, or a name that no file can have
+    with suppress(ValueError):  # a name that no file can have
         path = Path(os.path.realpath(root / name))
-        if path.is_relative_to(root) and path.is_file():
+        if path.is_relative_to(root) and os.path.isfile(path):
             return hashlib.sha256(path.read_bytes()).hexdigest()
     return ""
 
