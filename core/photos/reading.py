@@ -357,8 +357,7 @@ def _opened_file(path: Path) -> AbstractContextManager[BinaryIO]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    with _opened_file(path) as file:
-        return file.read()
+    return read_bytes(path, MAX_BYTES, name=path.name, error=BadPhoto)
 
 
 def _content(source: Path | Image.Image) -> bytes | Image.Image:
@@ -383,8 +382,7 @@ class _Sparing:
 
     def __init__(self, name: str, file: BinaryIO):
         self._name, self._file, self._left, self._exif = name, file, _MAX_METADATA, 0
-        self.seek, self.tell, self.is_open = file.seek, file.tell, False
-        self._size = file.seek(0, io.SEEK_END)
+        self.seek, self.tell, self.is_open, self._size = file.seek, file.tell, False, file.seek(0, io.SEEK_END)
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 and not self.is_open and self._size > _MAX_WHOLE:

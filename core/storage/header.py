@@ -167,13 +167,10 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, s
     """Return the entries of the tensors by name, each as a tuple of pairs, and the metadata. Raises BadFile for other JSON."""
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    values, quotes = (
-        sum(map(header.count, b",[{")),
-        header.count(b'"') - header.count(b'\\"'),
-    )  # JSON in texts is escaped
+    # A text that is JSON itself has escaped quotes.
+    values, quotes = sum(map(header.count, b",[{")), header.count(b'"') - header.count(b'\\"')
     if values > MAX_HEADER_VALUES or quotes > MAX_HEADER_QUOTES:
-        limits = f"limits {MAX_HEADER_VALUES} and {MAX_HEADER_QUOTES}"
-        raise BadFile(f"{path}: its header has {values} commas and brackets, and {quotes} quotes ({limits})")
+        raise BadFile(f"{path}: its header has too many values: {values} commas and brackets, and {quotes} quotes")
     may_be_wrong = b"\\u" in header  # UTF-8 has no surrogates; only escapes can be unpaired ones.
     try:
         entries = unique(json.loads(header.decode("utf-8"), object_pairs_hook=tuple), "name")

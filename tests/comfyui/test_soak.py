@@ -99,9 +99,10 @@ def test_headshots_are_downloaded_whatever_their_names_and_times_are_and_whateve
     record["headshots"] = digests | dict.fromkeys(("a\0b", "\ud800", "x" * 300, "../secret"), "0")
     panel.write_text(json.dumps(record | {"styles": {"old.png": ["corporate", "plain", 0.5]}}))
     with zipfile.ZipFile(io.BytesIO(server.read(f"{address}/headshots"))) as archive:
-        assert {name: archive.read(name) for name in archive.namelist()} == {"old.png": b"old.png", "?.png": b"?.png"}
+        assert {name: archive.read(name) for name in archive.namelist()} == {"old.png": b"old.png", "_.png": b"?.png"}
     assert [one["name"] for one in server.get(f"{address}/styles")] == ["old.png"]
-    for odd in ({"styles": 5}, {"styles": {"old.png": "x"}}, {"renaming": "x"}, {"file": 5}, {"name": "."}):
+    odd_files = ({"file": file} for file in (5, "\ud800"))
+    for odd in ({"styles": 5}, {"styles": {"old.png": "x"}}, {"renaming": "x"}, {"name": "."}, *odd_files):
         panel.write_text(json.dumps(record | odd))
         for path in ("/facelora/people", address, f"{address}/styles", f"{address}/files", f"{address}/headshots"):
             server.read(path)  # raises for an answer of 500

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import threading
 import time
@@ -161,7 +162,7 @@ class People:
                 with suppress(OSError):  # deleted meanwhile
                     file = Path(folder_paths.get_output_directory()) / name
                     shown = file.name if len(folders) == 1 else name
-                    archive.write(file, shown.encode("utf-8", "replace").decode())
+                    archive.write(file, re.sub(r'[<>:"|?*\\\ud800-\udfff]', "_", shown))  # Windows can't have these.
         data.seek(0)
         return _stem(record) if record else "headshots", data
 
@@ -317,9 +318,9 @@ def _untrained(user: str, records: Collection[Record]) -> list[Record]:
 def digest_of(name: str) -> str:
     """Return the digest of a picture by its name below the output folder; "" for a file that is missing or elsewhere."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    with suppress(OSError, ValueError):  # a file that may not be read, or a name that no file can have
+    with suppress(ValueError):  # a name that no file can have
         path = Path(os.path.realpath(root / name))
-        if path.is_relative_to(root) and path.is_file():
+        if path.is_relative_to(root) and os.path.isfile(path):
             return hashlib.sha256(path.read_bytes()).hexdigest()
     return ""
 
@@ -441,7 +442,7 @@ def _record_in(file: Path) -> Record:
             case {"user": str(), "key": str(), "name": str(name), "begun": int() | float(), "photos": list(photos),
                   "digests": list(digests), "headshots": dict(headshots),
                   "run": {"prompt": str(), "workflow": _, "node": str()}} as record:  # fmt: skip
-                texts = *photos, *digests, *headshots.values(), record.get("file", "")
+                texts = *photos, *digests, *headshots.values(), record.get("file") or ""
                 tables = [record.get(field, {}) for field in ("styles", "renaming")]
                 fits = all(isinstance(one, str) for one in texts) and all(isinstance(one, dict) for one in tables)
                 if fits and PurePosixPath(name).name:

@@ -137,7 +137,7 @@ def _add_people_routes(server: PromptServer) -> None:
     @routes.get("/facelora/people/{key}/headshots")
     async def headshots(request: web.Request) -> web.Response:
         name, content = await asyncio.to_thread(records.headshots_zip, user_of(request), request.match_info["key"])
-        header = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(f'{name}.zip', safe='')}"}
+        header = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(f'{name}.zip', '', errors='replace')}"}
         return web.Response(body=content, content_type="application/zip", headers=header)
 
     @routes.get("/facelora/people/{key}/styles")
