@@ -1,15 +1,33 @@
-/** Shows why a node of this pack failed, because ComfyUI's app mode only shows that it did. */
+/** Tells why a run failed: in the panels, and for nodes of this pack in a toast. ComfyUI's app mode only shows that it did. */
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 
+/** The event with the reason why a run failed; "" when another one is queued. */
+export const FAILURE = "facelora.failure"
+const tell = (detail) => document.dispatchEvent(new CustomEvent(FAILURE, { detail }))
+
+const titleOf = (id, type) => app.rootGraph.getNodeById(id)?.title ?? LiteGraph.registered_node_types[type]?.title ?? type
+
 app.registerExtension({
   name: "facelora.failures",
   setup() {
-    api.addEventListener("execution_error", ({ detail }) => {
-      if (!detail.node_type?.startsWith("FaceLoRA")) return
-      const summary = app.graph.getNodeById(detail.node_id)?.title ?? LiteGraph.registered_node_types[detail.node_type]?.title
-      app.extensionManager.toast.add({ severity: "error", summary, detail: detail.exception_message.trim(), life: 15000 })
+    api.addEventListener("execution_error", ({ detail: { node_id, node_type, exception_message } }) => {
+      const summary = titleOf(node_id, node_type), detail = exception_message.trim()
+      if (node_type !== "FaceLoRATrain") tell(`${summary}: ${detail}`) // whose panel has it in its state
+      if (node_type?.startsWith("FaceLoRA")) app.extensionManager.toast.add({ severity: "error", summary, detail, life: 15000 })
     })
+    const queue = api.queuePrompt
+    api.queuePrompt = async function () {
+      tell("")
+      try {
+        return await queue.apply(this, arguments)
+      } catch (problem) {
+        const nodes = Object.entries(problem.response?.node_errors ?? {})
+        tell(nodes.flatMap(([id, { class_type, errors }]) =>
+          errors.map(({ message, details }) => `${titleOf(id, class_type)}: ${message} ${details}`)).join("\n"))
+        throw problem
+      }
+    }
   },
 })

@@ -6,6 +6,7 @@ import { drawChart, short } from "./chart.js"
 import {
   BASE_CHOSEN, INPUTS_CHANGED, PERSON_SHOWN, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
+import { FAILURE } from "./failures.js"
 import { lacking, missingFiles, photosOf } from "./missing.js"
 import { More, recipeText, spanText } from "./more.js"
 import { DELETED, RENAMED, lostText, showPeople } from "./people.js"
@@ -137,11 +138,13 @@ class Panel {
     this.takes = make("div", "facelora-line facelora-quiet")
     this.lacks = make("div", "facelora-line facelora-warning")
     this.warning = make("div", "facelora-warning")
+    this.failure = make("div", "facelora-refused")
+    document.addEventListener(FAILURE, ({ detail }) => (this.failure.textContent = detail))
     this.missing = make("div", "facelora-warning")
     this.ends = make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel))
     this.root = make("div", "facelora-panel",
       make("div", "facelora-row", this.status, this.people, this.machine), this.ends,
-      this.old.root, this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
+      this.old.root, this.failure, this.takes, this.lacks, this.missing, this.warning, this.loss, this.likeness, this.checkpoints, this.pictures, this.headshots, this.after)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => {
       this.cancelled = this.state.prompt // the server takes a while to answer
@@ -203,14 +206,14 @@ class Panel {
     this.base = baseOf(this.node)
     this.old.show(this.more.nodes())
     if (!this.state) this.missing.hidden = !missingFiles(this.missing)
-    const lacks = lacking(this.node)
-    this.lacks.textContent = [this.lost && lostText(this.lost), lacks.length && say("Still needed: {}", lacks.join(say(", ")))].filter(Boolean).join(". ")
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const own = Object.fromEntries(this.node.widgets.filter(({ name, value }) => name === "settings" || typeof value === "number")
       .map(({ name, value }) => [name, value]))
-    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, photos: photosOf(this.node), ...own })))
+    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, photos: photosOf(this.node), lora: widgetOf(this.node, "name").value, ...own })))
+    this.lack()
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
-    const { error, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
+    const { error, wrong_name, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
+    if (asked === this.asked) this.lack(wrong_name)
     if (this.state || asked !== this.asked) return
     if (error) this.status.textContent = error
     clearTimeout(this.soon)
@@ -225,6 +228,12 @@ class Panel {
     const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))
     this.status.replaceChildren(...parts.flatMap((part) => [part, plan.includes(", ") ? " " : make("wbr", "")]))
     this.soon = setTimeout(() => this.foresee(base, own), 300) // once nothing has changed for a moment
+  }
+
+  /** Shows what the next training run lacks, and what is wrong with its name or with the LoRA of the last one. */
+  lack(wrong_name) {
+    const lacks = lacking(this.node), needed = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
+    this.lacks.textContent = [this.lost ? lostText(this.lost) : "", wrong_name, needed].filter(Boolean).join("\n")
   }
 
   /** Shows how long the next training run and its headshots take on this machine. */

@@ -2,7 +2,7 @@
 
 # pyright: reportMissingImports=false
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ...core.errors import counted
 from ...core.faces import load_faces, second_network
@@ -10,6 +10,7 @@ from ...core.photos import Candidate, Photo, check_real, choose_alike
 from ...core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, image_tensor, photos_of, pictures
 from .folders import says_no_server_paths
+from .save import preview
 
 COLUMNS = 6
 """How many pictures are in a row of the sheet."""
@@ -88,7 +89,7 @@ class ChooseAlike(io.ComfyNode):
             [image_tensor(one.report.photo.image()) for one in chosen],
             "\n".join([title, *map(str, candidates)]),
             image_tensor(sheet),
-            ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
+            ui=preview(sheet),
         )
 
 

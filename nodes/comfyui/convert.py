@@ -32,6 +32,7 @@ from ...core.models.opening import load_base, stated_resolution
 from ...core.models.spec import Conditioning, FewSteps
 from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
+from ...core.storage.cache_folder import content_key
 from ...core.storage.gguf_file import dequantised_array, dtype_of, quantised_gguf
 from ...core.storage.safetensors_file import SafetensorsFile, tensor_bytes
 from ...core.storage.stored import LazyTensors, LazyValues, QuantisedTensor, Stored, outline
@@ -326,6 +327,11 @@ def pictures(images: Tensor) -> Iterator[Image.Image]:
     for image in images:
         array = (image[..., :3].detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
         yield Image.fromarray(array)
+
+
+def picture_key(image: Image.Image) -> str:
+    """Return a key of the picture's size and pixels."""
+    return content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
 
 
 def photos_of(

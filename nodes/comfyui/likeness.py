@@ -4,16 +4,17 @@
 
 from collections.abc import Sequence
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ...core.errors import BadPhoto, MissingPackage
 from ...core.faces import Reference
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.pictures.sheet import contact_sheet
 from .app.state import app
-from .convert import FacePhotos, image_tensor, photos_of, pictures
+from .convert import FacePhotos, image_tensor, photos_of, picture_key, pictures
 from .folders import says_no_server_paths
 from .plot import score_plot
+from .save import preview
 
 
 class LikenessScore(io.ComfyNode):
@@ -85,6 +86,8 @@ class LikenessScore(io.ComfyNode):
         scores = [-1.0 if score is None else score for score in likenesses]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         app().rank(cls.hidden.unique_id, [(index, scores[index]) for index in order])
+        for image, likeness in zip(judged, likenesses, strict=True):
+            app().likenesses[picture_key(image)] = likeness
         words, given = [f"{score:.2f}" if score > -1 else "no face" for score in scores], _labels(labels, len(judged))
         texts = [", ".join(filter(None, (words[index], given[index]))) for index in order]
         sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[texts])
@@ -94,7 +97,7 @@ class LikenessScore(io.ComfyNode):
             image_tensor(sheet),
             image_tensor(score_plot([scores[index] for index in order], limits=(SAME_PERSON, SOMEONE_ELSE))),
             texts,
-            ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
+            ui=preview(sheet),
         )
 
 
@@ -108,6 +111,7 @@ class ContactSheet(io.ComfyNode):
             description="Arranges pictures on one sheet, with a label below each.",
             search_aliases=["grid", "image grid", "collage"],
             is_input_list=True,
+            is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to arrange. They can have different sizes."),
                 io.Int.Input("columns", default=4, min=1, max=50, tooltip="Number of pictures per row."),
@@ -132,7 +136,7 @@ class ContactSheet(io.ComfyNode):
         rows = [("", shown[start : start + columns[0]]) for start in range(0, len(shown), columns[0])]
         split = [texts[start : start + columns[0]] for start in range(0, len(shown), columns[0])]
         sheet = contact_sheet(rows, tile=height[0], labels=split if labels else None, title=title[0])
-        return io.NodeOutput(image_tensor(sheet))
+        return io.NodeOutput(image_tensor(sheet), ui=preview(sheet))
 
 
 def _labels(given: Sequence[object], count: int) -> list[str]:

@@ -2,21 +2,21 @@
 
 # pyright: reportMissingImports=false
 
-import hashlib
 import json
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
+from PIL import Image
 
-from ...core.storage.cache_folder import content_key
 from ...core.storage.drawn import save_png
 from .app.people import digest_of
 from .app.state import app
-from .convert import pictures
+from .convert import picture_key, pictures
 from .folders import says_no_server_paths
 
 
@@ -59,20 +59,32 @@ class SaveHeadshots(io.ComfyNode):
         prefix = filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors"))
         place, size = folder_paths.get_output_directory(), (images.shape[2], images.shape[1])
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, place, *size)
-        saved = []
+        saved, likenesses = [], []
         for number, image in enumerate(pictures(images)):
-            key = filename_prefix, lora_name, content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
+            key = filename_prefix, lora_name, picture_key(image)
+            facts = {"lora_name": lora_name, "likeness": app().likenesses.get(picture_key(image))}
             known, digest = app().saved.get(key, (None, ""))
             if known is None or digest_of(_below_output(known)) != digest:
                 name = stem.replace("%batch_num%", str(number))
                 # ComfyUI counts from 1 each time if the prefix contains %batch_num% or ends with a slash.
                 while os.path.exists(path := Path(folder, f"{name}_{counter:05}_.png")):
                     counter += 1
-                save_png(path, image, texts)
+                save_png(path, image, texts and texts | {"facelora": json.dumps(facts)})
                 known, counter = ui.SavedResult(path.name, subfolder, io.FolderType.output), counter + 1
                 app().saved[key] = known, digest_of(_below_output(known))
             saved.append(known)
-        return io.NodeOutput(images, ui=ui.SavedImages(saved))
+            likenesses.append(facts["likeness"])
+        facts = {"likeness": likenesses, "lora_name": [lora_name] * len(saved)}
+        return io.NodeOutput(images, ui=ui.SavedImages(saved).as_dict() | facts)
+
+
+def preview(sheet: Image.Image) -> dict[str, Any]:
+    """Return what a node shows of a sheet with drawn pictures, which is in the temp folder with their mark."""
+    folder = folder_paths.get_temp_directory()
+    folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path("facelora", folder, *sheet.size)
+    name = f"{stem}_{counter:05}_.png"
+    save_png(Path(folder) / name, sheet)
+    return ui.SavedImages([ui.SavedResult(name, subfolder, io.FolderType.temp)]).as_dict()
 
 
 def renamed(old: str, new: str, headshots: Collection[str]) -> None:

@@ -469,7 +469,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
 def add_routes() -> None:
     """Add two routes for the node's inputs and a base model, by its file's name in a loader.
 
-    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&steps=...: what the inputs set.
+    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and why no LoRA can have its name.
     - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
       It returns {} if that is unknown, and null while a prompt runs.
     """
@@ -485,14 +485,18 @@ def add_routes() -> None:
 
     @server.routes.get("/facelora/recipe")
     async def recipe(request: web.Request) -> web.Response:
-        base = await asyncio.to_thread(opened, request.query.get("base", ""))
+        base, wrong = await asyncio.to_thread(opened, request.query.get("base", "")), {}
+        try:
+            lora_path(request.query.get("lora") or "-")
+        except BadConfig as problem:
+            wrong = {"wrong_name": str(problem)}
         if base is None:
-            return web.json_response({})
+            return web.json_response(wrong)
         try:
             settings = replace(NodeSettings.read(request.query), recipe=request.query.get("name", ""))
             config = settings.config(base.family.recipes, _count(request.query, "photos") or ENOUGH)
         except (BadConfig, ValueError) as problem:
             return web.json_response({"error": str(problem)}, status=400)
-        shown = {"steps": config.steps, "batch_size": config.batch_size, "rank": config.rank}
+        shown = wrong | {"steps": config.steps, "batch_size": config.batch_size, "rank": config.rank}
         rate = {"learning_rate": config.learning_rate} if config.learning_rate else {}  # prodigy finds it
         return web.json_response(shown | rate | {"resolution": config.resolution or base.resolution})

@@ -322,6 +322,22 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
     assert page.complaints() == []
 
 
+def test_the_app_tells_what_is_wrong_with_a_name_as_it_is_typed_and_why_a_run_failed(page):
+    page.open(workflow_file(NAMES[0]), NAMES[0])
+    name, run = page.page.get_by_role("textbox").first, page.page.get_by_role("button", name="Run").last
+    for wrong, part in (("Anna: 1", "':'"), ("CON", "'CON'"), (".anna", "'.anna'")):
+        name.fill(wrong)
+        page.page.get_by_text(f"without {part}, which not every system allows").wait_for()
+    name.fill("Anna")
+    page.page.get_by_text("which not every system allows").wait_for(state="detached")
+    run.click()
+    failure = page.page.locator(".facelora-refused")
+    failure.filter(has_text="Load Face Photos: no photos: add 10 to 20 photos of one person").wait_for()
+    page.set_widgets({"FaceLoRALoadPhotos": {"folder": "my-photos"}, "FaceLoRATrain": {"settings": "nonsense = 1"}})
+    run.click()
+    failure.filter(has_text="unknown setting 'nonsense'").wait_for()
+
+
 def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
     app = workflow_file(NAMES[0])
     labels = labels_of(app)

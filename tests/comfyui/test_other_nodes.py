@@ -12,7 +12,7 @@ from PIL import Image, ImageChops, ImageStat
 from core.demo.people import person_photos
 from core.lora.file import LoraFile
 from core.pictures.style_pack import Subject, find_style_packs
-from core.storage.drawn import DRAWN, MARK_KEYS, mark_of
+from core.storage.drawn import DRAWN, MARK_KEYS, mark_of, read_mark
 from core.version import __version__
 from tests.marks import mark_in
 from tests.photos.test_report import ONLY_PHOTO
@@ -370,6 +370,9 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     assert own == sorted(own, reverse=True)
     assert texts(result, "other_labels") == [f"{score:.2f}, emil at 0.6" for score in others]
     assert server.drawn(result, "sheet").height > 200
+    shown = [result.outputs[name]["images"][0] for name in ("score", "own", "labelled")]
+    assert [one["type"] for one in shown] == ["temp"] * 3
+    assert {read_mark(server.folder / "temp" / one["filename"]) for one in shown} == {DRAWN}
     assert server.drawn(result, "plot").size == (640, 400)
 
 

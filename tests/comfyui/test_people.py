@@ -1,11 +1,14 @@
 """What is kept of each training, and that a person is deleted with all that is theirs and nothing else."""
 
 import json
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.tooling import write_photos
 
@@ -127,6 +130,21 @@ def test_the_headshots_of_a_renamed_person_are_neither_drawn_nor_saved_again(ser
     assert (record["name"], record["headshots"]) == ("uta-b", 1)
     server.delete(f"/facelora/people/{record['key']}")
     assert not [*(server.folder / "output" / "headshots").glob("uta*")]
+
+
+def test_the_example_script_goes_from_photos_to_headshots_with_their_likeness(server, tmp_path):
+    photos = sorted(write_photos(tmp_path / "photos", count=3, scale=2, person=21).glob("*.png"))
+    graph = headshots_of(server, "nobody", ["nothing.png"], training_seed=69)
+    prefix = {"filename_prefix": "headshots/%lora_name%", "lora_name": ["train", 1]}
+    graph["saved"] = node("FaceLoRASaveHeadshots", images=["ranked", 0], **prefix)
+    (tmp_path / "app.json").write_text(json.dumps(graph), encoding="utf-8")
+    script = Path(__file__).parents[2] / "docs" / "examples" / "headshots_over_http.py"
+    command = [sys.executable, script, server.url, "app.json", "ida", *photos]
+    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    line = re.search(r"ida_00001_.png: likeness (\S+), drawn with ida.safetensors", said)
+    assert line and -1 <= float(line[1]) <= 1, said
+    with Image.open(tmp_path / "ida_00001_.png") as image:
+        assert json.loads(image.info["facelora"]) == {"lora_name": "ida.safetensors", "likeness": float(line[1])}
 
 
 def test_photos_that_a_waiting_run_needs_are_not_deleted(server, tmp_path):

@@ -65,6 +65,8 @@ class App:
         self.people = People()
         # Files that Save Headshots has saved, with their digests: by start of the name, LoRA and picture.
         self.saved: Latest[tuple[str, str, str], tuple[Any, str]] = Latest(MOST_PICTURES)
+        # What Likeness Score has found, by `picture_key`: None for a picture without a face.
+        self.likenesses: Latest[str, float | None] = Latest(MOST_PICTURES)
         # The files that Train Face LoRA has returned, by the name given in the node.
         self.outputs: Latest[str, set[Path]] = Latest(MOST_RUNS)
         self._server = server
