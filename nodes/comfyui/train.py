@@ -290,7 +290,12 @@ def _make(
         device = comfy.model_management.get_torch_device()
         with within_quota(), within_free_memory(device):
             made = studio.timed_training(
-                job, place, device=device, on_history=partial(watch.history, job.config), on_point=watch.point, callbacks=callbacks
+                job,
+                place,
+                device=device,
+                on_history=partial(watch.history, job.config),
+                on_point=watch.point,
+                callbacks=callbacks,
             )
         _forecasts.clear()  # The run has told how fast this machine is.
         watch.show(checkpoints=_choices(made))
@@ -469,7 +474,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
 def add_routes() -> None:
     """Add two routes for the node's inputs and a base model, by its file's name in a loader.
 
-    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and why no LoRA can have its name.
+    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and what is wrong with the name.
     - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
       It returns {} if that is unknown, and null while a prompt runs.
     """

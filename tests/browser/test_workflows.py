@@ -359,7 +359,9 @@ def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
 
 
 def labels_of(graph: dict[str, Any]) -> list[str]:
-    return sorted(one["label"] for node in graph["nodes"] for one in node["inputs"] if one.get("widget") and "label" in one)
+    return sorted(
+        one["label"] for node in graph["nodes"] for one in node["inputs"] if one.get("widget") and "label" in one
+    )
 
 
 def test_two_tabs_with_the_same_app_both_show_it(page):

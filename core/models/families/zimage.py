@@ -103,6 +103,6 @@ ZIMAGE = FamilySpec(
     flow_shift=lambda positions: 3.0,
     training_shift=lambda positions: 2.0,  # between musubi-tuner's users, who don't shift, and the authors
     training_adapter="ostris/zimage_turbo_training_adapter",
-    # Turbo is not named as a model to draw on: users report that a LoRA trained on the base model needs twice the strength there.
+    # No model to draw on: users report that a LoRA of the base model needs twice the strength on Turbo.
     few_steps=FewSteps(8),
 )
