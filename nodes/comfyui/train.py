@@ -474,7 +474,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
 def add_routes() -> None:
     """Add two routes for the node's inputs and a base model, by its file's name in a loader.
 
-    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and what is wrong with the name.
+    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and errors of the name.
     - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
       It returns {} if that is unknown, and null while a prompt runs.
     """
