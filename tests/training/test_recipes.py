@@ -44,7 +44,7 @@ def test_every_family_has_every_recipe_and_a_run_takes_it(family):
     ("family", "name", "steps"),
     [
         ("sd15", "balanced", {8: 800, 12: 960, 15: 1200, 40: 1200}),
-        ("sdxl", "fast", {8: 500, 22: 550, 40: 600}),
+        ("sdxl", "fast", {8: 450, 22: 550, 40: 600}),
         ("zimage", "fast", {8: 350, 15: 375, 20: 500, 40: 600}),
         ("zimage", "balanced", {8: 500, 15: 750, 20: 1000, 40: 1000}),
         ("zimage", "best", {8: 2400, 40: 2400}),
