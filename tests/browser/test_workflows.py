@@ -75,10 +75,18 @@ OVERLAPS = """() => {
 }"""
 
 
+UNDER_THE_BAR = """() => {
+    const bar = document.querySelector("[data-testid=queue-button]").getBoundingClientRect(), { scale, offset: [left, top] } = app.canvas.ds
+    return app.graph.nodes.filter(({ pos: [x, y], size: [width] }) =>
+        (y - 30 + top) * scale < bar.bottom && (x + left) * scale < bar.right && (x + width + left) * scale > bar.left).map(({ title }) => title)
+}"""
+
+
 def check_all(page: ComfyPage) -> None:
     """Opens every workflow, and puts 20 photos and what a run says of them, of a LoRA and of likeness into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
+        assert page.run("() => !document.querySelector('#graph-canvas').checkVisibility()") or page.run(UNDER_THE_BAR) == []
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
         page.wait_for("() => [...document.images].every((one) => one.complete)")
         assert page.run(OVERLAPS) == [], name
