@@ -744,6 +744,7 @@ def save_all() -> None:
             ids = page.run(BUILD, asdict(workflow)["steps"])
             saved = page.saved()
             del saved["id"]  # so that it gets another one, and with it panels of its own, each time that it is opened
+            saved["extra"]["ds"]["offset"][1] = 140  # below ComfyUI's bar with the Run button
             if workflow.app:
                 inputs = [[ids[key], widget] for key, widget in workflow.app]
                 saved["extra"] = {"linearMode": True, "linearData": {"inputs": inputs, "outputs": [ids["saved"]]}}

@@ -8,8 +8,6 @@ const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack", REDRAW = "FaceLoRAR
 const SETTINGS = [[TRAIN, "recipe"], ["FaceLoRAApply", "strength_model"], [STYLES, "extra"], [STYLES, "first_seed"],
   [REDRAW], ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
 const BYPASS = 4 // a node's mode in ComfyUI
-// say
-const RECIPES = { fast: "quick", balanced: "normal", best: "thorough" }
 
 /** [120, 250] -> "2 to 4 min" */
 export function spanText([least, most]) {
@@ -18,8 +16,6 @@ export function spanText([least, most]) {
   const number = low === high ? `${high}` : say("{} to {}", low, high)
   return { 1: say("{} s", number), 60: say("{} min", number), 3600: say("{} h", number) }[unit]
 }
-
-export const recipeText = (recipe) => say(RECIPES[recipe] ?? recipe)
 
 export class More {
   /** `switched` is called when a node was switched on or off. */
@@ -88,7 +84,7 @@ export class More {
   /** An element that shows and sets a widget's value. */
   field(node, widget) {
     const { value, options } = widget, isNumber = typeof value === "number"
-    const choice = (one) => Object.assign(make("option", "", this.text(widget.name, one)), { value: one })
+    const choice = (one) => Object.assign(make("option", "", this.text(widget, one)), { value: one })
     const field = Array.isArray(options.values)
       ? make("select", "", ...options.values.map(choice))
       : Object.assign(make("input", ""), {
@@ -99,9 +95,9 @@ export class More {
     return field
   }
 
-  text(name, value) {
-    if (name !== "recipe") return value
-    return [recipeText(value), ...(this.spans[value] ? [spanText(this.spans[value])] : [])].join(" · ")
+  text({ name, options }, value) {
+    const span = name === "recipe" && this.spans[value], text = options.getOptionLabel?.(value) ?? value
+    return span ? `${text} · ${spanText(span)}` : text
   }
 }
 

@@ -75,9 +75,9 @@ function row(person, root, leave) {
     leave()
     await app.loadGraphData(graph, true, true, person.name)
   })
-  const rename = make("button", "", say("Rename"))
+  const rename = Object.assign(make("button", "", say("Rename")), { ariaLabel: say("Rename {}", nameOf(person)) })
   rename.addEventListener("click", () => renamePerson(person, root, leave))
-  const remove = make("button", "", say("Delete"))
+  const remove = Object.assign(make("button", "", say("Delete")), { ariaLabel: say("Delete {}", nameOf(person)) })
   remove.disabled = rename.disabled = ["running", "drawing"].includes(person.phase)
   remove.addEventListener("click", () => deletePerson(person, root, leave))
   return make("div", "facelora-person", picture, facts, make("div", "facelora-row", open, rename, remove))
@@ -101,7 +101,7 @@ async function renamePerson(person, root, leave) {
 /** A row of dropped photos that no training run uses. */
 function untrained({ name, files }, picture, root, leave) {
   thumbnail(files[0]).then((address) => (picture.src = address))
-  const remove = make("button", "", say("Delete"))
+  const remove = Object.assign(make("button", "", say("Delete")), { ariaLabel: say("Delete {}", name) })
   remove.addEventListener("click", async () => {
     const what = say("This deletes {} photos from ComfyUI's input folder.", files.length)
     if ((await choose(say("Delete {}?", name), [{ title: what, images: [] }], say("Delete"))) === undefined) return

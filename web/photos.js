@@ -8,7 +8,7 @@ import {
 import { Captions } from "./captions.js"
 import { DELETED, deletePhotos } from "./people.js"
 import { forgetThumbnail, thumbnail } from "./thumbnails.js"
-import { say } from "./words.js"
+import { say, saySentence } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos", TRAIN = "FaceLoRATrain"
 const TILE = 76, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
@@ -225,7 +225,7 @@ class Pictures {
     const { names, seen } = this
     this.note.textContent = names.length ? say("{} added", names.length) : say("or drop them here")
     this.clear.hidden = !names.length
-    this.headline.textContent = seen.headline ?? ""
+    this.headline.textContent = saySentence(seen.headline) ?? ""
     this.headline.className = `facelora-headline facelora-says-${seen.verdict ?? "nothing"}`
     const reports = new Map(seen.photos.map((photo) => [photo.name, photo]))
     const { value: folder } = widgetOf(this.node, "folder")
@@ -240,11 +240,12 @@ class Pictures {
     const image = make("img", "")
     thumbnail(name).then((address) => (image.src = address))
     const own = this.ownNames[name] ?? name.split("/").at(-1)
-    image.alt = own
     const word = photo?.person ? say("person {}", photo.person) : say(WORDS[photo?.verdict] ?? "")
     const verdict = photo?.person ? "rejected" : photo?.verdict ?? "unknown"
     const tile = make("div", `facelora-tile facelora-${verdict} ${photo?.person ? "facelora-person-of" : ""}`, image, make("span", "facelora-word", word))
-    tile.title = [own, photo?.reason, this.captions.all[name]].filter(Boolean).join("\n")
+    const reason = saySentence(photo?.reason)
+    image.alt = [own, word, reason].filter(Boolean).join(say(", "))
+    tile.title = [own, reason, this.captions.all[name]].filter(Boolean).join("\n")
     enlargeable(image, (copy) => make("figure", "", copy, make("figcaption", "", `${word} ${tile.title}`)))
     if (!removable) return tile
     const remove = make("button", "", "×")

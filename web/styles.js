@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { PERSON_SHOWN, addElement, after, comesFrom, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import { sayName } from "./words.js"
 
 const NODE = "FaceLoRAStylePack"
 const HEIGHT = 271 // in pixels: three whole rows
@@ -68,8 +69,8 @@ class StylePicker {
 
   card(name) {
     const picture = Object.assign(make("img", ""), { src: this.address(name), alt: "" })
-    const card = make("button", "facelora-style", picture, make("span", "", name))
-    card.title = card.dataset.name = name
+    const card = make("button", "facelora-style", picture, make("span", "", sayName(name)))
+    card.title = sayName(card.dataset.name = name)
     card.addEventListener("click", () => this.toggle(name))
     return card
   }

@@ -8,10 +8,10 @@ import {
 } from "./dom.js"
 import { FAILURE } from "./failures.js"
 import { lacking, missingFiles, photosOf } from "./missing.js"
-import { More, recipeText, spanText } from "./more.js"
+import { More, spanText } from "./more.js"
 import { DELETED, RENAMED, lostText, showPeople } from "./people.js"
 import { OldApp } from "./upgrade.js"
-import { say } from "./words.js"
+import { say, sayName } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
@@ -222,7 +222,7 @@ class Panel {
       this.takes.textContent = base && !error && this.missing.hidden ? say(TAKES.unknown) : ""
       return
     }
-    const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", recipe, steps, batch_size, rank, short(learning_rate),
+    const plan = say("{}: {} steps × {}, rank {}, learning rate {}, {} px", sayName(recipe), steps, batch_size, rank, short(learning_rate),
       resolution)
     // Lines break between numbers, not in them. Chinese has no spaces there.
     const parts = plan.split(/(?<=,) |(?<=[，：])/).map((part) => make("span", "facelora-whole", part))
@@ -253,7 +253,7 @@ class Panel {
 
   /** The same for each recipe, as lines of text. */
   forecast() {
-    return Object.entries(this.more.spans).map(([recipe, span]) => `${recipeText(recipe)} (${recipe}): ${spanText(span)}`).join("\n")
+    return Object.entries(this.more.spans).map(([recipe, span]) => `${sayName(recipe)}: ${spanText(span)}`).join("\n")
   }
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */
@@ -357,14 +357,15 @@ class Panel {
 }
 
 /** A headshot with its likeness to the person, and a button for more pictures like it. The title has the likeness in words. */
-function headshot({ filename, subfolder, type, score, seed }, [someoneElse, samePerson] = []) {
+function headshot({ filename, subfolder, type, score, seed, style }, [someoneElse, samePerson] = []) {
   const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
-  const image = enlargeable(Object.assign(make("img", ""), { src, alt: filename, loading: "lazy" }))
+  const image = enlargeable(Object.assign(make("img", ""), { src, alt: sayName(style ?? filename), loading: "lazy" }))
   if (score == null) return make("div", "facelora-headshot", image)
   const word = score >= samePerson ? "the same person" : score >= someoneElse ? "perhaps" : "someone else"
   const shown = make("div", `facelora-headshot facelora-${VERDICTS[word]}`, image,
     make("span", "facelora-word", score < 0 ? say("no face") : score.toFixed(2)))
   shown.title = score < 0 ? say("no face") : say("likeness {}: {}", score.toFixed(2), say(word))
+  image.alt += say(", ") + shown.title
   if (seed != null) {
     const button = make("button", "", "≈")
     button.title = say("More like this one")

@@ -1,6 +1,7 @@
 /** The texts of the widgets, in English or in the language of ComfyUI's settings if it is here. */
 
 import { app } from "../../scripts/app.js"
+import { NAMES, SENTENCES } from "./zh.js"
 
 const ZH = {
   // Train Face LoRA
@@ -20,6 +21,9 @@ const ZH = {
   "{} is missing. Run restores it in seconds": "缺少文件 {}。再次运行，几秒内即可恢复",
   "{} is missing. Run trains it again": "缺少文件 {}。再次运行会重新训练",
   "{} was trained by an older version. Run trains it again": "{} 由旧版本训练。再次运行会重新训练",
+  "Choose a LoRA": "请选择 LoRA",
+  "No LoRA yet. Put a file into models/loras, then press R": "还没有 LoRA。请将文件放入 models/loras，然后按 R",
+  "Delete {}": "删除 {}",
   "Open": "打开",
   "Close": "关闭",
   "Delete": "删除",
@@ -141,18 +145,29 @@ const ZH = {
   "Recipe, strength, own words, seed": "预设、强度、自己的词、种子",
   "Redraw small faces": "重新生成小的脸",
   "Draws small faces again at a larger size. A picture with one takes about a third longer.": "以更大的尺寸重新生成小的脸，有小脸的图片生成时间约增加三分之一。",
-  "quick": "快速",
-  "normal": "标准",
-  "thorough": "精细",
   "Other pictures": "换一批图片",
   "Photos": "照片",
   "Styles": "风格",
 }
 
 export const inChinese = (text) => ZH[text]
+const isChinese = () => app.extensionManager.setting.get("Comfy.Locale") === "zh"
+const filled = (text, values) => text.replaceAll("{}", () => values.shift())
 
 /** The text in the user's language. The values replace its {}, in their order. */
-export function say(text, ...values) {
-  const translated = app.extensionManager.setting.get("Comfy.Locale") === "zh" ? ZH[text] : undefined
-  return (translated ?? text).replaceAll("{}", () => values.shift())
+export const say = (text, ...values) => filled((isChinese() && ZH[text]) || text, values)
+
+/** The name of an option or a style in the user's language. */
+export const sayName = (name) => (isChinese() && NAMES[name]) || name
+
+/** What the check of photos says, in the user's language. */
+export function saySentence(sentence) {
+  if (!isChinese() || !sentence) return sentence
+  const patterns = Object.entries(SENTENCES).map(([text, chinese]) =>
+    [new RegExp(`^${text.replace(/[.()]/g, "\\$&").replaceAll("{}", "(.+)")}$`), chinese])
+  const part = (text) => {
+    const [pattern, chinese] = patterns.find(([one]) => one.test(text)) ?? []
+    return pattern ? filled(chinese, pattern.exec(text).slice(1).map(part)) : text
+  }
+  return sentence.split("; ").map(part).join("；")
 }

@@ -34,7 +34,7 @@ def test_a_training_is_opened_and_a_person_deleted_from_another_browser(page, br
     other.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done: petra')")
     other.page.locator(".facelora-all").click()
     person = other.page.locator(".facelora-dialog .facelora-person", has_text="petra")
-    person.get_by_role("button", name="Rename").click()
+    person.get_by_role("button", name="Rename petra").click()
     other.page.locator(".facelora-dialog input").press("Escape")  # which leaves the list open
     person.get_by_role("button", name="Rename").click()
     other.page.locator(".facelora-dialog input").fill("petra-p")

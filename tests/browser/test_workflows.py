@@ -75,10 +75,18 @@ OVERLAPS = """() => {
 }"""
 
 
+UNDER_THE_BAR = """() => {
+    const bar = document.querySelector("[data-testid=queue-button]").getBoundingClientRect(), { scale, offset: [left, top] } = app.canvas.ds
+    return app.graph.nodes.filter(({ pos: [x, y], size: [width] }) =>
+        (y - 30 + top) * scale < bar.bottom && (x + left) * scale < bar.right && (x + width + left) * scale > bar.left).map(({ title }) => title)
+}"""
+
+
 def check_all(page: ComfyPage) -> None:
     """Opens every workflow, and puts 20 photos and what a run says of them, of a LoRA and of likeness into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
+        assert page.run("() => !document.querySelector('#graph-canvas').checkVisibility()") or page.run(UNDER_THE_BAR) == []
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
         page.wait_for("() => [...document.images].every((one) => one.complete)")
         assert page.run(OVERLAPS) == [], name
@@ -272,16 +280,18 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
 
 def draw_more_like_one(page: ComfyPage, server: ComfyServer) -> None:
     """Presses a headshot's button for more like it, which draws three beside it, though the graph has changed since."""
+    names = page.page.locator(".facelora-headshot img").evaluate_all("(all) => all.map((one) => one.alt)")
+    assert re.fullmatch(r"[A-Z].*, (no face|likeness -?[\d.]+: .+)", names[0]), names
     buttons = page.page.get_by_role("button", name="More like this one")
     assert buttons.count() == 2
-    shown = page.page.locator(".facelora-headshot img").last.get_attribute("alt")
+    shown = page.page.locator(".facelora-headshot img").last.get_attribute("src")
     page.set_widgets({"FaceLoRAStylePack": {"first_seed": 77}})
     with page.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
         buttons.last.click()
     assert server.wait(queued.value.json()["prompt_id"]).status == "success"
     page.wait_for("() => document.querySelectorAll('.facelora-headshot').length === 4")
     assert buttons.count() == 1, "not of variations"
-    assert shown in page.page.locator(".facelora-headshot img").evaluate_all("(all) => all.map((one) => one.alt)")
+    assert shown in page.page.locator(".facelora-headshot img").evaluate_all("(all) => all.map((one) => one.getAttribute('src'))")
 
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):
@@ -301,7 +311,7 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
     page.page.locator(".facelora-more summary").click()
     page.page.get_by_text(re.compile(r"^Takes [\d.]+( to [\d.]+)? (s|min|h) on this machine$")).wait_for()
     recipe = page.page.get_by_label("Recipe")
-    assert re.fullmatch(r"thorough · [\d.]+( to [\d.]+)? (s|min|h)", recipe.locator("option").last.inner_text())
+    assert re.fullmatch(r"best · [\d.]+( to [\d.]+)? (s|min|h)", recipe.locator("option").last.inner_text())
     recipe.select_option("best")
     page.page.get_by_label("Strength").fill("1.1")
     page.page.get_by_label("Add to each prompt").fill("smiling")
@@ -317,7 +327,7 @@ def test_the_app_states_how_long_a_run_takes_and_what_it_lacks_and_folds_what_fe
     styles = page.widgets("FaceLoRAStylePack")
     assert (styles["extra"], styles["first_seed"]) == ("smiling", 1 + styles["count"])
     page.page.locator(".facelora-machine").click()
-    page.page.locator(".facelora-text pre", has_text="thorough (best): ").wait_for()
+    page.page.locator(".facelora-text pre", has_text="best: ").wait_for()
     page.page.keyboard.press("Escape")
     assert page.complaints() == []
 
@@ -362,6 +372,43 @@ def labels_of(graph: dict[str, Any]) -> list[str]:
     return sorted(
         one["label"] for node in graph["nodes"] for one in node["inputs"] if one.get("widget") and "label" in one
     )
+
+
+def test_the_photo_check_and_the_options_are_in_chinese(page, site):
+    site.post("/settings/Comfy.Locale", "zh")
+    try:
+        page.reload()
+        page.clear()
+        page.open(workflow_file(NAMES[0]), NAMES[0])
+        page.set_widgets({"FaceLoRALoadPhotos": {"folder": "my-photos"}})
+        headline = page.page.locator(".facelora-headline", has_text="张可用")
+        headline.wait_for()
+        assert not re.search("[a-z]", headline.inner_text())
+        verdicts = page.page.locator(".facelora-tile img").evaluate_all("(all) => all.map((one) => one.alt)")
+        assert any("几乎是同一张图片" in verdict for verdict in verdicts), verdicts
+        page.page.get_by_text("经典灰色影棚").wait_for()
+        page.page.get_by_text("均衡：", exact=False).first.wait_for()
+        page.page.locator(".facelora-more summary").click()
+        assert {"快速", "合格的照片"} <= {
+            text.split(" · ")[0] for text in page.page.locator(".facelora-settings option").all_inner_texts()
+        }
+    finally:
+        site.post("/settings/Comfy.Locale", "en")
+
+
+def test_without_a_lora_templates_say_where_to_put_one(page):
+    label = """(values) => app.graph.nodes.flatMap(({ widgets = [] }) => widgets.filter(({ name }) => name === "lora_name").map((one) => {
+        one.options.values = values ?? one.options.values.slice(0, 1)
+        one.value = one.options.values[0]
+        return one.options.getOptionLabel(one.value)
+    }))"""
+    for name, count in (("6", 1), ("7", 2), ("Inspect", 1)):
+        name = next(one for one in NAMES if one.startswith(name))
+        page.open(workflow_file(name), name)
+        shown = page.run(label, [] if name.startswith("Inspect") else None)
+        assert shown == ["No LoRA yet. Put a file into models/loras, then press R"] * count
+    page.open(workflow_file(NAMES[5]), NAMES[5])
+    assert page.run(label, [CONNECTED, "anna.safetensors"]) == ["Choose a LoRA"]
 
 
 def test_two_tabs_with_the_same_app_both_show_it(page):

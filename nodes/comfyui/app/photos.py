@@ -62,7 +62,8 @@ class CheckedPhotos:
             verdict = "rejected" if not self.report.enough else "good" if good else "doubtful"
             people = self.report.people or [0] * len(self.photos)
             for tile, item, person in zip(tiles, self.report.photos, people, strict=False):
-                reasons = "; ".join(finding.sentence for finding in item.findings)
+                # Without the settings that do it, which the app doesn't have.
+                reasons = re.sub(r", or set \w+( or \w+)?", "", "; ".join(one.sentence for one in item.findings))
                 tile |= {"verdict": COLOURS[item.verdict], "reason": reasons, "person": person}
         mixed = bool(self.report and self.report.people)
         return {"photos": tiles, "headline": without_server_paths(headline), "verdict": verdict, "mixed": mixed}
