@@ -101,7 +101,9 @@ def lora_path(name: str) -> str:
     parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
     if any(len(part.encode("utf-8", "replace")) > _MOST_NAME for part in parts):
         raise BadConfig(f"name {name[:40]!r}...: give at most {_MOST_NAME} letters, fewer if they are not Latin")
-    wrong = re.findall(r'[<>:"|?*\x00-\x1f]', name) or [part for part in parts if RESERVED.fullmatch(part) or part[:1] == "."]
+    wrong = re.findall(r'[<>:"|?*\x00-\x1f]', name) or [
+        part for part in parts if RESERVED.fullmatch(part) or part[:1] == "."
+    ]
     if wrong or not all(map(str.strip, parts)) or not is_text(name):
         why = f", without {wrong[0]!r}, which not every system allows" if wrong else ""
         raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the folder of LoRAs{why}")

@@ -290,7 +290,12 @@ def _make(
         device = comfy.model_management.get_torch_device()
         with within_quota(), within_free_memory(device):
             made = studio.timed_training(
-                job, place, device=device, on_history=partial(watch.history, job.config), on_point=watch.point, callbacks=callbacks
+                job,
+                place,
+                device=device,
+                on_history=partial(watch.history, job.config),
+                on_point=watch.point,
+                callbacks=callbacks,
             )
         _forecasts.clear()  # The run has told how fast this machine is.
         watch.show(checkpoints=_choices(made))

@@ -42,7 +42,9 @@ def test_an_old_app_is_opened_as_that_of_today_with_its_values(page, server):
     page.set_widgets({"FaceLoRATrain": {"name": "maria", "class_word": "woman", "recipe": "best"},
                       "FaceLoRAStylePack": {"pack": "outdoor", "count": 5},
                       "FaceLoRALoadPhotos": {"folder": "my-photos"}})  # fmt: skip
-    kept = [page.widgets(name) for name in ("FaceLoRATrain", "FaceLoRAStylePack", "FaceLoRALoadPhotos", "FaceLoRAApply")]
+    kept = [
+        page.widgets(name) for name in ("FaceLoRATrain", "FaceLoRAStylePack", "FaceLoRALoadPhotos", "FaceLoRAApply")
+    ]
     assert not page.page.locator(".facelora-more").is_visible()
     page.page.get_by_role("button", name="Open today's app with these values").click()
     page.page.locator(".facelora-more").wait_for()
