@@ -33,7 +33,7 @@ PAGES = (
 )
 CODE = sorted(path for folder in ("core", "nodes") for path in (ROOT / folder).rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("web/*.js"))
-CHINESE = [*sorted(ROOT.glob("web/docs/*/zh.md")), *sorted(ROOT.glob("locales/zh/*.json")), ROOT / "web/words.js"]
+CHINESE = [*sorted(ROOT.glob("web/docs/*/zh.md")), *sorted(ROOT.glob("locales/zh/*.json")), ROOT / "web/zh.json"]
 
 LONGEST = 30
 """Words in a sentence."""
@@ -277,7 +277,7 @@ def _chinese_faults(path: Path, text: str) -> Iterator[Fault]:
 
 def check_translations() -> Iterator[Fault]:
     """Yield Chinese texts of the frontend and the settings that are left over, or have other values than the English ones."""
-    words_file, help_file = ROOT / "web/words.js", ROOT / "locales/zh/help.json"
+    words_file, help_file = ROOT / "web/zh.json", ROOT / "locales/zh/help.json"
     needed = {words for words, _ in said()}
     for line, english, chinese in _chinese_words():
         if english not in needed:
@@ -329,8 +329,8 @@ def _read_chinese(name: str) -> dict[str, Any]:
 
 def _chinese_words() -> Iterator[tuple[int, str, str]]:
     """Yield the texts of the frontend: line, English text, Chinese text."""
-    for line, code in enumerate((ROOT / "web/words.js").read_text(encoding="utf-8").splitlines(), 1):
-        if found := re.match(r'  "(.+?)": "(.+)",$', code):
+    for line, code in enumerate((ROOT / "web/zh.json").read_text(encoding="utf-8").splitlines(), 1):
+        if found := re.match(r'  "(.+?)": "(.+)",?$', code):
             yield line, found[1], found[2]
 
 

@@ -86,7 +86,10 @@ def check_all(page: ComfyPage) -> None:
     """Opens every workflow, and puts 20 photos and what a run says of them, of a LoRA and of likeness into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
-        assert page.run("() => !document.querySelector('#graph-canvas').checkVisibility()") or page.run(UNDER_THE_BAR) == []
+        assert (
+            page.run("() => !document.querySelector('#graph-canvas').checkVisibility()")
+            or page.run(UNDER_THE_BAR) == []
+        )
         page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
         page.wait_for("() => [...document.images].every((one) => one.complete)")
         assert page.run(OVERLAPS) == [], name
@@ -291,7 +294,9 @@ def draw_more_like_one(page: ComfyPage, server: ComfyServer) -> None:
     assert server.wait(queued.value.json()["prompt_id"]).status == "success"
     page.wait_for("() => document.querySelectorAll('.facelora-headshot').length === 4")
     assert buttons.count() == 1, "not of variations"
-    assert shown in page.page.locator(".facelora-headshot img").evaluate_all("(all) => all.map((one) => one.getAttribute('src'))")
+    assert shown in page.page.locator(".facelora-headshot img").evaluate_all(
+        "(all) => all.map((one) => one.getAttribute('src'))"
+    )
 
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):

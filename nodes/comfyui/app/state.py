@@ -159,7 +159,8 @@ class App:
             styles = {name: one.style for name, one in facts.items() if one.style}
             self.people.add_headshots(run.user, key, dict(zip(names, digests, strict=True)), likeness, styles)
             headshots += [
-                image | {"score": facts[name].likeness, "seed": facts[name].seed, "style": (facts[name].style or [None])[-1]}
+                image
+                | {"score": facts[name].likeness, "seed": facts[name].seed, "style": (facts[name].style or [None])[-1]}
                 for image, name in zip(images, names, strict=True)
             ]
         # Another training run, or none if this one was deleted, may be shown in its place.
