@@ -1,7 +1,7 @@
 """The settings of a family for a quick, normal or thorough training run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +83,7 @@ def read_recipes(text: str) -> dict[str, Recipe]:
 def _read_recipe(name: str, values: Any) -> Recipe:
     recipe = read_as(Recipe, values, f"recipe {name!r}")
     settings = known_settings(recipe.settings or {})
-    allowed = {item.name for title in _ITS_GROUPS for item in fields(GROUPS[title])} - {*_DERIVED}
+    allowed = {name for title in _ITS_GROUPS for name in GROUPS[title].__annotations__} - {*_DERIVED}
     if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
         raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: not allowed in a recipe")
     if recipe.views < 0 or (recipe.views and recipe.most < recipe.photos) or not 0 <= recipe.warmup <= 0.5:
