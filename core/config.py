@@ -347,18 +347,13 @@ class LikenessSettings(Settings):
     keep: Literal["best", "last"] = option(
         "best", "Which LoRA to write when likeness is measured: the best or the last"
     )
-    merge_best: int = option(0, "Also try the average of so many of the best intermediate LoRAs; 0: off", 0, 100)
     stop_early: bool = option(False, "Stop when likeness no longer rises, or when the class turns into the person")
 
     def _check(self) -> None:
         if not self.sample_every and (self.sample_prompts or self.thumbnail or self.hold_out):
             raise BadConfig("sample_prompts, thumbnail and hold_out require samples: set sample_every")
-        if not self.hold_out and (self.stop_early or self.merge_best):
-            raise BadConfig("stop_early and merge_best require likeness, and so held-out photos: set hold_out")
-        if self.merge_best and self.keep == "last":
-            raise BadConfig(
-                "merge_best uses the best intermediate LoRAs, but keep = 'last' the last one: set only one of them"
-            )
+        if not self.hold_out and self.stop_early:
+            raise BadConfig("stop_early requires likeness, and so held-out photos: set hold_out")
 
 
 @dataclass(frozen=True)

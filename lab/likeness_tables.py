@@ -181,7 +181,7 @@ def judged_by(judge: Judge, base: Base, config: TrainConfig) -> Callable[[LoraFi
 
 def read_record(path: Path) -> Record:
     values = json.loads(path.read_text(encoding="utf-8"))
-    points = (LikenessPoint(**point | {"scores": tuple(point["scores"]), "merged": ()}) for point in values["points"])
+    points = (LikenessPoint(**point | {"scores": tuple(point["scores"])}) for point in values["points"])
     judgements = (Judgement(**judgement) for judgement in values["judgements"])
     return Record(values["person"], values["prior"], tuple(points), tuple(judgements))
 

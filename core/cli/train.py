@@ -188,11 +188,10 @@ def format_likeness(measured: dict[str, Any]) -> str:
         "      step  likeness  of photos  copying  copy-paste  leakage  drift" + ("  judged  leakage" if judge else "")
     )
     for index, point in enumerate(measured["points"]):
-        name = "+".join(map(str, point["merged"])) or str(point["step"])
         judged = point.get("judged")
         share = f"{point['likeness'] / measured['photos']:.0%}" if measured["photos"] > 0 else "-"
         rows.append(
-            f"{name:>10}  {point['likeness']:8.2f}  {share:>9}  {point['copying']:7.2f}"
+            f"{point['step']:>10}  {point['likeness']:8.2f}  {share:>9}  {point['copying']:7.2f}"
             f"  {point.get('copy_paste', math.nan):10.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
             + (f"  {judged['likeness']:6.2f}  {judged['leakage']:7.2f}" if judged else "")
             + ("  <- kept" if index == measured["kept"] else "")

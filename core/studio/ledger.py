@@ -269,7 +269,6 @@ def _while_training(
         return 0.0, shown, 0
     of_person, of_class, of_nobody = pictures_per_measurement(config)
     measurements = math.ceil(config.steps / config.sample_every)  # Likeness is measured after the last step too.
-    measurements += bool(config.merge_best) and measurements > 1
     # The base model draws those of the class and of nobody once.
     pictures = measurements * of_person + (measurements + 1) * (of_class + of_nobody)
     # The sample with the usual prompt is one of the likeness pictures.

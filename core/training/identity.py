@@ -23,7 +23,7 @@ _NO_EFFECT = (
 )
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
 _HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
-_WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
+_WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "stop_early")
 # Every other setting affects the steps themselves.
 
 

@@ -116,7 +116,7 @@ class IntermediateLoras:
         return bool(not selection.why_not_to_choose(self._inputs.base) and selection.watch.enough(selection.points))
 
     def measure_last(self) -> None:
-        """Measure the candidates that exist only when the run ends: the last LoRA, and the average of the best ones."""
+        """Measure the last LoRA, if it hasn't been measured."""
         selection = self._selection
         if selection is None:
             return
@@ -124,9 +124,6 @@ class IntermediateLoras:
             self._look()  # it was stopped, and may keep this step: with samples of it
         elif not selection.has(self.run.step):
             self._measure(self._draw(selection.watch.shots, self.run.trained()), self.run.trained())
-        if self.config.merge_best and (average := selection.average(self.config.merge_best)):
-            steps, values = average
-            self._measure(self._draw(selection.watch.shots, values), values, merged=steps)
 
     def chosen(self) -> Trained:
         """Return the file of the intermediate LoRA to keep, with the likeness curve in its metadata.
@@ -136,13 +133,13 @@ class IntermediateLoras:
         run, selection = self.run, self._selection
         if selection is None:
             return self._file(run.trained(), run.step)
-        kept, values = next(point for point in reversed(selection.points) if not point.merged), run.trained()
+        kept, values = selection.points[-1], run.trained()
         if self.config.keep == "best":
             if reason := selection.why_not_to_choose(self._inputs.base):
                 self._callbacks.on_warning(f"likeness chose no step, so the last is kept: {reason}")
             else:
                 kept, values = selection.choose()
-        if self._callbacks.on_save and self.config.save_every and (kept.merged or kept.step < run.step):
+        if self._callbacks.on_save and self.config.save_every and kept.step < run.step:
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
         if self._callbacks.on_measured:
             for point, other in selection.others(kept):
@@ -191,12 +188,10 @@ class IntermediateLoras:
         images = self._drawing.draw(self._samples.draw, distinct, self._callbacks.on_warning, values)
         return dict(zip(distinct, images, strict=True))
 
-    def _measure(
-        self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
-    ) -> None:
+    def _measure(self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor]) -> None:
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
-        self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)
+        self._selection.add(self._selection.watch.measure(self.run.step, images), values)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -91,7 +91,7 @@ class TrainingJob:
             fitting(start, base)
         ready = ready_for(photos, base, config, held_out, faces, on_warning, drawn=drawn_photos)
         if config.hold_out and not held_out:
-            without = {} if ready.held_out else {"stop_early": False, "merge_best": 0}
+            without = {} if ready.held_out else {"stop_early": False}
             config = replace(config, hold_out=min(config.hold_out, len(ready.held_out)), **without)
         if config.face_crops is None:
             side = config.resolution or base.resolution

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -70,8 +69,6 @@ class LikenessPoint:
     """How much closer "a photo of CLASS", without the trigger word, is to the person than the base model's (in cosine)."""
     drift: float
     """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
-    merged: tuple[int, ...] = ()
-    """The steps of the intermediate LoRAs that were averaged. Empty for a single intermediate LoRA."""
     copy_paste: float = 0.0
     """MultiID-Bench's measure of copying (`faces.copy_paste`), averaged over pictures with a face; 1 is a copy."""
     judged: LikenessPoint | None = None
@@ -257,7 +254,7 @@ class LikenessWatch:
         of_class, self._base = images[: self._of_class], images[self._of_class :]
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
-    def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
+    def measure(self, step: int, images: Sequence[Image.Image]) -> LikenessPoint:
         """Measure an intermediate LoRA that drew these pictures of `shots`. Call `set_base_pictures` first."""
         first = len(images) - len(self.base_shots)
         second = first + self._of_class
@@ -277,9 +274,8 @@ class LikenessWatch:
             copying=float(np.mean(gap)),
             leakage=leaked - self._base_class,
             drift=float(np.mean([picture_change(a, b) for a, b in zip(self._base, neutral, strict=True)])),
-            merged=merged,
             copy_paste=float(np.mean(copied)),
-            judged=self.judge.measure(step, images, merged) if self.judge else None,
+            judged=self.judge.measure(step, images) if self.judge else None,
         )
 
     @property
@@ -354,16 +350,7 @@ class Selection:
 
     def has(self, step: int) -> bool:
         """Return whether the intermediate LoRA at that step was measured."""
-        return any(point.step == step and not point.merged for point in self.points)
-
-    def average(self, count: int) -> tuple[tuple[int, ...], dict[str, Tensor]] | None:
-        """Average the `count` most alike candidates (arXiv:1803.05407). Returns steps and means; None for fewer than two."""
-        chosen = self._ranked()[:count]
-        if len(chosen) < 2:
-            return None
-        parts = [self._values[index] for index in chosen]
-        mean = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
-        return tuple(sorted(self.points[index].step for index in chosen)), mean
+        return any(point.step == step for point in self.points)
 
     def choose(self) -> tuple[LikenessPoint, dict[str, Tensor]]:
         """Return the candidate that `LikenessWatch.choose` selects, and its adapter's values."""
@@ -371,9 +358,9 @@ class Selection:
         return point, next(values for index, values in self._values.items() if self.points[index] is point)
 
     def others(self, kept: LikenessPoint) -> list[tuple[LikenessPoint, dict[str, Tensor]]]:
-        """Return the single-step candidates except the kept one, each with its adapter's values."""
+        """Return the candidates except the kept one, each with its adapter's values."""
         candidates = ((self.points[index], values) for index, values in self._values.items())
-        return [(point, values) for point, values in candidates if point is not kept and not point.merged]
+        return [(point, values) for point, values in candidates if point is not kept]
 
     def metadata(self, kept: LikenessPoint, by_speed_lora: bool = False) -> dict[str, str]:
         """Describe the curve for the file's metadata in plain numbers, which don't reveal what the person looks like.
@@ -432,7 +419,7 @@ def _unpacked(values: Mapping[str, Any]) -> LikenessPoint:
 
 def _described(point: LikenessPoint) -> dict[str, Any]:
     """Return the point's numbers, rounded, without those of single pictures."""
-    names = ("step", "likeness", "copying", "copy_paste", "leakage", "drift", "merged")
+    names = ("step", "likeness", "copying", "copy_paste", "leakage", "drift")
     values = {name: getattr(point, name) for name in names}
     described = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
     return described | ({"judged": _described(point.judged)} if point.judged else {})

@@ -70,7 +70,7 @@ CPU = torch.device("cpu")
 FAST = Speed(1e12, dict.fromkeys(("encode", "train", "draw"), (0.25, 0.5)), copies=(1e12, 1e12))
 PLAIN = TrainConfig(steps=4, rank=2, batch_size=2, min_snr_gamma=0.0, check_photos=False, resolution=64)
 MEASURED: dict[str, Any] = {"sample_every": 2, "sample_steps": 3}
-LIKENESS: dict[str, Any] = {**MEASURED, "hold_out": 2, "likeness_pictures": 2, "merge_best": 2}
+LIKENESS: dict[str, Any] = {**MEASURED, "hold_out": 2, "likeness_pictures": 2}
 VARIED: dict[str, dict[str, Any]] = {
     "prior prediction": {"prior_prediction": 1.0},
     "recomputation": {"gradient_checkpointing": "on"},

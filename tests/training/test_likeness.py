@@ -222,16 +222,11 @@ def test_a_selection_of_checkpoints_survives_packing(watch):
         selection.add(replace(measured, judged=point(number, 0.9)), {"x": torch.full((2,), float(number))})
     kept, values = selection.choose()
     assert kept.step == 7 and values["x"].tolist() == [7.0, 7.0]
-    steps, mean = selection.average(2) or ((), {})
-    assert steps == (6, 7) and mean["x"].tolist() == [6.5, 6.5]
     tensors, points = selection.pack()
     assert {key.split(".")[1] for key in tensors} == {"4", "5", "6", "7"}
     again = Selection(watch)
     again.unpack(tensors | {"adapter.x": torch.zeros(1)}, json.loads(json.dumps(points)))
     assert again.points == selection.points and again.choose()[0] == selection.choose()[0]
-    single = Selection(watch)
-    single.add(point(1, 0.5), {"x": torch.zeros(2)})
-    assert single.average(3) is None
 
 
 def held_out(photos: list[Photo], count: int, network: FaceNetwork) -> tuple[list[Photo], list[Photo]]:
@@ -320,20 +315,12 @@ def test_a_model_that_draws_slowly_chooses_a_step_only_with_a_speed_lora(watch, 
 @pytest.mark.slow
 def test_the_last_checkpoint_is_kept_where_it_is_asked_for(train_on):
     # At this rate the first step spoils every picture, and the second one changes more besides.
-    config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, learning_rate=0.1, keep="last", merge_best=0)
+    config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, learning_rate=0.1, keep="last")
     last = train_on(config)
     curve = json.loads(last.metadata[LIKENESS_KEY])
     first, second = curve["points"]
     assert first["likeness"] == second["likeness"] == 0 and first["drift"] < second["drift"]
     assert last.metadata["ss_steps"] == "2" and curve["kept"] == 1
-
-
-@pytest.mark.slow
-def test_the_average_of_the_best_checkpoints_is_measured_after_them(train_on):
-    config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, merge_best=2)
-    average = train_on(config)
-    measured = json.loads(average.metadata[LIKENESS_KEY])["points"]
-    assert [point["merged"] for point in measured] == [[], [], [1, 2]]
 
 
 @pytest.fixture
@@ -583,7 +570,6 @@ def test_a_judge_that_would_judge_nothing_or_itself_is_refused(tmp_path, watch, 
     [
         ({"sample_every": 0}, "sample_every"),
         ({"hold_out": 0, "stop_early": True}, "hold_out"),
-        ({"keep": "last", "merge_best": 2}, "merge_best"),
         ({"likeness_pictures": 0}, "likeness_pictures"),
     ],
 )
