@@ -28,7 +28,6 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import prepare, read_photos
 from core.pictures.style_pack import Subject, find_style_packs, long_prompts, read_style_pack
-from core.pictures.style_picture import style_picture
 from core.storage import files, safetensors_file
 from core.studio import read_people
 from core.training.encode import encode
@@ -215,7 +214,7 @@ def style_pack(desk: Desk, draw: Random) -> None:
     prompts = pack.prompts(Subject("sks"), draw.choice(("sd15", "sdxl", "flux1")), 5, 1)
     assert len(prompts) == 5 and isinstance(long_prompts(prompts, len), list)
     style = draw.choice(pack.styles)
-    assert pack.picture(style) is None and style_picture(style)
+    assert pack.picture(style) is None and nodes_module("style_picture").style_picture(style)
 
 
 _TOML = (

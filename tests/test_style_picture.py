@@ -7,7 +7,10 @@ from xml.etree import ElementTree
 import pytest
 
 from core.pictures.style_pack import Style, Wording, find_style_packs
-from core.pictures.style_picture import HEAD_SIZES, HEIGHT, UNKNOWN, style_picture
+from tests.tooling import nodes_module
+
+MODULE = nodes_module("style_picture")
+HEAD_SIZES, HEIGHT, UNKNOWN, style_picture = MODULE.HEAD_SIZES, MODULE.HEIGHT, MODULE.UNKNOWN, MODULE.style_picture
 
 
 def style(prompt: str = "photo of {subject}", **fields) -> Style:
