@@ -28,12 +28,13 @@ from core.device import device_and_dtype, precision_name, processor
 from core.errors import BadConfig, BadFile, FaceLoraError
 from core.models.base import Base
 from core.models.families import FAMILIES
-from core.models.memory_plan import MemoryPlan, count_flops
+from core.models.memory_plan import MemoryPlan
 from core.storage.files import write_file
 from core.training.encode import LatentCache
 from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import predicted_memory
 from lab.bench_loops import ComfyLoop, Loop, OurLoop, PlainLoop
+from lab.flops import count_flops
 from lab.timing import peak_memory, seconds, synchronize
 from tests.operation_count import count_operations
 from tests.random_models import REAL_CHANNELS, SHAPES, random_base, random_cache

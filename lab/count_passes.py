@@ -21,7 +21,7 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.models.base import Base
 from core.models.families import FAMILIES
-from core.models.memory_plan import blocks_of, count_flops
+from core.models.memory_plan import blocks_of
 from core.models.opening import load_base
 from core.models.spec import Component, Conditioning
 from core.models.text import blank_caption
@@ -29,6 +29,7 @@ from core.photos.dataset import Size
 from core.pictures.sampling import guided_prediction
 from core.studio.passes import FILE, Row
 from core.training.memory_prediction import FakeMode
+from lab.flops import count_flops
 from tests.published_models import MODELS, cache_of, with_vae
 
 PARTS = ("denoiser", "vae")

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from core.models.families import FAMILIES
-from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, count_flops, drawing_plan, first_that_fits, plans_for
+from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits, plans_for
 from core.storage.files import write_text
 from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import StepPrediction
+from lab.flops import count_flops
 from tests.published_models import MODELS, STORED, Model, base_of, cache_of, config_of
 from tools.tables import replace_table, table, write_tables
 

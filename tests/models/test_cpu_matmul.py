@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.models import cpu_matmul
 from core.models.cpu_matmul import add_product, faster_products, linear, matmul
-from core.models.memory_plan import count_flops
+from lab.flops import count_flops
 
 SIZES = [(1, 320, 1280), (2, 128, 128), (3, 128, 32), (5, 64, 64), (77, 24, 8), (8, 77, 320)]
 """Rows, inputs and outputs. MKL's products of the first four depend on the place of a factor on AMD's processors."""

@@ -33,7 +33,6 @@ from core.models.memory_plan import (
     MemoryCount,
     MemoryPlan,
     MemorySaver,
-    count_flops,
     plans_for,
 )
 from core.models.quantised_layers import QuantisedConv2d, QuantisedLinear, quantise_weights, to_int8
@@ -50,6 +49,7 @@ from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import METHODS
 from core.training.samples import build_draw_shots
 from core.training.step import Run
+from lab.flops import count_flops
 from tests.random_models import random_base, random_cache
 from tests.tooling import (
     SMALL_FLOWS,

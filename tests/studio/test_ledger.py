@@ -24,7 +24,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import load_base
 from core.models.base import Base
-from core.models.memory_plan import PLANS, MemoryPlan, count_flops
+from core.models.memory_plan import PLANS, MemoryPlan
 from core.models.spec import Component
 from core.photos import Photo, prepare, read_photos
 from core.pictures import find_style_packs, with_speed_lora
@@ -57,6 +57,7 @@ from core.training.recipes import recipe_config
 from core.training.samples import make_class_images
 from core.training.step import Run
 from core.training.store import LoraFolders
+from lab.flops import count_flops
 from tests.published_models import with_vae
 from tests.tooling import (
     SMALL_FLOWS,
