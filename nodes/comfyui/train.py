@@ -324,8 +324,8 @@ def _make(
 def _keep(made: TrainedFile) -> None:
     """Give the LoRA a second name in the run's folder. If the first is deleted, the next run copies it from there."""
     kept = made.run.files.output
-    kept.unlink(missing_ok=True)
     with suppress(OSError):
+        kept.unlink(missing_ok=True)
         try:
             os.link(made.path, kept)
         except OSError:  # on another disk, or one without links
@@ -474,7 +474,7 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
 def add_routes() -> None:
     """Add two routes for the node's inputs and a base model, by its file's name in a loader.
 
-    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and why no LoRA can have its name.
+    - GET /facelora/recipe?name=NAME&base=FILE&photos=N&lora=NAME&steps=...: what the inputs set, and what is wrong with `lora`.
     - GET /facelora/forecast?base=FILE&photos=N&pictures=N&steps=...: the least and the most seconds that each recipe takes.
       It returns {} if that is unknown, and null while a prompt runs.
     """

@@ -76,9 +76,11 @@ OVERLAPS = """() => {
 
 
 UNDER_THE_BAR = """() => {
-    const bar = document.querySelector("[data-testid=queue-button]").getBoundingClientRect(), { scale, offset: [left, top] } = app.canvas.ds
-    return app.graph.nodes.filter(({ pos: [x, y], size: [width] }) =>
-        (y - 30 + top) * scale < bar.bottom && (x + left) * scale < bar.right && (x + width + left) * scale > bar.left).map(({ title }) => title)
+    const { bottom, left, right } = document.querySelector("[data-testid=queue-button]").getBoundingClientRect()
+    const { scale, offset } = app.canvas.ds, at = (x) => (x + offset[0]) * scale
+    const isUnder = ({ pos: [x, y], size: [width] }) =>
+        (y - 30 + offset[1]) * scale < bottom && at(x) < right && at(x + width) > left
+    return app.graph.nodes.filter(isUnder).map(({ title }) => title)
 }"""
 
 
@@ -402,11 +404,12 @@ def test_the_photo_check_and_the_options_are_in_chinese(page, site):
 
 
 def test_without_a_lora_templates_say_where_to_put_one(page):
-    label = """(values) => app.graph.nodes.flatMap(({ widgets = [] }) => widgets.filter(({ name }) => name === "lora_name").map((one) => {
+    label = """(values) => app.graph.nodes.flatMap((node) => node.widgets ?? []).flatMap((one) => {
+        if (one.name !== "lora_name") return []
         one.options.values = values ?? one.options.values.slice(0, 1)
         one.value = one.options.values[0]
         return one.options.getOptionLabel(one.value)
-    }))"""
+    })"""
     for name, count in (("6", 1), ("7", 2), ("Inspect", 1)):
         name = next(one for one in NAMES if one.startswith(name))
         page.open(workflow_file(name), name)
