@@ -581,4 +581,12 @@ def test_the_server_remembers_a_limited_number_of_headshots_and_training_runs(co
         assert [shot["score"] for shot in state["headshots"]] == [number / 20] and state["ended"]
         assert len(app.people.of("default", ())) == number + 1 and key.endswith(f"{number}")
     kept = {name: len(value) for name, value in vars(app).items() if isinstance(value, dict)}
-    assert kept == {"saved": 0, "outputs": 0, "_trained": 3, "_headshots": 5, "_ranked": 0, "_pages": 0}
+    assert kept == {
+        "saved": 0,
+        "likenesses": 0,
+        "outputs": 0,
+        "_trained": 3,
+        "_headshots": 5,
+        "_ranked": 0,
+        "_pages": 0,
+    }
