@@ -355,7 +355,7 @@ def test_the_app_tells_what_is_wrong_with_a_name_as_it_is_typed_and_why_a_run_fa
     failure.filter(has_text="unknown setting 'nonsense'").wait_for()
 
 
-def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
+def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site, browser):
     app = workflow_file(NAMES[0])
     labels = labels_of(app)
     site.post("/settings/Comfy.Locale", "zh")
@@ -369,10 +369,10 @@ def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
         assert labels_of(page.saved()) == labels_of(app), "a shared file has no Chinese labels"
     finally:
         site.post("/settings/Comfy.Locale", "en")
-    page.reload()
-    page.clear()
-    page.open(json.loads(json.dumps(app).replace('"How many headshots"', '"形象照数量"')), "of an older version")
-    page.page.get_by_text("How many headshots").wait_for()
+    other = ComfyPage(browser, site)
+    other.open(json.loads(json.dumps(app).replace('"How many headshots"', '"形象照数量"')), "of an older version")
+    other.page.get_by_text("How many headshots").wait_for()
+    other.close()
 
 
 def labels_of(graph: dict[str, Any]) -> list[str]:
