@@ -14,7 +14,9 @@ app.registerExtension({
   setup() {
     api.addEventListener("execution_error", ({ detail: { node_id, node_type, exception_message } }) => {
       const summary = titleOf(node_id, node_type), detail = exception_message.trim()
-      if (node_type !== "FaceLoRATrain") tell(`${summary}: ${detail}`) // whose panel has it in its state
+      const [id, ...inner] = String(node_id).split(":"), node = app.rootGraph.getNodeById(id)
+      const isHere = node && (inner.length || node.type === node_type) // and not in another tab
+      if (isHere && node_type !== "FaceLoRATrain") tell(`${summary}: ${detail}`) // whose panel has it in its state
       if (node_type?.startsWith("FaceLoRA")) app.extensionManager.toast.add({ severity: "error", summary, detail, life: 15000 })
     })
     const queue = api.queuePrompt

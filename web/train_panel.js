@@ -30,6 +30,7 @@ const TAKES = { trains: "Takes {} on this machine", redraws: "Takes {} on this m
 const states = new Map()
 const panels = new Set()
 document.addEventListener(BASE_CHOSEN, () => panels.forEach((panel) => (baseOf(panel.node) === panel.base ? panel.explain() : panel.changed())))
+document.addEventListener(FAILURE, ({ detail }) => panels.forEach((panel) => (panel.failure.textContent = detail)))
 document.addEventListener(INPUTS_CHANGED, ({ detail }) => panels.forEach((panel) => panel.node === detail && panel.changed()))
 
 /** The prompts of ended training runs that are no longer shown, because the node's inputs have changed since. */
@@ -139,7 +140,6 @@ class Panel {
     this.lacks = make("div", "facelora-line facelora-warning")
     this.warning = make("div", "facelora-warning")
     this.failure = make("div", "facelora-refused")
-    document.addEventListener(FAILURE, ({ detail }) => (this.failure.textContent = detail))
     this.missing = make("div", "facelora-warning")
     this.ends = make("div", "facelora-row", this.progress, this.time, make("div", "facelora-ends", this.keep, this.cancel))
     this.root = make("div", "facelora-panel",
@@ -213,7 +213,7 @@ class Panel {
     this.lack()
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
     const { error, wrong_name, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
-    if (asked === this.asked) this.lack(wrong_name)
+    if (asked === this.asked) this.lack(wrong_name ?? "")
     if (this.state || asked !== this.asked) return
     if (error) this.status.textContent = error
     clearTimeout(this.soon)
@@ -231,9 +231,10 @@ class Panel {
   }
 
   /** Shows what the next training run lacks, and what is wrong with its name or with the LoRA of the last one. */
-  lack(wrong_name) {
+  lack(wrong = this.wrong) {
+    this.wrong = wrong
     const lacks = lacking(this.node), needed = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
-    this.lacks.textContent = [this.lost ? lostText(this.lost) : "", wrong_name, needed].filter(Boolean).join("\n")
+    this.lacks.textContent = [this.lost ? lostText(this.lost) : "", wrong, needed].filter(Boolean).join("\n")
   }
 
   /** Shows how long the next training run and its headshots take on this machine. */

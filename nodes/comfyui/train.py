@@ -324,8 +324,8 @@ def _make(
 def _keep(made: TrainedFile) -> None:
     """Give the LoRA a second name in the run's folder. If the first is deleted, the next run copies it from there."""
     kept = made.run.files.output
-    kept.unlink(missing_ok=True)
     with suppress(OSError):
+        kept.unlink(missing_ok=True)
         try:
             os.link(made.path, kept)
         except OSError:  # on another disk, or one without links

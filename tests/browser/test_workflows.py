@@ -76,9 +76,11 @@ OVERLAPS = """() => {
 
 
 UNDER_THE_BAR = """() => {
-    const bar = document.querySelector("[data-testid=queue-button]").getBoundingClientRect(), { scale, offset: [left, top] } = app.canvas.ds
-    return app.graph.nodes.filter(({ pos: [x, y], size: [width] }) =>
-        (y - 30 + top) * scale < bar.bottom && (x + left) * scale < bar.right && (x + width + left) * scale > bar.left).map(({ title }) => title)
+    const { bottom, left, right } = document.querySelector("[data-testid=queue-button]").getBoundingClientRect()
+    const { scale, offset } = app.canvas.ds, at = (x) => (x + offset[0]) * scale
+    const isUnder = ({ pos: [x, y], size: [width] }) =>
+        (y - 30 + offset[1]) * scale < bottom && at(x) < right && at(x + width) > left
+    return app.graph.nodes.filter(isUnder).map(({ title }) => title)
 }"""
 
 
@@ -353,7 +355,7 @@ def test_the_app_tells_what_is_wrong_with_a_name_as_it_is_typed_and_why_a_run_fa
     failure.filter(has_text="unknown setting 'nonsense'").wait_for()
 
 
-def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
+def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site, browser):
     app = workflow_file(NAMES[0])
     labels = labels_of(app)
     site.post("/settings/Comfy.Locale", "zh")
@@ -367,10 +369,10 @@ def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site):
         assert labels_of(page.saved()) == labels_of(app), "a shared file has no Chinese labels"
     finally:
         site.post("/settings/Comfy.Locale", "en")
-    page.reload()
-    page.clear()
-    page.open(json.loads(json.dumps(app).replace('"How many headshots"', '"形象照数量"')), "of an older version")
-    page.page.get_by_text("How many headshots").wait_for()
+    other = ComfyPage(browser, site)
+    other.open(json.loads(json.dumps(app).replace('"How many headshots"', '"形象照数量"')), "of an older version")
+    other.page.get_by_text("How many headshots").wait_for()
+    other.close()
 
 
 def labels_of(graph: dict[str, Any]) -> list[str]:
@@ -402,11 +404,12 @@ def test_the_photo_check_and_the_options_are_in_chinese(page, site):
 
 
 def test_without_a_lora_templates_say_where_to_put_one(page):
-    label = """(values) => app.graph.nodes.flatMap(({ widgets = [] }) => widgets.filter(({ name }) => name === "lora_name").map((one) => {
+    label = """(values) => app.graph.nodes.flatMap((node) => node.widgets ?? []).flatMap((one) => {
+        if (one.name !== "lora_name") return []
         one.options.values = values ?? one.options.values.slice(0, 1)
         one.value = one.options.values[0]
         return one.options.getOptionLabel(one.value)
-    }))"""
+    })"""
     for name, count in (("6", 1), ("7", 2), ("Inspect", 1)):
         name = next(one for one in NAMES if one.startswith(name))
         page.open(workflow_file(name), name)

@@ -78,7 +78,8 @@ def _add_run_routes(server: PromptServer) -> None:
         user = user_of(request)
         app().open_page(request.query.get("client"), user)
         states = app().runs.of(user)
-        lost = [app().people.lost(user, state.get("person", "")) for state in states]
+        keys = [state.get("person", "") for state in states]
+        lost = await asyncio.to_thread(lambda: [app().people.lost(user, key) for key in keys])
         return web.json_response([state | {"lost": one} for state, one in zip(states, lost, strict=True)])
 
     @server.routes.get("/facelora/waiting")
