@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from core.config import TrainConfig
-from core.faces import embed_images, load_faces
+from core.faces import embed_images, embed_one_by_one, load_faces
 from core.models.clip import load_tokenizer
 from core.models.objective import NoiseSchedule
 from tools.pretrain_demo_base import LATENT_SCALE, build_text_encoder, standardise_latents
@@ -65,12 +66,15 @@ def write_latents(work: Path, variant: str) -> None:
     """Encode COPIES jittered copies of every picture that the base may see, as moments in fp16; goes on where it stopped."""
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not (row["kept_out"] or row["only_vae"])]
-    described = [{**row, **describe(crops[i], row["words"], row["share"])} for i, row in enumerate(rows)]
-    sex_by_face(described, np.load(work / "faces.npy"))
     folder = work / "latents" / variant
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({**described[i], "row": i}) + "\n" for i in seen)
-    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+    if not (work / "captions.jsonl").exists():
+        described = [{**rows[i], **describe(crops[i], rows[i]["words"], rows[i]["share"])} for i in seen]
+        vectors = embed_one_by_one(load_faces(), (Image.fromarray(crops[i]) for i in seen))
+        np.save(work / "faces.npy", np.nan_to_num(vectors))
+        sex_by_face(described, np.nan_to_num(vectors))
+        lines = "".join(json.dumps(row) + "\n" for row in described)
+        (work / "captions.jsonl").write_text(lines, encoding="utf-8")
     vae, size = load_vae(work, variant), VARIANTS[variant][0]
     torch.save(vae.state_dict(), folder / "vae.pt")
     for copy in range(COPIES):
@@ -90,7 +94,7 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
     """Train UNet and text encoder together on the noise-prediction loss; photographic pictures are a share of `photos`."""
     torch.manual_seed(1)
     folder = work / "latents" / variant
-    known = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    known = [json.loads(line) for line in (work / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     moments = [
         np.load(folder / f"{copy}.npy", mmap_mode="r") for copy in range(COPIES) if (folder / f"{copy}.npy").exists()
     ]
@@ -130,8 +134,7 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
         picture(torch.cat(rows, dim=1)).save(run.file.with_name(f"sheet{step:06}.png"))
         faces = load_faces()
         found = embed_images(faces, [picture(value) for value in drawn])
-        trained = np.load(work / "faces.npy")[[row["row"] for row in known]]
-        nearest = (np.nan_to_num(found) @ trained.T).max(axis=1)[~np.isnan(found).any(axis=1)]
+        nearest = (np.nan_to_num(found) @ np.load(work / "faces.npy").T).max(axis=1)[~np.isnan(found).any(axis=1)]
         print(f"step {step}: {len(nearest)} faces in 16, cosine to the nearest trained on {np.sort(nearest).round(2)}")
 
     run.run(loss, minutes, steps, every, report)
