@@ -105,12 +105,11 @@ def prepare(mirrors: Path, output: Path, sources: list[str]) -> None:
                 crops.append(np.asarray(crop))
                 if len(rows) % 500 == 0:
                     print(source, len(rows), dropped, flush=True)
-    np.save(output / "crops.npy", np.stack(crops))
+    whole = np.stack(crops)
+    np.save(output / "crops.npy", whole)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (output / "crops.jsonl").write_text(lines, encoding="utf-8")
-    print(
-        f"{len(rows)} pictures, sha256 {hashlib.sha256(np.stack(crops).tobytes()).hexdigest()[:16]}, dropped {dropped}"
-    )
+    print(f"{len(rows)} pictures, sha256 {hashlib.sha256(whole.tobytes()).hexdigest()}, dropped {dropped}")
 
 
 def _usable_face(network: FaceNetwork, image: Image.Image) -> tuple[Face | None, str]:
@@ -121,17 +120,17 @@ def _usable_face(network: FaceNetwork, image: Image.Image) -> tuple[Face | None,
     if len(faces) != 1:
         return None, f"{min(len(faces), 2)} faces"
     factor = image.width / small.width
-    face = Face(tuple(side * factor for side in faces[0].box), faces[0].landmarks * factor, faces[0].score)
-    left, top, right, bottom = face.box
+    left, top, right, bottom = (side * factor for side in faces[0].box)
+    face = Face((left, top, right, bottom), faces[0].landmarks * factor, faces[0].score)
     if face.score < 0.8 or left < 0 or top < 0 or right > image.width or bottom > image.height + 8 * factor:
         return None, "face unclear or cut"
     width, height = right - left, bottom - top
-    centre = (left + 0.2 * width, top + 0.2 * height, right - 0.2 * width, bottom - 0.15 * height)
-    y, cb, cr = (np.asarray(image.convert("YCbCr").crop([round(side) for side in centre]), float).reshape(-1, 3)).T
+    centre = image.crop((left + 0.2 * width, top + 0.2 * height, right - 0.2 * width, bottom - 0.15 * height))
+    y, cb, cr = np.median(np.asarray(centre.convert("YCbCr")).reshape(-1, 3), axis=0)
     # Where skin is in YCbCr: grey pictures have no chroma, and orcs, aliens and neon light another one.
-    if not 6 <= np.median(cr) - 128 <= 42 or not -48 <= np.median(cb) - 128 <= -3:
+    if not 6 <= cr - 128 <= 42 or not -48 <= cb - 128 <= -3:
         return None, "colour"
-    return (face, "") if 45 <= np.median(y) <= 215 else (None, "light")
+    return (face, "") if 45 <= y <= 215 else (None, "light")
 
 
 def _cut(image: Image.Image, face: Face, widths: float) -> tuple[Image.Image, float]:

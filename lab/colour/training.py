@@ -49,16 +49,15 @@ class Training:
     def run(
         self, loss: Callable[[], Tensor], minutes: float, steps: int, every: float, report: Callable[[], None]
     ) -> None:
-        """Train until `steps`, for at most so many minutes of a processor; report and save every so many, and when stopped.
+        """Train to `steps`, or to so many minutes of a processor in all; report and save every so many, and at the end.
 
-        The rate rises for 200 steps, stays, and falls over the last quarter of `steps`.
+        The rate rises for 200 steps, stays, and falls over the last quarter of `steps`. A signal also ends it.
         """
         stopped: list[int] = []
         for kind in (signal.SIGTERM, signal.SIGINT):
             signal.signal(kind, lambda number, _: stopped.append(number))
-        start, last, running = time.process_time(), self.seconds, 0.0
-        before = self.seconds
-        while self.step < steps and not stopped and self.seconds - before < 60 * minutes:
+        first, before, last, running = self.step, self.seconds - time.process_time(), self.seconds, 0.0
+        while self.step < steps and not stopped and self.seconds < 60 * minutes:
             rate = self.rate * min(1.0, (self.step + 1) / 200, max(0.02, 4 * (1 - self.step / steps)))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -72,7 +71,7 @@ class Training:
                 list(self.average.values()), [value.detach() for value in self.weights.values()], 1 - decay
             )
             self.step += 1
-            self.seconds = before + time.process_time() - start
+            self.seconds = before + time.process_time()
             running = value.item() if not running else 0.98 * running + 0.02 * value.item()
             if self.step % 50 == 0:
                 print(f"{self.step} loss {running:.4f} rate {rate:.1e} {self.seconds / 60:.1f} min", flush=True)
@@ -80,8 +79,9 @@ class Training:
                 self.save()
                 report()
                 last = self.seconds
-        self.save()
-        report()
+        if self.step > first:
+            self.save()
+            report()
 
 
 def load_average(file: Path, modules: dict[str, nn.Module]) -> int:

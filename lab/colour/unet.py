@@ -20,7 +20,7 @@ from .captions import caption, describe, sex_by_face
 from .training import Training, draw_rows, jitter, load_average, plain
 from .vae import VARIANTS, build_vae, picture, read_crops, weights_of
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128, 192)
 BATCH = 16
 COPIES = 8
 """Jittered latents of each picture."""
@@ -58,7 +58,9 @@ def load_vae(work: Path, variant: str) -> Any:
     load_average(work / "vae" / variant / "state.pt", {"vae": vae})
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not (row["kept_out"] or row["only_vae"])]
-    return standardise_latents(vae, plain(torch.from_numpy(crops[seen[:: len(seen) // 96]]), VARIANTS[variant][0]))
+    return standardise_latents(
+        vae, plain(torch.from_numpy(crops[seen[:: max(1, len(seen) // 96)]]), VARIANTS[variant][0])
+    )
 
 
 @torch.no_grad()
