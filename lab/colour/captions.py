@@ -23,7 +23,7 @@ SMILE = frozenset(
 
 
 def describe(crop: np.ndarray, words: list[str], share: float) -> dict[str, object]:
-    """What is known of a cut picture, of which a share of the width is face: word by word, nothing where it is unclear."""
+    """What a cut picture shows, word by word, and nothing where it is unclear. `share` is the face's share of its width."""
     pixels = crop.astype(np.float32)
     height, width = pixels.shape[:2]
     has, known = set(words), {}
