@@ -112,7 +112,7 @@ def sex_by_face(rows: list[dict], vectors: np.ndarray) -> None:
             row["who"] = "woman" if score > 0 else "man"
 
 
-def caption(known: dict, draw: random.Random, mirrored: bool = False) -> str:
+def caption(known: dict, draw: random.Random) -> str:
     """A caption as a user would write it: some of what is known, in changing order; sometimes nothing at all."""
     if draw.random() < 0.1:
         return ""

@@ -53,14 +53,17 @@ def build_unet() -> Any:
 
 
 def load_vae(work: Path, variant: str) -> Any:
-    """The variant's running averages, with latents of unit deviation on the first pictures that were trained on."""
-    vae = build_vae(variant).eval()
+    """The VAE of the latents: its averages when the first were written, with unit deviation on pictures trained on."""
+    vae, file = build_vae(variant).eval(), work / "latents" / variant / "vae.pt"
+    if file.exists():
+        vae.load_state_dict(torch.load(file, weights_only=True))
+        return vae
     load_average(work / "vae" / variant / "state.pt", {"vae": vae})
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not (row["kept_out"] or row["only_vae"])]
-    return standardise_latents(
-        vae, plain(torch.from_numpy(crops[seen[:: max(1, len(seen) // 96)]]), VARIANTS[variant][0])
-    )
+    pixels = plain(torch.from_numpy(crops[seen[:: max(1, len(seen) // 96)]]), VARIANTS[variant][0])
+    torch.save(standardise_latents(vae, pixels).state_dict(), file)
+    return vae
 
 
 @torch.no_grad()
@@ -78,7 +81,6 @@ def write_latents(work: Path, variant: str) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in described)
         (work / "captions.jsonl").write_text(lines, encoding="utf-8")
     vae, size = load_vae(work, variant), VARIANTS[variant][0]
-    torch.save(vae.state_dict(), folder / "vae.pt")
     for copy in range(COPIES):
         if (file := folder / f"{copy}.npy").exists():
             continue
@@ -97,12 +99,14 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
     torch.manual_seed(1)
     folder = work / "latents" / variant
     known = [json.loads(line) for line in (work / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    moments = [
-        np.load(folder / f"{copy}.npy", mmap_mode="r") for copy in range(COPIES) if (folder / f"{copy}.npy").exists()
-    ]
+    moments = [np.load(folder / f"{copy}.npy", mmap_mode="r") for copy in range(COPIES)]
     weights, tokenizer, process = weights_of(known, photos), load_tokenizer(), NoiseSchedule.scaled_linear()
     modules = {"unet": build_unet(), "text": build_text_encoder()}
-    torch.save(modules["text"].get_input_embeddings().weight.detach(), folder / "words.pt")
+    words = modules["text"].get_input_embeddings().weight
+    if not (folder / "words.pt").exists():
+        torch.save(words.detach(), folder / "words.pt")
+    with torch.no_grad():  # Random, but another version of torch would draw others.
+        words.copy_(torch.load(folder / "words.pt", weights_only=True))
     print(f"unet {sum(value.numel() for value in modules['unet'].parameters()) / 1e6:.2f} M parameters")
     run = Training(work / "unet" / variant / "state.pt", modules, rate=1e-3, decay=0.9995)
 
@@ -113,8 +117,8 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
         latents = (mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=run.random)) * LATENT_SCALE
         noise = torch.randn(latents.shape, generator=run.random)
         times = torch.randint(1000, (BATCH,), generator=run.random)
-        draw = random.Random(int(torch.randint(1 << 30, (), generator=run.random)))
-        captions = [caption(known[i], draw) for i in index]
+        words_of = random.Random(int(torch.randint(1 << 30, (), generator=run.random)))
+        captions = [caption(known[i], words_of) for i in index]
         tokens = tokenizer(
             captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids  # fmt: skip
@@ -129,7 +133,7 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
     def report() -> None:
         averages = {"unet": build_unet(), "text": build_text_encoder()}
         with torch.no_grad():
-            averages["text"].get_input_embeddings().weight.copy_(modules["text"].get_input_embeddings().weight)
+            averages["text"].get_input_embeddings().weight.copy_(words)
         step = load_average(run.file, averages)
         drawn = draw(averages, work, variant, PROMPTS)
         rows = [torch.cat(list(part), dim=2) for part in drawn.split(8)]
@@ -145,8 +149,7 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
 @torch.no_grad()
 def draw(modules: dict[str, nn.Module], work: Path, variant: str, prompts: tuple[str, ...]) -> Tensor:
     """Pictures of the prompts by DDIM with guidance, each from a noise of its own that never changes."""
-    vae = build_vae(variant).eval()
-    vae.load_state_dict(torch.load(work / "latents" / variant / "vae.pt", weights_only=True))
+    vae = load_vae(work, variant)
     (width, height), times_smaller = VARIANTS[variant][0], 2 ** (len(VARIANTS[variant][1]) - 1)
     tokens = load_tokenizer()(
         [*prompts, *[""] * len(prompts)], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
