@@ -138,7 +138,7 @@ def measure(vae: Any, crops: np.ndarray, rows: list[dict[str, Any]], size: tuple
             "sface": round(float(cosines.mean()), 3), "lowest tenth": round(float(np.quantile(cosines, 0.1)), 3),
             "psnr": round(float(psnr), 2), "pictures": len(cosines),
         }  # fmt: skip
-        shown += [torch.cat(list(torch.cat([pixels[:10], drawn[:10]], dim=2)), dim=2)]
+        shown += [torch.cat(list(torch.cat([pixels[::5], drawn[::5]], dim=2)), dim=2)]
     return figures, picture(torch.cat(shown, dim=1))
 
 
