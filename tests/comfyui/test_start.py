@@ -114,11 +114,17 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
         assert "train" not in found.cached and training_state(second)["phase"] == "done"
         assert file.stat().st_mtime_ns == written, "it was not trained again"
 
-        prompt = second.queue(long)
-        wait_for(lambda: training_state(second).get("step", 0) > step, "the training to go on")
+        prompt, steps = second.queue(long), [0]
+
+        def goes_on() -> bool:
+            state = training_state(second)
+            steps.append(state["step"] if state["phase"] == "training" else 0)
+            return steps[-1] > step
+
+        wait_for(goes_on, "the training to go on")
+        assert min(filter(None, steps)) >= step, "it went on where it was"
         state = training_state(second)
-        assert state["learning_rates"][0][0] >= step, "it went on where it was"
-        assert state["history"][0][0] < step, "the curve is that of the whole run"
+        assert all(state[curve][0][0] < step for curve in ("history", "learning_rates")), "curves of the whole run"
         stop(second)
         kept = second.wait(prompt)
         assert kept.status == "success", kept.error
