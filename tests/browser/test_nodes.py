@@ -140,7 +140,9 @@ def test_dropped_photos_are_checked_before_a_run_and_all_is_there_after_f5(page,
     (tmp_path / "mine" / "garbage.jpg").write_bytes(b"no picture")
     page.drop(PHOTOS, [*files, tmp_path / "mine" / "garbage.jpg"])
     page.wait_for("() => document.querySelector('.facelora-headline').textContent.startsWith('6 of 6 usable')")
-    assert page.page.locator(".facelora-refused:not(:empty)").inner_text() == "✕ garbage.jpg: this picture cannot be read"
+    assert (
+        page.page.locator(".facelora-refused:not(:empty)").inner_text() == "✕ garbage.jpg: this picture cannot be read"
+    )
     assert page.widgets(PHOTOS)["pictures"].startswith("photos/Gerda/photo 01.png\n")
     for resolution, usable in ((1024, 0), (64, 6)):  # they are checked again for another resolution
         page.set_widgets({TRAIN: {"resolution": resolution}})
