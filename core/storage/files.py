@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -178,7 +179,12 @@ def read_json(path: Path) -> Any:
 
 def fill_page(path: Path, parts: Mapping[str, str]) -> str:
     """Return the HTML of a file of this package, with the part of that name for each `<!--NAME-->`."""
-    return re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], path.read_text("utf-8"))
+    return re.sub(r"<!--(\w+)-->", lambda mark: parts[mark[1]], _read_page(path))
+
+
+@cache
+def _read_page(path: Path) -> str:
+    return path.read_text("utf-8")
 
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
