@@ -139,12 +139,12 @@ def test_the_example_script_goes_from_photos_to_headshots_with_their_likeness(se
     graph["saved"] = node("FaceLoRASaveHeadshots", images=["ranked", 0], **prefix)
     (tmp_path / "app.json").write_text(json.dumps(graph), encoding="utf-8")
     script = Path(__file__).parents[2] / "docs" / "examples" / "headshots_over_http.py"
-    command = [sys.executable, script, server.url, "app.json", "ida", *photos]
+    command = [sys.executable, script, server.url, "app.json", "ottokar", *photos]
     said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    line = re.search(r"ida_00001_.png: likeness (\S+), drawn with ida.safetensors", said)
+    line = re.search(r"ottokar_00001_.png: likeness (\S+), drawn with ottokar.safetensors", said)
     assert line and -1 <= float(line[1]) <= 1, said
-    with Image.open(tmp_path / "ida_00001_.png") as image:
-        assert json.loads(image.info["facelora"]) == {"lora_name": "ida.safetensors", "likeness": float(line[1])}
+    with Image.open(tmp_path / "ottokar_00001_.png") as image:
+        assert json.loads(image.info["facelora"]) == {"lora_name": "ottokar.safetensors", "likeness": float(line[1])}
 
 
 def test_photos_that_a_waiting_run_needs_are_not_deleted(server, tmp_path):
