@@ -5,11 +5,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..device import deterministic_if, released_memory, usable_device
+from ..errors import FaceLoraError
 from ..lora import MOVEMENT_KEY, LoraFile, doubt_of_movement, format_movement, movement_of
+from ..models.base import Base
 from ..photos import Photo, face_regions, with_masks
 from ..progress import LOADING, READING, SAMPLES
 from .callbacks import NO_CALLBACKS, Callbacks
@@ -60,7 +63,7 @@ def run_job(
             extra_metadata={"ss_output_name": files.output.stem} if files else None,
             callbacks=files.written_by(callbacks, config) if files else callbacks,
         )  # fmt: skip
-    if isinstance(lora, LoraFile) and (movement := movement_of(lora, base)):
+    if isinstance(lora, LoraFile) and (movement := _movement(lora, base, callbacks)):
         metadata = {MOVEMENT_KEY: json.dumps(movement)} | dict(metadata or {})
         if base.is_large and (doubt := doubt_of_movement(movement)):
             callbacks.on_warning(f"the LoRA moves {format_movement(movement)}. That is {doubt}")
@@ -70,6 +73,14 @@ def run_job(
         files.write(lora, job)
         lora = replace(lora, name=str(files.output))
     return lora
+
+
+def _movement(lora: LoraFile, base: Base, callbacks: Callbacks) -> dict[str, Any] | None:
+    try:
+        return movement_of(lora, base)
+    except (FaceLoraError, OSError) as problem:  # The base model's file may be gone. The LoRA must not be lost with it.
+        callbacks.on_warning(f"how far the LoRA moves the weights is not known: {problem}")
+        return None
 
 
 def _prepared(

@@ -9,11 +9,11 @@ import torch
 
 from core.cli import main
 from core.config import TrainConfig
-from core.errors import LoraMisfit
+from core.errors import BadFile, LoraMisfit
 from core.lora import MOVEMENT_KEY, LoraFile, LoraModule, doubt_of_movement, format_movement, movement_of
 from core.models import load_base
 from core.models.families import FAMILIES
-from core.training import train
+from core.training import Callbacks, train
 from tests.tooling import write_photos
 
 PATHS = [f"mid_block.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
@@ -26,7 +26,7 @@ def base():
 
 @pytest.fixture
 def lora(base):
-    """Three layers, of which each moves farther than the one before."""
+    """A LoRA of three layers. Each moves farther than the previous one."""
     shapes, modules = base.module_shapes(), {}
     for number, path in enumerate(PATHS, start=1):
         outputs, inputs = shapes["denoiser", path]
@@ -74,3 +74,14 @@ def test_a_trained_lora_and_the_command_tell_its_movement(base, tmp_path, capsys
     words = ["train", str(photos), "--base", "demo", "--output", str(output), "--restart"]
     assert main([*words, "--recipe", "none", "--steps", "1", "--rank", "2"]) == 0
     assert "it moves 0." in capsys.readouterr().out
+
+
+def test_a_base_model_that_is_gone_at_the_end_does_not_cost_the_lora(base, tmp_path, monkeypatch):
+    def gone(*_):
+        raise BadFile("demo.safetensors: the file is gone")
+
+    monkeypatch.setattr("core.training.run_job.movement_of", gone)
+    photos, output, told = write_photos(tmp_path / "photos", count=2), tmp_path / "me.safetensors", []
+    callbacks = Callbacks(on_warning=told.append)
+    train(photos, base, TrainConfig(steps=1, rank=2), output=output, callbacks=callbacks)
+    assert LoraFile.read(output).entries and "how far the LoRA moves the weights is not known: demo" in told[-1]
