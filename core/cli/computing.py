@@ -39,17 +39,20 @@ def show_work(
 ) -> None:
     """Print the work of a job part by part, and how long each part takes, from the least to the most.
 
-    With the settings and the number of photos of one person, also print how often a photo is seen, and the travel.
+    With the settings of one person and the number of photos to train on, also print how often a photo is seen. For a LoRA whose
+    rate is set, print the travel too.
     """
-    from ..training.recipes import travel
-
-    goes = {}
+    goes, lines = {}, []
     if config and photos:
-        views = config.steps * config.batch_size * config.accumulation / photos
-        goes = {"views": round(views, 1), "travel": round(travel(config), 4)}
+        from ..training.methods import METHODS
+        from ..training.recipes import travel
+
+        goes = {"views": round(config.steps * config.batch_size * config.accumulation / photos, 1)}
+        lines = [f"Each photo is seen {goes['views']:.0f} times."]
+        if not config.finds_rate and METHODS[config.method].makes == "lora":
+            goes["travel"] = round(travel(config), 4)
+            lines[0] += f" Travel, alpha / rank times the sum of the learning rates: {travel(config):.3f}"
     if not as_json:
-        line = "Each photo is seen {views:.0f} times. Travel, alpha / rank times the sum of the learning rates: {travel:.3f}"
-        lines = [line.format(**goes)] if goes else []
         print(*_table(ledger, seconds), *lines, "Nothing was trained or drawn.", sep="\n")
         return
     described = {

@@ -101,7 +101,7 @@ def run(options: HeadshotsOptions) -> int:
         for line in (*unread_in_pack(order.pack, base), *speed_hint(drawn_on or order.on(base), seconds)):
             progress.warning(line)
         if options.dry_run and counted:
-            show_work(counted[0], seconds, options.json, order.config, len(ready.photos))
+            show_work(counted[0], seconds, options.json, order.config, len(ready.to_train_on))
             return 0
         watch.enter("encode")
         with stop:

@@ -140,7 +140,7 @@ def _show_work(options: TrainOptions, job: "training.TrainingJob") -> None:
     shared = studio.basis(used, job.base, job.config, device, job.adapter)
     ledger = shared.ledger(used, job.config, class_photos=len(job.class_photos))
     seconds = ledger.seconds(studio.speed_of(job.base, device, job.config.precision))
-    show_work(ledger, seconds, options.json, job.config, len(used))
+    show_work(ledger, seconds, options.json, job.config, len(job.ready.to_train_on))
 
 
 def drawn_from(folder: Path | None, progress: Progress, strict: bool = False) -> "Sequence[photos.Photo]":
