@@ -129,8 +129,9 @@ def is_repeat(a: PhotoReport, b: PhotoReport, limits: Thresholds) -> bool:
     """Return whether two pictures are nearly the same."""
     if a.hash is None or b.hash is None or a.vector is None or b.vector is None:
         return False
-    alike = float(likeness(a.vector[None], b.vector[None])[0, 0])
-    return hash_distance(a.hash, b.hash) <= limits.similar_picture and alike >= limits.same_picture_likeness
+    if hash_distance(a.hash, b.hash) > limits.similar_picture:  # first, since it takes far less time
+        return False
+    return float(likeness(a.vector[None], b.vector[None])[0, 0]) >= limits.same_picture_likeness
 
 
 def _most_varied(found: Sequence[Candidate], real: Sequence[PhotoReport], count: int) -> list[Candidate]:

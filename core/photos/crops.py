@@ -19,8 +19,8 @@ MASK_SIDE = 1024
 """The long side of a drawn mask, in pixels: finer than any latent."""
 SMALL_FACE, CROPPED_UP_TO = 1 / 3, 768
 """The height of the median face, as a share of the photo's, and the training resolution: below both, close-ups are added."""
-FEW_LATENTS = 24
-"""The height of a face in latents below which it is hardly learned: 192 pixels in most families. An estimate."""
+FEW_PIXELS = 192
+"""The height of a face, in pixels, below which it is hardly learned: 24 latents of most families. An estimate."""
 
 
 def face_regions(
@@ -68,18 +68,14 @@ def suggests_crops(photos: Sequence[PhotoReport], resolution: int) -> bool:
     return any(item.face and len(_boxes(item, item.face, resolution)) > 1 for item in photos)
 
 
-def about_small_faces(photos: Sequence[PhotoReport], resolution: int, latent: int = 8) -> str:
-    """Return a sentence if training at a resolution adds close-ups, or if faces are too small for it; else "".
-
-    `latent` is the side of a latent in pixels, which most families share.
-    """
-    height, then = _height(photos), ""
-    latents = round(height * resolution / latent)
+def about_small_faces(photos: Sequence[PhotoReport], resolution: int) -> str:
+    """Return a sentence if training at a resolution adds close-ups, or if faces are too small for it; else ""."""
+    height, then = _height(photos) * resolution, ""
     if suggests_crops(photos, resolution):
         then = "training adds close-ups of it (face_crops = false leaves them out)"
-    elif height < SMALL_FACE and latents < FEW_LATENTS:
-        then = f"{FEW_LATENTS} are better. Add close-ups, or raise the resolution"
-    return then and f"in most photos the face is only {latents} latents high at {resolution} px: {then}"
+    elif height < min(SMALL_FACE * resolution, FEW_PIXELS):
+        then = f"{FEW_PIXELS} px are better. Add close-ups, or raise the resolution"
+    return then and f"in most photos the face is only {height:.0f} px high when trained at {resolution} px: {then}"
 
 
 def _height(photos: Sequence[PhotoReport]) -> float:

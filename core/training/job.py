@@ -96,7 +96,7 @@ class TrainingJob:
         if config.face_crops is None:
             side = config.resolution or base.resolution
             config = replace(config, face_crops=suggests_crops(ready.training, side))
-            if about := about_small_faces(ready.training, side, base.latent_shape.pixels):
+            if about := about_small_faces(ready.training, side):
                 on_warning(about)
         return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
 

@@ -232,13 +232,15 @@ def test_the_check_tells_how_large_faces_are_in_training(photos, tmp_path, capsy
     for photo in read_photos(photos):
         far_away(photo).image().save(far / photo.name)
     main(["check", str(far), "--resolution", "512"])
-    assert (
-        "In most photos the face is only 16 latents high at 512 px: training adds close-ups" in capsys.readouterr().out
+    assert re.search(
+        r"face is only 1[23]\d px high when trained at 512 px: training adds close-ups", capsys.readouterr().out
     )
     main(["check", str(far), "--resolution", "784"])
-    assert re.search(r"only 2\d latents high at 784 px: 24 are better. Add close-ups", capsys.readouterr().out)
+    assert re.search(
+        r"only 1[6-9]\d px high when trained at 784 px: 192 px are better. Add close-ups", capsys.readouterr().out
+    )
     main(["check", str(far), "--resolution", "1024"])
-    assert "latents" not in capsys.readouterr().out
+    assert "px high" not in capsys.readouterr().out
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
