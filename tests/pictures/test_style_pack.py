@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from core.pictures.style_pack import (
     FAMILY_DEFAULTS,
     PACKAGE_FOLDER,
     PLACEHOLDER,
+    Style,
     Subject,
     Wording,
     find_style_packs,
@@ -182,6 +183,14 @@ PATH_TRICKS = [
     "https://example.org/a.jpg",
     "",
 ]
+
+
+def test_the_published_schema_has_the_defaults_of_a_style():
+    stated = {
+        name: kind["default"] for name, kind in SCHEMA["$defs"]["style"]["properties"].items() if "default" in kind
+    }
+    assert "strength" in stated
+    assert stated == {item.name: item.default for item in fields(Style) if item.name in stated}
 
 
 def test_our_own_checks_and_the_published_schema_agree(tmp_path):
