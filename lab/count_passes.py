@@ -95,7 +95,7 @@ def count_prediction(base: Base, size: Size, text: Conditioning) -> dict[str, fl
     target = base.family.denoiser_targets[TrainConfig().targets]
     layers, before, lora, adapted, kept = 0.0, 0.0, 0.0, 0.0, 0.0
     last = math.nan
-    """The operations of the last layer in the current block, which nothing computes again; NaN outside blocks."""
+    """The operations of the current block's last layer, if nothing computes it again; NaN outside blocks."""
 
     def add(path: str, layer: Any, _: Any, output: Tensor) -> None:
         nonlocal layers, before, lora, adapted, kept, last
@@ -108,8 +108,8 @@ def count_prediction(base: Base, size: Size, text: Conditioning) -> dict[str, fl
         layers += operations
         if math.isnan(last):
             kept += operations
-        else:
-            last = operations
+        else:  # A LoRA's own products come after those of its layer, and need what comes before them.
+            last = 0.0 if re.fullmatch(target, path) else operations
 
     def enter(*_: Any) -> None:
         nonlocal last
@@ -117,7 +117,8 @@ def count_prediction(base: Base, size: Size, text: Conditioning) -> dict[str, fl
 
     def leave(*_: Any) -> None:
         nonlocal kept, last
-        kept, last = kept + last, math.nan
+        # Blocks before the first adapted layer have no gradients, so nothing in them is computed again.
+        kept, last = kept + last if adapted else layers, math.nan
 
     for block in blocks_of(denoiser):
         block.register_forward_pre_hook(enter)
