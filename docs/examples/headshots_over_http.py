@@ -69,7 +69,8 @@ def main() -> None:
         if "likeness" not in output:
             continue
         for image, likeness, lora in zip(output["images"], output["likeness"], output["lora_name"], strict=True):
-            Path(image["filename"]).write_bytes(ask(f"{server}/view?{urllib.parse.urlencode(image)}"))
+            with Path(image["filename"]).open("xb") as file:  # an error if there is a file of that name
+                file.write(ask(f"{server}/view?{urllib.parse.urlencode(image)}"))
             print(f"{image['filename']}: likeness {likeness}, drawn with {lora}")
 
 
