@@ -1,7 +1,7 @@
 """ComfyUI's real frontend in headless chromium: workflows opened, prompts made and queued as a user's page does it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ def running_browser() -> Iterator[Browser]:
             browser.close()
 
 
-def drop_files(page: Page, x: float, y: float, files: list[Path]) -> None:
-    """Drags files from the desktop to a place on the page, and lets them go."""
+def drop_files(page: Page, place: Callable[[], tuple[float, float]], files: list[Path]) -> None:
+    """Drags files from the desktop to a place on the page, and lets them go. The hand follows a place that moves."""
     session = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
     for event in ("dragEnter", "dragOver", "dragOver", "drop"):
+        x, y = place()
         session.send("Input.dispatchDragEvent", {"type": event, "x": x, "y": y, "data": data})
         page.wait_for_timeout(150)
 
@@ -185,15 +186,12 @@ class ComfyPage:
 
     def drop(self, node_type: str, files: list[Path]) -> None:
         """Drags files from the desktop onto the title of a node, and lets them go."""
-        x, y = self.run(
-            """(type) => {
-                const node = window.app.graph.nodes.find((node) => node.type === type)
-                const { scale, offset } = window.app.canvas.ds
-                return [(node.pos[0] + node.size[0] / 2 + offset[0]) * scale, (node.pos[1] + 15 + offset[1]) * scale]
-            }""",
-            node_type,
-        )
-        drop_files(self._page, x, y, files)
+        title = """(type) => {
+            const node = window.app.graph.nodes.find((node) => node.type === type)
+            const { scale, offset } = window.app.canvas.ds
+            return [(node.pos[0] + node.size[0] / 2 + offset[0]) * scale, (node.pos[1] + 15 + offset[1]) * scale]
+        }"""
+        drop_files(self._page, lambda: self.run(title, node_type), files)
 
     def queue(self) -> str:
         """The id of the prompt that the frontend has queued."""

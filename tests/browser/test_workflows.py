@@ -194,10 +194,13 @@ class Hands:
         field.press("Enter")
 
     def drop(self, what: Locator, files: list[Path]) -> None:
+        def beside() -> tuple[float, float]:
+            box = what.bounding_box()
+            assert box
+            return box["x"] + box["width"] + 20, box["y"] + 5
+
         self.actions += 1
-        box = what.bounding_box()
-        assert box
-        drop_files(self.page, box["x"] + box["width"] + 20, box["y"] + 5, files)
+        drop_files(self.page, beside, files)
 
     def find_template(self) -> Locator:
         """The card of the first template, which is the first of them, from an empty ComfyUI."""
