@@ -1,8 +1,10 @@
 """How long operations report to their caller: functions that they call, and may raise from to cancel."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+Item = TypeVar("Item")
 OnProgress = Callable[[int, int], None]
 """A function that is called with (steps done, total steps)."""
 OnPhase = Callable[[str, int, int], None]
@@ -27,6 +29,13 @@ def steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
     """Return a function to call after each step, which reports how many of the `total` steps are done."""
     done = itertools.count(1)
     return lambda: on_progress(next(done), total)
+
+
+def counting(items: Sequence[Item], on_progress: OnProgress) -> Iterator[Item]:
+    """Yield the items, and report after each one how many the caller is done with."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        on_progress(done, len(items))
 
 
 def percent(on_progress: OnProgress, total: int) -> Callable[[], None]:

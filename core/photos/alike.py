@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import BadPhoto, counted
 from ..faces import FaceNetwork, Reference, likeness
+from ..progress import OnProgress, counting, silent
 from .measure import LIKENESS_LIMITS, Thresholds, hash_distance
 from .reading import Photo
 from .report import REJECT, PhotoReport, SetReport, check_photos
@@ -45,6 +46,7 @@ def choose_alike(
     count: int = 0,
     thresholds: Thresholds | None = None,
     required: bool = True,
+    on_progress: OnProgress = silent,
 ) -> list[Candidate]:
     """Compare pictures with real photos of a person, and choose those of the person. Returns a Candidate for each, in order.
 
@@ -53,18 +55,20 @@ def choose_alike(
     photo, or a picture that is more alike.
 
     With `count`, only so many are chosen: the next is always the one that differs most from the photos and from those chosen
-    before, in view, framing, light and background.
+    before, in view, framing, light and background. `on_progress(done, total)` is called after each photo and
+    picture that a network has looked at: first for the photos, then for the pictures, then for the second network. It may raise to
+    cancel.
 
     Raises BadPhoto if the photos don't tell who is meant, or, if it is `required`, that no picture can be chosen.
     """
     thresholds = thresholds or Thresholds.for_reference(network.name)
-    real = check_real(photos, network)
+    real = check_real(photos, network, on_progress)
     vectors = np.stack([item.vector for item in real.usable if item.vector is not None])
-    report = check_photos(pictures, network, thresholds, like=vectors)
+    report = check_photos(pictures, network, thresholds, vectors, on_progress)
     judged: list[float | None] = [None] * len(pictures)
     if second:
         person = Reference.on((item.photo.image(shorter_side=640) for item in real.usable), second)
-        judged = person.likeness(photo.image(shorter_side=640) for photo in pictures)
+        judged = person.likeness(photo.image(shorter_side=640) for photo in counting(pictures, on_progress))
     lowest = LIKENESS_LIMITS.get(second.name, LIKENESS_LIMITS["sface"])[0] if second else -1.0
     found = [
         Candidate(item, score, *_against(item, score, thresholds, lowest))
@@ -76,9 +80,9 @@ def choose_alike(
     return _most_varied(found, real.usable, count) if count else found
 
 
-def check_real(photos: Sequence[Photo], network: FaceNetwork) -> SetReport:
+def check_real(photos: Sequence[Photo], network: FaceNetwork, on_progress: OnProgress = silent) -> SetReport:
     """Return the report on real photos to compare pictures with. Raises BadPhoto if they don't tell who is meant."""
-    report = check_photos(photos, network, Thresholds.for_reference(network.name))
+    report = check_photos(photos, network, Thresholds.for_reference(network.name), on_progress=on_progress)
     if not report.enough:
         raise BadPhoto(f"the photos to compare with: {report.headline}")
     return report

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import counted
 from ..faces import Face, FaceNetwork, likeness, mean_face
+from ..progress import OnProgress, counting, silent
 from . import measure
 from .dataset import MAX_ASPECT
 from .measure import TURNS, MeasuredPhoto, Thresholds, measure_photo
@@ -179,18 +180,19 @@ def check_photos(
     network: FaceNetwork | None,
     thresholds: Thresholds | None = None,
     like: np.ndarray | None = None,
+    on_progress: OnProgress = silent,
 ) -> SetReport:
     """Check a set of photos, and return a report with a PhotoReport for each, in order. Photos are not changed or deleted.
 
     The photos themselves determine who "the person" is. The face most like a face in every other photo is the most typical
     one, and the face most like it in each photo is the person's. With `like`, identity vectors (N, D) of the person on other
     photos, their mean face takes its place. Without a network (None), only copies and pictures that are too small or too dark
-    are found.
+    are found. `on_progress(photos, total)` is called after each photo, and may raise to cancel.
     """
     thresholds = thresholds or Thresholds()
     if network is None:
-        return _without_faces(photos, thresholds)
-    measured = [measure_photo(photo, network, thresholds) for photo in photos]
+        return _without_faces(photos, thresholds, on_progress)
+    measured = [measure_photo(photo, network, thresholds) for photo in counting(photos, on_progress)]
     chosen = _recognise(measured, None if like is None else mean_face(like))
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # Without a majority for one person, nobody can tell who doesn't belong.
@@ -219,10 +221,10 @@ def unseen(photos: Sequence[Photo], thresholds: Thresholds) -> SetReport:
     return SetReport(tuple(PhotoReport(photo, (), 0, None) for photo in photos), thresholds, None, 0, 0, ())
 
 
-def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
+def _without_faces(photos: Sequence[Photo], limits: Thresholds, on_progress: OnProgress) -> SetReport:
     first: dict[str, str] = {}
     reports = []
-    for photo in photos:
+    for photo in counting(photos, on_progress):
         findings = []
         if math.prod(photo.size) ** 0.5 < limits.face_pixels_reject:
             sentence = f"the picture is too small for a face of {limits.face_pixels_reject:.0f} pixels"

@@ -8,6 +8,7 @@ from ...core.errors import counted
 from ...core.faces import load_faces, second_network
 from ...core.photos import Candidate, Photo, check_real, choose_alike
 from ...core.pictures.sheet import contact_sheet
+from .app.prompts import moving_bar
 from .convert import FacePhotos, image_tensor, photos_of, pictures
 from .folders import says_no_server_paths
 from .save import preview
@@ -66,7 +67,7 @@ class ChooseAlike(io.ComfyNode):
     def check_lazy_status(cls, images=None, photos=(), **_) -> list[str]:
         """Check the photos before the pictures are drawn, which takes minutes."""
         if images is None or images[0] is None:
-            check_real(photos_of(photos), load_faces())
+            check_real(photos_of(photos), load_faces(), moving_bar())
         return ["images"]
 
     @classmethod
@@ -76,7 +77,9 @@ class ChooseAlike(io.ComfyNode):
         drawn = [Photo.from_image(image, f"picture {number}") for number, image in enumerate(given, start=1)]
         network = load_faces()
         second = second_network(network)
-        candidates = choose_alike(drawn, photos_of(photos), network, second, count=count[0], required=required[0])
+        candidates = choose_alike(
+            drawn, photos_of(photos), network, second, count=count[0], required=required[0], on_progress=moving_bar()
+        )
         chosen, others = ([one for one in candidates if bool(one.reason) == left] for left in (False, True))
         by = f"{network.name} and {second.name}" if second else network.name
         title = f"{counted(len(chosen), 'picture')} of {len(candidates)} chosen by {by}"

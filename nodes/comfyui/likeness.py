@@ -10,6 +10,8 @@ from ...core.errors import BadPhoto, MissingPackage
 from ...core.faces import Reference
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.pictures.sheet import contact_sheet
+from ...core.progress import counting
+from .app.prompts import moving_bar
 from .app.state import app
 from .convert import FacePhotos, image_tensor, photos_of, picture_key, pictures
 from .folders import says_no_server_paths
@@ -76,9 +78,8 @@ class LikenessScore(io.ComfyNode):
     def execute(cls, images, reference, required=(True,), labels=()) -> io.NodeOutput:
         judged, title = [image for batch in images for image in pictures(batch)], "likeness"
         try:
-            likenesses = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(
-                judged
-            )
+            person = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)])
+            likenesses = person.likeness(counting(judged, moving_bar()))
         except (MissingPackage, BadPhoto) as problem:
             if required[0]:
                 raise

@@ -11,7 +11,7 @@ from ...core.errors import BadPhoto, counted
 from ...core.photos import format_report
 from .app.dropped import folders_for
 from .app.photos import DEFAULT_RESOLUTION, NO_FOLDER, USES, chosen_files, read_checked
-from .app.prompts import running_prompt, running_use
+from .app.prompts import moving_bar, running_prompt, running_use
 from .app.users import asking_user
 from .convert import FacePhotos, image_tensor, resolution_of
 from .folders import says_no_server_paths, without_server_paths
@@ -107,7 +107,13 @@ class LoadFacePhotos(io.ComfyNode):
         use = running_use(USES)
         resolution = resolution_of(model) if model else DEFAULT_RESOLUTION
         checked = read_checked(
-            folder, pictures, running_prompt().user, resolution if check else None, use, strict=strict
+            folder,
+            pictures,
+            running_prompt().user,
+            resolution if check else None,
+            use,
+            strict=strict,
+            on_progress=moving_bar(),
         )
         if checked.report and checked.report.network and not any(item.faces for item in checked.report.photos):
             raise BadPhoto(

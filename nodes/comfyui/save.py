@@ -13,6 +13,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from ...core.errors import BadConfig
 from ...core.storage.drawn import save_png
 from .app.people import digest_of
 from .app.state import app
@@ -58,6 +59,10 @@ class SaveHeadshots(io.ComfyNode):
         texts = {} if args.disable_metadata else {name: json.dumps(value) for name, value in graph.items()}
         prefix = filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors"))
         place, size = folder_paths.get_output_directory(), (images.shape[2], images.shape[1])
+        if (
+            not Path(place, prefix).resolve().is_relative_to(Path(place).resolve())
+        ):  # ComfyUI's message has server paths
+            raise BadConfig(f"filename_prefix = {filename_prefix!r}: must not lead out of ComfyUI's output folder")
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, place, *size)
         saved, likenesses = [], []
         for number, image in enumerate(pictures(images)):

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false
 
 from collections.abc import Iterable
+from functools import partial
 
 from invokeai.invocation_api import (
     BaseInvocation,
@@ -112,7 +113,9 @@ class PhotoReportInvocation(PhotosInvocation, WithBoard):
         photos, names = self.read_photos(context, progress), self.image_names(context)
         resolution = base_of(context, self.model).resolution if self.model else 1024
         network = faces_if_installed(progress.warning)
-        report = check_photos(photos, network, Thresholds.for_resolution(resolution))
+        report = check_photos(
+            photos, network, Thresholds.for_resolution(resolution), on_progress=partial(progress.phase, "photos")
+        )
         if network and not any(item.faces for item in report.photos):
             raise BadPhoto(
                 f"none of the {counted(len(photos), 'photo')} shows a face. Add photos in which the face is visible"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from io import BytesIO
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
@@ -504,6 +505,37 @@ def test_no_headshot_is_saved_over_another(server, prefix):
     results = [server.result({"picture": one, "saved": saved}) for one in colours]
     first, second = (result.outputs["saved"]["images"][0]["filename"] for result in results)
     assert first != second
+
+
+def test_a_prefix_that_leads_out_of_the_output_folder_is_refused_without_a_path_of_the_server(server):
+    picture = node("EmptyImage", width=64, height=64, batch_size=1, color=0)
+    saved = node("FaceLoRASaveHeadshots", images=["picture", 0], filename_prefix="../outside/anna")
+    error = server.error({"picture": picture, "saved": saved})
+    assert error.strip().endswith("filename_prefix = '../outside/anna': must not lead out of ComfyUI's output folder")
+    assert str(server.folder) not in error
+
+
+@pytest.mark.parametrize("of", ["photos", "alike", "ranked"])
+def test_a_check_of_many_pictures_can_be_cancelled(server, of):
+    folder, many = server.folder / "input" / "cancelled", server.folder / "input" / "many"
+    write_photos(folder, count=2, person=38, scale=2)
+    many.mkdir(exist_ok=True)
+    for number in range(250):
+        Image.new("RGB", (700, 700), (number, 0, 0)).save(many / f"{of}{number}.png")
+    graph = {
+        "photos": load_photos("cancelled" if of != "photos" else "many"),
+        "pictures": node("EmptyImage", width=700, height=700, batch_size=250, color=0),
+        "alike": node("FaceLoRAChooseAlike", images=["pictures", 0], photos=["photos", 0], count=2),
+        "ranked": node("FaceLoRALikeness", images=["pictures", 0], reference=["photos", 0]),
+    }
+    graph["photos"]["inputs"]["check"] = of == "photos"
+    wanted = ("photos",) if of == "photos" else ("photos", "pictures", of)
+    prompt_id = server.queue({name: graph[name] for name in wanted})
+    while not server.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(2)
+    server.post("/interrupt", {})
+    assert server.wait(prompt_id).status == "interrupted"
 
 
 def test_a_single_photo_of_several_people_is_refused_before_training_and_before_pictures_of_them_are_drawn(server):

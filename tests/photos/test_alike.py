@@ -103,7 +103,8 @@ def test_of_more_pictures_than_wanted_those_that_differ_most_are_chosen(network,
             self.usable = self.photos = reports[kind]
 
     monkeypatch.setattr(
-        "core.photos.alike.check_photos", lambda *_, like=None: Answer("real" if like is None else "drawn")
+        "core.photos.alike.check_photos",
+        lambda _photos, _network, _limits=None, like=None, *_, **__: Answer("real" if like is None else "drawn"),
     )
     found = choose_alike([item.photo for item in pictures], REAL, network, count=2)
     assert [one.report.photo.name for one in found if not one.reason] == ["bb", "dddd"]

@@ -15,6 +15,7 @@ from ....core.faces import faces_if_installed
 from ....core.photos import Photo, SetReport, Thresholds, check_photos, read_photo_files, read_photos
 from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
 from ....core.photos.report import CROP, REJECT, REVIEW, USE
+from ....core.progress import OnProgress, silent
 from ....core.storage.files import write_text
 from ..folders import without_server_paths
 from .dropped import NAMES, input_folder, is_hidden, own_name, path_of
@@ -70,10 +71,18 @@ class CheckedPhotos:
 
 
 def read_checked(
-    folder: str, pictures: str, user: str | None, resolution: int | None, use: str = PHOTOS, *, strict: bool = False
+    folder: str,
+    pictures: str,
+    user: str | None,
+    resolution: int | None,
+    use: str = PHOTOS,
+    *,
+    strict: bool = False,
+    on_progress: OnProgress = silent,
 ) -> CheckedPhotos:
     """Read the photos of a folder and the added ones, and check them for their use: to be trained on at the resolution, or to
-    compare pictures with. Class images aren't checked, and nothing is if the resolution is None.
+    compare pictures with. Class images aren't checked, and nothing is if the resolution is None. `on_progress(photos, total)`
+    is called after each checked photo, and may raise to cancel.
 
     Raises BadPhoto without any photos, and with `strict` for a photo that cannot be read.
     """
@@ -86,7 +95,7 @@ def read_checked(
         return CheckedPhotos(photos, unread, notes, None)
     network = faces_if_installed(notes.append)
     limits = Thresholds.for_reference() if use == REFERENCE else Thresholds.for_resolution(resolution)
-    return CheckedPhotos(photos, unread, notes, check_photos(photos, network, limits))
+    return CheckedPhotos(photos, unread, notes, check_photos(photos, network, limits, on_progress=on_progress))
 
 
 def _read_chosen(
