@@ -18,11 +18,6 @@ from tests.face_samples import NUMBERS, PEOPLE, orl
 from tests.tooling import save_mean_colour
 
 
-@pytest.fixture(scope="module")
-def network():
-    return load_faces()
-
-
 def group_photo():
     """Four people side by side."""
     canvas = Image.new("RGB", (4 * 92, 112))

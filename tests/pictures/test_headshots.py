@@ -43,11 +43,6 @@ from tests.tooling import (
 )
 
 
-@pytest.fixture(scope="module")
-def base():
-    return load_base(BASE_FILE)
-
-
 def jobs(count: int) -> list[PictureJob]:
     return [PictureJob("a photo of person", seed, size=(64, 80), steps=1, guidance=1.0) for seed in range(count)]
 

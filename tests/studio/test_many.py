@@ -10,12 +10,10 @@ import pytest
 from PIL import Image
 
 from core.cli import main
-from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
 from core.lora.names import AGREED, SUBJECT_KEY
-from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.storage.drawn import save_png
@@ -26,11 +24,6 @@ from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
 
 QUICK = {"rank": 2, "steps": 3, "batch_size": 1, "warmup_steps": 0, "prior_prediction": 0.0, "state_interval": 0.0}
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return load_base(BASE_FILE)
 
 
 @pytest.fixture

@@ -90,11 +90,6 @@ def no_runs():
 
 
 @pytest.fixture(scope="module")
-def base(small_sd15) -> Base:
-    return load_base(small_sd15)
-
-
-@pytest.fixture(scope="module")
 def photos(photo_folder) -> list[Photo]:
     """Four of one person."""
     return read_photos(photo_folder)
