@@ -122,21 +122,6 @@ def test_drawn_pictures_in_a_persons_folder_are_trained_on_and_are_nobodys_photo
     assert "move it into that person's folder" in with_problem["drawn"] and not with_problem["anna"]
 
 
-@pytest.mark.slow
-def test_interrupted_it_goes_on_in_the_middle_of_a_person(tmp_path, base, terms, people, monkeypatch):
-    steps: list[int] = []
-
-    def stop(report) -> None:
-        steps.append(report.step)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(make_people(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
-    ended = list(make_people(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
-    assert steps == [1, 2, 3, 1, 2, 3] and [result.status for result in ended] == ["found", "made"]
-
-
 def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path, base, terms, people, capsys):
     output = tmp_path / "out"
     (output / "mine").mkdir(parents=True)
