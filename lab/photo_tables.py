@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from core.faces import Face, FaceNetwork, embed_images, load_faces
-from tests.face_figures import find_intruders, try_real_photos, verification
+from lab.face_figures import find_intruders, try_real_photos, verification
 from tests.face_samples import NUMBERS, PEOPLE, orl
 from tools.tables import table, write_tables
 

@@ -15,7 +15,7 @@ from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
 from core.photos.dataset import prepare
 from core.photos.report import framing
-from tests.face_figures import (
+from lab.face_figures import (
     find_intruders,
     try_real_photos,
 )
