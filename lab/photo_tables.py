@@ -4,16 +4,46 @@ With `--face-network` another network is measured on the same photos, and nothin
 """
 
 import argparse
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from core.faces import embed_images, load_faces
-from tests.face_figures import Remembering, find_intruders, try_real_photos, verification
+from core.faces import Face, FaceNetwork, embed_images, load_faces
+from lab.face_figures import find_intruders, try_real_photos, verification
 from tests.face_samples import NUMBERS, PEOPLE, orl
 from tools.tables import table, write_tables
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "photos.md"
+
+
+class Remembering:
+    """A face network that answers at once about a picture that it has seen before."""
+
+    def __init__(self, network: FaceNetwork) -> None:
+        self.name = network.name
+        self._network = network
+        self._faces: dict[bytes, list[Face]] = {}
+        self._vectors: dict[tuple[bytes, bytes], np.ndarray] = {}
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        key = _key(image)
+        if key not in self._faces:
+            self._faces[key] = self._network.detect(image)
+        return self._faces[key]
+
+    def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
+        keys = [(_key(image), face.landmarks.tobytes()) for image, face in zip(images, faces, strict=True)]
+        for key, image, face in zip(keys, images, faces, strict=True):
+            if key not in self._vectors:
+                self._vectors[key] = self._network.embed([image], [face])[0]
+        return np.stack([self._vectors[key] for key in keys]) if keys else self._network.embed([], [])
+
+
+def _key(image: Image.Image) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
 
 
 def main() -> None:

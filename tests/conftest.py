@@ -17,6 +17,7 @@ from PIL import Image
 from core import faces
 from core.demo import BASE_FILE
 from core.faces import OnnxFaces, YuNet
+from core.models import Base, load_base
 from tests.comfyui.flow_files import write_flow_models
 from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
 from tests.tooling import (
@@ -145,6 +146,24 @@ def small_sd15(tmp_path_factory) -> Path:
 def small_sdxl(tmp_path_factory) -> Path:
     """The same with SDXL's structure: 3 levels, two text encoders."""
     return write_checkpoint(tmp_path_factory.mktemp("sdxl") / "small_xl.safetensors", SMALL_SDXL, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def bases(small_sd15, small_sdxl) -> dict[str, Base]:
+    """Both of them, opened."""
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    """The demo's base model, which draws faces."""
+    return load_base(BASE_FILE)
+
+
+@pytest.fixture(scope="module")
+def network() -> faces.FaceNetwork:
+    """YuNet and SFace."""
+    return faces.load_faces()
 
 
 @pytest.fixture(scope="session")

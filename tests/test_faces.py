@@ -13,14 +13,9 @@ from PIL import Image
 from core.errors import BadConfig, BadFile, MissingPackage
 from core.faces import TEMPLATE, Face, _weights_folder, align, embed_images, likeness, load_faces, similarity_transform
 from core.photos.measure import LIKENESS_LIMITS
-from tests.face_figures import verification
+from lab.face_figures import verification
 from tests.face_samples import NUMBERS, PEOPLE, orl
 from tests.tooling import save_mean_colour
-
-
-@pytest.fixture(scope="module")
-def network():
-    return load_faces()
 
 
 def group_photo():

@@ -15,7 +15,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import get_args
 
 import pytest
@@ -31,13 +30,8 @@ ROOT = Path(__file__).parent.parent
 LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
 HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbytes", "prodigyopt")
 COMFYUI = ("invokeai", "comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
-PACKAGES = (
-    "core",
-    *(
-        f"core.{room}"
-        for room in ("lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
-    ),
-)
+ROOMS = ("lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
+PACKAGES = ("core", *(f"core.{room}" for room in ROOMS))
 """Those that load a name when it is asked for."""
 SAID = "loaded: "
 
@@ -86,25 +80,20 @@ def printed(code: str, *arguments: object, folder: Path = ROOT, **environment: s
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def loaded() -> list[set[str]]:
-    """What the commands of LoRA files load, then what a script loads; in one process, which torch keeps busy for a while."""
-    return modules_after_each(
-        "from core import lora; lora.convert_lora, lora.verify_lora, lora.edit_metadata, lora.write_sidecars",
-        "import core; assert callable(core.train) and callable(core.lora.LoraFile.read)",
-    )
-
-
 def test_importing_core_loads_no_heavy_library_and_changes_no_variable():
     modules = modules_after("import os; before = dict(os.environ); import core; assert dict(os.environ) == before")
     assert "core" in modules
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
-def test_names_exported_by_core_load_lazily_and_without_heavy_libraries(loaded):
-    *_, modules = loaded
-    assert "torch" in modules
-    assert not modules & {*HEAVY, *COMFYUI}
+def test_names_load_what_they_need_and_no_heavy_library():
+    """In one process, which torch keeps busy for a while."""
+    of_files, of_scripts = modules_after_each(
+        "from core import lora; lora.convert_lora, lora.verify_lora, lora.edit_metadata, lora.write_sidecars",
+        "import core; assert callable(core.train) and callable(core.lora.LoraFile.read)",
+    )
+    assert "core.lora.convert" in of_files and not [name for name in of_files if name.startswith("core.training")]
+    assert {"torch", "core.training"} <= of_scripts and not of_scripts & {*HEAVY, *COMFYUI}
 
 
 def test_the_header_of_a_lora_is_inspected_without_any_library(tmp_path):
@@ -140,12 +129,6 @@ def test_the_arguments_offer_all_recipes_and_precisions():
     assert set(get_args(SavePrecision)) == {*PRECISIONS}
 
 
-def test_the_commands_of_lora_files_load_nothing_of_the_training(loaded):
-    modules, after_training = loaded
-    assert "core.lora.convert" in modules and not [name for name in modules if name.startswith("core.training")]
-    assert "core.training" in after_training
-
-
 def test_the_version_is_the_one_of_the_project_file(capsys):
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     assert f'\nversion = "{core.__version__}"\n' in project
@@ -174,14 +157,8 @@ def test_a_package_hands_out_each_name_that_editors_know_of_it(package):
     for name, place in known.items():
         home = import_module(f".{place or name}", package)
         assert getattr(module, name) is (getattr(home, name) if place else home)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_no_name_that_a_package_hands_out_hides_behind_a_submodule(package):
-    module = import_module(package)
     submodules = {found.name for found in iter_modules(module.__path__)}
-    handed_out = {name for name in module.__all__ if not isinstance(getattr(module, name), ModuleType)}
-    assert not handed_out & submodules
+    assert not submodules & {name for name, place in known.items() if place}, "a submodule would hide the name"
 
 
 def test_the_root_exports_cores_names_and_nodes_of_the_new_kind(tmp_path):

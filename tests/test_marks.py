@@ -9,9 +9,7 @@ from PIL import Image
 
 from core.cli import main
 from core.config import TrainConfig
-from core.demo import BASE_FILE
 from core.lora import LoraFile, edit_metadata, write_sidecars
-from core.models.opening import load_base
 from core.photos import read_photos
 from core.pictures.generate import Picture, PictureJob
 from core.pictures.headshot import FaceOutcome
@@ -39,11 +37,6 @@ TRAINING = TrainConfig(
     sample_guidance=1.0,
     thumbnail=True,
 )
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base(BASE_FILE)
 
 
 @pytest.fixture

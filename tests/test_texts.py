@@ -9,7 +9,7 @@ from PIL import Image
 from core.config import TrainConfig
 from core.errors import BadConfig, BadPhoto, BadStylePack, FaceLoraError
 from core.lora.metadata import personal_part
-from core.photos import Photo, read_photos
+from core.photos import Photo
 from core.pictures import PictureJob, Subject, find_style_packs
 from core.studio import Order
 from tests.tooling import write_quick_pack
@@ -33,15 +33,6 @@ LONG = "a" * 4001
 def test_a_long_text_is_refused(make: Callable[[], object], error: type[FaceLoraError], words: str):
     with pytest.raises(error, match=f"^{words}: 4,001 characters; the limit is 4,000$"):
         make()
-
-
-def test_a_photo_with_a_long_caption_is_left_out(tmp_path):
-    for name, caption in (("a", "a" * 4000), ("b", LONG)):
-        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(caption)
-    warnings: list[str] = []
-    assert [photo.name for photo in read_photos(tmp_path, on_warning=warnings.append)] == ["a.png"]
-    assert len(warnings) == 1 and "b.png: its caption: 4,001" in warnings[0]
 
 
 def test_a_long_prompt_of_a_style_is_refused(tmp_path):

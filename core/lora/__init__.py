@@ -7,7 +7,6 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .apply import AppliedLora as AppliedLora
     from .base_weights import BaseWeights as BaseWeights
-    from .blocks import BLOCK_LISTS as BLOCK_LISTS
     from .blocks import block_strengths as block_strengths
     from .checkpoints import extract_lora as extract_lora
     from .checkpoints import merge_into_checkpoint as merge_into_checkpoint
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from .inspect import verify_lora as verify_lora
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
-    from .modules import name_kinds as name_kinds
     from .names import WORD_KEY as WORD_KEY
     from .names import Entry as Entry
     from .names import LoraHeader as LoraHeader

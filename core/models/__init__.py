@@ -7,17 +7,12 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .base import Base as Base
     from .clip import caption_tokens as caption_tokens
-    from .clip import chunk_count as chunk_count
-    from .clip import load_tokenizer as load_tokenizer
     from .families import FAMILIES as FAMILIES
-    from .memory_plan import MemoryCount as MemoryCount
     from .memory_plan import MemoryPlan as MemoryPlan
     from .opening import has_all_parts as has_all_parts
     from .opening import load_base as load_base
     from .opening import named_file as named_file
-    from .spec import Component as Component
     from .spec import Conditioning as Conditioning
     from .spec import FamilySpec as FamilySpec
-    from .spec import Pair as Pair
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

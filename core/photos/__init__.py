@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from .alike import check_chosen as check_chosen
     from .alike import check_real as check_real
     from .alike import choose_alike as choose_alike
-    from .captions import class_caption as class_caption
-    from .captions import default_caption as default_caption
     from .captions import trigger_hint as trigger_hint
     from .crops import about_small_faces as about_small_faces
     from .crops import face_regions as face_regions
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from .dataset import bucket_sizes as bucket_sizes
     from .dataset import prepare as prepare
     from .measure import Thresholds as Thresholds
-    from .reading import DAMAGED as DAMAGED
     from .reading import PHOTO_SUFFIXES as PHOTO_SUFFIXES
     from .reading import Photo as Photo
     from .reading import PhotoLike as PhotoLike

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from .drawing_model import DrawingModel as DrawingModel
     from .drawing_model import with_speed_lora as with_speed_lora
     from .gallery import SAME_PERSON as SAME_PERSON
-    from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
     from .generate import GenerateConfig as GenerateConfig
     from .generate import Job as Job
     from .generate import Picture as Picture
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from .sampling import encode_prompts as encode_prompts
     from .sampling import sample_latents as sample_latents
     from .sheet import contact_sheet as contact_sheet
-    from .style_pack import FAMILY_DEFAULTS as FAMILY_DEFAULTS
     from .style_pack import FoundPacks as FoundPacks
     from .style_pack import StyledPrompt as StyledPrompt
     from .style_pack import StylePack as StylePack

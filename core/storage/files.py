@@ -211,12 +211,6 @@ def check_writable(path: Path) -> None:
         raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
 
 
-def check_output(path: Path, ending: str = ".safetensors") -> None:
-    """Raise BadFile when a file cannot be written to `path`, or when its name has a different ending."""
-    check_ending(path, ending)
-    check_writable(path)
-
-
 def check_ending(path: Path, ending: str) -> None:
     if ending and path.suffix.lower() != ending:
         raise BadFile(f"{path}: the name of the output file must end in {ending}")

@@ -15,16 +15,12 @@ if TYPE_CHECKING:
     from .likeness import LIKENESS_KEY as LIKENESS_KEY
     from .likeness import Figures as Figures
     from .likeness import Score as Score
-    from .likeness import picture_change as picture_change
     from .loop import train_lora as train_lora
     from .memory_prediction import predicted_memory as predicted_memory
     from .methods import METHODS as METHODS
-    from .methods import peak_rate as peak_rate
     from .methods.method import Checkpoint as Checkpoint
-    from .recipes import MEASUREMENTS as MEASUREMENTS
     from .recipes import RECIPES as RECIPES
     from .recipes import recipe_config as recipe_config
-    from .recipes import recipe_settings as recipe_settings
     from .run_files import RunFiles as RunFiles
     from .store import LoraFolders as LoraFolders
     from .store import OutputFile as OutputFile
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
     from .store import is_trained as is_trained
     from .store import train as train
     from .trained_file import TrainedFile as TrainedFile
-    from .trained_file import has_key as has_key
     from .training_adapter import TrainingAdapter as TrainingAdapter
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

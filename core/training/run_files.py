@@ -13,7 +13,7 @@ from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, FaceLoraError
 from ..models.base import Base
 from ..storage.drawn import save_png
-from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, set_aside
+from ..storage.files import check_ending, check_writable, make_folder, remove_leftovers, set_aside
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from .callbacks import Callbacks
@@ -59,7 +59,8 @@ class RunFiles:
 
     def check(self, base: Base) -> None:
         """Raise BadFile when the output cannot be written, or is a file of the base model."""
-        check_output(self.output)
+        check_ending(self.output, ".safetensors")
+        check_writable(self.output)
         if any(self.output.exists() and self.output.samefile(file.path) for file in base.files):
             raise BadFile(
                 f"{self.output}: is a file of the base model, which the LoRA would replace. Choose another output"

@@ -7,8 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,14 +69,6 @@ def empty_folder(desk: Desk) -> None:
     desk.photos.mkdir()
 
 
-def missing_folder(desk: Desk) -> None:
-    desk.photos = desk.folder / "nowhere"
-
-
-def file_as_folder(desk: Desk) -> None:
-    desk.photos = desk.photos / "0.png"
-
-
 def with_bad_photo(desk: Desk) -> None:
     desk.photos = Path(shutil.copytree(desk.photos, desk.folder / "some"))
     (desk.photos / "broken.jpg").write_bytes(b"no picture")
@@ -89,20 +79,6 @@ def bad_photo_and_strict(desk: Desk) -> None:
     desk.options += ["--strict"]
 
 
-def only_bad_photos(desk: Desk) -> None:
-    desk.photos = desk.folder / "bad"
-    desk.photos.mkdir()
-    (desk.photos / "broken.jpg").write_bytes(b"no picture")
-
-
-def tiny_photos(desk: Desk) -> None:
-    from PIL import Image
-
-    desk.photos = desk.folder / "tiny"
-    desk.photos.mkdir()
-    Image.new("RGB", (3, 200)).save(desk.photos / "a.png")
-
-
 def base_of(name: str, content: Callable[[Desk], bytes]) -> Callable[[Desk], None]:
     def spoil(desk: Desk) -> None:
         desk.base = desk.write(name, content(desk))
@@ -110,19 +86,8 @@ def base_of(name: str, content: Callable[[Desk], bytes]) -> Callable[[Desk], Non
     return spoil
 
 
-def zipped(desk: Desk) -> bytes:
-    path = desk.folder / "archive"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", b"x" * 100)
-    return path.read_bytes()
-
-
 def missing_base(desk: Desk) -> None:
     desk.base = desk.folder / "nowhere.safetensors"
-
-
-def missing_base_of_a_long_name(desk: Desk) -> None:
-    desk.base = desk.folder / ("a" * 300)
 
 
 def tensors_as_base(*names: str) -> Callable[[Desk], None]:
@@ -173,34 +138,17 @@ def toml(text: str) -> Callable[[Desk], None]:
     return spoil
 
 
-def output(make: Callable[[Desk], Path]) -> Callable[[Desk], None]:
-    def spoil(desk: Desk) -> None:
-        desk.output = make(desk)
-
-    return spoil
-
-
 def class_photos_twice(desk: Desk) -> None:
     desk.options += ["--class-images", "2", "--class-photos", str(desk.photos)]
 
 
-HUGE = struct.pack("<Q", 10**12) + b"{}"
 CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "no photos": (empty_folder, "empty"),
-    "no folder": (missing_folder, "nowhere"),
-    "a file for a folder": (file_as_folder, r"0\.png"),
     "a bad photo, strict": (bad_photo_and_strict, r"broken\.jpg"),
-    "bad photos only": (only_bad_photos, "bad"),
-    "photos too small": (tiny_photos, r"a\.png: 3x200 pixels are too few"),
     "base missing": (missing_base, r"nowhere\.safetensors: cannot be read: No such file"),
-    "base's name too long": (missing_base_of_a_long_name, r"cannot be read: File name too long"),
     "base empty": (base_of("base.safetensors", lambda desk: b""), r"base\.safetensors: the file is empty"),
     "base truncated": (base_of("base.safetensors", lambda desk: desk.base.read_bytes()[:-100]), "truncated"),
     "base a pickle": (base_of("base.ckpt", lambda desk: b"\x80\x02}q\x00X\x05\x00\x00\x00stateq\x01."), "Python pickle"),
-    "base a torch zip": (base_of("base.safetensors", zipped), "Python pickle"),
-    "header huge": (base_of("base.safetensors", lambda desk: HUGE), "header of 1000000000000 bytes"),
-    "base random bytes": (base_of("base.safetensors", lambda desk: bytes(range(256)) * 10), r"base\.safetensors"),
-    "unknown family": (tensors_as_base("encoder.weight"), "strange.*no family matches its 1 tensor,"),
     "Wan": (tensors_as_base("blocks.0.self_attn.q.weight"), "this is Wan, which is not supported"),
     "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "Use the whole diffusers folder instead"),
     "base incomplete": (incomplete_base, r"part\.safetensors: the denoiser lacks 1 tensor, e\.g\. mid_block"),
@@ -229,17 +177,8 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "wrong type": (toml('seed = "many"'), r"settings\.toml: seed = 'many': expected int"),
     "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
     "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
-    "deep TOML": (toml("rank = " + "[" * 5000), "not a TOML file: values are nested too deeply"),
-    "deep TOML of tables": (toml("rank" + ".a" * 5000 + " = 1"), "not a TOML file: line 1 has more than 100 dots"),
     "large TOML": (toml("#" * 2**21), r"settings\.toml: the file is larger than 1 MiB, the maximum"),
-    "endless config": (options("--config", "/dev/zero"), "/dev/zero: is not a regular file"),
     "no config": (options("--config", "nowhere.toml"), r"nowhere\.toml: cannot be read"),
-    "output under a file": (
-        output(lambda d: d.write("file", "") / "a.safetensors"), "cannot be written there: Not a directory"
-    ),
-    "output a folder": (output(lambda d: d.folder), r"must end in \.safetensors"),
-    "output's name too long": (output(lambda d: d.folder / f"{'a' * 300}.safetensors"), "cannot be written there: File name"),
-    "output's ending": (output(lambda d: d.folder / "a.pt"), r"a\.pt: the name of the output file must end in \.safetensors"),
 }  # fmt: skip
 
 
@@ -281,16 +220,11 @@ def test_files_may_have_names_that_are_no_unicode_text(desk):
     assert (metadata["ss_output_name"], metadata["ss_sd_model_name"]) == ("an?", "an?.safetensors")
 
 
-def test_the_base_model_is_not_written_over(desk, capsys):
-    desk.output = desk.base = Path(shutil.copy(desk.base, desk.folder / "base.safetensors"))
-    before = desk.base.read_bytes()
-    for option in ("--resume", "--restart"):
-        desk.options.append(option)
-        assert_refused(desk, capsys, "this command reads this file; choose another output")
-        desk.options.remove(option)
+def test_a_script_does_not_write_over_the_base_model(desk):
+    base = Path(shutil.copy(desk.base, desk.folder / "base.safetensors"))
     with pytest.raises(BadFile, match="is a file of the base model, which the LoRA would replace"):
-        train(desk.photos, load_base(desk.base), config_from({"steps": 1}), output=desk.output)
-    assert desk.base.read_bytes() == before
+        train(desk.photos, load_base(base), config_from({"steps": 1}), output=base)
+    assert base.read_bytes() == desk.base.read_bytes()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,53 +187,6 @@ def test_the_small_base_is_called_demo_wherever_a_checkpoint_is_named(tmp_path, 
     assert "1 tensor of base.safetensors changed" in capsys.readouterr().out
 
 
-def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):
-    first, second, base = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "base"))
-    write_lora(first, 1)
-    write_lora(second, 2)
-    shutil.copy(small_sd15, base)
-    before = {path: path.read_bytes() for path in (first, second, base)}
-    for arguments in [
-        ["merge", first, second, "--output", second],
-        ["merge", f"{first}:0.5", "--output", first],
-        ["merge", first, "--into", base, "--output", base],
-        ["convert", first, "--to", "comfy", "--output", tmp_path / "." / "a.safetensors"],
-        ["convert", first, "--to", "kohya", "--plain-rank", 1, "--base", base, "--output", base],
-        ["resize", first, "--rank", 1, "--output", first],
-        ["extract", small_sd15, base, "--output", base],
-    ]:
-        assert main([str(argument) for argument in arguments]) == 1
-        assert "this command reads this file; choose another output" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["merge", str(first), str(second)])
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_no_command_replaces_a_file_unless_it_is_told_to(small_sd15, tmp_path, capsys):
-    first, second, output = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
-    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    for seed, path in enumerate((first, second)):
-        write_lora(path, seed, size=SafetensorsFile.open(small_sd15).shapes[name])
-    tuned = tmp_path / "tuned.safetensors"
-    run("merge", first, "--into", small_sd15, "--output", tuned)
-    shutil.copy(second, output)
-    for command in [
-        ["merge", first, second],
-        ["merge", first, "--into", small_sd15],
-        ["convert", first, "--to", "comfy"],
-        ["resize", first, "--rank", 1],
-        ["extract", small_sd15, tuned, "--rank", 2],
-        ["metadata", first, "--title", "a"],
-    ]:
-        arguments = [*map(str, command), "--output", str(output)]
-        assert main(arguments) == 1
-        assert "this file already exists; choose another output, or replace it" in capsys.readouterr().err
-        assert output.read_bytes() == second.read_bytes()
-        run(*arguments, "--overwrite")
-        assert output.read_bytes() != second.read_bytes()
-        shutil.copy(second, output)
-
-
 def test_a_word_of_a_family_without_embeddings_is_warned_of(tmp_path, capsys):
     path, name = tmp_path / "a.safetensors", "lora_unet_single_blocks_0_linear1"
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 3072), f"{name}.lora_up.weight": torch.ones(7 * 3072, 1)}
@@ -389,10 +341,14 @@ def test_a_folder_is_inspected_with_its_links_and_whatever_the_case_of_names(tmp
     write_lora(elsewhere / "b.safetensors", 0)
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)  # Following this would never end.
-    run("inspect", folder, "--json")
-    assert [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()] == [
-        "a.SAFETENSORS", "linked/b.safetensors",
-    ]  # fmt: skip
+    (folder / "c.safetensors").write_text("<html>")
+    assert main(["inspect", str(folder), "--fast"]) == 1
+    out, err = capsys.readouterr()
+    first, bad, second = out.splitlines()
+    assert bad.startswith("c.safetensors: ") and str(tmp_path) not in bad
+    of_both = "named like sd15, lora of rank 2"
+    assert (first, second) == (f"a.SAFETENSORS: {of_both}", f"linked/b.safetensors: {of_both}")
+    assert "1 of 3 files were refused; the first: c.safetensors: " in err and err.count("\n") == 1
 
 
 def test_python_collects_garbage_after_an_inspection_as_before(tmp_path, capsys):

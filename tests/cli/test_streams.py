@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 
 from core.cli import main
-from core.demo import BASE_FILE
 from core.errors import BadFile
-from core.models import load_base
-from core.pictures import PictureJob, make_headshots
 from core.storage.cache_folder import cache_folder
-from core.studio import Terms, forget, make_people
 from tests.kills import become_nobody, child, open_folder, where_forks_work
 from tests.tooling import write_photos
 
@@ -119,25 +115,3 @@ def test_an_output_that_may_not_be_entered_is_named(name, mode):
 
         assert child(run_command) == 1
         assert said.read_text() == f"facelora: {output}: cannot be written there: Permission denied\n"
-
-
-@pytest.mark.parametrize("mode", [0o700, 0o744])
-@where_forks_work
-def test_scripts_are_told_of_an_output_that_may_not_be_entered(mode):
-    with open_folder() as room:
-        output = room / "out"
-        output.mkdir()
-        output.chmod(mode)
-        base = load_base(BASE_FILE)
-
-        def call() -> None:
-            become_nobody()
-            for function in (
-                lambda: forget("anna", output),
-                lambda: list(make_people([], base, output, Terms({}, "none"))),
-                lambda: make_headshots(base, [], [PictureJob("a", 1)], output),
-            ):
-                with pytest.raises(BadFile, match=r"out: cannot be (read|written): Permission denied"):
-                    function()
-
-        assert child(call) == 0

@@ -7,17 +7,12 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from core import LoraFile, load_base, recipe_config
+from core import LoraFile, recipe_config
 from core.cli import main
 from core.demo import BASE_FILE, CONFIG
 from core.storage.drawn import PARTLY_DRAWN, read_mark
 from tests.lora.test_file import kohya_tensors, some
 from tools.pretrain_demo_base import RECIPES
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base(BASE_FILE)
 
 
 def test_the_embedded_base_is_small_enough_and_reads_as_stable_diffusion_1(base) -> None:

@@ -40,7 +40,6 @@ WHOLE = [
 TEXT_ENCODERS = {name: whole(table) for name, table in TABLES["text_encoders"].items()}
 
 
-# Prefix of a text encoder's names, the text encoder, and the families in which ComfyUI gives the names to it.
 class Named(LoraNames):
     """A LoRA of names and shapes without tensors."""
 

@@ -13,7 +13,6 @@ import torch
 from core.cli import main
 from core.errors import UnknownFamily
 from core.lora import LoraFile, format_inspection, format_line, inspect_header
-from core.lora.readers import READERS, not_loaded_by
 from core.storage.safetensors_file import save_safetensors
 from core.tensor_names import NAME_TABLES, identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
@@ -106,43 +105,6 @@ def test_the_module_lists_of_sd_scripts_are_of_the_models_they_were_made_from(fa
     assert (lora.family, lora.identity.verdict, lora.identity.models) == (family, "certain", (title,))
 
 
-def wrong(model: dict, lora: LoraFile) -> bool:
-    return model["title"] not in lora.identity.models or lora.family not in lora.identity.families
-
-
-@pytest.mark.parametrize("prefix", [pytest.param(p, marks=[pytest.mark.slow] * (p != "lora_unet_")) for p in PREFIXES])
-def test_no_file_of_a_published_model_is_given_to_another_family(prefix):
-    """Unless its modules are in a model of that family too, in the same shapes."""
-    for model, names in CASES[:: 1 if prefix != "lora_unet_" else 9]:
-        parts = [part for part in subsets(whole(model["denoiser"][names])) if any(len(s) > 1 for s in part.values())]
-        assert parts
-        for part in parts:
-            try:
-                lora = lora_of(part, prefix)
-            except UnknownFamily:
-                assert model["family"] is None, (model["title"], prefix)
-            else:
-                assert not wrong(model, lora), (model["title"], names, prefix, lora.family, lora.identity)
-
-
-@pytest.mark.parametrize(
-    ("path", "shape"),
-    [
-        ("layers.77.foo", (64, 64)),
-        ("double_blocks.0.img_attn.quux", (3072, 3072)),
-        ("double_blocks.25.img_attn.qkv", (9216, 3072)),
-        ("single_blocks.99.linear1", (21504, 3072)),
-    ],
-)
-def test_a_made_up_module_is_never_said_to_load(path, shape):
-    known = {"single_blocks.0.linear1": (21504, 3072), "double_blocks.0.img_mod.lin": (18432, 3072)}
-    lora = lora_of(known | {path: shape})
-    assert lora.family == "flux1" and lora.identity.verdict == "unknown"
-    assert (lora.identity.nearest, lora.identity.misfits) == ("FLUX.1", (("denoiser", path),))
-    for reader in READERS:
-        assert not_loaded_by(reader, lora).get(f"diffusion_model.{path}")
-
-
 def test_the_report_says_how_certain_it_is(tmp_path):
     sizes = {"attn": (3072, 3072), "narrow": (64, 64)}
     lines = {}
@@ -206,20 +168,6 @@ def test_a_claim_that_does_not_fit_changes_nothing():
     shapes = blocks_of("Qwen-Image", "attn")
     for word in ("mageflow", "hunyuan_video", "wan_2.1"):
         assert LoraFile.from_tensors(tensors_of(shapes), {"ss_base_model_version": word}).family == "qwen-image"
-
-
-def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing_but_is_told(tmp_path, capsys):
-    (tmp_path / "below").mkdir()
-    matrices = [entry for entry in kohya_names("sd15").items() if len(entry[1]) == 2]
-    tensors = kohya_tensors(dict(matrices[::9]), rank=1)
-    LoraFile.from_tensors(tensors, {"modelspec.trigger_phrase": "sks"}).save(tmp_path / "below" / "a.safetensors")
-    (tmp_path / "b.safetensors").write_text("<html>")
-    assert main(["inspect", str(tmp_path), "--fast"]) == 1
-    out, err = capsys.readouterr()
-    lines = out.splitlines()
-    assert "1 of 2 files were refused; the first: b.safetensors: " in err and err.count("\n") == 1
-    assert lines[0].startswith("b.safetensors: ") and str(tmp_path) not in lines[0]
-    assert lines[1].startswith("below/a.safetensors: SD 1.5, lora of rank 1, trigger: sks")
 
 
 def test_each_of_several_files_has_its_verdict(tmp_path, capsys):

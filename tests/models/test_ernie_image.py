@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.models import Base, load_base, text
 from core.models.families import FAMILIES
-from tests.models.family_parts import error_of, pipeline_with, write_folder
+from tests.models.family_parts import error_of, pipeline_with, rough_weights, write_folder
 from tests.tooling import SMALL_FLOWS, caption_states, small_flow_base, whole_checkpoint
 
 pytestmark = pytest.mark.ci
@@ -25,19 +25,9 @@ CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening s
 
 
 @torch.no_grad()
-def random_denoiser() -> Any:
-    """diffusers' network; all of its weights are random, those too that begin at 0."""
-    denoiser: Any = small_flow_base("ernie-image").load("denoiser", CPU, torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in denoiser.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return denoiser
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_published_file_predicts_what_diffusers_predicts_with_texts_filled_up(prefix):
-    theirs = random_denoiser()
+    theirs = rough_weights(small_flow_base("ernie-image").load("denoiser", CPU, torch.float32))
     base = load_base({prefix + name: tensor for name, tensor in theirs.state_dict().items()})
     assert base.family is FAMILY
     generator = torch.Generator().manual_seed(2)

@@ -35,17 +35,12 @@ def meta_checkpoint(shape: Shape) -> dict[str, torch.Tensor]:
     return {name: torch.empty(size, device="meta") for name, size in original_shapes(shape).items()}
 
 
-@pytest.fixture(scope="module")
-def small_bases(small_sd15, small_sdxl):
-    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
-
-
 @pytest.mark.parametrize("family", UNETS)
 @pytest.mark.parametrize(
     ("part", "convert"), [("denoiser", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)]
 )
-def test_denoiser_and_vae_have_the_weights_that_diffusers_conversion_gives(small_bases, family, part, convert):
-    base = small_bases[family]
+def test_denoiser_and_vae_have_the_weights_that_diffusers_conversion_gives(bases, family, part, convert):
+    base = bases[family]
     network = base.load(part, CPU, torch.float32)
     converted, state = convert(dict(base.file), dict(network.config)), network.state_dict()
     assert set(converted) == set(state)
@@ -53,8 +48,8 @@ def test_denoiser_and_vae_have_the_weights_that_diffusers_conversion_gives(small
 
 
 @pytest.mark.parametrize("family", UNETS)
-def test_attention_computes_what_diffusers_own_does_to_the_bit(small_bases, family):
-    base = small_bases[family]
+def test_attention_computes_what_diffusers_own_does_to_the_bit(bases, family):
+    base = bases[family]
     unet = base.load("denoiser", CPU, torch.float32)
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(2, 5, base.components["denoiser"].config["cross_attention_dim"], generator=generator)
@@ -73,8 +68,8 @@ def test_attention_computes_what_diffusers_own_does_to_the_bit(small_bases, fami
     assert checked
 
 
-def test_sdxls_second_text_encoder_has_the_weights_that_diffusers_conversion_gives(small_bases):
-    base = small_bases["sdxl"]
+def test_sdxls_second_text_encoder_has_the_weights_that_diffusers_conversion_gives(bases):
+    base = bases["sdxl"]
     encoder = base.load("text_encoder_2", CPU, torch.float32)
     converted = convert_open_clip_checkpoint(encoder, dict(base.file), prefix="conditioner.embedders.1.model.")
     state = encoder.state_dict()
@@ -101,8 +96,8 @@ def test_a_full_size_checkpoint_has_the_published_models_configuration_and_names
 
 
 @pytest.mark.parametrize("skip", [1, 2])
-def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(small_bases, skip, monkeypatch):
-    pipeline, base = small_bases["sd15"].pipeline(), small_bases["sd15"]
+def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(bases, skip, monkeypatch):
+    pipeline, base = bases["sd15"].pipeline(), bases["sd15"]
     encoders = base.load_text_encoders(CPU, torch.float32)
     if not hasattr(pipeline.text_encoder, "text_model"):
         # diffusers 0.42 looks for it in transformers 5, which has dropped it.
@@ -113,8 +108,8 @@ def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(small_bases, skip, 
     torch.testing.assert_close(ours["context"], theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_prompts_are_encoded_as_diffusers_sdxl_pipeline_does(small_bases):
-    pipeline, base = small_bases["sdxl"].pipeline(), small_bases["sdxl"]
+def test_prompts_are_encoded_as_diffusers_sdxl_pipeline_does(bases):
+    pipeline, base = bases["sdxl"].pipeline(), bases["sdxl"]
     encoders = base.load_text_encoders(CPU, torch.float32)
     with torch.no_grad():
         ours = base.family.encode_text(encoders, ["a photo of sks person"], 1, 1)
@@ -151,7 +146,7 @@ def test_a_long_caption_is_encoded_in_chunks_of_75_tokens_without_loss():
     assert tokens[1, 1].tolist() == [clip.START, *[clip.END] * 76]
 
 
-def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
+def test_size_conditioning_is_height_first_and_in_full_precision(bases):
     family = FAMILIES["sdxl"]
     conditioning = family.image_conditioning((1003, 1501), (17, 5), (832, 1216))
     assert conditioning["time_ids"].tolist() == [[1501, 1003, 5, 17, 1216, 832]]
@@ -229,10 +224,10 @@ def test_unets_that_look_like_a_known_one_are_refused_by_name():
             load_base(model)
 
 
-def test_a_unet_alone_says_how_it_predicts_and_what_is_missing(small_bases):
+def test_a_unet_alone_says_how_it_predicts_and_what_is_missing(bases):
     unet = "model.diffusion_model."
-    alone = {name.removeprefix(unet): t for name, t in small_bases["sdxl"].file.items() if name.startswith(unet)}
-    first = small_bases["sdxl"].components["text_encoder"].tensors
+    alone = {name.removeprefix(unet): t for name, t in bases["sdxl"].file.items() if name.startswith(unet)}
+    first = bases["sdxl"].components["text_encoder"].tensors
     base = load_base(alone | {"v_pred": torch.zeros(0)}, text_encoders=[first])
     assert (base.family.name, base.prediction_type) == ("sdxl", "v_prediction")
     with pytest.raises(BadFile, match=r"has no text encoder 2\. Give its file too \(text_encoders\)"):
@@ -246,10 +241,10 @@ def test_a_checkpoint_without_a_tensor_is_refused_with_its_name(tmp_path):
         base.load("denoiser", CPU, torch.float32)
 
 
-def test_a_text_encoder_on_another_device_is_there_with_all_of_it(small_bases):
+def test_a_text_encoder_on_another_device_is_there_with_all_of_it(bases):
     """CLIP's position numbers are in no checkpoint; once they stayed on the CPU."""
     for part in ("text_encoder", "text_encoder_2"):
-        encoder = small_bases["sdxl"].load(part, torch.device("meta"), torch.float16)
+        encoder = bases["sdxl"].load(part, torch.device("meta"), torch.float16)
         assert {buffer.device.type for buffer in encoder.buffers()} | {p.device.type for p in encoder.parameters()} == {
             "meta"
         }

@@ -12,16 +12,21 @@ import transformers
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
 from torch import Tensor
 
-from core.config import TrainConfig
 from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
-from core.training.loop import train_lora
-from tests.models.family_parts import error_of, in_original_names, numbers_of, pipeline_with, write_folder
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
+from tests.models.family_parts import (
+    assert_diffusers_loads_whole,
+    error_of,
+    in_original_names,
+    numbers_of,
+    pipeline_with,
+    write_folder,
+)
+from tests.tooling import SMALL_FLOWS, small_flow_base, whole_checkpoint
 
 pytestmark = pytest.mark.ci
 
@@ -202,23 +207,10 @@ def test_a_lora_that_names_its_model_is_that_models_whatever_its_blocks():
 
 
 @torch.no_grad()
-def test_diffusers_own_denoiser_loads_a_lora_whole():
-    base = small_flow_base("longcat-image")
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 4, 6))])
-    with torch.enable_grad():
-        trained = train_lora(
-            cache, base, TrainConfig(steps=2, rank=2, precision="fp32", learning_rate=1e-2), device=CPU
-        )
-    lora = LoraFile.from_tensors(trained.tensors, trained.metadata)
-    assert lora.scheme == "diffusers"
-    theirs: Any = diffusers.LongCatImageTransformer2DModel.from_config(SMALL_FLOWS["longcat-image"].denoiser)  # pyright: ignore
-    theirs.load_state_dict(base.load("denoiser", CPU, torch.float32).state_dict())
-    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-    theirs.load_lora_adapter({name: tensor.clone() for name, tensor in lora.tensors.items()})
-    theirs.fuse_lora()
-    theirs.unload_lora()
-    changed = {name for name, tensor in theirs.state_dict().items() if not torch.equal(tensor, weights[name])}
-    modules = lora.modules()
-    assert changed == {f"{path}.weight" for _, path in modules}
-    for (_, path), module in modules.items():
-        torch.testing.assert_close(theirs.state_dict()[f"{path}.weight"], weights[f"{path}.weight"] + module.delta())
+def test_diffusers_own_denoiser_loads_a_lora_whole(tmp_path):
+    base, theirs = small_flow_base("longcat-image"), random_denoiser()
+    loader = SimpleNamespace(
+        load_lora_weights=lambda path: theirs.load_lora_adapter(dict(LoraFile.read(path).tensors)),
+        fuse_lora=theirs.fuse_lora, unload_lora_weights=theirs.unload_lora,
+    )  # fmt: skip
+    assert_diffusers_loads_whole(base, theirs, loader, tmp_path / "a.safetensors", "diffusers", modules=26)

@@ -8,10 +8,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from core.cli import main
 from core.errors import BadPhoto
-from core.faces import load_faces
 from core.photos import choose_alike
 from core.photos.report import PhotoReport
-from tests.face_figures import Remembering
 from tests.face_samples import orl
 from tests.photos.test_report import SMALL, cartoon, photo, side_by_side
 
@@ -30,11 +28,6 @@ class Doubtful:
     def embed(self, images, faces):
         self._calls += 1
         return self._embed(images, faces) * (1 if self._calls == 1 else -1)
-
-
-@pytest.fixture(scope="module")
-def network():
-    return Remembering(load_faces())
 
 
 LEFT_OUT = {

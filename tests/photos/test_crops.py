@@ -9,17 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.errors import BadConfig
-from core.faces import TEMPLATE, Face, load_faces
+from core.faces import TEMPLATE, Face
 from core.models.clip import load_tokenizer
 from core.photos import Photo, Thresholds, check_photos, face_regions, prepare, trigger_hint, with_masks
 from core.photos.crops import draw_mask
 from core.photos.report import CROP, Finding, PhotoReport, SetReport
 from tests.face_samples import orl
-
-
-@pytest.fixture(scope="module")
-def network():
-    return load_faces()
 
 
 def face_at(left, top, width, height):

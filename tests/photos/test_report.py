@@ -15,8 +15,7 @@ from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
 from core.photos.dataset import prepare
 from core.photos.report import framing
-from tests.face_figures import (
-    Remembering,
+from lab.face_figures import (
     find_intruders,
     try_real_photos,
 )
@@ -24,11 +23,6 @@ from tests.face_samples import NUMBERS, PEOPLE, orl
 
 SMALL = dataclasses.replace(Thresholds.for_resolution(64), sharpness_side=256)
 """ORL's faces are some 80 pixels large, and are judged at that size."""
-
-
-@pytest.fixture(scope="module")
-def network():
-    return Remembering(load_faces())
 
 
 def photo(image, name="tried.png"):

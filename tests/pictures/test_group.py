@@ -12,10 +12,9 @@ from PIL import Image
 import core.pictures.drawing_model as drawing_model
 import core.pictures.group as group_module
 import core.pictures.group_batch as faces_module
-from core import GenerateConfig, LoraFile, LoraModule, PictureJob, generate, load_base
+from core import GenerateConfig, LoraFile, LoraModule, PictureJob, generate
 from core.cli import main
 from core.cli.generate import region_from
-from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, LoraMisfit
 from core.faces import Face, Reference
@@ -38,11 +37,6 @@ from tests.tooling import small_flow_base
 
 PROMPT = "a photo of {anna} and {ben}"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base(BASE_FILE)
 
 
 def lora(seed: int, phrase: str = "") -> LoraFile:

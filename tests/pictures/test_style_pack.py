@@ -1,7 +1,6 @@
 """Style packs: the shipped ones, bad ones, and the prompts they make."""
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -258,17 +257,10 @@ def test_a_bad_style_is_named_and_the_good_ones_load(change, expected, tmp_path)
     ("content", "expected"),
     [
         (b'{"id": "mine",', "bad.json: not JSON: .* \\(line 1, column 15\\)"),
-        (b"", "bad.json: not JSON"),
-        ("{}".encode("utf-16"), "bad.json: not JSON: not UTF-8 text \\(byte 0\\)"),
-        ('{"title": "Café"}'.encode("latin-1"), "bad.json: not JSON: not UTF-8 text \\(byte 14\\)"),
-        (b"[" * 200_000, "bad.json: not JSON: values are nested too deeply"),
         (b'{"id": NaN}', "bad.json: the field .title. is missing"),
-        (b'{"id": 1' + b"0" * 10_000 + b"}", "bad.json: not JSON: Exceeds the limit"),
-        (b'{"id": "a", "id": "b"}', "bad.json: not JSON: the field 'id' appears twice"),
         (b'"pack"', "bad.json: 'pack': expected a table"),
         (b"[]", "bad.json: styles: is empty"),
         (b"{}", "bad.json: the field 'id' is missing; the field 'title' is missing"),
-        (b"\x80\x04\x95", "bad.json: not JSON: not UTF-8 text"),
         (b"[" + b" " * 5 * 2**20 + b"]", "bad.json: the file is larger than 5 MiB, the maximum"),
     ],
 )
@@ -280,29 +272,10 @@ def test_a_file_that_is_no_pack_gets_one_clear_line(content, expected, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder_get_one_clear_line(tmp_path):
-    with pytest.raises(BadStylePack, match=r"none\.json: cannot be read"):
-        read_style_pack(tmp_path / "none.json")
-    with pytest.raises(BadStylePack, match="cannot be read"):
-        read_style_pack(tmp_path)
-
-
-def test_a_pipe_and_a_device_are_named_and_not_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe.json")
-    (tmp_path / "endless.json").symlink_to("/dev/zero")
-    problems = find_style_packs([tmp_path]).problems
-    assert problems == ("endless.json: is not a regular file", "pipe.json: is not a regular file")
-
-
 def test_a_pack_whose_styles_are_all_bad_says_why(tmp_path):
     path = write(tmp_path / "mine.json", good_pack(good_style(strength=9), good_style(name="B", strength=8)))
     with pytest.raises(BadStylePack, match=r"mine.json: style 'Plain': strength = 9.*no style .* problems: 2"):
         read_style_pack(path)
-
-
-def test_a_byte_order_mark_is_no_reason_to_refuse_a_pack(tmp_path):
-    (tmp_path / "mine.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(good_pack()).encode())
-    assert read_style_pack(tmp_path / "mine.json")[0].names == ["Plain"]
 
 
 # Each example writes a file, which may take long on a machine that has other work.
@@ -507,7 +480,6 @@ def test_styles_are_chosen_by_name_in_any_case():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"count": 0}, "count = 0"),
         ({"seed": -1}, "seed = -1"),
         ({"seed": 2**64}, "seed = 18446744073709551616"),
         ({"styles": []}, "styles: must not be empty; style pack 'outdoor' has: Park"),

@@ -18,11 +18,9 @@ from core import demo
 from core.cli import main
 from core.cli.computing import speed_hint
 from core.config import TrainConfig
-from core.demo import BASE_FILE
 from core.device import processor
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models import load_base
 from core.models.base import Base
 from core.models.memory_plan import PLANS, MemoryPlan
 from core.models.spec import Component
@@ -86,11 +84,6 @@ VARIED: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Photo]:
     return read_photos(write_photos(tmp_path_factory.mktemp("ledger") / "anna", count=8))
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return load_base(BASE_FILE)
 
 
 def expected(photos: Sequence[Photo], base: Base, config: TrainConfig, jobs: Sequence[PictureJob] = ()) -> Ledger:

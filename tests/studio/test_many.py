@@ -10,12 +10,10 @@ import pytest
 from PIL import Image
 
 from core.cli import main
-from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
 from core.lora.names import AGREED, SUBJECT_KEY
-from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.storage.drawn import save_png
@@ -26,11 +24,6 @@ from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
 
 QUICK = {"rank": 2, "steps": 3, "batch_size": 1, "warmup_steps": 0, "prior_prediction": 0.0, "state_interval": 0.0}
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return load_base(BASE_FILE)
 
 
 @pytest.fixture
@@ -127,21 +120,6 @@ def test_drawn_pictures_in_a_persons_folder_are_trained_on_and_are_nobodys_photo
     agree(anna.photos)
     with_problem = {person.name: person.problem for person in read_people(tmp_path / "people")}
     assert "move it into that person's folder" in with_problem["drawn"] and not with_problem["anna"]
-
-
-@pytest.mark.slow
-def test_interrupted_it_goes_on_in_the_middle_of_a_person(tmp_path, base, terms, people, monkeypatch):
-    steps: list[int] = []
-
-    def stop(report) -> None:
-        steps.append(report.step)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(make_people(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
-    ended = list(make_people(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
-    assert steps == [1, 2, 3, 1, 2, 3] and [result.status for result in ended] == ["found", "made"]
 
 
 def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path, base, terms, people, capsys):

@@ -8,8 +8,8 @@ from tests.tooling import cache_of
 
 
 @pytest.fixture(scope="module")
-def bases(small_sd15, small_sdxl) -> dict[str, Base]:
-    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+def base(small_sd15) -> Base:
+    return load_base(small_sd15)
 
 
 @pytest.fixture(scope="module")

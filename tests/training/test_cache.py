@@ -38,11 +38,6 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def base(small_sd15):
-    return load_base(small_sd15)
-
-
 @pytest.fixture
 def dataset(photo_folder, base):
     return dataset_of(read_photos(photo_folder), base)

@@ -57,11 +57,6 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def network():
-    return load_faces()
-
-
-@pytest.fixture(scope="module")
 def base() -> Base:
     return load_base(BASE_FILE)
 

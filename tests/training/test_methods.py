@@ -14,7 +14,6 @@ from core.cli import main
 from core.config import MethodName, TrainConfig
 from core.errors import BadConfig, LoraMisfit, MissingPackage
 from core.lora.file import LoraFile
-from core.models import load_base
 from core.models.families import FAMILIES
 from core.training import methods
 from core.training.job import check_base_options
@@ -24,11 +23,6 @@ from core.training.methods.method import Method
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, alpha=2.0)
-
-
-@pytest.fixture(scope="module")
-def base(small_sd15):
-    return load_base(small_sd15)
 
 
 def attach(base, config=CONFIG, parts=("denoiser",), continue_from=None):

@@ -53,16 +53,6 @@ def test_a_script_does_not_train_on_another_persons_photo(photos):
     assert isinstance(everyone, LoraFile) and trained_on(everyone) == 7
 
 
-def test_the_command_line_does_not_train_on_another_persons_photo(photos, tmp_path, capsys):
-    output = tmp_path / "me.safetensors"
-    command = ["train", str(photos), "--base", str(BASE_FILE), "--output", str(output), "--steps", "1", "--rank", "2"]
-    assert main(command) == 0
-    assert "friend.png is left out" in capsys.readouterr().err
-    assert trained_on(LoraFile.read(output)) == 5
-    assert main([*command, "--no-check-photos", "--restart"]) == 0
-    assert trained_on(LoraFile.read(output)) == 6
-
-
 def test_a_lora_of_the_good_photos_is_found_again_whatever_else_is_in_the_folder(photos, tmp_path):
     """So are those that were trained before photos were checked: the key is that of the photos that are trained on."""
     base, everyone = load_base(BASE_FILE), read_photos(photos)

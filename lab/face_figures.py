@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from core.faces import Face, FaceNetwork, likeness
+from core.faces import FaceNetwork, likeness
 from core.photos import Photo, Thresholds, check_photos
 from tests.face_samples import NUMBERS, PEOPLE, orl, sdist_photos
 
@@ -43,33 +41,6 @@ def verification(vectors: np.ndarray, people: np.ndarray) -> Verification:
     equal = int(np.abs(refused - accepted).argmin())
     auc = float(np.searchsorted(other, same).mean() / len(other))
     return Verification(auc, float(refused[equal] + accepted[equal]) / 2, float(thresholds[equal]), same, other)
-
-
-class Remembering:
-    """A face network that answers at once about a picture that it has seen before."""
-
-    def __init__(self, network: FaceNetwork) -> None:
-        self.name = network.name
-        self._network = network
-        self._faces: dict[bytes, list[Face]] = {}
-        self._vectors: dict[tuple[bytes, bytes], np.ndarray] = {}
-
-    def detect(self, image: Image.Image) -> list[Face]:
-        key = _key(image)
-        if key not in self._faces:
-            self._faces[key] = self._network.detect(image)
-        return self._faces[key]
-
-    def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        keys = [(_key(image), face.landmarks.tobytes()) for image, face in zip(images, faces, strict=True)]
-        for key, image, face in zip(keys, images, faces, strict=True):
-            if key not in self._vectors:
-                self._vectors[key] = self._network.embed([image], [face])[0]
-        return np.stack([self._vectors[key] for key in keys]) if keys else self._network.embed([], [])
-
-
-def _key(image: Image.Image) -> bytes:
-    return hashlib.sha256(image.tobytes()).digest()
 
 
 def find_intruders(network: FaceNetwork) -> tuple[float, float]:
