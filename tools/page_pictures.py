@@ -1,4 +1,4 @@
-"""Takes the pictures of `docs/images/` that show ComfyUI: `python -m tools.page_pictures`, which takes some minutes.
+"""Takes the pictures that show ComfyUI, in `docs/images/` and `web/docs/images/`: `python -m tools.page_pictures`.
 
 The app of the first workflow is gone through on the demo's base model, with the recipe that this base brings along. No photo of
 a person may be seen in the pictures: the photos are faces that the base has drawn, on `docs/demo.png`.
@@ -16,7 +16,7 @@ from tests.browser.test_workflows import Hands
 from tests.comfyui.server import PACK, TEST_PACK, running_server
 from tests.tooling import write_in_16_bits
 
-IMAGES = PACK / "docs" / "images"
+IMAGES, HELP_IMAGES = PACK / "docs" / "images", PACK / "web" / "docs" / "images"
 PERSON, SOMEONE_ELSE = 284, 498
 """Upper edge of two rows of `docs/demo.png`, in pixels: a person whom the base has learnt, and other people."""
 RECIPE = {
@@ -54,7 +54,10 @@ LOOK_AT = """(type) => {
     ds.scale = 1
     ds.offset = [200 - node.pos[0], 100 - node.pos[1]]
     app.canvas.setDirty(true, true)
+    return { x: 190, y: 60, width: node.size[0] + 20, height: node.size[1] + 50 }
 }"""
+HELP = ("FaceLoRALoadPhotos", "FaceLoRATrain", "FaceLoRAApply", "FaceLoRAStylePack")
+"""Nodes with a picture in their help page."""
 
 
 def main() -> None:
@@ -80,6 +83,11 @@ def main() -> None:
         change_view(page)
         page.run("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         save(page, "graph")
+        page.page.set_viewport_size({"width": 1280, "height": 2000})
+        for node in HELP:
+            clip = page.run(LOOK_AT, node)
+            page.page.wait_for_timeout(2000)
+            page.page.screenshot(path=HELP_IMAGES / f"{node}.jpg", quality=85, clip=clip)
 
 
 def comfy_folder(folder: Path) -> Path:

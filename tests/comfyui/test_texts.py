@@ -1,6 +1,7 @@
 """The nodes' texts in locales and help pages. After a change of the nodes: `python -m tools.node_texts`."""
 
 import json
+import re
 import shutil
 from urllib.error import HTTPError
 
@@ -36,6 +37,8 @@ def test_a_help_page_describes_exactly_the_inputs_and_outputs_and_is_served_in_e
             assert prose.startswith(f"# {infos[name]['display_name']}\n") and len(prose) > 100
             assert mark + rest == tables(name, infos[name], language)
     assert server.read(f"{address}.md").decode() == english_page
+    for picture in re.findall(r"!\[.+\]\((.+)\)", english_page):  # ComfyUI puts the folder of all help pages before it
+        assert server.read(f"{address.removesuffix(name)}{picture}").startswith(b"\xff\xd8"), "a JPEG"
 
 
 def test_the_help_page_of_an_unknown_node_is_missing(infos, server):
