@@ -55,9 +55,10 @@ def choose_alike(
     photo, or a picture that is more alike.
 
     With `count`, only so many are chosen: the next is always the one that differs most from the photos and from those chosen
-    before, in view, framing, light and background. `on_progress(done, total)` is called after each photo and
-    picture that a network has looked at: first for the photos, then for the pictures, then for the second network. It may raise to
-    cancel.
+    before, in view, framing, light and background.
+
+    `on_progress(done, total)` is called after each photo and picture that a network has looked at: first for the photos, then
+    for the pictures, then for the second network. It may raise to cancel.
 
     Raises BadPhoto if the photos don't tell who is meant, or, if it is `required`, that no picture can be chosen.
     """
