@@ -14,7 +14,7 @@ from core.config import TrainConfig
 from core.faces import embed_images, embed_one_by_one, load_faces
 from core.models.clip import load_tokenizer
 from core.models.objective import NoiseSchedule
-from tools.pretrain_demo_base import LATENT_SCALE, build_text_encoder, standardise_latents
+from lab.pretrain_demo_base import LATENT_SCALE, build_text_encoder, standardise_latents
 
 from .captions import caption, describe, sex_by_face
 from .training import Training, draw_rows, jitter, load_average, plain

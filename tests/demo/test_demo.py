@@ -11,8 +11,8 @@ from core import LoraFile, recipe_config
 from core.cli import main
 from core.demo import BASE_FILE, CONFIG
 from core.storage.drawn import PARTLY_DRAWN, read_mark
+from lab.pretrain_demo_base import RECIPES
 from tests.lora.test_file import kohya_tensors, some
-from tools.pretrain_demo_base import RECIPES
 
 
 def test_the_embedded_base_is_small_enough_and_reads_as_stable_diffusion_1(base) -> None:

