@@ -20,7 +20,7 @@ SLOW_training := tests/training tests/studio
 SLOW_comfyui := tests/comfyui tests/browser
 SLOW_invokeai := tests/invokeai
 SLOW_lab := lab
-SLOW_rest := $(addprefix --ignore=,$(SLOW_models) $(SLOW_training) $(SLOW_comfyui) $(SLOW_invokeai) $(SLOW_lab))
+SLOW_rest := tests $(addprefix --ignore=,$(SLOW_models) $(SLOW_training) $(SLOW_comfyui) $(SLOW_invokeai))
 
 # The files that a change touches: since the branch left main, and what isn't committed yet.
 CHANGED = $(shell git diff --name-only --diff-filter=d "$$(git merge-base HEAD origin/main 2>/dev/null || echo HEAD)" -- '*.py'; \
