@@ -72,7 +72,7 @@ def about_small_faces(photos: Sequence[PhotoReport], resolution: int) -> str:
     """Return a sentence if training at a resolution adds close-ups, or if faces are too small for it; else ""."""
     height, then = _height(photos) * resolution, ""
     if suggests_crops(photos, resolution):
-        then = "training adds close-ups of it (face_crops = false leaves them out)"
+        then = "training adds close-ups of it"
     elif height < min(SMALL_FACE * resolution, FEW_PIXELS):
         then = f"{FEW_PIXELS} px are better. Add close-ups, or raise the resolution"
     return then and f"in most photos the face is only {height:.0f} px high when trained at {resolution} px: {then}"
