@@ -90,7 +90,12 @@ async function renamePerson(person, root, leave) {
     event.preventDefault() // it would also press the button that gets the focus back
     field.closest("dialog").querySelector(".facelora-end button:last-child").click()
   })
-  if ((await choose(say("Rename {}", nameOf(person)), [{ title: "", images: [field] }], say("Rename"))) === undefined) return
+  const wrong = make("div", "facelora-refused")
+  field.addEventListener("input", async () => {
+    const asked = field.value, { wrong_name = "" } = await read(`/facelora/recipe?${new URLSearchParams({ lora: asked })}`)
+    if (asked === field.value) wrong.textContent = wrong_name
+  })
+  if ((await choose(say("Rename {}", nameOf(person)), [{ title: "", images: [field, wrong] }], say("Rename"))) === undefined) return
   const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ name: field.value })
   const { error, name } = await read(`/facelora/people/${person.key}`, { method: "PATCH", headers, body })
   if (name) document.dispatchEvent(new CustomEvent(RENAMED, { detail: { key: person.key, name } }))
