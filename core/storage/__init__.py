@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .safetensors_file import save_safetensors as save_safetensors
     from .safetensors_file import tensor_bytes as tensor_bytes
     from .safetensors_file import write_safetensors as write_safetensors
+    from .signature import HOW_TO_SIGN as HOW_TO_SIGN
+    from .signature import can_sign as can_sign
+    from .signature import inspect_signature as inspect_signature
     from .stored import LazyTensors as LazyTensors
     from .stored import Stored as Stored
     from .stored import dtype_and_shape as dtype_and_shape
