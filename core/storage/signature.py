@@ -176,7 +176,7 @@ def inspect_signature(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _summary(claim: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a claim states: the program, the name in the certificate, and what was done from which models."""
+    """Return what a claim states: the program, the name in the certificate, what was done, and the models by hash."""
     (program, *_), signature = claim.get("claim_generator_info") or [{}], claim["signature_info"]
     lists = (one["data"]["actions"] for one in claim["assertions"] if one["label"].startswith("c2pa.actions"))
     actions = [action for one in lists for action in one]
