@@ -22,6 +22,7 @@ OPTIONAL = {
     "onnx": "the networks for faces",
     **{kind.package: f"the optimizer {name}" for name, kind in OPTIMIZERS.items() if kind.package},
     "pillow-heif": "photos in HEIC",
+    "c2pa-python": "sign pictures",
     "triton": "compile on a GPU",
 }
 """What doesn't work without each package."""

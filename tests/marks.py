@@ -1,5 +1,6 @@
 """The mark of drawn pictures as other programs read it: Pillow with Python's XML parser, and exiftool where it is installed."""
 
+import io
 import json
 import re
 import shutil
@@ -7,6 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+try:
+    import c2pa  # pyright: ignore[reportMissingImports]
+except ImportError:
+    c2pa = None
 
 EXIFTOOL = shutil.which("exiftool")
 """On Debian, the package libimage-exiftool-perl."""
@@ -21,6 +27,8 @@ def mark_in(path: Path) -> tuple[str, str] | None:
     packets = re.findall(rb"<x:xmpmeta.*?</x:xmpmeta>", path.read_bytes(), re.DOTALL)
     assert len(packets) <= 1
     values = _values(packets[0]) if packets else {}
+    if c2pa and path.suffix == ".png":
+        assert is_signed(path) == bool(values)
     if EXIFTOOL:
         seen = exiftool(path)
         assert {name: seen[name] for name in _NAMES if name in seen} == values
@@ -29,6 +37,15 @@ def mark_in(path: Path) -> tuple[str, str] | None:
     vocabulary, _, word = values["DigitalSourceType"].rpartition("/")
     assert vocabulary == "http://cv.iptc.org/newscodes/digitalsourcetype"
     return word, values["CreatorTool"]
+
+
+def is_signed(path: Path) -> bool:
+    """Whether the picture has a signature that C2PA's own reader finds valid. Its own settings ask for a trusted issuer."""
+    assert c2pa
+    settings = c2pa.Settings.from_dict({"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}})
+    kind = {".jpg": "jpeg"}.get(path.suffix, path.suffix[1:])
+    reader = c2pa.Reader.try_create(f"image/{kind}", io.BytesIO(path.read_bytes()), context=c2pa.Context(settings))
+    return reader is not None and reader.get_validation_state() == "Valid"
 
 
 def exiftool(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import models, pictures  # Their modules load only when a name is used.
+from .. import models, pictures, storage  # Their modules load only when a name is used.
 from ..errors import BadConfig, one_line
 from ..progress import SAMPLES, OnProgress
 from .shared_options import BaseParts
@@ -92,6 +92,12 @@ def rough_span(seconds: tuple[float, float]) -> str:
 
 def print_warning(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def print_whether_signed() -> None:
+    """Print a line if the drawn pictures have only the mark."""
+    if not storage.can_sign():
+        print(f"pictures are marked as drawn, but not signed; to sign them: {storage.HOW_TO_SIGN}", file=sys.stderr)
 
 
 def progress_bar(name: str) -> OnProgress:

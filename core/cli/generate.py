@@ -13,7 +13,7 @@ from .. import lora, models, photos, pictures  # Their modules load only when a 
 from ..config import Precision
 from ..errors import BadConfig, BadStylePack, one_line
 from ..progress import OnWarning
-from .common import BarProgress, base_from, packs_for, print_warning, split_strength
+from .common import BarProgress, base_from, packs_for, print_warning, print_whether_signed, split_strength
 from .computing import device_from
 from .options import Options, below, option, settings
 from .settings import SCHEDULE
@@ -140,6 +140,7 @@ def run(options: GenerateOptions) -> None:
         print((output / pictures.OVERVIEW).read_text("utf-8"), end="")
     else:
         _print_headshots(shots, output, people=len(options.reference))
+        print_whether_signed()
 
 
 def _check(options: GenerateOptions) -> tuple[str, Path]:

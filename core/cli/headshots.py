@@ -11,7 +11,7 @@ from .. import lora, models, photos, pictures, studio, training  # Their modules
 from ..config import RecipeName, TrainConfig
 from ..errors import BadConfig
 from . import shared_options
-from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for
+from .common import DEMO, BarProgress, JsonProgress, base_from, packs_for, print_whether_signed
 from .computing import device_from, show_work, speed_hint, work_in_short
 from .generate import few_steps_hint, unread_syntax
 from .options import Options, argument, below, option, settings
@@ -122,6 +122,7 @@ def run(options: HeadshotsOptions) -> int:
         print(json.dumps(result | {"advice": list(outcome.advice)}))
     else:
         print(summary, *outcome.advice, f"LoRA: {made}", f"gallery: {gallery}", sep="\n")
+        print_whether_signed()
     return 1 if outcome.advice else 0
 
 

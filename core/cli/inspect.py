@@ -81,13 +81,30 @@ def _inspect_picture(path: Path) -> dict[str, Any]:
         photos.read_photo_files([path], strict=True)
     except BadPhoto as error:
         raise BadFile(f"{path}: {str(error).removeprefix(f'{path.name}: ')}") from None
-    return {"file": os.fspath(path), **storage.inspect_mark(path)}
+    return {"file": os.fspath(path), **storage.inspect_mark(path), "signature": storage.inspect_signature(path)}
 
 
 def _picture_line(report: Mapping[str, Any]) -> str:
     kind, tool = report["digital_source_type"], report["creator_tool"]
-    if kind is None:
-        return one_line(f"{report['file']}: not marked as drawn by a program")
     drawn = {"trainedAlgorithmicMedia": "drawn", "compositeWithTrainedAlgorithmicMedia": "partly drawn"}
     what = f"{drawn[kind]} by a program ({kind})" if kind in drawn else kind
-    return one_line(f"{report['file']}: marked as {what}{f', {tool}' if tool else ''}")
+    marked = f"marked as {what}{f', {tool}' if tool else ''}" if kind else "not marked as drawn by a program"
+    return one_line(f"{report['file']}: {marked}; {_signature_text(report['signature'])}")
+
+
+def _signature_text(signature: Mapping[str, Any]) -> str:
+    signers = "; then ".join(
+        f"{one['program']} ({', '.join(filter(None, (*one['actions'], one['digital_source_type'])))}) "
+        f"with the certificate {one['certificate']!r}"
+        for one in signature["history"]
+    )
+    problems, whose = ", ".join(signature["problems"]), "whose certificate it is isn't checked"
+    texts = {
+        "none": "not signed, or the signature was removed",
+        "unknown": f"whether it is signed is unknown without c2pa-python: {storage.HOW_TO_SIGN}",
+        "unreadable": f"its signature can't be read: {problems}",
+        "valid": f"signed and unchanged since: {signers}; {whose}",
+        "changed": f"signed, but changed afterwards: {signers}; {whose}",
+        "invalid": f"signed, but not validly ({problems}): {signers}; {whose}",
+    }
+    return texts[signature["state"]]

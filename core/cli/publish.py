@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import pictures  # Its modules load only when a name is used.
-from .common import print_warning, progress_bar
+from .common import print_warning, print_whether_signed, progress_bar
 from .options import Options, argument, option
 from .values import Folder, InputPath, Text
 
@@ -33,4 +33,5 @@ def run(options: PublishOptions) -> None:
     for path in (made.lora, made.page, *made.pictures):
         print(path)
     print(f"{len(made.left_out)} metadata entries were left out; {options.file} is unchanged")
+    print_whether_signed()
     print("Before you upload, read the page and the prompts in the pictures: they contain your own texts.")

@@ -11,7 +11,7 @@ from typing import ClassVar
 from .. import lora, models, studio  # Their modules load only when a name is used.
 from ..errors import BadConfig
 from ..progress import READING
-from .common import JsonProgress, packs_for, progress_bar
+from .common import JsonProgress, packs_for, print_whether_signed, progress_bar
 from .computing import device_from, show_work, speed_hint
 from .generate import few_steps_hint
 from .headshots import COUNT, OrderOptions, bases_from, unread_in_pack, usual_pack_and_size
@@ -117,6 +117,7 @@ def _make_all(options: StudioOptions) -> int:
                 progress.ended(result)
     if not options.json:
         print(f"report: {options.output / 'report.html'}")
+        print_whether_signed()
     return 1 if failed else 0
 
 

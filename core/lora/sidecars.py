@@ -70,7 +70,7 @@ def write_sidecars(
         image = opened_picture(picture, PICTURE_SIDE)
         for beside in map(path.with_suffix, _PICTURES):
             if not os.path.lexists(beside):
-                save_png(beside, image, mark=read_mark(picture))
+                save_png(beside, image, mark=read_mark(picture), is_copy=True)
                 written.append(beside)
     return written
 

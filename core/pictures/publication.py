@@ -122,7 +122,8 @@ def publish(
     with _new_folder(folder) as made:
         paths = [made / f"{name}-{number:02}.png" for number in range(1, len(examples) + 1)]
         for path, example in zip(paths, examples, strict=True):
-            save_png(path, example.photo.image(), {"parameters": str(example.parameters)} if example.parameters else {})
+            texts = {"parameters": str(example.parameters)} if example.parameters else {}
+            save_png(path, example.photo.image(), texts, is_copy=True)
         if paths:
             metadata |= cover(small_picture(paths[0]))
         path = made / f"{name}.safetensors"

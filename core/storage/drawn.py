@@ -1,7 +1,7 @@
 """Mark pictures as drawn by a program, and read such marks.
 
 The mark is IPTC's digital source type in XMP, which photo galleries, search engines and Adobe's programs can read. It also
-names this program and its version, and nothing else.
+names this program and its version, and nothing else. `signature` signs the file after that.
 """
 
 import base64
@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from ..version import __version__
 from .files import write_file
+from .signature import hashes_in, signed
 
 DRAWN = "trainedAlgorithmicMedia"
 """IPTC's digital source type of a picture that a model has drawn."""
@@ -42,18 +43,22 @@ PROGRAM_TEXTS = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-me
 
 
 def write_picture(
-    file: BinaryIO,
+    target: BinaryIO,
     image: Image.Image,
     format: Literal["PNG", "JPEG", "WEBP"],
     texts: Mapping[str, str] | None = None,
     *,
     mark: str | None = DRAWN,
+    hashes: Mapping[str, str] | None = None,
+    is_copy: bool = False,
+    signs: bool = True,
 ) -> None:
     """Write the picture with the mark, a digital source type, in it; unmarked for None. A PNG also has the texts by name.
 
-    Nothing else that the picture came with is written.
+    Nothing else that the picture came with is written. With c2pa-python, a marked picture is signed if `signs` is true. The
+    signature names the models by their `hashes`, or by those in the text `parameters`. It names no program that drew a copy.
     """
-    bare = image.copy()
+    bare, file = image.copy(), io.BytesIO()
     bare.info = {}  # Otherwise a colour profile, EXIF data or a comment would be saved too.
     packet = _PACKET.format(tool=_PROGRAM + __version__, type=_VOCABULARY + mark) if mark else ""
     if format == "PNG":
@@ -71,6 +76,11 @@ def write_picture(
         bare.save(file, "JPEG", quality=85, extra=extra)
     else:
         bare.save(file, "WEBP", quality=85, xmp=packet.encode())
+    data = file.getvalue()
+    if mark and signs:
+        found = hashes_in((texts or {}).get("parameters", "")) if hashes is None else hashes
+        data = signed(data, format, _VOCABULARY + mark, found, is_copy)
+    target.write(data)
 
 
 def save_png(
@@ -79,16 +89,18 @@ def save_png(
     texts: Mapping[str, str] | None = None,
     *,
     mark: str | None = DRAWN,
+    hashes: Mapping[str, str] | None = None,
+    is_copy: bool = False,
 ) -> None:
     """Write a PNG as `write_picture` does, completely or not at all. Raises BadFile if it cannot be written."""
-    write_file(path, lambda file: write_picture(file, image, "PNG", texts, mark=mark))
+    write_file(path, lambda file: write_picture(file, image, "PNG", texts, mark=mark, hashes=hashes, is_copy=is_copy))
 
 
 def jpeg_url(image: Image.Image, side: int, mark: str | None) -> str:
     """Return the picture as a data URL of a JPEG with the mark, its longer side at most `side` pixels."""
     small, data = image.convert("RGB"), io.BytesIO()
     small.thumbnail((side, side))
-    write_picture(data, small, "JPEG", mark=mark)
+    write_picture(data, small, "JPEG", mark=mark, signs=False)  # Pages and metadata only have the mark.
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 

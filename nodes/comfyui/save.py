@@ -5,6 +5,7 @@
 import json
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ...core.errors import BadConfig
+from ...core.errors import BadConfig, BadFile
+from ...core.storage import SafetensorsFile
 from ...core.storage.drawn import save_png
 from .app.people import digest_of
 from .app.state import app
@@ -59,11 +61,10 @@ class SaveHeadshots(io.ComfyNode):
         texts = {} if args.disable_metadata else {name: json.dumps(value) for name, value in graph.items()}
         prefix = filename_prefix.replace("%lora_name%", lora_name.removesuffix(".safetensors"))
         place, size = folder_paths.get_output_directory(), (images.shape[2], images.shape[1])
-        if (
-            not Path(place, prefix).resolve().is_relative_to(Path(place).resolve())
-        ):  # ComfyUI's message has server paths
+        if not Path(place, prefix).resolve().is_relative_to(Path(place).resolve()):  # ComfyUI tells the server's paths
             raise BadConfig(f"filename_prefix = {filename_prefix!r}: must not lead out of ComfyUI's output folder")
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, place, *size)
+        hashes = _hashes(lora_name) if texts else {}
         saved, likenesses = [], []
         for number, image in enumerate(pictures(images)):
             key = filename_prefix, lora_name, picture_key(image)
@@ -74,7 +75,7 @@ class SaveHeadshots(io.ComfyNode):
                 # ComfyUI counts from 1 each time if the prefix contains %batch_num% or ends with a slash.
                 while os.path.exists(path := Path(folder, f"{name}_{counter:05}_.png")):
                     counter += 1
-                save_png(path, image, texts and texts | {"facelora": json.dumps(facts)})
+                save_png(path, image, texts and texts | {"facelora": json.dumps(facts)}, hashes=hashes)
                 known, counter = ui.SavedResult(path.name, subfolder, io.FolderType.output), counter + 1
                 app().saved[key] = known, digest_of(_below_output(known))
             saved.append(known)
@@ -98,6 +99,14 @@ def renamed(old: str, new: str, headshots: Collection[str]) -> None:
         if Path(lora_name).stem == old and _below_output(saved) in headshots:
             name = str(Path(lora_name).with_name(f"{new}.safetensors"))
             app().saved[prefix, name, picture] = saved, digest
+
+
+def _hashes(lora_name: str) -> dict[str, str]:
+    """Return what the signature says of the LoRA, by its short hash as A1111 writes it."""
+    path = lora_name and folder_paths.get_full_path("loras", lora_name)
+    with suppress(BadFile, KeyError):  # The name may be any text, and the LoRA another program's.
+        return {SafetensorsFile.open(path).metadata["sshs_model_hash"][:12]: "LoRA"} if path else {}
+    return {}
 
 
 def _below_output(saved: ui.SavedResult) -> str:

@@ -29,6 +29,7 @@ from ...core.pictures.headshot import Headshot
 from ...core.pictures.headshots import make_headshots, read_picture
 from ...core.progress import READING
 from ...core.storage.cache_folder import content_key, made_folder
+from ...core.storage.signature import hashes_in
 from ...core.threads import within_quota
 from . import services
 from .models import LORA_MODEL, base_of, lora_of
@@ -112,7 +113,7 @@ class HeadshotsInvocation(StylesInvocation, PhotosInvocation, WithBoard):
             "model": self.model.model_dump(mode="json"),
             "loras": [{"model": self.lora.model_dump(mode="json"), "weight": self.weight * job.strength}],
         }  # fmt: skip
-        return services.save_drawn(context, image, MetadataField(values))
+        return services.save_drawn(context, image, MetadataField(values), hashes_in(image.info.get("parameters", "")))
 
 
 def _about(shots: list[Headshot]) -> str:

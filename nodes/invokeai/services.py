@@ -6,6 +6,7 @@ Each was seen in version SEEN_IN. Where another version lacks one, the error say
 # invokeai is importable only inside InvokeAI.
 # pyright: reportMissingImports=false
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def photo_path(context: InvocationContext, name: str) -> Path:
         raise BadPhoto(f"{name}: this photo is not in your gallery any more. Add another one instead") from None
 
 
-def save_drawn(context: InvocationContext, image: Image.Image, metadata: MetadataField) -> str:
-    """Save a drawn picture and return InvokeAI's name of it.
+def save_drawn(
+    context: InvocationContext, image: Image.Image, metadata: MetadataField, hashes: Mapping[str, str]
+) -> str:
+    """Save a picture drawn with the models of these `hashes`, and return InvokeAI's name of it.
 
     InvokeAI writes its own texts and no others, so its file is written again with these texts and the mark of drawn pictures.
     """
@@ -61,7 +64,7 @@ def save_drawn(context: InvocationContext, image: Image.Image, metadata: Metadat
     path = context.images.get_path(name)
     with Image.open(path) as saved:
         texts = {key: text for key, text in saved.info.items() if isinstance(text, str)}
-    save_png(path, image, texts)
+    save_png(path, image, texts, hashes=hashes)
     return name
 
 

@@ -17,6 +17,7 @@ from core.errors import FaceLoraError
 from core.lora.file import LoraFile
 from core.storage.cache_folder import cache_folder, clear_cache
 from core.storage.drawn import DRAWN
+from core.storage.signature import inspect_signature
 from core.version import __version__
 from tests.marks import mark_in
 from tests.photos.test_report import ONLY_PHOTO
@@ -158,6 +159,8 @@ def test_headshots_are_saved_with_what_made_them_the_most_alike_last(desk):
     assert {values["seed"] for values in desk.context.saved.values()} == {7, 8}
     for name, values in desk.context.saved.items():
         assert mark_in(desk.context.folder / name) == (DRAWN, f"FaceLoRA {__version__}")
+        for claim in inspect_signature(desk.context.folder / name)["history"]:
+            assert [model.split()[0] for model in claim["made_with"]] == ["base", "LoRA"]
         with Image.open(desk.context.folder / name) as image:
             assert json.loads(image.info["invokeai_metadata"])["seed"] == values["seed"]
     assert all("sks person" in values["positive_prompt"] for values in desk.context.saved.values())
