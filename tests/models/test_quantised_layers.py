@@ -50,8 +50,15 @@ def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLA
             if name.endswith(".up"):  # zeros, behind which the others have no gradient
                 parameter.data.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape))
     (loss, gradients, peak), (wide_loss, wide_gradients, wide_peak) = map(step, runs)
-    assert torch.equal(loss, wide_loss) and loss.isfinite() and gradients.keys() == wide_gradients.keys()
-    assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
+    assert loss.isfinite() and gradients.keys() == wide_gradients.keys()
+    if form.startswith("convrot"):  # whose inputs are rotated instead of their weights
+        found, wanted = (
+            torch.cat([each[name].flatten() for name in gradients]) for each in (gradients, wide_gradients)
+        )
+        assert abs(loss - wide_loss) < 0.001 * wide_loss and (found - wanted).norm() < 0.02 * wanted.norm()
+    else:
+        assert torch.equal(loss, wide_loss)
+        assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
     layers = [layer for layer in runs[0].model.denoiser.modules() if isinstance(layer, QuantisedLinear)]
     widths = sorted(layer.in_features * layer.out_features * 4 for layer in layers)
     tensors = wide.components["denoiser"].tensors
