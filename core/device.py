@@ -251,9 +251,12 @@ def spills_over(device: torch.device) -> bool:
 def stay_within_free_memory(device: torch.device) -> None:
     """Where the driver spills over, make allocations fail that exceed the GPU's free memory, for the rest of the process.
 
-    Otherwise each step takes many times as long, while a smaller memory plan only takes a third more.
+    Otherwise each step takes many times as long, while a smaller memory plan only takes a third more. Apple's GPUs get what
+    macOS recommends: torch would take 1.7 times as much, and macOS would swap.
     """
-    if spills_over(device):
+    if device.type == "mps":
+        torch.mps.set_per_process_memory_fraction(1.0)
+    elif spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
         free -= 2**29  # for what torch doesn't count: kernels and libraries that are loaded later
         share = (max(0, free) + torch.cuda.memory_reserved(device)) / total
@@ -267,7 +270,9 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if spills_over(device):
+        if device.type == "mps":
+            torch.mps.set_per_process_memory_fraction(float(os.environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO", 1.7)))
+        elif spills_over(device):
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 

@@ -81,3 +81,12 @@ def test_a_card_without_an_index_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     assert usable_device(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+def test_an_apple_gpu_is_bound_to_what_macos_recommends(monkeypatch):
+    """By default torch takes 1.7 times as much, and macOS swaps."""
+    shares = []
+    monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", shares.append)
+    with devices.within_free_memory(torch.device("mps")):
+        assert shares == [1.0]
+    assert shares == [1.0, 1.7]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ..config import Precision
-from ..device import clear_variables, free_memory, release_heap, release_memory, until_it_fits
+from ..device import clear_variables, free_memory, keeps_quantised_weights, release_heap, release_memory, until_it_fits
 from ..errors import BadConfig
 from ..lora.apply import AppliedLora, apply
 from ..lora.embeddings import new_words
@@ -182,10 +182,10 @@ class DrawingModel:
 
     def _load(self, loras: Iterable[LoraFile], copies: int) -> None:
         """Load the denoiser for these LoRAs and this number of copies of its weights, or adapt how it is kept in memory."""
-        as_stored = are_low_rank(loras, {"denoiser"})
+        device, dtype = self.place
+        as_stored = are_low_rank(loras, {"denoiser"}) and keeps_quantised_weights(device)
         if self._as_stored and not as_stored:
             self._free()
-        device, dtype = self.place
         if self._loaded is None:
             self._loaded = load_denoiser(self.base, device, dtype, as_stored, copies)
             self._as_stored = as_stored

@@ -8,7 +8,7 @@ from lab.emulated_gpu.fake_cuda import DEVICE, fake_cuda  # isort: skip  # befor
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,16 +145,32 @@ def rounded_in_a_comparison() -> tuple[int, bool]:
     raise AssertionError
 
 
-def fp8_where_there_is_none(form: str) -> frozenset[torch.dtype]:
-    """The dtypes of the weights in a step on a device without fp8, as MPS is. (diffusers itself avoids float64 on MPS.)"""
-    with fake_cuda() as card, patch("core.models.base.keeps_quantised_weights", lambda _: False), \
-            patch("core.models.spec.keeps_quantised_weights", lambda _: False):  # fmt: skip
+LACKING_FP8 = ("models.base", "models.spec", "training.adapted_model", "pictures.drawing_model")
+"""The modules that ask whether a device has fp8."""
+
+
+def fp8_where_there_is_none(form: str, plan: MemoryPlan) -> tuple[frozenset[torch.dtype], list[str], int]:
+    """A step and a picture on a device without fp8, as MPS is, beside a CPU with it. (diffusers itself avoids float64 on MPS.)
+
+    Returns the dtypes of weights in the step, the ways to store weights that its plans have, and the number of pictures.
+    """
+    with ExitStack() as stack:
+        for module in LACKING_FP8:
+            stack.enter_context(patch(f"core.{module}.keeps_quantised_weights", lambda place: place.type == "cpu"))
+        card = stack.enter_context(fake_cuda())
         card.refused = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
         case = Case("flux1", form=form)
         base = case.base()
-        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()))
+        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()), plan=plan)
         run.train_step()
-        return frozenset(parameter.dtype for parameter in run.model.denoiser.parameters())
+        dtypes = frozenset(parameter.dtype for parameter in run.model.denoiser.parameters())
+        offered = sorted({plan.weights for plan in run.model.plans})
+        del run
+        stack.enter_context(
+            patch("core.pictures.drawing_model.drawing_plan", lambda *_: MemoryPlan(offload=plan.offload))
+        )
+        job = PictureJob("a photo of sks person", seed=1, size=(64, 64), steps=2)
+        return dtypes, offered, len(list(generate(base, [], [job], device=DEVICE)))
 
 
 def pinned_with_little_memory() -> tuple[int, int]:

@@ -62,9 +62,12 @@ def test_a_card_is_compared_in_float32_without_tf32(on_card):
     assert on_card(hazards.rounded_in_a_comparison) == (0, True)
 
 
-@pytest.mark.parametrize("form", ["scaled fp8", "fp8"])
-def test_fp8_weights_are_dequantised_for_a_device_without_fp8(form, on_card):
-    assert on_card(hazards.fp8_where_there_is_none, form) <= {BF16, FP32}
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[-1]], ids=str)
+@pytest.mark.parametrize("form", ["scaled fp8", "fp8", "nvfp4"])
+def test_fp8_weights_are_dequantised_for_a_device_without_fp8(form, plan, on_card):
+    dtypes, offered, pictures = on_card(hazards.fp8_where_there_is_none, form, plan)
+    assert dtypes <= {BF16, FP32, torch.int8} and (torch.int8 in dtypes) == (plan.weights == "8 bits")
+    assert offered == ["8 bits", "full"] and pictures == 1
 
 
 def test_page_locked_memory_leaves_memory_to_other_programs(on_card):
