@@ -120,6 +120,8 @@ class DrawingModel:
             with _applied(self.base, loras, encoders, device):
                 pairs = encode_pairs(self.base, encoders, texts, self._clip_skip)
             self._encoded |= {(loras, pair): conditioning for pair, conditioning in pairs.items()}
+        del encoders  # They may hold page-locked memory, which the denoiser may need.
+        self._release()
 
     def encoded(self, loras: AppliedAt, texts: Texts) -> Pair:
         """Return the conditioning of texts that were encoded with these LoRAs."""
@@ -174,6 +176,7 @@ class DrawingModel:
             clear_variables(error)
         self._encoded.clear()
         self._free()
+        self._release()  # also what text encoders took if there is no denoiser yet
 
     @property
     def _memory(self) -> MemorySaver:
@@ -201,6 +204,9 @@ class DrawingModel:
             return
         self._loaded = self._vae = self._applied_at = None
         self._applied, self.at_hand, self._originals, self._as_stored, self._is_changed = [], [], {}, False, False
+        self._release()
+
+    def _release(self) -> None:
         if self.place[0].type == "cpu":
             release_heap()
         else:

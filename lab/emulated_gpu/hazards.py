@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +25,8 @@ from core.errors import FaceLoraError
 from core.faces import Face
 from core.lora.file import LoraFile
 from core.models.memory_plan import PLANS, MemoryPlan, drawing_plan
+from core.models.text import blank_caption
+from core.pictures.drawing_model import DrawingModel
 from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.headshot import cut_out, drawn_again
 from core.training.callbacks import Callbacks, StepReport
@@ -32,6 +34,7 @@ from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
 from core.training.store import train
+from lab.emulated_gpu import trials
 from lab.emulated_gpu.trials import PLAIN, SHORT, Case, cached
 from lab.gpu.agreement import agreement
 from tests.random_models import random_base, random_cache
@@ -181,6 +184,47 @@ def pinned_with_little_memory() -> tuple[int, int]:
         run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()), plan=case.plan)
         run.train_step()
         return card.pinned, run.model.memory.offload.pageable
+
+
+def pinned_after_texts(ram: int, photos: Path, output: Path) -> tuple[list[int], int, int]:
+    """Page-locked memory on a computer with `ram` bytes beside those left to others, and a card that has no room for weights.
+
+    Returns the bytes of weights in usual memory when a picture is drawn and in a step, what is left when texts can't be encoded
+    for drawing, and what torch keeps unused when training begins.
+    """
+    base, pageable, unused = trials.base_with_t5(), [], []
+
+    def encode_text(encoders: Any, captions: Any, *_: int) -> Any:
+        encoders["text_encoder_2"](torch.zeros(1, 16, dtype=torch.long, device=DEVICE))
+        if "fails" in captions:
+            raise FaceLoraError("stopped")
+        blank = blank_caption(base.family, base.components["denoiser"].config, 16)
+        return {name: torch.cat([value] * len(captions)).to(DEVICE) for name, value in blank.items()}
+
+    base = replace(base, family=replace(base.family, encode_text=encode_text))
+    with ExitStack() as stack:
+        card = stack.enter_context(fake_cuda())
+        memory = lambda device: memory_plan.LEFT_FREE + ram - card.pinned - card.unpinned if device.type == "cpu" else 0  # noqa: E731
+        for module in ("models.base", "models.memory_plan", "pictures.drawing_model"):
+            stack.enter_context(patch(f"core.{module}.free_memory", memory))
+        stack.enter_context(patch("core.models.base.LARGE_ENCODER", 0))
+        for text in ("fails", "a photo"):
+            with suppress(FaceLoraError), DrawingModel(base, "bf16") as model:
+                model.encode({(): [(text, "")]})
+                model.apply_only(())
+                pageable.append(model._memory.offload.pageable)
+            if text == "fails":
+                left = card.pinned + card.unpinned
+        choose = patch("core.training.loop.choose_plan", lambda *_: unused.append(card.unpinned) or PLANS[-1])
+        start = Run.__init__
+
+        def started(run: Run, *given: Any, **named: Any) -> None:
+            start(run, *given, **named)
+            pageable.append(run.model.memory.offload.pageable)
+
+        with choose, patch.object(Run, "__init__", started):
+            train(photos, base, TrainConfig(**SHORT, gradient_checkpointing="auto"), output=output, device=DEVICE)
+        return pageable, left, unused[0]
 
 
 def settings_in_a_step(photos: Path, output: Path) -> tuple[list[tuple[bool, bool]], tuple[bool, bool]]:

@@ -75,6 +75,13 @@ def test_page_locked_memory_leaves_memory_to_other_programs(on_card):
     assert pinned == 0 < pageable
 
 
+@pytest.mark.parametrize("ram", [6, 64])
+def test_text_encoders_give_page_locked_memory_back_before_the_denoiser_takes_it(ram, on_card, photo_folder, tmp_path):
+    """Each takes a slab of 4 MiB. The smaller computer has room for one, as one of 16 GB has for T5 or FLUX.1's blocks."""
+    pageable, left, unused = on_card(hazards.pinned_after_texts, ram * 2**20, photo_folder, tmp_path / "me.safetensors")
+    assert pageable == [0, 0] and left == unused == 0
+
+
 def test_what_comfyui_sets_for_its_process_is_off_in_a_training_and_on_after_it(on_card, photo_folder, tmp_path):
     in_steps, after = on_card(hazards.settings_in_a_step, photo_folder, tmp_path / "me.safetensors")
     assert set(in_steps) == {(False, False)} and after == (True, True)
