@@ -39,8 +39,7 @@ class MemoryPlan:
     recompute: float = 0.0
     """The share of the blocks whose activations are recomputed in the backward pass instead of being kept, 0 to 1.
 
-    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost.
-    """
+    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost."""
     weights: Literal["full", "8 bits"] = "full"
     """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (quantised_layers.py).
 
@@ -122,8 +121,9 @@ def drawing_plan(weights: int, free: int | None) -> MemoryPlan:
 
     `weights` is the size of the denoiser's weights and `free` the device's free memory, in bytes. None means unlimited.
     """
-    fits = free is None or weights <= WEIGHTS_IN_DRAWING * free
-    return MemoryPlan(offload=0.0 if fits else 1 - WEIGHTS_IN_DRAWING * free / weights)
+    if free is None or weights <= WEIGHTS_IN_DRAWING * free:
+        return MemoryPlan()
+    return MemoryPlan(offload=1 - WEIGHTS_IN_DRAWING * free / weights)
 
 
 # --- applying a plan ---
