@@ -224,11 +224,16 @@ def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
     """
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = torch.backends.cudnn
-    settings = [(convolutions, "benchmark", False)]
+    settings: list[tuple[Any, str, Any]] = [(convolutions, "benchmark", False)]
     if hasattr(products, "allow_fp16_accumulation"):  # Only torch 2.7 and later has this.
         settings.append((products, "allow_fp16_accumulation", False))
     if not tf32:
-        settings += [(convolutions, "allow_tf32", False), (products, "allow_tf32", False)]
+        rounding: list[tuple[Any, str, Any]] = [(convolutions, "allow_tf32", False), (products, "allow_tf32", False)]
+        try:
+            [getattr(place, name) for place, name, _ in rounding]
+        except RuntimeError:  # The process has set `fp32_precision` of torch 2.9, beside which these can't be read.
+            rounding = [(convolutions.conv, "fp32_precision", "ieee"), (products, "fp32_precision", "ieee")]
+        settings += rounding
     before = [getattr(place, name) for place, name, _ in settings]
     try:
         for place, name, value in settings:

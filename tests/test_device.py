@@ -1,6 +1,7 @@
 """core/device.py: the precision that `auto` chooses, as ComfyUI 0.30 does (comfy/model_management.py, should_use_bf16)."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,16 @@ def test_an_apple_gpu_is_bound_to_what_macos_recommends(monkeypatch):
     with devices.within_free_memory(torch.device("mps")):
         assert shares == [1.0]
     assert shares == [1.0, 1.7]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_arithmetic_is_exact_beside_a_program_that_sets_the_precision_of_float32():
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [place.fp32_precision for place in places]
+    try:
+        places[0].fp32_precision, places[1].fp32_precision = "tf32", "ieee"
+        with devices.exact_arithmetic(tf32=False):
+            assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+        assert [place.fp32_precision for place in places] == ["tf32", "ieee"]
+    finally:
+        places[0].fp32_precision, places[1].fp32_precision = before

@@ -193,6 +193,7 @@ def pinned_after_texts(ram: int, photos: Path, output: Path) -> tuple[list[int],
     for drawing, and what torch keeps unused when training begins.
     """
     base, pageable, unused = trials.base_with_t5(), [], []
+    left: list[int] = []
 
     def encode_text(encoders: Any, captions: Any, *_: int) -> Any:
         encoders["text_encoder_2"](torch.zeros(1, 16, dtype=torch.long, device=DEVICE))
@@ -204,7 +205,10 @@ def pinned_after_texts(ram: int, photos: Path, output: Path) -> tuple[list[int],
     base = replace(base, family=replace(base.family, encode_text=encode_text))
     with ExitStack() as stack:
         card = stack.enter_context(fake_cuda())
-        memory = lambda device: memory_plan.LEFT_FREE + ram - card.pinned - card.unpinned if device.type == "cpu" else 0  # noqa: E731
+
+        def memory(device: torch.device) -> int:
+            return memory_plan.LEFT_FREE + ram - card.pinned - card.unpinned if device.type == "cpu" else 0
+
         for module in ("models.base", "models.memory_plan", "pictures.drawing_model"):
             stack.enter_context(patch(f"core.{module}.free_memory", memory))
         stack.enter_context(patch("core.models.base.LARGE_ENCODER", 0))
@@ -213,8 +217,7 @@ def pinned_after_texts(ram: int, photos: Path, output: Path) -> tuple[list[int],
                 model.encode({(): [(text, "")]})
                 model.apply_only(())
                 pageable.append(model._memory.offload.pageable)
-            if text == "fails":
-                left = card.pinned + card.unpinned
+            left.append(card.pinned + card.unpinned)
         choose = patch("core.training.loop.choose_plan", lambda *_: unused.append(card.unpinned) or PLANS[-1])
         start = Run.__init__
 
@@ -224,7 +227,7 @@ def pinned_after_texts(ram: int, photos: Path, output: Path) -> tuple[list[int],
 
         with choose, patch.object(Run, "__init__", started):
             train(photos, base, TrainConfig(**SHORT, gradient_checkpointing="auto"), output=output, device=DEVICE)
-        return pageable, left, unused[0]
+        return pageable, left[0], unused[0]
 
 
 def settings_in_a_step(photos: Path, output: Path) -> tuple[list[tuple[bool, bool]], tuple[bool, bool]]:
