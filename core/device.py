@@ -224,11 +224,16 @@ def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
     """
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = torch.backends.cudnn
-    settings = [(convolutions, "benchmark", False)]
+    settings: list[tuple[Any, str, Any]] = [(convolutions, "benchmark", False)]
     if hasattr(products, "allow_fp16_accumulation"):  # Only torch 2.7 and later has this.
         settings.append((products, "allow_fp16_accumulation", False))
     if not tf32:
-        settings += [(convolutions, "allow_tf32", False), (products, "allow_tf32", False)]
+        rounding: list[tuple[Any, str, Any]] = [(convolutions, "allow_tf32", False), (products, "allow_tf32", False)]
+        try:
+            [getattr(place, name) for place, name, _ in rounding]
+        except RuntimeError:  # The process has set `fp32_precision` of torch 2.9, beside which these can't be read.
+            rounding = [(convolutions.conv, "fp32_precision", "ieee"), (products, "fp32_precision", "ieee")]
+        settings += rounding
     before = [getattr(place, name) for place, name, _ in settings]
     try:
         for place, name, value in settings:
@@ -251,9 +256,12 @@ def spills_over(device: torch.device) -> bool:
 def stay_within_free_memory(device: torch.device) -> None:
     """Where the driver spills over, make allocations fail that exceed the GPU's free memory, for the rest of the process.
 
-    Otherwise each step takes many times as long, while a smaller memory plan only takes a third more.
+    Otherwise each step takes many times as long, while a smaller memory plan only takes a third more. Apple's GPUs get what
+    macOS recommends: torch would take 1.7 times as much, and macOS would swap.
     """
-    if spills_over(device):
+    if device.type == "mps":
+        torch.mps.set_per_process_memory_fraction(1.0)
+    elif spills_over(device):
         free, total = torch.cuda.mem_get_info(device)
         free -= 2**29  # for what torch doesn't count: kernels and libraries that are loaded later
         share = (max(0, free) + torch.cuda.memory_reserved(device)) / total
@@ -267,7 +275,9 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if spills_over(device):
+        if device.type == "mps":
+            torch.mps.set_per_process_memory_fraction(float(os.environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO", 1.7)))
+        elif spills_over(device):
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 

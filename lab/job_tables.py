@@ -109,7 +109,8 @@ def ledgers(name: str) -> Found:
         passes = Passes.of(loaded, config)
         for card in CARDS:
             plan = first_that_fits(
-                memory_plans(config, base), lambda plan, room=card.room, needs=needs: needs(plan) <= room
+                memory_plans(config, base, torch.device("cuda")),
+                lambda plan, room=card.room, needs=needs: needs(plan) <= room,
             )
             if needs(plan) <= card.room:
                 shared = Basis(loaded, passes, inputs, plan, torch.bfloat16, (card.memory - TAKEN) * GIB)

@@ -1,6 +1,7 @@
 """core/device.py: the precision that `auto` chooses, as ComfyUI 0.30 does (comfy/model_management.py, should_use_bf16)."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,25 @@ def test_a_card_without_an_index_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     assert usable_device(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+def test_an_apple_gpu_is_bound_to_what_macos_recommends(monkeypatch):
+    """By default torch takes 1.7 times as much, and macOS swaps."""
+    shares = []
+    monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", shares.append)
+    with devices.within_free_memory(torch.device("mps")):
+        assert shares == [1.0]
+    assert shares == [1.0, 1.7]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_arithmetic_is_exact_beside_a_program_that_sets_the_precision_of_float32():
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [place.fp32_precision for place in places]
+    try:
+        places[0].fp32_precision, places[1].fp32_precision = "tf32", "ieee"
+        with devices.exact_arithmetic(tf32=False):
+            assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+        assert [place.fp32_precision for place in places] == ["tf32", "ieee"]
+    finally:
+        places[0].fp32_precision, places[1].fp32_precision = before

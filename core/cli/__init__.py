@@ -62,9 +62,15 @@ def grow_segments() -> None:
         os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
+def allow_fast_attention() -> None:
+    """Make torch use its fast attention on AMD's consumer cards too, as ComfyUI does. Must be called before torch is loaded."""
+    os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and return the exit code: 0 for success, 1 for a failure with a message on stderr, 2 for wrong usage."""
     grow_segments()
+    allow_fast_attention()
     with standard_streams():
         code = _answered(lambda: _run(sys.argv[1:] if arguments is None else arguments))
         return _answered(sys.stdout.flush) or code

@@ -155,7 +155,8 @@ class Base:
         """Load the network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it.
 
         With `as_stored`, weights that are quantised or in fp8 take as much memory as in their file: layers dequantise them
-        whenever they are used, and compute the same. They can then be neither trained nor changed.
+        whenever they are used, and compute the same. They can then be neither trained nor changed. If the network will
+        compute on another device, that one must support such weights too (`keeps_quantised_weights`).
         """
         what = f"{self.name}: the {part.replace('_', ' ')}"
         as_stored = as_stored and keeps_quantised_weights(device)
@@ -243,7 +244,7 @@ class Base:
             kept = dtype if in_more else torch.bfloat16
             free = free_memory(device)
             room = math.inf if free is None else free / 1.2
-            quantised = as_stored and self.weight_bytes(part, kept) >= room
+            quantised = as_stored and keeps_quantised_weights(device) and self.weight_bytes(part, kept) >= room
             stays = device.type == "cpu" or self.weight_bytes(part, kept, quantised) < room
             encoders[part] = self.load(part, device if stays else torch.device("cpu"), kept, quantised)
             if not stays:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..device import free_memory
+from ..device import free_memory, until_it_fits
 from .quantised_layers import quantise_weights
 from .selective import checkpointed
 
@@ -39,8 +39,7 @@ class MemoryPlan:
     recompute: float = 0.0
     """The share of the blocks whose activations are recomputed in the backward pass instead of being kept, 0 to 1.
 
-    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost.
-    """
+    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost."""
     weights: Literal["full", "8 bits"] = "full"
     """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (quantised_layers.py).
 
@@ -92,10 +91,8 @@ time as long as the device computes for longer.
 """
 
 WEIGHTS_IN_DRAWING = 0.7
-"""The largest size of the denoiser's weights when pictures are drawn, as a share of the free memory.
-
-The rest is for activations, for the blocks currently on the device, and for the VAE.
-"""
+"""The largest size of the denoiser's weights when pictures are drawn, as a share of the free memory. The rest is for
+activations, blocks that are brought in, and the VAE."""
 
 
 def plans_for(
@@ -213,9 +210,8 @@ class BlockOffload:
 
     The host could start copying many blocks before the device needs them. So it waits until the device is done with the last
     block but one, and at most three blocks are on the device. It also holds on to the weights until then. Memory that one
-    stream has freed could otherwise be filled by the next copy while another stream still reads it.
-
-    The blocks' hooks refer to this object, so it refers to the blocks weakly.
+    stream has freed could otherwise be filled by the next copy while another stream still reads it. The blocks' hooks refer to
+    this object, so it refers to the blocks weakly.
     """
 
     def __init__(self, device: torch.device):
@@ -352,16 +348,20 @@ class PinnedStore:
         """Allocate bytes for a tensor. `left` is what this and later tensors still need. None if the memory is used up."""
         if self._slab.nbytes < size:
             slab = max(min(LARGEST_SLAB, 1 << left.bit_length() - 1), SMALLEST_SLAB, 1 << (size - 1).bit_length())
-            room = free_memory(torch.device("cpu"))
-            try:
-                if room is not None and room - slab < LEFT_FREE:
-                    raise MemoryError
-                self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
+            try:  # twice, since torch keeps slabs that were given back, and the system counts them as used
+                self._slab = until_it_fits(partial(_page_locked, slab), (int,))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # the class varies by system and driver
                 self.pins = False
                 return None
         place, self._slab = self._slab[:size], self._slab[size:]
         return place
+
+
+def _page_locked(size: int) -> Tensor:
+    room = free_memory(torch.device("cpu"))
+    if room is not None and room - size < LEFT_FREE:
+        raise MemoryError
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _aligned(size: int) -> int:

@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from ..device import synchronize
 from ..storage.stored import Dequantise, QuantisedTensor, as_stored
-from .quantised import dequantise_fp8, dequantise_int8
-from .quantised_layers import FEWEST_ROWS, LIMITS, InEightBits, QuantisedLinear, linear, times, times_scale, to_int8
+from .quantised import dequantise_fp8, dequantise_int8, dequantise_rotated
+from .quantised_layers import (
+    FEWEST_ROWS,
+    LIMITS,
+    InEightBits,
+    QuantisedLinear,
+    linear,
+    times,
+    times_scale,
+    to_int8,
+    unrotated,
+)
 
 REPEATS = 20
 """How often products are timed. They are waited for once, since a step waits for its work only at its end."""
@@ -72,7 +82,8 @@ def _is_product_of_scale(layer: QuantisedLinear) -> bool:
 
     torch's products in 8 bits also need sides that are multiples of 16.
     """
-    is_scaled = layer.plain_dequantise in (as_stored, times_scale, dequantise_fp8, dequantise_int8)
+    numbers_times_scale = (as_stored, times_scale, dequantise_fp8, dequantise_int8, dequantise_rotated)
+    is_scaled = unrotated(layer.plain_dequantise)[0] in numbers_times_scale
     weight = layer.quantised
     return is_scaled and weight.parts[0].dtype in LIMITS and not any(side % 16 for side in weight.shape)
 

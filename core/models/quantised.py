@@ -8,7 +8,6 @@ in layers that keep them as stored and dequantise them whenever they are used (q
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from ..errors import BadFile
 from ..storage.plain_values import parse_json
 from ..storage.safetensors_file import SafetensorsFile
-from ..storage.stored import Dequantise, LazyTensors, QuantisedTensor, Stored, dtype_and_shape, outline
+from ..storage.stored import Dequantise, LazyTensors, QuantisedTensor, Stored, dtype_and_shape, outline, scaled
 from ..tensor_names.models import Shape
+from .quantised_layers import Rotated, constant
 from .spec import UNQUANTISED
 
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
@@ -198,30 +198,18 @@ def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], sp
 
 def dequantise_int8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Dequantise whole numbers with a scale for each row or one for all."""
-    return _times_scale(*parts).bfloat16().to(dtype)
+    return scaled(*parts).to(dtype)
 
 
-def _dequantise_rotated(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
-    return _turned_back(_times_scale(*parts), size).bfloat16().to(dtype)
+def dequantise_rotated(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Dequantise whole numbers with scales to a dtype directly, leaving inputs rotated."""
+    return scaled(*parts) if dtype == torch.bfloat16 else _times_scale(*parts).to(dtype)
 
 
-def _dequantise_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+def _dequantise_rotated_int4(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     pairs, scale = parts
     # A byte holds two numbers from -8 to 7, the first in its lower half.
-    numbers = torch.stack([pairs << 4 >> 4, pairs >> 4], dim=-1).flatten(-2)
-    return _turned_back(_times_scale(numbers, scale), size).bfloat16().to(dtype)
-
-
-def _turned_back(weight: Tensor, size: int) -> Tensor:
-    """Undo ConvRot's rotation of the weight's inputs, done in groups of that size before rounding.
-
-    The matrix is symmetric and orthogonal, and so its own inverse: a Kronecker power of a regular Hadamard matrix of order 4.
-    """
-    of_four = torch.ones(4, 4, device=weight.device) - 2 * torch.eye(4, device=weight.device).flip(0)
-    matrix = of_four
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, of_four)
-    return (weight.reshape(len(weight), -1, size) @ (matrix / math.sqrt(size))).reshape(weight.shape)
+    return dequantise_rotated([torch.stack([pairs << 4 >> 4, pairs >> 4], dim=-1).flatten(-2), scale], dtype)
 
 
 # --- a scale for each block of a row ---
@@ -257,8 +245,8 @@ def _mxfp8_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 def _dequantise_mxfp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, exponents = parts
-    powers = (exponents.int() << 23).view(torch.float32)  # as an exponent of float32, where 0 gives the number 0
-    return (weight.float().unflatten(1, (-1, 32)) * powers[..., None]).flatten(1).bfloat16().to(dtype)
+    powers = (exponents.to(torch.int16) << 7).view(torch.bfloat16)  # as an exponent of bf16, where 0 gives the number 0
+    return weight.to(torch.bfloat16).unflatten(1, (-1, 32)).mul_(powers[..., None]).flatten(1).to(dtype)
 
 
 def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], spec: Mapping[str, Any]) -> bool:
@@ -276,17 +264,20 @@ def _dequantise_nvfp4(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, of_blocks, whole = parts
     # In bf16, as in ComfyUI.
     scale = whole.bfloat16() * of_blocks.bfloat16()
-    codes = torch.stack([weight >> 4, weight & 15], dim=-1).unflatten(1, (-1, 8)).flatten(2)
-    return (_of_e2m1(codes) * scale[..., None]).flatten(1).to(dtype)
+    pairs = constant(_pairs_of_e2m1, weight).index_select(0, weight.flatten().int()).view(torch.bfloat16)
+    return pairs.view(len(weight), -1, 16).mul_(scale[..., None]).flatten(1).to(dtype)
 
 
-def _of_e2m1(codes: Tensor) -> Tensor:
-    """Return the numbers (bf16) that 4-bit codes represent: a sign, two bits of exponent and one of mantissa.
+def _pairs_of_e2m1(device: torch.device) -> Tensor:
+    """Return the two numbers (bf16) that each byte represents, the one in its upper half first, as one of 32 bits: (256).
 
-    Shifted to where fp16 has these bits, they are the same numbers divided by 2^14, the ratio of the exponents' biases.
+    Half a byte is a sign, two bits of exponent and one of mantissa. Shifted to where fp16 has these bits, they are the same
+    number divided by 2^14, the ratio of the exponents' biases.
     """
-    codes = codes.to(torch.int16)
-    return ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).bfloat16() * 2.0**14
+    codes = torch.arange(256, dtype=torch.int16, device=device)
+    codes = torch.stack([codes >> 4, codes & 15], dim=-1)
+    numbers = ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).bfloat16() * 2.0**14
+    return numbers.view(torch.int32).flatten()
 
 
 _FORMATS = {
@@ -298,7 +289,7 @@ _FORMATS = {
     "int8_tensorwise": _Format(
         _fits_int8,
         _with_scale_of_rows,
-        lambda spec: partial(_dequantise_rotated, size=size) if (size := _rotated_in(spec)) else dequantise_int8,
+        lambda spec: Rotated(dequantise_rotated, size) if (size := _rotated_in(spec)) else dequantise_int8,
         (".weight_scale",),
     ),
     "convrot_w4a4": _Format(
@@ -306,7 +297,7 @@ _FORMATS = {
             dtype, (*shape[:-1], 2 * shape[-1]), scales, {**spec, "convrot": True}
         ),
         _with_scale_of_rows,
-        lambda spec: partial(_dequantise_int4, size=_rotated_in({**spec, "convrot": True})),
+        lambda spec: Rotated(_dequantise_rotated_int4, _rotated_in({**spec, "convrot": True})),
         (".weight_scale",),
         numbers=2,
     ),

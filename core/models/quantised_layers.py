@@ -8,15 +8,20 @@ LLM.int8's vector-wise rounding (arXiv:2208.07339), with no outliers apart:
     g W = t (q Q)              the gradient of x, where q rounds g s
 
 int8 weights are multiplied with `torch._int_mm`, and e4m3 weights of fp8 files with `torch._scaled_mm`.
+
+A weight whose inputs were rotated before rounding (ConvRot) is not rotated back: the layer's input is rotated instead. The
+matrix is orthogonal, so only rounding differs.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
@@ -53,8 +58,47 @@ class InEightBits:
         return self.dequantise(parts, dtype)
 
 
+class Rotated:
+    """Dequantises a weight whose inputs are stored rotated in groups, as in ConvRot, bit for bit as ComfyUI does."""
+
+    def __init__(self, dequantise: Dequantise, size: int):
+        """`dequantise` leaves the inputs rotated. `size` is the number of inputs in a group."""
+        self.dequantise: Dequantise = dequantise
+        self.size: int = size
+
+    def __call__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return rotated(self.dequantise(parts, torch.float32), self.size).bfloat16().to(dtype)
+
+
+def rotated(x: Tensor, size: int) -> Tensor:
+    """Apply ConvRot's rotation, which is its own inverse, to groups of that size in the last dimension."""
+    matrix = constant(_hadamard, x, size, x.dtype)
+    return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+
+
+def _hadamard(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
+    """Return a symmetric orthogonal matrix: a Kronecker power of a regular Hadamard matrix of order 4."""
+    matrix = of_four = torch.ones(4, 4, device=device) - 2 * torch.eye(4, device=device).flip(0)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, of_four)
+    return (matrix / math.sqrt(size)).to(dtype)
+
+
+def constant(make: Callable[..., Tensor], like: Tensor, *given: Any) -> Tensor:
+    """Return a small tensor `make(device, *given)` on the device of another one. It is kept, except for fake tensors."""
+    kept = _made.__wrapped__ if isinstance(like, FakeTensor) else _made
+    return kept(make, like.device, *given)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(make: Callable[..., Tensor], *given: Any) -> Tensor:
+    return make(*given)
+
+
 def linear(x: Tensor, dequantise: Dequantise, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b (..., out) for x (..., in), in the dtype of x."""
+    dequantise, size = unrotated(dequantise)
+    x = rotated(x, size) if size else x
     if not _is_in_eight_bits(x, dequantise):
         return cpu_matmul.linear(x, dequantise(parts, x.dtype), bias)
     weight, *scales = parts
@@ -64,6 +108,10 @@ def linear(x: Tensor, dequantise: Dequantise, parts: Sequence[Tensor], bias: Ten
 
 def times(gradient: Tensor, dequantise: Dequantise, parts: Sequence[Tensor], total: Tensor | None = None) -> Tensor:
     """Return g W (..., in) for g (..., out), in the dtype of g; added to `total`, which is changed, if there is one."""
+    dequantise, size = unrotated(dequantise)
+    if size:
+        product = rotated(times(gradient, dequantise, parts), size)
+        return product if total is None else total.add_(product)
     if not _is_in_eight_bits(gradient, dequantise):
         wide = dequantise(parts, gradient.dtype)
         return cpu_matmul.linear(gradient, wide.t()) if total is None else cpu_matmul.add_product(total, gradient, wide)
@@ -72,6 +120,15 @@ def times(gradient: Tensor, dequantise: Dequantise, parts: Sequence[Tensor], tot
         gradient = gradient * scale.to(gradient.dtype).reshape(-1)
     product = _product(gradient, weight)
     return product if total is None else total.add_(product)
+
+
+def unrotated(dequantise: Dequantise) -> tuple[Dequantise, int]:
+    """Return how a weight is dequantised with its inputs left rotated, and the size of their groups: 0 if there are none."""
+    marked = isinstance(dequantise, InEightBits)
+    plain = dequantise.dequantise if marked else dequantise
+    if not isinstance(plain, Rotated):
+        return dequantise, 0
+    return InEightBits(plain.dequantise) if marked else plain.dequantise, plain.size
 
 
 def _is_in_eight_bits(x: Tensor, dequantise: Dequantise) -> bool:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ..config import Precision
-from ..device import clear_variables, free_memory, release_heap, release_memory, until_it_fits
+from ..device import clear_variables, free_memory, keeps_quantised_weights, release_heap, release_memory, until_it_fits
 from ..errors import BadConfig
 from ..lora.apply import AppliedLora, apply
 from ..lora.embeddings import new_words
@@ -120,6 +120,8 @@ class DrawingModel:
             with _applied(self.base, loras, encoders, device):
                 pairs = encode_pairs(self.base, encoders, texts, self._clip_skip)
             self._encoded |= {(loras, pair): conditioning for pair, conditioning in pairs.items()}
+        del encoders  # They may hold page-locked memory, which the denoiser may need.
+        self._release()
 
     def encoded(self, loras: AppliedAt, texts: Texts) -> Pair:
         """Return the conditioning of texts that were encoded with these LoRAs."""
@@ -174,6 +176,7 @@ class DrawingModel:
             clear_variables(error)
         self._encoded.clear()
         self._free()
+        self._release()  # also what text encoders took if there is no denoiser yet
 
     @property
     def _memory(self) -> MemorySaver:
@@ -182,10 +185,10 @@ class DrawingModel:
 
     def _load(self, loras: Iterable[LoraFile], copies: int) -> None:
         """Load the denoiser for these LoRAs and this number of copies of its weights, or adapt how it is kept in memory."""
-        as_stored = are_low_rank(loras, {"denoiser"})
+        device, dtype = self.place
+        as_stored = are_low_rank(loras, {"denoiser"}) and keeps_quantised_weights(device)
         if self._as_stored and not as_stored:
             self._free()
-        device, dtype = self.place
         if self._loaded is None:
             self._loaded = load_denoiser(self.base, device, dtype, as_stored, copies)
             self._as_stored = as_stored
@@ -201,6 +204,9 @@ class DrawingModel:
             return
         self._loaded = self._vae = self._applied_at = None
         self._applied, self.at_hand, self._originals, self._as_stored, self._is_changed = [], [], {}, False, False
+        self._release()
+
+    def _release(self) -> None:
         if self.place[0].type == "cpu":
             release_heap()
         else:

@@ -18,7 +18,7 @@ from ..progress import silent
 from .files import map_file
 from .header import MAX_NAME
 from .safetensors_file import CHUNK_BYTES, sha256_of, tensor_bytes
-from .stored import LazyTensors, QuantisedTensor, Stored, outline
+from .stored import LazyTensors, QuantisedTensor, Stored, outline, scaled
 
 SUFFIX = ".gguf"
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -196,7 +196,7 @@ def quantised_gguf(data: Tensor, kind: str, shape: tuple[int, ...]) -> Quantised
 
 def _dequantise(parts: Sequence[Tensor], dtype: torch.dtype, kind: str) -> Tensor:
     size, numbers_of = _BLOCKS[kind]
-    return numbers_of(parts[0].unflatten(1, (-1, size))).flatten(1).bfloat16().to(dtype)
+    return numbers_of(parts[0].unflatten(1, (-1, size))).flatten(1).to(dtype)
 
 
 def _half(blocks: Tensor, place: int) -> Tensor:
@@ -206,13 +206,16 @@ def _half(blocks: Tensor, place: int) -> Tensor:
 
 def _nibbles(blocks: Tensor) -> Tensor:
     """Return the lower halves of bytes (..., n), followed by the upper halves: (..., 2, n)."""
-    return torch.stack([blocks & 15, blocks >> 4], dim=-2)
+    numbers = blocks.new_empty(*blocks.shape[:-1], 2, blocks.shape[-1])
+    torch.bitwise_and(blocks, 15, out=numbers[..., 0, :])
+    torch.bitwise_right_shift(blocks, 4, out=numbers[..., 1, :])
+    return numbers
 
 
-def _bits(blocks: Tensor, width: int = 1) -> Tensor:
-    """Unpack numbers of `width` bits from bytes (..., n), the lowest bits of all bytes first: (..., 8 / width, n)."""
+def _add_bits(numbers: Tensor, blocks: Tensor, width: int = 1) -> None:
+    """Add 16 times the numbers of `width` bits in bytes (..., n) to `numbers` (..., 8 / width, n), the lowest bits first."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=blocks.device)
-    return blocks[..., None, :] >> shifts[:, None] & 2**width - 1
+    numbers.add_((blocks[..., None, :] >> shifts[:, None]).bitwise_and_(2**width - 1), alpha=16)
 
 
 def _q45(blocks: Tensor, has_minimum: bool, has_fifth: bool) -> Tensor:
@@ -220,33 +223,33 @@ def _q45(blocks: Tensor, has_minimum: bool, has_fifth: bool) -> Tensor:
     start = 4 if has_minimum else 2
     numbers = _nibbles(blocks[..., start + 4 * has_fifth :]).flatten(-2)
     if has_fifth:
-        numbers = numbers | _bits(blocks[..., start : start + 4]).transpose(-1, -2).flatten(-2) << 4
+        _add_bits(numbers.unflatten(-1, (4, 8)).mT, blocks[..., start : start + 4])
     if has_minimum:
-        return _half(blocks, 0) * numbers.float() + _half(blocks, 2)
-    return _half(blocks, 0) * (numbers.float() - (16 if has_fifth else 8))
+        return scaled(numbers, _half(blocks, 0), _half(blocks, 2))
+    return scaled(numbers.view(torch.int8).sub_(16 if has_fifth else 8), _half(blocks, 0))
 
 
 def _q45_k(blocks: Tensor, has_fifth: bool) -> Tensor:
     """Dequantise blocks of eight parts: two factors, the scale and minimum of each part, fifth bits if any, four bits."""
     numbers = _nibbles(blocks[..., 16 + 32 * has_fifth :].unflatten(-1, (4, 32))).flatten(-3, -2)
     if has_fifth:
-        numbers = numbers | _bits(blocks[..., 16:48]) << 4
+        _add_bits(numbers, blocks[..., 16:48])
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
-    scale, minimum = _half(blocks, 0) * scales.float(), _half(blocks, 2) * minima.float()
-    return (scale[..., None] * numbers.float() - minimum[..., None]).flatten(-2)
+    scale, minimum = _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    return scaled(numbers, scale[..., None], -minimum[..., None]).flatten(-2)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64))).flatten(-2).unflatten(-1, (4, 32))
-    numbers = low | _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2) << 4
-    scales = _half(blocks, 208) * blocks[..., 192:208].view(torch.int8).float()
-    return (scales[..., None] * (numbers.float() - 32).flatten(-3).unflatten(-1, (16, 16))).flatten(-2)
+    numbers = _nibbles(blocks[..., :128].unflatten(-1, (2, 64))).flatten(-2).unflatten(-1, (4, 32))
+    _add_bits(numbers, blocks[..., 128:192].unflatten(-1, (2, 32)), 2)
+    scales = _half(blocks, 208) * blocks[..., 192:208].view(torch.int8)
+    return scaled(numbers.view(torch.int8).sub_(32).flatten(-3).unflatten(-1, (16, 16)), scales[..., None]).flatten(-2)
 
 
 _BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "Q8_0": (34, lambda blocks: _half(blocks, 0) * blocks[..., 2:].view(torch.int8).float()),
+    "Q8_0": (34, lambda blocks: scaled(blocks[..., 2:].view(torch.int8), _half(blocks, 0))),
     "Q4_0": (18, partial(_q45, has_minimum=False, has_fifth=False)),
     "Q4_1": (20, partial(_q45, has_minimum=True, has_fifth=False)),
     "Q5_0": (22, partial(_q45, has_minimum=False, has_fifth=True)),
@@ -255,4 +258,4 @@ _BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q5_K": (176, partial(_q45_k, has_fifth=True)),
     "Q6_K": (210, _q6_k),
 }
-"""The size of a block in bytes, and the function that dequantises blocks (..., bytes)."""
+"""The size of a block in bytes, and the function that dequantises blocks (..., bytes) to bf16."""

@@ -52,6 +52,20 @@ def as_stored(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return parts[0].to(dtype)
 
 
+def scaled(numbers: Tensor, scale: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Return numbers * scale + plus, computed in float32 and rounded to bf16 once. `numbers` has the shape of the result.
+
+    A GPU does this in one pass over memory, without intermediate tensors in float32.
+    """
+    if numbers.device.type == "mps":  # whose kernels compute in the dtype of the result
+        wide = numbers.float() * scale
+        return (wide if plus is None else wide + plus).bfloat16()
+    out = numbers.new_empty(numbers.shape, dtype=torch.bfloat16)
+    if plus is None:
+        return torch.mul(numbers, scale, out=out)
+    return torch.addcmul(plus, numbers, scale, out=out)
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
     """A callable that reads one tensor of a mapping."""

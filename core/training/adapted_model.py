@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..device import keeps_quantised_weights
 from ..errors import OutOfMemory
 from ..models.base import Base
 from ..models.compiled import CompiledBlocks, why_not_compiled
@@ -25,16 +26,22 @@ CheckCancelled = Callable[[], None]
 """A function that is called many times in each step, and raises to cancel."""
 
 
-def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
+def memory_plans(config: TrainConfig, base: Base, device: torch.device) -> tuple[MemoryPlan, ...]:
     """Return the memory plans for training on the base model with these settings, from the fastest to the smallest.
 
-    When products in 8 bits are asked for, the weights have 8 bits in all plans.
+    When products in 8 bits are asked for, the weights have 8 bits in all plans. Apple's GPUs compute in the computer's memory,
+    so bringing blocks in saves nothing.
     """
-    frozen = METHODS[config.method].freezes_weights
-    plans = plans_for(config.gradient_checkpointing, frozen, quantised=frozen and base.is_quantised)
-    if frozen and not base.is_quantised and config.eight_bit_products == "on":
-        return tuple(plan for plan in plans if plan.weights == "8 bits")
-    return plans
+    frozen, stored = METHODS[config.method].freezes_weights, keeps_stored(config, device) and base.is_quantised
+    plans = plans_for(config.gradient_checkpointing, frozen, stored)
+    if frozen and not stored and config.eight_bit_products == "on":
+        plans = tuple(plan for plan in plans if plan.weights == "8 bits")
+    return tuple(plan for plan in plans if not plan.offload) if device.type == "mps" else plans
+
+
+def keeps_stored(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether quantised weights stay as they are stored: frozen ones on a device that can compute with them."""
+    return METHODS[config.method].freezes_weights and keeps_quantised_weights(device)
 
 
 def smaller_plans(
@@ -70,12 +77,11 @@ class AdaptedModel:
         self.family: FamilySpec = base.family
         self.device: torch.device = inputs.device
         self.dtype: torch.dtype = inputs.dtype
-        self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base)
+        self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base, self.device)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or quantises need not fit on the device in full, so they are loaded on the CPU.
         place = torch.device("cpu") if plan.offload or plan.weights != "full" else self.device
-        frozen = METHODS[config.method].freezes_weights
-        self.denoiser: nn.Module = base.load("denoiser", place, self.dtype, as_stored=frozen)
+        self.denoiser: nn.Module = base.load("denoiser", place, self.dtype, keeps_stored(config, self.device))
         self.encoders: dict[str, nn.Module] = {}
         if trains_text(config):
             self.encoders = base.load_text_encoders(self.device, self.dtype, as_stored=False)

@@ -17,7 +17,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.products import has_int8_products
 from ..progress import OnWarning
-from .adapted_model import memory_plans, smaller_plans
+from .adapted_model import keeps_stored, memory_plans, smaller_plans
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
 from .encode import LatentCache
 from .identity import run_identity
@@ -129,7 +129,7 @@ def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
         return Run(inputs, tried[-1], callbacks.check_cancelled)
 
     # Recomputing more does not help to load the weights.
-    plans = memory_plans(inputs.config, inputs.base)
+    plans = memory_plans(inputs.config, inputs.base, inputs.device)
     plans = [one for one in plans if (one.weights, one.offload) != (plan.weights, plan.offload)]
     run = until_it_fits(start, smaller_plans(plans, plan, tried.append, "the model", "Use a smaller base model", warn))
     for limit in _limits_of(run, inputs.base):
@@ -140,7 +140,8 @@ def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
 def _possible(inputs: TrainingInputs, on_warning: OnWarning) -> TrainingInputs:
     """Return the inputs without products in 8 bits if weights would be rounded for them in vain."""
     config = inputs.config
-    rounds = METHODS[config.method].freezes_weights and not inputs.base.is_quantised
+    stored = keeps_stored(config, inputs.device) and inputs.base.is_quantised
+    rounds = METHODS[config.method].freezes_weights and not stored
     if config.eight_bit_products != "on" or not rounds or has_int8_products(inputs.device, inputs.dtype):
         return inputs
     on_warning("eight_bit_products: not possible here (this device has no products of int8 weights). They are off")

@@ -27,7 +27,7 @@ from ..models.frozen_layers import FrozenLayers
 from ..models.memory_plan import RESERVE, MemoryCount, MemoryPlan, allocated, first_that_fits, unique_bytes
 from ..progress import OnWarning
 from ..storage.stored import LazyTensors, QuantisedTensor, Stored, quantised_in
-from .adapted_model import AdaptedModel, memory_plans
+from .adapted_model import AdaptedModel, keeps_stored, memory_plans
 from .inputs import TrainingInputs
 from .methods import METHODS, trains_text
 from .methods.lora import LoraAdapter
@@ -259,7 +259,7 @@ def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
     `on_warning` is called if it isn't the fastest plan.
     """
     base, config, device = inputs.base, inputs.config, inputs.device
-    plans, frozen = memory_plans(config, base), METHODS[config.method].freezes_weights
+    plans = memory_plans(config, base, device)
     if config.memory_limit is not None:
         room, whose = int(config.memory_limit * 2**30), "memory_limit"
     elif device.type != "cpu" and (free := free_memory(device)) is not None:
@@ -279,7 +279,7 @@ def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
 
     def weights(plan: MemoryPlan) -> int:
         narrowest = inputs.dtype if plan.weights == "full" else torch.int8
-        return 0 if plan.offload else base.weight_bytes("denoiser", narrowest, as_stored=frozen)
+        return 0 if plan.offload else base.weight_bytes("denoiser", narrowest, keeps_stored(config, device))
 
     def fits(plan: MemoryPlan) -> bool:
         return need(plan) <= room

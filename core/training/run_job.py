@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..device import deterministic_if, released_memory, usable_device
+from ..device import deterministic_if, release_memory, released_memory, usable_device
 from ..errors import FaceLoraError
 from ..lora import MOVEMENT_KEY, LoraFile, doubt_of_movement, format_movement, movement_of
 from ..models.base import Base
@@ -101,6 +101,7 @@ def _prepared(
     cache = encode(
         dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding")
     )
+    release_memory()  # A large text encoder's page-locked memory, which the denoiser may need.
     callbacks.on_phase(LOADING, 0, 0)
     if not shots:
         return cache, None

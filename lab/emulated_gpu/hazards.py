@@ -8,8 +8,8 @@ from lab.emulated_gpu.fake_cuda import DEVICE, fake_cuda  # isort: skip  # befor
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +25,8 @@ from core.errors import FaceLoraError
 from core.faces import Face
 from core.lora.file import LoraFile
 from core.models.memory_plan import PLANS, MemoryPlan, drawing_plan
+from core.models.text import blank_caption
+from core.pictures.drawing_model import DrawingModel
 from core.pictures.generate import GenerateConfig, PictureJob, generate
 from core.pictures.headshot import cut_out, drawn_again
 from core.training.callbacks import Callbacks, StepReport
@@ -32,6 +34,7 @@ from core.training.inputs import TrainingInputs
 from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.step import Run
 from core.training.store import train
+from lab.emulated_gpu import trials
 from lab.emulated_gpu.trials import PLAIN, SHORT, Case, cached
 from lab.gpu.agreement import agreement
 from tests.random_models import random_base, random_cache
@@ -145,16 +148,32 @@ def rounded_in_a_comparison() -> tuple[int, bool]:
     raise AssertionError
 
 
-def fp8_where_there_is_none(form: str) -> frozenset[torch.dtype]:
-    """The dtypes of the weights in a step on a device without fp8, as MPS is. (diffusers itself avoids float64 on MPS.)"""
-    with fake_cuda() as card, patch("core.models.base.keeps_quantised_weights", lambda _: False), \
-            patch("core.models.spec.keeps_quantised_weights", lambda _: False):  # fmt: skip
+LACKING_FP8 = ("models.base", "models.spec", "training.adapted_model", "pictures.drawing_model")
+"""The modules that ask whether a device has fp8."""
+
+
+def fp8_where_there_is_none(form: str, plan: MemoryPlan) -> tuple[frozenset[torch.dtype], list[str], int]:
+    """A step and a picture on a device without fp8, as MPS is, beside a CPU with it. (diffusers itself avoids float64 on MPS.)
+
+    Returns the dtypes of weights in the step, the ways to store weights that its plans have, and the number of pictures.
+    """
+    with ExitStack() as stack:
+        for module in LACKING_FP8:
+            stack.enter_context(patch(f"core.{module}.keeps_quantised_weights", lambda place: place.type == "cpu"))
+        card = stack.enter_context(fake_cuda())
         card.refused = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
         case = Case("flux1", form=form)
         base = case.base()
-        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()))
+        run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()), plan=plan)
         run.train_step()
-        return frozenset(parameter.dtype for parameter in run.model.denoiser.parameters())
+        dtypes = frozenset(parameter.dtype for parameter in run.model.denoiser.parameters())
+        offered = sorted({plan.weights for plan in run.model.plans})
+        del run
+        stack.enter_context(
+            patch("core.pictures.drawing_model.drawing_plan", lambda *_: MemoryPlan(offload=plan.offload))
+        )
+        job = PictureJob("a photo of sks person", seed=1, size=(64, 64), steps=2)
+        return dtypes, offered, len(list(generate(base, [], [job], device=DEVICE)))
 
 
 def pinned_with_little_memory() -> tuple[int, int]:
@@ -165,6 +184,50 @@ def pinned_with_little_memory() -> tuple[int, int]:
         run = Run(TrainingInputs.on(DEVICE, cached(base, case), base, case.config()), plan=case.plan)
         run.train_step()
         return card.pinned, run.model.memory.offload.pageable
+
+
+def pinned_after_texts(ram: int, photos: Path, output: Path) -> tuple[list[int], int, int]:
+    """Page-locked memory on a computer with `ram` bytes beside those left to others, and a card that has no room for weights.
+
+    Returns the bytes of weights in usual memory when a picture is drawn and in a step, what is left when texts can't be encoded
+    for drawing, and what torch keeps unused when training begins.
+    """
+    base, pageable, unused = trials.base_with_t5(), [], []
+    left: list[int] = []
+
+    def encode_text(encoders: Any, captions: Any, *_: int) -> Any:
+        encoders["text_encoder_2"](torch.zeros(1, 16, dtype=torch.long, device=DEVICE))
+        if "fails" in captions:
+            raise FaceLoraError("stopped")
+        blank = blank_caption(base.family, base.components["denoiser"].config, 16)
+        return {name: torch.cat([value] * len(captions)).to(DEVICE) for name, value in blank.items()}
+
+    base = replace(base, family=replace(base.family, encode_text=encode_text))
+    with ExitStack() as stack:
+        card = stack.enter_context(fake_cuda())
+
+        def memory(device: torch.device) -> int:
+            return memory_plan.LEFT_FREE + ram - card.pinned - card.unpinned if device.type == "cpu" else 0
+
+        for module in ("models.base", "models.memory_plan", "pictures.drawing_model"):
+            stack.enter_context(patch(f"core.{module}.free_memory", memory))
+        stack.enter_context(patch("core.models.base.LARGE_ENCODER", 0))
+        for text in ("fails", "a photo"):
+            with suppress(FaceLoraError), DrawingModel(base, "bf16") as model:
+                model.encode({(): [(text, "")]})
+                model.apply_only(())
+                pageable.append(model._memory.offload.pageable)
+            left.append(card.pinned + card.unpinned)
+        choose = patch("core.training.loop.choose_plan", lambda *_: unused.append(card.unpinned) or PLANS[-1])
+        start = Run.__init__
+
+        def started(run: Run, *given: Any, **named: Any) -> None:
+            start(run, *given, **named)
+            pageable.append(run.model.memory.offload.pageable)
+
+        with choose, patch.object(Run, "__init__", started):
+            train(photos, base, TrainConfig(**SHORT, gradient_checkpointing="auto"), output=output, device=DEVICE)
+        return pageable, left[0], unused[0]
 
 
 def settings_in_a_step(photos: Path, output: Path) -> tuple[list[tuple[bool, bool]], tuple[bool, bool]]:

@@ -62,14 +62,24 @@ def test_a_card_is_compared_in_float32_without_tf32(on_card):
     assert on_card(hazards.rounded_in_a_comparison) == (0, True)
 
 
-@pytest.mark.parametrize("form", ["scaled fp8", "fp8"])
-def test_fp8_weights_are_dequantised_for_a_device_without_fp8(form, on_card):
-    assert on_card(hazards.fp8_where_there_is_none, form) <= {BF16, FP32}
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[-1]], ids=str)
+@pytest.mark.parametrize("form", ["scaled fp8", "fp8", "nvfp4"])
+def test_fp8_weights_are_dequantised_for_a_device_without_fp8(form, plan, on_card):
+    dtypes, offered, pictures = on_card(hazards.fp8_where_there_is_none, form, plan)
+    assert dtypes <= {BF16, FP32, torch.int8} and (torch.int8 in dtypes) == (plan.weights == "8 bits")
+    assert offered == ["8 bits", "full"] and pictures == 1
 
 
 def test_page_locked_memory_leaves_memory_to_other_programs(on_card):
     pinned, pageable = on_card(hazards.pinned_with_little_memory)
     assert pinned == 0 < pageable
+
+
+@pytest.mark.parametrize("ram", [6, 64])
+def test_text_encoders_give_page_locked_memory_back_before_the_denoiser_takes_it(ram, on_card, photo_folder, tmp_path):
+    """Each takes a slab of 4 MiB. The smaller computer has room for one, as one of 16 GB has for T5 or FLUX.1's blocks."""
+    pageable, left, unused = on_card(hazards.pinned_after_texts, ram * 2**20, photo_folder, tmp_path / "me.safetensors")
+    assert pageable == [0, 0] and left == unused == 0
 
 
 def test_what_comfyui_sets_for_its_process_is_off_in_a_training_and_on_after_it(on_card, photo_folder, tmp_path):

@@ -328,10 +328,8 @@ def out_of_memory_in_steps(
     return found
 
 
-def encoded(size: float, stored: torch.dtype = torch.float32) -> tuple[str, tuple[int, ...], int, int]:
-    """Of a T5 with matrices in that dtype on a card of that size: where its states are, their shape, and the bytes of the
-    peak and of all that is stored.
-    """
+def base_with_t5(stored: torch.dtype = torch.float32) -> Base:
+    """A base model with a T5 whose matrices are in that dtype."""
     config = {
         "vocab_size": 32, "d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 12, "num_heads": 4,
         "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu",
@@ -345,12 +343,20 @@ def encoded(size: float, stored: torch.dtype = torch.float32) -> tuple[str, tupl
     }
     components = {**base.components, "text_encoder_2": Component(config, tensors)}
     family = replace(base.family, text_encoders={"text_encoder_2": "t5xxl"})
-    base = replace(base, family=family, components=components, caption_encoder=None)
+    return replace(base, family=family, components=components, caption_encoder=None)
+
+
+def encoded(size: float, stored: torch.dtype = torch.float32) -> tuple[str, tuple[int, ...], int, int]:
+    """Of a T5 with matrices in that dtype on a card of that size: where its states are, their shape, and the bytes of the
+    peak and of all that is stored.
+    """
+    base = base_with_t5(stored)
+    tensors = base.components["text_encoder_2"].tensors
     with fake_cuda(size) as card, patch("core.models.base.LARGE_ENCODER", 0):
         encoder = base.load_text_encoders(DEVICE, torch.float32)["text_encoder_2"]
         with torch.no_grad():
             states = encoder(torch.zeros(1, 16, dtype=torch.long, device=DEVICE)).last_hidden_state
-        return states.device.type, tuple(states.shape), card.peak, sum(tensor.nbytes for tensor in tensors.values())
+        return states.device.type, tuple(states.shape), card.peak, sum(tensors[name].nbytes for name in tensors)
 
 
 def through_the_vae(case: Case, size: float) -> tuple[tuple[int, int], tuple[int, ...], bool, int]:

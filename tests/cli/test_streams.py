@@ -55,6 +55,14 @@ def test_commands_choose_growing_segments_before_torch_is_loaded(driver, own):
     assert done.stdout.splitlines()[1:] == [" ".join(wanted)], done.stderr
 
 
+def test_commands_allow_amds_fast_attention_before_torch_is_loaded(monkeypatch):
+    name = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
+    for given, wanted in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name, raising=False)
+        main(["--version"])
+        assert os.environ[name] == wanted
+
+
 @pytest.mark.parametrize("arguments", [["generate", "--style-pack", "list"], ["completion", "bash"]])
 def test_a_full_output_is_named(arguments):
     done = command(">/dev/full", *arguments)

@@ -170,7 +170,8 @@ def test_gradients_of_each_family_are_near_those_with_dequantised_weights(family
 @pytest.mark.parametrize("form", FORMS)
 def test_only_numbers_times_a_scale_are_multiplied_in_8_bits(form):
     narrow, wide = quantised_and_full_base(form)
-    config = replace(CONFIG, eight_bit_products="on" if form in ("fp8", "scaled fp8", "fp8 by rows", "int8") else "off")
+    scaled = ("fp8", "scaled fp8", "fp8 by rows", "int8", "convrot")
+    config = replace(CONFIG, eight_bit_products="on" if form in scaled else "off")
     (plain_loss, plain), (loss, gradients) = (
         gradients_of(base, MemoryPlan(), settings)
         for base, settings in ((wide, replace(config, eight_bit_products="off")), (narrow, config))

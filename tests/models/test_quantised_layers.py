@@ -50,8 +50,15 @@ def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLA
             if name.endswith(".up"):  # zeros, behind which the others have no gradient
                 parameter.data.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape))
     (loss, gradients, peak), (wide_loss, wide_gradients, wide_peak) = map(step, runs)
-    assert torch.equal(loss, wide_loss) and loss.isfinite() and gradients.keys() == wide_gradients.keys()
-    assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
+    assert loss.isfinite() and gradients.keys() == wide_gradients.keys()
+    if form.startswith("convrot"):  # whose inputs are rotated instead of their weights
+        found, wanted = (
+            torch.cat([each[name].flatten() for name in gradients]) for each in (gradients, wide_gradients)
+        )
+        assert abs(loss - wide_loss) < 0.001 * wide_loss and (found - wanted).norm() < 0.02 * wanted.norm()
+    else:
+        assert torch.equal(loss, wide_loss)
+        assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
     layers = [layer for layer in runs[0].model.denoiser.modules() if isinstance(layer, QuantisedLinear)]
     widths = sorted(layer.in_features * layer.out_features * 4 for layer in layers)
     tensors = wide.components["denoiser"].tensors
@@ -86,9 +93,11 @@ def test_methods_compute_the_same_on_quantised_weights(method):
 
 def test_quantised_weights_are_rounded_no_further_and_need_less_memory(monkeypatch):
     narrow, wide = quantised_and_full_base("scaled fp8")
-    cache, plans = cache_of(wide, 2), memory_plans(CONFIG, narrow)
+    cache, plans = cache_of(wide, 2), memory_plans(CONFIG, narrow, CPU)
     assert plans == tuple(replace(plan, weights="full") for plan in PLANS[4:])
-    assert {plan.weights for plan in plans} == {"full"} and memory_plans(CONFIG, wide) == PLANS
+    assert {plan.weights for plan in plans} == {"full"} and memory_plans(CONFIG, wide, CPU) == PLANS
+    for base in (narrow, wide):  # Apple's GPUs have no fp8, and no memory of their own
+        assert memory_plans(CONFIG, base, torch.device("mps")) == PLANS[:8]
     saved = wide.weight_bytes("denoiser", torch.bfloat16) - narrow.weight_bytes(
         "denoiser", torch.bfloat16, as_stored=True
     )
@@ -123,7 +132,7 @@ def test_dreambooth_trains_what_quantised_weights_stand_for(small_sd15):
     cache = cache_of(wide)
     config = replace(CONFIG, method="dreambooth", precision="fp32", prior_prediction=0)
     run = Run(TrainingInputs.on(CPU, cache, narrow, config))
-    assert run.accumulate().isfinite() and memory_plans(config, narrow) == memory_plans(config, wide)
+    assert run.accumulate().isfinite() and memory_plans(config, narrow, CPU) == memory_plans(config, wide, CPU)
     assert not any(isinstance(layer, QuantisedLayer) for layer in run.model.denoiser.modules())
     lora = Run(TrainingInputs.on(CPU, cache, narrow, CONFIG))
     kinds = {type(layer) for layer in lora.model.denoiser.modules() if isinstance(layer, QuantisedLayer)}
