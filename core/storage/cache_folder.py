@@ -12,12 +12,12 @@ from pathlib import Path
 from ..errors import BadFile, InUse
 from .files import check_deleted, delete, make_folder, writing
 
-KINDS = ("base", "class", "headshots", "latents", "memory", "panels", "restarts", "runs", "signing", "speeds", "text")
+KINDS = ("base", "class", "headshots", "latents", "memory", "panels", "restarts", "runs", "speeds", "text")
 """The folders in the cache folder.
 
 In order: the base model's own pictures, class images, unfinished batches of InvokeAI's node, encoded photos, memory predictions
 (of earlier versions), contents of panels. Then: marks of files that an unfinished training run may replace, records of training
-runs, the certificate that signs pictures, speeds of this machine, captions.
+runs, speeds of this machine, captions.
 """
 _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
 """Matches names from `content_key`, with any ending, and the temporary files of killed processes."""

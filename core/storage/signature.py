@@ -10,17 +10,14 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..errors import BadConfig, BadFile
+from ..errors import BadConfig
 from ..version import __version__
-from .cache_folder import cache_in, content_key, made_folder
-from .files import write_file
 from .plain_values import parse_json
 
 CERTIFICATE = "FACELORA_CERTIFICATE"
@@ -92,19 +89,16 @@ def _context() -> Any:
 
 
 def _credentials() -> tuple[str, bytes, bytes]:
-    """Return the algorithm, the certificates and the private key of CERTIFICATE, or else those made on this machine."""
+    """Return the algorithm, the certificates and the private key of CERTIFICATE, or else new ones.
+
+    New ones for each picture: with the same ones, anybody could see which pictures come from one machine.
+    """
     if own := os.environ.get(CERTIFICATE):
         try:
             return _parsed(Path(own).read_bytes())
         except (OSError, ValueError, TypeError) as error:  # TypeError: the key has a password.
             raise BadConfig(f"{CERTIFICATE}={own}: must be a PEM file of a key without password: {error}") from None
-    name = f"{content_key('certificate')}.pem"
-    with cache_in(None), suppress(BadFile, OSError, ValueError):
-        return _parsed((made_folder("signing") / name).read_bytes())
-    made = _self_made()
-    with cache_in(None), suppress(BadFile):  # Without a folder to write to, it serves for one picture.
-        write_file(made_folder("signing") / name, lambda file: file.write(made))
-    return _parsed(made)
+    return _parsed(_self_made())
 
 
 def _parsed(pem: bytes) -> tuple[str, bytes, bytes]:
