@@ -15,6 +15,7 @@ matrix is orthogonal, so only rounding differs.
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -157,7 +158,12 @@ def _product(x: Tensor, matrix: Tensor, scale: Tensor | None = None) -> Tensor:
         rounded = (rows / unit).to(matrix.dtype).contiguous()
         ones = unit.new_ones(1, matrix.shape[1])
         of_columns = ones if scale is None else ones * scale.reshape(1, -1)
-        product = torch._scaled_mm(rounded, columns, unit, of_columns, out_dtype=torch.bfloat16).to(x.dtype)
+        if sys.platform == "win32":  # where torch has no fp8 products with a scale for each row
+            one = unit.new_ones(())
+            product = torch._scaled_mm(rounded, columns, one, one, out_dtype=torch.bfloat16) * unit * of_columns
+        else:
+            product = torch._scaled_mm(rounded, columns, unit, of_columns, out_dtype=torch.bfloat16)
+        product = product.to(x.dtype)
     return product.view(*x.shape[:-1], -1)
 
 

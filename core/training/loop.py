@@ -122,6 +122,8 @@ def _on_its_own(device: torch.device, config: MachineSettings) -> Iterator[None]
 def _started(inputs: TrainingInputs, callbacks: Callbacks) -> Run:
     """Return the run before its first step, with the chosen memory plan or the first smaller one whose weights fit."""
     warn = callbacks.on_warning
+    if inputs.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(inputs.device)  # which another run may have raised
     plan = choose_plan(inputs, warn)
     tried = [plan]
 

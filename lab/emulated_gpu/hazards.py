@@ -248,6 +248,16 @@ def settings_in_a_step(photos: Path, output: Path) -> tuple[list[tuple[bool, boo
             products.allow_fp16_accumulation = torch.backends.cudnn.benchmark = False  # pyright: ignore
 
 
+def memory_reported_after_more(photos: Path, output: Path) -> int:
+    """The most bytes that a training reports in a process that has used a GiB of the card before."""
+    seen, case = [], Case("flux1", settings=SHORT)
+    with fake_cuda():
+        torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+        callbacks = Callbacks(on_step=lambda report: seen.append(report.memory))
+        train(photos, case.base(), case.config(), output=output, device=DEVICE, callbacks=callbacks)
+    return max(seen)
+
+
 def card_without_kernels() -> tuple[str, str]:
     """The error of a training on a card that this torch has no kernels for, and what the doctor says."""
     built_for = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")

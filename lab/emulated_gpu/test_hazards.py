@@ -87,6 +87,10 @@ def test_what_comfyui_sets_for_its_process_is_off_in_a_training_and_on_after_it(
     assert set(in_steps) == {(False, False)} and after == (True, True)
 
 
+def test_a_training_reports_its_own_memory_alone(on_card, photo_folder, tmp_path):
+    assert 0 < on_card(hazards.memory_reported_after_more, photo_folder, tmp_path / "me.safetensors") < 2**29
+
+
 def test_a_card_that_torch_has_no_kernels_for_is_named(on_card):
     """cuDNN would say that it finds no engine, as it does when memory runs out."""
     error, said = on_card(hazards.card_without_kernels)

@@ -127,6 +127,22 @@ def test_products_in_8_bits_are_not_tried_where_they_end_the_process(monkeypatch
     assert not has_int8_products(CPU, BF16)
 
 
+def test_fp8_products_on_windows_have_one_scale(monkeypatch):
+    """torch builds those with a scale for each row for Linux only."""
+    multiply = torch._scaled_mm
+
+    def without_rows(left, right, of_rows, of_columns, **named):
+        if of_rows.numel() > 1 or of_columns.numel() > 1:
+            raise RuntimeError("Rowwise scaling is not supported")
+        return multiply(left, right, of_rows, of_columns, **named)
+
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr(torch, "_scaled_mm", without_rows)
+    for form, (dequantise, parts) in weights().items():
+        weight = QuantisedTensor(parts, dequantise, (96, 64))
+        assert products.time_in_eight_bits([(weight, 40)], CPU, BF16) < float("inf"), form
+
+
 def test_weights_are_not_rounded_for_products_that_the_device_lacks(monkeypatch):
     monkeypatch.setattr(quantised_layers, "SMALLEST", 1)
     monkeypatch.setattr("core.training.loop.has_int8_products", lambda *_: False)
