@@ -224,7 +224,7 @@ class People:
         more |= {"samples": [path.name for path in last]} if last else {}
         drawing = self.jobs.state(place, DRAW)
         request = asdict(self.request(name))
-        return {**state, **short, **more, "headshots": shots, "drawing": drawing, "request": request}
+        return {**short, **state, **more, "headshots": shots, "drawing": drawing, "request": request}
 
     def sample(self, name: str, file: str) -> Path:
         """Return the path of a sample of a training run. Raises BadConfig if there is none of that name."""
