@@ -28,6 +28,8 @@ WAITING = "waiting"
 MOST_POINTS = 400
 """The most points of a curve that a page is sent."""
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = (sys.executable, "-m", "core")
+"""How this project's commands are run, with ROOT among the places of modules."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Jobs:
             events, errors = person / f"{kind}.events", person / f"{kind}.errors"
             with writing(events), events.open("ab") as out, errors.open("ab") as told:
                 process = psutil.Popen(
-                    [sys.executable, "-m", "core", *job.arguments],
+                    [*COMMAND, *job.arguments],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=told, env=variables, cwd=person,
                 )  # fmt: skip
             self._processes[process.pid] = process

@@ -12,7 +12,7 @@ document.documentElement.lang = language
 const [header, nav, section] = ["header", "nav", "section"].map((name) => document.querySelector(name))
 const RECIPES = ["fast", "balanced", "best"], MINUTE = 60
 // say
-const PHASES = { running: "training", waiting: "waiting", stopped: "stopped", failed: "failed", done: "done" }
+const PHASES = { starting: "starting", running: "training", waiting: "waiting", stopped: "stopped", failed: "failed", done: "done" }
 
 /** The server's answer. Throws its message if it refuses. */
 async function ask(address, method = "GET", body) {

@@ -317,9 +317,10 @@ class People:
     def _ranked(self, name: str) -> list[dict[str, Any]]:
         """Return what the page shows of the headshots, most alike first."""
         shots, favourites = self._headshots(name), self._favourites(name)
+        compared = any(shot["likeness"] is not None for shot in shots.values())
         shown = [
-            {"file": file, "favourite": file in favourites}
-            | {key: shot.get(key) for key in ("likeness", "kept", "style", "seed")}
+            {"file": file, "favourite": file in favourites, "likeness": _likeness(shot["likeness"], compared)}
+            | {key: shot.get(key) for key in ("kept", "style", "seed")}
             for file, shot in shots.items()
         ]
         return sorted(shown, key=lambda one: -2.0 if one["likeness"] is None else one["likeness"], reverse=True)
@@ -328,6 +329,11 @@ class People:
         with suppress(BadFile, TypeError):
             return set(map(str, read_json(self.place(name) / "favourites.json")))
         return set()
+
+
+def _likeness(found: float | None, compared: bool) -> float | None:
+    """Return the likeness that a page shows: -1 for a picture without a face, None if nothing was compared."""
+    return max(found, 0.0) if found is not None else -1.0 if compared else None
 
 
 async def _write(file: BinaryIO, pieces: AsyncIterator[bytes], name: str) -> None:

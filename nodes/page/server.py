@@ -9,7 +9,6 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import webbrowser
 import zipfile
@@ -43,7 +42,7 @@ from ..style_picture import style_picture
 from . import people
 from .bases import DEMO, check_folder, find_bases, opened
 from .guard import Guard
-from .jobs import ROOT
+from .jobs import COMMAND, ROOT
 
 HERE = Path(__file__).parent
 SHARED = ("chart.js", "elements.js", "facelora.css", "progress.js", "tiles.js", "words.js", "zh.json")
@@ -210,7 +209,7 @@ class Page:
         def publish() -> dict[str, str]:
             arguments, output = self.people.published(request.path_params["name"], title)
             done = subprocess.run(
-                [sys.executable, "-m", "core", *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                [*COMMAND, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},
                 capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=PUBLISHING,
             )  # fmt: skip
             if done.returncode:
