@@ -41,8 +41,11 @@ class Client:
             "http_version": "1.1", "client": None, "server": None,
         }  # fmt: skip
         sent: list[Any] = []
+        asked: list[bool] = []
 
         async def receive() -> dict[str, Any]:
+            if asked.append(True) or len(asked) > 1:
+                await asyncio.Event().wait()  # The browser stays.
             return {"type": "http.request", "body": content, "more_body": False}
 
         async def send(message: Any) -> None:
@@ -242,12 +245,11 @@ def test_a_job_shows_its_progress_and_a_page_that_starts_later_finds_it(client, 
     assert until(later, "stopped")["history"] == [[1, 0.5]]
 
 
-def test_a_killed_job_continues_with_its_curves(client, script):
+def test_a_killed_job_continues_with_its_curves(client, script, tmp_path):
     script(STEPS, seconds=60)
     begin(client)
     until(client, "training")
-    (child,) = psutil.Process().children()
-    child.kill()
+    psutil.Process(json.loads((tmp_path / "home/.page/Anna/train.json").read_text())["pid"]).kill()
     assert until(client, "stopped")["error"] == ""
     script([STEPS[0] | {"step": 2, "loss": 0.4}, MADE])
     assert client.ask("POST", "/people/Anna/continue", {})[0] == 200
