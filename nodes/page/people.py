@@ -67,7 +67,7 @@ class Request:
         ]  # fmt: skip
 
 
-class People:
+class Home:
     """Everyone in the page's folder."""
 
     def __init__(self, folder: Path) -> None:

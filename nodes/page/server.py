@@ -58,7 +58,7 @@ class Page:
     """What the addresses answer. Its methods that take a request are handlers."""
 
     def __init__(self, folder: Path) -> None:
-        self.people = people.People(folder)
+        self.people = people.Home(folder)
         self._settings = self.people.own / "settings.json"
 
     @property

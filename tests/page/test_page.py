@@ -1,4 +1,4 @@
-"""The local page: who may reach it, what it takes, and its jobs, whose command is a short script. In a browser: tests/browser."""
+"""The local page: who may reach it, what it takes, and its jobs, whose command is a short script. A browser: tests/browser."""
 
 import asyncio
 import json
@@ -165,9 +165,10 @@ def test_only_this_user_can_read_the_token_and_it_stays(tmp_path):
 
 
 def test_photos_are_checked_and_other_files_refused(client, tmp_path, monkeypatch):
-    for photo in write_photos(tmp_path / "photos", count=3, scale=2).glob("*.png"):
+    photos = sorted(write_photos(tmp_path / "photos", count=3, scale=2).glob("*.png"))
+    for photo in photos:
         assert client.ask("PUT", f"/photos/{photo.name}", photo.read_bytes())[0] == 200
-    assert client.ask("PUT", "/photos/again.png", photo.read_bytes()) == (200, {"name": photo.name})
+    assert client.ask("PUT", "/photos/again.png", photos[0].read_bytes()) == (200, {"name": "0.png"})
     checked = client.ask("GET", "/check?base=demo")[1]
     assert [tile["verdict"] for tile in checked["photos"]] == ["good"] * 3 and "3 of 3 usable" in checked["headline"]
     for name, content in (("a.txt", b"hello"), ("a.png", b"hello"), ("a.html", b"<script>"), ("a.svg", b"<svg/>")):
