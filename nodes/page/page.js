@@ -370,11 +370,11 @@ function entry({ name, phase, active, picture: file, likeness }, current) {
 const setupForm = new Setup()
 let shown // the Person on the page
 
-/** The name in the address; without one, a person who is being trained. */
+/** The name in the address; without one, a person who is being trained, or was. */
 function wanted(people) {
   const named = decodeURIComponent(location.hash.slice(1))
   if (named) return people.find(({ name }) => name === named)?.name
-  return people.find(({ active }) => active)?.name
+  return (people.find(({ active }) => active) ?? people.find(({ name }) => name === shown?.name))?.name
 }
 
 async function refresh() {

@@ -332,6 +332,7 @@ def serve(folder: Path, port: int, *, shows: bool) -> None:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
         try:
             own.bind(("127.0.0.1", port))
+            own.listen()  # A browser that is opened now waits until the server answers.
         except OSError as error:
             raise BadConfig(f"port {port}: {error.strerror}. Choose another one with --port") from None
         address = f"http://127.0.0.1:{own.getsockname()[1]}/{token_in(folder / people.OWN)}/"

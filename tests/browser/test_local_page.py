@@ -55,7 +55,7 @@ def local(tmp_path) -> Iterator[LocalPage]:
     local = LocalPage(tmp_path / "home")
     yield local
     local.kill()
-    for file in (tmp_path / "home/.page").glob("*/*.json"):
+    for file in (tmp_path / "home/.page").glob("*/train.json"):
         pid = json.loads(file.read_text()).get("pid")
         if pid and psutil.pid_exists(pid) and "-m core" in " ".join(psutil.Process(pid).cmdline()):
             psutil.Process(pid).kill()
@@ -73,7 +73,7 @@ def focus(page: Page, name: str) -> None:
     """Goes on with the Tab key until an element with this label has the focus."""
     for _ in range(60):
         page.keyboard.press("Tab")
-        label = "(e) => e.getAttribute('aria-label') ?? e.labels?.[0]?.innerText ?? e.innerText"
+        label = "(e) => e === document.body ? '' : e.ariaLabel ?? e.labels?.[0]?.innerText ?? e.innerText"
         if name in (page.evaluate(f"({label})(document.activeElement)") or ""):
             return
     raise AssertionError(f"the Tab key doesn't reach {name}")
