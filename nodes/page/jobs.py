@@ -124,8 +124,7 @@ class Jobs:
             return {"phase": "starting", **state, "seconds": time.time() - job.begun, **left}
         error = self._error(person / f"{kind}.errors")
         if state.get("phase") not in (DONE, FAILED):
-            is_drawn = kind == DRAW and bool(job.pid) and state.get("drawn")
-            state["phase"] = DONE if is_drawn else FAILED if error else STOPPED
+            state["phase"] = FAILED if error else STOPPED
         return {"error": error, **state, "ended": True}
 
     def _found(self) -> list[tuple[Path, str, Job]]:
@@ -180,8 +179,6 @@ def _add_event(state: dict[str, Any], event: Mapping[str, Any]) -> None:
     if "status" in event:
         state |= {"phase": FAILED, "error": event["reason"]} if event["status"] == "failed" else {"phase": DONE}
         state |= {"advice": event["reason"], "kept": event.get("kept"), "mean_likeness": event.get("likeness")}
-    elif "headshots" in event:
-        state["drawn"] = True
     elif "warning" in event:
         state["warning"] = event["warning"]
     elif event.get("phase") == STEPPING and "step" in event:

@@ -27,6 +27,7 @@ from ...core.storage.plain_values import read_as
 from ...core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ...core.studio.forgetting import forget
 from ...core.studio.people import problem_of_name
+from ...core.studio.report import read_report, write_report
 from ...core.studio.result import CACHE, RECORD
 from ..shown import shown_check
 from .jobs import DRAW, TRAIN, Jobs
@@ -278,6 +279,7 @@ class Home:
             if old.exists():
                 old.rename(self.folder / new)
             place.rename(self.own / new)
+            write_report(self.folder, [line for line in read_report(self.folder) if line.name != name])
             if lora:
                 (self.folder / new / lora.name).unlink(missing_ok=True)
 

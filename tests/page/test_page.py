@@ -12,6 +12,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from core.studio import Result
+from core.studio.report import write_report
 from tests.tooling import nodes_module, write_photos
 
 SERVER, JOBS, PEOPLE = (nodes_module(name, "nodes.page") for name in ("server", "jobs", "people"))
@@ -286,7 +288,7 @@ def test_a_name_is_taken_once(client, script):
 # What people have
 
 
-def test_headshots_are_ranked_marked_and_deleted_with_everything_else(client, script, tmp_path):
+def test_headshots_are_ranked_marked_renamed_and_deleted_with_everything_else(client, script, tmp_path):
     script([MADE])
     begin(client)
     until(client, "done")
@@ -301,7 +303,15 @@ def test_headshots_are_ranked_marked_and_deleted_with_everything_else(client, sc
         assert [one["file"] for one in person(client)["headshots"] if one["favourite"]] == ["001-1.png"] * favourite
     assert client.ask("GET", "/people/Anna/zip")[1][:2] == b"PK"
     assert client.ask("POST", "/people/Anna/publish", {"title": "A", "agreed": False})[0] == 400
-    assert client.ask("DELETE", "/people/Anna")[0] == 200
+    write_report(tmp_path / "home", [Result("Anna", "made")])
+    assert (
+        client.ask("PATCH", "/people/Anna", {"name": "Berta"})[0] == 200
+        and len(person(client, "Berta")["headshots"]) == 3
+    )
+    assert "Anna" not in (tmp_path / "home/report.json").read_text()
+    assert client.ask("DELETE", "/people/Berta")[0] == 200
+    for report in ("report.json", "report.html"):
+        (tmp_path / "home" / report).unlink()
     left = [path.name for path in (tmp_path / "home").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     assert left == [] and client.ask("GET", "/now")[1]["people"] == []
 
