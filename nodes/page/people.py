@@ -73,6 +73,7 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.own = make_folder(folder).resolve(), make_folder(folder / OWN).resolve()
+        self.own.chmod(0o700)
         self.jobs = Jobs(self.own)
         self._checked: tuple[Any, dict[str, Any]] = None, {}
 

@@ -36,7 +36,7 @@ from ...core.progress import silent
 from ...core.storage.files import read_json, write_text
 from ...core.storage.plain_values import parse_json, read_as
 from ...core.training.recipes import recipes_of
-from ..forecasts import forecast_for, forget_forecasts, spans_of
+from ..forecasts import forecast_for, spans_of
 from ..settings import NodeSettings
 from ..style_picture import style_picture
 from . import people
@@ -170,7 +170,6 @@ class Page:
 
         def begin() -> None:
             opened(asked.base, self.folders)
-            forget_forecasts()
             self.people.begin(asked)
 
         return await self._changed(begin)
