@@ -39,9 +39,13 @@ MINUTES ?= 5
 # The commands that measure a GPU.
 GPU := gpu-correctness gpu-memory gpu-speed gpu-compiled
 
-.PHONY: demo test test-fast test-ci test-slow test-all test-portable test-deprecations test-newest-frontend test-processors
+.PHONY: page demo test test-fast test-ci test-slow test-all test-portable test-deprecations test-newest-frontend test-processors
 .PHONY: coverage soak $(addprefix test-slow-,$(SLOW))
 .PHONY: setup-test lint types bench docs constraints dist try-wheel gpu gpu-wheels $(GPU)
+
+# The whole job in a browser, with the demo's base model or your own.
+page: $(STAMP)
+	$(VENV)/$(BIN)/facelora page
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output

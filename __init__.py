@@ -22,8 +22,11 @@ elif __package__:  # pytest also imports this file alone, as a module outside an
 
         sys.meta_path.insert(0, ModulesOfAnother(__name__, _core.__name__))
 
-    # InvokeAI imports the pack and then has the nodes. A wheel has none.
-    if "invokeai.app.invocations.load_custom_nodes" in sys.modules and Path(__file__).with_name("nodes").is_dir():
+    # InvokeAI imports the pack and then has the nodes. A wheel has none for it.
+    if (
+        "invokeai.app.invocations.load_custom_nodes" in sys.modules
+        and Path(__file__).parent.joinpath("nodes", "invokeai").is_dir()
+    ):
         from .nodes import invokeai as invokeai
 
 WEB_DIRECTORY = "web"

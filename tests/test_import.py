@@ -265,7 +265,8 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(wheel, t
     assert any(name.startswith("facelora/core/pictures/style_packs/") for name in names)
     assert {f"facelora/core/{page}.html" for page in ("photos/sheet", "pictures/gallery", "studio/report")} <= {*names}
     assert any(name.endswith("entry_points.txt") for name in names)
-    assert "facelora/py.typed" in names and not [name for name in names if name.startswith("facelora/nodes/")]
+    assert "facelora/py.typed" in names and {"facelora/nodes/page/page.html", "facelora/web/zh.json"} <= {*names}
+    assert not [name for name in names if name.startswith(("facelora/nodes/comfyui/", "facelora/nodes/invokeai/"))]
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
     code = (

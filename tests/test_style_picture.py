@@ -9,7 +9,7 @@ import pytest
 from core.pictures.style_pack import Style, Wording, find_style_packs
 from tests.tooling import nodes_module
 
-MODULE = nodes_module("style_picture")
+MODULE = nodes_module("style_picture", "nodes")
 HEAD_SIZES, HEIGHT, UNKNOWN, style_picture = MODULE.HEAD_SIZES, MODULE.HEIGHT, MODULE.UNKNOWN, MODULE.style_picture
 
 

@@ -317,18 +317,18 @@ def write_quick_pack(folder: Path) -> Path:
 
 
 @cache
-def nodes_module(name: str) -> types.ModuleType:
-    """A module of nodes/comfyui/, imported without the package's own `__init__`, which needs ComfyUI."""
+def nodes_module(name: str, package: str = "nodes.comfyui") -> types.ModuleType:
+    """A module of nodes/, imported without the package's own `__init__`, which needs ComfyUI."""
     root = Path(__file__).parents[1]
     for package_name, folder in (
         ("pack", root),
         ("pack.nodes", root / "nodes"),
         ("pack.nodes.comfyui", root / "nodes/comfyui"),
     ):
-        package = types.ModuleType(package_name)
-        package.__path__ = [str(folder)]
-        sys.modules[package_name] = package
-    return importlib.import_module(f"pack.nodes.comfyui.{name}")
+        made = types.ModuleType(package_name)
+        made.__path__ = [str(folder)]
+        sys.modules[package_name] = made
+    return importlib.import_module(f"pack.{package}.{name}")
 
 
 def whole_checkpoint(denoiser: Mapping[str, Tensor], kind: str, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ PAGES = (
     *sorted(ROOT.glob("web/docs/*.md")),
 )
 CODE = sorted(path for folder in ("core", "nodes") for path in (ROOT / folder).rglob("*.py"))
-SCRIPTS = sorted(ROOT.glob("web/*.js"))
+SCRIPTS = sorted((*ROOT.glob("web/*.js"), *ROOT.glob("nodes/page/*.js")))
 CHINESE = [*sorted(ROOT.glob("web/docs/*/zh.md")), *sorted(ROOT.glob("locales/zh/*.json")), ROOT / "web/zh.json"]
 
 LONGEST = 30
@@ -339,7 +339,7 @@ def said() -> Iterator[tuple[str, tuple[Path, int]]]:
     for path in SCRIPTS:
         text = path.read_text(encoding="utf-8")
         yield from ((words, (path, line)) for line, words in translated_texts(text) if path.name != "words.js")
-        curves = re.finditer(r'name: "([a-z ]+)"', text) if path.name == "train_panel.js" else ()
+        curves = re.finditer(r'name: "([a-z ]+)"', text) if path.name == "progress.js" else ()
         yield from ((one[1], (path, text.count("\n", 0, one.start()) + 1)) for one in curves)
     phases = r'(?:callbacks\.progress\(|"phase": |^LOADING = |^READING = )"([^"]+)"'
     callbacks, nodes = ROOT / "core/training/callbacks.py", ROOT / "nodes/comfyui"

@@ -1,7 +1,8 @@
 /** The captions of photos, folded below them: to be read, edited and saved beside each photo, as Kohya's tools have them. */
 
 import { api } from "../../scripts/api.js"
-import { make, widgetOf } from "./dom.js"
+import { widgetOf } from "./dom.js"
+import { make } from "./elements.js"
 import { thumbnail } from "./thumbnails.js"
 import { say } from "./words.js"
 

@@ -1,7 +1,8 @@
 /** What a training run lacks: photos, words, and the model files of loaders, which ComfyUI lists in the graph but not in its app mode. */
 
 import { app } from "../../scripts/app.js"
-import { baseOf, feeding, make, widgetOf } from "./dom.js"
+import { baseOf, feeding, widgetOf } from "./dom.js"
+import { make } from "./elements.js"
 import { say } from "./words.js"
 
 const FEW = 10 // photos, which are enough to measure likeness

@@ -1,6 +1,8 @@
 /** The settings of an app that most people leave alone, folded under "More". They are widgets of the graph's nodes. */
 
-import { BASE_CHOSEN, addElement, make, remember, widgetOf } from "./dom.js"
+import { BASE_CHOSEN, addElement, remember, widgetOf } from "./dom.js"
+import { make } from "./elements.js"
+import { spanText } from "./progress.js"
 import { say } from "./words.js"
 
 const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack", REDRAW = "FaceLoRARedraw"
@@ -8,14 +10,6 @@ const TRAIN = "FaceLoRATrain", STYLES = "FaceLoRAStylePack", REDRAW = "FaceLoRAR
 const SETTINGS = [[TRAIN, "recipe"], ["FaceLoRAApply", "strength_model"], [STYLES, "extra"], [STYLES, "first_seed"],
   [REDRAW], ["FaceLoRALoadPhotos", "folder"], [TRAIN, "use"]]
 const BYPASS = 4 // a node's mode in ComfyUI
-
-/** [120, 250] -> "2 to 4 min" */
-export function spanText([least, most]) {
-  const unit = most < 90 ? 1 : most < 5400 ? 60 : 3600
-  const [low, high] = [least, most].map((seconds) => Number((seconds / unit).toFixed(unit === 3600 ? 1 : 0)))
-  const number = low === high ? `${high}` : say("{} to {}", low, high)
-  return { 1: say("{} s", number), 60: say("{} min", number), 3600: say("{} h", number) }[unit]
-}
 
 export class More {
   /** `switched` is called when a node was switched on or off. */

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { choose, make, openDialog } from "./dom.js"
+import { choose, make, openDialog } from "./elements.js"
 import { thumbnail } from "./thumbnails.js"
 import { say } from "./words.js"
 

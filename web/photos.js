@@ -3,10 +3,12 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import {
-  BASE_CHOSEN, addElement, after, baseOf, choose, enlargeable, fedBy, inputsChanged, isApp, make, makeRoom, outputOf, remember, useOf, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, addElement, after, baseOf, fedBy, inputsChanged, isApp, makeRoom, outputOf, remember, useOf, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
+import { choose, make } from "./elements.js"
 import { Captions } from "./captions.js"
 import { DELETED, deletePhotos } from "./people.js"
+import { dropped, isNoise, photoTile } from "./tiles.js"
 import { forgetThumbnail, thumbnail } from "./thumbnails.js"
 import { say, saySentence } from "./words.js"
 
@@ -14,26 +16,7 @@ const NODE = "FaceLoRALoadPhotos", TRAIN = "FaceLoRATrain"
 const TILE = 76, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
 const MASK = /-masklabel\.png$/i // The server finds it beside the photo of the same name.
 
-/** The dropped file, or the files of a dropped folder. */
-async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))]
-  const reader = entry.createReader(), inside = []
-  for (let more = [null]; more.length; inside.push(...more))
-    more = await new Promise((done, failed) => reader.readEntries(done, failed))
-  return (await Promise.all(inside.map(filesOf))).flat()
-}
-
-/** All dropped files. The entries exist only until the event ends. */
-async function dropped({ items, files }) {
-  const entries = [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean)
-  return entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : [...files]
-}
-
 const folderOf = (name) => name.split("/").slice(0, -1).join("/")
-const isNoise = ({ name }) => name.startsWith(".") || /^(thumbs\.db|desktop\.ini)$/i.test(name) // of a dropped folder
-// say
-const WORDS = { good: "✓ good", doubtful: "! check", rejected: "✕ left out" }
-
 const NO_FOLDER = "(no folder)", ALL = "all photos"
 const DROPPED = "photos/" // begins the names of dropped photos
 
@@ -237,25 +220,12 @@ class Pictures {
   }
 
   tile(name, photo, removable) {
-    const image = make("img", "")
-    thumbnail(name).then((address) => (image.src = address))
     const own = this.ownNames[name] ?? name.split("/").at(-1)
-    const word = photo?.person ? say("person {}", photo.person) : say(WORDS[photo?.verdict] ?? "")
-    const verdict = photo?.person ? "rejected" : photo?.verdict ?? "unknown"
-    const tile = make("div", `facelora-tile facelora-${verdict} ${photo?.person ? "facelora-person-of" : ""}`, image, make("span", "facelora-word", word))
-    const reason = saySentence(photo?.reason)
-    image.alt = [own, word, reason].filter(Boolean).join(say(", "))
-    tile.title = [own, reason, this.captions.all[name]].filter(Boolean).join("\n")
-    enlargeable(image, (copy) => make("figure", "", copy, make("figcaption", "", `${word} ${tile.title}`)))
-    if (!removable) return tile
-    const remove = make("button", "", "×")
-    remove.title = say("Remove {}", own)
-    remove.addEventListener("click", () => {
+    const remove = () => {
       this.names = this.names.filter((other) => other !== name)
       if (name.startsWith(DROPPED)) deletePhotos([name])
-    })
-    tile.append(remove)
-    return tile
+    }
+    return photoTile(thumbnail(name), own, photo, removable && remove, this.captions.all[name])
   }
 }
 

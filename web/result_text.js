@@ -1,7 +1,8 @@
 /** The text that a node shows once it has run, such as the name of a LoRA or a saved file. */
 
 import { app } from "../../scripts/app.js"
-import { addElement, after, make, makeRoom, outputOf, readReport, showText, widgetOf } from "./dom.js"
+import { addElement, after, makeRoom, outputOf, readReport, showText, widgetOf } from "./dom.js"
+import { make } from "./elements.js"
 import { say } from "./words.js"
 
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAGroup", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])

@@ -2,7 +2,8 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { PERSON_SHOWN, addElement, after, comesFrom, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import { PERSON_SHOWN, addElement, after, comesFrom, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import { make } from "./elements.js"
 import { sayName } from "./words.js"
 
 const NODE = "FaceLoRAStylePack"

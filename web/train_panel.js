@@ -2,24 +2,25 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { drawChart, short } from "./chart.js"
+import { short } from "./chart.js"
 import {
-  BASE_CHOSEN, INPUTS_CHANGED, PERSON_SHOWN, addElement, after, baseOf, enlargeable, inputsChanged, isApp, make, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
+  BASE_CHOSEN, INPUTS_CHANGED, PERSON_SHOWN, addElement, after, baseOf, inputsChanged, isApp, makeRoom, readReport, remember, showText, whenChanged, whenSet, widgetOf,
 } from "./dom.js"
+import { enlargeable, make } from "./elements.js"
 import { FAILURE } from "./failures.js"
 import { lacking, missingFiles, photosOf } from "./missing.js"
-import { More, spanText } from "./more.js"
+import { More } from "./more.js"
 import { DELETED, RENAMED, lostText, showPeople } from "./people.js"
+import {
+  DONE, ENDED, FAILED, TRAINING, WAITING, doneShare, drawCurves, spanText, statusText, svg, timeText, verdictOf,
+} from "./progress.js"
+import { headshotTile, moreLike } from "./tiles.js"
 import { OldApp } from "./upgrade.js"
 import { say, sayName } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const LEAST_HEIGHT = 62, GAP = 6, PADDING = 8 // in pixels, the latter two as in the style sheet
-// The server's names of phases
-const WAITING = "waiting", STEPPING = "training", SAMPLING = "samples", DONE = "done", STOPPED = "stopped", FAILED = "failed"
-const TRAINING = new Set([STEPPING, SAMPLING]), ENDED = new Set([DONE, STOPPED, FAILED, undefined])
-const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
 const STYLES = "FaceLoRAStylePack", SAMPLER = "FaceLoRASampler"
 /** How long a run takes, by what is known of it. */
 // say
@@ -46,62 +47,6 @@ function putAway(prompt, isAway) {
 
 /** The user's training runs that are queued and have not begun, as GET /facelora/waiting gives them. */
 let waiting = []
-
-const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
-
-/** 75 -> "1 min 15 s" */
-function duration(seconds) {
-  const whole = Math.round(seconds)
-  if (whole < 60) return say("{} s", whole)
-  if (whole < 3600) return say("{} min {} s", Math.floor(whole / 60), whole % 60)
-  return say("{} h {} min", Math.floor(whole / 3600), Math.floor((whole % 3600) / 60))
-}
-
-function statusText(state) {
-  if (state.lost) return lostText(state)
-  if (state.stopping && state.phase === STEPPING) return say("stopping after step {}", state.step ?? 1)
-  if (state.phase === DONE) {
-    const more = state.ended ? "" : say("the rest of the workflow is running")
-    return [say("done: {}", state.file), verdictText(state), more].filter(Boolean).join(" · ")
-  }
-  if (state.phase === FAILED) return say("failed: {}", state.error)
-  if (state.phase === WAITING) return say("waiting, runs ahead in the queue: {}", state.ahead)
-  if (state.phase === STOPPED) return say("stopped. Run it again to continue")
-  const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
-  if (!TRAINING.has(state.phase)) return state.total ? counted() : say(state.phase)
-  const parts = []
-  const sampling = state.phase === SAMPLING
-  if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
-  if ("step" in state && !sampling) parts.push(say("learning rate {}", short(state.learning_rate)))
-  if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
-  const share = Math.round((100 * state.done) / state.total)
-  if (sampling) parts.push(state.stopping ? say("drawing the last samples: {} %", share) : say("drawing samples: {} %", share))
-  return parts.join(" · ")
-}
-
-/** The meaning of the kept step's likeness, and what would improve it, unless the user has chosen another step. */
-function verdictText({ kept_step, kept_likeness, kept_word, chosen }) {
-  if (kept_likeness == null) return ""
-  const verdict = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return chosen || VERDICTS[kept_word] === "good" ? verdict : `${verdict}. ${say("Train longer, or add more photos")}`
-}
-
-/** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */
-const verdictOf = ({ phase, kept_word }) => (phase === DONE && VERDICTS[kept_word]) || ""
-
-/** The time passed and the time left, `since` seconds after the server sent the state. */
-function timeText(state, since = 0) {
-  const parts = state.seconds == null ? [] : [duration(state.seconds + since)]
-  if (TRAINING.has(state.phase) && state.seconds_left != null && !state.stopping)
-    parts.push(say("{} left", duration(Math.max(0, state.seconds_left - since))))
-  return parts.join(" · ")
-}
-
-function doneShare(state) {
-  if (state.phase === DONE) return 1
-  const [done, total] = "step" in state ? [state.step, state.steps] : [state.done, state.total]
-  return total ? done / total : 0
-}
 
 class Panel {
   constructor(node) {
@@ -274,7 +219,7 @@ class Panel {
     const active = !ENDED.has(state.phase), isNew = state.prompt !== this.state?.prompt
     this.state = state
     if (active && isNew && isApp()) this.root.scrollIntoView()
-    this.status.textContent = this.status.title = statusText(state)
+    this.status.textContent = this.status.title = state.lost ? lostText(state) : statusText(state)
     this.status.className = `facelora-status facelora-says-${state.phase === FAILED ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
     this.ends.hidden = false
@@ -289,19 +234,7 @@ class Panel {
     this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
     this.warning.hidden = !state.warning
     this.warning.textContent = state.warning ?? ""
-    const last = state.steps ?? state.history?.at(-1)?.[0] ?? 0
-    this.loss.hidden = !state.history?.length
-    this.likeness.hidden = !state.likenesses?.length
-    if (!this.loss.hidden)
-      drawChart(this.loss.firstChild, [
-        { name: "loss", points: state.history, colour: "#3b82f6" },
-        { name: "learning rate", points: state.learning_rates ?? [], colour: "#d97706" },
-      ], last)
-    if (!this.likeness.hidden)
-      drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#10b981" }], last)
-    const [someoneElse, samePerson] = state.limits ?? []
-    this.likeness.title =
-      samePerson ? say("{} or more: the same person. Below {}: someone else", samePerson, someoneElse) : ""
+    drawCurves(state, this.loss, this.likeness)
     this.offer(state.checkpoints)
     this.pictures.hidden = !state.samples?.length && !state.photos?.length
     fill(this.photos, state.photos, picture(say("photos")))
@@ -357,24 +290,11 @@ class Panel {
   }
 }
 
-/** A headshot with its likeness to the person, and a button for more pictures like it. The title has the likeness in words. */
-function headshot({ filename, subfolder, type, score, seed, style }, [someoneElse, samePerson] = []) {
+/** A headshot with its likeness to the person, and a button for more pictures like it. */
+function headshot({ filename, subfolder, type, score, seed, style }, limits) {
   const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
-  const image = enlargeable(Object.assign(make("img", ""), { src, alt: sayName(style ?? filename), loading: "lazy" }))
-  if (score == null) return make("div", "facelora-headshot", image)
-  const word = score >= samePerson ? "the same person" : score >= someoneElse ? "perhaps" : "someone else"
-  const shown = make("div", `facelora-headshot facelora-${VERDICTS[word]}`, image,
-    make("span", "facelora-word", score < 0 ? say("no face") : score.toFixed(2)))
-  shown.title = score < 0 ? say("no face") : say("likeness {}: {}", score.toFixed(2), say(word))
-  image.alt += say(", ") + shown.title
-  if (seed != null) {
-    const button = make("button", "", "≈")
-    button.title = say("More like this one")
-    button.setAttribute("aria-label", button.title)
-    button.addEventListener("click", () => drawMoreLike(src, seed))
-    shown.append(button)
-  }
-  return shown
+  const button = score == null || seed == null ? [] : [moreLike(() => drawMoreLike(src, seed))]
+  return headshotTile(src, sayName(style ?? filename), score, limits, button)
 }
 
 /** Runs the prompt that a picture contains once more, for variations of the picture with that seed. */

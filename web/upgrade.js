@@ -2,7 +2,8 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { make, remember, widgetOf } from "./dom.js"
+import { remember, widgetOf } from "./dom.js"
+import { make } from "./elements.js"
 import { pack } from "./templates.js"
 import { say } from "./words.js"
 

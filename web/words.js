@@ -1,12 +1,12 @@
-/** The texts of the widgets, in English or in the language of ComfyUI's settings if it is here. */
-
-import { app } from "../../scripts/app.js"
+/** The texts of the widgets, in English or in the user's language if it is here. */
 
 /** Chinese for these texts, for what the check of photos says ({} stands for any text), and for the names of options and styles. */
 const ZH = await (await fetch(new URL("./zh.json", import.meta.url), { cache: "no-cache" })).json()
 
 export const inChinese = (text) => ZH.texts[text]
-const isChinese = () => app.extensionManager.setting.get("Comfy.Locale") === "zh"
+let isChinese = () => false
+/** Sets the function that returns whether the user's language is Chinese. */
+export const speakChinese = (when) => (isChinese = when)
 const filled = (text, values) => text.replaceAll("{}", () => values.shift())
 
 /** The text in the user's language. The values replace its {}, in their order. */

@@ -17,6 +17,7 @@ from .streams import standard_streams
 
 GROUPS = {
     "from photos to pictures": {
+        "page": "do the whole job on a page in your browser",
         "demo": "run the whole job on the small base model of the package, without GPU or download",
         "headshots": "turn photos of one person into a gallery of headshots; run it again to continue",
         "studio": "make LoRAs and headshots of many people on one base model, with a report on all",

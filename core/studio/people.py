@@ -139,7 +139,7 @@ def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _person(name: str, photos: Path, settings: Mapping[str, Any] | str) -> Person:
-    if problem := _problem_of(name):
+    if problem := problem_of_name(name):
         shown = re.sub(r"[^\w .-]", "_", name).strip()[:50]
         return Person(shown or "without a name", photos, problem=problem)
     if isinstance(settings, str):
@@ -172,7 +172,7 @@ def _value(key: str, value: Any) -> Any:
     return value
 
 
-def _problem_of(name: str) -> str:
+def problem_of_name(name: str) -> str:
     """Return why the name cannot be a folder in the output; empty if it can."""
     if len(name.encode("utf-8", "replace")) > _MOST_NAME_BYTES:
         return f"the name is longer than {_MOST_NAME_BYTES} bytes; choose a shorter one for this person"

@@ -214,7 +214,7 @@ def style_pack(desk: Desk, draw: Random) -> None:
     prompts = pack.prompts(Subject("sks"), draw.choice(("sd15", "sdxl", "flux1")), 5, 1)
     assert len(prompts) == 5 and isinstance(long_prompts(prompts, len), list)
     style = draw.choice(pack.styles)
-    assert pack.picture(style) is None and nodes_module("style_picture").style_picture(style)
+    assert pack.picture(style) is None and nodes_module("style_picture", "nodes").style_picture(style)
 
 
 _TOML = (

@@ -15,10 +15,10 @@ from server import PromptServer
 from ...core.errors import BadConfig, BadStylePack
 from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, StyledPrompt, find_style_packs
 from ..settings import NodeStyles
+from ..style_picture import style_picture
 from .convert import few_steps, speed_hint, style_family
 from .folders import refusal, says_no_server_paths, without_server_paths
 from .inputs import setting_input
-from .style_picture import style_picture
 
 FROM_MODEL = "that of the model"
 NOT_VARIED = -1

@@ -33,7 +33,6 @@ from ...core.lora.file import LoraFile
 from ...core.models.families import FAMILIES
 from ...core.photos.ready import SWITCH
 from ...core.progress import LOADING, READING
-from ...core.storage.cache_folder import content_key
 from ...core.threads import within_quota
 from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep, likeness_word, step_line
 from ...core.training.job import TrainingJob
@@ -43,9 +42,11 @@ from ...core.training.recipes import ENOUGH, RECIPES, recipe_settings
 from ...core.training.store import LoraFolders, check_makes_lora, is_trained, lora_path
 from ...core.training.trained_file import TrainedFile
 from ...core.training.training_adapter import TrainingAdapter
+from ..forecasts import forecast_for, forget_forecasts, spans_of
 from ..settings import NodeSettings
+from ..shown import DONE, FAILED, STEPPING, STOPPED
 from .app.dropped import input_folder
-from .app.runs import DONE, FAILED, SAMPLE_SIDE, STEPPING, STOPPED, QueuedRun, photo_urls, sample_urls
+from .app.runs import SAMPLE_SIDE, QueuedRun, photo_urls, sample_urls
 from .app.state import app
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .folders import opened, says_no_server_paths, without_server_paths, write_embedding
@@ -65,8 +66,6 @@ WIDGETS: Mapping[str, Mapping[str, Any]] = {
 """How the widgets of these fields look."""
 LOG_INTERVAL = 30.0
 """Seconds between two progress lines in the server's log."""
-_forecasts: "dict[str, studio.Forecast]" = {}
-"""The last forecast, by a hash of the base model's file and the settings: a GPU's memory plan takes a second."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -297,7 +296,7 @@ def _make(
                 on_point=watch.point,
                 callbacks=callbacks,
             )
-        _forecasts.clear()  # The run has told how fast this machine is.
+        forget_forecasts()
         watch.show(checkpoints=_choices(made))
         likeness = dict(made.likenesses()).get(made.kept_step())
         word = None if likeness is None else likeness_word(likeness)
@@ -458,17 +457,8 @@ def _spans(asked: Mapping[str, str]) -> "dict[str, studio.Span]":
     if base is None:
         return {}
     settings, recipes = NodeSettings.read(asked), base.family.recipes
-    photos, pictures = (_count(asked, name) for name in ("photos", "pictures"))
-    # What only decides how long a run is changes no pass.
-    balanced, path = replace(settings, recipe="balanced", training_seed=1).config(recipes), Path(base.files[0].path)
-    passes = replace(balanced, steps=1, sample_every=1, warmup_steps=0)
-    key = content_key(path, path.stat().st_mtime_ns, passes)
-    forecast = _forecasts.get(key) or studio.Forecast.on(base, passes, comfy.model_management.get_torch_device())
-    _forecasts.clear()
-    _forecasts[key] = forecast
-    photos = photos or ENOUGH
-    configs = {recipe: replace(settings, recipe=recipe).config(recipes, photos) for recipe in RECIPES}
-    return {recipe: forecast.span(config, photos, pictures) for recipe, config in configs.items()}
+    forecast = forecast_for(base, settings, recipes, comfy.model_management.get_torch_device())
+    return spans_of(forecast, settings, recipes, *(_count(asked, name) for name in ("photos", "pictures")))
 
 
 def add_routes() -> None:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes an
 
 ARGUMENTS = {
     "demo": (),
+    "page": ("--no-browser",),
     "headshots": ("photos", "--base", "model.safetensors"),
     "studio": ("photos", "--base", "model.safetensors"),
     "train": ("photos", "--base", "model.safetensors", "--continue-from", "lora.safetensors", "--restart"),
@@ -127,7 +128,7 @@ def test_a_folder_is_no_file_and_none_that_is_read(command, action, desk, capsys
     for name in ("mine", "pipe", "away"):
         assert "is not a folder" in refused(command, action, name, capsys)
     assert "File name too long" in refused(command, action, "a" * 300, capsys)
-    if command not in ("demo", "forget"):
+    if command not in ("page", "demo", "forget"):
         Path("link").symlink_to("photos")
         for name in ("photos", "link"):
             assert "this command reads this folder" in refused(command, action, name, capsys)

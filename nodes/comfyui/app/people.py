@@ -36,9 +36,9 @@ from ....core.training.encode import forget_latents
 from ....core.training.job import TRAINING_VERSION
 from ....core.training.store import lora_path
 from ....core.training.trained_file import RunFolder, files_of, forget_run, with_tensors, without_step
+from ...shown import DONE, STOPPED
 from ..folders import embedding_name, write_embedding
 from .dropped import delete_dropped, folders_of, own_root, photos_in, stem_of
-from .runs import DONE, STOPPED
 
 Record = dict[str, Any]
 PICTURE_SIDE = 256

@@ -10,13 +10,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ....core.errors import BadPhoto, check_length, counted
+from ....core.errors import BadPhoto, check_length
 from ....core.faces import faces_if_installed
 from ....core.photos import Photo, SetReport, Thresholds, check_photos, read_photo_files, read_photos
 from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
-from ....core.photos.report import CROP, REJECT, REVIEW, USE
 from ....core.progress import OnProgress, silent
 from ....core.storage.files import write_text
+from ...shown import shown_check
 from ..folders import without_server_paths
 from .dropped import NAMES, input_folder, is_hidden, own_name, path_of
 
@@ -34,8 +34,6 @@ _NOTHING = {
 HIDDEN = ".not-yours"
 """A name in the input folder that no file has."""
 NO_FOLDER = "(no folder)"
-COLOURS = {USE: "good", CROP: "good", REVIEW: "doubtful", REJECT: "rejected"}
-"""The colour of a photo's tile, by the verdict of the report."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +49,8 @@ class CheckedPhotos:
 
     def shown(self) -> dict[str, Any]:
         """Return what the node shows: a tile for each photo, one headline, and the verdict on the set."""
-        tiles: list[dict[str, Any]] = [{"name": _name_below_input(photo)} for photo in self.photos]
-        tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": why} for name, why in self.unread.items()]
-        more = f" (and {counted(len(self.notes) - 1, 'more note')})" if len(self.notes) > 1 else ""
-        headline = self.notes[0] + more if self.notes else ""
-        verdict = "doubtful" if self.unread else "good"
-        if self.report:
-            headline = "; ".join(filter(None, (self.report.headline, headline)))
-            usable = len(self.report.usable)
-            good = usable == len(self.photos) and not self.unread and usable >= self.report.thresholds.photos_measured
-            verdict = "rejected" if not self.report.enough else "good" if good else "doubtful"
-            people = self.report.people or [0] * len(self.photos)
-            for tile, item, person in zip(tiles, self.report.photos, people, strict=False):
-                # Without the settings that do it, which the app doesn't have.
-                reasons = re.sub(r", or set \w+( or \w+)?", "", "; ".join(one.sentence for one in item.findings))
-                tile |= {"verdict": COLOURS[item.verdict], "reason": reasons, "person": person}
-        mixed = bool(self.report and self.report.people)
-        return {"photos": tiles, "headline": without_server_paths(headline), "verdict": verdict, "mixed": mixed}
+        shown = shown_check(list(map(_name_below_input, self.photos)), self.unread, self.notes, self.report)
+        return shown | {"headline": without_server_paths(shown["headline"])}
 
 
 def read_checked(

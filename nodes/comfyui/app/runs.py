@@ -16,15 +16,10 @@ from ....core.photos import Photo
 from ....core.storage.cache_folder import content_key, made_folder
 from ....core.storage.drawn import DRAWN, jpeg_url
 from ....core.storage.files import read_json, write_text
+from ...shown import DONE, ENDED, SERIES, STEPPING, STOPPED, add_news
 
-SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
-"""The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
-STEPPING = "training"
-"""The phase of steps."""
 TRAINING = (STEPPING, "samples")
 """Phases in which a training run can be stopped and its LoRA kept."""
-DONE, STOPPED, FAILED = ENDED = "done", "stopped", "failed"
-"""Phases that a training run ends with."""
 SAVE_INTERVAL = 10.0
 """Seconds between two saves of the states during a training run."""
 KEPT = 20
@@ -96,13 +91,9 @@ class Runs:
 
     def add(self, run: QueuedRun, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
         """Add the news to the state, and return the new points of its curves, by the curve's name."""
-        points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
         with self._lock:
             state = self._of(run.user)[run.place]
-            for series, (step, value) in points.items():
-                # Where the server was killed, steps after the last saved state are done again.
-                state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
-            state.update(news)
+            points = add_news(state, news)
             if "seconds" in news:
                 state["news_time"] = time.monotonic()
             if (

@@ -6,8 +6,8 @@ It is used for styles without an example picture. It shows no person, and only w
 import re
 from xml.sax.saxutils import escape
 
-from ...core.errors import one_line
-from ...core.pictures.style_pack import Style
+from ..core.errors import one_line
+from ..core.pictures.style_pack import Style
 
 HEIGHT = 120
 """The height of every picture in pixels; the width follows from the style's aspect."""
