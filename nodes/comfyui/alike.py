@@ -8,8 +8,7 @@ from ...core.errors import counted
 from ...core.faces import load_faces, second_network
 from ...core.photos import Candidate, Photo, check_real, choose_alike
 from ...core.pictures.sheet import contact_sheet
-from .app.prompts import moving_bar
-from .convert import FacePhotos, image_tensor, photos_of, pictures
+from .convert import FacePhotos, image_tensor, moving_bar, photos_of, pictures
 from .folders import says_no_server_paths
 from .save import preview
 

@@ -12,6 +12,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
+import comfy.utils
 import numpy as np
 import torch
 from comfy.model_patcher import get_key_weight
@@ -32,6 +33,7 @@ from ...core.models.opening import load_base, stated_resolution
 from ...core.models.spec import Conditioning, FewSteps
 from ...core.models.text import context_width, pooled_width
 from ...core.photos import Photo
+from ...core.progress import OnProgress
 from ...core.storage.cache_folder import content_key
 from ...core.storage.gguf_file import dequantised_array, dtype_of, quantised_gguf
 from ...core.storage.safetensors_file import SafetensorsFile, tensor_bytes
@@ -332,6 +334,17 @@ def pictures(images: Tensor) -> Iterator[Image.Image]:
 def picture_key(image: Image.Image) -> str:
     """Return a key of the picture's size and pixels."""
     return content_key(image.size, hashlib.sha256(image.tobytes()).hexdigest())
+
+
+def moving_bar() -> OnProgress:
+    """Return a function that moves the bar of the node at work, and raises if the user has cancelled the run."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def move(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return move
 
 
 def photos_of(

@@ -11,9 +11,8 @@ from ...core.faces import Reference
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.pictures.sheet import contact_sheet
 from ...core.progress import counting
-from .app.prompts import moving_bar
 from .app.state import app
-from .convert import FacePhotos, image_tensor, photos_of, picture_key, pictures
+from .convert import FacePhotos, image_tensor, moving_bar, photos_of, picture_key, pictures
 from .folders import says_no_server_paths
 from .plot import score_plot
 from .save import preview

@@ -11,9 +11,9 @@ from ...core.errors import BadPhoto, counted
 from ...core.photos import format_report
 from .app.dropped import folders_for
 from .app.photos import DEFAULT_RESOLUTION, NO_FOLDER, USES, chosen_files, read_checked
-from .app.prompts import moving_bar, running_prompt, running_use
+from .app.prompts import running_prompt, running_use
 from .app.users import asking_user
-from .convert import FacePhotos, image_tensor, resolution_of
+from .convert import FacePhotos, image_tensor, moving_bar, resolution_of
 from .folders import says_no_server_paths, without_server_paths
 
 PREVIEW_SIDE = 1024

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
@@ -18,7 +16,6 @@ from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore  # those of ComfyUI
 
 from ....core.errors import BadPhoto, FaceLoraError
 from ....core.pictures.style_pack import StyledPrompt
-from ....core.progress import OnProgress
 from ....core.storage.cache_folder import content_key
 from ...settings import NodeStyles
 from ..style_pack import NOT_VARIED, listed
@@ -98,17 +95,6 @@ class Prompt:
                 with suppress(FaceLoraError):
                     return pack, vary, listed(chosen, vary, inputs.get("variation_seed", 0))
         return "", NOT_VARIED, ()
-
-
-def moving_bar() -> OnProgress:
-    """Return a function that moves the bar of the node at work, and raises if the user has cancelled the run."""
-    bar = comfy.utils.ProgressBar(1)
-
-    def move(done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
-    return move
 
 
 def running_prompts() -> list[Prompt]:
