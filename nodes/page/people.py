@@ -7,10 +7,10 @@ person are in FOLDER/.page/.next until it has a name.
 import json
 import os
 import re
-import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -290,8 +290,8 @@ class Home:
         if not chosen:
             raise BadConfig("mark the headshots to publish with a star")
         check_length("title", title)
-        output = self.folder / name / "published"
-        shutil.rmtree(output, ignore_errors=True)
+        folder = self.folder / name
+        output = next(path for number in count(1) if not (path := folder / f"published-{number}").exists())
         pictures = [str(self.headshot(name, file)) for file in sorted(chosen)]
         given = ["--agreed", f"--title={title}", f"--output={output}", "--pictures", *pictures]
         return ["publish", str(self.lora(name)), *given], output
