@@ -95,7 +95,8 @@ def test_an_apple_gpu_is_bound_to_what_macos_recommends(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
 def test_arithmetic_is_exact_beside_a_program_that_sets_the_precision_of_float32():
-    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # pyright: ignore
+    backends: Any = torch.backends
+    places = [backends.cuda.matmul, backends.cudnn.conv]
     before = [place.fp32_precision for place in places]
     try:
         places[0].fp32_precision, places[1].fp32_precision = "tf32", "ieee"
