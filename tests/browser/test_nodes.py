@@ -437,7 +437,10 @@ def test_the_help_of_a_node_is_shown_in_the_language_of_comfyui_without_a_reques
         page.run("() => { app.canvas.selectNode(app.graph.nodes[0]); app.canvas.centerOnNode(app.graph.nodes[0]) }")
         page.page.get_by_test_id("info-button").click()
         page.page.get_by_role("heading", name=word, exact=True).wait_for()
-        assert [(url.rpartition("/docs/")[2], status) for url, status in answers] == [(f"{TRAIN}/{language}.md", 200)]
+        picture = f"images/{TRAIN}.jpg"
+        page.wait_for(f"() => [...document.images].some((one) => one.src.endsWith('/{picture}') && one.naturalWidth)")
+        asked = [(url.rpartition("/docs/")[2], status) for url, status in answers]
+        assert asked == [(f"{TRAIN}/{language}.md", 200), (picture, 200)]
         assert page.complaints() == []
     finally:
         site.post("/settings/Comfy.Locale", "en")
