@@ -23,7 +23,7 @@ def run(options: PageOptions) -> None:
     """Run the command until Ctrl-C."""
     found = entry_points(group=GROUP)
     if not found:
-        raise MissingPackage("this copy has no page. Install the project: pip install comfyui-facelora[page]")
+        raise MissingPackage("this copy of the project isn't installed. In its folder: pip install '.[page]'")
     try:
         serve = next(iter(found)).load()
     except ModuleNotFoundError as error:

@@ -39,7 +39,8 @@ class MemoryPlan:
     recompute: float = 0.0
     """The share of the blocks whose activations are recomputed in the backward pass instead of being kept, 0 to 1.
 
-    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost."""
+    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost.
+    """
     weights: Literal["full", "8 bits"] = "full"
     """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (quantised_layers.py).
 
@@ -91,8 +92,10 @@ time as long as the device computes for longer.
 """
 
 WEIGHTS_IN_DRAWING = 0.7
-"""The largest size of the denoiser's weights when pictures are drawn, as a share of the free memory. The rest is for
-activations, blocks that are brought in, and the VAE."""
+"""The largest size of the denoiser's weights when pictures are drawn, as a share of the free memory.
+
+The rest is for activations, for the blocks currently on the device, and for the VAE.
+"""
 
 
 def plans_for(
@@ -210,8 +213,9 @@ class BlockOffload:
 
     The host could start copying many blocks before the device needs them. So it waits until the device is done with the last
     block but one, and at most three blocks are on the device. It also holds on to the weights until then. Memory that one
-    stream has freed could otherwise be filled by the next copy while another stream still reads it. The blocks' hooks refer to
-    this object, so it refers to the blocks weakly.
+    stream has freed could otherwise be filled by the next copy while another stream still reads it.
+
+    The blocks' hooks refer to this object, so it refers to the blocks weakly.
     """
 
     def __init__(self, device: torch.device):

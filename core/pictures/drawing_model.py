@@ -176,7 +176,7 @@ class DrawingModel:
             clear_variables(error)
         self._encoded.clear()
         self._free()
-        self._release()  # also what text encoders took if there is no denoiser yet
+        self._release()  # also what text encoders took before a denoiser was loaded
 
     @property
     def _memory(self) -> MemorySaver:

@@ -7,6 +7,8 @@ person are in FOLDER/.page/.next until it has a name.
 import json
 import os
 import re
+import tempfile
+import zipfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -83,10 +85,11 @@ class Home:
         return sorted(asked, key=lambda name: -asked[name])
 
     def place(self, name: str) -> Path:
-        """Return the page's folder of a person. Raises BadConfig if there is nobody of that name."""
-        if name not in self.names():
+        """Return the page's folder of a person. Raises BadConfig if nobody has that name."""
+        place = self.own / name
+        if name not in os.listdir(self.own) or self.jobs.of(place, TRAIN) is None:
             raise BadConfig(f"{name}: nobody has this name. Reload the page")
-        return self.own / name
+        return place
 
     # The photos of the next person.
 
@@ -129,7 +132,7 @@ class Home:
     def photo(self, name: str, of: str | None = None) -> Photo:
         """Read a photo. Raises BadPhoto if there is none of that name."""
         if name not in self.photo_names(of):
-            raise BadPhoto(f"{name}: there is no such photo")
+            raise BadPhoto(f"{name}: this photo was deleted. Reload the page")
         (photo,) = read_photo_files([self.photos_of(of) / name], strict=True, on_warning=lambda _: None)
         return photo
 
@@ -187,7 +190,7 @@ class Home:
         if like:
             shot = self._headshots(name).get(like)
             if shot is None:
-                raise BadConfig(f"{like}: there is no such headshot")
+                raise BadConfig(f"{like}: this headshot was deleted. Reload the page")
             given = {"prompt": shot["prompt"], "negative": shot["negative"], "seed": (shot["seed"] + 1) % 2**64}
             given |= {"steps": shot["steps"], "guidance": shot["guidance"], "count": MOST_ALIKE}
             given |= {"size": "x".join(map(str, shot["size"]))} if shot["size"] else {}
@@ -229,17 +232,25 @@ class Home:
         return {**short, **state, **more, "headshots": shots, "drawing": drawing, "request": request}
 
     def sample(self, name: str, file: str) -> Path:
-        """Return the path of a sample of a training run. Raises BadConfig if there is none of that name."""
+        """Return the path of a sample of a training run. Raises BadConfig if none has that name."""
         for path in (self.folder / self.place(name).name / CACHE / "runs").glob("*/sample-*.png"):
             if path.name == file:
                 return path
-        raise BadConfig(f"{file}: there is no such sample")
+        raise BadConfig(f"{file}: this sample was deleted. Reload the page")
 
     def headshot(self, name: str, file: str) -> Path:
         """Return the path of a headshot. Raises BadConfig if there is none of that name."""
         if file not in self._headshots(name):
-            raise BadConfig(f"{file}: there is no such headshot")
+            raise BadConfig(f"{file}: this headshot was deleted. Reload the page")
         return self.folder / name / file
+
+    def archive(self, name: str) -> str:
+        """Write the favourites into a temporary ZIP file, or all headshots if there are none, and return its path."""
+        shots, favourites = self._headshots(name), self._favourites(name)
+        with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file, zipfile.ZipFile(file, "w") as archive:
+            for one in favourites & shots.keys() or shots:
+                archive.write(self.folder / name / one, one)
+        return file.name
 
     def set_favourite(self, name: str, file: str, favourite: bool) -> None:
         chosen = self._favourites(name) - {file} | ({file} if favourite else set())

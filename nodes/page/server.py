@@ -9,9 +9,7 @@ import os
 import secrets
 import socket
 import subprocess
-import tempfile
 import webbrowser
-import zipfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
@@ -142,14 +140,10 @@ class Page:
     async def archive(self, request: Request) -> Response:
         """The headshots as a ZIP file: the favourites, or all of them if there are none."""
         name = request.path_params["name"]
-        shots = self.people.shown(name)["headshots"]
-        chosen = [one for one in shots if one["favourite"]] or shots
-        with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file, zipfile.ZipFile(file, "w") as archive:
-            for one in chosen:
-                archive.write(self.people.headshot(name, one["file"]), one["file"])
+        path = await asyncio.to_thread(self.people.archive, name)
         header = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(f'{name}.zip', '')}"}
-        done = BackgroundTask(os.unlink, file.name)
-        return FileResponse(file.name, media_type="application/zip", headers=header, background=done)
+        done = BackgroundTask(os.unlink, path)
+        return FileResponse(path, media_type="application/zip", headers=header, background=done)
 
     # What is changed.
 
