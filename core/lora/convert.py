@@ -27,8 +27,8 @@ from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, withou
 from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, Entry, trigger_words
 from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 
-_OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
-"""The metadata that don't apply to a changed copy of a LoRA. The last two patterns are cloneofsimo/lora's."""
+_OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}")
+"""The metadata that don't apply to a changed copy of a LoRA."""
 BaseWeight = Callable[[ModuleId], Tensor]
 """A function that returns the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 

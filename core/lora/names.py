@@ -20,7 +20,6 @@ from ..storage.header import Header
 from ..storage.plain_values import parse_json
 from ..tensor_names import (
     NAME_TABLES,
-    NUMBERED,
     Identity,
     Listing,
     ModuleId,
@@ -35,7 +34,6 @@ from ..tensor_names import (
     is_text_path,
     is_widened,
     model_named,
-    numbered_paths,
     other_model,
     parse_key,
     plain_model_name,
@@ -138,32 +136,10 @@ def content_of(types: Types, claims: tuple[str, ...]) -> Content:
         found.setdefault(_owner(item[0]), []).append(item)
     strange = [key for key, _ in found.pop(None, ())]
     embeddings = [key for key, _ in found.pop(_EMBEDDING, ())]
-    if any(map(NUMBERED.fullmatch, strange)):
-        return _content_of_numbers(types, claims)
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
     if all(module.shapes.keys() == {"set_weight"} for module in modules):  # Of a checkpoint.
         strange, modules = [*strange, *(key for tensors in found.values() for key, _ in tensors)], ()
     return Content(claims, modules, tuple(embeddings), tuple(strange))
-
-
-def _content_of_numbers(types: Types, claims: tuple[str, ...]) -> Content:
-    """Group the tensors of a file in the first LoRA format. All are strange if their sizes fit no model in any known order."""
-    found: dict[tuple[str, int], dict[str, str]] = {}
-    for key in types:
-        if match := NUMBERED.fullmatch(key):
-            found.setdefault((match[1], int(match[2])), {})[match[3]] = key
-    embeddings = tuple(key for key in types if key.startswith("<"))
-    for paths in numbered_paths():
-        modules = []
-        for (part, number), keys in found.items():
-            shapes = {role: types[key][1] for role, key in keys.items()}
-            path = paths.get((part, number), "")
-            name, part = f"{part}:{number}", "denoiser" if part == "unet" else part
-            modules.append(NamedModule(name, "numbered", part, path, kind_of(shapes), keys, shapes))
-        content = Content(claims, tuple(modules), embeddings, ())
-        if all(module.kind for module in modules) and content.identity.models:
-            return content
-    return Content(claims, (), (), tuple(types))
 
 
 # Most files in a folder have modules with the same names and sizes.
@@ -540,8 +516,8 @@ def _what_else(types: Types) -> str | None:
     """Describe what a file without an adapter's tensors contains instead; None if its names don't show it."""
     if not types:
         return "it has no tensors"
-    if any(map(NUMBERED.fullmatch, types)):
-        return "its modules are numbered (cloneofsimo/lora), but don't fit SD1.x or SD2.x in any known order"
+    if any(re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", key) for key in types):
+        return "its modules are numbered instead of named (cloneofsimo/lora, 2022), which is not read any more"
     if words := [shape[-1] for key, (_, shape) in types.items() if shape and vectors_in(key)]:
         return f"its vectors of words are {words[0]} wide, which no supported text encoder has"
     if key := next((key for key in types if "lora" in key.lower()), None):

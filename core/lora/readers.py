@@ -134,8 +134,6 @@ def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
 def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     if not all(is_published(family, *module) for module in entry.modules):
         return Objection(f"a module that no published {family} model has")
-    if entry.scheme == "numbered":
-        return Objection("numbers instead of module names")
     named = parse_key(f"{entry.name}.alpha")
     assert named is not None
     if named.path.endswith(".linear1_qkv") and (rule, named.scheme) not in _KNOWING_LINEAR1_QKV:

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from .models import identify as identify
     from .models import is_published as is_published
     from .models import is_widened as is_widened
-    from .stable_diffusion import NUMBERED as NUMBERED
     from .stable_diffusion import families_of_embedding as families_of_embedding
-    from .stable_diffusion import numbered_paths as numbered_paths
     from .table import PUBLISHED_BLOCKS as PUBLISHED_BLOCKS
     from .table import SCHEMES as SCHEMES
     from .table import T5_PATHS as T5_PATHS

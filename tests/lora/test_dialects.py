@@ -281,6 +281,10 @@ STRANGE = {
     "nothing": ({}, r"^LoRA: not a LoRA: it has no tensors$"),
     "a LoRA of a ViT": ({"w_a_000": torch.zeros(4, 768), "w_b_000": torch.zeros(768, 4)}, "no adapter found in its 2"),
     "a cached text": ({"prompt_embeds": torch.zeros(77, 4096)}, "not a LoRA: no adapter found in its 1 tensor"),
+    "numbers": (
+        {"unet:0:up": torch.zeros(320, 4), "unet:0:down": torch.zeros(4, 320)},
+        r"are numbered .*cloneofsimo/lora",
+    ),
     "words for T5": (
         {"<s1>": torch.zeros(2, 4096)},
         "its vectors of words are 4096 wide, which no supported text encoder",
