@@ -193,18 +193,6 @@ def copy_paste(pictures: np.ndarray, references: np.ndarray, truths: np.ndarray)
     return (angles.min(axis=1) - to_reference.min(axis=1)) / np.maximum(between[reference, truth], 1e-6)
 
 
-def average_precision(pictures: np.ndarray, own: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return how well each picture finds the person's photos among everybody's: (N,), 0 to 1.
-
-    All photos are ranked by their cosine to the picture. The average precision is the mean, over the person's own photos
-    `own` (M, D), of the share of own photos up to that rank. Its mean over pictures is the mAP of retrieval benchmarks.
-    """
-    is_own = np.arange(len(own) + len(others)) < len(own)
-    ranked = is_own[np.argsort(-likeness(pictures, np.concatenate([own, others])), axis=1, kind="stable")]
-    precision = ranked.cumsum(axis=1) / np.arange(1, len(is_own) + 1)
-    return (precision * ranked).sum(axis=1) / len(own)
-
-
 LIKENESS, TO_TRAINED_ON = "likeness", "similarity to the photos it was trained on"
 """What a cosine to photos is called: the second if a LoRA has seen all of them, so that it says little about the person."""
 

@@ -21,7 +21,6 @@ from ..errors import BadPhoto, counted
 from ..faces import (
     Face,
     FaceNetwork,
-    average_precision,
     check_judge,
     copy_paste,
     embed_images,
@@ -123,10 +122,6 @@ class Figures:
     """The mean cosine of each reference photo to the mean face of the others: what real photos have."""
     copy_paste: float | None
     """MultiID-Bench's measure (`faces.copy_paste`), averaged over pictures with a face. Takes the photos trained on."""
-    rank1: float | None
-    """The share of all pictures whose nearest photo is the person's, among everybody's. Takes photos of other people."""
-    mean_average_precision: float | None
-    """mAP (`faces.average_precision`) over all pictures; 0 for one without a face. Takes photos of other people."""
 
     @property
     def share(self) -> float | None:
@@ -137,27 +132,15 @@ class Figures:
         parts = [f"likeness {self.likeness:.2f}"]
         if self.share is not None:
             parts[0] += f", {self.share:.0%} of the photos' own {self.photos:.2f}"
-        parts += [
-            f"{name} {value:{form}}"
-            for name, value, form in (
-                ("copy-paste", self.copy_paste, ".2f"), ("rank-1", self.rank1, ".0%"),
-                ("mAP", self.mean_average_precision, ".2f"),
-            )
-            if value is not None
-        ]  # fmt: skip
+        if self.copy_paste is not None:
+            parts.append(f"copy-paste {self.copy_paste:.2f}")
         return "; ".join(parts)
 
     @classmethod
-    def of(
-        cls,
-        pictures: np.ndarray,
-        reference: np.ndarray,
-        trained: np.ndarray | None = None,
-        others: np.ndarray | None = None,
-    ) -> Figures:
+    def of(cls, pictures: np.ndarray, reference: np.ndarray, trained: np.ndarray | None = None) -> Figures:
         """Compute the figures from identity vectors (N, D) of pictures and photos, with rows of NaN where no face was found.
 
-        `reference` are photos of the person that training has not seen, `trained` those that it has, `others` other people's.
+        `reference` are photos of the person that training has not seen, `trained` those that it has.
         Raises BadPhoto when no reference photo shows a face.
         """
         count, photos = len(pictures), len(reference)
@@ -165,24 +148,14 @@ class Figures:
         person = mean_face(reference)
         if person is None:
             raise BadPhoto(f"no face was found in the {counted(photos, 'photo')} to compare with")
-
-        def mean_of_all(values: np.ndarray) -> float:
-            return round(float(values.sum()) / max(count, 1), 4)
-
         own = likeness_to_rest(reference)
-        rank1 = precision = copying = None
+        copying = None
         if trained is not None and len(trained := _seen(trained)) and len(pictures):
             copying = round(float(copy_paste(pictures, trained, reference).mean()), 4)
-        if others is not None and len(others := _seen(others)):
-            to_person, to_others = (likeness(pictures, photos).max(axis=1) for photos in (reference, others))
-            rank1 = mean_of_all(to_person > to_others)
-            precision = mean_of_all(average_precision(pictures, reference, others))
         return cls(
-            likeness=mean_of_all(likeness(pictures, person[None])[:, 0]),
+            likeness=round(float(likeness(pictures, person[None]).sum()) / max(count, 1), 4),
             photos=round(float(np.mean(own)), 4) if own else None,
             copy_paste=copying,
-            rank1=rank1,
-            mean_average_precision=precision,
         )
 
 
