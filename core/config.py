@@ -281,8 +281,8 @@ class BaseSettings(Settings):
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "What the base model predicts")
     allow_distilled: bool = option(
         False,
-        "Train on a model distilled to a few steps (schnell, klein, Turbo). Only for a model with a training "
-        "adapter merged into it",
+        "Train on a model that needs a training adapter (schnell, klein, Turbo, Qwen-Image 2.1) without one. Only if one "
+        "is merged into it",
     )
     zero_terminal_snr: bool = option(False, "The base model was trained to zero terminal SNR (arXiv:2305.08891)")
 

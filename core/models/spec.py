@@ -228,6 +228,8 @@ class FamilySpec:
     """A regular expression for file names of distilled models, if nothing in the file distinguishes them from others."""
     training_adapter: str = ""
     """The usual training adapter for its distilled models, by its name on Hugging Face. Empty if none is known."""
+    needs_adapter: bool = False
+    """Whether LoRAs of all its models tend to collapse without the usual training adapter, although none is distilled."""
     few_steps: FewSteps | None = None
     """How its distilled models draw. None if that is not known, and they draw like the others."""
     other_model: Callable[[dict[str, Any]], str | None] = lambda config: None

@@ -245,6 +245,11 @@ def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -
         raise BadConfig(
             f"clip_skip = {config.clip_skip}: {family.title} does not let you choose the layer. Leave it at 1"
         )
+    if family.needs_adapter and not (config.allow_distilled or adapted):
+        raise BadConfig(
+            f"{base.name}: LoRAs of {family.title} tend to collapse without a training adapter (training_adapter; the usual "
+            f"one is {family.training_adapter}). To train without one, set allow_distilled"
+        )
     if base.is_distilled and not (config.allow_distilled or adapted):
         raise BadConfig(f"{base.name}: was distilled to a few steps{_undone(base)}")
     if not family.predicts_noise and _named_distilled(base, config, adapted):

@@ -234,9 +234,8 @@ def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(bases, family, tmp_
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1", "qwen-image"))
 def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_folder, tmp_path):
     base, output = bases[family], tmp_path / "me.safetensors"
-    config = TrainConfig(
-        steps=3, rank=2, precision="fp32", learning_rate=1e-2, sample_every=3, sample_steps=2, check_photos=False
-    )
+    quick = TrainConfig(steps=3, rank=2, precision="fp32", learning_rate=1e-2, sample_every=3, sample_steps=2)
+    config = replace(quick, check_photos=False, allow_distilled=True)  # which some need without an adapter
     train(photo_folder, base, config, output=output, device=CPU)
     lora = LoraFile.read(output)
     assert (lora.family, lora.metadata["ss_base_model_version"]) == (family, KEYS[family].base_versions[0])
@@ -434,6 +433,14 @@ def test_that_a_name_alone_makes_a_model_draw_in_few_steps_is_said(bases, name, 
     said = few_steps_hint(base, steps, guidance)
     assert [(one.startswith(name), one.endswith(hint)) for one in said] == ([] if hint is None else [(True, True)])
     assert few_steps_hint(replace(base, says_distilled=True), steps, guidance) == []
+
+
+def test_a_model_that_needs_an_adapter_is_refused_without_one_unless_told_otherwise():
+    qwen = small_flow_base("qwen-image-21")
+    with pytest.raises(BadConfig, match=r"tend to collapse .* \(training_adapter; the usual one is ShootTheSound/"):
+        check_base_options(qwen, TrainConfig())
+    check_base_options(qwen, TrainConfig(allow_distilled=True))
+    check_base_options(qwen, TrainConfig(), adapted=True)
 
 
 def test_schnell_is_refused_unless_told_otherwise():

@@ -230,6 +230,8 @@ QWEN_IMAGE_21 = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=linear_shift(8192, 0.9),  # from the authors' scheduler
+    training_adapter="ShootTheSound/Fizgig-Qwen-Image-2.1-Training-Adapter",
+    needs_adapter=True,  # By Fizgig's guide: LoRAs collapse into texture, or wobble part-way through.
     encode_image=encode_image,
     decode_latents=decode_latents,
 )
