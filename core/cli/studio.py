@@ -78,9 +78,9 @@ def _make_all(options: StudioOptions) -> int:
         drawn_on=drawn_on,
     )
     stop, failed = StopOnSignal(None), False  # Our own errors would only fail this person.
-    if (options.output / studio.REPORT).is_file():  # The plan compares the base model with those in the report.
+    if (options.output / studio.REPORT).is_file():  # Whether somebody has been made depends on the base model.
         terms.compute_hashes(base, progress_bar(READING))
-    before = studio.plan_people(people, base, options.output, terms, device)
+    before = studio.plan_people(people, base, options.output, terms)
     progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
     callbacks = shown(progress, stop, within_steps=True)
     refused = [f"{name} will be refused: {reason}" for name, reason in before.refused.items()]
@@ -94,15 +94,13 @@ def _make_all(options: StudioOptions) -> int:
         callbacks.on_warning(line)
     if isinstance(progress, JsonProgress):
         aside = {"made_before": len(before.made_before), "refused": len(before.refused)}
-        progress.print({"to_make": dataclasses.asdict(before.work), **aside, "seconds": before.seconds})
+        progress.print({"to_make": dataclasses.asdict(before.work), **aside})
     else:
-        # Without earlier measurements, count the work as in a dry run.
-        lines = planned(before, bool(options.ray))[: 1 if options.dry_run and before.seconds is None else 2]
-        print(*lines, sep="\n", file=sys.stderr)
+        print(planned(before), file=sys.stderr)
     if options.dry_run:
         if ledger := studio.plan_ledger(before, people, base, terms, device, callbacks):
             speed = studio.speed_of(base, device, given.get("precision", "auto"))
-            show_work(ledger, ledger.seconds(speed, before.seconds), options.json)
+            show_work(ledger, ledger.seconds(speed), options.json)
         return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints the workers' output there.
         for result in studio.make_people(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import studio  # Its modules load only when a name is used.
 from ..errors import counted
-from ..progress import AT_WORK, PEOPLE, PICTURES
+from ..progress import AT_WORK, PEOPLE
 from .common import print_warning, rough_duration
 
 if TYPE_CHECKING:
@@ -21,21 +21,15 @@ REDRAWN, PRINTED = 0.5, 60.0
 """The seconds between updates of the line on a terminal, and between two lines elsewhere."""
 
 
-def planned(plan: "studio.Plan", workers: bool) -> list[str]:
-    """Return the lines that describe the planned work."""
+def planned(plan: "studio.Plan") -> str:
+    """Return the line that describes the planned work."""
     work, counts = plan.work, {"made before": len(plan.made_before), "refused": len(plan.refused)}
     aside = [f"{count} {what}" for what, count in counts.items() if count]
     others = f" ({', '.join(aside)})" if aside else ""
-    lines = [
+    return (
         f"to make: {counted(work.people, 'person', 'people')}{others}: {counted(work.photos, 'photo')}, "
         f"at most {counted(work.steps, 'step')}, {counted(work.pictures, 'picture')}"
-    ]
-    if work.people and plan.seconds is None:
-        lines.append("time: known after the first person")
-    elif work.people and plan.seconds is not None:
-        time_left = f"{rough_duration(plan.seconds)}{' of one worker' if workers else ''}"
-        lines.append(f"time: about {time_left}, based on {len(plan.earlier)} made here before")
-    return lines
+    )
 
 
 class StudioProgress:
@@ -43,7 +37,7 @@ class StudioProgress:
 
     def __init__(self, people: Sequence[str], plan: "studio.Plan"):
         """Take the people in their order."""
-        self._people, self._left, self._earlier = people, dict(plan.to_make), plan.earlier
+        self._people, self._left = people, {*plan.to_make}
         self._made: list[studio.Cost] = []
         self._failed, self._ended, self._at_work = 0, 0, 1
         self._doing, self._rate = "", 0.0
@@ -68,19 +62,16 @@ class StudioProgress:
         """The state in one line, most important first."""
         failed = f", {self._failed} failed" if self._failed else ""
         parts = [f"{self._ended} of {len(self._people)} done{failed}"]
-        left = studio.seconds_for(studio.Work.sum(self._left.values()), self._made or self._earlier)
-        if left:
-            parts.append(f"{rough_duration(left / max(1, self._at_work))} left")
+        if self._made and self._left:
+            mean = sum(sum(cost.seconds.values()) for cost in self._made) / len(self._made)
+            parts.append(f"{rough_duration(mean * len(self._left) / max(1, self._at_work))} left")
         if self._rate:
             parts.append(f"{self._rate:.3g} steps/s")
         return " | ".join([*parts, *([self._doing] if self._doing else [])])
 
     def step(self, report: "StepReport") -> None:
-        name, left = self._person, report.steps - report.step
-        self._doing = f"training {report.step}/{report.steps}: {name}"
+        self._doing = f"training {report.step}/{report.steps}: {self._person}"
         self._rate = 1 / max(report.seconds_per_step, 1e-6)
-        if name in self._left:
-            self._left[name] = studio.Work(steps=left, pictures=self._left[name].pictures)
         self._show()
 
     def phase(self, name: str, done: int, total: int) -> None:
@@ -88,8 +79,6 @@ class StudioProgress:
             self._at_work, self._doing = done, f"{done} at work"
         elif name != PEOPLE:
             self._doing = f"{name} {done}/{total}: {self._person}"
-            if name == PICTURES and self._person in self._left:
-                self._left[self._person] = studio.Work(pictures=total - done)
         self._show()
 
     def warning(self, message: str) -> None:
@@ -100,7 +89,7 @@ class StudioProgress:
         """Print a finished person's line."""
         self._ended += 1
         self._failed += result.status == "failed"
-        self._left.pop(result.name, None)
+        self._left.discard(result.name)
         if result.status == "made" and result.cost:
             self._made.append(result.cost)
             self._rate = studio.Work.sum(cost.work for cost in self._made).steps / (time.monotonic() - self._started)

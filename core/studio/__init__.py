@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from .cost import Cost as Cost
     from .cost import Stopwatch as Stopwatch
     from .cost import Work as Work
-    from .cost import seconds_for as seconds_for
     from .forecast import Forecast as Forecast
     from .forecast import timed_training as timed_training
     from .forgetting import forget as forget

@@ -1,7 +1,7 @@
-"""Measure what a person has cost, in elapsed and processor time per phase, and estimate the cost of others."""
+"""Measure what a person has cost, in elapsed and processor time per phase."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +11,7 @@ from ..errors import BadConfig
 from ..progress import LOADING, PICTURES, SAMPLES
 from ..training.callbacks import Callbacks, StepReport
 
-_UNITS = {"check": "photos", "encode": "photos", "load": "people", "train": "steps", "draw": "pictures"}
-"""What the time of each phase grows with."""
-PHASES = tuple(_UNITS)
+PHASES = ("check", "encode", "load", "train", "draw")
 """The phases of making a person, in order. Photos are read and checked, photos and captions encoded, the denoiser loaded onto
 the device, the LoRA trained and measured, pictures drawn and ranked."""
 
@@ -62,17 +60,6 @@ class Cost:
     @property
     def processor_hours(self) -> float:
         return sum(self.processor_seconds.values()) / 3600
-
-
-def seconds_for(work: Work, costs: Sequence[Cost]) -> float | None:
-    """Estimate the seconds for the work on one device from the costs of others; None without any."""
-    if not costs:
-        return None
-    done, seconds = Work.sum(cost.work for cost in costs), 0.0
-    for phase, unit in _UNITS.items():
-        taken = sum(cost.seconds[phase] for cost in costs)
-        seconds += taken * getattr(work, unit) / (getattr(done, unit) or 1)
-    return seconds
 
 
 class Stopwatch:

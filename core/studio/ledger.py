@@ -79,11 +79,10 @@ class Ledger:
             face_detections=sum(one.face_detections for one in ledgers),
         )
 
-    def seconds(self, speed: Speed, measured: float | None = None) -> dict[str, Span]:
+    def seconds(self, speed: Speed) -> dict[str, Span]:
         """Return how long each of PARTS takes, from the least to the most.
 
-        Blocks are copied during computation. The least is the longer of the two, and the most is their sum. If jobs of this
-        kind have been `measured` on this machine, all parts together take that many seconds.
+        Blocks are copied during computation. The least is the longer of the two, and the most is their sum.
         """
         found: dict[str, Span] = {}
         for part, count in self.operations.items():
@@ -95,10 +94,6 @@ class Ledger:
         found[LOADING] = self.loaded / fast, self.loaded / slow
         quick, slow = speed.seconds_per_face_detection
         found[LOOKING] = self.face_detections * quick, self.face_detections * slow
-        if measured:
-            whole = sum(map(sum, found.values()))
-            shares = {part: measured * sum(span) / whole for part, span in found.items()}
-            return {part: (share, share) for part, share in shares.items()}
         return found
 
     def done(self, steps: float, faces: float) -> dict[str, float]:

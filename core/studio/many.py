@@ -7,21 +7,18 @@ others. `plan_people` lists in advance who is to be made, how much work that is,
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..device import processor, usable_device
-from ..errors import BadFile
 from ..models.base import Base
 from ..progress import silent
 from ..storage.files import make_folder
 from ..storage.locks import at_work, locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from .cluster import make_on_cluster
-from .cost import Cost, Work, seconds_for
+from .cost import Work
 from .ledger import Basis, Ledger, basis
 from .people import REPORT, Person, read_person
 from .report import delete_leftovers, read_report, write_report
@@ -106,27 +103,14 @@ class Plan:
     """People who are finished already, unless a photo or one of the files has changed."""
     refused: Mapping[str, str]
     """Why people will fail because of a fault in their entry, photos or folder, by name."""
-    earlier: tuple[Cost, ...]
-    """The costs of people in the output's report on the same base model and processor."""
 
     @property
     def work(self) -> Work:
         """The work for everyone who is to be made."""
         return Work.sum(self.to_make.values())
 
-    @property
-    def seconds(self) -> float | None:
-        """The estimated time on one device from earlier costs; None without any."""
-        return seconds_for(self.work, self.earlier)
 
-
-def plan_people(
-    people: Iterable[Person],
-    base: Base,
-    output: str | os.PathLike[str],
-    terms: Terms,
-    device: torch.device | None = None,
-) -> Plan:
+def plan_people(people: Iterable[Person], base: Base, output: str | os.PathLike[str], terms: Terms) -> Plan:
     """Return the plan of a call to `make_people` with the same arguments."""
     output = Path(output)
     to_make: dict[str, Work] = {}
@@ -145,12 +129,7 @@ def plan_people(
                 to_make[person.name] = Work(1, photos + drawn, order.config.steps, order.count)
         except Exception as error:
             refused[person.name] = failed(person, error).reason
-    used = processor(usable_device(device))
-    earlier: list[Cost] = []
-    with suppress(BadFile):  # A damaged report will be rewritten.
-        costs = [result.cost for result in read_report(output) if result.cost]
-        earlier = [cost for cost in costs if (cost.base, cost.processor) == (terms.identity(base), used)]
-    return Plan(to_make, tuple(made_before), refused, tuple(earlier))
+    return Plan(to_make, tuple(made_before), refused)
 
 
 def plan_ledger(

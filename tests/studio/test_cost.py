@@ -19,7 +19,7 @@ from core.pictures import find_style_packs
 from core.progress import LOADING
 from core.storage.files import read_json
 from core.storage.plain_values import read_as
-from core.studio import Cost, Person, Plan, Result, Terms, Work, plan_people, seconds_for
+from core.studio import Cost, Person, Plan, Result, Terms, Work, plan_people
 from core.studio.cost import PHASES, Stopwatch
 from core.studio.report import read_report, write_report
 from core.training import Callbacks
@@ -94,16 +94,6 @@ def test_where_likeness_is_measured_first_the_training_begins_with_it() -> None:
     assert (measured.seconds["load"], measured.seconds["train"]) == (4, 5)
 
 
-def test_others_cost_by_their_photos_steps_and_pictures_what_these_have() -> None:
-    assert seconds_for(Work(1, 5, 100, 2), []) is None
-    assert seconds_for(Work(1, 5, 100, 2), [cost()]) == pytest.approx(50)
-    # Twice the steps, half the pictures; check, encode and load as before.
-    assert seconds_for(Work(1, 5, 200, 1), [cost(), cost()]) == pytest.approx(30 + 20 + 5)
-    assert seconds_for(Work(), [cost()]) == 0
-    # Of someone of whom the LoRA was found, no step was made.
-    assert seconds_for(Work(steps=10), [cost(0.0, Work(1, 5, 0, 2))]) == 0
-
-
 def test_a_cost_that_is_no_cost_is_refused() -> None:
     values = json.loads(json.dumps({**vars(cost()), "work": vars(Work(1))}))
     assert read_as(Cost, values) == replace(cost(), work=Work(1))
@@ -115,7 +105,7 @@ def test_a_cost_that_is_no_cost_is_refused() -> None:
             read_as(Cost, damaged)
 
 
-def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base(tmp_path, monkeypatch) -> None:
+def test_the_plan_counts_what_is_to_make(tmp_path, monkeypatch) -> None:
     base, output = load_base(BASE_FILE), tmp_path / "out"
     terms = Terms(find_style_packs().packs, "corporate", count=4, settings={"steps": 30})
     photos = write_photos(tmp_path / "photos", count=5)
@@ -130,22 +120,10 @@ def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base
     first = plan_people(everybody, base, output, terms)
     assert first.to_make == {"anna": Work(1, 5, 30, 4), "ben": Work(1, 5, 30, 7)}
     assert first.made_before == ("carl",) and [*first.refused] == ["dora", "ed", "fay", "gil"]
-    assert first.work == Work(2, 10, 60, 11) and first.seconds is None
-    lines = planned(first, workers=False)
-    assert lines[0] == (
-        "to make: 2 people (1 made before, 4 refused): 10 photos, at most 60 steps, 11 pictures"
-    ) and "known after the first person" in lines[1]  # fmt: skip
-
-    ours, anothers = cost(base=base.identity), cost(1e6, base="another")
-    write_report(output, [Result("carl", "made", cost=ours), Result("zoe", "made", cost=anothers)])
-    later = plan_people(everybody, base, output, terms)
-    # As carl's: 50 s for 5 photos, 100 steps and 2 pictures, of each phase a fifth.
-    assert later.earlier == (ours,) and later.seconds == pytest.approx(2 * (10 + 10 + 10) + 6 + 11 * 5)
-    assert planned(later, workers=True)[1] == "time: about 2 min of one worker, based on 1 made here before"
-    (output / "report.json").write_text("{")
-    assert plan_people(everybody, base, output, terms).seconds is None
+    assert first.work == Work(2, 10, 60, 11)
+    assert planned(first) == "to make: 2 people (1 made before, 4 refused): 10 photos, at most 60 steps, 11 pictures"
     one = plan_people([replace(anna, count=1)], base, output, terms)
-    assert planned(one, workers=False)[0] == "to make: 1 person: 5 photos, at most 30 steps, 1 picture"
+    assert planned(one) == "to make: 1 person: 5 photos, at most 30 steps, 1 picture"
 
 
 def progress(capsys, terminal: bool = False, monkeypatch=None) -> StudioProgress:
@@ -156,7 +134,7 @@ def progress(capsys, terminal: bool = False, monkeypatch=None) -> StudioProgress
         "ben",
         "a person with a very long name who needs more than a line of a terminal to be named in full",
     ]
-    return StudioProgress(names, Plan(dict.fromkeys(names, Work(1, 5, 100, 2)), (), {}, ()))
+    return StudioProgress(names, Plan(dict.fromkeys(names, Work(1, 5, 100, 2)), (), {}))
 
 
 def test_the_line_says_who_is_done_how_fast_it_goes_and_when_it_ends(capsys) -> None:
@@ -166,14 +144,11 @@ def test_the_line_says_who_is_done_how_fast_it_goes_and_when_it_ends(capsys) -> 
     shown.ended(Result("anna", "made", pictures=("a", "b"), kept=1, likeness=0.6, cost=cost(100.0)))
     assert shown.line.startswith("1 of 3 done | 17 min left | ")  # twice 500 s
     shown.step(report(50, seconds_per_step=0.5, steps=100))
-    # Half of ben's steps, his pictures, and all of the third.
-    assert shown.line == "1 of 3 done | 11 min left | 2 steps/s | training 50/100: ben"
+    assert shown.line == "1 of 3 done | 17 min left | 2 steps/s | training 50/100: ben"
     shown.phase("pictures", 1, 2)
-    assert shown.line == "1 of 3 done | 9 min left | 2 steps/s | pictures 1/2: ben"
+    assert shown.line == "1 of 3 done | 17 min left | 2 steps/s | pictures 1/2: ben"
     shown.ended(Result("ben", "failed", "too dark"))
     assert shown.line.startswith("2 of 3 done, 1 failed | 8 min left")
-    shown.phase("pictures", 2, 2)
-    assert "left" not in shown.line
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
         "1 of 3: anna: made, pictures kept: 1 of 2, mean likeness 0.60, 8 min",
@@ -241,7 +216,7 @@ def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: P
     page = (tmp_path / "report.html").read_text()
     assert "<title>Studio: 2 made, 1 none alike, 1 failed</title>" in page and "<td>none alike</td>" in page
     assert read_json(tmp_path / "report.json")["none_alike"] == 1
-    shown = StudioProgress(["anna", "ben", "carl", "eve"], Plan({}, (), {}, ()))
+    shown = StudioProgress(["anna", "ben", "carl", "eve"], Plan({}, (), {}))
     for one in results:
         shown.ended(one)
     assert capsys.readouterr().err.splitlines() == [

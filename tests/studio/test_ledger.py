@@ -34,7 +34,6 @@ from core.studio import (
     Cost,
     Forecast,
     Ledger,
-    Result,
     Speed,
     Work,
     basis,
@@ -46,7 +45,6 @@ from core.studio.cost import PHASES
 from core.studio.ledger import LOADING, LOOKING, PHASE_OF
 from core.studio.passes import Passes
 from core.studio.person import Order, ledger_of, ready_photos, train_and_draw
-from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
 from core.training.job import TrainingJob
@@ -352,18 +350,6 @@ def test_style_packs_that_cannot_be_used_are_named(folder, capsys, command):
     given = [command, str(source), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--no-check-photos"]
     main([*given, "--style-folder", str(folder / "mistyped"), "--style-pack", "mine"])
     assert f"warning: {folder / 'mistyped'}: this folder of style packs does not exist\n" in capsys.readouterr().err
-
-
-def test_a_studio_where_somebody_was_measured_goes_by_that(folder, base, capsys):
-    same: dict[str, float] = dict.fromkeys(PHASES, 1000.0)
-    measured = Cost("cpu", processor(CPU), base.identity, Work(1, 9, 300, 20), same, same)
-    (folder / "out").mkdir()
-    write_report(folder / "out", [Result("carl", "made", cost=measured)])
-    given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--json"]
-    assert main(given) == 0
-    counted, values = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
-    assert values["seconds"] == pytest.approx([counted["seconds"]] * 2)
-    assert counted["seconds"] == pytest.approx(5000, rel=0.2)
 
 
 @pytest.mark.clock

@@ -87,9 +87,7 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
     assert again == [replace(first[name], status="found") for name in ("anna", "ben")]
     assert plan_people(people, base, output, terms).made_before == ("anna", "ben")
     changed = [replace(terms, **what) for what in ({"count": 2}, {"seed": 2}, {"settings": QUICK | {"steps": 4}})]
-    elsewhere = replace(terms, drawn_on=base)
-    assert plan_people(people, base, output, terms).earlier and not plan_people(people, base, output, elsewhere).earlier
-    changed.append(elsewhere)
+    changed.append(replace(terms, drawn_on=base))
     others = [(base, terms) for terms in changed] + [(replace(base, zero_terminal_snr=True), terms)]
     assert all([*plan_people(people, one, output, two).to_make] == ["anna", "ben"] for one, two in others)
     shutil.rmtree(people[1].photos)
