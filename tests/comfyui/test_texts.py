@@ -19,7 +19,7 @@ def infos(server):
 
 
 def test_every_node_has_a_help_page(infos):
-    assert sorted(infos) == NODES
+    assert sorted(infos) == NODES, "write its title and text into web/docs/NODE.md, and run python -m tools.node_texts"
 
 
 @pytest.mark.parametrize("name", NODES)

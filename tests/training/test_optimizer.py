@@ -37,10 +37,10 @@ class OneMatrix:
         return peak
 
 
-def built(name: str) -> tuple[OneMatrix, torch.optim.Optimizer]:
-    adapter = OneMatrix()
+def built(name: str, weight_decay: float = 0.01) -> tuple[OneMatrix, torch.optim.Optimizer]:
+    adapter, config = OneMatrix(), replace(PLAIN, weight_decay=weight_decay)
     try:
-        return adapter, build_optimizer(adapter, replace(PLAIN, optimizer=name))  # pyright: ignore[reportArgumentType]
+        return adapter, build_optimizer(adapter, replace(config, optimizer=name))  # pyright: ignore[reportArgumentType]
     except MissingPackage:
         pytest.skip(f"{OPTIMIZERS[name].package} is not installed")
 
@@ -55,6 +55,15 @@ def test_an_optimizers_state_has_the_stated_bytes_for_each_trained_number(name):
     # Besides, there are rows and columns, a scale for each block, or tables.
     assert size / SIDE**2 == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.1)
     assert not torch.equal(adapter.parameter, torch.ones(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_is_decoupled(name):
+    """Without a gradient, a step of 1e-4 takes that share of half the weight. Coupled, Adam would take it all: 0.9999."""
+    adapter, optimizer = built(name, weight_decay=0.5)
+    adapter.parameter.grad = torch.zeros(SIDE, SIDE)
+    optimizer.step()
+    assert 0.99994 < adapter.parameter.mean().item() <= 1
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
