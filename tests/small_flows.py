@@ -127,6 +127,11 @@ SMALL_FLOWS = {
          "intermediate_size": 192, "adaln_dim": 32, "llm_features_dim": 13 * 8},
         _FLUX2_VAE, context=13 * 8, masked=True, shift=lambda positions: math.sqrt(positions) / 32,
     ),
+    "moss-image": SmallFlow(
+        {"dim": 128, "ffn_dim": 192, "num_heads": 1, "num_layers": 2, "text_dim": 32, "freq_dim": 32, "latent_channels": 128,
+         "rope_base": 10000.0},
+        _FLUX2_VAE, context=32, masked=True,
+    ),
 }  # fmt: skip
 
 FLOW = "flux1"

@@ -108,10 +108,9 @@ class Words:
         ]
         if not return_tensors:
             return transformers.BatchEncoding({"input_ids": rows[0]})
-        limit = options.get("max_length")
-        return self.pad(
-            {"input_ids": [row[:limit] for row in rows]}, limit if options.get("padding") == "max_length" else 0
-        )
+        limit: int = options.get("max_length", 1 << 20)
+        filled = limit if options.get("padding") == "max_length" else 0
+        return self.pad({"input_ids": [row[:limit] for row in rows]}, filled)
 
     def pad(self, encoded: Any, max_length: int = 0, **_: Any) -> Any:
         rows: list[list[int]] = encoded["input_ids"]

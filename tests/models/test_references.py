@@ -112,7 +112,7 @@ def test_captions_have_the_states_of_diffusers_pipeline(family, source, tmp_path
 @pytest.mark.parametrize("family", [name for name, one in REFERENCES.items() if one.lora])
 def test_a_lora_loads_whole_in_diffusers_and_is_read_back(family, tmp_path):
     theirs, path = REFERENCES[family].denoiser(family), tmp_path / "a.safetensors"
-    loader, scheme, modules = REFERENCES[family].lora
+    loader, scheme, modules = REFERENCES[family].lora  # pyright: ignore
     assert_diffusers_loads_whole(small_flow_base(family), theirs, loader(theirs), path, scheme, modules)
     prefix = "diffusion_model." if scheme == "comfy" else "transformer."
     assert all(key.startswith(prefix) for key in LoraFile.read(path).tensors)
@@ -121,7 +121,7 @@ def test_a_lora_loads_whole_in_diffusers_and_is_read_back(family, tmp_path):
 def test_a_file_of_a_text_encoder_is_known_by_its_width_or_by_its_half_that_sees_pictures():
     def kinds(width: int, tensors: Mapping[str, Tensor]) -> list[str]:
         table = torch.zeros(1).expand(131072, width)
-        return [*text.encoders_of({"model.embed_tokens.weight": table} | tensors)]
+        return [*text.encoders_of({"model.embed_tokens.weight": table, **tensors})]
 
     layer = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)}
     assert [*kinds(3072, layer), *kinds(5120, layer)] == ["ministral3_3b", "mistral3_24b"]
