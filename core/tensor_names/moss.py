@@ -20,6 +20,5 @@ MOSS_IMAGE = NameTable(
     original_in_kohya=False,
     original_in_comfy=False,
     listings={"MOSS-Image": Listing("MOSS Image", "Apache-2.0")},
-    # ComfyUI has the model from 0.42 on, diffusers doesn't.
-    loaded=LoadedNames(),
+    loaded=LoadedNames(comfyui_later=frozenset({("comfy", "diffusers"), ("comfy", "original"), ("kohya", "original")})),
 )

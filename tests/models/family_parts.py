@@ -17,6 +17,7 @@ from core.lora.modules import LoraModule
 from core.models import text as model_text
 from core.models.base import Base
 from core.models.spec import Conditioning, stack_conditioning
+from core.storage.safetensors_file import save_safetensors
 from core.tensor_names import NAME_TABLES
 from tests.tooling import random_lora
 
@@ -154,7 +155,12 @@ def write_folder(folder: Path, base: Base, encoder: Any, denoiser: Any = None, *
     networks: dict[str, Any] = {"transformer": denoiser or base.load("denoiser", CPU, torch.float32)}
     networks |= {"vae": base.load("vae", CPU, torch.float32), "text_encoder": encoder}
     for name, network in networks.items():
-        network.save_pretrained(folder / name)
+        if hasattr(network, "save_pretrained"):
+            network.save_pretrained(folder / name)
+            continue
+        (folder / name).mkdir(parents=True)  # a network of this project
+        (folder / name / "config.json").write_text(json.dumps(vars(network.config)))
+        save_safetensors(folder / name / "model.safetensors", network.state_dict())
     written = {"_class_name": base.family.pipeline_class, **index}
     (folder / "model_index.json").write_text(json.dumps(written))
     return folder

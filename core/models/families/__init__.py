@@ -56,3 +56,9 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
         raise UnknownFamily("this is a denoiser in diffusers naming. Use the whole diffusers folder instead")
     example = next(iter(tensors)).removeprefix(DENOISER_PREFIX)
     raise UnknownFamily(f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {example!r}. {supported}")
+
+
+def family_without_class(denoiser: Mapping[str, Tensor]) -> FamilySpec | None:
+    """Return the family of a denoiser, given by original names, among those that the tested ComfyUI lacks; None for others."""
+    newer = (family for family in FAMILIES.values() if not family.names.comfyui_classes)
+    return next((family for family in newer if family.recognise(denoiser)), None)
