@@ -4,7 +4,8 @@ Tests train them, and `python -m lab.gpu correctness` compares a GPU with the CP
 """
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,18 @@ class SmallFlow:
     """Whether texts keep their length, and a mask marks the padding."""
     unused: str = r"$^"
     """The pattern of the layers that don't affect the prediction: the text part of the last block."""
+    shift: Callable[[int], float] = lambda positions: 1.0
+    """The shift that other trainers train with, or the authors' for drawing where it leaves enough pictures."""
+
+
+def _line(positions: int, mu: float) -> Callable[[int], float]:
+    """The shift exp(mu), whose mu is on the line from 0.5 at 256 positions to this one."""
+    return lambda count: math.exp(0.5 + (mu - 0.5) / (positions - 256) * (count - 256))
+
+
+_FLUX1_SHIFT = _line(4096, 1.15)
+"""Black Forest Labs' for FLUX.1, with which OneTrainer and musubi-tuner train FLUX.2 too."""
+_QWEN_SHIFT = _line(8192, 0.9)
 
 
 def _kl_config(scale: float, shift: float) -> dict[str, Any]:
@@ -52,12 +65,12 @@ SMALL_FLOWS = {
         {"sample_size": 32, "in_channels": 16, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 1,
          "joint_attention_dim": 32, "caption_projection_dim": 64, "pooled_projection_dim": 24, "pos_embed_max_size": 48,
          "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
-        _kl_config(1.5305, 0.0609), context=32, pooled=24,
+        _kl_config(1.5305, 0.0609), context=32, pooled=24, shift=lambda positions: 3.0,
     ),
     "flux1": SmallFlow(
         {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
-        _FLUX1_VAE, context=32, pooled=24,
+        _FLUX1_VAE, context=32, pooled=24, shift=_FLUX1_SHIFT,
     ),
     "chroma": SmallFlow(
         {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
@@ -68,51 +81,56 @@ SMALL_FLOWS = {
     "flux2": SmallFlow(
         {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "axes_dims_rope": (32, 32, 32, 32), "guidance_embeds": False},
-        _FLUX2_VAE, context=32,
+        _FLUX2_VAE, context=32, shift=_FLUX1_SHIFT,
     ),
     "flux3": SmallFlow(
         {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "flow_map": False},
-        _FLUX2_VAE, context=32, masked=True,
+        _FLUX2_VAE, context=32, masked=True, shift=lambda positions: 3.0,
     ),
     "zimage": SmallFlow(
         {"in_channels": 16, "dim": 128, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1,
          "cap_feat_dim": 32, "axes_dims": (32, 48, 48), "axes_lens": (1536, 512, 512)},
-        _FLUX1_VAE, context=32, masked=True,
+        _FLUX1_VAE, context=32, masked=True, shift=lambda positions: 2.0,
     ),
     "qwen-image": SmallFlow(
         {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56)},
         _QWEN_VAE, context=32, masked=True,
-        unused=r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)",
+        unused=r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)", shift=_QWEN_SHIFT,
     ),
     "qwen-image-21": SmallFlow(
         {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1, "context_in_dim": 32},
         {"base_dim": 8, "decoder_base_dim": 12, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
          "scale_factor_spatial": 2},
-        context=32, masked=True,
+        context=32, masked=True, shift=_QWEN_SHIFT,
     ),
     "krea2": SmallFlow(
         {"in_channels": 64, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96, "timestep_embed_dim": 32, "text_hidden_dim": 32, "num_text_layers": 3,
          "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 48,
          "axes_dims_rope": (8, 12, 12)},
-        _QWEN_VAE, context=3 * 32, masked=True,
+        _QWEN_VAE, context=3 * 32, masked=True, shift=_line(6400, 1.15),
     ),
     "ernie-image": SmallFlow(
         {"in_channels": 128, "hidden_size": 128, "num_attention_heads": 1, "num_layers": 2, "ffn_hidden_size": 192,
          "text_in_dim": 32},
-        _FLUX2_VAE, context=32, masked=True,
+        _FLUX2_VAE, context=32, masked=True, shift=lambda positions: 2.0,
     ),
     "longcat-image": SmallFlow(
         {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56)},
-        _FLUX1_VAE, context=32,
+        _FLUX1_VAE, context=32, shift=_FLUX1_SHIFT,
     ),
     "ideogram4": SmallFlow(
         {"in_channels": 128, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "intermediate_size": 192, "adaln_dim": 32, "llm_features_dim": 13 * 8},
-        _FLUX2_VAE, context=13 * 8, masked=True,
+        _FLUX2_VAE, context=13 * 8, masked=True, shift=lambda positions: math.sqrt(positions) / 32,
+    ),
+    "moss-image": SmallFlow(
+        {"dim": 128, "ffn_dim": 192, "num_heads": 1, "num_layers": 2, "text_dim": 32, "freq_dim": 32, "latent_channels": 128,
+         "rope_base": 10000.0},
+        _FLUX2_VAE, context=32, masked=True,
     ),
 }  # fmt: skip
 

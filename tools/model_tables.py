@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from core.models.families import FAMILIES  # noqa: E402
 from core.tensor_names import NAME_TABLES  # noqa: E402
 
 Shapes = dict[str, tuple[int, ...]]
@@ -150,6 +151,9 @@ MODELS = (
         "text_in_dim": 3072}),
     Model("LongCat-Image", "longcat-image", "LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20}),
     Model("Ideogram 4", "ideogram4", "Ideogram4Transformer2DModel"),
+    Model("MOSS-Image", "moss-image", None, {
+        "dim": 3072, "ffn_dim": 8192, "num_heads": 24, "num_layers": 42, "text_dim": 4096, "freq_dim": 256,
+        "latent_channels": 128}),
     # What follows is not trained here; its files must not be taken for one of the above.
     Model("HiDream-I1", None, "HiDreamImageTransformer2DModel", {
         "patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096, 4096]},
@@ -251,7 +255,11 @@ def weights(module: torch.nn.Module) -> Rows:
 
 
 def from_diffusers(model: Model) -> Rows:
+    """The rows of diffusers' network, or of this project's for a family that diffusers doesn't have."""
     import diffusers
+
+    if model.diffusers is None:
+        return weights(FAMILIES[model.family or ""].build_empty("denoiser", model.config))
 
     with torch.device("meta"):
         return weights(getattr(diffusers, model.diffusers or "")(**model.config))
@@ -341,7 +349,7 @@ def expanded(table: Mapping[str, list[int | str]]) -> Rows:
 
 def entry(model: Model) -> dict[str, Any]:
     named: dict[str, Rows] = {}
-    if model.diffusers:
+    if model.diffusers or model.family:
         named["diffusers"] = from_diffusers(model)
     if naming := model.family or model.like:
         named["original"] = original(naming, named["diffusers"])

@@ -132,7 +132,8 @@ def _verify_names(lora: LoraFile) -> Iterator[Fault]:
     if twice := [module for module, count in modules.items() if count > 1]:
         yield Fault(True, f"{counted(len(twice), 'module is', 'modules are')} changed twice, e.g. {twice[0][1]}")
     refused = not_loaded_by("ComfyUI", lora)
-    if refused and not NAME_TABLES[lora.family].loaded.comfyui:
+    loaded = NAME_TABLES[lora.family].loaded
+    if refused and not (loaded.comfyui or loaded.comfyui_later):
         yield Fault(False, f"ComfyUI 0.30 does not support {lora.family}; later versions may")
     elif refused:
         # If no published model has these modules, other names would not help.

@@ -153,7 +153,7 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
         return "a bias of the up matrix"
     if any(re.search(r"\.lora_[AB]\.(?!default\.)\w+\.weight$", key) for key in entry.keys.values()):
         return "an adapter's name in the tensors' names, except default"
-    if not family.loaded.comfyui:
+    if not (family.loaded.comfyui or family.loaded.comfyui_later):
         return f"{family.name} at all"
     if entry.kind == "set" and not entry.keys["set_weight"].endswith(".set_weight"):
         return "new weights of norms under the model's own names"
@@ -463,7 +463,7 @@ def _name_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | N
         return _text_not_known_to_comfyui(family, named)
     if named.module_name.startswith("oft_unet_"):
         return "names that begin with oft_unet_"
-    known, whose = family.loaded.comfyui, _whose_paths(family, named)
+    known, whose = family.loaded.comfyui or family.loaded.comfyui_later, _whose_paths(family, named)
     if named.path.endswith(".scale") and named.scheme != "comfy":
         return f"{named.scheme} names of a tensor that is not a module's weight"
     if "original" in whose and (named.scheme, "original") in known:

@@ -203,6 +203,8 @@ class FamilySpec:
     """
     training_shift: Callable[[int], float] | None = None
     """The shift to train with, if it isn't that to draw with."""
+    marks_negative: bool = False
+    """Whether `predict` is told which texts are negative prompts, as `is_negative` (B,) in the conditioning: 1 for these."""
     encode_image: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = encode_kl
     """Encodes (VAE, pixels (B, 3, H, W) in [-1, 1]) to the mean and deviation of the denoiser's latents (B, C, h, w)."""
     decode_latents: Callable[[nn.Module, Tensor], Tensor] = decode_kl

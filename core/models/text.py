@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadFile, UnknownFamily
+from ..errors import BadFile, MissingPackage, UnknownFamily
 from ..storage.gguf_file import GgufTensors
 from ..storage.stored import LazyTensors, Stored, shape_of, stored_under
 from . import clip
@@ -40,11 +40,14 @@ KINDS = {
     "qwen3vl_8b": "Qwen3-VL-8B",
     "mistral3_24b": "Mistral Small 3.2 (24B)",
     "ministral3_3b": "Ministral 3 3B",
+    "qwen35_9b": "Qwen3.5-9B",
 }
 """The kinds of text encoders, as named by ComfyUI, with the names that people know."""
 _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
 _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads")  # fmt: skip
+_QWEN35_SIZES = (*_QWEN_SIZES, "linear_num_key_heads", "linear_num_value_heads")
+_HEAD_WIDTH_QWEN35, _LINEAR_HEAD_WIDTH = 256, 128
 _PAD_QWEN = 151643
 MISTRAL_LAYERS = 30
 """The number of layers of Mistral Small 3 whose states are used. The last ten and the last norm are not loaded."""
@@ -56,6 +59,7 @@ _MINISTRAL_ROTARY = {
 _TEKKEN = (131072, {"<s>": 1, "<pad>": 11})
 _VOCABULARIES = {
     "t5": (32128, {"<pad>": 0, "</s>": 1}),
+    "qwen35": (248320, {"<|endoftext|>": 248044, "<|im_start|>": 248045}),
     "qwen": (151936, {"<|endoftext|>": _PAD_QWEN, "<|im_start|>": 151644}),
     "mistral": _TEKKEN,
     "ministral": _TEKKEN,
@@ -102,6 +106,8 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
         return f"{kind}_8b" if is_large else f"{kind}_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"
+    if "layers.0.linear_attn.A_log" in qwen and shape_of(tensors, qwen["layers.0.input_layernorm.weight"]) == (4096,):
+        return "qwen35_9b"
     table = qwen.get("embed_tokens.weight")
     if table and _is_mistral(qwen) and shape_of(tensors, table)[:1] == _VOCABULARIES["mistral"][:1]:
         return "ministral3_3b" if shape_of(tensors, table)[1:] == (3072,) else "mistral3_24b"
@@ -162,7 +168,8 @@ def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
         projection = kind == "clip_g"
         return clip.text_component(stored, KINDS[kind], "gelu" if projection else "quick_gelu", projection)
     tensors = LazyTensors(library_tensors(stored))
-    return Component((_t5_config if kind == "t5xxl" else _qwen_config)(tensors), tensors)
+    config_of = {"t5xxl": _t5_config, "qwen35_9b": _qwen35_config}.get(kind, _qwen_config)
+    return Component(config_of(tensors), tensors)
 
 
 def check_encoders(
@@ -195,7 +202,7 @@ def check_encoders(
 def context_width(denoiser: Mapping[str, Any]) -> int:
     """Return the width of the text states that a denoiser takes, from its diffusers config."""
     names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim", "context_in_dim",
-             "llm_features_dim")  # fmt: skip
+             "llm_features_dim", "text_dim")  # fmt: skip
     return next(denoiser[name] for name in names if denoiser.get(name)) * denoiser.get("num_text_layers", 1)
 
 
@@ -220,7 +227,7 @@ def _width(encoder: Mapping[str, Any]) -> int:
 def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """Rename the tensors of a text encoder, written by any version of transformers, to the names of its network here."""
     # Unused: the parts of a language model that write words or see pictures, and T5's decoder.
-    left_out = r"decoder\.|(.*\.)?(lm_head|visual|vision_tower|multi_modal_projector)\.|tekken_model$"
+    left_out = r"decoder\.|(.*\.)?(lm_head|mtp|visual|vision_tower|multi_modal_projector)\.|tekken_model$"
     named = {
         _qwen_name(name): read for name, read in clip.library_readers(readers).items() if not re.match(left_out, name)
     }
@@ -279,6 +286,22 @@ def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return kind | dict(zip(_QWEN_SIZES, sizes, strict=True))
 
 
+def _qwen35_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the sizes, of which a layer with linear attention has some and every fourth layer, with attention, the others."""
+    shape = shapes_in(tensors, "the text encoder")
+
+    def rows(name: str) -> int:
+        return shape(f"layers.{name}.weight")[0]
+
+    vocabulary, width = shape("embed_tokens.weight")
+    heads, shared_heads = rows("3.self_attn.q_proj") // 2, rows("3.self_attn.k_proj")  # queries have gates beside them
+    values = rows("0.linear_attn.in_proj_z")
+    keys = (rows("0.linear_attn.in_proj_qkv") - values) // 2
+    sizes = (vocabulary, width, rows("0.mlp.gate_proj"), count_children(tensors, "layers"), heads // _HEAD_WIDTH_QWEN35,
+             shared_heads // _HEAD_WIDTH_QWEN35, keys // _LINEAR_HEAD_WIDTH, values // _LINEAR_HEAD_WIDTH)  # fmt: skip
+    return dict(zip(_QWEN35_SIZES, sizes, strict=True))
+
+
 def build(kind: str, config: dict[str, Any]) -> nn.Module:
     """Build a text encoder without weights. `config["tokenizer"]` becomes its `tokenizer_folder`, except for CLIP."""
     if kind.startswith("clip"):
@@ -296,11 +319,32 @@ def build(kind: str, config: dict[str, Any]) -> nn.Module:
 
 
 def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
+    given = config.get("text_config", config)
+    encoder = _qwen35(given) if kind == "qwen35_9b" else _qwen(kind, given)
+    with torch.device("cpu"):
+        # Files don't contain the rotary frequencies, so they must not stay on the meta device.
+        encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config)
+    encoder.tokenizer_folder = config.get("tokenizer")
+    return encoder
+
+
+def _qwen35(given: Mapping[str, Any]) -> Any:
+    try:
+        from transformers import Qwen3_5TextConfig, Qwen3_5TextModel
+    except ImportError:
+        raise MissingPackage(
+            "Qwen3.5-9B needs transformers 5.2 or later. Run: pip install 'transformers>=5.2'"
+        ) from None
+    rotary = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    sizes = {name: given[name] for name in _QWEN35_SIZES}
+    return Qwen3_5TextModel(Qwen3_5TextConfig(**sizes, head_dim=_HEAD_WIDTH_QWEN35, rope_parameters=rotary))
+
+
+def _qwen(kind: str, given: Mapping[str, Any]) -> Any:
     from transformers import MistralModel, Qwen2Model, Qwen3Model
 
     # For text alone, models that see pictures equal those that don't, since their three kinds of positions are the same.
     network: Any = Qwen3Model if kind.startswith("qwen3") else Qwen2Model
-    given = config.get("text_config", config)
     # rope_theta and epsilon are the same in all models of a kind, but transformers 4 and 5 write them to different places.
     theta = 5e6 if kind.startswith("qwen3vl") else 1e6
     settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": theta, "rms_norm_eps": 1e-6}
@@ -314,10 +358,6 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
     encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
     if is_mistral:
         encoder.norm = nn.Identity()  # it would normalise the states of the last remaining layer
-    with torch.device("cpu"):
-        # Files don't contain the rotary frequencies, so they must not stay on the meta device.
-        encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config)
-    encoder.tokenizer_folder = config.get("tokenizer")  # pyright: ignore
     return encoder
 
 

@@ -250,6 +250,10 @@ def guided_prediction(
     if scale != 1:
         without = _stack(negative, picture, device, dtype)
         conditioning = stack_conditioning([without, conditioning])
+        if base.family.marks_negative:
+            conditioning |= {
+                "is_negative": torch.cat([torch.full((len(positive),), one, device=device) for one in (1, 0)])
+            }
 
     def predict(latents: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
         model_input = (torch.cat([latents, latents]) if scale != 1 else latents).to(dtype)

@@ -10,6 +10,7 @@ from .ideogram import IDEOGRAM4
 from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
 from .models import stranger_names
+from .moss import MOSS_IMAGE
 from .qwen import QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
 from .signs import Sign
@@ -18,7 +19,7 @@ from .table import NameTable
 
 _ALL = (
     SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, FLUX3, LUMINA2, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE,
-    LONGCAT_IMAGE, IDEOGRAM4,
+    LONGCAT_IMAGE, IDEOGRAM4, MOSS_IMAGE,
 )  # fmt: skip
 NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one is used."""

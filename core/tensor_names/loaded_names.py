@@ -15,6 +15,8 @@ class LoadedNames:
 
     comfyui: frozenset[tuple[str, str]] = frozenset()
     """The denoiser's names that ComfyUI loads: (scheme, "original" or "diffusers" paths). Empty if it lacks the family."""
+    comfyui_later: frozenset[tuple[str, str]] = frozenset()
+    """Those that a later ComfyUI loads, by what its users report, if the tested one lacks the family."""
     diffusers: frozenset[str] = frozenset()
     """The schemes that diffusers' pipelines load."""
     diffusers_paths: Mapping[str, str] = field(default_factory=dict)

@@ -194,7 +194,8 @@ T5_PATHS = ("encoder.block.", "encoder.final_layer_norm", "shared")
 
 def is_text_path(path: str) -> bool:
     """Check that a path is a text encoder's, if the name's prefix doesn't show it: peft has one prefix for all parts."""
-    return path.startswith(("text_model.", "encoder.layers.", "text_projection", *T5_PATHS))
+    prefixes = ("text_model.", "encoder.layers.", "text_projection", *T5_PATHS)
+    return path.startswith(prefixes) and not path.startswith("shared_")  # MOSS-Image has shared_block_modulation
 
 
 def text_encoder_path(path: str) -> str:

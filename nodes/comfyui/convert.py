@@ -28,7 +28,7 @@ from ...core.lora.convert import convert_lora
 from ...core.lora.file import LoraFile, fit
 from ...core.lora.names import Entry
 from ...core.models.base import Base, CaptionEncoder
-from ...core.models.families import FAMILIES
+from ...core.models.families import FAMILIES, family_without_class
 from ...core.models.opening import load_base, stated_resolution
 from ...core.models.spec import Conditioning, FewSteps
 from ...core.models.text import context_width, pooled_width
@@ -51,25 +51,34 @@ FAMILY_OF_CLASS = {kind: family for family, table in NAME_TABLES.items() for kin
 """The family of a model, by the name of its class in comfy.supported_models."""
 
 
+def _family(model: Any) -> str | None:
+    """Return the family of a MODEL, by its class or by the tensors of a family whose class is not known; None for another."""
+    if (kind := _class_name(model)) in FAMILY_OF_CLASS:
+        return FAMILY_OF_CLASS[kind]
+    found = family_without_class(model.model.diffusion_model.state_dict())
+    return found and found.name
+
+
 def style_family(model: Any) -> str:
     """Return the family of a MODEL for style packs. Raises UnknownFamily for a model that they don't support."""
-    kind = _class_name(model)
-    if kind not in FAMILY_OF_CLASS:
-        known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
-        raise UnknownFamily(f"MODEL is {kind}, which style packs don't support. Set family to one of: {known}")
-    return FAMILY_OF_CLASS[kind]
+    if family := _family(model):
+        return family
+    known = ", ".join(sorted({*FAMILY_OF_CLASS.values(), *FAMILIES}))
+    raise UnknownFamily(
+        f"MODEL is {_class_name(model)}, which style packs don't support. Set family to one of: {known}"
+    )
 
 
 def few_steps(model: Any) -> FewSteps | None:
     """Return how a MODEL draws whose file's name says that it was distilled to a few steps; None for all others."""
-    family, name = FAMILIES.get(FAMILY_OF_CLASS.get(_class_name(model), "")), _file(model).name
+    family, name = FAMILIES.get(_family(model) or ""), _file(model).name
     guided = model.model.model_config.unet_config.get("guidance_embed")
     return family.few_steps_named(name) if family and family.is_named_distilled(name) and not guided else None
 
 
 def speed_hint(model: Any) -> str:
     """Return which well-known file would let a MODEL draw in a few steps; empty if none is known or it has patches already."""
-    few = getattr(FAMILIES.get(FAMILY_OF_CLASS.get(_class_name(model), "")), "few_steps", None)
+    few = getattr(FAMILIES.get(_family(model) or ""), "few_steps", None)
     if few is None or not few.known or few_steps(model) or model.patches:
         return ""
     how = (
@@ -82,11 +91,10 @@ def speed_hint(model: Any) -> str:
 
 def trained_family(model: Any) -> str:
     """Return the family of a MODEL, a key of FAMILIES. Raises UnknownFamily for a model that cannot be trained."""
-    kind = _class_name(model)
-    family = FAMILY_OF_CLASS.get(kind)
+    family = _family(model)
     if family not in FAMILIES:
-        known = ", ".join(family.title for name, family in FAMILIES.items() if name in FAMILY_OF_CLASS.values())
-        raise UnknownFamily(f"MODEL is {kind}. Train Face LoRA can train: {known}")
+        known = ", ".join(family.title for family in FAMILIES.values())
+        raise UnknownFamily(f"MODEL is {_class_name(model)}. Train Face LoRA can train: {known}")
     return family
 
 
@@ -419,7 +427,7 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
     else:
         shapes |= _shapes("text_encoders.", clip.cond_stage_model)
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
-    base = BaseLayers(shapes, _file(model).name, FAMILY_OF_CLASS.get(_class_name(model)))
+    base = BaseLayers(shapes, _file(model).name, _family(model))
     fit(lora, base.family, base.shapes, base.biased, widens=True).check(Path(lora.name).name)
     skipped: list[str] = []
     for candidate in _in_every_scheme(lora):

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
+from core.models import text as model_text
 from core.models.base import Base
 from core.models.spec import Conditioning, stack_conditioning
+from core.storage.safetensors_file import save_safetensors
 from core.tensor_names import NAME_TABLES
 from tests.tooling import random_lora
 
@@ -83,6 +85,58 @@ def numbers_of(caption: str, most: int = 60, pattern: str = r"<\|\w+\|>|\w+|\W")
     return [1 + zlib.crc32(word.encode()) % most for word in re.findall(pattern, caption)]
 
 
+class Words:
+    """A tokenizer with a number for each word, each sign and each special token, as pipelines call one or their processor."""
+
+    def __init__(
+        self, most: int = 60, pattern: str = r"<\|\w+\|>|\w+|\W", start: str = "", padding_side: str = "right"
+    ):
+        self.most, self.pattern, self.start, self.padding_side = most, pattern, start, padding_side
+        self.tokenizer = self
+
+    def __call__(
+        self,
+        texts: Any = None,
+        text: Any = None,
+        add_special_tokens: bool = True,
+        return_tensors: str = "",
+        **options: Any,
+    ) -> Any:
+        given = text if texts is None else texts
+        start = self.start if add_special_tokens else ""
+        rows = [
+            numbers_of(start + one, self.most, self.pattern) for one in ([given] if isinstance(given, str) else given)
+        ]
+        if not return_tensors:
+            return transformers.BatchEncoding({"input_ids": rows[0]})
+        limit: int = options.get("max_length", 1 << 20)
+        filled = limit if options.get("padding") == "max_length" else 0
+        return self.pad({"input_ids": [row[:limit] for row in rows]}, filled)
+
+    def pad(self, encoded: Any, max_length: int = 0, **_: Any) -> Any:
+        rows: list[list[int]] = encoded["input_ids"]
+        length = max_length or max(map(len, rows))
+        padded = {"input_ids": [], "attention_mask": []}
+        for row in rows:
+            parts = {"input_ids": (row, [model_text._PAD_QWEN]), "attention_mask": ([1] * len(row), [0])}
+            for name, (kept, filling) in parts.items():
+                filled = filling * (length - len(row))
+                padded[name].append(kept + filled if self.padding_side == "right" else filled + kept)
+        return transformers.BatchEncoding({name: torch.tensor(values) for name, values in padded.items()})
+
+    def apply_chat_template(
+        self, messages: Any, tokenize: bool = True, add_generation_prompt: bool = False, **_: Any
+    ) -> Any:
+        (message,) = messages
+        content = message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
+        chat = f"<|im_start|>{message['role']}\n{content}<|im_end|>\n"
+        chat += "<|im_start|>assistant\n" if add_generation_prompt else ""
+        return [self(chat).input_ids] if tokenize else chat
+
+    def encode(self, _: str) -> list[int]:
+        return [0]
+
+
 def small_qwen3vl(network: Any, width: int, layers: int) -> Any:
     """A network of transformers for Qwen3-VL, whose last norm shows in the states that it is applied to."""
     sizes = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers,
@@ -101,7 +155,12 @@ def write_folder(folder: Path, base: Base, encoder: Any, denoiser: Any = None, *
     networks: dict[str, Any] = {"transformer": denoiser or base.load("denoiser", CPU, torch.float32)}
     networks |= {"vae": base.load("vae", CPU, torch.float32), "text_encoder": encoder}
     for name, network in networks.items():
-        network.save_pretrained(folder / name)
+        if hasattr(network, "save_pretrained"):
+            network.save_pretrained(folder / name)
+            continue
+        (folder / name).mkdir(parents=True)  # a network of this project
+        (folder / name / "config.json").write_text(json.dumps(vars(network.config)))
+        save_safetensors(folder / name / "model.safetensors", network.state_dict())
     written = {"_class_name": base.family.pipeline_class, **index}
     (folder / "model_index.json").write_text(json.dumps(written))
     return folder

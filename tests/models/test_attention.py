@@ -148,6 +148,6 @@ def test_a_norm_under_autocast_hands_on_the_dtype_of_its_weight():
         assert norm(torch.randn(2, 8)).dtype == torch.bfloat16
 
 
-def test_every_family_of_transformers_is_compared_with_diffusers():
+def test_every_family_of_transformers_is_compared_with_diffusers_or_its_authors():
     transformers = {name for name, family in FAMILIES.items() if family.prediction_type("epsilon") == "flow"}
-    assert transformers == {*CLASSES, "qwen-image-21", "ideogram4"}
+    assert transformers == {*CLASSES, "qwen-image-21", "ideogram4", "moss-image"}

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,22 +14,15 @@ from torch import Tensor
 from core.errors import BadFile
 from core.models import Base, load_base, text
 from core.models.families.flux2 import FLUX2, texts_at_the_end
-from tests.models.family_parts import error_of, numbers_of, random_texts, write_folder
+from tests.models.family_parts import Words, error_of, random_texts, write_folder
 from tests.models.test_base_files import FLUX2_SHAPES
 from tests.tooling import caption_states, small_flow_base
 
 pytestmark = pytest.mark.ci
 
-CPU = torch.device("cpu")
 WIDTH, LAYERS, WORDS = 32, 32, 131072
+TOKENIZER = Words(WORDS - 1, r"</?\w+>|\[/?\w+\]|\w+|\W")
 CAPTIONS = ["a photo of sks person", "sks person, outdoors, in the evening sun"]
-
-
-class Words:
-    """A tokenizer with a number for each word, each sign and each special token."""
-
-    def __call__(self, caption: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=numbers_of(caption, WORDS - 1, r"</?\w+>|\[/?\w+\]|\w+|\W"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +56,7 @@ def expected_states(network: Any, caption: str) -> Tensor:
         "relationships, object\nattribution and actions without speculation."
     )
     chat = f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{caption}[/INST]"
-    tokens = torch.tensor([Words()(chat).input_ids])
+    tokens = torch.tensor([TOKENIZER(chat).input_ids])
     with torch.no_grad():
         states = network.model.language_model(tokens, output_hidden_states=True).hidden_states
     return torch.cat([states[layer] for layer in (10, 20, 30)], -1)[0]
@@ -77,7 +69,7 @@ def check_captions(base: Base, network: Any) -> None:
 
 
 def test_a_diffusers_folder_encodes_captions_as_transformers_does(network, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: TOKENIZER)
     base = load_base(write_folder(tmp_path, dev_base(), network, _class_name="Flux2Pipeline"))
     assert base.family is FLUX2 and base.embeds_guidance
     check_captions(base, network)
@@ -85,7 +77,7 @@ def test_a_diffusers_folder_encodes_captions_as_transformers_does(network, tmp_p
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_file_of_the_text_encoder_without_its_last_layers(pruned, network, monkeypatch):
-    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: TOKENIZER)
     tensors = {f"model.{name}": tensor for name, tensor in network.model.language_model.state_dict().items()}
     if pruned:
         tensors = {name: t for name, t in tensors.items() if not re.match(r"model\.(norm|layers\.3[01])\.", name)}

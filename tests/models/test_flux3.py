@@ -1,16 +1,11 @@
-"""FLUX.3 Klein against diffusers: the same weights under published names, the same captions, the same steps."""
+"""FLUX.3 Klein against diffusers: its flow map and its steps, and models that ComfyUI 0.30 does not have."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import transformers
-from diffusers.loaders.single_file_utils import convert_flux3_transformer_checkpoint_to_diffusers
 from diffusers.modular_pipelines.flux3 import before_denoise, decoders, encoders
 from torch import Tensor
 
@@ -20,176 +15,40 @@ from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.lora.inspect import verify_lora
 from core.lora.readers import not_loaded_by
-from core.models import load_base, text
+from core.models import load_base
 from core.models.families import FAMILIES
 from core.models.memory_plan import blocks_of
 from core.pictures.sampling import sample_latents, sampler_name
 from core.tensor_names import NAME_TABLES
 from core.training.job import check_base_options
-from tests.models.family_parts import (
-    assert_diffusers_loads_whole,
-    error_of,
-    in_original_names,
-    numbers_of,
-    published_lora,
-    random_texts,
-    rough_weights,
-    small_qwen3vl,
-    write_folder,
-)
+from tests.models.family_parts import CPU, error_of, published_lora, random_texts
+from tests.models.references import REFERENCES, flux3
 from tests.tooling import random_lora, small_flow_base
 
 pytestmark = pytest.mark.ci
 
-CPU = torch.device("cpu")
 FAMILY = FAMILIES["flux3"]
-WIDTH = 16
-"""The width of the small text encoder, of whose states eight are side by side."""
-SENTENCE = "sks person, outdoors, in the evening sun, smiling at the camera. "
-CAPTIONS = ["", "a photo of sks person", 4 * SENTENCE]
-KINDS = pytest.mark.parametrize("flow_map", [False, True], ids=["base", "distilled"])
-
-
-def random_denoiser(**config: Any) -> Any:
-    """The denoiser as diffusers has it, with all weights and norms random."""
-    config = small_flow_base("flux3", **config).components["denoiser"].config
-    return rough_weights(diffusers.Flux3Transformer2DModel.from_config(config))  # pyright: ignore
-
-
-def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as the authors' file has them, from those of diffusers, which its own converter makes of them again."""
-    original = in_original_names(tensors, "flux3")
-    converted = convert_flux3_transformer_checkpoint_to_diffusers(dict(original))
-    assert converted.keys() == tensors.keys()
-    assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
-    return original
-
-
-def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tensor, target: Tensor | None) -> Tensor:
-    """What the blocks of diffusers' pipeline ask its denoiser for."""
-    height, width = latents.shape[2:]
-    tokens = denoiser(
-        hidden_states=latents.flatten(2).transpose(1, 2),
-        encoder_hidden_states=states,
-        timestep=times,
-        target_timestep=target,
-        img_ids=before_denoise._prepare_image_ids(
-            height, width, before_denoise.Flux3PrepareLatentsStep().image_rope_scale
-        ),
-        txt_ids=before_denoise.Flux3TextRoPEInputsStep._prepare_text_ids(states),
-        return_dict=False,
-    )[0]
-    return tokens.view(len(latents), height, width, -1).permute(0, 3, 1, 2)
+REFERENCE = REFERENCES["flux3"]
 
 
 @torch.no_grad()
-@KINDS
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_published_file_predicts_what_diffusers_predicts_with_texts_of_any_length(flow_map, prefix):
-    theirs = random_denoiser(flow_map=flow_map)
-    tensors = published(theirs.state_dict())
+def test_a_flow_map_is_known_by_its_file_and_predicts_towards_the_time_that_it_is_given():
+    theirs = REFERENCE.denoiser("flux3", flow_map=True)
     trained_with = {"repa_projectors.0.weight": torch.zeros(3, 3)}
-    base = load_base({prefix + name: tensor for name, tensor in (tensors | trained_with).items()})
-    assert base.family is FAMILY and base.is_distilled == flow_map
-    assert base.components["denoiser"].config.items() <= theirs.config.items()
+    base = load_base(REFERENCE.original("flux3", theirs) | trained_with)
+    assert base.family is FAMILY and base.is_distilled and not small_flow_base("flux3").is_distilled
     ours, generator = base.load("denoiser", CPU, torch.float32), torch.Generator().manual_seed(2)
-    latents, times = torch.randn(3, 128, 4, 6, generator=generator), torch.tensor([0.2, 0.9, 0.5])
-    target = torch.tensor([0.1, 0.8, 0.0]) if flow_map else None
-    states = random_texts((9, 4, 9), 32, generator)
-    given = states | ({"target": 1000 * target} if target is not None else {})
-    prediction = FAMILY.predict(ours, latents, 1000 * times, given)
-    for row, length in enumerate((9, 4, 9)):
+    latents, times, target = (
+        torch.randn(2, 128, 4, 6, generator=generator),
+        torch.tensor([0.2, 0.9]),
+        torch.tensor([0.1, 0.8]),
+    )
+    texts = random_texts((9, 4), 32, generator)
+    prediction = FAMILY.predict(ours, latents, 1000 * times, texts | {"target": 1000 * target})
+    for row, length in enumerate((9, 4)):
         each = slice(row, row + 1)
-        inputs = (
-            latents[each],
-            times[each],
-            states["context"][each, :length],
-            None if target is None else target[each],
-        )
-        assert error_of(prediction[each], their_prediction(theirs, *inputs)) < 1e-5
-    same = {name: value[::2] for name, value in given.items()}
-    both = FAMILY.predict(ours, latents[::2], 1000 * times[::2], same)
-    assert error_of(both, prediction[::2]) < 1e-5
-
-
-def test_the_published_sizes_are_read_from_the_file():
-    with torch.device("meta"):
-        theirs: Any = diffusers.Flux3Transformer2DModel(num_layers=1, num_single_layers=2)
-    original = in_original_names(theirs.state_dict(), "flux3")
-    base = load_base({f"model.diffusion_model.{name}": tensor for name, tensor in original.items()})
-    assert base.components["denoiser"].config.items() <= theirs.config.items()
-
-
-class Words:
-    """A tokenizer with a number for each word, each sign and each special token, and the processor that has it."""
-
-    def __init__(self) -> None:
-        self.tokenizer = self.padded
-
-    def __call__(self, caption: str, add_special_tokens: bool = True) -> Any:
-        return SimpleNamespace(input_ids=numbers_of(caption))
-
-    def padded(self, caption: str, max_length: int, padding: str | None = None, **_: Any) -> dict[str, Tensor]:
-        row = self(caption).input_ids[:max_length]
-        count = max_length - len(row) if padding else 0
-        mask = [1] * len(row) + [0] * count
-        return {"input_ids": torch.tensor([row + [text._PAD_QWEN] * count]), "attention_mask": torch.tensor([mask])}
-
-    def apply_chat_template(self, messages: Any, **_: Any) -> str:
-        (message,) = messages  # as in the template of Qwen3-VL
-        return f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def network() -> Any:
-    """The network that a diffusers folder has as its text encoder, narrow."""
-    return small_qwen3vl(transformers.Qwen3VLForConditionalGeneration, WIDTH, 33)
-
-
-@pytest.fixture
-def words(monkeypatch) -> Words:
-    words = Words()
-    monkeypatch.setattr(text, "load_tokenizer", lambda *_: words)
-    monkeypatch.setattr(text, "_PAD_QWEN", 63)
-    return words
-
-
-def their_states(network: Any, words: Words, caption: str) -> Tensor:
-    """By diffusers' block, with its own numbers."""
-    step = encoders.Flux3TextEncoderStep()
-    layers = next(given.default for given in step.inputs if given.name == "text_encoder_out_layers")
-    return step._get_qwen3_vl_prompt_embeds(
-        network, words, caption, pad_multiple=step.pad_multiple, hidden_states_layers=layers  # pyright: ignore
-    )  # fmt: skip
-
-
-@pytest.fixture
-def folder(network, tmp_path) -> Path:
-    """A folder of diffusers, with the index of a pipeline that is put together of blocks."""
-    base = small_flow_base("flux3", joint_attention_dim=8 * WIDTH)
-    write_folder(tmp_path, base, network, random_denoiser(joint_attention_dim=8 * WIDTH))
-    (tmp_path / "model_index.json").unlink()
-    index = {"_class_name": "Flux3ModularPipeline", "_blocks_class_name": "Flux3AutoBlocks"}
-    (tmp_path / "modular_model_index.json").write_text(json.dumps(index))
-    return tmp_path
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("source", ["folder", "file"])
-def test_captions_have_the_states_of_diffusers_pipeline_with_those_of_the_padding(source, folder, network, words):
-    if source == "folder":
-        base = load_base(folder)
-    else:
-        denoiser = published(random_denoiser(joint_attention_dim=8 * WIDTH).state_dict())
-        encoder = {f"model.{name}": tensor for name, tensor in network.model.state_dict().items()}
-        base = load_base(denoiser, text_encoders=[encoder])
-    assert base.family is FAMILY
-    ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
-    assert ours["context_mask"].sum(1).tolist() == [80, 80, 160]
-    for states, caption in zip(ours["context"], CAPTIONS, strict=True):
-        expected = their_states(network, words, caption)[0]
-        assert error_of(states[: len(expected)], expected) < 1e-5
-        assert not states[len(expected) :].any()
+        expected = flux3(theirs, latents[each], times[each], texts["context"][each, :length], target[each])
+        assert error_of(prediction[each], expected) < 1e-5
 
 
 @torch.no_grad()
@@ -214,10 +73,10 @@ def test_pictures_are_encoded_and_decoded_as_by_diffusers_blocks():
 
 
 @torch.no_grad()
-@KINDS
+@pytest.mark.parametrize("flow_map", [False, True], ids=["base", "distilled"])
 def test_pictures_are_drawn_along_diffusers_steps(flow_map):
     """diffusers' scheduler with the shift and the steps of its blocks, and its guidance; two texts of different lengths."""
-    base, denoiser = small_flow_base("flux3", flow_map=flow_map), random_denoiser(flow_map=flow_map)
+    base, denoiser = small_flow_base("flux3", flow_map=flow_map), REFERENCE.denoiser("flux3", flow_map=flow_map)
     generator = torch.Generator().manual_seed(1)
     positive, negative = (random_texts((length,), 32, generator) for length in (9, 4))
     ours = sample_latents(
@@ -236,8 +95,7 @@ def test_pictures_are_drawn_along_diffusers_steps(flow_map):
         following = times[index + 1 : index + 2] if index + 1 < len(times) else torch.zeros(1)
         target = following / 1000 if flow_map else None
         found = [
-            their_prediction(denoiser, latents, time[None] / 1000, states["context"], target)
-            for states in (positive, negative)
+            flux3(denoiser, latents, time[None] / 1000, states["context"], target) for states in (positive, negative)
         ]
         guider.set_state(step=index, num_inference_steps=count, timestep=time)
         velocity = found[0] if flow_map else guider.forward(*found).pred
@@ -257,12 +115,12 @@ def test_a_flow_map_is_trained_only_where_it_is_allowed():
     with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(base, TrainConfig())
     check_base_options(base, TrainConfig(allow_distilled=True))
-    denoiser, generator = random_denoiser(flow_map=True), torch.Generator().manual_seed(1)
+    denoiser, generator = REFERENCE.denoiser("flux3", flow_map=True), torch.Generator().manual_seed(1)
     latents, times = torch.randn(1, 128, 4, 4, generator=generator), torch.tensor([0.3])
     states = random_texts((9,), 32, generator)
     with torch.no_grad():
         ours = FAMILY.predict(denoiser, latents, 1000 * times, states)
-        assert error_of(ours, their_prediction(denoiser, latents, times, states["context"], times)) < 1e-5
+        assert error_of(ours, flux3(denoiser, latents, times, states["context"], times)) < 1e-5
 
 
 def test_blocks_of_the_picture_are_in_memory_plans_too():
@@ -270,14 +128,6 @@ def test_blocks_of_the_picture_are_in_memory_plans_too():
     paths = [path for path, module in denoiser.named_modules() if module in blocks_of(denoiser)]
     kinds = ("mode_blocks.image", "txt_mode_blocks", "single_transformer_blocks")
     assert paths == [f"{kind}.{index}" for kind in kinds for index in range(3 if kind.startswith("single") else 2)]
-
-
-def test_a_lora_loads_whole_in_diffusers_and_is_read_back(tmp_path):
-    theirs, pipe = random_denoiser(), diffusers.Flux3AutoBlocks().init_pipeline()
-    pipe.update_components(transformer=theirs)
-    path = tmp_path / "a.safetensors"
-    assert_diffusers_loads_whole(small_flow_base("flux3"), theirs, pipe, path, "comfy", modules=4 * 6)
-    assert all(key.startswith("diffusion_model.") for key in LoraFile.read(path).tensors)
 
 
 def test_blocks_for_shown_pictures_are_not_loaded():
@@ -297,7 +147,7 @@ def test_blocks_for_shown_pictures_are_not_loaded():
     loaded: Any = base.load("denoiser", CPU, torch.float32)
     found, expected = weights(loaded, whole), weights(loaded, lora)
     assert not any("image_cond" in name for name in found) and all(torch.equal(found[n], expected[n]) for n in expected)
-    theirs, changed = random_denoiser(), "mode_blocks.image_cond.0.attn.to_q.weight"
+    theirs, changed = REFERENCE.denoiser("flux3"), "mode_blocks.image_cond.0.attn.to_q.weight"
     assert not torch.equal(weights(theirs, whole)[changed], theirs.state_dict()[changed])
     with pytest.raises(LoraMisfit, match=r"has no mode_blocks\.image_cond"):
         weights(loaded, LoraFile.from_modules(FAMILY.name, of_shown, {}, "comfy"))

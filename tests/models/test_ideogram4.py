@@ -1,11 +1,10 @@
-"""Ideogram 4 against diffusers' pipeline: the same weights under the original names, the same captions, the same picture."""
+"""Ideogram 4 against diffusers' pipeline: the same steps and picture; names of its LoRAs, and what methods leave out."""
 
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import transformers
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4MRoPE
 from diffusers.pipelines.ideogram4 import pipeline_ideogram4
 from torch import Tensor
@@ -13,79 +12,35 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.errors import UnknownFamily
 from core.lora.file import LoraFile
-from core.models import Base, load_base, text
+from core.models import load_base, text
 from core.models.families import FAMILIES, detect_family, ideogram4
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import METHODS
 from core.training.methods.method import target_modules
-from tests.models.family_parts import error_of, numbers_of, pipeline_with, random_texts, small_qwen3vl, write_folder
-from tests.tooling import SMALL_FLOWS, cache_of, caption_states, small_flow_base, whole_checkpoint
+from tests.models.family_parts import CPU, error_of, pipeline_with, write_folder
+from tests.models.references import REFERENCES
+from tests.tooling import cache_of, small_flow_base
 
 pytestmark = pytest.mark.ci
 
-CPU = torch.device("cpu")
-FAMILY = FAMILIES["ideogram4"]
-CONTEXT, LAYERS = SMALL_FLOWS["ideogram4"].context, 36
-CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
+FAMILY, REFERENCE = FAMILIES["ideogram4"], REFERENCES["ideogram4"]
 
 
-@torch.no_grad()
-def random_denoiser() -> Any:
-    """diffusers' network; all of its weights are random, those of norms too."""
-    theirs: Any = diffusers.Ideogram4Transformer2DModel(**SMALL_FLOWS["ideogram4"].denoiser)  # pyright: ignore
-    generator = torch.Generator().manual_seed(1)
-    for parameter in theirs.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    return theirs
+@pytest.fixture
+def network(monkeypatch) -> Any:
+    """The text encoder of a folder, small, with a tokenizer of few words."""
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: REFERENCE.words)
+    return REFERENCE.encoder()
 
 
-def published(denoiser: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of the published file."""
-    state = {name.replace("to_out.0", "o"): tensor for name, tensor in denoiser.state_dict().items()}
-    for name in [name for name in state if ".to_q." in name]:
-        parts = [state.pop(name.replace("to_q", f"to_{part}")) for part in "qkv"]
-        state[name.replace("to_q", "qkv")] = torch.cat(parts)
-    return state
-
-
-def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tensor, lengths: list[int]) -> Tensor:
-    """What diffusers' pipeline asks its denoiser for: texts are at the end of what they are filled up to."""
-    batch, channels, height, width = latents.shape
-    most = states.shape[1]
-    ids = diffusers.Ideogram4Pipeline._prepare_ids(lengths, height, width, most, CPU)
-    moved = torch.zeros(batch, most + height * width, states.shape[2])
-    for row, length in enumerate(lengths):
-        moved[row, most - length : most] = states[row, :length]
-    # (B, H W, 4 x 32), where a VAE's channel runs the fastest.
-    patches = latents.unflatten(1, (32, 4)).permute(0, 3, 4, 2, 1).reshape(batch, height * width, channels)
-    packed = torch.cat([torch.zeros(batch, most, channels), patches], 1)
-    velocity = denoiser(packed, 1 - times, moved, *ids, return_dict=False)[0][:, most:]
-    return -velocity.view(batch, height, width, 4, 32).permute(0, 4, 3, 1, 2).reshape(latents.shape)
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_published_file_predicts_and_learns_as_in_diffusers(prefix):
-    theirs = random_denoiser()
-    base = load_base({prefix + name: tensor for name, tensor in published(theirs).items()})
-    assert base.family is FAMILY
-    generator = torch.Generator().manual_seed(2)
-    latents, times = torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.2, 0.9])
-    both = random_texts((9, 4), CONTEXT, generator)
-    ours = base.load("denoiser", CPU, torch.float32).requires_grad_()
-    prediction = FAMILY.predict(ours, latents, 1000 * times, both)
-    expected = their_prediction(theirs, latents, times, both["context"], [9, 4])
-    assert error_of(prediction, expected) < 1e-5
-    prediction.square().sum().backward()
-    expected.square().sum().backward()
-    gradients = dict(ours.named_parameters())
-    for name, parameter in theirs.named_parameters():
-        assert (gradients[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
-    with torch.no_grad():
-        alone = {"context": both["context"][1:, :4], "context_mask": torch.ones(1, 4)}
-        prediction = FAMILY.predict(ours, latents[1:], 1000 * times[1:], alone)
-    assert error_of(prediction, expected[1:]) < 1e-5
+@pytest.fixture
+def folder(tmp_path, network):
+    """A diffusers folder with both denoisers."""
+    denoiser = REFERENCE.denoiser("ideogram4")
+    denoiser.save_pretrained(tmp_path / "unconditional_transformer")
+    return write_folder(tmp_path, small_flow_base("ideogram4"), network, denoiser)
 
 
 def test_positions_beyond_65536_are_told_apart_in_16_bits_too():
@@ -102,55 +57,9 @@ def test_positions_beyond_65536_are_told_apart_in_16_bits_too():
     assert len(ours[0].unique(dim=0)) == 5 + 3 * 4
 
 
-class Words:
-    """A tokenizer with a number for each word, each sign and each special token, and Qwen3-VL's chat."""
-
-    def apply_chat_template(self, messages: Any, add_generation_prompt: bool, tokenize: bool) -> str:
-        (turn,) = messages
-        (part,) = turn["content"]
-        assert add_generation_prompt and not tokenize and turn["role"] == "user"
-        return f"<|im_start|>user\n{part['text']}<|im_end|>\n<|im_start|>assistant\n"
-
-    def __call__(self, words: str, return_tensors: str = "", **_: Any) -> Any:
-        numbers = numbers_of(words)
-        ids = torch.tensor([numbers]) if return_tensors else numbers
-        return transformers.BatchEncoding({"input_ids": ids})
-
-
-@pytest.fixture(scope="module")
-def vision_model() -> Any:
-    """The network that a diffusers folder has as its text encoder, narrow."""
-    return small_qwen3vl(transformers.Qwen3VLModel, CONTEXT // 13, LAYERS)
-
-
-@pytest.fixture
-def folder(tmp_path, vision_model):
-    """A diffusers folder with both denoisers."""
-    random_denoiser().save_pretrained(tmp_path / "unconditional_transformer")
-    return write_folder(tmp_path, small_flow_base("ideogram4"), vision_model, random_denoiser())
-
-
-def of_a_file(encoder: dict[str, Tensor]) -> Base:
-    states = {f"model.{name}": tensor for name, tensor in encoder.items()}
-    return load_base(whole_checkpoint(published(random_denoiser()), "qwen3vl_8b", states))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("source", ["folder", "file"])
-def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
-    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
-    base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
-    pipe = pipeline_with(diffusers.Ideogram4Pipeline, text_encoder=vision_model, tokenizer=Words())
-    theirs, _, _, indicator = pipe.encode_prompt(CAPTIONS, 1, 1, 40, CPU)
-    for states, expected, kinds in zip(caption_states(base, CAPTIONS), theirs, indicator, strict=True):
-        wanted = expected[kinds == 3]
-        assert len(states) == len(wanted) and error_of(states, wanted) < 1e-5
-
-
-def test_a_caption_that_is_too_long_keeps_the_end_of_the_chat(vision_model, monkeypatch):
-    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+def test_a_caption_that_is_too_long_keeps_the_end_of_the_chat(folder, monkeypatch):
     monkeypatch.setattr(ideogram4, "TEXT_TOKENS", 12)
-    encoders = of_a_file(vision_model.language_model.state_dict()).load_text_encoders(CPU, torch.float32)
+    encoders = load_base(folder).load_text_encoders(CPU, torch.float32)
     with torch.no_grad():
         ours = FAMILY.encode_text(encoders, ["word " * 30, "word word"], 1, 1)
     assert ours["context_mask"].sum(1).tolist() == [12, 11]
@@ -162,9 +71,8 @@ def by_patch(values: tuple[float, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, vision_model, monkeypatch):
+def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, network, monkeypatch):
     """The folder's VAE has the authors' statistics in the order of their patches, FLUX.2's has others; none are read here."""
-    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
     base = load_base(folder)
     vae = base.load("vae", CPU, torch.float32)
     their_vae: Any = base.load("vae", CPU, torch.float32)
@@ -172,7 +80,9 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
     their_vae.bn.running_var.copy_(by_patch(ideogram4._DEVIATIONS) ** 2)
     their_vae.register_to_config(batch_norm_eps=0.0)
     encoders = base.load_text_encoders(CPU, torch.float32)
-    positive, negative = (encode_prompts(base, encoders, [caption]) for caption in CAPTIONS[1:])
+    positive, negative = (
+        encode_prompts(base, encoders, [caption]) for caption in ("a photo of sks person", "sks person")
+    )
     denoiser = base.load("denoiser", CPU, torch.float32)
     latents = sample_latents(
         base, denoiser, positive, negative, device=CPU, dtype=torch.float32, seeds=[3], size=(32, 48), steps=3, guidance=1.0
@@ -182,8 +92,8 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
     noise = torch.randn(128, scale[1], scale[0], generator=torch.Generator().manual_seed(3))
     pipe = pipeline_with(
         diffusers.Ideogram4Pipeline, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae,
-        text_encoder=vision_model, tokenizer=Words(), transformer=random_denoiser(),
-        unconditional_transformer=random_denoiser(),
+        text_encoder=network, tokenizer=REFERENCE.words, transformer=REFERENCE.denoiser("ideogram4"),
+        unconditional_transformer=REFERENCE.denoiser("ideogram4"),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     times = base.schedule().sampling_times(3, noise[None])[:-1]  # pyright: ignore
@@ -191,10 +101,10 @@ def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, visio
     tokens = noise.view(32, 4, -1).permute(2, 1, 0).reshape(1, -1, 128)
     settings = {"height": 48, "width": 32, "num_inference_steps": 3, "guidance_scale": 1.0, "guidance_schedule": None,
                 "max_sequence_length": 40, "latents": tokens}  # fmt: skip
-    (theirs,) = pipe(CAPTIONS[1], **settings, output_type="latent").images
+    (theirs,) = pipe("a photo of sks person", **settings, output_type="latent").images
     theirs = theirs.view(scale[1], scale[0], 4, 32).permute(3, 2, 0, 1).reshape(latents[0].shape)
     assert error_of(latents[0], theirs) < 1e-4
-    (expected,) = pipe(CAPTIONS[1], **settings, output_type="pt").images
+    (expected,) = pipe("a photo of sks person", **settings, output_type="pt").images
     found = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(48, 32, 3).permute(2, 0, 1) / 255
     assert (found - expected).abs().max() < 0.02 and expected.std() > 0.02
 

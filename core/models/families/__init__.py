@@ -15,6 +15,7 @@ from .flux3 import FLUX3
 from .ideogram4 import IDEOGRAM4
 from .krea2 import KREA2
 from .longcat_image import LONGCAT_IMAGE
+from .moss_image import MOSS_IMAGE
 from .qwen_image import QWEN_IMAGE
 from .qwen_image21 import QWEN_IMAGE_21
 from .sd3 import SD3
@@ -24,7 +25,7 @@ from .zimage import ZIMAGE
 
 _ALL = (
     SD15, SDXL, SD3, FLUX1, CHROMA, FLUX2, FLUX3, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE, LONGCAT_IMAGE,
-    IDEOGRAM4,
+    IDEOGRAM4, MOSS_IMAGE,
 )  # fmt: skip
 FAMILIES: dict[str, FamilySpec] = {family.name: family for family in _ALL}
 """The families by name. They are recognised and listed in this order."""
@@ -55,3 +56,9 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
         raise UnknownFamily("this is a denoiser in diffusers naming. Use the whole diffusers folder instead")
     example = next(iter(tensors)).removeprefix(DENOISER_PREFIX)
     raise UnknownFamily(f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {example!r}. {supported}")
+
+
+def family_without_class(denoiser: Mapping[str, Tensor]) -> FamilySpec | None:
+    """Return the family of a denoiser, given by original names, among those that the tested ComfyUI lacks; None for others."""
+    newer = (family for family in FAMILIES.values() if not family.names.comfyui_classes)
+    return next((family for family in newer if family.recognise(denoiser)), None)
