@@ -261,7 +261,7 @@ def check_open(name: str, image: Image.Image) -> None:
         raise BadPhoto(f"{name}: it is closed, so it has no pixels; copy it before you close it or its file") from None
 
 
-def look_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> tuple[list[Face | None], np.ndarray]:
+def faces_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> tuple[list[Face | None], np.ndarray]:
     """Return the largest face in each picture, and the identity vectors, with only one picture in memory.
 
     A picture without a face has None and a row of NaN. The vectors are float32 (N, D).
@@ -277,8 +277,8 @@ def look_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> tupl
 
 
 def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
-    """Return the identity vectors of `look_one_by_one`."""
-    return look_one_by_one(network, images)[1]
+    """Return the identity vectors of `faces_one_by_one`."""
+    return faces_one_by_one(network, images)[1]
 
 
 class YuNet:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import photos  # Its modules load only when a name is used.
 from ..errors import BadFile
-from ..storage.files import check_ending, check_replaceable, check_writable, clean_place
+from ..storage.files import check_ending, check_replaceable, check_writable, remove_leftovers_of
 from .common import DEMO, checkpoint
 from .options import Options, given_values
 from .values import EditedFile, WrittenFile, WrittenFolder
@@ -42,7 +42,7 @@ def checked_outputs(options: Options) -> Iterator[None]:
             from ..storage.locks import locked  # Loads filelock.
 
             held.enter_context(locked(path))
-            clean_place(path)
+            remove_leftovers_of(path)
         yield
 
 

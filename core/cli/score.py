@@ -70,9 +70,9 @@ def _look(
     trained: Sequence["photos.Photo"],
 ) -> tuple[list[tuple[float | None, "Face | None"]], "training.Figures"]:
     """Return each picture's likeness and face, both None where no face was found, and the figures of all pictures."""
-    from ..faces import embed_one_by_one, likeness, look_one_by_one, mean_face
+    from ..faces import embed_one_by_one, faces_one_by_one, likeness, mean_face
 
-    faces, vectors = look_one_by_one(network, (photo.image() for photo in images))
+    faces, vectors = faces_one_by_one(network, (photo.image() for photo in images))
     of_person, of_trained = (
         embed_one_by_one(network, (photo.image() for photo in group)) for group in (reference, trained)
     )

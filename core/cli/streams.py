@@ -13,14 +13,14 @@ from ..errors import BadFile
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Make the streams `Shown` and `Told` within the context. A closed one is opened first, on the null device."""
+    """Make the streams ResultStream and MessageStream within the context. A closed one is opened first, on the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # In this order: otherwise files that are opened later would take their numbers.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Escape characters in names that the terminal's encoding lacks, as on stderr, instead of ending the program.
         sys.stdout.reconfigure(errors="backslashreplace")
-    with redirect_stdout(Shown(sys.stdout)), redirect_stderr(Told(sys.stderr)):
+    with redirect_stdout(ResultStream(sys.stdout)), redirect_stderr(MessageStream(sys.stderr)):
         try:
             yield
         finally:
@@ -43,7 +43,7 @@ class _Wrapped:
         return getattr(self._stream, name)
 
 
-class Shown(_Wrapped):
+class ResultStream(_Wrapped):
     """A stream that replaces control characters, except tabs and line ends: names could otherwise control the terminal.
 
     Raises BadFile if it can't be written, such as on a full disk, and BrokenPipeError if nobody reads it any more.
@@ -69,7 +69,7 @@ class Shown(_Wrapped):
             raise BadFile(f"standard output: cannot be written: {error.strerror or error}") from None
 
 
-class Told(_Wrapped):
+class MessageStream(_Wrapped):
     """A stream of messages and progress. If it can't be written, they are lost, and the work continues."""
 
     def write(self, text: str) -> int:

@@ -25,7 +25,7 @@ from ..models.families import FAMILIES
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..progress import OnProgress, OnWarning, silent
 from ..storage.drawn import MARK_KEYS, PROGRAM_TEXTS, save_png
-from ..storage.files import clean_place, make_folder, write_text, writing
+from ..storage.files import make_folder, remove_leftovers_of, write_text, writing
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
@@ -280,7 +280,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(folder.parent)
     with locked(folder):
-        clean_place(folder)
+        remove_leftovers_of(folder)
         try:
             yield make_folder(made)
             with writing(folder):

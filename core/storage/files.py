@@ -233,7 +233,7 @@ def leftovers(folder: Path, names: str) -> list[Path]:
     return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
-def clean_place(path: Path) -> None:
+def remove_leftovers_of(path: Path) -> None:
     """Delete a killed process's temporary files of the file or folder at `path`. The caller must hold its lock."""
     remove_leftovers(path.parent, re.escape(path.name))
 

@@ -89,7 +89,7 @@ class IntermediateLoras:
             run.check_finite()
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
 
-    def look_when_due(self) -> None:
+    def measure_when_due(self) -> None:
         """Draw pictures with the intermediate LoRA every `sample_every` steps, for `on_sample` and for measuring likeness."""
         if _is_due(self.run.step, self.config.sample_every):
             self._look()

@@ -77,7 +77,7 @@ def train_lora(
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
             intermediate.save_when_due()  # a resumed run may have been cancelled before it had saved or drawn these
-            intermediate.look_when_due()
+            intermediate.measure_when_due()
         while run.step < config.steps and not intermediate.is_enough():
             with state.saved_when_cancelled():
                 loss = accumulate_within_memory(run, callbacks.on_warning)
@@ -87,7 +87,7 @@ def train_lora(
             try:
                 with state.saved_when_cancelled():
                     intermediate.save_when_due()
-                    intermediate.look_when_due()
+                    intermediate.measure_when_due()
                     callbacks.on_step(_report(run, first_step, started, intermediate.likeness))
             except StopAndKeep:
                 run.check_finite()
