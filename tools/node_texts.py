@@ -16,7 +16,6 @@ from typing import Any
 from core.config import TrainConfig
 from core.models.families import FAMILIES
 from core.photos.ready import TWO_HELD_OUT
-from core.tensor_names import NAME_TABLES
 from core.training.recipes import COMMON, ENOUGH, FEWER_PICTURES, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
 from tests.comfyui.server import PACK, ComfyServer, running_server
 from tools.wording import missing_chinese
@@ -160,12 +159,11 @@ def _input_default(name: str, key: str, options: Mapping[str, Any], words: Mappi
 
 
 def _recipes(words: Mapping[str, str]) -> list[str]:
-    """Return the lines about the recipes of the base models that ComfyUI loads. Equal recipes share their rows."""
+    """Return the lines about the recipes of the base models. Equal recipes share their rows."""
     groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
-    for name, family in FAMILIES.items():
-        if NAME_TABLES[name].comfyui_classes:
-            rows = tuple(_recipe(recipe, family.recipes, words) for recipe in RECIPES)
-            groups.setdefault(rows, []).append(family.title)
+    for family in FAMILIES.values():
+        rows = tuple(_recipe(recipe, family.recipes, words) for recipe in RECIPES)
+        groups.setdefault(rows, []).append(family.title)
     lines = [words["recipes"], words["recipes intro"], words["recipe"], "|---|---|---|---|---|---|---|"]
     lines += [_row(words["list"].join(titles), *row) for rows, titles in groups.items() for row in rows]
     measured = words["measured"].format(
