@@ -30,7 +30,7 @@ WORDS: dict[str, dict[str, str]] = {
         "input": "| input | type | default | what it does |", "output": "| output | type | what it is |",
         "recipe": "| base model | recipe | steps × batch | rank | alpha | learning rate | resolution |",
         "setting": "| setting | default | what it does |",
-        "advanced": "(advanced)", "or": " or ", "base": "the base model's", "list": ", ",
+        "advanced": "(advanced)", "or": " or ", "base": "the base model's", "list": ", ", "others": "All others",
         "recipe value": "{} (from the recipe)", "from recipe": "from the recipe", "from input": "from the input `{}`",
         "zero": "`0`: from the recipe (SD1.5: `{}`)", "empty": "empty: `{}`",
         "zero resolution": "`0`: from the recipe or the base model (SD1.5: `{}`)",
@@ -51,7 +51,7 @@ WORDS: dict[str, dict[str, str]] = {
         "input": "| 输入 | 类型 | 默认值 | 作用 |", "output": "| 输出 | 类型 | 说明 |",
         "recipe": "| 基础模型 | 预设 | 步数 × 批量 | 秩 | alpha | 学习率 | 分辨率 |",
         "setting": "| 设置 | 默认值 | 作用 |",
-        "advanced": "（高级）", "or": " 或 ", "base": "基础模型的分辨率", "list": "、",
+        "advanced": "（高级）", "or": " 或 ", "base": "基础模型的分辨率", "list": "、", "others": "其他",
         "recipe value": "{}（来自预设）", "from recipe": "来自预设", "from input": "来自输入 `{}`",
         "zero": "`0`：来自预设（SD1.5：`{}`）", "empty": "留空：`{}`",
         "zero resolution": "`0`：来自预设或基础模型（SD1.5：`{}`）",
@@ -164,6 +164,9 @@ def _recipes(words: Mapping[str, str]) -> list[str]:
     for family in FAMILIES.values():
         rows = tuple(_recipe(recipe, family.recipes, words) for recipe in RECIPES)
         groups.setdefault(rows, []).append(family.title)
+    largest = max(groups, key=lambda rows: len(groups[rows]))
+    groups.pop(largest)
+    groups[largest] = [words["others"]]  # the last row
     lines = [words["recipes"], words["recipes intro"], words["recipe"], "|---|---|---|---|---|---|---|"]
     lines += [_row(words["list"].join(titles), *row) for rows, titles in groups.items() for row in rows]
     measured = words["measured"].format(
