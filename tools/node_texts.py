@@ -16,7 +16,6 @@ from typing import Any
 from core.config import TrainConfig
 from core.models.families import FAMILIES
 from core.photos.ready import TWO_HELD_OUT
-from core.tensor_names import NAME_TABLES
 from core.training.recipes import COMMON, ENOUGH, FEWER_PICTURES, MEASURED, MEASUREMENTS, RECIPES, recipe_settings
 from tests.comfyui.server import PACK, ComfyServer, running_server
 from tools.wording import missing_chinese
@@ -31,7 +30,7 @@ WORDS: dict[str, dict[str, str]] = {
         "input": "| input | type | default | what it does |", "output": "| output | type | what it is |",
         "recipe": "| base model | recipe | steps × batch | rank | alpha | learning rate | resolution |",
         "setting": "| setting | default | what it does |",
-        "advanced": "(advanced)", "or": " or ", "base": "the base model's", "list": ", ",
+        "advanced": "(advanced)", "or": " or ", "base": "the base model's", "list": ", ", "others": "All others",
         "recipe value": "{} (from the recipe)", "from recipe": "from the recipe", "from input": "from the input `{}`",
         "zero": "`0`: from the recipe (SD1.5: `{}`)", "empty": "empty: `{}`",
         "zero resolution": "`0`: from the recipe or the base model (SD1.5: `{}`)",
@@ -52,7 +51,7 @@ WORDS: dict[str, dict[str, str]] = {
         "input": "| 输入 | 类型 | 默认值 | 作用 |", "output": "| 输出 | 类型 | 说明 |",
         "recipe": "| 基础模型 | 预设 | 步数 × 批量 | 秩 | alpha | 学习率 | 分辨率 |",
         "setting": "| 设置 | 默认值 | 作用 |",
-        "advanced": "（高级）", "or": " 或 ", "base": "基础模型的分辨率", "list": "、",
+        "advanced": "（高级）", "or": " 或 ", "base": "基础模型的分辨率", "list": "、", "others": "其他",
         "recipe value": "{}（来自预设）", "from recipe": "来自预设", "from input": "来自输入 `{}`",
         "zero": "`0`：来自预设（SD1.5：`{}`）", "empty": "留空：`{}`",
         "zero resolution": "`0`：来自预设或基础模型（SD1.5：`{}`）",
@@ -160,12 +159,14 @@ def _input_default(name: str, key: str, options: Mapping[str, Any], words: Mappi
 
 
 def _recipes(words: Mapping[str, str]) -> list[str]:
-    """Return the lines about the recipes of the base models that ComfyUI loads. Equal recipes share their rows."""
+    """Return the lines about the recipes of the base models. Equal recipes share their rows."""
     groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
-    for name, family in FAMILIES.items():
-        if NAME_TABLES[name].comfyui_classes:
-            rows = tuple(_recipe(recipe, family.recipes, words) for recipe in RECIPES)
-            groups.setdefault(rows, []).append(family.title)
+    for family in FAMILIES.values():
+        rows = tuple(_recipe(recipe, family.recipes, words) for recipe in RECIPES)
+        groups.setdefault(rows, []).append(family.title)
+    largest = max(groups, key=lambda rows: len(groups[rows]))
+    groups.pop(largest)
+    groups[largest] = [words["others"]]  # the last row
     lines = [words["recipes"], words["recipes intro"], words["recipe"], "|---|---|---|---|---|---|---|"]
     lines += [_row(words["list"].join(titles), *row) for rows, titles in groups.items() for row in rows]
     measured = words["measured"].format(

@@ -143,9 +143,10 @@ def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     )  # fmt: skip
 
 
-def apply(base: Base, key: str = "apply", strength: float = 1.0, **links: str) -> Node:
+def apply(base: Base, key: str = "apply", strength: float = 1.0, start: float = 0.0, **links: str) -> Node:
+    strengths = {"strength_model": strength, "strength_clip": strength}
     return Node(
-        key, "FaceLoRAApply", {"lora_name": CONNECTED, "strength_model": strength, "strength_clip": strength},
+        key, "FaceLoRAApply", {"lora_name": CONNECTED, **strengths, **({"start_percent": start} if start else {})},
         base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=420,
         labels={"strength_model": "Strength"} if key == "apply" else {},
     )  # fmt: skip
@@ -208,8 +209,14 @@ def headshots(prefix: str, drawn: str, **links: str) -> Node:
     )
 
 
-def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workflow:
-    """The whole way, as an app: its inputs are what a person has to say, all others have a value that works."""
+def photos_to_headshots(name: str, base: Base, lora: str, advice: str, start: float = 0.0) -> Workflow:
+    """The whole way, as an app: its inputs are what a person has to say, all others have a value that works.
+
+    `start` is the share of the sampling steps that the LoRA is held back for.
+    """
+    held_back = (
+        f"\n\n                ## The LoRA works from {start:.0%} of the steps on (start_percent)" if start else ""
+    )
     return Workflow(
         name,
         [
@@ -231,8 +238,8 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
                 "Apply and styles",
                 note("""## 4 Choose styles and the number of headshots
 
-                ## More strength gives more likeness"""),
-                [apply(base, lora="train.lora"), styles("corporate")],
+                ## More strength gives more likeness""" + held_back),
+                [apply(base, lora="train.lora", start=start), styles("corporate")],
             ),
             Step(
                 "Headshots",
@@ -427,6 +434,16 @@ KREA2 = transformer(
     Node("clip", "CLIPLoader", {"clip_name": QWEN3_VL["name"], "type": "krea2"}, models=[QWEN3_VL]),
     file("vae", "Comfy-Org/Krea-2/resolve/main/vae/qwen_image_vae.safetensors"),
     latent="EmptySD3LatentImage",
+)
+
+
+QWEN35 = file("text_encoders", "Comfy-Org/MOSS-Image/resolve/main/text_encoders/qwen3.5_9b_int8_convrot.safetensors")
+MOSS = transformer(
+    "MOSS-Image",
+    file("diffusion_models", "Comfy-Org/MOSS-Image/resolve/main/diffusion_models/moss_image_base_bf16.safetensors"),
+    Node("clip", "CLIPLoader", {"clip_name": QWEN35["name"], "type": "moss_image"}, models=[QWEN35]),
+    file("vae", "Comfy-Org/MOSS-Image/resolve/main/vae/flux2-vae.safetensors"),
+    latent="EmptyFlux2LatentImage",
 )
 
 
@@ -645,6 +662,10 @@ WORKFLOWS = [
         ],
     ),
     one_photo(KLEIN),
+    photos_to_headshots(
+        "MOSS-Image face photos to headshots.app", MOSS, "my-face-moss",
+        "MOSS-Image Base, in ComfyUI 0.42 or later", start=0.4,
+    ),
 ]  # fmt: skip
 
 # Builds a Workflow in the open page: a column for each step, below a note. A node that grows when it is used stands last.

@@ -287,7 +287,7 @@ def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _qwen35_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the sizes, of which a layer with linear attention has some and every fourth layer, with attention, the others."""
+    """Read the sizes from a layer with linear attention and from one with attention, which is every fourth."""
     shape = shapes_in(tensors, "the text encoder")
 
     def rows(name: str) -> int:

@@ -9,7 +9,7 @@ from core.errors import MissingPackage
 from tests.comfyui.graphs import training
 from tests.comfyui.server import ComfyServer
 from tests.tooling import write_photos
-from tools.workflows import FLOWS, LORA, SD15, SDXL
+from tools.workflows import FLOWS, LORA, MOSS, SD15, SDXL
 
 from .page import ComfyPage, prepare, running_browser
 
@@ -37,11 +37,11 @@ def lora(site) -> str:
 @pytest.fixture(scope="session")
 def flows(site, flow_models) -> None:
     """The files of the diffusion transformers that the workflows name, small and random."""
-    folder = site.folder / "models" / "diffusion_models"
-    for family, base in FLOWS.items():
+    models = site.folder / "models"
+    for family, base in [*FLOWS.items(), ("flux2", MOSS)]:  # which ComfyUI 0.30 lacks
         for file in (file for node in base.nodes for file in node.models):
-            if file["directory"] == "diffusion_models":
-                (folder / file["name"]).symlink_to(folder / f"{family}.safetensors")
+            if not (path := models / file["directory"] / file["name"]).exists():
+                path.symlink_to(models / "diffusion_models" / f"{family}.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def test_templates_for_a_lora_open_with_the_users_own_files_and_ask_for_a_lora_o
         assert set(chosen) <= there | {CONNECTED}, name
     assert types(workflow_file("9 Compare strengths and steps")).count("FaceLoRAInspect") == 1
     assert "safetensors" not in json.dumps([node.get("widgets_values") for name in NAMES[5:]
-                                            if "One photo" not in name for node in workflow_file(name)["nodes"]])  # fmt: skip
+                                            if "photo" not in name for node in workflow_file(name)["nodes"]])  # fmt: skip
 
 
 @pytest.mark.parametrize("choices", [[[]], ["COMBO", {"options": []}]], ids=["of V1", "of V3"])
@@ -448,7 +448,7 @@ def test_the_graph_leads_from_photos_to_headshots_in_nine_actions(page, server, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "MOSS" not in name])  # which ComfyUI 0.30 lacks
 def test_a_workflow_runs(name, page, server, lora, request):
     workflow = workflow_file(name)
     if "UNETLoader" in types(workflow):

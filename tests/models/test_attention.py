@@ -17,6 +17,7 @@ from core.models.attention import rotated, tables_of_halves, tables_of_pairs
 from core.models.families import FAMILIES
 from core.models.spec import stack_conditioning
 from core.models.transformer import RmsNorm
+from tests.models.references import REFERENCES
 from tests.tooling import mostly_slow, small_flow_base
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ CLASSES = {
     "ernie-image": "ErnieImageTransformer2DModel",
     "longcat-image": "LongCatImageTransformer2DModel",
 }
-"""The class of each family's denoiser in diffusers. (Qwen-Image 2.1 and Ideogram 4 are compared in the tests of their own.)"""
+"""The class of some families' denoiser in diffusers. test_references.py compares others."""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -149,5 +150,4 @@ def test_a_norm_under_autocast_hands_on_the_dtype_of_its_weight():
 
 
 def test_every_family_of_transformers_is_compared_with_diffusers_or_its_authors():
-    transformers = {name for name, family in FAMILIES.items() if family.prediction_type("epsilon") == "flow"}
-    assert transformers == {*CLASSES, "qwen-image-21", "ideogram4", "moss-image"}
+    assert {name for name, family in FAMILIES.items() if family.flow_shift} <= {*CLASSES, *REFERENCES, "moss-image"}

@@ -47,7 +47,7 @@ from tests.tooling import (
 )
 
 CPU = torch.device("cpu")
-NOT_IN_COMFYUI = ("flux3", "qwen-image-21")
+NOT_IN_COMFYUI = [name for name in SMALL_FLOWS if not (KEYS[name].loaded.comfyui or KEYS[name].loaded.comfyui_later)]
 """Families that ComfyUI 0.30 doesn't have, and of which nobody reports what later versions load."""
 PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
 
@@ -242,8 +242,7 @@ def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_fol
     assert (lora.family, lora.metadata["ss_base_model_version"]) == (family, KEYS[family].base_versions[0])
     assert {entry.rank for entry in lora.entries} == {2}  # q, k and v share one A: fused, the rank stays
     assert bool(not_loaded_by("ComfyUI", lora)) == (family in NOT_IN_COMFYUI)
-    # diffusers' pipeline for LongCat-Image loads no LoRAs, and it has none for MOSS-Image.
-    assert bool(not_loaded_by("diffusers", lora)) == (family in ("longcat-image", "moss-image"))
+    assert bool(not_loaded_by("diffusers", lora)) == ("diffusers" not in KEYS[family].loaded.diffusers)
     assert any(key.endswith(".alpha") for key in lora.tensors) == (base.names.scheme == "kohya")
     job = PictureJob("a photo of sks person", seed=1, steps=2, guidance=2.0)
     (plain,), (changed,) = (list(generate(base, loras, [job], device=CPU)) for loras in ([], [(lora, 1.0)]))
