@@ -25,6 +25,7 @@ GROUPS = {
         "generate": "draw pictures with a base model and LoRAs, from prompts or the styles of a pack",
     },
     "check photos and pictures": {
+        "consent": "write down who has agreed, to what and until when, or that they no longer agree",
         "check": "check the photos: which ones help, which ones don't, and what to add",
         "score": "measure how much pictures look like the person in your photos",
     },

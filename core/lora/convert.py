@@ -24,7 +24,7 @@ from .file import KEY, LoraFile
 from .kinds import BIAS_ROLES, LOW_RANK, UNBOUND, needs_base
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
-from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, Entry, trigger_words
+from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, UNTIL_KEY, Entry, trigger_words
 from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 
 _OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}")
@@ -454,6 +454,8 @@ def _merged_metadata(loras: Sequence[LoraFile]) -> dict[str, str]:
     metadata["modelspec.merged_from"] = ", ".join(titles)
     if all(lora.metadata.get(SUBJECT_KEY) == AGREED for lora in loras):
         metadata[SUBJECT_KEY] = AGREED
+    if ends := [lora.metadata[UNTIL_KEY] for lora in loras if UNTIL_KEY in lora.metadata]:
+        metadata[UNTIL_KEY] = min(ends)
     phrases = [words[0] for lora in loras if (words := trigger_words(lora.metadata))]
     if phrases:
         metadata[PHRASE_KEY] = ", ".join(dict.fromkeys(phrases))

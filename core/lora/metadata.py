@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import BadConfig, BadFile, BadPhoto, NoLora, UnknownFamily
+from ..photos.agreement import as_day
 from ..photos.reading import read_photo_files
 from ..progress import OnProgress, silent, steps
 from ..storage.drawn import jpeg_url, read_mark
@@ -21,6 +23,7 @@ from .names import (
     PEFT_KEY,
     PHRASE_KEY,
     SUBJECT_KEY,
+    UNTIL_KEY,
     WORD_KEY,
     LoraHeader,
     json_in,
@@ -163,13 +166,23 @@ def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
     shared |= _scales_of_peft(metadata)
-    if metadata.get(SUBJECT_KEY) == AGREED:
-        shared[SUBJECT_KEY] = AGREED
+    shared |= agreement_metadata(metadata.get(SUBJECT_KEY) == AGREED, agreed_until(metadata))
     if words := trigger_words(metadata):
         # Each program reads the trigger words from one of these two keys.
         phrase = metadata.get(PHRASE_KEY) or words[0]
         shared |= {PHRASE_KEY: phrase, "ss_tag_frequency": json.dumps({words[0]: {words[0]: 1}})}
     return shared
+
+
+def agreement_metadata(agreed: bool, until: date | None = None) -> dict[str, str]:
+    """Return the metadata which state that the person shown has agreed, and until when; none if they haven't."""
+    said = {SUBJECT_KEY: AGREED} if agreed or until else {}
+    return said | ({UNTIL_KEY: until.isoformat()} if until else {})
+
+
+def agreed_until(metadata: Mapping[str, str]) -> date | None:
+    """Return the last day of the agreement that the metadata state; None without one. Raises BadConfig if it isn't a day."""
+    return as_day(UNTIL_KEY, metadata[UNTIL_KEY]) if UNTIL_KEY in metadata else None
 
 
 def _scales_of_peft(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -53,6 +53,8 @@ WORD_KEY = "facelora.word"
 """The metadata key of an embedding's word in prompts."""
 SUBJECT_KEY, AGREED = "facelora.subject", "real person, agreed"
 """The metadata key and value which state that a LoRA is of a real person who has agreed, as the user has confirmed."""
+UNTIL_KEY = "facelora.agreed_until"
+"""The metadata key of the last day of the agreement, such as 2036-11-30."""
 PEFT_KEY = "lora_adapter_metadata"
 """The metadata key of peft's configuration."""
 _PLAIN = re.compile(r"[\w.]+")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BadFile, FaceLoraError, counted, one_line
 from .kinds import KINDS
-from .names import SUBJECT_KEY, LoraHeader, shortened, trigger_words, word_of
+from .names import SUBJECT_KEY, UNTIL_KEY, LoraHeader, shortened, trigger_words, word_of
 from .readers import READERS, Reading, read_by
 
 SETTINGS = {
@@ -85,7 +85,9 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         "trigger_words": trigger_words(lora.metadata),
         "training": _known(**{label: lora.metadata.get(f"ss_{key}") for key, label in SETTINGS.items()}),
         "about": _known(
-            **{key: lora.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}, subject=lora.metadata.get(SUBJECT_KEY)
+            **{key: lora.metadata.get(f"modelspec.{key}") for key in _MODELSPEC},
+            subject=lora.metadata.get(SUBJECT_KEY),
+            agreed_until=lora.metadata.get(UNTIL_KEY),
         ),
         "thumbnail": "modelspec.thumbnail" in lora.metadata,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
+from ..photos.agreement import NOTE
 from ..progress import OnProgress, silent, steps
 from ..storage.drawn import read_mark, save_png
 from ..storage.files import read_json, write_text
@@ -22,8 +23,8 @@ PICTURE_SIDE = 768
 _TEXTS = (".json", ".metadata.json", ".cm-info.json")
 _PICTURES = (".png", ".preview.png")
 """InvokeAI only reads the first, Stability Matrix the second. All others accept either."""
-SIDECARS = (*_TEXTS, *_PICTURES)
-"""The endings of the files beside a LoRA, instead of its own."""
+SIDECARS = (*_TEXTS, *_PICTURES, NOTE)
+"""The endings of the files beside a LoRA, instead of its own. The note of the agreement is written with the LoRA."""
 _MODELS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl")
 """The endings of models, whose sidecars have the same names."""
 

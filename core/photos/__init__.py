@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from .agreement import Agreement as Agreement
+    from .agreement import agreement_of as agreement_of
     from .agreement import check_agreed as check_agreed
+    from .agreement import keep_agreement as keep_agreement
+    from .agreement import person_file as person_file
+    from .agreement import read_person_file as read_person_file
+    from .agreement import write_person_file as write_person_file
     from .alike import Candidate as Candidate
     from .alike import check_chosen as check_chosen
     from .alike import check_real as check_real

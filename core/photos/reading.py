@@ -84,6 +84,14 @@ class Photo:
         check_length(f"{self.name}: its caption", self.caption or "", BadPhoto)
 
     @property
+    def folder(self) -> Path | None:
+        """The folder of all photos of the person, above a Kohya `N_name` folder; None for a photo in memory."""
+        if isinstance(self.source, Image.Image):
+            return None
+        parent = self.source.parent
+        return parent.parent if _REPEATS_FOLDER.fullmatch(parent.name) else parent
+
+    @property
     def fingerprint(self) -> str:
         """A hash of picture, mask, caption and repeats, without the name: equal for photos that train alike."""
         source = self.mask_source

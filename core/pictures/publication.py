@@ -18,10 +18,19 @@ from ..lora.embeddings import file_word
 from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
 from ..lora.inspect import verify_lora
-from ..lora.metadata import copy_with_hashes, cover, personal_part, shared_metadata, small_picture
-from ..lora.names import PHRASE_KEY, trigger_words
+from ..lora.metadata import (
+    agreed_until,
+    agreement_metadata,
+    copy_with_hashes,
+    cover,
+    personal_part,
+    shared_metadata,
+    small_picture,
+)
+from ..lora.names import PHRASE_KEY, UNTIL_KEY, trigger_words
 from ..lora.readers import READERS, TRAINERS, read_by
 from ..models.families import FAMILIES
+from ..photos.agreement import Agreement, agreement_of
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..progress import OnProgress, OnWarning, silent
 from ..storage.drawn import MARK_KEYS, PROGRAM_TEXTS, save_png
@@ -35,7 +44,7 @@ from .parameters import Parameters
 
 PAGE = "page.txt"
 """The file with the texts to paste."""
-CONSENT = "The person shown has agreed to the training of this model and to its publication."
+CONSENT = "The person shown has agreed to the training of this model and to its publication{}."
 _SETTINGS = (
     "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash", "Model",
     "VAE hash", "VAE", "Denoising strength", "Clip skip", "Prediction", "Zero terminal SNR", "Lora hashes", "TI hashes",
@@ -97,11 +106,14 @@ def publish(
     parameters or drawn without this LoRA, and of a LoRA that no program loads.
 
     Raises BadFile if the folder exists, the LoRA has faults, or a text to publish names a path, a photo or this computer's
-    user. Raises BadConfig without a title or the person's agreement, and BadPhoto for an unreadable picture.
+    user. Raises BadConfig without a title or the person's agreement, after its end or a withdrawal, which the LoRA's metadata
+    and the note beside it say, and BadPhoto for an unreadable picture.
     """
     if not agreed:
         raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed")
     source, folder = LoraFile.read(lora), Path(output)
+    until = agreement_of(lora).agreed_until or agreed_until(source.metadata)
+    Agreement(agreed_on=until, agreed_until=until).check(f"{source.name}, {UNTIL_KEY}")
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: this folder already exists; choose another output")
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
@@ -116,6 +128,7 @@ def publish(
         )
     texts = {"modelspec.title": title, "modelspec.description": description}
     metadata = shared_metadata(source.true_metadata) | {key: text for key, text in texts.items() if text is not None}
+    metadata |= agreement_metadata(until is not None, until)
     name = _file_name(metadata.get("modelspec.title", ""), source.name)
     found = [_example(photo, name, source.model_hash, on_warning) for photo in _photos(pictures, on_warning)]
     examples = [example for example in found if example]
@@ -219,7 +232,8 @@ def _without_names(parameters: Parameters, names: Mapping[str, str], hashes: Map
 
 
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
-    listings = source.listings
+    listings, until = source.listings, metadata.get(UNTIL_KEY)
+    consent = CONSENT.format(f", until {until}" if until else "")
     strength, settings = _advice(source if listings else None, examples)
     found = file_hashes(path)
     # Civitai's names for the hashes.
@@ -231,7 +245,7 @@ def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: S
     licences = " or ".join(dict.fromkeys(listing.licence for listing in listings))
     fields = {
         "Title": metadata["modelspec.title"],
-        "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
+        "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), consent])),
         "Type": _KINDS.get(source.kind, "LyCORIS"),
         "Base model": " or ".join(listing.civitai for listing in listings) or "unknown",
         "Trigger words": metadata.get(PHRASE_KEY, "none known"),

@@ -87,7 +87,9 @@ def parse_toml(text: str | bytes) -> dict[str, Any]:
         settings = tomllib.loads(text)
         repr(settings)  # Raises for values nested too deeply for a message.
     except ValueError as error:  # Also raised for a number of thousands of digits.
-        raise BadConfig(str(error)) from None
+        place = re.search(r"at line (\d+)", str(error))
+        line = str(text).splitlines()[int(place[1]) - 1].strip() if place else ""
+        raise BadConfig(f"{error}{line and f': {_SHOWN.repr(line)}'}") from None
     except RecursionError:
         raise BadConfig("values are nested too deeply") from None
     return settings

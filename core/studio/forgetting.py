@@ -1,6 +1,7 @@
 """Delete everything that a studio keeps of one person, so that a killed call can be repeated until nothing is left.
 
-What makes a folder the person's is deleted after everything else in it, and the line in the report after the folder.
+What makes a folder the person's is deleted after everything else in it, then the note of the agreement, and the line in the
+report after the folder.
 """
 
 import os
@@ -8,6 +9,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from ..errors import BadConfig, BadFile, InUse
+from ..photos.agreement import NOTE
 from ..storage.files import check_deleted, delete
 from ..storage.locks import alone, locked
 from .people import REPORT
@@ -81,8 +83,9 @@ def _delete(folder: Path, left: list[str]) -> int:
             inner += one.iterdir() if one.is_dir() else ()
         except OSError as error:
             left.append(f"{one}: cannot be deleted: {error.strerror or error}")
-    count = sum(delete(one, left) for one in inner if one.name not in (RECORD, CACHE))
-    for one in (place / CACHE, place / RECORD, place, folder):
+    notes = [one for one in inner if one.name.endswith(NOTE)]
+    count = sum(delete(one, left) for one in inner if one.name not in (RECORD, CACHE) and one not in notes)
+    for one in (place / CACHE, place / RECORD, *notes, place, folder):
         if not left:
             count += delete(one, left)
     return count

@@ -6,17 +6,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..errors import BadConfig, BadFile, FaceLoraError
 from ..photos import Photo, count_photos, read_photos
-from ..photos.agreement import MAX_BYTES, PERSON_FILE, YES
+from ..photos.agreement import MAX_BYTES, PERSON_FILE, SETTINGS, YES, read_person_file
 from ..pictures.style_pack import check_count
 from ..progress import OnWarning
 from ..storage.files import RESERVED, read_bytes
-from ..storage.plain_values import is_text, parse_json, parse_toml
+from ..storage.plain_values import is_text, parse_json
 
 REPORT, PAGE = "report.json", "report.html"
 """The studio's files in its output, beside the people's folders."""
@@ -51,7 +51,7 @@ class Person:
         return count_photos(self.photos), count_photos(self.photos / DRAWN_FOLDER)
 
 
-_OWN_SETTINGS = [field.name for field in fields(Person) if field.name not in ("name", "photos", "problem")]
+_OWN_SETTINGS = ("agreed", *SETTINGS)
 
 
 def read_people(place: str | os.PathLike[str]) -> list[Person]:
@@ -108,9 +108,9 @@ def _read_settings(folder: Path) -> Mapping[str, Any] | str:
     if os.access(folder, os.X_OK) and not os.path.lexists(file):
         return f"{PERSON_FILE} is missing; create it with agreed = true if the person has agreed"
     try:
-        return parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE))
+        return read_person_file(file)[1]
     except FaceLoraError as error:
-        return one_line(f"{PERSON_FILE}: {error}")
+        return str(error)
 
 
 def _csv_rows(place: Path, text: str) -> Iterable[Mapping[str, Any]]:

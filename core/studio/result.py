@@ -21,6 +21,7 @@ from ..errors import BadConfig, BadFile, FaceLoraError, InUse, one_line
 from ..faces import LIKENESS
 from ..models.base import Base
 from ..photos import Photo, check_agreed
+from ..photos.agreement import NOTE
 from ..pictures.style_pack import StylePack
 from ..progress import READING, OnProgress
 from ..storage.cache_folder import cache_in, content_key
@@ -235,7 +236,8 @@ def check_person(person: Person, output: Path) -> None:
 def is_foreign(folder: Path) -> bool:
     """Return whether a folder has files, but nothing that makes it a person's. Raises OSError if it can't be read."""
     names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    return bool(names - {lock_of(folder / RECORD).name}) and not names & {RECORD, CACHE}
+    left = {name for name in names - {lock_of(folder / RECORD).name} if not name.endswith(NOTE)}
+    return bool(left) and not names & {RECORD, CACHE}
 
 
 def _read_order(

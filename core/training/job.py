@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,19 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
+from ..photos import (
+    Agreement,
+    Dataset,
+    Photo,
+    Ready,
+    Region,
+    Thresholds,
+    check_agreed,
+    make_ready,
+    prepare,
+    trigger_hint,
+    usual_hold_out,
+)
 from ..photos.crops import about_small_faces, suggests_crops
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key
@@ -54,6 +66,8 @@ class TrainingJob:
     """The network that measures likeness if `ready` was made without one (default: YuNet and SFace)."""
     judge: FaceNetwork | None = None
     """A second face network, which measures the same pictures but selects nothing."""
+    agreement: Agreement = field(default=Agreement(), repr=False)
+    """What the person has agreed to, as the `person.toml` among the photos says."""
 
     @classmethod
     def of(
@@ -76,8 +90,8 @@ class TrainingJob:
         Only the photos that are used affect the training and the key, so a set without rejected photos has the same key with
         and without a check. Settings that depend on likeness are turned off when no photo could be held out. If `face_crops`
         is None, the size of the faces decides, and `on_warning` is told when it turns them on. Raises BadConfig
-        for settings that don't suit the base model or contradict the photos, LoraMisfit for a LoRA that doesn't fit, and
-        BadPhoto without enough photos.
+        for settings that don't suit the base model or contradict the photos, and if the person doesn't agree or no longer does.
+        Raises LoraMisfit for a LoRA that doesn't fit, and BadPhoto without enough photos.
         """
         check_base_options(base, config, adapter is not None)
         if config.class_images and class_photos:
@@ -98,7 +112,8 @@ class TrainingJob:
             config = replace(config, face_crops=suggests_crops(ready.training, side))
             if about := about_small_faces(ready.training, side):
                 on_warning(about)
-        return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge)
+        agreement = check_agreed(*{photo.folder for photo in ready.photos if photo.folder})
+        return cls(ready, base, config, class_photos, start, adapter, held_out, faces, judge, agreement)
 
     @cached_property
     def key(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from ..device import deterministic_if, release_memory, released_memory, usable_device
 from ..errors import FaceLoraError
 from ..lora import MOVEMENT_KEY, LoraFile, doubt_of_movement, format_movement, movement_of
+from ..lora.metadata import agreement_metadata
 from ..models.base import Base
 from ..photos import Photo, face_regions, with_masks
 from ..progress import LOADING, READING, SAMPLES
@@ -40,7 +41,8 @@ def run_job(
     """
     if job.adapter:
         job = replace(job, base=job.base.as_distilled())
-    base, config = job.base, job.config
+    base, config, until = job.base, job.config, job.agreement.agreed_until
+    stated = agreement_metadata(until is not None, until)
     # Memory is released for whatever needs it next: drawing, another person, ComfyUI's next node. Libraries that are imported
     # here add warning filters, which must not stay.
     with warnings.catch_warnings(), deterministic_if(config.deterministic), released_memory():
@@ -60,7 +62,7 @@ def run_job(
         lora = train_lora(
             cache, base, config, device=device, continue_from=fitting(job.start, base) if job.start else None,
             training_adapter=job.adapter, samples=samples, state_path=files and files.state, resume=resume,
-            extra_metadata={"ss_output_name": files.output.stem} if files else None,
+            extra_metadata=stated | ({"ss_output_name": files.output.stem} if files else {}),
             callbacks=files.written_by(callbacks, config) if files else callbacks,
         )  # fmt: skip
     if isinstance(lora, LoraFile) and (movement := _movement(lora, base, callbacks)):

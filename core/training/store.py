@@ -25,10 +25,10 @@ from ..device import PRECISIONS
 from ..errors import BadConfig, FaceLoraError, InUse
 from ..faces import FaceNetwork
 from ..lora.file import KEY, LoraFile
-from ..lora.names import AGREED, SUBJECT_KEY
+from ..lora.metadata import agreement_metadata
 from ..models.base import Base
 from ..models.opening import load_base
-from ..photos import Photo, PhotoLike, Ready, as_photo, check_agreed, read_photos
+from ..photos import Photo, PhotoLike, Ready, as_photo, check_agreed, keep_agreement, read_photos
 from ..progress import READING, OnWarning, silent
 from ..storage.cache_folder import made_folder
 from ..storage.files import EARLIER, RESERVED, check_writable, remove_leftovers, set_aside, writing
@@ -263,6 +263,8 @@ def find_or_train(
         remove_leftovers(run.path, ".*")
         on_history(run.history())
         with (_own_path if destination.sets_aside else _free_path)(destination, job) as (path, found):
+            until = keep_agreement(path, job.agreement).agreed_until
+            agreed = agreement_metadata(destination.agreed, until)
             if not found:
                 before = _trained_before(run, destination.folders)
                 found = before is not None
@@ -271,7 +273,6 @@ def find_or_train(
                     _set_lora_aside(path)
                     # It may have been read from a file now moved.
                     lora = _trained_before(run, destination.folders) or lora
-                agreed = {SUBJECT_KEY: AGREED} if destination.agreed else {}
                 metadata = lora.metadata | {KEY: job.key, "ss_output_name": path.stem} | agreed
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
                 del before, lora  # Windows can't delete a file that is still open
@@ -284,7 +285,8 @@ def _in_file(
     job: TrainingJob, destination: OutputFile, device: torch.device | str | None, callbacks: Callbacks
 ) -> TrainedFile:
     files, found = RunFiles(destination.path), is_trained(job, destination)
-    metadata = {**destination.metadata, KEY: job.key}
+    until = keep_agreement(destination.path, job.agreement).agreed_until
+    metadata = {**destination.metadata, KEY: job.key, **agreement_metadata(until is not None, until)}
     if not found:
         with files.held(job, destination.resume, destination.restart):
             run_job(job, files, resume=destination.resume, device=device, metadata=metadata, callbacks=callbacks)
