@@ -560,7 +560,7 @@ WORKFLOWS = [
             Step(
                 "Headshots",
                 note("""The headshots appear here, and are saved in the output folder."""),
-                [draw(BASE), headshots("headshots/existing-lora", "decoded.IMAGE")],
+                [draw(BASE), headshots("headshots/%FaceLoRAApply.lora_name%", "decoded.IMAGE")],
             ),
         ],
     ),

@@ -7,7 +7,9 @@ import { make } from "./elements.js"
 import { pack } from "./templates.js"
 import { say } from "./words.js"
 
-const SAVE = "SaveImage", SAMPLER = "FaceLoRASampler"
+const SAVE = "SaveImage", SAMPLER = "FaceLoRASampler", TRAIN = "FaceLoRATrain"
+/** Where the old templates saved everybody's headshots, and where they are saved instead: by the name of the person. */
+const OLD_PREFIX = "headshots/my-face", PREFIX = "headshots/%FaceLoRATrain.name%"
 /** The nodes that pictures of a person come from. Each has what a file of an older version lacks. */
 const SOURCES = {
   FaceLoRAApply: ({ outputs }) => !outputs?.some(({ name }) => name === "label"),
@@ -31,7 +33,10 @@ app.registerExtension({
   beforeConfigureGraph(graph) {
     const ofPeople = ({ id }) => [...sources(graph, id)].some((node) => SOURCES[node.type]?.(node))
     const saves = graph.nodes.filter((node) => node.type === SAVE && ofPeople(node))
-    for (const save of saves) save.type = "FaceLoRASaveHeadshots"
+    for (const save of saves) {
+      save.type = "FaceLoRASaveHeadshots"
+      if (save.widgets_values?.[0] === OLD_PREFIX && graph.nodes.some(({ type }) => type === TRAIN)) save.widgets_values = [PREFIX]
+    }
     if (saves.length)
       app.extensionManager.toast.add({
         severity: "info", summary: "Save Headshots", life: 8000,
@@ -47,7 +52,7 @@ const modelsOf = ({ nodes }) => nodes.flatMap(({ properties }) => properties?.mo
 async function openToday() {
   const old = app.rootGraph.serialize(), own = modelsOf(old)
   const values = app.rootGraph.nodes.flatMap(({ type, widgets = [] }) =>
-    widgets.filter(({ serialize }) => serialize !== false).map(({ name, value }) => [type, name, value]))
+    widgets.filter(({ serialize, value }) => serialize !== false && value !== PREFIX).map(({ name, value }) => [type, name, value]))
   const read = async (name) => (await api.fetchApi(`/workflow_templates/${encodeURIComponent(pack)}/${encodeURIComponent(name)}.json`)).json()
   const names = (await api.getWorkflowTemplates())[pack].filter((name) => name.endsWith(".app"))
   const apps = await Promise.all(names.map(read)), fits = apps.findIndex((one) => modelsOf(one).every((model) => own.includes(model)))

@@ -34,6 +34,7 @@ def test_headshots_of_an_old_workflow_are_marked_and_saved_once(page, server):
         assert len(shown) == count
         new = {*folder.glob("*.png")} - before
         assert len(new) == (2 if count == 2 else 1), "those of the first run are not saved again"
+        assert all(file.name.startswith("old_") for file in new), "named after the LoRA"
         assert {read_mark(file) for file in new} == {DRAWN}
     assert page.problems == []
 
@@ -50,6 +51,7 @@ def test_an_old_app_is_opened_as_that_of_today_with_its_values(page, server):
     page.page.locator(".facelora-more").wait_for()
     page.page.get_by_text("This app is from an older version").wait_for(state="hidden")
     assert "FaceLoRASampler" in types(page.saved()) and "SaveImage" not in types(page.saved())
+    assert page.widgets("FaceLoRASaveHeadshots")["filename_prefix"] == "headshots/%lora_name%"
     now = [page.widgets(name) for name in ("FaceLoRATrain", "FaceLoRAStylePack", "FaceLoRALoadPhotos", "FaceLoRAApply")]
     assert now == kept
     assert page.problems == []

@@ -420,6 +420,9 @@ def test_without_a_lora_templates_say_where_to_put_one(page):
         assert shown == ["No LoRA yet. Put a file into models/loras, then press R"] * count
     page.open(workflow_file(NAMES[5]), NAMES[5])
     assert page.run(label, [CONNECTED, "anna.safetensors"]) == ["Choose a LoRA"]
+    page.set_widgets({"FaceLoRAApply": {"lora_name": "anna.safetensors"}})
+    (saved,) = [node["inputs"] for node in page.prompt().values() if node["class_type"] == "FaceLoRASaveHeadshots"]
+    assert saved["filename_prefix"] == "headshots/anna", "the pictures of people are kept apart"
 
 
 def test_two_tabs_with_the_same_app_both_show_it(page):
