@@ -147,7 +147,7 @@ AT_THE_TOP = {
     ".ci", ".comfyignore", ".editorconfig", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md",
     "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "SECURITY.md",
     "__init__.py", "__main__.py", "core", "docs", "install.py", "lab", "locales", "nodes", "py.typed", "pyproject.toml",
-    "requirements.txt", "subgraphs", "tests", "tools", "web", "workflows",
+    "requirements.txt", "scripts", "subgraphs", "tests", "tools", "web", "workflows",
 }  # fmt: skip
 
 

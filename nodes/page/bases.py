@@ -1,7 +1,7 @@
-"""The base models that the page offers: the demo's, and those in folders that the user has named."""
+"""The base models that the page offers: the demo's, and those of a program or in folders that the user has named."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -25,22 +25,25 @@ def check_folder(text: str) -> Path:
     return folder.resolve()
 
 
-def find_bases(folders: Sequence[str]) -> list[dict[str, Any]]:
+def files_in(folders: Sequence[str]) -> dict[str, str]:
+    """Return the title of each model file in or below the folders."""
+    return {str(path): str(path.relative_to(folder)) for folder in folders for path in _files(Path(folder))}
+
+
+def find_bases(files: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return what the page shows of each base model: its name for the commands, its title, and what it lacks to be used."""
     found = [{"base": DEMO, "title": "demo", "family": "", "lacks": ""}] if DEMO_FILE.exists() else []
-    for folder in folders:
-        for path in _files(Path(folder)):
-            if about := _about(str(path), path.stat().st_mtime_ns):
-                title, lacks = about
-                found.append(
-                    {"base": str(path), "title": str(path.relative_to(folder)), "family": title, "lacks": lacks}
-                )
+    for path, title in files.items():
+        with suppress(OSError):
+            if about := _about(path, os.stat(path).st_mtime_ns):
+                family, lacks = about
+                found.append({"base": path, "title": title, "family": family, "lacks": lacks})
     return found
 
 
-def opened(base: str, folders: Sequence[str]) -> Base:
+def opened(base: str, files: Mapping[str, str]) -> Base:
     """Open a base model that is offered. Raises BadConfig for another one."""
-    if base != DEMO and not any(Path(base) in _files(Path(folder)) for folder in folders):
+    if base != DEMO and base not in files:
         raise BadConfig("choose a base model of the list")
     return load_base(base)
 

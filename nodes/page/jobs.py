@@ -51,6 +51,8 @@ class Jobs:
     """The jobs of all people, whose folders are in one folder."""
 
     def __init__(self, folder: Path) -> None:
+        self.starts = True
+        """Whether jobs start when they are asked for. In another program, they wait until it has made room."""
         self._folder = folder
         self._processes: dict[int, psutil.Popen] = {}  # Those of this page, which has to wait for them when they end.
         self._states: dict[Path, tuple[int, dict[str, Any]]] = {}
@@ -63,15 +65,21 @@ class Jobs:
             if not again or ending == "errors":
                 (person / f"{kind}.{ending}").unlink(missing_ok=True)
         self._write(person, kind, Job(tuple(arguments), time.time()))
-        self.start_next()
+        if self.starts:
+            self.start_next()
+
+    def running(self) -> tuple[Path, str] | None:
+        """Return the person and kind of the job that runs; None if none does."""
+        return next(((person, kind) for person, kind, job in self._found() if self._is_running(job)), None)
+
+    def waiting(self) -> list[tuple[Path, str]]:
+        """Return the persons and kinds of the jobs that wait, in their order."""
+        waiting = sorted((job.asked, person, kind) for person, kind, job in self._found() if not (job.pid or job.ended))
+        return [(person, kind) for _, person, kind in waiting]
 
     def start_next(self) -> None:
         """Start the job that waits longest, unless one runs."""
-        found = self._found()
-        if any(self._is_running(job) for _, _, job in found):
-            return
-        waiting = sorted((job.asked, person, kind) for person, kind, job in found if not (job.pid or job.ended))
-        for _, person, kind in waiting[:1]:
+        for person, kind in [] if self.running() else self.waiting()[:1]:
             job = self.of(person, kind)
             assert job
             variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -119,7 +119,7 @@ class Setup {
     this.base.addEventListener("change", () => this.changed())
     this.lacks = make("div", "facelora-line facelora-warning")
     this.folders = Object.assign(make("textarea", ""), { rows: 3 })
-    const named = make("details", "", make("summary", "", say("Folders with base models")), field(say("One folder in each line"), this.folders),
+    this.named = make("details", "", make("summary", "", say("Folders with base models")), field(say("One folder in each line"), this.folders),
       button(say("Look in these folders"), async () => this.offer(await ask("folders", "PUT", { folders: this.folders.value.split("\n") }))))
     this.recipes = Object.fromEntries(RECIPES.map((recipe) => [recipe, input({ type: "radio", name: "recipe", value: recipe, checked: recipe === "balanced" })]))
     this.spans = Object.fromEntries(RECIPES.map((recipe) => [recipe, make("span", "facelora-quiet")]))
@@ -134,7 +134,7 @@ class Setup {
     const start = Object.assign(make("button", "action", say("Start")), { type: "submit" })
     this.root = make("form", "", make("h2", "", say("New person")), fieldset(say("10 to 20 photos"), this.drop),
       make("div", "facelora-row", field(say("Name"), this.name), field(say("Class word, e.g. woman"), this.kind), kinds),
-      make("div", "part", field(say("Base model"), this.base), this.lacks, named),
+      make("div", "part", field(say("Base model"), this.base), this.lacks, this.named),
       fieldset(say("Recipe"), make("div", "facelora-row", ...choices), this.memory), more,
       make("label", "line", this.agreed, make("span", "", say("This person has agreed to it"))),
       make("div", "facelora-row", start))
@@ -159,10 +159,11 @@ class Setup {
   /** Shows what can be chosen. */
   offer(setup) {
     this.setup = setup
-    const chosen = this.base.value
+    const chosen = this.base.value || setup.chosen
     this.base.replaceChildren(...setup.bases.map(({ base, title, family }) => option(base, base === setup.demo ? say("The demo's small model, for a first try") : `${title} · ${family}`)))
     if (setup.bases.some(({ base }) => base === chosen)) this.base.value = chosen
-    this.folders.value = setup.folders.join("\n")
+    this.named.hidden = !setup.folders
+    this.folders.value = (setup.folders ?? []).join("\n")
     this.styles = new Styles(setup.packs, say("the usual one"))
     this.more.replaceChildren(make("div", "facelora-row", field(say("Style pack"), this.styles.pack), field(say("How many headshots"), this.count), field(say("Steps"), this.steps)))
     this.changed()

@@ -7,7 +7,9 @@ person are in FOLDER/.page/.next until it has a name.
 import json
 import os
 import re
+import shutil
 import tempfile
+import threading
 import zipfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,11 +22,12 @@ from ...core.config import RecipeName
 from ...core.errors import BadConfig, BadFile, BadPhoto, check_length
 from ...core.faces import faces_if_installed
 from ...core.lora.file import LoraFile
+from ...core.lora.sidecars import sidecars_of, taken_by, write_sidecars
 from ...core.photos import Photo, Thresholds, check_photos, count_photos, read_photos
 from ...core.photos.reading import MAX_BYTES, PHOTO_SUFFIXES, read_photo_files
 from ...core.pictures.headshots import OVERVIEW
 from ...core.pictures.style_pack import check_count
-from ...core.storage.files import check_deleted, delete, make_folder, read_json, write_text, writing
+from ...core.storage.files import check_deleted, delete, make_folder, read_json, write_file, write_text, writing
 from ...core.storage.plain_values import read_as
 from ...core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from ...core.studio.forgetting import forget
@@ -78,6 +81,7 @@ class Home:
         self.own.chmod(0o700)
         self.jobs = Jobs(self.own)
         self._checked: tuple[Any, dict[str, Any]] = None, {}
+        self._copying = threading.Lock()
 
     def names(self) -> list[str]:
         """Return the names of all people, the latest first."""
@@ -269,6 +273,7 @@ class Home:
         if (self.folder / name).exists():
             forget(name, self.folder)
         check_deleted(delete(place, left), left)
+        self.copy_loras(None)
 
     def rename(self, name: str, new: str) -> None:
         """Rename a person and the LoRA. Another training run of the person makes the headshots again."""
@@ -294,6 +299,40 @@ class Home:
             write_report(self.folder, [line for line in read_report(self.folder) if line.name != name])
             if lora:
                 (self.folder / new / lora.name).unlink(missing_ok=True)
+
+    def copy_loras(self, folder: Path | None) -> bool:
+        """Copy new LoRAs to another program's folder, with the files that it reads beside them. Return whether one changed.
+
+        Copies of people who are gone are deleted; for None, nothing else happens. A copy that the user has deleted is not made
+        again.
+        """
+        with self._copying:
+            listed, copies = self.own / "copies.json", dict[str, list[Any]]()
+            with suppress(BadFile):
+                copies = dict(read_json(listed))
+            loras = {name: lora for name in self.names() if (lora := self._lora(name))}
+            gone = [copy for copy, (name, _) in copies.items() if name not in loras]
+            for copy in gone:
+                for file in (*sidecars_of(Path(copy)), Path(copy)):
+                    file.unlink(missing_ok=True)
+                del copies[copy]
+            mine = {name: (Path(copy), made) for copy, (name, made) in copies.items() if Path(copy).parent == folder}
+            new = {name: lora.stat().st_mtime_ns for name, lora in loras.items()} if folder else {}
+            changed = [name for name, made in new.items() if mine.get(name, (None, 0))[1] != made]
+            for name in changed:
+                assert folder
+                free = (f"{name}{f'-{number}' if number > 1 else ''}.safetensors" for number in count(1))
+                copy = (
+                    mine[name][0] if name in mine else next(folder / one for one in free if not taken_by(folder / one))
+                )
+                with loras[name].open("rb") as file:
+                    write_file(copy, lambda out, file=file: shutil.copyfileobj(file, out))
+                copies[str(copy)] = [name, new[name]]
+                write_text(listed, json.dumps(copies))
+                write_sidecars(copy, *(self.folder / name / shot["file"] for shot in self._ranked(name)[:1]))
+            if gone:
+                write_text(listed, json.dumps(copies))
+            return bool(gone or changed)
 
     def published(self, name: str, title: str) -> tuple[list[str], Path]:
         """Return the command that makes a folder to upload, with the favourites or the kept headshots, and the folder."""

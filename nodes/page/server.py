@@ -23,7 +23,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from ...core.demo import FOLDER as DEMO_PACKS
 from ...core.device import best_device
@@ -38,7 +37,7 @@ from ..forecasts import forecast_for, spans_of
 from ..settings import NodeSettings
 from ..style_picture import style_picture
 from . import people
-from .bases import DEMO, check_folder, find_bases, opened
+from .bases import DEMO, check_folder, files_in, find_bases, opened
 from .guard import Guard
 from .jobs import COMMAND, ROOT
 
@@ -53,11 +52,14 @@ PUBLISHING = 600.0
 
 
 class Page:
-    """What the addresses answer. Its methods that take a request are handlers."""
+    """What the addresses answer. Its methods that take a request are handlers.
 
-    def __init__(self, folder: Path) -> None:
+    A program that shows the page gives its base models: a function that returns the title of each file, the chosen one first.
+    """
+
+    def __init__(self, folder: Path, files: Callable[[], Mapping[str, str]] | None = None) -> None:
         self.people = people.Home(folder)
-        self._settings = self.people.own / "settings.json"
+        self._settings, self._given = self.people.own / "settings.json", files
 
     @property
     def folders(self) -> list[str]:
@@ -66,19 +68,31 @@ class Page:
             return list(map(str, read_json(self._settings)["folders"]))
         return []
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The titles of the files that may be base models."""
+        return files_in(self.folders) if self._given is None else self._given()
+
     # What is looked at.
 
     async def setup(self, request: Request) -> Any:
         """What the form offers."""
-        return await asyncio.to_thread(
-            lambda: {"bases": find_bases(self.folders), "folders": self.folders, "packs": _packs(DEMO), "demo": DEMO}
-        )
+
+        def offered() -> dict[str, Any]:
+            files, folders = self.files, self.folders if self._given is None else None
+            chosen = next(iter(files), DEMO) if folders is None else DEMO
+            return {
+                "bases": find_bases(files), "chosen": chosen, "folders": folders, "packs": _packs(DEMO), "demo": DEMO,
+            }  # fmt: skip
+
+        return await asyncio.to_thread(offered)
 
     async def now(self, request: Request) -> Any:
         """Everyone in short, and one person whole. Pages ask for it all the time."""
 
         def shown() -> dict[str, Any]:
-            self.people.jobs.start_next()
+            if self.people.jobs.starts:
+                self.people.jobs.start_next()
             names, name = self.people.names(), request.query_params.get("person", "")
             person = self.people.shown(name) if name in names else None
             everyone = [self.people.shown(one, whole=False) for one in names]
@@ -88,7 +102,7 @@ class Page:
 
     async def check(self, request: Request) -> Any:
         def checked() -> dict[str, Any]:
-            return self.people.check(opened(request.query_params.get("base", DEMO), self.folders).resolution)
+            return self.people.check(opened(request.query_params.get("base", DEMO), self.files).resolution)
 
         return await asyncio.to_thread(checked)
 
@@ -103,7 +117,7 @@ class Page:
             raise BadConfig("photos, pictures and steps are numbers") from None
 
         def spans() -> dict[str, Any]:
-            base = opened(asked.get("base", DEMO), self.folders)
+            base = opened(asked.get("base", DEMO), self.files)
             recipes, settings = recipes_of(base, silent), NodeSettings(steps=steps, samples=0)
             forecast = forecast_for(base, settings, recipes, best_device())
             found = spans_of(forecast, settings, recipes, min(photos, people.MOST_PHOTOS), min(pictures, 1000))
@@ -149,6 +163,8 @@ class Page:
 
     async def set_folders(self, request: Request) -> Any:
         (folders,) = await _sent(request, folders=list)
+        if self._given is not None:
+            raise BadConfig("the base models are those of the program")
         chosen = [str(check_folder(str(folder))) for folder in folders if str(folder).strip()]
         write_text(self._settings, json.dumps({"folders": list(dict.fromkeys(chosen))}))
         return await self.setup(request)
@@ -163,7 +179,7 @@ class Page:
         asked = read_as(people.Request, await _read(request))
 
         def begin() -> None:
-            opened(asked.base, self.folders)
+            opened(asked.base, self.files)
             self.people.begin(asked)
 
         return await self._changed(begin)
@@ -216,9 +232,8 @@ class Page:
         return {"done": True}
 
 
-def application(folder: Path) -> ASGIApp:
-    """Return the page with its people and base models in a folder. Who may reach it is up to what mounts it."""
-    page = Page(folder)
+def application(page: Page) -> Starlette:
+    """Return the page as an application. Who may reach it is up to what mounts it."""
     person = "/people/{name}"
     routes = [
         Route("/", lambda request: FileResponse(HERE / "page.html")),
@@ -319,8 +334,7 @@ def serve(folder: Path, port: int, *, shows: bool) -> None:
     """Serve the page on this computer until Ctrl-C. `shows`: open it in the user's browser."""
     import uvicorn
 
-    app = application(folder)
-    guarded = Guard(app, token_in(folder / people.OWN))
+    guarded = Guard(application(Page(folder)), token_in(folder / people.OWN))
     with socket.socket() as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
         try:

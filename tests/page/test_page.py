@@ -29,7 +29,7 @@ class Client:
     """Asks the page as a browser does, without a network."""
 
     def __init__(self, folder: Path) -> None:
-        self.app = SERVER.application(folder)
+        self.app = SERVER.application(SERVER.Page(folder))
         self.guarded = GUARD.Guard(self.app, TOKEN)
 
     def ask(self, method: str, path: str, body: Any = None, *, token: str = TOKEN, **headers: str) -> tuple[int, Any]:
