@@ -5,7 +5,8 @@ an hour; `--model NAME`, once or more, does these models alone, and leaves the r
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,10 +70,27 @@ def prediction_of(model: Model, form: str = "", *, each_block: bool = False) -> 
     return StepPrediction(inputs, each_block=each_block)
 
 
-def predictions(model: Model, form: str = "") -> dict[MemoryPlan, int]:
-    """How many bytes each plan needs."""
-    prediction = prediction_of(model, form)
-    return {plan: prediction.bytes(plan) for plan in plans_for("auto", quantised=base_of(model, form).is_quantised)}
+class Needs:
+    """What the plans of a model need of a card and of the computer, in GiB."""
+
+    def __init__(self, model: Model, form: str = ""):
+        base = base_of(model, form)
+        self.weights: float = base.weight_bytes("denoiser", torch.int8, as_stored=bool(form)) / GIB
+        """The size of weights that are brought in."""
+        self.plans: tuple[MemoryPlan, ...] = plans_for("auto", quantised=bool(form))
+        self.of: Callable[[MemoryPlan], int] = functools.cache(prediction_of(model, form).bytes)
+        """The bytes of the card."""
+        self.row: list[str] = list(map(self.cell, self.plans))
+
+    def cell(self, plan: MemoryPlan) -> str:
+        """The GiB of the card, with those of page-locked memory."""
+        locked = f" + {plan.offload * self.weights:.1f}" if plan.offload else ""
+        return f"{self.of(plan) / GIB:.1f}{locked}"
+
+    def on(self, card: Card) -> str:
+        """The plan that is chosen on a card with enough of the computer's memory, in few words, with its GiB."""
+        plan = first_that_fits(self.plans, lambda plan: self.of(plan) <= card.room)
+        return f"{column(plan)} ({self.cell(plan)})" if self.of(plan) <= card.room else "no plan fits"
 
 
 def column(plan: MemoryPlan) -> str:
@@ -84,33 +102,18 @@ def column(plan: MemoryPlan) -> str:
     return f"{bits}{share}{cheap} recomputed{brought}"
 
 
-def training_on(card: Card, needs: dict[MemoryPlan, int]) -> str:
-    """The plan that is chosen on a card, in few words, with the GiB that it needs."""
-    plan = first_that_fits(list(needs), lambda plan: needs[plan] <= card.room)
-    return f"{column(plan)} ({needs[plan] / GIB:.1f})" if needs[plan] <= card.room else "no plan fits"
-
-
 def tables_of_quantised(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The tables of these models in these forms of storage."""
     titles = [f"{name}, {form}, {MODELS[name].resolution} px" for name, form in rows]
-    needs = [predictions(MODELS[name], form) for name, form in rows]
-    sizes = [
-        base_of(MODELS[name], form).weight_bytes("denoiser", torch.bfloat16, as_stored=True) for name, form in rows
-    ]
+    needs = [Needs(MODELS[name], form) for name, form in rows]
     return {
         "memory of quantised files": table(
-            ["GiB", "weights", *map(column, needs[0])],
-            [
-                [title, f"{size / GIB:.1f}", *(f"{need / GIB:.1f}" for need in found.values())]
-                for title, size, found in zip(titles, sizes, needs, strict=True)
-            ],
+            ["GiB", "weights", *map(column, needs[0].plans)],
+            [[title, f"{found.weights:.1f}", *found.row] for title, found in zip(titles, needs, strict=True)],
         ),
         "training on quantised files": table(
             ["", *(card.name for card in CARDS)],
-            [
-                [title, *(training_on(card, found) for card in CARDS)]
-                for title, found in zip(titles, needs, strict=True)
-            ],
+            [[title, *map(found.on, CARDS)] for title, found in zip(titles, needs, strict=True)],
         ),
     }
 
@@ -124,13 +127,13 @@ def drawing_on(card: Card, weights: int) -> str:
 def rows_of(model_name: str) -> dict[str, list[str]]:
     """The model's row of each table, by the table's name."""
     model = MODELS[model_name]
-    needs, weights, title = predictions(model), weight_bytes(model), titled(model_name)
+    needs, weights, title = Needs(model), weight_bytes(model), titled(model_name)
     return {
-        "memory": [title, *(f"{needs[plan] / GIB:.1f}" for plan in PLANS)],
+        "memory": [title, *needs.row],
         "training on cards": [
             title,
             f"{count_flops(partial(prediction_of(model, each_block=True).bytes, PLANS[0])) / 1e12:.3g}",
-            *(training_on(card, needs) for card in CARDS),
+            *map(needs.on, CARDS),
         ],
         "drawing on cards": [model_name, f"{weights / GIB:.1f}", *(drawing_on(card, weights) for card in CARDS)],
     }

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,13 +83,12 @@ _QUANTISED = tuple(replace(plan, weights="8 bits") for plan in _RECOMPUTING)
 PLANS = (
     *_RECOMPUTING,
     *_QUANTISED,
-    replace(_QUANTISED[1], offload=0.5),
-    *(replace(plan, offload=1.0) for plan in _QUANTISED[1:]),
+    *(replace(plan, offload=share) for plan, share in zip(_QUANTISED[1:], (0.75, 0.75, 1.0), strict=True)),
 )
 """The plans from the fastest to the smallest, but full weights come first, since only these don't change the results.
 
-Blocks are brought in when recomputing everything is not enough. The first of these plans recompute less again: copies take no
-time as long as the device computes for longer.
+Blocks are brought in when recomputing everything is not enough, and only as many as must be (`first_that_fits`). The first of
+these plans recompute less again: copies take no time as long as the device computes for longer.
 """
 
 WEIGHTS_IN_DRAWING = 0.7
@@ -114,9 +114,24 @@ def plans_for(
     return tuple(plan for plan in plans if plan.recompute == wanted and not plan.selective)
 
 
-def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
-    """Return the first plan that fits, or the last one if none does."""
-    return next((plan for plan in plans if fits(plan)), plans[-1])
+def first_that_fits(
+    plans: Sequence[MemoryPlan],
+    fits: Callable[[MemoryPlan], bool],
+    locks: Callable[[MemoryPlan], bool] = lambda plan: True,
+) -> MemoryPlan:
+    """Return the first plan that fits, bringing in as few sixteenths of the blocks as it can; the last plan if none fits.
+
+    `locks` is whether the computer has enough memory for the blocks that are brought in. If it has too little for each plan
+    that fits, the last of these is returned, which brings in the fewest.
+    """
+    found = plans[-1]
+    for plan in filter(fits, plans):
+        shares = [replace(plan, offload=part / 16) for part in range(1, int(16 * plan.offload))]
+        at = bisect_left(shares, True, key=fits)
+        found = [*shares, plan][at]
+        if locks(found):
+            break
+    return found
 
 
 def drawing_plan(weights: int, free: int | None) -> MemoryPlan:
@@ -362,10 +377,15 @@ class PinnedStore:
 
 
 def _page_locked(size: int) -> Tensor:
-    room = free_memory(torch.device("cpu"))
-    if room is not None and room - size < LEFT_FREE:
+    if size > lockable_memory():
         raise MemoryError
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def lockable_memory() -> float:
+    """Return how many bytes of the computer's free memory may be page-locked."""
+    room = free_memory(torch.device("cpu"))
+    return math.inf if room is None else room - LEFT_FREE
 
 
 def _aligned(size: int) -> int:

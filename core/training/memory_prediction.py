@@ -24,7 +24,15 @@ from ..lora.modules import stands_alone
 from ..models.alike_blocks import AlikeBlocks, put_stand_ins
 from ..models.base import Base
 from ..models.frozen_layers import FrozenLayers
-from ..models.memory_plan import RESERVE, MemoryCount, MemoryPlan, allocated, first_that_fits, unique_bytes
+from ..models.memory_plan import (
+    RESERVE,
+    MemoryCount,
+    MemoryPlan,
+    allocated,
+    first_that_fits,
+    lockable_memory,
+    unique_bytes,
+)
 from ..progress import OnWarning
 from ..storage.stored import LazyTensors, QuantisedTensor, Stored, quantised_in
 from .adapted_model import AdaptedModel, keeps_stored, memory_plans
@@ -277,16 +285,20 @@ def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
         least = weights(plan)
         return least if least > room else prediction().bytes(plan)
 
-    def weights(plan: MemoryPlan) -> int:
+    def weights(plan: MemoryPlan, at_home: bool = False) -> float:
         narrowest = inputs.dtype if plan.weights == "full" else torch.int8
-        return 0 if plan.offload else base.weight_bytes("denoiser", narrowest, keeps_stored(config, device))
+        size = base.weight_bytes("denoiser", narrowest, keeps_stored(config, device))
+        return size * (plan.offload if at_home else 1 - plan.offload)
 
     def fits(plan: MemoryPlan) -> bool:
         return need(plan) <= room
 
+    def locks(plan: MemoryPlan) -> bool:
+        return device.type != "cuda" or weights(plan, at_home=True) <= lockable_memory()
+
     try:
         with _collector_paused():
-            plan = first_that_fits(plans, fits)
+            plan = first_that_fits(plans, fits, locks)
         if not fits(plans[0]):
             too_much = "" if fits(plan) else ", which may still be too much. Lower resolution or batch_size"
             on_warning(
@@ -295,7 +307,7 @@ def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
             )
     except Exception as error:  # e.g. a network whose step depends on the values in its tensors
         reason = str(error).partition("\n")[0]
-        plan = first_that_fits(plans, lambda plan: weights(plan) <= room)
+        plan = next((plan for plan in plans if weights(plan) <= room), plans[-1])
         on_warning(f"memory: cannot be predicted ({reason}). Starting with {plan}, and less if memory runs out")
     return plan
 
