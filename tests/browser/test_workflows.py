@@ -476,6 +476,7 @@ def test_a_workflow_file_has_the_planned_nodes(workflow):
     graph = workflow_file(workflow.name)
     planned = [one for step in workflow.steps for node in step.nodes for one in node.flat]
     assert sorted(types(graph)) == sorted([node.type for node in planned] + ["MarkdownNote"] * len(workflow.steps))
+    assert not {"PreviewImage", "SaveImage"} & {*types(graph)}, "they don't mark pictures as drawn"
     assert (FOLDER / f"{workflow.name}.jpg").exists()
 
 
