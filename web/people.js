@@ -19,7 +19,7 @@ export const RENAMED = "facelora.renamed"
 /** The event that tells the widgets the names of deleted files. */
 export const DELETED = "facelora.deleted"
 
-const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected", "no face": "rejected" }
 
 /** The name of the LoRA, which has a number if another one has the person's name. */
 const nameOf = ({ file, name }) => file?.replace(/\.safetensors$/, "") ?? name

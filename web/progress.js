@@ -6,7 +6,7 @@ import { say } from "./words.js"
 // The server's names of phases
 export const WAITING = "waiting", STEPPING = "training", SAMPLING = "samples", DONE = "done", STOPPED = "stopped", FAILED = "failed"
 export const TRAINING = new Set([STEPPING, SAMPLING]), ENDED = new Set([DONE, STOPPED, FAILED, undefined])
-const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected", "no face": "rejected" }
 
 export const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 

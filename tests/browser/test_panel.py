@@ -288,6 +288,7 @@ def test_the_clock_runs_between_reports_and_shows_no_time_left_after_a_stop(page
         (0.61, "the same person", "good", ""),
         (0.45, "perhaps", "doubtful", "Train longer"),
         (0.07, "someone else", "rejected", "Train longer"),
+        (0.0, "no face", "rejected", "Train longer"),
     ],
 )
 def test_the_final_status_shows_in_words_and_colour_whether_it_is_the_person(page, likeness, word, verdict, advice):
