@@ -72,8 +72,9 @@ export function doneShare(state) {
 }
 
 /** Draws the curves of a state: loss and learning rate, and likeness. Charts without a curve are hidden. */
-export function drawCurves({ steps, history, learning_rates, likenesses, limits }, loss, likeness) {
-  const last = steps ?? history?.at(-1)?.[0] ?? 0
+export function drawCurves({ phase, steps, history, learning_rates, likenesses, limits }, loss, likeness) {
+  const reached = Math.max(...[history, likenesses].map((points) => points?.at(-1)?.[0] ?? 0))
+  const last = phase === DONE ? reached : steps ?? reached // it may have ended early
   loss.hidden = !history?.length
   likeness.hidden = !likenesses?.length
   if (!loss.hidden)
