@@ -629,7 +629,7 @@ WORKFLOWS = [
                     ),
                     Node("both", "BatchImagesNode", {},
                          {"images.image0": "decoded_subject.IMAGE", "images.image1": "decoded_class_text.IMAGE"}, height=120),
-                    Node("shown", "PreviewImage", {}, {"images": "both.IMAGE"}, height=320),
+                    Node("shown", "FaceLoRAContactSheet", {"columns": 2, "height": 640}, {"images": "both.IMAGE"}, height=520),
                 ],
                 width=460,
             ),

@@ -2,21 +2,22 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
+import { saySentence } from "./words.js"
 
-/** The event with the reason why a run failed; "" when another one is queued. */
+/** The event with the reason why a run failed, and its prompt: {text, prompt}. The text is "" when another run is queued. */
 export const FAILURE = "facelora.failure"
-const tell = (detail) => document.dispatchEvent(new CustomEvent(FAILURE, { detail }))
+const tell = (text, prompt) => document.dispatchEvent(new CustomEvent(FAILURE, { detail: { text, prompt } }))
 
 const titleOf = (id, type) => app.rootGraph.getNodeById(id)?.title ?? LiteGraph.registered_node_types[type]?.title ?? type
 
 app.registerExtension({
   name: "facelora.failures",
   setup() {
-    api.addEventListener("execution_error", ({ detail: { node_id, node_type, exception_message } }) => {
-      const summary = titleOf(node_id, node_type), detail = exception_message.trim()
+    api.addEventListener("execution_error", ({ detail: { prompt_id, node_id, node_type, exception_message } }) => {
+      const summary = titleOf(node_id, node_type), detail = saySentence(exception_message.trim())
       const [id, ...inner] = String(node_id).split(":"), node = app.rootGraph.getNodeById(id)
       const isHere = node && (inner.length || node.type === node_type) // and not in another tab
-      if (isHere && node_type !== "FaceLoRATrain") tell(`${summary}: ${detail}`) // whose panel has it in its state
+      if (isHere) tell(`${summary}: ${detail}`, prompt_id)
       if (node_type?.startsWith("FaceLoRA")) app.extensionManager.toast.add({ severity: "error", summary, detail, life: 15000 })
     })
     const queue = api.queuePrompt

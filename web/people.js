@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { choose, make, openDialog } from "./elements.js"
 import { thumbnail } from "./thumbnails.js"
-import { say } from "./words.js"
+import { say, saySentence } from "./words.js"
 
 const UNTRAINED = "untrained" // the phase of dropped photos without a training run
 // say
@@ -19,7 +19,7 @@ export const RENAMED = "facelora.renamed"
 /** The event that tells the widgets the names of deleted files. */
 export const DELETED = "facelora.deleted"
 
-const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected", "no face": "rejected" }
 
 /** The name of the LoRA, which has a number if another one has the person's name. */
 const nameOf = ({ file, name }) => file?.replace(/\.safetensors$/, "") ?? name
@@ -93,14 +93,14 @@ async function renamePerson(person, root, leave) {
   const wrong = make("div", "facelora-refused")
   field.addEventListener("input", async () => {
     const asked = field.value, { wrong_name = "" } = await read(`/facelora/recipe?${new URLSearchParams({ lora: asked })}`)
-    if (asked === field.value) wrong.textContent = wrong_name
+    if (asked === field.value) wrong.textContent = saySentence(wrong_name)
   })
   if ((await choose(say("Rename {}", nameOf(person)), [{ title: "", images: [field, wrong] }], say("Rename"))) === undefined) return
   const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ name: field.value })
   const { error, name } = await read(`/facelora/people/${person.key}`, { method: "PATCH", headers, body })
   if (name) document.dispatchEvent(new CustomEvent(RENAMED, { detail: { key: person.key, name } }))
   await listPeople(root, leave)
-  if (error) root.prepend(make("div", "facelora-refused", error))
+  if (error) root.prepend(make("div", "facelora-refused", saySentence(error)))
 }
 
 /** A row of dropped photos that no training run uses. */
@@ -128,7 +128,7 @@ async function deletePerson(person, root, leave) {
   const { error, deleted = [] } = await read(`/facelora/people/${person.key}`, { method: "DELETE" })
   document.dispatchEvent(new CustomEvent(DELETED, { detail: deleted }))
   await listPeople(root, leave)
-  if (error) root.prepend(make("div", "facelora-refused", error))
+  if (error) root.prepend(make("div", "facelora-refused", saySentence(error)))
 }
 
 /** Shows the list in a dialog. */

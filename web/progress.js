@@ -1,12 +1,12 @@
 /** What pages of every interface show of a training run: its state in words, its times and its curves. Nothing here needs ComfyUI. */
 
 import { drawChart, short } from "./chart.js"
-import { say } from "./words.js"
+import { say, saySentence } from "./words.js"
 
 // The server's names of phases
 export const WAITING = "waiting", STEPPING = "training", SAMPLING = "samples", DONE = "done", STOPPED = "stopped", FAILED = "failed"
 export const TRAINING = new Set([STEPPING, SAMPLING]), ENDED = new Set([DONE, STOPPED, FAILED, undefined])
-const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected" }
+const VERDICTS = { "the same person": "good", perhaps: "doubtful", "someone else": "rejected", "no face": "rejected" }
 
 export const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 
@@ -32,7 +32,7 @@ export function statusText(state) {
     const more = state.ended ? "" : say("the rest of the workflow is running")
     return [say("done: {}", state.file), verdictText(state), more].filter(Boolean).join(" · ")
   }
-  if (state.phase === FAILED) return say("failed: {}", state.error)
+  if (state.phase === FAILED) return say("failed: {}", saySentence(state.error))
   if (state.phase === WAITING) return say("waiting, runs ahead in the queue: {}", state.ahead)
   if (state.phase === STOPPED) return say("stopped. Run it again to continue")
   const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
@@ -51,7 +51,7 @@ export function statusText(state) {
 function verdictText({ kept_step, kept_likeness, kept_word, chosen }) {
   if (kept_likeness == null) return ""
   const verdict = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return chosen || VERDICTS[kept_word] === "good" ? verdict : `${verdict}. ${say("Train longer, or add more photos")}`
+  return chosen || VERDICTS[kept_word] === "good" ? verdict : say("{}. Train longer, or add more photos", verdict)
 }
 
 /** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */
@@ -72,8 +72,9 @@ export function doneShare(state) {
 }
 
 /** Draws the curves of a state: loss and learning rate, and likeness. Charts without a curve are hidden. */
-export function drawCurves({ steps, history, learning_rates, likenesses, limits }, loss, likeness) {
-  const last = steps ?? history?.at(-1)?.[0] ?? 0
+export function drawCurves({ phase, steps, history, learning_rates, likenesses, limits }, loss, likeness) {
+  const reached = Math.max(...[history, likenesses].map((points) => points?.at(-1)?.[0] ?? 0))
+  const last = phase === DONE ? reached : steps ?? reached // it may have ended early
   loss.hidden = !history?.length
   likeness.hidden = !likenesses?.length
   if (!loss.hidden)

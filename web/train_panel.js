@@ -16,7 +16,7 @@ import {
 } from "./progress.js"
 import { headshotTile, moreLike } from "./tiles.js"
 import { OldApp } from "./upgrade.js"
-import { say, sayName } from "./words.js"
+import { say, saySentence, sayName } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
@@ -31,7 +31,9 @@ const TAKES = { trains: "Takes {} on this machine", redraws: "Takes {} on this m
 const states = new Map()
 const panels = new Set()
 document.addEventListener(BASE_CHOSEN, () => panels.forEach((panel) => (baseOf(panel.node) === panel.base ? panel.explain() : panel.changed())))
-document.addEventListener(FAILURE, ({ detail }) => panels.forEach((panel) => (panel.failure.textContent = detail)))
+document.addEventListener(FAILURE, ({ detail: { text, prompt } }) => panels.forEach(({ failure, state }) => {
+  failure.textContent = state?.phase === FAILED && state.prompt === prompt ? "" : text // which the status shows
+}))
 document.addEventListener(INPUTS_CHANGED, ({ detail }) => panels.forEach((panel) => panel.node === detail && panel.changed()))
 
 /** The prompts of ended training runs that are no longer shown, because the node's inputs have changed since. */
@@ -154,7 +156,7 @@ class Panel {
     const { value: recipe } = widgetOf(this.node, "recipe"), base = baseOf(this.node)
     const own = Object.fromEntries(this.node.widgets.filter(({ name, value }) => name === "settings" || typeof value === "number")
       .map(({ name, value }) => [name, value]))
-    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, photos: photosOf(this.node), lora: widgetOf(this.node, "name").value, ...own })))
+    const asked = (this.asked = String(new URLSearchParams({ name: recipe, base, photos: photosOf(this.node), lora: widgetOf(this.node, "name").value.trim(), ...own })))
     this.lack()
     const answer = await api.fetchApi(`/facelora/recipe?${asked}`)
     const { error, wrong_name, steps, batch_size, rank, learning_rate, resolution } = answer.status < 500 ? await answer.json() : {}
@@ -179,7 +181,7 @@ class Panel {
   lack(wrong = this.wrong) {
     this.wrong = wrong
     const lacks = lacking(this.node), needed = lacks.length ? say("Still needed: {}", lacks.join(say(", "))) : ""
-    this.lacks.textContent = [this.lost ? lostText(this.lost) : "", wrong, needed].filter(Boolean).join("\n")
+    this.lacks.textContent = [this.lost ? lostText(this.lost) : "", saySentence(wrong), needed].filter(Boolean).join("\n")
   }
 
   /** Shows how long the next training run and its headshots take on this machine. */
@@ -223,7 +225,8 @@ class Panel {
     this.status.className = `facelora-status facelora-says-${state.phase === FAILED ? "rejected" : verdictOf(state)}`
     this.bar.className = `facelora-is-${verdictOf(state)}`
     this.ends.hidden = false
-    this.missing.hidden = this.takes.hidden = this.lacks.hidden = true
+    this.missing.hidden = this.takes.hidden = true
+    this.lacks.hidden = active
     this.tick()
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.cancel.hidden = !active
@@ -233,7 +236,7 @@ class Panel {
     this.machine.hidden = state.phase !== FAILED
     this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
     this.warning.hidden = !state.warning
-    this.warning.textContent = state.warning ?? ""
+    this.warning.textContent = saySentence(state.warning) ?? ""
     drawCurves(state, this.loss, this.likeness)
     this.offer(state.checkpoints)
     this.pictures.hidden = !state.samples?.length && !state.photos?.length

@@ -299,7 +299,7 @@ def _make(
         forget_forecasts()
         watch.show(checkpoints=_choices(made))
         likeness = dict(made.likenesses()).get(made.kept_step())
-        word = None if likeness is None else likeness_word(likeness)
+        word = None if likeness is None else _word(likeness)
         kept = {"file": made.path.name, "likeness": likeness, "likeness_word": word}
         _keep(made)
         if checkpoint:
@@ -355,12 +355,17 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
     ]
 
 
+def _word(likeness: float) -> str:
+    """Return the meaning of a likeness in words. It is 0 if no picture shows a face."""
+    return likeness_word(likeness) if likeness else "no face"
+
+
 def _results(made: TrainedFile) -> dict[str, Any]:
     """Return what the panel shows about a finished training run: its likeness, and the samples of the kept step."""
     shown: dict[str, Any] = {"kept_step": made.kept_step()}
     if likenesses := made.likenesses():
         likeness = dict(likenesses)[made.kept_step()]
-        shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": likeness_word(likeness)}
+        shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": _word(likeness)}
     if drawn := made.kept_samples():
         step, images = drawn
         shown |= {"samples": sample_urls(images), "samples_step": step}
@@ -423,7 +428,7 @@ class Watch:
         self._move_bar(STEPPING, report.step, report.steps)
         measured = {}
         if report.measured:
-            word = likeness_word(report.measured.likeness)
+            word = _word(report.measured.likeness)
             measured = {"likeness": report.measured.likeness, "likeness_word": word}
         text = step_line(report, time.monotonic() - self._begun)
         self.log(text, always=report.step == report.steps or bool(measured))

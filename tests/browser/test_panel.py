@@ -288,11 +288,14 @@ def test_the_clock_runs_between_reports_and_shows_no_time_left_after_a_stop(page
         (0.61, "the same person", "good", ""),
         (0.45, "perhaps", "doubtful", "Train longer"),
         (0.07, "someone else", "rejected", "Train longer"),
+        (0.0, "no face", "rejected", "Train longer"),
     ],
 )
 def test_the_final_status_shows_in_words_and_colour_whether_it_is_the_person(page, likeness, word, verdict, advice):
     page.run(BUILD, train_node(seed=19))
-    hear(page, prompt="ours", phase="done", file="x.safetensors", kept_likeness=likeness, kept_word=word, kept_step=125)
+    kept = {"kept_likeness": likeness, "kept_word": word, "kept_step": 125}
+    hear(page, prompt="ours", phase="done", file="x.safetensors", steps=800, history=[[1, 0.3], [250, 0.1]], **kept)
+    assert "step 250" in (page.page.text_content(".facelora-loss") or ""), "where it was stopped"
     assert status(page).startswith(f"done: x.safetensors · step 125, likeness {likeness:.2f}: {word}")
     assert advice in status(page)
     assert page.page.locator(f"{STATUS}.facelora-says-{verdict}").count() == 1

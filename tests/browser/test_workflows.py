@@ -21,6 +21,7 @@ from tests.tooling import write_photos
 from tools.workflows import BLUEPRINTS, CONNECTED, FOLDER, SD15, WORKFLOWS, subgraphs
 
 from .page import ComfyPage, drop_files, prepare
+from .test_panel import hear
 
 # What a CPU can do in a minute.
 QUICK: dict[str, dict[str, Any]] = {
@@ -356,6 +357,13 @@ def test_the_app_tells_what_is_wrong_with_a_name_as_it_is_typed_and_why_a_run_fa
     page.set_widgets({"FaceLoRALoadPhotos": {"folder": "my-photos"}, "FaceLoRATrain": {"settings": "nonsense = 1"}})
     run.click()
     failure.filter(has_text="unknown setting 'nonsense'").wait_for()
+    # Beside the result of an earlier run, too.
+    page.set_widgets({"FaceLoRATrain": {"settings": ""}})
+    hear(page, prompt="ours", phase="done", file="Anna.safetensors", ended=True)
+    name.fill("CON")
+    page.page.locator(".facelora-line", has_text="without 'CON', which not every system allows").wait_for()
+    run.click()
+    failure.filter(has_text="Train Face LoRA: name 'CON'").wait_for()
 
 
 def test_the_labels_of_the_app_are_in_the_language_of_comfyui(page, site, browser):
@@ -402,6 +410,12 @@ def test_the_photo_check_and_the_options_are_in_chinese(page, site):
         assert {"快速", "合格的照片"} <= {
             text.split(" · ")[0] for text in page.page.locator(".facelora-settings option").all_inner_texts()
         }
+        for wrong, reason in (("a:b", "名称 'a:b' 不能使用：请去掉 ':'"), (200 * "名", "名称太长"), (" ", "还缺少：")):
+            page.page.get_by_role("textbox").first.fill(wrong)
+            page.page.locator(".facelora-line", has_text=re.compile(f"^{reason}")).wait_for()
+        page.set_widgets({"FaceLoRALoadPhotos": {"folder": "(no folder)"}})
+        page.page.get_by_role("button", name="运行").last.click()
+        page.page.locator(".facelora-refused", has_text="没有照片：请添加").wait_for()
     finally:
         site.post("/settings/Comfy.Locale", "en")
 
@@ -476,6 +490,7 @@ def test_a_workflow_file_has_the_planned_nodes(workflow):
     graph = workflow_file(workflow.name)
     planned = [one for step in workflow.steps for node in step.nodes for one in node.flat]
     assert sorted(types(graph)) == sorted([node.type for node in planned] + ["MarkdownNote"] * len(workflow.steps))
+    assert not {"PreviewImage", "SaveImage"} & {*types(graph)}, "they don't mark pictures as drawn"
     assert (FOLDER / f"{workflow.name}.jpg").exists()
 
 
