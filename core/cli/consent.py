@@ -17,7 +17,7 @@ class ConsentOptions(Options):
     agreed_on: Text | None = option("First day, such as 2026-12-31 (default: today)", "DATE")
     agreed_for: Text | None = option("What for, in your own words", "TEXT")
     agreed_until: Text | None = option("Last day, at most ten years after the first", "DATE")
-    withdrawn: Text | None = option("Day on which the person has withdrawn the agreement", "DATE")
+    withdrawn: Text | None = option("Day of the withdrawal", "DATE")
 
 
 def run(options: ConsentOptions) -> None:

@@ -85,7 +85,7 @@ def check_agreed(*folders: str | os.PathLike[str]) -> Agreement:
 
 
 def agreement_of(lora: str | os.PathLike[str]) -> Agreement:
-    """Return the agreement in the note beside a LoRA, or beside the LoRA of which it is an intermediate or `earlier` one.
+    """Return the agreement in the note beside a LoRA. Intermediate LoRAs and those in `earlier` share the note of their LoRA.
 
     If the file that it was copied from still has this agreement, that file counts. Raises BadConfig if the agreement has been
     withdrawn or has ended.
