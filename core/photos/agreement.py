@@ -130,7 +130,7 @@ def read_person_file(file: Path) -> tuple[Agreement, dict[str, Any]]:
 
     Raises BadConfig, with the file and the value, for what isn't valid.
     """
-    return _read(file, read_bytes(file, MAX_BYTES, name=PERSON_FILE)) if os.path.lexists(file) else (Agreement(), {})
+    return _read(file) if os.path.lexists(file) else (Agreement(), {})
 
 
 def write_person_file(file: Path, values: Mapping[str, Any]) -> None:
@@ -154,9 +154,9 @@ def as_day(name: str, value: Any) -> date:
     raise BadConfig(f"{name} = {str(value)[:80]!r}: expected a day, such as 2026-12-31")
 
 
-def _read(file: Path, content: str | bytes) -> tuple[Agreement, dict[str, Any]]:
+def _read(file: Path, text: str | None = None) -> tuple[Agreement, dict[str, Any]]:
     try:
-        values = parse_toml(content)
+        values = parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE) if text is None else text)
         known = [one.name for one in fields(Agreement)]
         if unknown := values.keys() - {"agreed", *known, *SETTINGS}:
             key = min(unknown)

@@ -1,5 +1,6 @@
 """core/photos/agreement.py: nobody is trained or published who hasn't agreed, or no longer does."""
 
+import re
 from datetime import date
 from pathlib import Path
 
@@ -96,6 +97,12 @@ def test_a_fault_is_one_line_with_the_file_and_the_value(tmp_path, capsys, text,
     assert str(error.value).startswith(f"{photos / 'person.toml'}: ") and fault in str(error.value)
     assert main(["train", str(photos), "--base", "demo", "--output", str(tmp_path / "a.safetensors")]) == 1
     assert capsys.readouterr().err == f"facelora: {error.value}\n"
+
+
+def test_a_folder_in_its_place_is_named(tmp_path):
+    (tmp_path / "person.toml").mkdir()
+    with pytest.raises(BadConfig, match=rf"^{re.escape(str(tmp_path))}.person\.toml: "):
+        check_agreed(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["agreed = true", "agreed = 'Yes'", "class_word = 'woman'"])
