@@ -430,6 +430,17 @@ def test_a_photo_that_is_added_while_others_are_deleted_is_listed(comfy, dropped
     assert names == {Path(mine[1]).name: "2.png", Path(third).name: "3.png"}
 
 
+def test_the_note_of_consent_is_deleted_with_the_last_photo(comfy, dropped):
+    for number, folder in ((1, ""), (2, "photos/Anna")):
+        dropped.add("default", "Anna", folder, f"{number}.png", photo(number, comfy))
+    note = comfy / "input" / "photos" / "Anna" / "person.toml"
+    note.write_text("agreed = true")
+    dropped.delete_dropped("photos/Anna", {"photo 01.png"})
+    assert note.exists()
+    dropped.delete_dropped("photos/Anna")
+    assert not note.parent.exists()
+
+
 def test_the_same_photos_dropped_again_are_not_copied_again(comfy, dropped):
     first = [dropped.add("default", "Anna", folder, f"{number}.png", photo(number, comfy))
              for number, folder in ((1, ""), (2, "photos/Anna"))]  # fmt: skip

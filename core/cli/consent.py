@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 
 from .. import photos  # Its modules load only when a name is used.
-from ..errors import BadFile
+from ..errors import BadConfig
 from .options import Options, argument, option
 from .values import InputPath, Text
 
@@ -17,12 +17,12 @@ class ConsentOptions(Options):
     agreed_on: Text | None = option("First day, such as 2026-12-31 (default: today)", "DATE")
     agreed_for: Text | None = option("What for, in your own words", "TEXT")
     agreed_until: Text | None = option("Last day, at most ten years after the first", "DATE")
-    withdrawn: Text | None = option("Day on which the person has withdrawn the agreement", "DATE")
+    withdrawn: Text | None = option("Day of the withdrawal", "DATE")
 
 
 def run(options: ConsentOptions) -> None:
-    if not os.path.exists(options.place):
-        raise BadFile(f"{options.place}: no such folder or LoRA")
+    if not os.path.isdir(options.place) and options.place.suffix != ".safetensors":
+        raise BadConfig(f"{options.place}: is neither a folder of photos nor a LoRA (.safetensors)")
     file = photos.person_file(options.place)
     given = {name: text for name, text in asdict(options).items() if text is not None and name != "place"}
     agreement, _ = photos.read_person_file(file)

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import BadConfig, BadFile, BadPhoto, NoLora, UnknownFamily
-from ..photos.agreement import as_day
+from ..photos.agreement import Agreement, agreement_of, as_day
 from ..photos.reading import read_photo_files
 from ..progress import OnProgress, silent, steps
 from ..storage.drawn import jpeg_url, read_mark
@@ -166,7 +166,8 @@ def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
     shared |= _scales_of_peft(metadata)
-    shared |= agreement_metadata(metadata.get(SUBJECT_KEY) == AGREED, agreed_until(metadata))
+    until = as_day(UNTIL_KEY, metadata[UNTIL_KEY]) if UNTIL_KEY in metadata else None
+    shared |= agreement_metadata(metadata.get(SUBJECT_KEY) == AGREED, until)
     if words := trigger_words(metadata):
         # Each program reads the trigger words from one of these two keys.
         phrase = metadata.get(PHRASE_KEY) or words[0]
@@ -180,9 +181,15 @@ def agreement_metadata(agreed: bool, until: date | None = None) -> dict[str, str
     return said | ({UNTIL_KEY: until.isoformat()} if until else {})
 
 
-def agreed_until(metadata: Mapping[str, str]) -> date | None:
-    """Return the last day of the agreement that the metadata state; None without one. Raises BadConfig if it isn't a day."""
-    return as_day(UNTIL_KEY, metadata[UNTIL_KEY]) if UNTIL_KEY in metadata else None
+def agreed_until(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> date | None:
+    """Return the last day of the agreement, from the note beside a LoRA or else from its metadata; None if neither has one.
+
+    Raises BadConfig after that day, after a withdrawal, and for metadata that aren't a day.
+    """
+    if (until := agreement_of(path).agreed_until) is None and UNTIL_KEY in metadata:
+        until = as_day(UNTIL_KEY, metadata[UNTIL_KEY])
+        Agreement(agreed_on=until, agreed_until=until).check(f"{path}, {UNTIL_KEY}")
+    return until
 
 
 def _scales_of_peft(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -60,7 +60,9 @@ class Agreement:
         if self.withdrawn:
             raise BadConfig(f"{file}: the person has withdrawn the agreement (withdrawn = {self.withdrawn})")
         if self.agreed_until and self.agreed_until < date.today():
-            raise BadConfig(f"{file}: the agreement has ended (agreed_until = {self.agreed_until}); ask the person again")
+            raise BadConfig(
+                f"{file}: the agreement has ended (agreed_until = {self.agreed_until}); ask the person again"
+            )
 
 
 def check_agreed(*folders: str | os.PathLike[str]) -> Agreement:
@@ -83,10 +85,10 @@ def check_agreed(*folders: str | os.PathLike[str]) -> Agreement:
 
 
 def agreement_of(lora: str | os.PathLike[str]) -> Agreement:
-    """Return the agreement in the note beside a LoRA. An intermediate LoRA, or one in the folder `earlier`, has none of its own.
+    """Return the agreement in the note beside a LoRA. Intermediate LoRAs and those in `earlier` share the note of their LoRA.
 
-    If the file that it was copied from still has this agreement, that file counts too. Raises BadConfig if the agreement has
-    been withdrawn or has ended.
+    If the file that it was copied from still has this agreement, that file counts. Raises BadConfig if the agreement has been
+    withdrawn or has ended.
     """
     path = Path(lora)
     folders = [path.parent, *([path.parent.parent] if path.parent.name == EARLIER else [])]
@@ -117,7 +119,9 @@ def keep_agreement(lora: Path, agreement: Agreement) -> Agreement:
     if agreement == Agreement() or (before.withdrawn and before.is_same(agreement)):
         return agreement_of(lora)
     if before != agreement:
-        write_person_file(file, {"agreed": True} | {one.name: getattr(agreement, one.name) for one in fields(Agreement)})
+        write_person_file(
+            file, {"agreed": True} | {one.name: getattr(agreement, one.name) for one in fields(Agreement)}
+        )
     return agreement
 
 
@@ -126,7 +130,7 @@ def read_person_file(file: Path) -> tuple[Agreement, dict[str, Any]]:
 
     Raises BadConfig, with the file and the value, for what isn't valid.
     """
-    return _read(file, read_bytes(file, MAX_BYTES, name=PERSON_FILE)) if os.path.lexists(file) else (Agreement(), {})
+    return _read(file) if os.path.lexists(file) else (Agreement(), {})
 
 
 def write_person_file(file: Path, values: Mapping[str, Any]) -> None:
@@ -150,9 +154,9 @@ def as_day(name: str, value: Any) -> date:
     raise BadConfig(f"{name} = {str(value)[:80]!r}: expected a day, such as 2026-12-31")
 
 
-def _read(file: Path, content: str | bytes) -> tuple[Agreement, dict[str, Any]]:
+def _read(file: Path, text: str | None = None) -> tuple[Agreement, dict[str, Any]]:
     try:
-        values = parse_toml(content)
+        values = parse_toml(read_bytes(file, MAX_BYTES, name=PERSON_FILE) if text is None else text)
         known = [one.name for one in fields(Agreement)]
         if unknown := values.keys() - {"agreed", *known, *SETTINGS}:
             key = min(unknown)

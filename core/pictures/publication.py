@@ -18,19 +18,10 @@ from ..lora.embeddings import file_word
 from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
 from ..lora.inspect import verify_lora
-from ..lora.metadata import (
-    agreed_until,
-    agreement_metadata,
-    copy_with_hashes,
-    cover,
-    personal_part,
-    shared_metadata,
-    small_picture,
-)
+from ..lora.metadata import agreed_until, copy_with_hashes, cover, personal_part, shared_metadata, small_picture
 from ..lora.names import PHRASE_KEY, UNTIL_KEY, trigger_words
 from ..lora.readers import READERS, TRAINERS, read_by
 from ..models.families import FAMILIES
-from ..photos.agreement import Agreement, agreement_of
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..progress import OnProgress, OnWarning, silent
 from ..storage.drawn import MARK_KEYS, PROGRAM_TEXTS, save_png
@@ -106,14 +97,13 @@ def publish(
     parameters or drawn without this LoRA, and of a LoRA that no program loads.
 
     Raises BadFile if the folder exists, the LoRA has faults, or a text to publish names a path, a photo or this computer's
-    user. Raises BadConfig without a title or the person's agreement, after its end or a withdrawal, which the LoRA's metadata
-    and the note beside it say, and BadPhoto for an unreadable picture.
+    user. Raises BadConfig without a title or the person's agreement, and after its end or a withdrawal. Raises BadPhoto for an
+    unreadable picture.
     """
     if not agreed:
         raise BadConfig("the person shown must have agreed to the publication; confirm it with agreed")
     source, folder = LoraFile.read(lora), Path(output)
-    until = agreement_of(lora).agreed_until or agreed_until(source.metadata)
-    Agreement(agreed_on=until, agreed_until=until).check(f"{source.name}, {UNTIL_KEY}")
+    until = agreed_until(lora, source.metadata)
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: this folder already exists; choose another output")
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
@@ -127,8 +117,10 @@ def publish(
             f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
         )
     texts = {"modelspec.title": title, "modelspec.description": description}
-    metadata = shared_metadata(source.true_metadata) | {key: text for key, text in texts.items() if text is not None}
-    metadata |= agreement_metadata(until is not None, until)
+    stated = {UNTIL_KEY: until.isoformat()} if until else {}
+    metadata = shared_metadata({**source.true_metadata, **stated}) | {
+        key: text for key, text in texts.items() if text is not None
+    }
     name = _file_name(metadata.get("modelspec.title", ""), source.name)
     found = [_example(photo, name, source.model_hash, on_warning) for photo in _photos(pictures, on_warning)]
     examples = [example for example in found if example]

@@ -18,19 +18,8 @@ from ..lora.hashes import model_hash
 from ..lora.names import word_of
 from ..models.base import Base
 from ..models.clip import load_tokenizer
-from ..photos import (
-    Agreement,
-    Dataset,
-    Photo,
-    Ready,
-    Region,
-    Thresholds,
-    check_agreed,
-    make_ready,
-    prepare,
-    trigger_hint,
-    usual_hold_out,
-)
+from ..photos import Dataset, Photo, Ready, Region, Thresholds, make_ready, prepare, trigger_hint, usual_hold_out
+from ..photos.agreement import Agreement, check_agreed
 from ..photos.crops import about_small_faces, suggests_crops
 from ..progress import OnWarning, silent
 from ..storage.cache_folder import content_key

@@ -131,12 +131,16 @@ class Setup {
     this.more = make("div", "part")
     const more = make("details", "", make("summary", "", say("More")), this.more)
     this.agreed = input({ type: "checkbox", required: true })
+    this.consent = { agreed_by: input({ maxLength: 200 }), agreed_for: input({ maxLength: 1000 }), agreed_until: input({ type: "date" }) }
+    const { agreed_by: who, agreed_for: what, agreed_until: until } = this.consent
+    const written = make("details", "", make("summary", "", say("Note of consent")),
+      make("div", "facelora-row", field(say("Who has agreed"), who), field(say("What for"), what), field(say("Until, ten years at most"), until)))
     const start = Object.assign(make("button", "action", say("Start")), { type: "submit" })
     this.root = make("form", "", make("h2", "", say("New person")), fieldset(say("10 to 20 photos"), this.drop),
       make("div", "facelora-row", field(say("Name"), this.name), field(say("Class word, e.g. woman"), this.kind), kinds),
       make("div", "part", field(say("Base model"), this.base), this.lacks, this.named),
       fieldset(say("Recipe"), make("div", "facelora-row", ...choices), this.memory), more,
-      make("label", "line", this.agreed, make("span", "", say("This person has agreed to it"))),
+      make("label", "line", this.agreed, make("span", "", say("This person has agreed to it"))), written,
       make("div", "facelora-row", start))
     this.root.addEventListener("submit", (event) => {
       event.preventDefault()
@@ -237,7 +241,9 @@ class Setup {
     await ask("people", "POST", {
       name, base: this.base.value, agreed: this.agreed.checked, class_word: this.kind.value.trim(), recipe,
       style_pack: this.styles.pack.value, count: Number(this.count.value), steps: Number(this.steps.value),
+      ...Object.fromEntries(Object.entries(this.consent).map(([key, { value }]) => [key, value])),
     })
+    for (const one of Object.values(this.consent)) one.value = ""
     this.name.value = ""
     this.agreed.checked = false
     location.hash = encodeURIComponent(name)

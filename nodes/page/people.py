@@ -13,7 +13,8 @@ import threading
 import zipfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,8 @@ from ...core.errors import BadConfig, BadFile, BadPhoto, check_length
 from ...core.faces import faces_if_installed
 from ...core.lora.file import LoraFile
 from ...core.lora.sidecars import sidecars_of, taken_by, write_sidecars
-from ...core.photos import Photo, Thresholds, check_photos, count_photos, read_photos
+from ...core.photos import Photo, Thresholds, check_photos, count_photos, person_file, read_photos, write_person_file
+from ...core.photos.agreement import NOTE, PERSON_FILE
 from ...core.photos.reading import MAX_BYTES, PHOTO_SUFFIXES, read_photo_files
 from ...core.pictures.headshots import OVERVIEW
 from ...core.pictures.style_pack import check_count
@@ -59,6 +61,10 @@ class Request:
     count: int = 20
     steps: int = 0
     """The number of steps; 0 for that of the recipe."""
+    agreed_by: str = ""
+    """Who has agreed. This and the next two are only kept in the note of consent, among the photos."""
+    agreed_for: str = ""
+    agreed_until: str = ""
 
     def arguments(self, photos: Path, manifest: Path, output: Path) -> list[str]:
         """Return the command, whose list of people is written to `manifest`."""
@@ -103,7 +109,8 @@ class Home:
 
     def photo_names(self, name: str | None = None) -> list[str]:
         folder = self.photos_of(name)
-        return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        files = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path.name for path in files if path.is_file() and path.name != PERSON_FILE)
 
     async def add_photo(self, file_name: str, pieces: AsyncIterator[bytes]) -> str:
         """Write a photo of the next person, and return its name. Raises BadPhoto for another file, or one that is too large."""
@@ -172,7 +179,14 @@ class Home:
         for what, text in (("kind of person", request.class_word), ("style pack", request.style_pack)):
             check_length(what, text)
         check_count(request.count)
-        place = self.own / name
+        place, note = (
+            self.own / name,
+            {key: getattr(request, key) for key in ("agreed_by", "agreed_for", "agreed_until")},
+        )
+        if any(note.values()):
+            note |= {"agreed": "yes", "agreed_on": f"{date.today()}"}
+            write_person_file(person_file(self.photos_of(None)), note)
+        request = replace(request, agreed_by="", agreed_for="", agreed_until="")
         with writing(place):
             (self.own / NEXT).rename(place)
         write_text(place / "request.json", json.dumps(asdict(request)))
@@ -291,6 +305,8 @@ class Home:
                 file = SafetensorsFile.open(lora)
                 copy_with_metadata(file, old / f"{new}.safetensors", {**file.metadata, "ss_output_name": new})
                 del file  # Windows can't delete a file that is still open.
+                if (note := person_file(lora)).exists():
+                    write_text(old / f"{new}{NOTE}", note.read_text("utf-8"))
             # A killed process leaves the old name with everything, or the new one with everything but the file's old copy.
             write_text(place / "request.json", json.dumps(asdict(self.request(name)) | {"name": new}))
             if old.exists():
@@ -298,7 +314,8 @@ class Home:
             place.rename(self.own / new)
             write_report(self.folder, [line for line in read_report(self.folder) if line.name != name])
             if lora:
-                (self.folder / new / lora.name).unlink(missing_ok=True)
+                for gone in (lora, person_file(lora)):
+                    (self.folder / new / gone.name).unlink(missing_ok=True)
 
     def copy_loras(self, folder: Path | None) -> bool:
         """Copy new LoRAs to another program's folder, with the files that it reads beside them. Return whether one changed.

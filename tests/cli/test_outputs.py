@@ -36,7 +36,7 @@ ARGUMENTS = {
 INPUTS = {
     "people", "photos", "images", "reference", "pictures", "class_photos", "style_folder", "tokenizer", "comfyui", "vae",
     "file", "files", "original", "tuned", "base", "into", "continue_from", "training_adapter", "config", "thumbnail",
-    "comfyui_python", "speed_lora", "trained_on", "like", "drawn_photos",
+    "comfyui_python", "speed_lora", "trained_on", "like", "drawn_photos", "place",
 }  # fmt: skip
 """The options with a path from which is read."""
 

@@ -12,8 +12,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from core.photos import read_person_file
 from core.studio import Result
 from core.studio.report import write_report
+from tests.pictures.test_publication import write_lora
 from tests.tooling import nodes_module, write_photos
 
 SERVER, JOBS, PEOPLE = (nodes_module(name, "nodes.page") for name in ("server", "jobs", "people"))
@@ -286,6 +288,22 @@ def test_a_name_is_taken_once(client, script):
 
 
 # What people have
+
+
+def test_the_note_of_consent_is_only_among_the_photos_and_follows_a_new_name(client, script, tmp_path):
+    script([MADE])
+    note = {"agreed_by": "Zora Quist", "agreed_for": "the jubilee book"}
+    assert "agreed_until need each other" in begin(client, **note)[1]["error"]
+    assert begin(client, **note, agreed_until="2031-12-31")[0] == 200
+    until(client, "done")
+    home, file = tmp_path / "home", tmp_path / "home" / ".page" / "Anna" / "photos" / "person.toml"
+    assert read_person_file(file)[0].agreed_by == "Zora Quist" and person(client)["photos"] == 2
+    assert [path for path in home.rglob("*") if path.is_file() and b"Zora" in path.read_bytes()] == [file]
+    write_results(home)
+    write_lora(home / "Anna" / "Anna.safetensors")
+    (home / "Anna" / "Anna.person.toml").write_text("agreed = true")
+    assert client.ask("PATCH", "/people/Anna", {"name": "Ben"})[0] == 200
+    assert [path.name for path in (home / "Ben").glob("*.toml")] == ["Ben.person.toml"]
 
 
 def test_headshots_are_ranked_marked_renamed_and_deleted_with_everything_else(client, script, tmp_path):

@@ -16,7 +16,7 @@ from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
 from core.models import load_base
 from core.pictures import find_style_packs
-from core.studio import Person, Result, Terms, forget, make_people
+from core.studio import Person, Result, Terms, forget, forgetting, make_people
 from core.studio.report import read_report, write_report
 from tests.kills import NOBODY, become_nobody, child, die_at_change, open_folder, where_forks_work
 from tests.tooling import write_photos
@@ -33,7 +33,14 @@ def write_studio(output: Path, *, link: Path | None = None, is_made: bool = True
             output.mkdir(parents=True)
             folder.symlink_to(link / "anna")
         unfinished = [".facelora-cache/latents/1.safetensors", ".facelora-cache/runs/2/history.json"]
-        made = [f"{name}.safetensors", "001-1.png", "kept/001-1.png", "earlier/001-1.png", "studio.json"]
+        made = [
+            f"{name}.safetensors",
+            f"{name}.person.toml",
+            "001-1.png",
+            "kept/001-1.png",
+            "earlier/001-1.png",
+            "studio.json",
+        ]
         for file in [*made, ".studio.json.01234567.tmp"] if is_made or name == "ben" else [*unfinished, "1.png"]:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(name)
@@ -213,6 +220,14 @@ def test_nobody_is_made_while_somebody_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr("core.studio.forgetting.delete", run_meanwhile)
     forget("anna", output)
     assert refused
+
+
+def test_the_note_of_the_agreement_is_the_last_file_to_be_deleted(tmp_path, monkeypatch):
+    deleted: list[str] = []
+    delete = forgetting.delete
+    monkeypatch.setattr(forgetting, "delete", lambda path, left: deleted.append(path.name) or delete(path, left))
+    forget("anna", write_studio(tmp_path / "out"))
+    assert deleted[-4:] == ["studio.json", "anna.person.toml", "anna", "anna"]
 
 
 def test_a_killed_runs_lock_keeps_nobody_from_being_deleted(tmp_path):

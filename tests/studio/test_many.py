@@ -259,7 +259,7 @@ def test_people_are_read_from_folders_and_manifests(tmp_path, text, expected):
         ("agreed", "person.toml: "),
         ("agreed = 1", "agreed = 1: must be true or false"),
         ("agreed = true\ncount = 0", "count = 0: must be between 1 and 10000"),
-        ("agreed = true\nage = 3", "age: unknown; choose from agreed"),
+        ("agreed = true\nage = 3", "age = 3: unknown; choose from agreed"),
         ('{"name": "anna", "photos": "a", "agreed": "perhaps"}', "agreed = 'perhaps': must be true or false"),
         ('{"name": "anna", "photos": "a", "agreed": true, "class_word": ""}', "class_word = '': must be a text"),
         (f"agreed = {'1' * 5000}", "person.toml: "),

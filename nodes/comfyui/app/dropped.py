@@ -20,6 +20,7 @@ from comfy.cli_args import args
 
 from ....core.errors import BadFile, BadPhoto
 from ....core.photos import read_photo_files
+from ....core.photos.agreement import PERSON_FILE
 from ....core.photos.reading import MASK_ENDING, PHOTO_SUFFIXES
 from ....core.storage.cache_folder import content_key
 from ....core.storage.files import make_folder, read_json, write_file, write_text
@@ -112,6 +113,7 @@ def folders_of(user: str | None) -> list[str]:
 def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[str]:
     """Delete dropped photos, by name, with masks and captions from a folder below the input folder. None deletes all of them.
 
+    With the last photo, the note of consent is deleted too.
     Returns the names of deleted files below the input folder. All other files stay, and so does the folder while it has any.
     """
     with _changing:
@@ -127,6 +129,7 @@ def delete_dropped(folder: str, photos: Collection[str] | None = None) -> list[s
             )
         elif gone:
             (path / NAMES).unlink()
+            (path / PERSON_FILE).unlink(missing_ok=True)
             with suppress(OSError):  # It still has other files.
                 path.rmdir()
     return [f"{folder}/{name}" for name in gone]
