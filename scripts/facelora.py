@@ -78,10 +78,8 @@ def login(app, cookies) -> "bool | None":
 
 def bases() -> "dict[str, str]":
     """Return the titles of the program's base models by their paths, the chosen one first."""
-    known = (
-        getattr(sd_models, "checkpoint_aliases", None)
-        or importlib.import_module("modules.sd_checkpoint").checkpoint_aliases
-    )
+    has_names = hasattr(sd_models, "checkpoint_aliases")
+    known = (sd_models if has_names else importlib.import_module("modules.sd_checkpoint")).checkpoint_aliases
     chosen = known.get(shared.opts.sd_model_checkpoint)
     found = [*([chosen] if chosen else []), *sd_models.checkpoints_list.values()]
     return {os.path.abspath(one.filename): one.name for one in found if os.path.exists(one.filename)}

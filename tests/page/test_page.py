@@ -32,7 +32,16 @@ class Client:
         self.app = SERVER.application(SERVER.Page(folder))
         self.guarded = GUARD.Guard(self.app, TOKEN)
 
-    def ask(self, method: str, path: str, body: Any = None, *, token: str = TOKEN, **headers: str) -> tuple[int, Any]:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        token: str = TOKEN,
+        client: Any = ("127.0.0.1", 5),
+        **headers: str,
+    ) -> tuple[int, Any]:
         """Return the status and what was answered. Dictionaries are sent as JSON."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         given = {"host": "127.0.0.1:8190", "content-type": "application/json"}
@@ -40,7 +49,7 @@ class Client:
         scope = {
             "type": "http", "method": method, "path": f"/{token}{path.partition('?')[0]}", "root_path": "", "scheme": "http",
             "query_string": path.partition("?")[2].encode(), "headers": [(k.encode(), v.encode()) for k, v in given.items()],
-            "http_version": "1.1", "client": None, "server": None,
+            "http_version": "1.1", "client": client, "server": None,
         }  # fmt: skip
         sent: list[Any] = []
         asked: list[bool] = []
