@@ -139,7 +139,8 @@ def test_with_a_login_only_who_has_signed_in_is_answered(program):
 
 def client_routes(program: Program) -> list[Any]:
     program.start()
-    return program.served.routes[0].app._app.routes
+    guard: Any = program.served.routes[0]
+    return guard.app._app.routes
 
 
 @pytest.mark.parametrize("option", ["share", "listen", "ngrok", "server_name"])
