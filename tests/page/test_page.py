@@ -159,6 +159,12 @@ def test_another_site_can_do_nothing_even_with_the_token(client, headers):
         assert client.ask(method, path, {}, **headers)[0] == 403
 
 
+def test_whoever_has_the_token_can_follow_a_link_to_the_page(client):
+    link = {"sec_fetch_site": "cross-site", "sec_fetch_dest": "document"}
+    assert client.ask("GET", "/", **link)[0] == 200 and client.ask("GET", "/", token="bad", **link)[0] == 403
+    assert client.ask("POST", "/people", {}, **link)[0] == 403
+
+
 def test_a_form_and_a_large_request_are_refused(client):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         assert client.ask("POST", "/people", {}, content_type=kind)[0] == 415

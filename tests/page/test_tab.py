@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +18,7 @@ from starlette.applications import Starlette
 
 from core.models import load_base
 from tests.page.test_page import MADE, STEPS, Client, begin, client, person, script, until, write_results  # noqa: F401
+from tests.setup_gradio import FOLDER, GRADIOS
 from tests.tooling import random_lora
 
 ROOT = Path(__file__).parents[2]
@@ -217,5 +221,22 @@ def test_old_and_missing_packages_are_named_with_commands(program, monkeypatch):
 def test_another_python_serves_the_page_and_a_link_leads_to_it(program, monkeypatch):
     monkeypatch.setenv("FACELORA_PYTHON", sys.executable)
     program.start()
-    assert b'href="open"' in program.ask("GET", "/")[1]
+    assert b'href="open"' in program.ask("GET", "/")[1] and program.ask("GET", "/open")[0] == 307
     assert program.ask("GET", "/open", sec_fetch_site="cross-site")[0] == 403
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", GRADIOS)
+def test_with_its_gradio_only_who_has_signed_in_sees_the_page(version, tmp_path):
+    folder = FOLDER / f"gradio-{version}"
+    if not folder.exists():
+        pytest.skip("no gradio: python tests/setup_gradio.py")
+    command = [sys.executable, ROOT / "tests/page/beside_gradio.py", tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(folder)}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["before"] == [403] * 3 and found["login"] == 200 and found["frame"]
+    # A1111's packages are too old for the page.
+    assert ("too old" in found["page"]) if version == "3.41.2" else ("page.js" in found["page"])
