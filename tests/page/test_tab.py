@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -219,8 +220,16 @@ def test_old_and_missing_packages_are_named_with_commands(program, monkeypatch):
 
 
 def test_another_python_serves_the_page_and_a_link_leads_to_it(program, monkeypatch):
-    monkeypatch.setenv("FACELORA_PYTHON", sys.executable)
+    asked: list[list[str]] = []
+
+    def start(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        return SimpleNamespace(stdout=StringIO("FaceLoRA is at http://127.0.0.1:5/token/\n"), terminate=lambda: None)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setenv("FACELORA_PYTHON", "another-python")
     program.start()
+    assert asked[0][:4] == ["another-python", "-m", "facelora", "page"] and f"--folder={program.home}" in asked[0]
     assert b'href="open"' in program.ask("GET", "/")[1] and program.ask("GET", "/open")[0] == 307
     assert program.ask("GET", "/open", sec_fetch_site="cross-site")[0] == 403
 
