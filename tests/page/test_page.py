@@ -34,7 +34,16 @@ class Client:
         self.app = SERVER.application(SERVER.Page(folder))
         self.guarded = GUARD.Guard(self.app, TOKEN)
 
-    def ask(self, method: str, path: str, body: Any = None, *, token: str = TOKEN, **headers: str) -> tuple[int, Any]:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        token: str = TOKEN,
+        client: Any = ("127.0.0.1", 5),
+        **headers: str,
+    ) -> tuple[int, Any]:
         """Return the status and what was answered. Dictionaries are sent as JSON."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         given = {"host": "127.0.0.1:8190", "content-type": "application/json"}
@@ -42,7 +51,7 @@ class Client:
         scope = {
             "type": "http", "method": method, "path": f"/{token}{path.partition('?')[0]}", "root_path": "", "scheme": "http",
             "query_string": path.partition("?")[2].encode(), "headers": [(k.encode(), v.encode()) for k, v in given.items()],
-            "http_version": "1.1", "client": None, "server": None,
+            "http_version": "1.1", "client": client, "server": None,
         }  # fmt: skip
         sent: list[Any] = []
         asked: list[bool] = []
@@ -150,6 +159,12 @@ def test_no_address_answers_without_the_token(client):
 def test_another_site_can_do_nothing_even_with_the_token(client, headers):
     for method, path in (("GET", "/now"), ("POST", "/people"), ("PUT", "/photos/a.png")):
         assert client.ask(method, path, {}, **headers)[0] == 403
+
+
+def test_whoever_has_the_token_can_follow_a_link_to_the_page(client):
+    link = {"sec_fetch_site": "cross-site", "sec_fetch_dest": "document"}
+    assert client.ask("GET", "/", **link)[0] == 200 and client.ask("GET", "/", token="bad", **link)[0] == 403
+    assert client.ask("POST", "/people", {}, **link)[0] == 403
 
 
 def test_a_form_and_a_large_request_are_refused(client):
