@@ -51,7 +51,7 @@ export function statusText(state) {
 function verdictText({ kept_step, kept_likeness, kept_word, chosen }) {
   if (kept_likeness == null) return ""
   const verdict = say("step {}, likeness {}: {}", kept_step, kept_likeness.toFixed(2), say(kept_word))
-  return chosen || VERDICTS[kept_word] === "good" ? verdict : say("{}. Train longer, or add more photos", verdict)
+  return chosen || !VERDICTS[kept_word] || VERDICTS[kept_word] === "good" ? verdict : say("{}. Train longer, or add more photos", verdict)
 }
 
 /** The verdict on a finished training run: good, doubtful or rejected; "" if likeness was not measured. */

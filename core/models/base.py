@@ -131,6 +131,11 @@ class Base:
         return self.family.few_steps_named(self.name) if self.is_distilled or named else None
 
     @property
+    def draws_roughly(self) -> bool:
+        """Whether pictures in the few steps of a sample are too poor to tell whom they show."""
+        return self.family.draws_slowly and not self.few_steps
+
+    @property
     def steps(self) -> int:
         """The number of sampling steps that suits the model."""
         return self.few_steps.steps if self.few_steps else self.family.steps

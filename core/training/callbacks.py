@@ -73,9 +73,16 @@ NO_CALLBACKS = Callbacks()
 """The default: reports are ignored, and nothing cancels."""
 
 
-def likeness_word(likeness: float) -> str:
-    """The meaning of a likeness in words, by the limits of the default face network."""
-    return "the same person" if likeness >= SAME_PERSON else "perhaps" if likeness >= SOMEONE_ELSE else "someone else"
+def likeness_word(likeness: float, rough: bool = False) -> str:
+    """The meaning of a likeness in words, by the limits of the default face network. It is 0 if no picture shows a face.
+
+    `rough` is that of the LikenessPoint.
+    """
+    if likeness >= SAME_PERSON:
+        return "the same person"
+    if rough:
+        return "drawn too roughly to tell"
+    return "perhaps" if likeness >= SOMEONE_ELSE else "someone else" if likeness else "no face"
 
 
 def duration(seconds: float) -> str:
@@ -91,5 +98,5 @@ def step_line(report: StepReport, elapsed: float) -> str:
     """The step, the loss, the likeness if it was measured after this step, and the seconds passed and left, in one line."""
     line = f"step {report.step} of {report.steps}, loss {report.loss:.4f}"
     if report.measured:
-        line += f", likeness {report.measured.likeness:.2f} ({likeness_word(report.measured.likeness)})"
+        line += f", likeness {report.measured.likeness:.2f} ({likeness_word(report.measured.likeness, report.measured.rough)})"
     return f"{line}, {duration(elapsed)} so far, {duration(report.seconds_left)} left"

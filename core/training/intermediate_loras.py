@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -191,7 +192,8 @@ class IntermediateLoras:
     def _measure(self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor]) -> None:
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
-        self._selection.add(self._selection.watch.measure(self.run.step, images), values)
+        point = self._selection.watch.measure(self.run.step, images)
+        self._selection.add(replace(point, rough=self._inputs.base.draws_roughly), values)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -72,6 +72,8 @@ class LikenessPoint:
     """MultiID-Bench's measure of copying (`faces.copy_paste`), averaged over pictures with a face; 1 is a copy."""
     judged: LikenessPoint | None = None
     """The same pictures measured by the watch's judge, or None without a judge."""
+    rough: bool = False
+    """Whether the pictures are too poor to tell whom they show (`Base.draws_roughly`)."""
 
     @property
     def faces(self) -> int:
@@ -314,8 +316,8 @@ class Selection:
 
     def why_not_to_choose(self, base: Base) -> str | None:
         """Return why the pictures of that base model are too poor for choosing or ending by likeness, or None."""
-        if base.family.draws_slowly and not base.few_steps:
-            return f"{base.name} draws well only in many steps. Add a speed LoRA to choose by likeness"
+        if base.draws_roughly:
+            return f"{base.name} draws well only in many steps, or with a speed LoRA"
         best = max(self.points, key=lambda point: point.likeness)
         if best.faces < FACES_NEEDED * len(best.scores):
             return f"a face was found in only {best.faces} of {len(best.scores)} pictures"

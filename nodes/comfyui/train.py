@@ -299,14 +299,14 @@ def _make(
         forget_forecasts()
         watch.show(checkpoints=_choices(made))
         likeness = dict(made.likenesses()).get(made.kept_step())
-        word = None if likeness is None else _word(likeness)
+        word = None if likeness is None else likeness_word(likeness, job.base.draws_roughly)
         kept = {"file": made.path.name, "likeness": likeness, "likeness_word": word}
         _keep(made)
         if checkpoint:
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name}: {'already trained' if made.found else 'trained'}")
-        watch.show(phase=DONE, file=made.path.name, chosen=bool(checkpoint), **_results(made))
+        watch.show(phase=DONE, file=made.path.name, chosen=bool(checkpoint), **_results(made, job.base.draws_roughly))
         app().people.note(run.user, key, phase=DONE, **kept)
     except Exception as error:  # the panel shows the user any error
         watch.show(phase=FAILED, error=without_server_paths(str(error)))
@@ -355,17 +355,15 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
     ]
 
 
-def _word(likeness: float) -> str:
-    """Return the meaning of a likeness in words. It is 0 if no picture shows a face."""
-    return likeness_word(likeness) if likeness else "no face"
+def _results(made: TrainedFile, rough: bool) -> dict[str, Any]:
+    """Return what the panel shows about a finished training run: its likeness, and the samples of the kept step.
 
-
-def _results(made: TrainedFile) -> dict[str, Any]:
-    """Return what the panel shows about a finished training run: its likeness, and the samples of the kept step."""
+    `rough` is `Base.draws_roughly`.
+    """
     shown: dict[str, Any] = {"kept_step": made.kept_step()}
     if likenesses := made.likenesses():
         likeness = dict(likenesses)[made.kept_step()]
-        shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": _word(likeness)}
+        shown |= {"likenesses": likenesses, "kept_likeness": likeness, "kept_word": likeness_word(likeness, rough)}
     if drawn := made.kept_samples():
         step, images = drawn
         shown |= {"samples": sample_urls(images), "samples_step": step}
@@ -428,7 +426,7 @@ class Watch:
         self._move_bar(STEPPING, report.step, report.steps)
         measured = {}
         if report.measured:
-            word = _word(report.measured.likeness)
+            word = likeness_word(report.measured.likeness, report.measured.rough)
             measured = {"likeness": report.measured.likeness, "likeness_word": word}
         text = step_line(report, time.monotonic() - self._begun)
         self.log(text, always=report.step == report.steps or bool(measured))

@@ -194,7 +194,14 @@ def _add_event(state: dict[str, Any], event: Mapping[str, Any]) -> None:
         measured = event["likeness"] or {}
         if measured and measured["step"] not in dict(state.get("likenesses", ())):
             likeness = measured["likeness"]
-            add_news(state, {"step": measured["step"], "likeness": likeness, "likeness_word": likeness_word(likeness)})
+            add_news(
+                state,
+                {
+                    "step": measured["step"],
+                    "likeness": likeness,
+                    "likeness_word": likeness_word(likeness, measured["rough"]),
+                },
+            )
         add_news(state, news)
     elif "phase" in event:
         state |= {name: event[name] for name in ("phase", "done", "total") if name in event}

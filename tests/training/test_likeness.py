@@ -33,7 +33,7 @@ from core.models import Base, load_base
 from core.models.families import FAMILIES
 from core.photos import Photo, Thresholds, make_ready
 from core.storage.cache_folder import cache_in, clear_cache, made_folder
-from core.training.callbacks import Callbacks
+from core.training.callbacks import Callbacks, likeness_word
 from core.training.likeness import (
     LIKENESS_KEY,
     NEUTRAL_PROMPTS,
@@ -301,7 +301,11 @@ def test_a_model_that_draws_slowly_chooses_a_step_only_with_a_speed_lora(watch, 
     selection = Selection(watch)
     selection.add(point(1, 0.5, 0.6), {})
     assert selection.why_not_to_choose(base) is None
-    assert "Add a speed LoRA" in (selection.why_not_to_choose(slow) or "")
+    assert "only in many steps, or with a speed LoRA" in (selection.why_not_to_choose(slow) or "")
+    assert (base.draws_roughly, slow.draws_roughly) == (False, True)
+    words = [likeness_word(likeness, rough) for rough in (False, True) for likeness in (0.0, 0.2, 0.5, 0.7)]
+    assert words[:4] == ["no face", "someone else", "perhaps", "the same person"]
+    assert words[4:] == ["drawn too roughly to tell"] * 3 + ["the same person"]
     fast = replace(slow, says_distilled=True)
     assert fast.few_steps and selection.why_not_to_choose(fast) is None
 
