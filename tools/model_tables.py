@@ -259,7 +259,7 @@ def from_diffusers(model: Model) -> Rows:
     import diffusers
 
     if model.diffusers is None:
-        return weights(FAMILIES[model.family or ""].build_empty("denoiser", model.config))
+        return weights(FAMILIES[model.family or ""].build_empty("denoiser", dict(model.config)))
 
     with torch.device("meta"):
         return weights(getattr(diffusers, model.diffusers or "")(**model.config))
