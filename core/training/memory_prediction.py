@@ -285,10 +285,10 @@ def choose_plan(inputs: TrainingInputs, on_warning: OnWarning) -> MemoryPlan:
         least = weights(plan)
         return least if least > room else prediction().bytes(plan)
 
-    def weights(plan: MemoryPlan, at_home: bool = False) -> float:
+    def weights(plan: MemoryPlan, at_home: bool = False) -> int:
         narrowest = inputs.dtype if plan.weights == "full" else torch.int8
         size = base.weight_bytes("denoiser", narrowest, keeps_stored(config, device))
-        return size * (plan.offload if at_home else 1 - plan.offload)
+        return round(size * (plan.offload if at_home else 1 - plan.offload))
 
     def fits(plan: MemoryPlan) -> bool:
         return need(plan) <= room

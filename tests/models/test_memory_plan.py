@@ -257,9 +257,9 @@ def test_the_first_plan_that_fits_is_taken(last, base, cache, monkeypatch):
 def test_a_gpu_brings_in_no_more_blocks_than_must_be(room, lockable, wanted, base, cache, monkeypatch):
     """The needs of FLUX.1 at 512 px, as docs/benchmarks.md has them."""
 
-    def need(plan: MemoryPlan) -> float:
+    def need(plan: MemoryPlan) -> int:
         kept = 13.0 if plan.recompute == 1 else 15.4 if plan.recompute else 17.6 if plan.selective else 22.8
-        return 2**30 * (kept - 10.7 * plan.offload + (11 if plan.weights == "full" else 0))
+        return int(2**30 * (kept - 10.7 * plan.offload + (11 if plan.weights == "full" else 0)))
 
     predict_by(monkeypatch, need)
     weights = base.weight_bytes("denoiser", torch.int8)
