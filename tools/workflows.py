@@ -661,11 +661,11 @@ WORKFLOWS = [
             ),
         ],
     ),
-    one_photo(KLEIN),
     photos_to_headshots(
         "MOSS-Image face photos to headshots.app", MOSS, "my-face-moss",
         "MOSS-Image Base, in ComfyUI 0.42 or later", start=0.4,
     ),
+    one_photo(KLEIN),
 ]  # fmt: skip
 
 # Builds a Workflow in the open page: a column for each step, below a note. A node that grows when it is used stands last.

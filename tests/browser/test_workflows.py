@@ -209,7 +209,7 @@ class Hands:
         self.click(self.page.get_by_text(PACK_NAME).first)
         card = self.page.get_by_text(NAMES[0]).first
         card.wait_for()
-        titles = dict.fromkeys(self.page.get_by_text(re.compile(r"^(\d|Inspect|One) .*[a-z]")).all_inner_texts())
+        titles = dict.fromkeys(self.page.get_by_text(re.compile(r"^(\d|Inspect|MOSS-|One).*[a-z]")).all_inner_texts())
         assert [title for title in titles if title in NAMES] == NAMES
         self.comfy.problems.clear()  # the templates of ComfyUI itself are not there in tests
         return card
