@@ -1,5 +1,7 @@
 """Run the tab beside a real gradio that asks for a login, and print what a browser meets: python beside_gradio.py FOLDER."""
 
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportArgumentType=false
+
 import json
 import os
 import sys
