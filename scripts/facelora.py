@@ -96,7 +96,7 @@ def work(people, ended: threading.Event) -> None:
             if people.jobs.running() or people.jobs.waiting():
                 with call_queue.queue_lock:
                     run_job(people.jobs, ended)
-            if people.copy_loras(Path(shared.cmd_opts.lora_dir)):
+            if people.copy_loras(Path(os.path.abspath(shared.cmd_opts.lora_dir))):
                 networks = sys.modules.get("networks") or import_module("modules.lora.lora_load")
                 networks.list_available_networks()
         except Exception as problem:  # The next second may be better.

@@ -342,12 +342,13 @@ class Home:
                 copy = (
                     mine[name][0] if name in mine else next(folder / one for one in free if not taken_by(folder / one))
                 )
+                copies[str(copy)] = [name, 0]  # After a crash, the copy is known to be ours, and made again.
+                write_text(listed, json.dumps(copies))
                 with loras[name].open("rb") as file:
                     write_file(copy, lambda out, file=file: shutil.copyfileobj(file, out))
                 copies[str(copy)] = [name, new[name]]
-                write_text(listed, json.dumps(copies))
                 write_sidecars(copy, *(self.folder / name / shot["file"] for shot in self._ranked(name)[:1]))
-            if gone:
+            if gone or changed:
                 write_text(listed, json.dumps(copies))
             return bool(gone or changed)
 
