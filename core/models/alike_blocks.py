@@ -19,11 +19,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .memory_plan import MemoryCount, allocated, blocks_of
-from .selective import is_kept
+from .selective import KeepingMode, is_kept
 
 
 class StandIn(nn.Module):
@@ -333,7 +332,7 @@ def _product(size: int, count: MemoryCount) -> tuple[Tensor, bool]:
     return product if size else one.new_empty(0), count.products > before
 
 
-class _Products(TorchDispatchMode):
+class _Products(KeepingMode):
     """Counts what selective checkpointing keeps of the operations in this context."""
 
     def __init__(self, count: MemoryCount):
@@ -347,14 +346,17 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if is_kept(func, args):
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and tensor.device.type == self._count.device.type:
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in self._alive:
-                        self._alive[storage._cdata] = storage
-                        self._size += allocated(storage.nbytes(), self._count.device)
+            self.keep(result)
         self.peak_again = max(self.peak_again, self._count.live - self._size)
         return result
+
+    def keep(self, result: Any) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self._count.device.type:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage
+                    self._size += allocated(storage.nbytes(), self._count.device)
 
     def bytes_beside(self, others: Container[int]) -> tuple[int, int]:
         """Return how many bytes it has counted and how many of them are in use, both without storages at these places."""

@@ -28,6 +28,7 @@ from torch.nn.grad import conv2d_input
 
 from ..storage.stored import Dequantise, QuantisedTensor, as_stored
 from . import cpu_matmul
+from .selective import kept
 
 FEWEST_ROWS = 17
 """The fewest rows of x that `torch._int_mm` takes on a GPU. Fewer are multiplied with the dequantised weight."""
@@ -279,7 +280,7 @@ class FrozenLinear(torch.autograd.Function):
         x, dequantise, bias, *parts = given
         ctx.save_for_backward(*parts)
         ctx.dequantise = dequantise
-        return linear(x, dequantise, parts, bias)
+        return kept(lambda: linear(x, dequantise, parts, bias))
 
     @staticmethod
     @once_differentiable
@@ -301,7 +302,7 @@ class _Conv2d(torch.autograd.Function):
         x, dequantise, places, bias, *parts = given
         ctx.save_for_backward(*parts)
         ctx.dequantise, ctx.places, ctx.shape = dequantise, places, x.shape
-        return F.conv2d(x, dequantise(parts, x.dtype), bias, *places)
+        return kept(lambda: F.conv2d(x, dequantise(parts, x.dtype), bias, *places))
 
     @staticmethod
     @once_differentiable

@@ -76,6 +76,18 @@ def test_a_training_on_quantised_weights_is_bit_for_bit_that_on_wide_ones(form):
     assert_trains_as_wide(form, CONFIG)
 
 
+def test_selective_recomputation_dequantises_no_weight_again():
+    base, counts, calls = quantised_and_full_base("scaled fp8")[0], [], []
+    for plan in (MemoryPlan(), MemoryPlan(selective=True)):
+        run = Run(TrainingInputs.on(CPU, cache_of(base, 1), base, CONFIG), plan=plan)
+        for layer in run.model.denoiser.modules():
+            if isinstance(layer, QuantisedLayer):
+                layer._dequantise = lambda *given, own=layer._dequantise: calls.append(1) or own(*given)
+        run.train_step()
+        counts.append(len(calls))
+    assert counts[0] > 0 and counts[1] == 2 * counts[0]
+
+
 @pytest.mark.parametrize("plan", [MemoryPlan(1.0), MemoryPlan(1.0, offload=1.0)], ids=str)
 def test_memory_plans_compute_the_same_on_quantised_weights(plan):
     assert_trains_as_wide("scaled fp8", replace(CONFIG, precision="fp32"), plan)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ...models.cpu_matmul import add_product, matmul
 from ...models.cpu_matmul import linear as linear_of
 from ...models.quantised_layers import as_under_autocast, linear, quantised_of, times
+from ...models.selective import kept
 from ...storage.stored import Dequantise
 
 _Form = tuple[float, Dequantise, int]
@@ -138,14 +139,18 @@ class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forms: Sequence[_Form], down: Tensor, *others: Any) -> tuple[Tensor, ...]:
         ups, biases, parts = others[: len(forms)], others[len(forms) : 2 * len(forms)], others[2 * len(forms) :]
-        low = linear_of(x, down)  # A x of all layers, side by side
-        outputs = []
-        for column, (scale, dequantise, _), up, weight, bias in zip(
-            _columns(low, ups), forms, ups, _by_layer(parts, forms), biases, strict=True
-        ):
-            y = linear(x, dequantise, weight, bias)  # W x + b
-            y.view(-1, y.shape[-1]).addmm_(column, up.t(), alpha=scale)  # + s B (A x), in place
-            outputs.append(y)
+
+        def multiply() -> list[Tensor]:
+            outputs = [linear_of(x, down)]  # A x of all layers, side by side
+            for column, (scale, dequantise, _), up, weight, bias in zip(
+                _columns(outputs[0], ups), forms, ups, _by_layer(parts, forms), biases, strict=True
+            ):
+                y = linear(x, dequantise, weight, bias)  # W x + b
+                y.view(-1, y.shape[-1]).addmm_(column, up.t(), alpha=scale)  # + s B (A x), in place
+                outputs.append(y)
+            return outputs
+
+        low, *outputs = kept(multiply)
         ctx.save_for_backward(x, low, down, *ups, *parts)
         ctx.forms = forms
         return tuple(outputs)
