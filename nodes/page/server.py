@@ -119,7 +119,7 @@ class Page:
             raise BadConfig("photos, pictures and steps are numbers") from None
 
         def spans() -> dict[str, Any] | None:
-            # While Forge Neo reads a model, its classes replace those of torch.nn, of which a forecast makes a model too.
+            # While Forge Neo reads a model, its classes replace those of torch.nn, and a forecast would use them.
             if self._lock and not self._lock.acquire(blocking=False):
                 return None
             try:
