@@ -122,7 +122,7 @@ def run_job(jobs, ended: threading.Event) -> None:
 def page():
     """Return the page as an application, and start its work."""
     server, ended = module("nodes.page.server"), threading.Event()
-    made = server.Page(FOLDER, bases)
+    made = server.Page(FOLDER, bases, call_queue.queue_lock)
     script_callbacks.on_script_unloaded(ended.set)
     threading.Thread(target=work, args=(made.people, ended), daemon=True).start()
     return server.application(made)

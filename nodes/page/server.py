@@ -55,13 +55,13 @@ class Page:
     """What the addresses answer. Its methods that take a request are handlers.
 
     A program that shows the page gives its base models: a function that returns the title of each file, the chosen one first.
-    It starts the jobs too.
+    It starts the jobs too, and holds its lock while it draws.
     """
 
-    def __init__(self, folder: Path, files: Callable[[], Mapping[str, str]] | None = None) -> None:
+    def __init__(self, folder: Path, files: Callable[[], Mapping[str, str]] | None = None, lock: Any = None) -> None:
         self.people = people.Home(folder)
         self.people.jobs.starts = files is None
-        self._settings, self._given = self.people.own / "settings.json", files
+        self._settings, self._given, self._lock = self.people.own / "settings.json", files, lock
 
     @property
     def folders(self) -> list[str]:
@@ -118,12 +118,19 @@ class Page:
         except ValueError:
             raise BadConfig("photos, pictures and steps are numbers") from None
 
-        def spans() -> dict[str, Any]:
-            base = opened(asked.get("base", DEMO), self.files)
-            recipes, settings = recipes_of(base, silent), NodeSettings(steps=steps, samples=0)
-            forecast = forecast_for(base, settings, recipes, best_device())
-            found = spans_of(forecast, settings, recipes, min(photos, people.MOST_PHOTOS), min(pictures, 1000))
-            return {"spans": found, "memory": forecast.shared.memory}
+        def spans() -> dict[str, Any] | None:
+            # While Forge Neo reads a model, its classes replace those of torch.nn, and a forecast would use them.
+            if self._lock and not self._lock.acquire(blocking=False):
+                return None
+            try:
+                base = opened(asked.get("base", DEMO), self.files)
+                recipes, settings = recipes_of(base, silent), NodeSettings(steps=steps, samples=0)
+                forecast = forecast_for(base, settings, recipes, best_device())
+                found = spans_of(forecast, settings, recipes, min(photos, people.MOST_PHOTOS), min(pictures, 1000))
+                return {"spans": found, "memory": forecast.shared.memory}
+            finally:
+                if self._lock:
+                    self._lock.release()
 
         return await asyncio.to_thread(spans)
 

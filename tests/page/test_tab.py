@@ -169,6 +169,13 @@ def test_base_models_are_those_of_the_program_and_the_chosen_one_comes_first(pro
     assert "base model" in program.ask("GET", "/check?base=owner/name")[1]["error"]
 
 
+def test_no_model_is_made_for_a_forecast_while_the_program_draws(program):
+    program.start()
+    with program.lock:
+        assert program.ask("GET", "/forecast?base=demo")[1] == b"null"
+    assert program.ask("GET", "/forecast?base=demo")[1]["spans"] and not program.lock.locked()
+
+
 def test_a_job_waits_for_the_drawing_makes_room_and_can_be_interrupted(program, script, monkeypatch):  # noqa: F811
     script(STEPS, seconds=60)
     monkeypatch.setattr(program.start(), "COMMAND", sys.modules["pack.nodes.page.jobs"].COMMAND)
