@@ -71,6 +71,7 @@ $(addprefix test-slow-,$(SLOW)): setup-test
 setup-slow: $(STAMP)
 	$(RUN) tests/invokeai/setup_invokeai.py
 	$(RUN) tests/setup_comfy_cli.py
+	$(RUN) tests/setup_gradio.py
 
 test-all: test test-ci test-slow test-processors
 
