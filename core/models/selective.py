@@ -107,8 +107,7 @@ class KeepingMode(TorchDispatchMode):
         return result
 
     def keep(self, result: Any) -> None:
-        """Keep a result."""
-        raise NotImplementedError
+        """Keep a result, in a mode that keeps any."""
 
 
 class _Keeping(KeepingMode):
