@@ -81,14 +81,14 @@ def parse_toml(text: str | bytes) -> dict[str, Any]:
         text = _decoded(text)
         if len(text) > _MOST_TOML:
             raise BadConfig(f"the text has {len(text):,} characters, and the limit is {_MOST_TOML:,}")
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # as the parser counts them
             if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
                 raise BadConfig(f"line {number} has more than {_MOST_DOTS} dots")
         settings = tomllib.loads(text)
         repr(settings)  # Raises for values nested too deeply for a message.
     except ValueError as error:  # Also raised for a number of thousands of digits.
         place = re.search(r"at line (\d+)", str(error))
-        line = str(text).splitlines()[int(place[1]) - 1].strip() if place else ""
+        line = str(text).split("\n")[int(place[1]) - 1].strip() if place else ""
         raise BadConfig(f"{error}{line and f': {_SHOWN.repr(line)}'}") from None
     except RecursionError:
         raise BadConfig("values are nested too deeply") from None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from core.errors import BadConfig
-from core.storage.plain_values import Form, Range, parse_json, read_as
+from core.storage.plain_values import Form, Range, parse_json, parse_toml, read_as
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,12 @@ def test_a_fault_is_named_with_the_field_the_value_and_the_choices(values, fault
 def test_json_that_cannot_be_used_says_why(text, fault):
     with pytest.raises(ValueError, match=fault):
         parse_json(text)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\u2029"])
+def test_a_fault_in_toml_shows_the_line_that_the_parser_counts(separator):
+    with pytest.raises(BadConfig, match=r"line 2.*: 'b ='$"):
+        parse_toml(f'a = "one{separator}two"\nb =\nc = 3\n')
+    with pytest.raises(BadConfig, match=r"^line 2 has more than 100 dots"):
+        parse_toml(f"# one{separator}two\nb{'.b' * 101} = 1")
+    assert parse_toml(f"# one{separator}{'.' * 101}\na = 1") == {"a": 1}
