@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict, dataclass
-from datetime import date
 
 from .. import photos  # Its modules load only when a name is used.
 from ..errors import BadConfig
@@ -25,12 +24,9 @@ def run(options: ConsentOptions) -> None:
         raise BadConfig(f"{options.place}: is neither a folder of photos nor a LoRA (.safetensors)")
     file = photos.person_file(options.place)
     given = {name: text for name, text in asdict(options).items() if text is not None and name != "place"}
-    agreement, _ = photos.read_person_file(file)
-    if given.keys() - {"withdrawn"}:
-        given = {"agreed": True, "agreed_on": str(agreement.agreed_on or date.today())} | given
     if given:
-        photos.write_person_file(file, given)
-        agreement, _ = photos.read_person_file(file)
+        photos.write_agreement(file, given)
+    agreement, _ = photos.read_person_file(file)
     print(f"{file}:")
     for name, value in asdict(agreement).items():
         print(f"  {name} = {value or 'not written'}")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .agreement import keep_agreement as keep_agreement
     from .agreement import person_file as person_file
     from .agreement import read_person_file as read_person_file
-    from .agreement import write_person_file as write_person_file
+    from .agreement import write_agreement as write_agreement
     from .alike import Candidate as Candidate
     from .alike import check_chosen as check_chosen
     from .alike import check_real as check_real

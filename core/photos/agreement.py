@@ -133,6 +133,18 @@ def read_person_file(file: Path) -> tuple[Agreement, dict[str, Any]]:
     return _read(file) if os.path.lexists(file) else (Agreement(), {})
 
 
+def write_agreement(file: Path, values: Mapping[str, Any]) -> None:
+    """Write what a person has agreed to, or only a withdrawal, as `write_person_file` does.
+
+    An agreement with a last day begins today if neither the values nor the file have its first day.
+    """
+    if values.keys() - {"withdrawn"}:
+        before, _ = read_person_file(file)
+        first = before.agreed_on or (date.today() if values.get("agreed_until") else None)
+        values = {"agreed": True, "agreed_on": first} | {**values}
+    write_person_file(file, values)
+
+
 def write_person_file(file: Path, values: Mapping[str, Any]) -> None:
     """Set these values in a `person.toml` or a note, and keep the other lines. Empty values are left out.
 

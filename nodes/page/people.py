@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +23,7 @@ from ...core.errors import BadConfig, BadFile, BadPhoto, check_length
 from ...core.faces import faces_if_installed
 from ...core.lora.file import LoraFile
 from ...core.lora.sidecars import sidecars_of, taken_by, write_sidecars
-from ...core.photos import Photo, Thresholds, check_photos, count_photos, person_file, read_photos, write_person_file
+from ...core.photos import Photo, Thresholds, check_photos, count_photos, person_file, read_photos, write_agreement
 from ...core.photos.agreement import NOTE, PERSON_FILE
 from ...core.photos.reading import MAX_BYTES, PHOTO_SUFFIXES, read_photo_files
 from ...core.pictures.headshots import OVERVIEW
@@ -179,14 +178,13 @@ class Home:
         for what, text in (("kind of person", request.class_word), ("style pack", request.style_pack)):
             check_length(what, text)
         check_count(request.count)
-        place, note = (
-            self.own / name,
-            {key: getattr(request, key) for key in ("agreed_by", "agreed_for", "agreed_until")},
-        )
+        note = {key: getattr(request, key) for key in ("agreed_by", "agreed_for", "agreed_until")}
         if any(note.values()):
-            note |= {"agreed": "yes", "agreed_on": f"{date.today()}"}
-            write_person_file(person_file(self.photos_of(None)), note)
+            if not request.agreed_until:
+                raise BadConfig("agreed_on and agreed_until need each other: give the last day of the agreement")
+            write_agreement(person_file(self.photos_of(None)), note)
         request = replace(request, agreed_by="", agreed_for="", agreed_until="")
+        place = self.own / name
         with writing(place):
             (self.own / NEXT).rename(place)
         write_text(place / "request.json", json.dumps(asdict(request)))

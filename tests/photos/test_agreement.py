@@ -14,7 +14,7 @@ from core.lora import LoraFile, edit_metadata, inspect_header, merge_loras, writ
 from core.lora.metadata import shared_metadata
 from core.lora.names import AGREED, SUBJECT_KEY, UNTIL_KEY
 from core.models import load_base
-from core.photos import agreement_of, check_agreed, read_photos
+from core.photos import agreement_of, check_agreed, read_person_file, read_photos, write_agreement
 from core.pictures import find_style_packs
 from core.pictures.publication import publish
 from core.studio import Person, Terms, forget, make_people
@@ -233,3 +233,23 @@ def test_the_command_keeps_the_other_lines_and_writes_nothing_invalid(tmp_path, 
         "agreed_until = 2036-12-01\n"
     )
     assert 'agreed_by = Zora "Q"' in capsys.readouterr().out
+
+
+def test_an_agreement_with_an_end_begins_today_and_one_without_has_no_beginning(tmp_path):
+    file = tmp_path / "person.toml"
+    write_agreement(file, {"agreed_by": "Zora Quist"})
+    assert file.read_text() == 'agreed = true\nagreed_by = "Zora Quist"\n'
+    write_agreement(file, {"agreed_until": UNTIL})
+    agreement, others = read_person_file(file)
+    assert (agreement.agreed_on, f"{agreement.agreed_until}") == (date.today(), UNTIL) and others == {"agreed": True}
+
+
+def test_a_first_day_that_is_known_stays_and_a_withdrawal_is_no_agreement(tmp_path):
+    file = tmp_path / "person.toml"
+    write_agreement(file, {"withdrawn": "2026-12-01"})
+    assert file.read_text() == "withdrawn = 2026-12-01\n"
+    file.write_text("agreed_on = 2026-11-30\nagreed_until = 2027-01-01\n")
+    write_agreement(file, {"agreed_until": "2028-01-01"})
+    assert read_person_file(file)[0].agreed_on == date(2026, 11, 30)
+    write_agreement(file, {"agreed_on": "2026-12-01", "agreed_until": "2028-01-01"})
+    assert read_person_file(file)[0].agreed_on == date(2026, 12, 1)
