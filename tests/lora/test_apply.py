@@ -12,6 +12,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models.quantised_layers import QuantisedLayer, quantise_weights
 from core.training.methods.lora import attach as attach_lora
+from tests.operation_count import count_operations
 from tests.tooling import UNETS, mostly_slow
 
 CPU = torch.device("cpu")
@@ -87,18 +88,18 @@ def test_one_product_gives_the_same_weights_within_rounding(bases, loras, dtype,
     tucker = {key: down[..., :1, :1].clone(), key.replace("lora_down", "lora_mid"): core}
     second = LoraFile.from_tensors({**first.tensors, **tucker}, first.metadata)
     assert any("mid" in entry.keys for entry in second.entries)
-    found = []
+    found, operations = [], []
     for sums_apart in ("cpu", "none"):
         monkeypatch.setattr("core.lora.apply.SUMS_APART", sums_apart)
         networks = {part: network.to(dtype) for part, network in networks_of(bases["sd15"]).items()}
-        for lora, strength in ((first, 0.8), (second, -0.3)):
-            apply(lora, {"family": "sd15", **networks}, strength)
+        target = {"family": "sd15", **networks}
+        operations.append(count_operations(lambda: [apply(first, target, 0.8), apply(second, target, -0.3)]))
         found.append({(part, name): weight for part in networks for name, weight in networks[part].named_parameters()})
     for name, expected in found[0].items():
         torch.testing.assert_close(
             found[1][name], expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
         )
-    assert dtype != torch.float32 or any(not torch.equal(found[1][name], weight) for name, weight in found[0].items())
+    assert operations[1] < operations[0]  # The bits may be equal: some processors add the product as the sum does.
 
 
 def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras, tmp_path):
