@@ -93,7 +93,7 @@ def test_one_product_gives_the_same_weights_within_rounding(bases, loras, dtype,
         monkeypatch.setattr("core.lora.apply.SUMS_APART", sums_apart)
         networks = {part: network.to(dtype) for part, network in networks_of(bases["sd15"]).items()}
         target = {"family": "sd15", **networks}
-        operations.append(count_operations(lambda: [apply(first, target, 0.8), apply(second, target, -0.3)]))
+        operations.append(count_operations(lambda on=target: [apply(first, on, 0.8), apply(second, on, -0.3)]))
         found.append({(part, name): weight for part in networks for name, weight in networks[part].named_parameters()})
     for name, expected in found[0].items():
         torch.testing.assert_close(
