@@ -85,10 +85,17 @@ def check_agreed(*folders: str | os.PathLike[str]) -> Agreement:
 
 
 def agreement_of(lora: str | os.PathLike[str]) -> Agreement:
-    """Return the agreement in the note beside a LoRA. Intermediate LoRAs and those in `earlier` share the note of their LoRA.
+    """Return the agreement that counts for a LoRA. Raises BadConfig if it has been withdrawn or has ended."""
+    file = agreement_file(lora)
+    agreement, _ = read_person_file(file)
+    agreement.check(file)
+    return agreement
 
-    If the file that it was copied from still has this agreement, that file counts. Raises BadConfig if the agreement has been
-    withdrawn or has ended.
+
+def agreement_file(lora: str | os.PathLike[str]) -> Path:
+    """Return the note beside a LoRA, or the file that it was copied from if that still has this agreement.
+
+    Intermediate LoRAs and those in `earlier` share the note of their LoRA.
     """
     path = Path(lora)
     folders = [path.parent, *([path.parent.parent] if path.parent.name == EARLIER else [])]
@@ -99,9 +106,8 @@ def agreement_of(lora: str | os.PathLike[str]) -> Agreement:
     if note.copy_of and not note.withdrawn:
         original, _ = read_person_file(Path(note.copy_of))
         if original.is_same(note):
-            file, note = note.copy_of, original
-    note.check(file)
-    return note
+            return Path(note.copy_of)
+    return file
 
 
 def person_file(place: str | os.PathLike[str]) -> Path:
@@ -136,12 +142,11 @@ def read_person_file(file: Path) -> tuple[Agreement, dict[str, Any]]:
 def write_agreement(file: Path, values: Mapping[str, Any]) -> None:
     """Write what a person has agreed to, or only a withdrawal, as `write_person_file` does.
 
-    An agreement with a last day begins today if neither the values nor the file have its first day.
+    An agreement begins today if neither the values nor the file have its first day. Raises BadConfig if it has no last day.
     """
     if values.keys() - {"withdrawn"}:
         before, _ = read_person_file(file)
-        first = before.agreed_on or (date.today() if values.get("agreed_until") else None)
-        values = {"agreed": True, "agreed_on": first} | {**values}
+        values = {"agreed": True, "agreed_on": before.agreed_on or date.today()} | {**values}
     write_person_file(file, values)
 
 

@@ -235,10 +235,10 @@ def test_the_command_keeps_the_other_lines_and_writes_nothing_invalid(tmp_path, 
     assert 'agreed_by = Zora "Q"' in capsys.readouterr().out
 
 
-def test_an_agreement_with_an_end_begins_today_and_one_without_has_no_beginning(tmp_path):
+def test_an_agreement_begins_today_and_one_without_an_end_is_not_written(tmp_path, capsys):
     file = tmp_path / "person.toml"
-    write_agreement(file, {"agreed_by": "Zora Quist"})
-    assert file.read_text() == 'agreed = true\nagreed_by = "Zora Quist"\n'
+    assert main(["consent", str(tmp_path), "--agreed-by", "Zora Quist"]) == 1
+    assert "give the first and the last day" in capsys.readouterr().err and not file.exists()
     write_agreement(file, {"agreed_until": UNTIL})
     agreement, others = read_person_file(file)
     assert (agreement.agreed_on, f"{agreement.agreed_until}") == (date.today(), UNTIL) and others == {"agreed": True}
