@@ -14,6 +14,8 @@ const LOST = { restored: "{} is missing. Run restores it in seconds", trained: "
   outdated: "{} was trained by an older version. Run trains it again" }
 /** What Run does about a LoRA that it can't use. */
 export const lostText = ({ lost, file }) => say(LOST[lost], file)
+// say
+const CONSENT = { agreed_by: "Who has agreed", agreed_for: "What for", agreed_until: "Until, ten years at most", withdrawn: "Withdrawn on" }
 /** The event that tells the widgets the key and the new name of a training run. */
 export const RENAMED = "facelora.renamed"
 /** The event that tells the widgets the names of deleted files. */
@@ -26,10 +28,12 @@ const nameOf = ({ file, name }) => file?.replace(/\.safetensors$/, "") ?? name
 
 const read = async (address, options) => (await api.fetchApi(address, options)).json()
 
+const change = (address, values, method = "PATCH") =>
+  read(address, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) })
+
 /** Deletes dropped photos by their names, except those that a training run uses. Pages forget the deleted ones. */
 export async function deletePhotos(names) {
-  const headers = { "Content-Type": "application/json" }
-  const { deleted } = await read("/facelora/photos", { method: "DELETE", headers, body: JSON.stringify({ names }) })
+  const { deleted } = await change("/facelora/photos", { names }, "DELETE")
   document.dispatchEvent(new CustomEvent(DELETED, { detail: deleted }))
 }
 
@@ -77,10 +81,12 @@ function row(person, root, leave) {
   })
   const rename = Object.assign(make("button", "", say("Rename")), { ariaLabel: say("Rename {}", nameOf(person)) })
   rename.addEventListener("click", () => renamePerson(person, root, leave))
+  const consent = Object.assign(make("button", "", say("Consent")), { ariaLabel: say("Consent of {}", nameOf(person)) })
+  consent.addEventListener("click", () => writeConsent(person, root, leave))
   const remove = Object.assign(make("button", "", say("Delete")), { ariaLabel: say("Delete {}", nameOf(person)) })
-  remove.disabled = rename.disabled = ["running", "drawing"].includes(person.phase)
+  remove.disabled = rename.disabled = consent.disabled = ["running", "drawing"].includes(person.phase)
   remove.addEventListener("click", () => deletePerson(person, root, leave))
-  return make("div", "facelora-person", picture, facts, make("div", "facelora-row", open, rename, remove))
+  return make("div", "facelora-person", picture, facts, make("div", "facelora-row", open, rename, consent, remove))
 }
 
 async function renamePerson(person, root, leave) {
@@ -96,9 +102,22 @@ async function renamePerson(person, root, leave) {
     if (asked === field.value) wrong.textContent = saySentence(wrong_name)
   })
   if ((await choose(say("Rename {}", nameOf(person)), [{ title: "", images: [field, wrong] }], say("Rename"))) === undefined) return
-  const headers = { "Content-Type": "application/json" }, body = JSON.stringify({ name: field.value })
-  const { error, name } = await read(`/facelora/people/${person.key}`, { method: "PATCH", headers, body })
+  const { error, name } = await change(`/facelora/people/${person.key}`, { name: field.value })
   if (name) document.dispatchEvent(new CustomEvent(RENAMED, { detail: { key: person.key, name } }))
+  await listPeople(root, leave)
+  if (error) root.prepend(make("div", "facelora-refused", saySentence(error)))
+}
+
+/** Shows the note of consent of a training run, and writes what the user changes. */
+async function writeConsent(person, root, leave) {
+  const address = `/facelora/people/${person.key}/consent`, before = await read(address)
+  const fields = Object.keys(CONSENT).map((name, number) =>
+    Object.assign(make("input", ""), { name, value: before[name] ?? "", type: number < 2 ? "text" : "date", maxLength: 1000 }))
+  const rows = fields.map((field) => ({ title: "", images: [make("label", "facelora-field", say(CONSENT[field.name]), field)] }))
+  const title = say("Consent of {}", nameOf(person))
+  if (!before.error && (await choose(title, rows, say("Save"))) === undefined) return
+  const changed = fields.filter(({ name, value }) => value !== before[name]).map(({ name, value }) => [name, value])
+  const { error } = before.error || !changed.length ? before : await change(address, { written: Object.fromEntries(changed) })
   await listPeople(root, leave)
   if (error) root.prepend(make("div", "facelora-refused", saySentence(error)))
 }

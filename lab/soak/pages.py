@@ -23,7 +23,8 @@ ROUTES = {
     "/facelora/style": "GET pack style", "/facelora/photo": "GET name", "/facelora/photos": "POST DELETE",
     "/facelora/caption": "PUT", "/facelora/check": "POST", "/facelora/people": "GET",
     "/facelora/people/KEY": "GET PATCH PATCH DELETE", "/facelora/people/KEY/files": "GET",
-    "/facelora/people/KEY/headshots": "GET", "/facelora/people/KEY/styles": "GET", "/facelora/lora": "GET name",
+    "/facelora/people/KEY/consent": "GET PATCH", "/facelora/people/KEY/headshots": "GET",
+    "/facelora/people/KEY/styles": "GET", "/facelora/lora": "GET name",
     "/facelora/recipe": "GET name base", "/facelora/forecast": "GET base photos pictures",
 }  # fmt: skip
 """Route -> its methods, and the names in its query."""
@@ -94,6 +95,7 @@ def _json(draw: Random) -> bytes:
             odd, {"prompt": "p", "node": odd}, {"name": draw.choice((*_NAMES, *_NAMES, odd))}, {"names": odd},
             {"names": [_photo(draw), odd, *(_photo(draw) for _ in range(3))]}, {"name": _photo(draw), "caption": odd},
             {"name": _photo(draw), "caption": draw.choice(_NAMES)},
+            {"written": {draw.choice(("agreed_by", "agreed_until", "withdrawn", "x")): draw.choice((odd, "2030-01-01"))}},
             {"folder": draw.choice(_FOLDERS), "pictures": draw.choice(("", odd, _photo(draw))), "base": odd,
              "resolution": draw.choice((64, odd, 10**4000, -1)), "use": odd},
         ))

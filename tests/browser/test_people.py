@@ -1,9 +1,11 @@
 """The list of trained people: in another browser of the same user, opened, and deleted with a question first."""
 
 import re
+from datetime import date, timedelta
 
 from playwright.sync_api import Locator
 
+from core.storage.plain_values import parse_toml
 from tests.tooling import write_photos
 from tools.workflows import BUILD
 
@@ -104,6 +106,39 @@ def test_the_question_before_deleting_an_unfinished_run_states_that_no_lora_was_
     page.page.keyboard.press("Escape")  # the focus was on a button that is gone
     page.wait_for("() => !document.querySelector('.facelora-dialog')")
     page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('balanced: 20000 steps')")
+
+
+def test_a_note_of_consent_is_written_for_a_lora_and_a_withdrawal_refuses_the_photos(page, server, tmp_path):
+    file = server.folder / "models" / "loras" / "noor.person.toml"
+    page.run(BUILD, train_node(seed=66, name="noor", folder="(no folder)", steps=1, samples=0, settings=""))
+    page.drop(PHOTOS, sorted(write_photos(tmp_path, person=40).glob("*.png")))
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 4")
+    assert server.wait(page.queue()).status == "success" and not file.exists()
+    page.page.locator(".facelora-all").click()
+    list_ = page.page.locator(".facelora-people")
+
+    def write(**fields: str) -> None:
+        list_.get_by_role("button", name="Consent of noor").click()
+        dialog = page.page.locator(".facelora-dialog[open]", has_text="Consent of noor")
+        for label, value in fields.items():
+            dialog.get_by_label(label.replace("_", " ")).fill(value)
+        with page.page.expect_response("**/consent"):
+            dialog.get_by_role("button", name="Save").click()
+
+    write(Who_has_agreed="Noor Blix", Until="2099-01-01")
+    list_.get_by_text("must be at most 10 years after").wait_for()
+    assert not file.exists()
+    until = date.today() + timedelta(days=365)
+    write(Who_has_agreed="Noor Blix", Until=f"{until}")
+    list_.get_by_text("must be at most").wait_for(state="detached")
+    expected = {"agreed": True, "agreed_by": "Noor Blix", "agreed_on": date.today(), "agreed_until": until}
+    assert parse_toml(file.read_text()) == expected
+    write(Withdrawn=f"{date.today()}")
+    assert parse_toml(file.read_text()) == {**expected, "withdrawn": date.today()}
+    page.page.keyboard.press("Escape")
+    page.set_widgets({"FaceLoRATrain": {"training_seed": 67}})
+    assert "person.toml: the person has withdrawn the agreement" in server.wait(page.queue()).error
+    assert not (server.folder / "models" / "loras" / "noor-2.safetensors").exists()
 
 
 def test_people_of_one_name_are_told_apart_and_their_photos_leave_the_open_page_with_the_last(page, server, tmp_path):

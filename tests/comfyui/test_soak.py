@@ -104,8 +104,9 @@ def test_headshots_are_downloaded_whatever_their_names_and_times_are_and_whateve
     odd_files = ({"file": file} for file in (5, "\ud800"))
     for odd in ({"styles": 5}, {"styles": {"old.png": "x"}}, {"renaming": "x"}, {"name": "."}, *odd_files):
         panel.write_text(json.dumps(record | odd))
-        for path in ("/facelora/people", address, f"{address}/styles", f"{address}/files", f"{address}/headshots"):
-            server.read(path)  # raises for an answer of 500
+        for part in ("consent", "files", "headshots", "styles"):
+            server.read(f"{address}/{part}")  # raises for an answer of 500
+        assert server.read("/facelora/people") and server.read(address)
     for file in files:
         file.unlink()
 

@@ -20,12 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import folder_paths
+from comfy.cli_args import args
 from PIL import Image
 
 from ....core.errors import BadConfig, BadFile, FaceLoraError, InUse
 from ....core.lora.embeddings import embedding_files
 from ....core.lora.file import LoraFile
 from ....core.lora.sidecars import sidecars_of, taken_by
+from ....core.photos.agreement import PERSON_FILE, agreement_file, read_person_file, write_agreement
 from ....core.photos.reading import DAMAGED, MASK_ENDING
 from ....core.storage.cache_folder import cache_folder, content_key, made_folder
 from ....core.storage.drawn import DRAWN, jpeg_url
@@ -53,6 +55,8 @@ RESTORED, TRAINED, OUTDATED = "restored", "trained", "outdated"
 
 One that an older version has trained in another way is OUTDATED, and trained again too.
 """
+CONSENT = ("agreed_by", "agreed_for", "agreed_until", "withdrawn")
+"""The fields of a note of consent that the list asks for."""
 PUBLIC = ("key", "name", "begun", "file", "likeness", "likeness_word")
 """The fields of a record that the list shows."""
 
@@ -165,6 +169,21 @@ class People:
                     archive.write(file, re.sub(r'[<>:"|?*\\\ud800-\udfff]', "_", shown))  # Windows can't have these.
         data.seek(0)
         return _stem(record) if record else "headshots", data
+
+    def consent(self, user: str | None, key: str, written: Mapping[str, Any]) -> Record:
+        """Return the note of consent of a training run of the user, by CONSENT's names.
+
+        `written` is set in it first, and in that of the photos, so that no other LoRA of them is trained after a withdrawal.
+        Raises BadConfig if the user has no such training run, if it runs, or if a note wouldn't be valid.
+        """
+        record = self._at_rest(user, key, ())
+        file = agreement_file(_output(record))
+        if unknown := written.keys() - set(CONSENT):
+            raise BadConfig(f"{min(unknown)}: unknown; choose from {', '.join(CONSENT)}")
+        for one in {file, *_photo_notes(record)} if written else ():
+            write_agreement(one, written)
+        agreement, _ = read_person_file(file)
+        return {name: str(getattr(agreement, name) or "") for name in CONSENT}
 
     def files_to_delete(self, user: str | None, key: str, queued: Collection[str]) -> Record:
         """Return what `delete` would delete: the names of LoRAs, and how many headshots and dropped photos."""
@@ -363,6 +382,13 @@ def _own_headshots(record: Record, others: Collection[Record]) -> list[str]:
     """Return those that no other record has: Save Headshots saves the same picture of two training runs once."""
     digests = record["headshots"]
     return [name for name in _headshots(record) if all(one["headshots"].get(name) != digests[name] for one in others)]
+
+
+def _photo_notes(record: Record) -> set[Path]:
+    """Return the notes in the folders of the record's photos; with --multi-user, only of those that were dropped."""
+    root, folders = Path(folder_paths.get_input_directory()), {name.rpartition("/")[0] for name in record["photos"]}
+    own = [one for one in folders - {""} if not args.multi_user or one.rpartition("/")[0] == own_root(record["user"])]
+    return {root / folder / PERSON_FILE for folder in own if os.path.isdir(root / folder)}
 
 
 def _folders(record: Record, others: Collection[Record], queued: Collection[str]) -> list[str]:

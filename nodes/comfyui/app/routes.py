@@ -135,6 +135,21 @@ def _add_people_routes(server: PromptServer) -> None:
         asked = user_of(request), request.match_info["key"], queued_photos()
         return web.json_response(await asyncio.to_thread(records.files_to_delete, *asked))
 
+    @routes.get("/facelora/people/{key}/consent")
+    async def consent(request: web.Request) -> web.Response:
+        return await _consent(request, {})
+
+    @routes.patch("/facelora/people/{key}/consent")
+    async def write_consent(request: web.Request) -> web.Response:
+        return await _consent(request, *await _sent(request, written=dict))
+
+    async def _consent(request: web.Request, written: dict[str, Any]) -> web.Response:
+        try:
+            key = request.match_info["key"]
+            return web.json_response(await asyncio.to_thread(records.consent, user_of(request), key, written))
+        except FaceLoraError as problem:
+            return refusal(problem)
+
     @routes.get("/facelora/people/{key}/headshots")
     async def headshots(request: web.Request) -> web.Response:
         name, content = await asyncio.to_thread(records.headshots_zip, user_of(request), request.match_info["key"])
