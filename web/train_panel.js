@@ -15,7 +15,7 @@ import {
   DONE, ENDED, FAILED, TRAINING, WAITING, doneShare, drawCurves, spanText, statusText, svg, timeText, verdictOf,
 } from "./progress.js"
 import { headshotTile, moreLike } from "./tiles.js"
-import { OldApp } from "./upgrade.js"
+import { OPENED_TODAY, OldApp } from "./upgrade.js"
 import { say, saySentence, sayName } from "./words.js"
 
 const NODE = "FaceLoRATrain"
@@ -34,6 +34,7 @@ document.addEventListener(BASE_CHOSEN, () => panels.forEach((panel) => (baseOf(p
 document.addEventListener(FAILURE, ({ detail: { text, prompt } }) => panels.forEach(({ failure, state }) => {
   failure.textContent = state?.phase === FAILED && state.prompt === prompt ? "" : text // which the status shows
 }))
+document.addEventListener(OPENED_TODAY, () => panels.forEach((panel) => panel.bringBack())) // its values have changed the inputs
 document.addEventListener(INPUTS_CHANGED, ({ detail }) => panels.forEach((panel) => panel.node === detail && panel.changed()))
 
 /** The prompts of ended training runs that are no longer shown, because the node's inputs have changed since. */

@@ -45,6 +45,9 @@ app.registerExtension({
   },
 })
 
+/** The event that today's app was opened for an old one. */
+export const OPENED_TODAY = "facelora.opened-today"
+
 /** The names of the model files that a saved graph's loaders offer to download. */
 const modelsOf = ({ nodes }) => nodes.flatMap(({ properties }) => properties?.models ?? []).map(({ name }) => name)
 
@@ -66,6 +69,7 @@ async function openToday() {
       widget.callback?.(value)
     }
   remember(app.rootGraph.nodes[0])
+  document.dispatchEvent(new Event(OPENED_TODAY))
 }
 
 /** A line that offers it, hidden where the open app is of today, or not an app. */

@@ -20,7 +20,7 @@ def page(new_page) -> ComfyPage:
     return new_page
 
 
-def test_headshots_of_an_old_workflow_are_marked_and_saved_once(page, server):
+def test_headshots_of_an_old_workflow_are_marked_and_saved_once_and_shown_in_todays_app(page, server):
     page.page.get_by_text("It replaces Save Image").wait_for()
     page.set_widgets(QUICK | {"FaceLoRATrain": QUICK["FaceLoRATrain"] | {"name": "old", "training_seed": 81}})
     folder = server.folder / "output" / "headshots"
@@ -36,6 +36,9 @@ def test_headshots_of_an_old_workflow_are_marked_and_saved_once(page, server):
         assert len(new) == (2 if count == 2 else 1), "those of the first run are not saved again"
         assert all(file.name.startswith("old_") for file in new), "named after the LoRA"
         assert {read_mark(file) for file in new} == {DRAWN}
+    page.page.get_by_role("button", name="Open today's app with these values").click()
+    page.page.locator(".facelora-more").wait_for()
+    page.page.locator(".facelora-status", has_text="done: old").wait_for()
     assert page.problems == []
 
 
