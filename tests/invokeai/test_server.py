@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from core.storage.drawn import DRAWN, mark_of, read_mark
+from core.storage.drawn import DRAWN, read_mark
 from core.storage.safetensors_file import save_safetensors
+from core.version import __version__
+from tests.marks import mark_in
 
 from .conftest import BASE
 from .server import Edge, InvokeServer
@@ -76,8 +78,9 @@ def test_the_workflow_makes_a_lora_and_headshots_and_tells_how_far_it_is(invoke,
     kept = invoke.call("GET", f"/api/v1/images/i/{name}/metadata")
     assert "sks man" in kept["positive_prompt"] and kept["loras"][0]["model"]["key"] == model["key"]
     (tmp_path / "a.png").write_bytes(invoke.picture(name))
+    assert mark_in(tmp_path / "a.png") == (DRAWN, f"FaceLoRA {__version__}")  # and signed
     with Image.open(tmp_path / "a.png") as image:
-        assert mark_of(image) == DRAWN and json.loads(image.info["invokeai_metadata"]) == kept
+        assert json.loads(image.info["invokeai_metadata"]) == kept
     assert invoke.call("GET", f"/api/v1/images/i/{name}")["image_category"] == "general"
     said = [event["message"] for event in events]
     assert any(text.startswith("step 4 of 4, loss 0.") and text.endswith(" left") for text in said), said
