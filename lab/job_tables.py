@@ -65,7 +65,7 @@ SHOWN = ("SD1.5", "SDXL", "FLUX.1-dev", "Z-Image", "Krea 2")
 
 TEXT_WEIGHTS = {
     "clip_l": 123, "clip_g": 695, "t5xxl": 4762, "qwen3_4b": 4022, "qwen3_8b": 7568, "qwen25_7b": 7071, "qwen3vl_4b": 4022,
-    "qwen3vl_8b": 7568, "mistral3_24b": 17530, "ministral3_3b": 3429,
+    "qwen3vl_8b": 7568, "mistral3_24b": 17530, "ministral3_3b": 3429, "qwen35_9b": 7937,
 }  # fmt: skip
 """Millions of weights that are loaded of each kind of text encoder (core/models/text.py): no vision, and no output layer."""
 
