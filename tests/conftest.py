@@ -14,9 +14,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from core import faces
 from core.demo import BASE_FILE
-from core.faces import OnnxFaces, YuNet
+from core.faces import FaceNetwork, OnnxFaces, YuNet, load_faces, networks
 from core.models import Base, load_base
 from tests.comfyui.flow_files import write_flow_models
 from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
@@ -97,7 +96,7 @@ def faces_looked_at_once():
     The networks that come with a package are loaded once.
     """
     detect, embed, known = YuNet._detect_at, OnnxFaces._run, {}
-    read, start = faces._mended, faces._session
+    read, start = networks._mended, networks._session
     models: dict[Path, Any] = {}
     sessions: dict[int, Any] = {}
 
@@ -127,8 +126,8 @@ def faces_looked_at_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(YuNet, "_detect_at", detect_once)
         patch.setattr(OnnxFaces, "_run", embed_once)
-        patch.setattr(faces, "_mended", read_once)
-        patch.setattr(faces, "_session", start_once)
+        patch.setattr(networks, "_mended", read_once)
+        patch.setattr(networks, "_session", start_once)
         yield
 
 
@@ -161,9 +160,9 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="module")
-def network() -> faces.FaceNetwork:
+def network() -> FaceNetwork:
     """YuNet and SFace."""
-    return faces.load_faces()
+    return load_faces()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""core/faces.py: finds what OpenCV's own code finds, and tells the people of the ORL set apart."""
+"""core/faces/: finds what OpenCV's own code finds, and tells the people of the ORL set apart."""
 
 import importlib.util
 import subprocess
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.errors import BadConfig, BadFile, MissingPackage
-from core.faces import TEMPLATE, Face, _weights_folder, align, embed_images, likeness, load_faces, similarity_transform
+from core.faces import TEMPLATE, Face, align, embed_images, likeness, load_faces, similarity_transform
+from core.faces.networks import _weights_folder
 from core.photos.measure import LIKENESS_LIMITS
 from lab.face_figures import verification
 from tests.face_samples import NUMBERS, PEOPLE, orl

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
 HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbytes", "prodigyopt")
 COMFYUI = ("invokeai", "comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
-ROOMS = ("lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
+ROOMS = ("faces", "lora", "models", "photos", "pictures", "storage", "studio", "tensor_names", "training")
 PACKAGES = ("core", *(f"core.{room}" for room in ROOMS))
 """Those that load a name when it is asked for."""
 SAID = "loaded: "
