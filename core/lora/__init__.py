@@ -10,11 +10,8 @@ if TYPE_CHECKING:
     from .blocks import block_strengths as block_strengths
     from .checkpoints import extract_lora as extract_lora
     from .checkpoints import merge_into_checkpoint as merge_into_checkpoint
-    from .convert import NewLora as NewLora
     from .convert import convert_for as convert_for
     from .convert import convert_lora as convert_lora
-    from .convert import merge_loras as merge_loras
-    from .convert import resize_lora as resize_lora
     from .embeddings import embedding_files as embedding_files
     from .embeddings import file_word as file_word
     from .file import LoraFile as LoraFile
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from .inspect import inspect_lora as inspect_lora
     from .inspect import movement_of as movement_of
     from .inspect import verify_lora as verify_lora
+    from .merge import merge_loras as merge_loras
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
     from .names import WORD_KEY as WORD_KEY
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from .names import trigger_phrases as trigger_phrases
     from .names import trigger_words as trigger_words
     from .names import word_of as word_of
+    from .new_lora import NewLora as NewLora
     from .report import MOVEMENT_KEY as MOVEMENT_KEY
     from .report import doubt_of_movement as doubt_of_movement
     from .report import format_inspection as format_inspection
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from .report import format_movement as format_movement
     from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
+    from .resize import resize_lora as resize_lora
     from .sidecars import write_sidecars as write_sidecars
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

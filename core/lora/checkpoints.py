@@ -14,10 +14,10 @@ from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place
 from .base_weights import BaseWeights, bias_name
 from .changes import factorise
-from .convert import NewLora, check_rank, metadata_for
 from .file import LoraFile, fit
 from .modules import LoraModule, name_modules
 from .names import Entry, word_of
+from .new_lora import NewLora, check_rank, metadata_for
 
 
 def extract_lora(

@@ -1,44 +1,30 @@
-"""Convert, merge and resize LoRAs.
+"""Convert LoRAs to other naming schemes and to plain LoRAs.
 
-Each module is processed separately. Modules that are only renamed or concatenated are computed when they are written
-(`LoraFile.save`), so a file of any size is converted or merged without holding it in memory. Modules with a new rank are
-held in memory, but their originals are not. `on_progress(done, total)` is called after each module.
+Each module is processed separately. Modules that are only renamed are computed when they are written (`LoraFile.save`), so a
+file of any size is converted without holding it in memory. Modules with a new rank are held in memory, but their originals
+are not. `on_progress(done, total)` is called after each module.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
+from ..errors import BadConfig, UnmatchedKeys
 from ..progress import OnProgress, silent
-from ..storage.stored import LazyValues
-from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, Place, bundled_embedding
+from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, NameTable, Place
 from .changes import Factorised, bias_change, decomposed, factorise, scale_of
-from .file import KEY, LoraFile
+from .file import LoraFile
 from .kinds import BIAS_ROLES, LOW_RANK, UNBOUND, needs_base
-from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
-from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, UNTIL_KEY, Entry, trigger_words
+from .names import Entry
+from .new_lora import NewLora, check_rank, metadata_for, unambiguous_names
 from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 
-_OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}")
-"""The metadata that don't apply to a changed copy of a LoRA."""
 BaseWeight = Callable[[ModuleId], Tensor]
 """A function that returns the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
-
-
-class NewLora(NamedTuple):
-    """A LoRA made from other LoRAs or from checkpoints, and its error compared with them."""
-
-    lora: LoraFile
-    error: float
-    """The largest relative error of a module's change, by the Frobenius norm: 0 to 1."""
 
 
 def convert_lora(
@@ -60,7 +46,7 @@ def convert_lora(
         raise BadConfig(f"unknown naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     if plain_rank is not None:
         check_rank(plain_rank)
-    names = names or _names_of(lora)
+    names = names or unambiguous_names(lora)
     lora.check()
     if scheme == "diffusers" and not lora.entries:
         raise UnmatchedKeys(
@@ -82,21 +68,6 @@ def convert_lora(
     return NewLora(made.with_metadata(metadata_for(made, scheme)), error)
 
 
-def _names_of(lora: LoraFile) -> NameTable:
-    """Return the names of the modules of a LoRA's model in every scheme.
-
-    Raises UnmatchedKeys for original names of a UNet with other numbers of blocks than the published models.
-    """
-    for entry in lora.entries if lora.table.has_other_blocks else ():
-        numbered = re.match(r"(input|output)_blocks\.[1-9]", entry.place.fusion.original)
-        if entry.part == "denoiser" and entry.place.index is None and numbered:
-            raise UnmatchedKeys(
-                f"{lora.name}: {entry.name} is ambiguous, because this UNet does not have {PUBLISHED_BLOCKS} residual blocks "
-                f"per level like the published {lora.family} models. Export it again with diffusers' names"
-            )
-    return lora.table
-
-
 def convert_for(
     lora: LoraFile,
     readers: Sequence[str],
@@ -116,7 +87,7 @@ def convert_for(
         raise BadConfig(f"unknown program {wrong[0]!r}; known: {', '.join(known)}")
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
-    names = _names_of(lora)
+    names = unambiguous_names(lora)
     namings = [(scheme, names) for scheme in dict.fromkeys((names.scheme, *SCHEMES))]
     if prefixes := names.loaded.invokeai_prefixes:
         namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
@@ -181,27 +152,6 @@ def _bias_and_shape_tensors(lora: LoraFile, names: NameTable, scheme: str) -> di
         name = name_in_scheme(names, *entry.modules[0], scheme)[0]
         tensors[f"{name}.reshape_weight"] = torch.tensor(entry.weight_shape)
     return tensors
-
-
-def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
-    """Return the metadata for the LoRA in a scheme, with the keys that it needs and without those of the old scheme."""
-    metadata = lora.base_metadata
-    known = {
-        "modelspec.sai_model_spec": MODELSPEC_VERSION,
-        "modelspec.architecture": f"{metadata['modelspec.architecture']}/lora",
-    }
-    ranks = {entry.rank for entry in lora.entries}
-    if scheme == "kohya":
-        is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
-        known["ss_base_model_version"] = metadata["ss_base_model_version"]
-        known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
-        known["ss_network_dim"] = str(*ranks) if len(ranks) == 1 else "Dynamic"
-    kept = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
-    dim = kept.get("ss_network_dim", "")
-    if dim.isdecimal() and None not in ranks and dim not in map(str, ranks):
-        # Fusing and splitting modules changes their ranks.
-        kept = {key: value for key, value in kept.items() if key not in ("ss_network_dim", "ss_network_alpha")}
-    return known | kept
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
@@ -296,7 +246,7 @@ def to_plain(
             worst = max(worst, error)
         on_progress(done, len(others))
     metadata = {k: v for k, v in lora.metadata.items() if not k.startswith("ss_network_")}
-    return NewLora(LoraFile.from_modules(lora.family, modules, metadata, names=_names_of(lora)), worst)
+    return NewLora(LoraFile.from_modules(lora.family, modules, metadata, names=unambiguous_names(lora)), worst)
 
 
 def _nearest(
@@ -315,163 +265,3 @@ def _nearest(
         raise UnmatchedKeys(f"{lora.name}: {entry.name} cannot be computed: {error}") from None
     for module_id, change in lora.changes_of(entry, base_weight):
         yield module_id, factorise(change, rank, f"{lora.name}: {entry.name}")
-
-
-def check_rank(rank: int) -> None:
-    """Raise BadConfig for a rank below 1."""
-    if rank < 1:
-        raise BadConfig(f"a rank must be at least 1, not {rank}")
-
-
-def resize_lora(
-    lora: LoraFile,
-    rank: int | None = None,
-    energy: float | None = None,
-    on_progress: OnProgress = silent,
-) -> NewLora:
-    """Reduce the ranks of a LoRA, with the same names, and return the largest relative error in a module.
-
-    Give one of two limits: `rank`, the largest rank of a module, or `energy` in (0, 1], the share of each module's squared
-    singular values to keep. After a QR decomposition of both factors, only a rank x rank matrix needs an SVD. Raises
-    BadConfig for other limits, UnmatchedKeys for other kinds of adapters.
-    """
-    if (rank is None) == (energy is None):
-        raise BadConfig("give either a rank or an energy")
-    if rank is not None:
-        check_rank(rank)
-    elif energy is not None and not 0 < energy <= 1:
-        raise BadConfig(f"energy must be above 0 and at most 1, not {energy}")
-    lora.check()
-    if not lora.entries:
-        raise UnmatchedKeys(f"{lora.name}: has no modules to resize")
-    tensors = {**lora.tensors, **{key: lora.sound_vectors(key) for key in lora.embedding_keys}}
-    ranks = set()
-    worst = 0.0
-    for done, entry in enumerate(lora.entries, 1):
-        if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
-            what = "has a bias in its up matrix" if "bias" in entry.keys else f"is of kind {entry.kind}"
-            raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}; convert it to a plain LoRA first")
-        found = lora.sound_tensors_of(entry)
-        alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
-        module = without_tucker(LoraModule(found["down"].float(), found["up"].float(), alpha, found.get("mid")))
-        small, error = _resize(module, rank, energy)
-        tensors[entry.keys["down"]], tensors[entry.keys["up"]] = small.down, small.up
-        tensors.pop(entry.keys.get("mid", ""), None)
-        if "alpha" in entry.keys:
-            tensors[entry.keys["alpha"]] = torch.tensor(small.alpha)
-        ranks.add(small.rank)
-        worst = max(worst, error)
-        on_progress(done, len(lora.entries))
-    size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    metadata = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
-    metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
-    return NewLora(replace(lora, tensors=tensors, metadata=metadata), worst)
-
-
-def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple[LoraModule, float]:
-    down, up = module.down, module.up
-    left_basis, left_core = torch.linalg.qr(up.flatten(1))
-    right_basis, right_core = torch.linalg.qr(down.flatten(1).T)
-    left, values, right = torch.linalg.svd(module.scale * (left_core @ right_core.T), full_matrices=False)
-    kept = values.double().square().cumsum(0)
-    total = kept[-1].item()
-    if rank is not None:
-        size = min(rank, len(values))
-    else:
-        assert energy is not None
-        size = min(int((kept < energy * total).sum()) + 1, len(values))
-    roots = values[:size].sqrt()
-    small_down = (roots[:, None] * (right[:size] @ right_basis.T)).reshape(size, *down.shape[1:])
-    small_up = (left_basis @ left[:, :size] * roots).reshape(up.shape[0], size, *up.shape[2:])
-    error = math.sqrt(max(1 - kept[size - 1].item() / total, 0.0)) if total else 0.0
-    # alpha = rank, because the singular values already include the scale. Both factors get an equal share of them.
-    return LoraModule(small_down, small_up, float(size)), error
-
-
-def merge_loras(
-    loras: Sequence[tuple[LoraFile, float]],
-    rank: int | None = None,
-    scheme: str | None = None,
-    on_progress: OnProgress = silent,
-) -> NewLora:
-    """Merge LoRAs into the sum of their changes, each times its weight, and return the largest relative error in a module.
-
-    `scheme` is the naming scheme; None means the family's own, which most programs load.
-
-    Without `rank`, the modules are concatenated: the sum is exact, and the ranks add up. With `rank`, the result is then
-    resized. Bundled embeddings are kept, except in diffusers' scheme. The metadata are the first file's, with
-    `modelspec.merged_from` and without keys that only apply to one file. They state that the person shown has agreed only if
-    those of all files do.
-
-    Raises LoraMisfit for LoRAs of different families, without modules, or with different embeddings for one word. Raises
-    UnmatchedKeys for a change that is not finite, BadConfig without LoRAs and for a rank below 1.
-    """
-    if not loras:
-        raise BadConfig("nothing to merge: give at least one LoRA")
-    family = loras[0][0].family
-    families = {lora.family: lora.name for lora, _ in loras}
-    if len(families) > 1:
-        found = ", ".join(f"{name} is for {family}" for family, name in families.items())
-        raise LoraMisfit(f"only LoRAs for the same family can be merged, but {found}")
-    scheme = scheme or NAME_TABLES[family].scheme
-    if rank is not None:
-        check_rank(rank)
-    collected: dict[ModuleId, list[LoraModule]] = {}
-    vectors: dict[str, Tensor] = {}
-    for lora, weight in loras:
-        lora.check()
-        if not lora.entries:
-            raise LoraMisfit(f"{lora.name}: has no modules to merge")
-        for key, found in lora.bundled_words().items():
-            if not torch.equal(vectors.setdefault(key, found), found):
-                raise LoraMisfit(f"{lora.name}: another file has a different embedding for {bundled_embedding(key)!r}")
-        for module_id, module in lora.modules(weight).items():
-            others = collected.setdefault(module_id, [])
-            if others and (here := module.weight_size) != (there := others[0].weight_size):
-                raise LoraMisfit(
-                    f"{lora.name}: {module_id[1]} changes a weight of size {here[0]} x {here[1]}, but in another file it is "
-                    f"{there[0]} x {there[1]}"
-                )
-            others.append(module)
-    tables = (_names_of(lora) for lora, _ in loras)
-    names = next((table for table in tables if table.has_other_blocks), NAME_TABLES[family])
-    sums = LazyValues({module_id: partial(_concatenate, modules) for module_id, modules in collected.items()})
-    tensors = name_modules(names, sums, scheme, {} if scheme == "diffusers" else vectors)
-    whole, error = LoraFile(family, _merged_metadata([lora for lora, _ in loras]), tensors), 0.0
-    if rank is not None:
-        whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
-    return NewLora(replace(whole, metadata=metadata_for(whole, scheme)), error)
-
-
-def _merged_metadata(loras: Sequence[LoraFile]) -> dict[str, str]:
-    titles = [lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora in loras]
-    kept = ("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_v2")
-    metadata = {
-        key: value
-        for key, value in loras[0].metadata.items()
-        if key in kept or (key.startswith("modelspec.") and key != "modelspec.thumbnail")
-    }
-    metadata["modelspec.merged_from"] = ", ".join(titles)
-    if all(lora.metadata.get(SUBJECT_KEY) == AGREED for lora in loras):
-        metadata[SUBJECT_KEY] = AGREED
-    if ends := [lora.metadata[UNTIL_KEY] for lora in loras if UNTIL_KEY in lora.metadata]:
-        metadata[UNTIL_KEY] = min(ends)
-    phrases = [words[0] for lora in loras if (words := trigger_words(lora.metadata))]
-    if phrases:
-        metadata[PHRASE_KEY] = ", ".join(dict.fromkeys(phrases))
-    return metadata
-
-
-def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
-    if len(modules) == 1:
-        return modules[0]
-    modules = [without_tucker(module) for module in modules]
-    first = modules[0]
-    # A 1x1 convolution may be a Linear in another file, so reshape all to the form of the first.
-    downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
-    # The sum has one scale, the largest: a small one in the up matrices could make them too small for fp16.
-    scale = max((module.scale for module in modules), key=abs) or 1.0
-    ups = [module.scale / scale * module.up.float() for module in modules]
-    up = torch.cat([one.reshape(first.up.shape[0], -1, *first.up.shape[2:]) for one in ups], dim=1)
-    down = torch.cat(downs)
-    return LoraModule(down, up, scale * down.shape[0])

@@ -15,10 +15,12 @@ from core.errors import BadConfig, BadFile, LoraMisfit, UnmatchedKeys
 from core.lora.base_weights import BaseWeights
 from core.lora.changes import truncated_svd
 from core.lora.checkpoints import extract_lora, merge_into_checkpoint
-from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
+from core.lora.convert import convert_lora, to_plain
 from core.lora.file import KEY, LoraFile
 from core.lora.hashes import legacy_hash, model_hash
+from core.lora.merge import merge_loras
 from core.lora.modules import LoraModule
+from core.lora.resize import resize_lora
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.tensor_names import NAME_TABLES
 from tests.tensor_names.test_keys import REFERENCE

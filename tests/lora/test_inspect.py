@@ -17,14 +17,16 @@ from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngInfo
 
 from core.errors import BadFile, FaceLoraError, UnmatchedKeys
-from core.lora.convert import convert_lora, merge_loras, resize_lora
+from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.hashes import file_hashes
 from core.lora.inspect import block_norms, inspect_lora, verify_lora
+from core.lora.merge import merge_loras
 from core.lora.metadata import edit_metadata
 from core.lora.modules import SCHEMES, LoraModule
 from core.lora.names import trigger_words
 from core.lora.report import format_inspection, inspect_header
+from core.lora.resize import resize_lora
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_file import kohya_tensors, some

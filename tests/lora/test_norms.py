@@ -11,11 +11,13 @@ from core.cli import main
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
 from core.lora.changes import change_norm, decomposed, factorise, largest_change, weight_change
-from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
+from core.lora.convert import convert_lora, to_plain
 from core.lora.file import LoraFile
 from core.lora.inspect import inspect_lora, verify_lora
+from core.lora.merge import merge_loras
 from core.lora.modules import LoraModule
 from core.lora.report import format_inspection
+from core.lora.resize import resize_lora
 from core.storage.safetensors_file import save_safetensors
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
