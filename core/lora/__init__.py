@@ -24,11 +24,8 @@ if TYPE_CHECKING:
     from .merge import merge_loras as merge_loras
     from .metadata import edit_metadata as edit_metadata
     from .modules import LoraModule as LoraModule
-    from .names import WORD_KEY as WORD_KEY
     from .names import Entry as Entry
     from .names import LoraHeader as LoraHeader
-    from .names import trigger_phrases as trigger_phrases
-    from .names import trigger_words as trigger_words
     from .names import word_of as word_of
     from .new_lora import NewLora as NewLora
     from .report import MOVEMENT_KEY as MOVEMENT_KEY
@@ -40,5 +37,8 @@ if TYPE_CHECKING:
     from .report import inspect_header as inspect_header
     from .resize import resize_lora as resize_lora
     from .sidecars import write_sidecars as write_sidecars
+    from .stated import WORD_KEY as WORD_KEY
+    from .stated import trigger_phrases as trigger_phrases
+    from .stated import trigger_words as trigger_words
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -16,7 +16,8 @@ from ..models.clip import add_word, remove_words
 from ..storage.files import RESERVED
 from ..tensor_names import NAME_TABLES, vectors_in
 from .file import LoraFile
-from .names import WORD_KEY, word_of
+from .names import word_of
+from .stated import WORD_KEY
 
 
 def embedding_tensors(family: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

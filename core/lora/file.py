@@ -30,10 +30,12 @@ from ..storage.safetensors_file import (
 from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
 from ..tensor_names.models import same_weight
 from .changes import LARGEST_VALUE, bias_change, largest_change, weight_change
+from .content import Content, Types, recognise, shortened
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
 from .modules import LoraModule, name_modules
-from .names import Content, Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognise, shortened
+from .names import Entry, LoraNames, has_pefts_magnitude
+from .stated import peft_metadata
 
 KEY = "facelora.key"
 """The metadata key with the hash of everything that the LoRA was trained from. Changed copies of the LoRA don't have it."""

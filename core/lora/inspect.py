@@ -16,12 +16,13 @@ from ..progress import OnProgress, silent, steps
 from ..tensor_names import NAME_TABLES
 from .base_weights import BaseWeights
 from .changes import LARGEST_VALUE, change_norm, largest_change
+from .content import shortened
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
-from .names import shortened, trigger_words
 from .readers import not_loaded_by
 from .report import counts, inspect_header
+from .stated import trigger_words
 
 
 def inspect_lora(path: str | os.PathLike[str], on_progress: OnProgress = silent) -> dict[str, Any]:

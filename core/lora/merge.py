@@ -13,9 +13,9 @@ from ..storage.stored import LazyValues
 from ..tensor_names import NAME_TABLES, ModuleId, bundled_embedding
 from .file import LoraFile
 from .modules import LoraModule, name_modules, without_tucker
-from .names import AGREED, PHRASE_KEY, SUBJECT_KEY, UNTIL_KEY, trigger_words
 from .new_lora import NewLora, check_rank, metadata_for, unambiguous_names
 from .resize import resize_lora
+from .stated import AGREED, PHRASE_KEY, SUBJECT_KEY, UNTIL_KEY, trigger_words
 
 
 def merge_loras(

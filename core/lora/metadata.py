@@ -18,19 +18,19 @@ from ..progress import OnProgress, silent, steps
 from ..storage.drawn import jpeg_url, read_mark
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
-from .names import (
+from .names import LoraHeader
+from .report import SETTINGS
+from .stated import (
     AGREED,
     PEFT_KEY,
     PHRASE_KEY,
     SUBJECT_KEY,
     UNTIL_KEY,
     WORD_KEY,
-    LoraHeader,
     json_in,
     peft_metadata,
     trigger_words,
 )
-from .report import SETTINGS
 
 MODELSPEC_VERSION = "1.0.1"
 

@@ -15,7 +15,8 @@ from functools import lru_cache, partial
 
 from ..tensor_names import NAME_TABLES, T5_PATHS, NamedTensor, NameTable, is_published, is_text_path, parse_key
 from .kinds import BIAS_DIFFERENCES
-from .names import PEFT_KEY, Entry, LoraNames, has_pefts_magnitude
+from .names import Entry, LoraNames, has_pefts_magnitude
+from .stated import PEFT_KEY
 
 OTHERS = {
     "A1111": frozenset({"dora", "loha", "lokr", "oft"}),

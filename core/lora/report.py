@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, FaceLoraError, counted, one_line
+from .content import shortened
 from .kinds import KINDS
-from .names import SUBJECT_KEY, UNTIL_KEY, LoraHeader, shortened, trigger_words, word_of
+from .names import LoraHeader, word_of
 from .readers import READERS, Reading, read_by
+from .stated import SUBJECT_KEY, UNTIL_KEY, trigger_words
 
 SETTINGS = {
     "network_module": "network",

@@ -16,7 +16,8 @@ from ..storage.files import read_json, write_text
 from ..tensor_names import NAME_TABLES
 from .hashes import chunks, file_hashes
 from .metadata import opened_picture
-from .names import PHRASE_KEY, LoraHeader, trigger_words
+from .names import LoraHeader
+from .stated import PHRASE_KEY, trigger_words
 
 PICTURE_SIDE = 768
 """The longest side of a picture beside a LoRA in pixels."""

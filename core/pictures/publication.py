@@ -19,8 +19,8 @@ from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
 from ..lora.inspect import verify_lora
 from ..lora.metadata import agreed_until, copy_with_hashes, cover, personal_part, shared_metadata, small_picture
-from ..lora.names import PHRASE_KEY, UNTIL_KEY, trigger_words
 from ..lora.readers import READERS, TRAINERS, read_by
+from ..lora.stated import PHRASE_KEY, UNTIL_KEY, trigger_words
 from ..models.families import FAMILIES
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..progress import OnProgress, OnWarning, silent

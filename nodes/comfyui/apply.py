@@ -15,7 +15,8 @@ from torch import Tensor
 from ...core.errors import BadConfig, BadFile, LoraMisfit, counted
 from ...core.lora.blocks import BLOCK_LISTS, block_strengths
 from ...core.lora.file import LoraFile
-from ...core.lora.names import Entry, trigger_words
+from ...core.lora.names import Entry
+from ...core.lora.stated import trigger_words
 from ...core.models.families import FAMILIES
 from ...core.storage.cache_folder import content_key
 from .convert import LoraModel, loadable, lora_file

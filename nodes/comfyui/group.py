@@ -22,7 +22,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...core.errors import BadConfig, LoraMisfit
-from ...core.lora.names import trigger_words
+from ...core.lora.stated import trigger_words
 from ...core.pictures.group import MOST_PEOPLE, Area, Group, GroupMember, Mask, read_box
 from .apply import CONNECTED, chosen_lora, file_state, patch_clip
 from .convert import LoraModel, loadable, mask_picture, resolution_of

@@ -6,7 +6,7 @@ from invokeai.invocation_api import BaseModelType, InvocationContext, ModelIdent
 
 from ...core.errors import BadConfig
 from ...core.lora.file import LoraFile
-from ...core.lora.names import trigger_words
+from ...core.lora.stated import trigger_words
 from ...core.models.base import Base
 from ...core.models.opening import load_base
 

@@ -19,7 +19,7 @@ from ...core.config import RecipeName
 from ...core.device import within_free_memory
 from ...core.errors import BadPhoto
 from ...core.lora.file import LoraFile
-from ...core.lora.names import trigger_words
+from ...core.lora.stated import trigger_words
 from ...core.photos.ready import SWITCH
 from ...core.threads import within_quota
 from ...core.training.job import TrainingJob

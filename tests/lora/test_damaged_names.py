@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import BadFile, UnknownFamily
+from core.lora.content import Content, Types, recognise
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.lora.names import Content, LoraNames, Types, recognise
+from core.lora.names import LoraNames
 from core.lora.readers import READERS, read_by
 from core.lora.report import format_inspection, inspect_header
 from core.storage.safetensors_file import save_safetensors

@@ -24,9 +24,9 @@ from core.lora.inspect import block_norms, inspect_lora, verify_lora
 from core.lora.merge import merge_loras
 from core.lora.metadata import edit_metadata
 from core.lora.modules import SCHEMES, LoraModule
-from core.lora.names import trigger_words
 from core.lora.report import format_inspection, inspect_header
 from core.lora.resize import resize_lora
+from core.lora.stated import trigger_words
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_file import kohya_tensors, some

@@ -5,7 +5,7 @@ import torch
 
 from core.lora import LoraFile, convert_lora, edit_metadata, inspect_header, merge_loras, resize_lora
 from core.lora.metadata import shared_metadata
-from core.lora.names import AGREED, SUBJECT_KEY
+from core.lora.stated import AGREED, SUBJECT_KEY
 from core.pictures.publication import publish
 from core.storage.safetensors_file import SafetensorsFile
 

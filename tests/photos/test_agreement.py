@@ -12,7 +12,7 @@ from core.demo import BASE_FILE
 from core.errors import BadConfig
 from core.lora import LoraFile, edit_metadata, inspect_header, merge_loras, write_sidecars
 from core.lora.metadata import shared_metadata
-from core.lora.names import AGREED, SUBJECT_KEY, UNTIL_KEY
+from core.lora.stated import AGREED, SUBJECT_KEY, UNTIL_KEY
 from core.models import load_base
 from core.photos import agreement_of, check_agreed, read_person_file, read_photos, write_agreement
 from core.pictures import find_style_packs

@@ -13,7 +13,7 @@ from core.cli import main
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
-from core.lora.names import AGREED, SUBJECT_KEY
+from core.lora.stated import AGREED, SUBJECT_KEY
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.storage.drawn import save_png

@@ -25,7 +25,7 @@ from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse, TrainingDiverged
 from core.faces import load_faces
 from core.lora.file import KEY, LoraFile
-from core.lora.names import AGREED, SUBJECT_KEY
+from core.lora.stated import AGREED, SUBJECT_KEY
 from core.models import Base, load_base
 from core.photos import Photo, read_photos
 from core.progress import OnWarning, silent
