@@ -70,7 +70,7 @@ class Content:
     """The names of tensors that belong to neither."""
 
     @property
-    def places(self) -> list[tuple[str, str, tuple[int, ...] | None]]:
+    def outlines(self) -> list[tuple[str, str, tuple[int, ...] | None]]:
         """The (part, path, known shape of the weight) of each module, to look up in the tables of models."""
         return [(module.part, module.path, module.known_shape) for module in self.modules]
 
@@ -78,7 +78,7 @@ class Content:
     def identity(self) -> Identity:
         """The published models that have all unbroken modules, in the same shapes."""
         biased = {(module.part, module.path) for module in self.modules if module.keys.keys() & BIAS_DIFFERENCES}
-        return identify((place for place in self.places if place[2] is not None), self.claims, biased)
+        return identify((outline for outline in self.outlines if outline[2] is not None), self.claims, biased)
 
 
 _EMBEDDING = "<"
@@ -145,7 +145,7 @@ def _detect_family(content: Content, types: Types, name: str) -> str:
     The metadata only break ties, since many tools write them wrong. Raises UnknownFamily when no family has the names of half
     of the modules, or when an unsupported model fits better.
     """
-    modules, identity = content.places, content.identity
+    modules, identity = content.outlines, content.identity
     fitting = (*identity.families, *identity.unsupported_models)
     claimed = next((claim for claim in content.claims if claim in fitting), next(iter(content.claims), None))
     if other := _unsupported_model(content, claimed):
@@ -192,7 +192,7 @@ def _unsupported_model(content: Content, claimed: str | None) -> str | None:
         return None if identity.families else " or ".join(identity.models)
     if identity.is_near:
         return None if identity.nearest_family else identity.nearest
-    return other_model(content.places)
+    return other_model(content.outlines)
 
 
 _UNREAD = {

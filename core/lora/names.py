@@ -215,7 +215,7 @@ class LoraNames:
         identity = self.identity
         fitting = (*identity.families, *identity.unsupported_models)
         if not self.is_known:
-            fitting = tuple(families_of(self.content.places))
+            fitting = tuple(families_of(self.content.outlines))
         elif identity.first_blocks and not identity.unsupported_models:
             fitting += ("a smaller model with the same blocks",)
         is_told = {*claims_of(self.metadata).values()} & {self.family, *fitting}

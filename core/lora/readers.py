@@ -390,9 +390,9 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
         if is_skipped and not isinstance(_form_not_in_invokeai(NAME_TABLES[lora.family], unknown), str):
             continue
         return f"a file with {objections[unknown.name].reason}"
-    places = lora.content.places
+    outlines = lora.content.outlines
     known = (*loaded.invokeai_signs, *loaded.invokeai_signs_in.get(lora.scheme, ()))
-    if known and not any(all(any(sign.matches(*p) for p in places) for sign in signs) for signs in known):
+    if known and not any(all(any(sign.matches(*one) for one in outlines) for sign in signs) for signs in known):
         return "a file without the modules that identify the family"
     return None
 
