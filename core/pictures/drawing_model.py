@@ -80,7 +80,7 @@ class DrawingModel:
         """What the applied LoRAs have replaced."""
 
     @cached_property
-    def place(self) -> tuple[torch.device, torch.dtype]:
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype to compute with. Raises BadConfig for a device that is missing."""
         return self.base.device_and_dtype(*self._wanted)
 
@@ -98,7 +98,7 @@ class DrawingModel:
     @property
     def vae(self) -> nn.Module:
         if self._vae is None:
-            self._vae = load_vae(self.base, *self.place)
+            self._vae = load_vae(self.base, *self.device_and_dtype)
         return self._vae
 
     def encode(self, wanted: Mapping[AppliedAt, Collection[Texts]]) -> None:
@@ -113,7 +113,7 @@ class DrawingModel:
         if not left:
             return
         self._free()
-        device = self.place[0]
+        device = self.device_and_dtype[0]
         as_stored = are_low_rank([lora for loras in left for lora, _ in loras], self.base.text_encoders)
         encoders = self.base.load_text_encoders(device, torch.float32, as_stored)
         for loras, texts in left.items():
@@ -150,7 +150,7 @@ class DrawingModel:
             self._originals.clear()
         self._applied_at, self._applied = None, []
         self._is_changed = for_good and bool(loras or self._speed)  # even if one of them can't be applied
-        target, device = {"family": self.base.family.name, "denoiser": self.denoiser}, self.place[0]
+        target, device = {"family": self.base.family.name, "denoiser": self.denoiser}, self.device_and_dtype[0]
         for lora, strength in (*loras, *self._speed):
             part, originals = lora.of_parts({"denoiser"}), self._originals
             one = apply(part, target, strength, for_good=for_good, device=device, originals=originals)
@@ -185,7 +185,7 @@ class DrawingModel:
 
     def _load(self, loras: Iterable[LoraFile], copies: int) -> None:
         """Load the denoiser for these LoRAs and this number of copies of its weights, or adapt how it is kept in memory."""
-        device, dtype = self.place
+        device, dtype = self.device_and_dtype
         as_stored = are_low_rank(loras, {"denoiser"}) and keeps_quantised_weights(device)
         if self._as_stored and not as_stored:
             self._free()
@@ -207,7 +207,7 @@ class DrawingModel:
         self._release()
 
     def _release(self) -> None:
-        if self.place[0].type == "cpu":
+        if self.device_and_dtype[0].type == "cpu":
             release_heap()
         else:
             release_memory()

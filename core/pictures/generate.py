@@ -170,7 +170,7 @@ def generate(
     with ExitStack() as stack:
         model = model or stack.enter_context(DrawingModel(base, config.precision, config.clip_skip, device))
         stack.enter_context(explained_memory_error("batch_size 1, smaller pictures or the device cpu"))
-        device, dtype = model.place
+        device, dtype = model.device_and_dtype
         loras_at = {strength: applied_at(strength, loras) for strength in groups}
         model.encode({loras_at[strength]: {texts_of(job, base) for job in group} for strength, group in groups.items()})
         # The strength that the model has from the last batch comes first.

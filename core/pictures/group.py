@@ -286,7 +286,9 @@ def generate_group(
                     assert job.size is not None
                     predict = _blended(model, group, encoded[job], job)
                     sampling = Sampling(job.size, job.steps, config.sampler, on_step=on_step)
-                    return finished(base, model.vae, denoised(base, predict, sampling, [job.seed], model.place[0]))
+                    return finished(
+                        base, model.vae, denoised(base, predict, sampling, [job.seed], model.device_and_dtype[0])
+                    )
 
                 (image,) = model.draw(draw)
                 yield Picture(image, job, group_parameters(base, group, loras, job, config))
@@ -349,7 +351,7 @@ def _encode(
 
 def _blended(model: DrawingModel, group: Group, texts: Sequence[Pair], job: PictureJob) -> Prediction:
     assert job.size is not None
-    base, (device, dtype) = model.base, model.place
+    base, (device, dtype) = model.base, model.device_and_dtype
     regions = group.regions(job.size, base.size_multiple)
     cell = base.latent_shape.pixels
     cells = [tuple(side // cell for side in region) for region in regions]
