@@ -75,8 +75,8 @@ MODELS = {
     ),
     "MOSS-Image": Model(
         "moss-image", 1024,
-        {"dim": 3072, "ffn_dim": 8192, "num_heads": 24, "num_layers": 42, "text_dim": 4096, "freq_dim": 256, "latent_channels": 128,
-         "rope_base": 10000.0},
+        {"dim": 3072, "ffn_dim": 8192, "num_heads": 24, "num_layers": 42, "text_dim": 4096, "freq_dim": 256,
+         "latent_channels": 128, "rope_base": 10000.0},
         (128, 16), 128, 4096, masked=True,
     ),
     "Ideogram 4": Model("ideogram4", 1024, {"in_channels": 128, "num_layers": 34}, (128, 16), 128, 13 * 4096, masked=True),
