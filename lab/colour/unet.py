@@ -20,7 +20,8 @@ from .captions import caption, describe, sex_by_face
 from .training import Training, draw_rows, jitter, load_average, plain
 from .vae import VARIANTS, build_vae, picture, read_crops, weights_of
 
-WIDTHS = (32, 128, 192)
+WIDTHS = (64, 128, 192)
+"""The first is 64 as the VAE's: with 32, the last norm would take away each channel's mean."""
 BATCH = 16
 COPIES = 4
 """Jittered latents of each picture."""

@@ -15,15 +15,18 @@ from core.faces import embed_images, load_faces
 
 from .training import Training, draw_rows, jitter, load_average, plain
 
-VARIANTS = {
-    "8x128": ((128, 160), (32, 32, 64, 128)),
-    "8x192": ((192, 240), (32, 32, 64, 128)),
-    "4x128": ((128, 160), (32, 64, 128)),
-}
-"""Sizes of pictures and widths: how many times smaller the latents are follows from the number of widths."""
+VARIANTS = {"4x128": ((128, 160), (64, 64, 128))}
+"""Sizes of pictures and widths: how many times smaller the latents are follows from the number of widths.
+
+SD1.x's norms have 32 groups. With 32 channels, each would lose its mean, and the pictures their colours.
+"""
 BATCH = 8
-WINDOW = 64
-"""The side in pixels of the part of the face that the teacher sees."""
+PART, WINDOW = 96, 64
+"""The sides in pixels of the part of a picture in a step, and of its middle that the teacher sees."""
+HUES = torch.tensor(((1.0, -1.0, 0.0), (-0.5, -0.5, 1.0)))
+"""Red against green, and blue against both. Two latent channels get their means: all four would hold light and its slopes."""
+CELL = 16
+"""The side in pixels of the squares of these means. What is finer in the two channels is free for the face."""
 TAPS = (1, 5, 9, 13, 14)
 """The teacher's layers that are compared."""
 
@@ -66,7 +69,8 @@ def weights_of(rows: list[dict[str, Any]], photos: float) -> Tensor:
 def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float) -> None:
     """Train a variant, going on from its file. Every so often its figures are printed and its pictures saved."""
     torch.manual_seed(1)
-    size, _ = VARIANTS[variant]
+    size, widths = VARIANTS[variant]
+    times_smaller = 2 ** (len(widths) - 1)
     vae, teacher = build_vae(variant), load_teacher(work / "sources" / "taesd")
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not row["kept_out"]]
@@ -74,6 +78,9 @@ def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float
     folder = work / "vae" / variant
     run = Training(folder / "state.pt", {"vae": vae}, rate=1e-3, decay=0.999)
     features = list(teacher.encoder.children())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+    def hues(pixels: Tensor) -> Tensor:
+        return torch.einsum("bcyx,kc->bkyx", F.avg_pool2d(pixels, CELL), HUES)
 
     def taps(pixels: Tensor) -> list[Tensor]:
         found, values = [], pixels / 2 + 0.5
@@ -86,19 +93,20 @@ def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float
     def loss() -> Tensor:
         index = draw_rows(seen, weights, BATCH, run.random)
         pixels, _ = jitter(torch.from_numpy(crops[sorted(index)]), size, run.random)
+        x, y = (int(torch.randint(side - PART + 1, (), generator=run.random)) for side in size)
+        pixels = pixels[..., y : y + PART, x : x + PART]
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pixels).latent_dist
             noise = torch.randn(latents.mean.shape, generator=run.random)
             decoded = vae.decode(latents.mean + latents.std * noise).sample.float()
         # L1 keeps it sharp, the gradients and the teacher keep eyes and mouth, the tiny KL keeps the latents bounded.
         value = F.l1_loss(decoded, pixels) + 1e-6 * latents.kl().float().mean()
+        means = F.avg_pool2d(latents.mean[:, :2].float(), CELL // times_smaller)
+        value = value + F.l1_loss(means, 4 * hues(pixels)) + 2 * F.l1_loss(hues(decoded), hues(pixels))
         for dim in (2, 3):
             value = value + F.l1_loss(decoded.diff(dim=dim), pixels.diff(dim=dim))
-        y, x = (
-            int(low + torch.rand((), generator=run.random) * (high - low - WINDOW))
-            for low, high in ((0.2 * size[1], 0.88 * size[1]), (0.12 * size[0], 0.88 * size[0]))
-        )
-        part = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
+        edge = (PART - WINDOW) // 2
+        part = (..., slice(edge, edge + WINDOW), slice(edge, edge + WINDOW))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 wanted = taps(pixels[part])
