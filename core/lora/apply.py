@@ -59,7 +59,7 @@ class AppliedLora:
     _sound: dict[tuple[ModuleId, str], Tensor] = field(default_factory=dict)
     """Whether each changed parameter is finite in its precision. They are read together, since reading waits for the device."""
 
-    def place(self, module_id: ModuleId) -> torch.device:
+    def device_of(self, module_id: ModuleId) -> torch.device:
         """Return the device that computes the changed parameters of a layer."""
         layer: Any = self.layers[module_id]
         return self.device or (layer.quantised.parts[0] if isinstance(layer, QuantisedLayer) else layer.weight).device
@@ -73,8 +73,8 @@ class AppliedLora:
                 "convert the LoRA to a plain one"
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
-        place = self.place(module_id)
-        changed = parameter.to(place).float() + change.reshape(parameter.shape).to(place)
+        device = self.device_of(module_id)
+        changed = parameter.to(device).float() + change.reshape(parameter.shape).to(device)
         self._replace(module_id, name, changed, parameter)
 
     @torch.no_grad()
@@ -86,14 +86,14 @@ class AppliedLora:
                 self.originals.setdefault((module_id, "weight"), layer.changes)
             layer.changes = (*layer.changes, _LowRank(module))
             return
-        place = self.place(module_id)
-        module = _on_device(module, place)
-        if module.mid is not None or place.type == SUMS_APART:
+        device = self.device_of(module_id)
+        module = _on_device(module, device)
+        if module.mid is not None or device.type == SUMS_APART:
             self.add(module_id, "weight", module.delta())
             return
         parameter: Any = layer.weight
         # W + scale * up @ down, in float32: a product in 16 bits would round the matrices first.
-        weight, up, down = (matrix.flatten(1).float() for matrix in (parameter.to(place), module.up, module.down))
+        weight, up, down = (matrix.flatten(1).float() for matrix in (parameter.to(device), module.up, module.down))
         self._replace(module_id, "weight", torch.addmm(weight, up, down, alpha=module.scale), parameter)
 
     def _replace(self, module_id: ModuleId, name: str, changed: Tensor, parameter: Tensor) -> None:
@@ -111,8 +111,8 @@ class AppliedLora:
 
     def check(self) -> None:
         """Raise UnmatchedKeys when a changed parameter is not finite in its precision."""
-        for place in {sound.device for sound in self._sound.values()}:
-            found = {changed: sound for changed, sound in self._sound.items() if sound.device == place}
+        for device in {sound.device for sound in self._sound.values()}:
+            found = {changed: sound for changed, sound in self._sound.items() if sound.device == device}
             if not torch.stack([*found.values()]).all():
                 (_, path), name = next(changed for changed, sound in found.items() if not sound)
                 raise UnmatchedKeys(f"{self.name}: the {name} of {path} would hold NaN or infinity")
@@ -244,13 +244,13 @@ def apply(
 def _apply_entry(applied: AppliedLora, lora: LoraFile, entry: Entry, factor: float, inputs: int) -> None:
     """Apply the changes of an entry times the factor. `inputs` is the number of input features of its weight."""
     layers = [applied.layers[module_id] for module_id in entry.modules]
-    place = applied.place(entry.modules[0])
-    is_beside = place.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
+    device = applied.device_of(entry.modules[0])
+    is_beside = device.type != SUMS_APART or any(isinstance(layer, QuantisedLayer) for layer in layers)
     if entry.kind in LOW_RANK and is_beside:
         for module_id, module in lora.low_rank_of(entry, factor):
             applied.add_low_rank(module_id, module)
     else:
-        there = place if place.type == HAS_ALL_OPERATIONS else torch.device("cpu")
+        there = device if device.type == HAS_ALL_OPERATIONS else torch.device("cpu")
         weights: Any = dict(zip(entry.modules, layers, strict=True))
         for module_id, change in lora.changes_of(entry, lambda module_id: weights[module_id].weight.to(there), there):
             applied.add(module_id, "weight", factor * change)
