@@ -133,6 +133,12 @@ def test_a_note_of_consent_is_written_for_a_lora_and_a_withdrawal_refuses_the_ph
     list_.get_by_text("must be at most").wait_for(state="detached")
     expected = {"agreed": True, "agreed_by": "Noor Blix", "agreed_on": date.today(), "agreed_until": until}
     assert parse_toml(file.read_text()) == expected
+    (beside_photos,) = (server.folder / "input" / "photos").glob("noor*/person.toml")
+    beside_photos.write_text("class_word = 'woman'")  # as of a studio, without an agreement
+    write(What_for="portraits")
+    expected |= {"agreed_for": "portraits"}
+    assert parse_toml(file.read_text()) == expected
+    assert parse_toml(beside_photos.read_text()) == {"class_word": "woman"} | expected
     write(Withdrawn=f"{date.today()}")
     assert parse_toml(file.read_text()) == {**expected, "withdrawn": date.today()}
     page.page.keyboard.press("Escape")

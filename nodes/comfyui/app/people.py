@@ -180,8 +180,10 @@ class People:
         file = agreement_file(_output(record))
         if unknown := written.keys() - set(CONSENT):
             raise BadConfig(f"{min(unknown)}: unknown; choose from {', '.join(CONSENT)}")
+        before, _ = read_person_file(file)
+        known = {name: value for name in ("agreed_on", *CONSENT) if (value := getattr(before, name))}
         for one in {file, *_photo_notes(record)} if written else ():
-            write_agreement(one, written)
+            write_agreement(one, {**known, **written})
         agreement, _ = read_person_file(file)
         return {name: str(getattr(agreement, name) or "") for name in CONSENT}
 
