@@ -1,9 +1,11 @@
 """Dropped photos on a server with --multi-user: one user's are as if they did not exist for all others."""
 
+import json
 from urllib.error import HTTPError
 
 import pytest
 
+from core.storage.cache_folder import content_key
 from tests.tooling import write_photos
 
 from .graphs import load_photos
@@ -72,3 +74,27 @@ def test_a_stranger_cannot_drop_photos_and_a_user_none_into_anothers_folder(user
         nobody.drop(photos / "0.png", "Carla")
     taken = berta.drop(photos / "0.png", "Carla", folder=dropped.rpartition("/")[0])["name"]
     assert taken.rpartition("/")[0] not in listed(anna) and taken.rpartition("/")[0] in listed(berta)
+
+
+def test_a_note_of_consent_is_its_users_alone_and_is_not_written_beside_photos_for_all(users, dropped):
+    anna, berta, nobody = users
+    (user,) = (one for one, name in anna.get("/users")["users"].items() if name == "anna")
+    record = {
+        "user": user, "key": "a" * 64, "begun": 1.0, "headshots": {}, "digests": [], "phase": "done", "name": "carla",
+        "file": "carla.safetensors", "photos": ["for-all/0.png", dropped],
+        "run": {"prompt": "p", "workflow": None, "node": "1"},
+    }  # fmt: skip
+    for folder in ("cache/panels", "models/loras"):
+        (anna.folder / folder).mkdir(parents=True, exist_ok=True)
+    name = f"{content_key('person', user, record['key'])}.json"
+    (anna.folder / "cache" / "panels" / name).write_text(json.dumps(record))
+    address, withdrawn = f"/facelora/people/{record['key']}/consent", {"written": {"withdrawn": "2026-12-01"}}
+    for other in (berta, nobody):
+        assert "you have no such training run" in other.get(address)["error"]
+        assert "you have no such training run" in other.send("PATCH", address, withdrawn)["error"]
+    assert anna.get(address)["withdrawn"] == ""
+    answer = anna.send("PATCH", address, withdrawn)
+    assert answer.get("withdrawn") == "2026-12-01", answer
+    beside_photos = (anna.folder / "input" / dropped).with_name("person.toml")
+    written = {anna.folder / "models" / "loras" / "carla.person.toml", beside_photos}
+    assert {*anna.folder.rglob("*person.toml")} == written
