@@ -2,10 +2,11 @@
 
 This is regional compilation: the code around the blocks is not compiled. Blocks of equal widths share their compiled forms,
 which torch keeps on disk for later runs. The first shape of picture and text gets its own form. The second shape makes torch
-compile once more, for varying sizes, and later shapes use that form. The limits set here are for the calling thread.
+compile once more, for varying sizes, and later shapes use that form.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,7 +34,12 @@ class CompiledBlocks:
     """Blocks with a compiled forward pass in addition to their own. Hooks on a block itself are not compiled."""
 
     def __init__(self, blocks: Iterable[nn.Module]):
-        self._compiled: dict[nn.Module, Callable[..., Any]] = {block: torch.compile(block.forward) for block in blocks}
+        # Autograd recomputes in a thread of its own, where torch 2.12 and newer don't see the limits that `in_use` sets.
+        options: dict[str, Any] = {"recompile_limit": MOST_FORMS}
+        options = options if options.keys() <= inspect.signature(torch.compile).parameters.keys() else {}
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {
+            block: torch.compile(block.forward, **options) for block in blocks
+        }
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

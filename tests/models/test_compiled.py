@@ -1,5 +1,6 @@
 """core/models/compiled.py: compiled blocks train like plain ones, and are a choice that can fail."""
 
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -68,6 +69,23 @@ def test_photos_of_many_shapes_are_compiled_a_few_times(base, monkeypatch):
         run.train_step()
     # Two kinds of blocks, with the adapter on and off, for a fixed and for varying sizes: 9 graphs for these and for 11 shapes.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+
+
+def test_the_thread_of_the_backward_pass_compiles_as_many_forms(monkeypatch):
+    """Autograd's thread on a GPU recomputes blocks. From torch 2.12 on, it doesn't see settings of another thread."""
+    built = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: built.append(1) or graph))
+
+    class Block(torch.nn.Module):
+        def forward(self, x, form):
+            return x + len(form)
+
+    block = Block()
+    with CompiledBlocks([block]).in_use():
+        thread = threading.Thread(target=lambda: [block(torch.ones(1), "x" * size) for size in range(1, 13)])
+        thread.start()
+        thread.join()
+    assert len(built) == 12  # torch's own limit is 8
 
 
 def test_pictures_are_drawn_with_the_blocks_as_they_are():
