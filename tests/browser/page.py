@@ -82,7 +82,8 @@ class ComfyPage:
 
     def _heard(self, message: ConsoleMessage) -> None:
         address = message.location.get("url", "")
-        if message.type == "error":
+        # At any time after a page is opened, the frontend asks how large the models of its own first graph are.
+        if message.type == "error" and "missingModelDownload" not in address:
             self.problems.append(f"console: {message.text} ({address})")
 
     def reload(self) -> None:
