@@ -48,7 +48,11 @@ class Drawing:
         run.optimizer.zero_grad(set_to_none=True)  # The last step has used its gradients.
         plan, adapter = model.memory.plan, model.training_adapter
         self._offload = max(plan.offload, self._offload)
-        with model.holding(run.trained() if values is None else values), adapter.off() if adapter else nullcontext():
+        with (
+            model.holding(run.trained() if values is None else values),
+            model.adapter.cast_once(model.dtype),
+            adapter.off() if adapter else nullcontext(),
+        ):
             try:
                 if self._offload > plan.offload:
                     model.adopt(replace(plan, offload=self._offload))

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.config import TrainConfig
 from core.models import Base, load_base
+from core.training.drawing import Drawing
 from core.training.inputs import TrainingInputs
 from core.training.methods.lora import LoraAdapter
 from core.training.methods.lora_layer import LoraLayer, SharedInput
@@ -108,6 +110,32 @@ def test_an_interrupted_pass_leaves_nothing_for_the_next(flow):
     for name, parameter in whole.parameters.items():
         gradient = run.parameters[name].grad
         assert gradient is not None and parameter.grad is not None and torch.equal(gradient, parameter.grad)
+
+
+def test_a_sample_is_drawn_with_matrices_that_are_cast_once(flow, monkeypatch):
+    run = Run(TrainingInputs.on(CPU, cache_of(flow, 4), flow, IN_BF16))
+    run.train_step()
+    images, drawn, counts = run.examples.images[:1], [], []
+    conditioning = run.examples.conditioning(images, [images[0].caption])
+
+    def draw(*_: object) -> list[Image.Image]:
+        def passes() -> None:
+            for timestep in (900.0, 500.0):
+                drawn.append(run.model.predict(images[0].mean[None], torch.tensor([timestep]), conditioning))
+
+        with torch.no_grad():
+            counts.append(count_operations(passes))
+        return []
+
+    Drawing(run).draw(draw, [], pytest.fail)
+    monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
+    Drawing(run).draw(draw, [], pytest.fail)
+    assert torch.equal(torch.stack(drawn[:2]), torch.stack(drawn[2:]))
+    layers = [module for module in run.model.denoiser.modules() if isinstance(module, LoraLayer)]
+    inputs = {layer.together for layer in layers}
+    assert counts[1] - counts[0] >= 2 * (
+        len(layers) + len(inputs)
+    )  # in each pass every B, and at least one A of an input
 
 
 def test_a_layer_asks_for_eight_operations_at_most(flow, monkeypatch):
