@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -182,13 +183,23 @@ class Batch:
         return parameters_text(self.base, self.loras, job, self.config)
 
     def draw_missing(self, paths: dict[PictureJob, Path], face_pass: FacePass, model: DrawingModel) -> None:
-        """Draw pictures that are missing or were made differently, to their paths."""
+        """Draw pictures that are missing or were made differently, to their paths. Each is saved while the next is drawn."""
         missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
         drawn = self.draw(missing, model) if missing else ()
-        for done, picture in enumerate(drawn, start=len(paths) - len(missing) + 1):
+
+        def save(picture: Picture) -> None:
             set_aside(paths[picture.job])
             picture.save(paths[picture.job])
-            self.on_progress(PICTURES, done, len(paths))
+
+        with ThreadPoolExecutor(1) as pool:
+            saving: Future[None] | None = None
+            for done, picture in enumerate(drawn, start=len(paths) - len(missing) + 1):
+                if saving:
+                    saving.result()
+                saving = pool.submit(save, picture)
+                self.on_progress(PICTURES, done, len(paths))
+            if saving:
+                saving.result()
 
     def _is_there(self, job: PictureJob, path: Path, face_pass: FacePass) -> bool:
         """Return whether the job's picture is at its path, or was in the folder `earlier` beside it and has been moved back."""

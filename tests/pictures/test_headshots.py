@@ -2,11 +2,13 @@
 
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from core import GenerateConfig, LoraFile, PictureJob, load_base
 from core.cli import main
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
-from core.errors import BadConfig, BadPhoto, InUse, UnmatchedKeys
+from core.errors import BadConfig, BadFile, BadPhoto, InUse, UnmatchedKeys
 from core.faces import TO_TRAINED_ON, Face, Reference
 from core.lora.hashes import file_hashes
 from core.models import Base
@@ -127,6 +129,42 @@ def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> No
     assert len(shots) == 4
     assert made.items() <= times(tmp_path).items()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_picture_is_saved_while_the_next_is_drawn(base, tmp_path: Path, monkeypatch) -> None:
+    save, step, second, waited = Picture.save, itertools.count(1), threading.Event(), []
+
+    def save_late(picture: Picture, path: Path) -> None:
+        waited.append(second.wait(20))
+        save(picture, path)
+
+    def in_each_step() -> None:
+        if next(step) == 2:
+            second.set()
+
+    monkeypatch.setattr(Picture, "save", save_late)
+    make_headshots(base, [], jobs(2), tmp_path, check_cancelled=in_each_step)
+    assert waited == [True, True] and len(times(tmp_path)) == 2
+
+
+def test_a_full_disk_ends_a_batch_and_a_cancel_keeps_what_is_drawn(base, tmp_path: Path, monkeypatch) -> None:
+    save, step = Picture.save, itertools.count(1)
+
+    def fail(picture: Picture, path: Path) -> None:
+        raise BadFile(f"{path.name}: no space left on device")
+
+    monkeypatch.setattr(Picture, "save", fail)
+    with pytest.raises(BadFile, match=r"001-0\.png: no space"):
+        make_headshots(base, [], jobs(4), tmp_path)
+
+    def cancel_in_second() -> None:
+        if next(step) == 2:
+            raise InterruptedError
+
+    monkeypatch.setattr(Picture, "save", save)
+    with pytest.raises(InterruptedError):
+        make_headshots(base, [], jobs(4), tmp_path, check_cancelled=cancel_in_second)
+    assert [*times(tmp_path)] == ["001-0.png"]
 
 
 def test_a_picture_is_cancelled_within_a_sampling_step(base, tmp_path: Path) -> None:
