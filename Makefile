@@ -125,7 +125,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(VENV)/$(BIN)/pyright
 
-# Measure a GPU, with a PYTHON whose torch is built for it: one command of 5.5 minutes at most, or all of them in turn.
+# Measure a GPU, with a PYTHON whose torch is built for it: one command of 9 minutes at most, or all of them in turn.
 gpu:
 	$(MAKE) --keep-going -j1 $(GPU)
 

@@ -14,6 +14,7 @@ from core.config import TrainConfig
 from core.device import deterministic_if, precision_name
 from core.errors import BadConfig
 from core.models.base import Base
+from core.models.compiled import why_not_compiled
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS, MemoryPlan
 from core.models.packages import import_diffusers
@@ -51,6 +52,7 @@ def start(session: Session) -> Measurements:
     yield "imports", _imports
     yield "another process", partial(next, elsewhere(_multiply, session.device))
     yield "profiler", partial(_profile, session.device)
+    yield "compiler", partial(_compiler, session.device)
 
 
 def _imports() -> dict[str, Any]:
@@ -71,6 +73,13 @@ def _profile(device: torch.device) -> dict[str, Any]:
     kernels = profiled(lambda: ones @ ones, device)
     names = [name for name, taken, _ in kernels if taken]
     return {"is_good": bool(names), "seconds": time.monotonic() - begun, "kernels": names[:3]}
+
+
+def _compiler(device: torch.device) -> dict[str, Any]:
+    """Whether the command `compiled` can do anything here, and what it lacks."""
+    begun = time.monotonic()
+    reason = why_not_compiled(device)
+    return {"is_good": not reason, "seconds": time.monotonic() - begun} | ({"error": reason} if reason else {})
 
 
 def families(session: Session) -> Measurements:

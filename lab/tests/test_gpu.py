@@ -59,6 +59,16 @@ def test_missing_packages_are_named_first_with_the_command_that_installs_them(mo
     assert reason.startswith("missing: diffusers. ") and "--no-index --find-links gpu-wheels diffusers" in reason
 
 
+def test_a_package_that_diffusers_lacks_is_named_with_the_same_command():
+    lacking = (
+        "import sys; sys.modules['diffusers.models.unets.unet_2d_condition'] = None; "
+        "from lab.gpu.__main__ import why_not_ready; print(why_not_ready())"
+    )
+    ended = subprocess.run([sys.executable, "-c", lacking], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("missing: import of diffusers.models.unets")
+    assert "--find-links gpu-wheels diffusers" in ended.stdout
+
+
 def test_an_installed_package_that_hides_the_clones_tests_is_named(monkeypatch):
     monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "tests.random_models" else name)
     assert gpu.why_not_ready() == "an installed package named `tests` hides that of this clone: uninstall it"
