@@ -13,15 +13,15 @@ from lab.pretrain_demo_base import RECIPES, build_text_encoder
 from .sources import SOURCES
 from .training import load_average
 from .unet import build_unet, load_vae
-from .vae import VARIANTS
+from .vae import SIZE, WIDTHS
 
 
-def export(work: Path, variant: str, output: Path) -> None:
+def export(work: Path, output: Path) -> None:
     """Write VAE, and the running averages of UNet and text encoder, in fp16; the token table, which is random, in fp8."""
-    vae, unet, text = load_vae(work, variant), build_unet(), build_text_encoder()
-    words = torch.load(work / "latents" / variant / "words.pt", weights_only=True)
+    vae, unet, text = load_vae(work), build_unet(), build_text_encoder()
+    words = torch.load(work / "latents" / "words.pt", weights_only=True)
     text.load_state_dict({"embeddings.token_embedding.weight": words}, strict=False)
-    step = load_average(work / "unet" / variant / "state.pt", {"unet": unet, "text": text})
+    step = load_average(work / "unet" / "state.pt", {"unet": unet, "text": text})
     tensors = {}
     state = unet.state_dict()
     for name, original in original_unet_names(state).items():
@@ -31,11 +31,11 @@ def export(work: Path, variant: str, output: Path) -> None:
         dtype = torch.float8_e4m3fn if name.endswith("token_embedding.weight") else torch.float16
         tensors[f"cond_stage_model.transformer.{name}"] = value.to(dtype)
     for name, value in vae.state_dict().items():
-        name = ldm_vae_path(name, len(VARIANTS[variant][1]))
+        name = ldm_vae_path(name, len(WIDTHS))
         # The original attention has 1x1 convolutions, and that of diffusers linear layers.
         value = value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
         tensors[f"first_stage_model.{name}"] = value.half()
-    (width, height), credits = VARIANTS[variant][0], (f"{of.credit} ({of.licence})" for of in SOURCES.values())
+    (width, height), credits = SIZE, (f"{of.credit} ({of.licence})" for of in SOURCES.values())
     side = round((width * height) ** 0.5 / 8) * 8
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from core.config import TrainConfig
 from core.faces import embed_images, embed_one_by_one, load_faces
+from core.models import load_base
 from core.models.clip import load_tokenizer
 from core.models.objective import NoiseSchedule
 from lab.pretrain_demo_base import LATENT_SCALE, build_text_encoder, standardise_latents
 
 from .captions import caption, describe, sex_by_face
 from .training import Training, draw_rows, jitter, load_average, plain
-from .vae import VARIANTS, build_vae, picture, read_crops, weights_of
+from .vae import SIZE, TIMES_SMALLER, build_vae, picture, read_crops, weights_of
 
+CPU = torch.device("cpu")
 WIDTHS = (64, 128, 192)
 """The first is 64 as the VAE's: with 32, the last norm would take away each channel's mean."""
 BATCH = 16
@@ -54,26 +56,30 @@ def build_unet() -> Any:
     return unet
 
 
-def load_vae(work: Path, variant: str) -> Any:
-    """The VAE of the latents: its averages when the first were written, with unit deviation on pictures trained on."""
-    vae, file = build_vae(variant).eval(), work / "latents" / variant / "vae.pt"
+def load_vae(work: Path, start: Path | None = None) -> Any:
+    """The VAE of the latents: that of `start`, or the averages when the first were written, scaled to a deviation of 1."""
+    vae, file = build_vae().eval(), work / "latents" / "vae.pt"
     if file.exists():
         vae.load_state_dict(torch.load(file, weights_only=True))
         return vae
-    load_average(work / "vae" / variant / "state.pt", {"vae": vae})
+    if start:
+        vae.load_state_dict(load_base(start).load("vae", CPU, torch.float32).state_dict())
+        torch.save(vae.state_dict(), file)
+        return vae
+    load_average(work / "vae" / "state.pt", {"vae": vae})
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not (row["kept_out"] or row["only_vae"])]
-    pixels = plain(torch.from_numpy(crops[seen[:: max(1, len(seen) // 96)]]), VARIANTS[variant][0])
+    pixels = plain(torch.from_numpy(crops[seen[:: max(1, len(seen) // 96)]]), SIZE)
     torch.save(standardise_latents(vae, pixels).state_dict(), file)
     return vae
 
 
 @torch.no_grad()
-def write_latents(work: Path, variant: str) -> None:
+def write_latents(work: Path, start: Path | None) -> None:
     """Encode COPIES jittered copies of every picture that the base may see, as moments in fp16; goes on where it stopped."""
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not (row["kept_out"] or row["only_vae"])]
-    folder = work / "latents" / variant
+    folder = work / "latents"
     folder.mkdir(parents=True, exist_ok=True)
     if not (work / "captions.jsonl").exists():
         described = [{**rows[i], **describe(crops[i], rows[i]["words"], rows[i]["share"])} for i in seen]
@@ -82,13 +88,13 @@ def write_latents(work: Path, variant: str) -> None:
         sex_by_face(described, np.nan_to_num(vectors))
         lines = "".join(json.dumps(row) + "\n" for row in described)
         (work / "captions.jsonl").write_text(lines, encoding="utf-8")
-    vae, size = load_vae(work, variant), VARIANTS[variant][0]
+    vae = load_vae(work, start)
     for copy in range(COPIES):
         if (file := folder / f"{copy}.npy").exists():
             continue
         draws, parts = torch.Generator().manual_seed(copy), []
-        for start in range(0, len(seen), 32):
-            pixels, _ = jitter(torch.from_numpy(crops[seen[start : start + 32]]), size, draws)
+        for first in range(0, len(seen), 32):
+            pixels, _ = jitter(torch.from_numpy(crops[seen[first : first + 32]]), SIZE, draws)
             with torch.autocast("cpu", torch.bfloat16):
                 parts.append(vae.quant_conv(vae.encoder(pixels)).float().numpy().astype(np.float16))
         np.save(file.with_suffix(".new.npy"), np.concatenate(parts))
@@ -96,21 +102,29 @@ def write_latents(work: Path, variant: str) -> None:
         print(f"{copy + 1} of {COPIES} copies", flush=True)
 
 
-def train_unet(work: Path, variant: str, minutes: float, steps: int, every: float, photos: float) -> None:
-    """Train UNet and text encoder together on the noise-prediction loss; photographic pictures are a share of `photos`."""
+def train_unet(work: Path, start: Path | None, minutes: float, steps: int, every: float, photos: float) -> None:
+    """Train UNet and text encoder together on the noise-prediction loss; photographic pictures are a share of `photos`.
+
+    The weights are those of `start`, or random.
+    """
     torch.manual_seed(1)
-    folder = work / "latents" / variant
+    folder = work / "latents"
     known = [json.loads(line) for line in (work / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     moments = [np.load(folder / f"{copy}.npy", mmap_mode="r") for copy in range(COPIES)]
     weights, tokenizer, process = weights_of(known, photos), load_tokenizer(), NoiseSchedule.scaled_linear()
     modules = {"unet": build_unet(), "text": build_text_encoder()}
+    if start:
+        base = load_base(start)
+        for part, name in (("unet", "denoiser"), ("text", "text_encoder")):
+            state = base.load(name, CPU, torch.float32).state_dict()
+            modules[part].load_state_dict({key.removeprefix("text_model."): value for key, value in state.items()})
     words = modules["text"].get_input_embeddings().weight
     if not (folder / "words.pt").exists():
         torch.save(words.detach(), folder / "words.pt")
     with torch.no_grad():  # Random, but another version of torch would draw others.
         words.copy_(torch.load(folder / "words.pt", weights_only=True))
     print(f"unet {sum(value.numel() for value in modules['unet'].parameters()) / 1e6:.2f} M parameters")
-    run = Training(work / "unet" / variant / "state.pt", modules, rate=1e-3, decay=0.9995)
+    run = Training(work / "unet" / "state.pt", modules, rate=1e-3, decay=0.9995)
 
     def loss() -> Tensor:
         index = draw_rows(range(len(known)), weights, BATCH, run.random)
@@ -137,7 +151,7 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
         with torch.no_grad():
             averages["text"].get_input_embeddings().weight.copy_(words)
         step = load_average(run.file, averages)
-        drawn = draw(averages, work, variant, PROMPTS)
+        drawn = draw(averages, work, PROMPTS)
         rows = [torch.cat(list(part), dim=2) for part in drawn.split(8)]
         picture(torch.cat(rows, dim=1)).save(run.file.with_name(f"sheet{step:06}.png"))
         faces = load_faces()
@@ -149,16 +163,15 @@ def train_unet(work: Path, variant: str, minutes: float, steps: int, every: floa
 
 
 @torch.no_grad()
-def draw(modules: dict[str, nn.Module], work: Path, variant: str, prompts: tuple[str, ...]) -> Tensor:
+def draw(modules: dict[str, nn.Module], work: Path, prompts: tuple[str, ...]) -> Tensor:
     """Pictures of the prompts by DDIM with guidance, each from a noise of its own that never changes."""
-    vae = load_vae(work, variant)
-    (width, height), times_smaller = VARIANTS[variant][0], 2 ** (len(VARIANTS[variant][1]) - 1)
+    vae = load_vae(work)
     tokens = load_tokenizer()(
         [*prompts, *[""] * len(prompts)], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids  # fmt: skip
     context = modules["text"](tokens).last_hidden_state
     signal = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
-    shape = (4, height // times_smaller, width // times_smaller)
+    shape = (4, SIZE[1] // TIMES_SMALLER, SIZE[0] // TIMES_SMALLER)
     noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
     latents, moments = torch.stack(noises), torch.linspace(999, 0, DRAWN_STEPS).round().long().tolist()
     for now, after in zip(moments, [*moments[1:], None], strict=True):

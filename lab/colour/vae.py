@@ -15,11 +15,12 @@ from core.faces import embed_images, load_faces
 
 from .training import Training, draw_rows, jitter, load_average, plain
 
-VARIANTS = {"4x128": ((128, 160), (64, 64, 128))}
-"""Sizes of pictures and widths: how many times smaller the latents are follows from the number of widths.
-
-SD1.x's norms have 32 groups. With 32 channels, each would lose its mean, and the pictures their colours.
-"""
+SIZE = (128, 160)
+"""The width and height of the base's pictures."""
+WIDTHS = (64, 64, 128)
+"""SD1.x's norms have 32 groups. With 32 channels, each would lose its mean, and the pictures their colours."""
+TIMES_SMALLER = 4
+"""How many times smaller than the pictures the latents are."""
 BATCH = 8
 PART, WINDOW = 96, 64
 """The sides in pixels of the part of a picture in a step, and of its middle that the teacher sees."""
@@ -31,14 +32,13 @@ TAPS = (1, 5, 9, 13, 14)
 """The teacher's layers that are compared."""
 
 
-def build_vae(variant: str) -> Any:
+def build_vae() -> Any:
     from diffusers import AutoencoderKL
 
-    widths = VARIANTS[variant][1]
     return AutoencoderKL(
-        block_out_channels=widths,  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * len(widths),  # pyright: ignore[reportArgumentType]
+        block_out_channels=WIDTHS,  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=4,
     )
@@ -66,16 +66,14 @@ def weights_of(rows: list[dict[str, Any]], photos: float) -> Tensor:
     return torch.where(photo, share / photo.sum().clamp(min=1), (1 - share) / (~photo).sum().clamp(min=1))
 
 
-def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float) -> None:
-    """Train a variant, going on from its file. Every so often its figures are printed and its pictures saved."""
+def train_vae(work: Path, minutes: float, steps: int, every: float) -> None:
+    """Train the VAE, going on from its file. Every so often its figures are printed and its pictures saved."""
     torch.manual_seed(1)
-    size, widths = VARIANTS[variant]
-    times_smaller = 2 ** (len(widths) - 1)
-    vae, teacher = build_vae(variant), load_teacher(work / "sources" / "taesd")
+    vae, teacher = build_vae(), load_teacher(work / "sources" / "taesd")
     crops, rows = read_crops(work)
     seen = [i for i, row in enumerate(rows) if not row["kept_out"]]
     weights = weights_of([rows[i] for i in seen], photos=0.4)
-    folder = work / "vae" / variant
+    folder = work / "vae"
     run = Training(folder / "state.pt", {"vae": vae}, rate=1e-3, decay=0.999)
     features = list(teacher.encoder.children())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
@@ -92,8 +90,8 @@ def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float
 
     def loss() -> Tensor:
         index = draw_rows(seen, weights, BATCH, run.random)
-        pixels, _ = jitter(torch.from_numpy(crops[sorted(index)]), size, run.random)
-        x, y = (int(torch.randint(side - PART + 1, (), generator=run.random)) for side in size)
+        pixels, _ = jitter(torch.from_numpy(crops[sorted(index)]), SIZE, run.random)
+        x, y = (int(torch.randint(side - PART + 1, (), generator=run.random)) for side in SIZE)
         pixels = pixels[..., y : y + PART, x : x + PART]
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pixels).latent_dist
@@ -101,7 +99,7 @@ def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float
             decoded = vae.decode(latents.mean + latents.std * noise).sample.float()
         # L1 keeps it sharp, the gradients and the teacher keep eyes and mouth, the tiny KL keeps the latents bounded.
         value = F.l1_loss(decoded, pixels) + 1e-6 * latents.kl().float().mean()
-        means = F.avg_pool2d(latents.mean[:, :2].float(), CELL // times_smaller)
+        means = F.avg_pool2d(latents.mean[:, :2].float(), CELL // TIMES_SMALLER)
         value = value + F.l1_loss(means, 4 * hues(pixels)) + 2 * F.l1_loss(hues(decoded), hues(pixels))
         for dim in (2, 3):
             value = value + F.l1_loss(decoded.diff(dim=dim), pixels.diff(dim=dim))
@@ -115,11 +113,11 @@ def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float
         return value
 
     def report() -> None:
-        measured = build_vae(variant)
+        measured = build_vae()
         step = load_average(run.file, {"vae": measured})
-        figures, sheet = measure(measured.eval(), crops, rows, size)
+        figures, sheet = measure(measured.eval(), crops, rows)
         sheet.save(folder / f"sheet{step:06}.png")
-        line = json.dumps({"variant": variant, "step": step, "minutes": round(run.seconds / 60, 1)} | figures)
+        line = json.dumps({"step": step, "minutes": round(run.seconds / 60, 1)} | figures)
         with (folder / "figures.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
@@ -128,7 +126,7 @@ def train_vae(work: Path, variant: str, minutes: float, steps: int, every: float
 
 
 @torch.no_grad()
-def measure(vae: Any, crops: np.ndarray, rows: list[dict[str, Any]], size: tuple[int, int]) -> tuple[dict, Image.Image]:
+def measure(vae: Any, crops: np.ndarray, rows: list[dict[str, Any]]) -> tuple[dict, Image.Image]:
     """SFace's cosine between pictures kept out and what is left of them, PSNR, and a sheet with both above each other."""
     faces, figures, shown = load_faces(), {}, []
     for kind in ("photos", "paintings"):
@@ -137,7 +135,7 @@ def measure(vae: Any, crops: np.ndarray, rows: list[dict[str, Any]], size: tuple
         ]
         if not kept:
             continue
-        pixels = plain(torch.from_numpy(crops[kept[:: max(1, len(kept) // 48)][:48]]), size)
+        pixels = plain(torch.from_numpy(crops[kept[:: max(1, len(kept) // 48)][:48]]), SIZE)
         drawn = torch.cat([reconstruct(vae, part) for part in pixels.split(8)])
         psnr = -10 * ((drawn - pixels) / 2).square().mean(dim=(1, 2, 3)).log10().mean()
         vectors = [embed_images(faces, [picture(value) for value in values]) for values in (pixels, drawn)]
@@ -159,7 +157,7 @@ def picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 
-def yardstick(work: Path, size: tuple[int, int]) -> dict:
+def yardstick(work: Path) -> dict:
     """The figures of the teacher, which has eight times as many channels, on the same pictures."""
     teacher = load_teacher(work / "sources" / "taesd")
 
@@ -173,4 +171,4 @@ def yardstick(work: Path, size: tuple[int, int]) -> dict:
         def decode(latents: Tensor) -> Any:
             return type("Decoded", (), {"sample": teacher.decoder(latents) * 2 - 1})  # pyright: ignore[reportCallIssue]
 
-    return measure(Whole, *read_crops(work), size)[0]
+    return measure(Whole, *read_crops(work))[0]
